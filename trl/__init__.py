@@ -1,0 +1,43 @@
+"""Post-training of language models, whole on one machine. Names are imported when first read (PEP 562)."""
+
+from trl.import_utils import is_diffusers_available, lazy_names
+
+__version__ = "1.0.0"
+
+_names = {
+    "trl.core": ["set_seed"],
+    "trl.data.collators": ["DataCollatorForCompletionOnlyLM"],
+    "trl.data.formats": [
+        "apply_chat_template", "extract_prompt", "is_conversational", "maybe_apply_chat_template",
+        "maybe_convert_to_chatml", "maybe_extract_prompt", "maybe_unpair_preference_dataset", "unpair_preference_dataset",
+    ],
+    "trl.data.packing": ["pack_dataset"],
+    "trl.environment.base_environment": ["TextEnvironment", "TextHistory"],
+    "trl.extras.best_of_n_sampler": ["BestOfNSampler"],
+    "trl.import_utils": [
+        "is_diffusers_available", "is_npu_available", "is_peft_available", "is_wandb_available", "is_xpu_available",
+    ],
+    "trl.models.modeling_base": ["PreTrainedModelWrapper", "create_reference_model"],
+    "trl.models.modeling_value_head": ["AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"],
+    "trl.trainer.ddpo_config": ["DDPOConfig"],
+    "trl.trainer.dpo_config": ["CPOConfig", "DPOConfig", "ORPOConfig", "SimPOConfig"],
+    "trl.trainer.dpo_trainer": ["DPOTrainer"],
+    "trl.trainer.iterative_sft_trainer": ["IterativeSFTTrainer"],
+    "trl.trainer.ppo_config": ["PPOConfig"],
+    "trl.trainer.ppo_trainer": ["PPOTrainer"],
+    "trl.trainer.reward_config": ["RewardConfig"],
+    "trl.trainer.reward_trainer": ["RewardTrainer"],
+    "trl.trainer.sft_config": ["SFTConfig"],
+    "trl.trainer.sft_trainer": ["SFTTrainer"],
+}  # fmt: skip
+if is_diffusers_available():
+    _names |= {
+        "trl.models.modeling_sd_base": [
+            "DDPOPipelineOutput", "DDPOSchedulerOutput", "DDPOStableDiffusionPipeline",
+            "DefaultDDPOStableDiffusionPipeline",
+        ],
+        "trl.trainer.ddpo_trainer": ["DDPOTrainer"],
+    }  # fmt: skip
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, _names)
+__all__ += ["__version__"]

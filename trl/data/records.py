@@ -1,0 +1,125 @@
+"""The records that flow through the house: token trees, packed batches and rollouts.
+
+Shape letters: B rows, T scored positions of the longest row, N packed tokens, S scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Record = TypeVar("Record", bound="TensorRecord")
+
+
+class TensorRecord:
+    """A frozen dataclass of tensors that accelerate and `Trainer` can move between devices."""
+
+    def to(self: Record, device: Any, non_blocking: bool = False) -> Record:
+        """The same record with every tensor on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)  # type: ignore[arg-type]
+            if hasattr(getattr(self, f.name), "to")
+        }
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One row of a batch: a token sequence that continues its tree's prompt."""
+
+    ids: Sequence[int]
+    scored: Sequence[int] | None = None
+    """1 where the token's log-probability is wanted; None: all of them"""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """A prompt and the sequences that continue it: chosen/rejected, a group of G, or one text with an empty prompt."""
+
+    prompt: Sequence[int]
+    branches: Sequence[Branch]
+
+
+class Segment(NamedTuple):
+    """`[start, end)` of the packed tokens; it sees its `parent` segment (-1: none) whole and itself causally."""
+
+    start: int
+    end: int
+    parent: int
+
+
+@dataclass(frozen=True)
+class PackedBatch(TensorRecord):
+    """Token trees laid end to end: no padding, and a shared prompt stands once.
+
+    Row b of the batch is the b-th branch in order. Scored token s has its target `target_S[s]` predicted at packed
+    position `scored_S[s]`, and stands at `[row_S[s], slot_S[s]]` of a `[B, T]` tensor.
+    """
+
+    ids_N: Tensor
+    position_N: Tensor
+    """position of each token in its own sequence, prompt included"""
+    segments: tuple[Segment, ...]
+    scored_S: Tensor
+    target_S: Tensor
+    row_S: Tensor
+    slot_S: Tensor
+    """index of the token within its branch"""
+    last_B: Tensor
+    """packed index of each row's last token"""
+    row_segment: tuple[int, ...]
+    """index into `segments` of each row's own segment"""
+    width: int
+    """T: tokens of the longest branch"""
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_segment)
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """1 where a position is scored."""
+        return self.spread(torch.ones(len(self.row_S), device=self.row_S.device))
+
+    def spread(self, values_S: Tensor) -> Tensor:
+        """Scored values in their places of a zero `[B, T]` (differentiable)."""
+        spread_BT = torch.zeros(self.rows, self.width, dtype=values_S.dtype, device=values_S.device)
+        return spread_BT.index_put((self.row_S, self.slot_S), values_S)
+
+
+@dataclass
+class Completion:
+    """What a sampler made of one prompt."""
+
+    ids: list[int]
+    """sampled tokens, the stop token included"""
+    logprobs: list[float]
+    """of the distribution that was really sampled (temperature and filters applied)"""
+    raw_logprobs: list[float]
+    """of the model itself, at temperature 1"""
+    finish_reason: str
+    """"stop" (an end token or stop string) or "length" (cut at the limit)"""
+
+
+@dataclass
+class Rollout:
+    """Samples of one phase, in prompt order, a group of equal prompts in a run."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    logprobs: list[list[float]]
+    """of each completion token under the policy that sampled it; 0 where the token was not sampled"""
+    masks: list[list[int]]
+    """1 = the policy sampled this token"""
+    rewards: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+    """one list per column, a value per completion"""
+
+    def __len__(self) -> int:
+        return len(self.completions)

@@ -1,0 +1,1 @@
+"""Samplers: prompts in, completions with their log-probabilities out."""

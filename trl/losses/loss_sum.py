@@ -1,0 +1,60 @@
+"""What every objective returns: a sum, and what it was summed over."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["token", "sequence", "constant"]
+Measure = Tensor | tuple[Tensor, Tensor | float]
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """A loss that has been summed but not yet divided.
+
+    Only the training loop divides, once, by the `count` of the whole optimizer step over all ranks. A mean of
+    means cannot be written, so gradient accumulation equals the large batch.
+    """
+
+    total: Tensor
+    """[] differentiable"""
+    count: Tensor | float
+    """what `total` was summed over: tokens, sequences or pairs"""
+    metrics: dict[str, Measure] = field(default_factory=dict)
+    """[] detached sums over the same count, or `(sum, count)` where a metric is counted in something else"""
+
+    @property
+    def mean(self) -> Tensor:
+        """The loss of this batch alone; 0 where nothing counts."""
+        return self.total / torch.as_tensor(self.count, dtype=self.total.dtype, device=self.total.device).clamp(min=1)
+
+
+def counted(mask_BT: Tensor, how: Aggregation, max_tokens: int = 0) -> Tensor:
+    """What `aggregate` divides by. Known from the mask alone, so before any forward pass. []
+
+    Rows without a single counted token count for nothing in `sequence`; `constant` keeps them.
+    """
+    if how == "token":
+        return mask_BT.sum()
+    if how == "sequence":
+        return (mask_BT.sum(-1) > 0).sum()
+    if how == "constant":
+        if max_tokens <= 0:
+            raise ValueError(f"max_tokens={max_tokens}: aggregation 'constant' divides by it; give the completion limit")
+        return torch.as_tensor(len(mask_BT) * max_tokens, device=mask_BT.device)
+    raise ValueError(f"aggregation={how!r}: choose 'token', 'sequence' or 'constant'")
+
+
+def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, max_tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """`(total, count)` of a per-token loss. Masked positions may hold anything finite. [], []
+
+    token:    every token weighs the same (DAPO, eq. 12 of arXiv:2503.14476).
+    sequence: every completion weighs the same (GRPO, eq. 3 of arXiv:2402.03300).
+    constant: every completion is divided by the same `max_tokens` (Dr. GRPO, arXiv:2503.20783).
+    """
+    weight_BT = mask_BT.to(loss_BT.dtype)
+    if how == "sequence":
+        weight_BT = weight_BT / weight_BT.sum(-1, keepdim=True).clamp(min=1)
+    return (loss_BT * weight_BT).sum(), counted(mask_BT, how, max_tokens)

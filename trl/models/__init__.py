@@ -1,0 +1,17 @@
+"""Model wrappers, and everything that runs a model forward."""
+
+from trl.import_utils import is_diffusers_available, lazy_names
+
+_names = {
+    "trl.models.modeling_base": ["PreTrainedModelWrapper", "create_reference_model"],
+    "trl.models.modeling_value_head": [
+        "SUPPORTED_ARCHITECTURES", "AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead",
+    ],
+}  # fmt: skip
+if is_diffusers_available():
+    _names["trl.models.modeling_sd_base"] = [
+        "DDPOPipelineOutput", "DDPOSchedulerOutput", "DDPOStableDiffusionPipeline",
+        "DefaultDDPOStableDiffusionPipeline",
+    ]  # fmt: skip
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, _names)

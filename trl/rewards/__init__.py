@@ -1,0 +1,1 @@
+"""Reward functions that a user can name."""

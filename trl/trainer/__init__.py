@@ -1,0 +1,22 @@
+"""Trainers: an algorithm each, on one seam to `transformers.Trainer` and one rollout loader."""
+
+from trl.import_utils import is_diffusers_available, lazy_names
+
+_names = {
+    "trl.data.collators": ["ConstantLengthDataset", "DataCollatorForCompletionOnlyLM"],
+    "trl.models.prepare": ["disable_dropout_in_model", "peft_module_casting_to_bf16"],
+    "trl.trainer.base": ["BaseTrainer"],
+    "trl.trainer.ddpo_config": ["DDPOConfig"],
+    "trl.trainer.dpo_trainer": ["DPOTrainer"],
+    "trl.trainer.iterative_sft_trainer": ["IterativeSFTTrainer"],
+    "trl.trainer.ppo_config": ["PPOConfig"],
+    "trl.trainer.ppo_trainer": ["PPOTrainer"],
+    "trl.trainer.reward_config": ["RewardConfig"],
+    "trl.trainer.reward_trainer": ["RewardTrainer"],
+    "trl.trainer.sft_trainer": ["SFTTrainer"],
+    "trl.trainer.statistics": ["AdaptiveKLController", "FixedKLController", "RunningMoments", "compute_accuracy"],
+}  # fmt: skip
+if is_diffusers_available():
+    _names["trl.trainer.ddpo_trainer"] = ["DDPOTrainer"]
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, _names)
