@@ -1,7 +1,9 @@
 """What is installed, and how the package's namespaces load their names only when asked."""
 
 import importlib
+import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,5 +27,76 @@ def lazy_names(
     return load, lambda: sorted(home), sorted(home)
 
 
+def is_installed(module: str) -> bool:
+    """Whether `import module` would find a real module, without importing it.
+
+    `sys.modules[module] = None` hides it. A mere folder of that name (`wandb/` next to a script) is not a module.
+    """
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def is_peft_available() -> bool:
+    return is_installed("peft")
+
+
 def is_diffusers_available() -> bool:
-    return importlib.util.find_spec("diffusers") is not None
+    return is_installed("diffusers")
+
+
+def is_bitsandbytes_available() -> bool:
+    return is_installed("bitsandbytes")
+
+
+def is_torchvision_available() -> bool:
+    return is_installed("torchvision")
+
+
+def is_rich_available() -> bool:
+    return is_installed("rich")
+
+
+def is_wandb_available() -> bool:
+    return is_installed("wandb")
+
+
+def _at_least(package: str, version: str) -> bool:
+    from packaging.version import Version
+
+    return Version(importlib.metadata.version(package)) >= Version(version)
+
+
+def is_accelerate_greater_20_0() -> bool:
+    """Whether accelerate is 0.20.0 or newer."""
+    return _at_least("accelerate", "0.20.0")
+
+
+def is_torch_greater_2_0() -> bool:
+    """Whether torch is 2.0 or newer."""
+    return _at_least("torch", "2.0")
+
+
+def is_transformers_greater_than(version: str) -> bool:
+    """Whether transformers is strictly newer than `version`."""
+    from packaging.version import Version
+
+    return Version(importlib.metadata.version("transformers")) > Version(version)
+
+
+def is_xpu_available() -> bool:
+    """Whether an Intel XPU can be used, as accelerate sees it."""
+    from accelerate.utils import is_xpu_available as accelerate_sees_xpu
+
+    return bool(accelerate_sees_xpu())
+
+
+def is_npu_available() -> bool:
+    """Whether an Ascend NPU can be used."""
+    if not is_installed("torch_npu"):
+        return False
+    import torch
+
+    importlib.import_module("torch_npu")
+    return hasattr(torch, "npu") and bool(torch.npu.is_available())
