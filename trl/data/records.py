@@ -73,7 +73,9 @@ class PackedBatch(TensorRecord):
     last_B: Tensor
     """packed index of each row's last token"""
     row_segment: tuple[int, ...]
-    """index into `segments` of each row's own segment"""
+    """index into `segments` of the segment that ends each row"""
+    prompt_tokens: tuple[int, ...]
+    """how many tokens of each row came before its branch"""
     width: int
     """T: tokens of the longest branch"""
 
@@ -85,6 +87,14 @@ class PackedBatch(TensorRecord):
     def mask_BT(self) -> Tensor:
         """1 where a position is scored."""
         return self.spread(torch.ones(len(self.row_S), device=self.row_S.device))
+
+    def row_indices(self, row: int) -> list[int]:
+        """Packed indices of the row's tokens, prompt first."""
+        chain, segment = [], self.row_segment[row]
+        while segment >= 0:
+            chain.append(self.segments[segment])
+            segment = self.segments[segment].parent
+        return [i for start, end, _ in reversed(chain) for i in range(start, end)]
 
     def spread(self, values_S: Tensor) -> Tensor:
         """Scored values in their places of a zero `[B, T]` (differentiable)."""

@@ -1,0 +1,205 @@
+"""Attention over a token tree, as an implementation that transformers' models call.
+
+A model prepared with `enable_tree_attention` takes `tree=TreeLayout` in its forward: each segment of the packed row
+then sees its ancestors whole and itself causally. Without `tree` it computes what it computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trl.data.records import Segment
+
+PREFIX = "token_tree_"
+_inside_tree: ContextVar[bool] = ContextVar("inside_tree", default=False)
+
+
+class TreeLayout:
+    """How the packed tokens are cut into segments, and which segments each one sees."""
+
+    def __init__(self, segments: Sequence[Segment]):
+        self.segments = tuple(segments)
+        self.sizes = [end - start for start, end, _ in self.segments]
+        self._masks: dict[tuple[Any, ...], Tensor | None] = {}
+
+    @cached_property
+    def chains(self) -> list[list[int]]:
+        """Each segment's ancestors from the root, then itself."""
+        chains: list[list[int]] = []
+        for index, segment in enumerate(self.segments):
+            chains.append([*(chains[segment.parent] if segment.parent >= 0 else []), index])
+        return chains
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+        """[queries, keys], True = seen; the queries are the last keys. None: plain causal, nothing to mask besides."""
+        if queries == keys and (window is None or keys <= window):
+            return None
+        key = (queries, keys, window, device)
+        if key not in self._masks:
+            seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            self._masks[key] = seen if window is None else seen.triu(keys - queries - window + 1)
+        return self._masks[key]
+
+    def dense_mask(self, window: int | None = None) -> Tensor:
+        """[N, N], True = seen: the same rule written out, for FlexAttention's blocks and for tests."""
+        total = self.segments[-1].end
+        seen = torch.zeros(total, total, dtype=torch.bool)
+        for index, (start, end, _) in enumerate(self.segments):
+            columns = [i for link in self.chains[index] for i in range(*self.segments[link][:2])]
+            rows = torch.ones(end - start, len(columns), dtype=torch.bool).tril(len(columns) - (end - start))
+            if window is not None:
+                rows = rows.triu(len(columns) - (end - start) - window + 1)
+            seen[start:end, columns] = rows
+        return seen
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float | None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of [1, H, Q, D] over [1, H or fewer, K, D]; by hand where SDPA has no word for it (soft-cap, sinks)."""
+    if softcap is None and sinks is None:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    repeats = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        sink = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sink.to(scores.dtype)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights, dropout) @ value.repeat_interleave(repeats, 1)
+
+
+def segment_attention(
+    layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, **how: Any
+) -> Tensor:
+    """Attention of the packed row [1, H, N, D], a segment at a time.
+
+    Each tensor is split once: a slice per segment would fill a full-size gradient per segment.
+    """
+    queries, keys, values = (list(x.split(layout.sizes, dim=2)) for x in (query, key, value))
+    outputs = []
+    for index, chain in enumerate(layout.chains):
+        seen_keys = keys[index] if len(chain) == 1 else torch.cat([keys[link] for link in chain], 2)
+        seen_values = values[index] if len(chain) == 1 else torch.cat([values[link] for link in chain], 2)
+        mask = layout.mask(queries[index].shape[2], seen_keys.shape[2], window, query.device)
+        outputs.append(attend(queries[index], seen_keys, seen_values, mask, causal=mask is None, **how))
+    return torch.cat(outputs, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex_tree_attention(
+    layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, scale: float | None
+) -> Tensor:
+    """The same on CUDA in one kernel: FlexAttention over the blocks of the tree's mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    key_of_mask = ("flex", window, query.device)
+    if key_of_mask not in layout._masks:
+        seen = layout.dense_mask(window).to(query.device)
+        block_mask = create_block_mask(
+            lambda b, h, q, k: seen[q, k], None, None, query.shape[2], query.shape[2], device=query.device
+        )
+        layout._masks[key_of_mask] = block_mask
+    return _compiled_flex()(
+        query,
+        key,
+        value,
+        block_mask=layout._masks[key_of_mask],
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function of a model whose own implementation is `original`."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        tree: TreeLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if tree is None and original in ALL_ATTENTION_FUNCTIONS:
+            return ALL_ATTENTION_FUNCTIONS[original](
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+        how = {"scale": scaling, "dropout": dropout, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+        window = kwargs.get("sliding_window")
+        if tree is None:  # an eager model: its own function is not registered, so the same by hand
+            out = attend(query, key, value, attention_mask, causal=False, **how)
+        elif query.is_cuda and not dropout and how["softcap"] is None and how["sinks"] is None:
+            out = flex_tree_attention(tree, query, key, value, window=window, scale=scaling)
+        else:
+            out = segment_attention(tree, query, key, value, window=window, **how)
+        return out.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _mask_or(original: str) -> Callable[..., Any]:
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return None if _inside_tree.get() else ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
+
+    return mask
+
+
+def enable_tree_attention(model: nn.Module) -> None:
+    """Let a transformers model take `tree=`; it keeps its own attention for every other call."""
+    original = model.config._attn_implementation or "eager"
+    if original.startswith(PREFIX):
+        return
+    name = PREFIX + original
+    AttentionInterface.register(name, _tree_or(original))
+    AttentionMaskInterface.register(name, _mask_or(original))
+    model.set_attn_implementation(name)
+
+
+@contextmanager
+def inside_tree() -> Iterator[None]:
+    """Within it models build no attention mask: the tree says who sees whom."""
+    token = _inside_tree.set(True)
+    try:
+        yield
+    finally:
+        _inside_tree.reset(token)

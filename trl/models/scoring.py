@@ -1,0 +1,267 @@
+"""Log-probabilities, values and scores of a batch: packed where the architecture allows it, padded elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from trl.data.packing import pack
+from trl.data.records import Branch, PackedBatch, TokenTree
+from trl.models.attention import TreeLayout, enable_tree_attention, inside_tree
+from trl.models.head import Head, head_of, logprobs_and_entropy, token_logprobs
+
+logger = logging.getLogger(__name__)
+
+Path = Literal["packed", "padded"]
+_paths: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of the scored tokens; zeros where a position is not scored."""
+
+    logprobs_BT: Tensor
+    entropy_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The input of a model's head, at whichever positions are wanted."""
+
+    states: Tensor
+    """[1, N, D] packed, [B, L, D] padded"""
+    path: Path
+    packed: PackedBatch
+
+    def at(self, index_S: Tensor, row_S: Tensor) -> Tensor:
+        """States at packed positions, [S, D]; `row_S` says whose they are."""
+        if self.path == "packed":
+            return self.states[0].index_select(0, index_S)
+        return self.states[row_S, self.packed.position_N[index_S]]
+
+    def scored(self) -> Tensor:
+        """The states that predict the scored tokens, [S, D]."""
+        return self.at(self.packed.scored_S, self.packed.row_S)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The transformers or PEFT model below accelerate's and our own wrappers."""
+    model = extract_model_from_parallel(model)
+    return getattr(model, "pretrained_model", model)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(backbone(model).config, "is_encoder_decoder", False))
+
+
+@contextmanager
+def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What reaches `module` while the context lasts; it answers with one column, so nothing large is computed."""
+    seen: list[Tensor] = []
+
+    def stand_in(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+        seen.append(hidden)
+        return hidden[..., :1]
+
+    own = module.__dict__.get("forward")
+    module.forward = stand_in  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def padded_inputs(packed: PackedBatch, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask`, `position_ids` of the rows, each whole and padded on the right. [B, L]"""
+    rows = [torch.tensor(packed.row_indices(row), device=packed.ids_N.device) for row in range(packed.rows)]
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    index = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = torch.where(mask.bool(), packed.ids_N[index], pad_token_id)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": packed.position_N[index] * mask}
+
+
+def encoder_decoder_inputs(packed: PackedBatch, start_token_id: int, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """Prompts for the encoder and branches, shifted right, for the decoder; both padded on the right."""
+    device = packed.ids_N.device
+    prompts, branches = [], []
+    for row, prompt_tokens in enumerate(packed.prompt_tokens):
+        index = torch.tensor(packed.row_indices(row), device=device)
+        ids = packed.ids_N[index]
+        prompts.append(ids[:prompt_tokens])
+        branches.append(torch.cat([ids.new_tensor([start_token_id]), ids[prompt_tokens:-1]]))
+    columns = {}
+    for name, rows in (("", prompts), ("decoder_", branches)):
+        columns[f"{name}input_ids"] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        ones = [torch.ones_like(row) for row in rows]
+        columns[f"{name}attention_mask"] = nn.utils.rnn.pad_sequence(ones, batch_first=True)
+    return columns
+
+
+def _run(model: nn.Module, module: nn.Module, packed: PackedBatch, path: Path) -> Tensor:
+    """The states that reach the head `module` when the batch is run along `path`."""
+    with _captured(module) as seen:
+        if path == "packed":
+            with inside_tree():
+                model(
+                    input_ids=packed.ids_N[None],
+                    position_ids=packed.position_N[None],
+                    tree=TreeLayout(packed.segments),
+                    use_cache=False,
+                )
+        else:
+            inputs = padded_inputs(packed, _pad_token(model))
+            if not _takes_positions(model):
+                inputs.pop("position_ids")
+            model(**inputs, **({} if _is_encoder(model) else {"use_cache": False}))
+    return seen[-1]
+
+
+def _pad_token(model: nn.Module) -> int:
+    pad = getattr(backbone(model).config, "pad_token_id", None)
+    return 0 if pad is None else pad
+
+
+def _is_encoder(model: nn.Module) -> bool:
+    return not hasattr(backbone(model), "prepare_inputs_for_generation") and not hasattr(backbone(model), "score")
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    import inspect
+
+    network = backbone(model)
+    network = network.get_base_model() if hasattr(network, "get_base_model") else network
+    return "position_ids" in inspect.signature(network.forward).parameters
+
+
+@contextmanager
+def _quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradient; the training flags of all modules come back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def path_of(model: nn.Module, module: nn.Module) -> Path:
+    """Whether packed rows give what separate rows give: a probe of ten tokens, once per model, said if they do not."""
+    network = backbone(model)
+    if network not in _paths:
+        _paths[network] = "packed" if _packs(network, module) else "padded"
+        if _paths[network] == "padded":
+            logger.warning(
+                "%s does not compute packed rows as it computes separate ones: it takes the padded path (same results, "
+                "slower).",
+                type(network).__name__,
+            )
+    return _paths[network]
+
+
+def _packs(network: nn.Module, module: nn.Module) -> bool:
+    vocabulary = network.config.get_text_config().vocab_size
+    ids = [(7 * i + 3) % vocabulary for i in range(10)]
+    tree = TokenTree(ids[:4], [Branch(ids[4:7]), Branch(ids[7:])])
+    device = next(network.parameters()).device
+    packed = pack([TokenTree(ids[5:7], [Branch(ids[1:3])]), tree]).to(device)
+    with _quietly(network):
+        try:
+            alone = Hidden(_run(network, module, packed, "padded"), "padded", packed).scored()
+            enable_tree_attention(network)
+            together = Hidden(_run(network, module, packed, "packed"), "packed", packed).scored()
+        except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
+            logger.debug("probe of %s failed: %s", type(network).__name__, error)
+            return False
+    return torch.allclose(together, alone, rtol=0, atol=TOLERANCE[alone.dtype] * float(alone.abs().max()))
+
+
+def hidden_states(model: nn.Module, packed: PackedBatch, module: nn.Module, path: Path | None = None) -> Hidden:
+    """The states that reach the head `module`; `path` None: packed wherever the model can."""
+    path = path or path_of(model, module)
+    return Hidden(_run(model, module, packed, path), path, packed)
+
+
+def scored_states(model: nn.Module, packed: PackedBatch, path: Path | None = None) -> tuple[Head, Tensor]:
+    """The language-model head and the states that predict the scored tokens. Head, [S, D]"""
+    network = backbone(model)
+    head = head_of(network)
+    if not is_encoder_decoder(model):
+        return head, hidden_states(model, packed, head.module, path).scored()
+    start = network.config.decoder_start_token_id
+    with _captured(head.module) as seen:
+        model(**encoder_decoder_inputs(packed, start, _pad_token(model)), use_cache=False)
+    return head, seen[-1][packed.row_S, packed.slot_S]
+
+
+def score(
+    model: nn.Module,
+    packed: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+    values: bool = False,
+    path: Path | None = None,
+) -> Scores:
+    """Log-probabilities of the scored tokens, and on demand entropies and the value head's values. [B, T] each
+
+    A token's value is the one at the position that predicts it. `entropy_gradient` makes the entropies
+    differentiable, at the price of a second pass through the head. `path` "padded" forces the padded computation.
+    """
+    head, states_SD = scored_states(model, packed, path)
+    if entropy_gradient:
+        logprobs_S, entropy_S = logprobs_and_entropy(head, states_SD, packed.target_S, temperature)
+    else:
+        logprobs_S, entropy_S = token_logprobs(
+            head, states_SD, packed.target_S, temperature=temperature, entropy=entropy
+        )
+    values_BT = None
+    if values:
+        v_head = extract_model_from_parallel(model).v_head
+        values_BT = packed.spread(v_head(states_SD[None]).float().squeeze(0).squeeze(-1))
+    wanted = entropy or entropy_gradient
+    return Scores(packed.spread(logprobs_S), packed.spread(entropy_S) if wanted else None, values_BT)
+
+
+def classifier_of(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into scores, in models for sequence or token classification."""
+    network = backbone(model)
+    network = network.get_base_model() if hasattr(network, "get_base_model") else network
+    for name in ("score", "classifier", "classification_head"):
+        if isinstance(getattr(network, name, None), nn.Module):
+            return getattr(network, name)
+    raise ValueError(f"{type(network).__name__} has no score head: load it with AutoModelForSequenceClassification")
+
+
+def scores_at(model: nn.Module, packed: PackedBatch, index_S: Tensor, row_S: Tensor) -> Tensor:
+    """The score head's outputs at packed positions, for causal models (value models, process rewards). [S, labels]"""
+    module = classifier_of(model)
+    return module(hidden_states(model, packed, module).at(index_S, row_S)).float()
+
+
+def rewards(model: nn.Module, packed: PackedBatch) -> Tensor:
+    """The reward of each row, read at its last real token; encoders read it where they always do. [B]"""
+    network = backbone(model)
+    if network.config.num_labels != 1:
+        raise ValueError(f"num_labels={network.config.num_labels}: a reward model has 1")
+    if _is_encoder(model) or is_encoder_decoder(model):
+        inputs = padded_inputs(packed, _pad_token(model))
+        inputs.pop("position_ids")
+        return model(**inputs).logits[:, 0].float()
+    rows = torch.arange(packed.rows, device=packed.ids_N.device)
+    return scores_at(model, packed, packed.last_B, rows)[:, 0]
