@@ -1,0 +1,129 @@
+"""Running statistics and controllers that trainers keep between steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+
+class AdaptiveKLController:
+    """A KL coefficient that follows the measured KL towards `target` (section 2.2 of arXiv:1909.08593)."""
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: int) -> None:
+        self.value = init_kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, current: float, n_steps: int) -> None:
+        """`value *= 1 + clip(current / target - 1, -0.2, 0.2) * n_steps / horizon`."""
+        error = float(np.clip(current / self.target - 1, -0.2, 0.2))
+        self.value *= 1 + error * n_steps / self.horizon
+
+
+class FixedKLController:
+    """A KL coefficient that stays."""
+
+    def __init__(self, kl_coef: float) -> None:
+        self.value = kl_coef
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Nothing to do."""
+
+
+def get_global_statistics(
+    accelerator: Any, xs: Tensor, mask: Tensor | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(mean, population variance, count)` over the processes of what `mask` (1 = counts) lets through. [], [], []"""
+    xs = xs.to(accelerator.device).float()
+    weight = torch.ones_like(xs) if mask is None else mask.to(xs)
+    total, count = accelerator.reduce(torch.stack([(xs * weight).sum(), weight.sum()]))
+    mean = total / count
+    variance = accelerator.reduce(((xs - mean) ** 2 * weight).sum()) / count
+    return mean.to(device), variance.to(device), count.to(device)
+
+
+def _unbiased_std(variance: Tensor, count: float, alone: float) -> Tensor:
+    """`alone` for a single value, which has none."""
+    return (variance * count / (count - 1)).sqrt() if count > 1 else torch.full_like(variance, alone)
+
+
+class RunningMoments:
+    """Mean and variance of everything seen so far, over all processes (parallel algorithm of Chan et al., 1979)."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.mean: Tensor | float = 0.0
+        self.std: Tensor | float = 1.0
+        """unbiased; 1 until two values were seen"""
+        self.var: Tensor | float = 1.0
+        """population variance"""
+        self.count: float = 1e-24
+
+    @torch.no_grad()
+    def update(self, xs: Tensor) -> tuple[float, float]:
+        """Take in a batch of any shape; `(mean, unbiased std)` of the batch alone (std 0 for a single value)."""
+        mean, variance, counted = get_global_statistics(self.accelerator, xs, device=xs.device)
+        count = counted.item()
+        delta, seen = mean - self.mean, self.count + count
+        squares = self.var * self.count + variance * count + delta**2 * self.count * count / seen
+        self.mean = self.mean + delta * count / seen
+        self.var = squares / seen
+        self.count = seen
+        self.std = _unbiased_std(self.var, seen, alone=1.0)
+        return mean.item(), _unbiased_std(variance, count, alone=0.0).item()
+
+
+class PerPromptStatTracker:
+    """Advantages of rewards against the recent rewards of their own prompt (DDPO, arXiv:2305.13301)."""
+
+    def __init__(self, buffer_size: int, min_count: int) -> None:
+        self.buffer_size = buffer_size
+        self.min_count = min_count
+        self.stats: dict[str, deque[float]] = {}
+
+    def update(self, prompts: Sequence[str], rewards: ArrayLike) -> NDArray[np.floating[Any]]:
+        """Normalised rewards [B]. A prompt with fewer than `min_count` rewards is measured against the batch."""
+        names, values = np.asarray(prompts), np.asarray(rewards)
+        if not np.issubdtype(values.dtype, np.floating):
+            values = values.astype(np.float64)
+        advantages = np.empty_like(values)
+        for prompt in np.unique(names):
+            own = values[names == prompt]
+            recent = self.stats.setdefault(str(prompt), deque(maxlen=self.buffer_size))
+            recent.extend(own.tolist())
+            baseline = values if len(recent) < self.min_count else np.asarray(recent)
+            advantages[names == prompt] = (own - np.mean(baseline)) / (np.std(baseline) + 1e-6)
+        return advantages
+
+    def get_stats(self) -> dict[str, dict[str, float]]:
+        """`{prompt: {mean, std, count}}` of the rewards that are remembered."""
+        return {
+            prompt: {"mean": float(np.mean(recent)), "std": float(np.std(recent)), "count": len(recent)}
+            for prompt, recent in self.stats.items()
+        }
+
+
+def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]:
+    """`{"accuracy"}`: how often the larger of the predictions [B, 2] stands where the label [B] says."""
+    predictions, labels = (np.asarray(part) for part in eval_pred)
+    equal = int((predictions[:, 0] == predictions[:, 1]).sum())
+    if equal > 0:
+        warnings.warn(
+            f"There are {equal} out of {len(predictions)} instances where the predictions for both options are equal. "
+            "As a consequence the accuracy can be misleading."
+        )
+    return {"accuracy": float((np.argmax(predictions, axis=1) == labels).mean())}
+
+
+def exact_div(a: int, b: int, a_str: str, b_str: str, custom_error_message: str = "") -> int:
+    """`a // b`, a ValueError with both names if something remains."""
+    if a % b != 0:
+        raise ValueError(f"{custom_error_message}, {a_str}={a}, {b_str}={b}, inexact division: {a} / {b} = {a / b}")
+    return a // b
