@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,3 +17,19 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_tokenizer() -> Any:
+    """Word level, 100 ids (<pad> 0, <bos> 1, <eos> 2, <unk> 3, a-z from 4, then words); no chat template."""
+    from tokenizers_for_tests import word_tokenizer
+
+    return word_tokenizer()
+
+
+@pytest.fixture
+def chat_tokenizer() -> Any:
+    """Byte level with a ChatML template; EOS is <|im_end|>, there is no BOS."""
+    from tokenizers_for_tests import byte_tokenizer
+
+    return byte_tokenizer()

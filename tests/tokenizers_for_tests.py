@@ -1,0 +1,151 @@
+"""Tokenizers and chat templates that are built on the spot: no files, no network, ids that can be worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_GENERATION = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+THINKING = (  # reasoning stays only in assistant turns after the last user message; the generation prompt opens it
+    "{% set ns = namespace(last=-1) %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% set content = message['content'] %}"
+    "{% if message['role'] == 'assistant' and '</think>' in content and loop.index0 < ns.last %}"
+    "{{ content.split('</think>')[-1].lstrip('\n') }}"
+    "{% elif message['role'] == 'assistant' and '</think>' not in content and loop.index0 > ns.last %}"
+    "{{ '<think>\n\n</think>\n\n' + content }}"
+    "{% else %}{{ content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% if message.tool_calls %}{% for call in message.tool_calls %}"
+    "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+COUNTING = "{{ messages | length }} messages\n" + CHATML  # the head changes with every message: no prefix is stable
+NO_GENERATION_PROMPT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+WORDS = (
+    "the sky is blue green red big small cat dog sat on mat runs fast slow good bad yes no what which best worst color"
+    " one two three four five six seven eight nine ten hello world how are you i am fine thanks movie was great awful"
+).split()
+
+
+def word_tokenizer(
+    words: Sequence[str] = tuple(WORDS),
+    *,
+    size: int = 100,
+    bos: str | None = "<bos>",
+    eos: str | None = "<eos>",
+    pad: str | None = "<pad>",
+    add_bos: bool = False,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """Words apart by blanks; ids: <pad> 0, <bos> 1, <eos> 2, <unk> 3, letters a-z 4-29 (`i` included), then the words."""
+    letters = [chr(ord("a") + i) for i in range(26)]
+    names = ["<pad>", "<bos>", "<eos>", "<unk>", *letters, *(w for w in words if w not in letters), "."]
+    names += [f"<extra{i}>" for i in range(size - len(names))]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        unk_token="<unk>",
+        model_max_length=512,
+        chat_template=chat_template,
+    )
+
+
+def char_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token a letter: a = 1, b = 2, ... z = 26; <unk> 0, <pad> 98, <eos> 99; no BOS."""
+    vocab = {chr(ord("a") + i): i + 1 for i in range(26)} | {"<unk>": 0, "<pad>": 98, "<eos>": 99}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", chat_template=chat_template
+    )
+
+
+def byte_tokenizer(
+    chat_template: str | None = CHATML,
+    *,
+    eos: str | None = "<|im_end|>",
+    bos: str | None = None,
+    add_bos: bool = False,
+    merges: Sequence[tuple[str, str]] = (),
+    trim_offsets: bool = False,
+) -> PreTrainedTokenizerFast:
+    """A byte a token (any text round-trips) beside the marks of the chat templates; `merges` join bytes, GPT-2 spelling."""
+    marks = ["<pad>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+    marks += ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|endoftext|>"]
+    names = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    if add_bos:
+        assert bos is not None
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, names.index(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token="<pad>",
+        model_max_length=2048,
+        chat_template=chat_template,
+    )
+
+
+def metaspace_tokenizer(chat_template: str | None = LLAMA2) -> PreTrainedTokenizerFast:
+    """In the manner of Llama 2: a blank is put before every text, `▁` stands for blanks, BOS is added."""
+    words = ["▁The", "▁sky", "▁is", "▁blue", "▁hi", "▁[INST]", "▁[/INST]"]
+    names = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", *(chr(i) for i in range(33, 127)), *words]
+    merges = []
+    vocab = {name: i for i, name in enumerate(names)}
+    for word in words:
+        for cut in range(1, len(word)):
+            pair = (word[:cut], word[cut])
+            vocab.setdefault("".join(pair), len(vocab))
+            if pair not in merges:
+                merges.append(pair)
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
+    backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always", split=False)
+    backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in ("<s>", "</s>")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=chat_template
+    )
