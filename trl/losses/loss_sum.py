@@ -30,6 +30,10 @@ class LossSum:
         """The loss of this batch alone; 0 where nothing counts."""
         return self.total / torch.as_tensor(self.count, dtype=self.total.dtype, device=self.total.device).clamp(min=1)
 
+    def plus(self, other: "LossSum", weight: float = 1.0) -> "LossSum":
+        """This loss with `weight` times another one, which must be summed over the same things."""
+        return LossSum(self.total + weight * other.total, self.count, self.metrics | other.metrics)
+
 
 def counted(mask_BT: Tensor, how: Aggregation, max_tokens: int = 0) -> Tensor:
     """What `aggregate` divides by. Known from the mask alone, so before any forward pass. []
@@ -42,7 +46,9 @@ def counted(mask_BT: Tensor, how: Aggregation, max_tokens: int = 0) -> Tensor:
         return (mask_BT.sum(-1) > 0).sum()
     if how == "constant":
         if max_tokens <= 0:
-            raise ValueError(f"max_tokens={max_tokens}: aggregation 'constant' divides by it; give the completion limit")
+            raise ValueError(
+                f"max_tokens={max_tokens}: aggregation 'constant' divides by it; give the completion limit"
+            )
         return torch.as_tensor(len(mask_BT) * max_tokens, device=mask_BT.device)
     raise ValueError(f"aggregation={how!r}: choose 'token', 'sequence' or 'constant'")
 
@@ -58,3 +64,8 @@ def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, max_tokens: in
     if how == "sequence":
         weight_BT = weight_BT / weight_BT.sum(-1, keepdim=True).clamp(min=1)
     return (loss_BT * weight_BT).sum(), counted(mask_BT, how, max_tokens)
+
+
+def masked_sum(values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """A metric per token: its detached sum where the mask counts, and the number of those tokens. [], []"""
+    return (values_BT.detach() * mask_BT).sum(), mask_BT.sum()

@@ -1,0 +1,186 @@
+"""Policy-gradient objectives: a baseline (`ADVANTAGES`), a ratio level, a clip rule, a KL and a way to add, each picked.
+
+Shape letters: B completions, T tokens (DDPO: denoising steps), G group. The pieces live in `advantages`, `clipping` and
+`token_weights`; this is the door to all of them.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.losses.advantages import (
+    ADVANTAGES,
+    REWARD_AGGREGATIONS,
+    batch_relative,
+    generalized_advantages,
+    group_relative,
+    group_then_batch,
+    leave_one_out,
+    normalize_then_sum,
+    reward_to_go,
+    soft_overlong_punishment,
+    sum_then_normalize,
+    token_rewards,
+    whiten,
+)
+from trl.losses.clipping import CLIP_RULES, RATIO_LEVELS, ClipRule, Surrogate, cispo, clip, no_clip, reinforce, sapo
+from trl.losses.kl import KL_ESTIMATORS
+from trl.losses.loss_sum import Aggregation, LossSum, Measure, aggregate, masked_sum
+from trl.losses.token_weights import (
+    adaptive_entropy_coef,
+    importance_correction,
+    mask_truncated,
+    off_policy_mask,
+    top_entropy_mask,
+)
+
+__all__ = [
+    "ADVANTAGES",
+    "CLIP_RULES",
+    "RATIO_LEVELS",
+    "REWARD_AGGREGATIONS",
+    "ClipRule",
+    "Surrogate",
+    "adaptive_entropy_coef",
+    "batch_relative",
+    "cispo",
+    "clip",
+    "clipped_surrogate",
+    "clipped_value",
+    "generalized_advantages",
+    "group_relative",
+    "group_then_batch",
+    "importance_correction",
+    "kl_in_loss",
+    "leave_one_out",
+    "mask_truncated",
+    "no_clip",
+    "normalize_then_sum",
+    "off_policy_mask",
+    "policy_loss",
+    "reinforce",
+    "reward_to_go",
+    "sapo",
+    "soft_overlong_punishment",
+    "sum_then_normalize",
+    "token_rewards",
+    "top_entropy_mask",
+    "whiten",
+]
+
+LOG_RATIO_LIMIT = 20.0
+"""`exp` of more would only overflow: log-ratios are cut here, gradient included"""
+
+
+def policy_loss(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages: Tensor,
+    mask_BT: Tensor,
+    *,
+    rule: ClipRule,
+    level: str = "token",
+    weight_BT: Tensor | None = None,
+    reference_BT: Tensor | None = None,
+    beta: float = 0.0,
+    kl: str = "k3",
+    kl_importance: bool = False,
+    entropy_BT: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    how: Aggregation = "token",
+    max_tokens: int = 0,
+) -> LossSum:
+    """`weight rule(ratio, A) + beta KL - entropy_coef H` per token, added up by `how`.
+
+    advantages: [B, 1] or [B, T]. rule: of `CLIP_RULES`, its numbers bound. level: of `RATIO_LEVELS`. weight_BT: of
+    `token_weights`, for the surrogate alone. kl, kl_importance: see `kl_in_loss`; a reference with beta 0 is only
+    recorded, so is an entropy with coefficient 0. Metrics are per token, whatever `how`.
+    """
+    if beta and reference_BT is None:
+        raise ValueError(f"beta={beta}: the KL term needs reference_BT")
+    if entropy_coef and entropy_BT is None:
+        raise ValueError(f"entropy_coef={entropy_coef}: the bonus needs entropy_BT")
+    if level not in RATIO_LEVELS:
+        raise ValueError(f"importance_sampling_level={level!r}: choose one of {list(RATIO_LEVELS)}")
+    log_ratio = RATIO_LEVELS[level](logprobs_BT, old_logprobs_BT, mask_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    surrogate = rule(log_ratio, logprobs_BT, advantages)
+    loss_BT = surrogate.loss_BT if weight_BT is None else weight_BT * surrogate.loss_BT
+    metrics = _policy_metrics(logprobs_BT, old_logprobs_BT, mask_BT, log_ratio, surrogate)
+    if reference_BT is not None:
+        kl_BT = kl_in_loss(logprobs_BT, reference_BT, old_logprobs_BT if kl_importance else None, kl)
+        loss_BT = loss_BT + beta * kl_BT if beta else loss_BT
+        metrics["kl"] = masked_sum(KL_ESTIMATORS["k3" if kl == "k3" else "k1"](logprobs_BT, reference_BT), mask_BT)
+    if entropy_BT is not None:
+        loss_BT = loss_BT - entropy_coef * entropy_BT if entropy_coef else loss_BT
+        metrics["entropy"] = masked_sum(entropy_BT, mask_BT)
+    total, count = aggregate(loss_BT, mask_BT, how, max_tokens)
+    return LossSum(total, count, metrics)
+
+
+def clipped_surrogate(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    delta: float | None = None,
+    **terms: Any,
+) -> LossSum:
+    """`policy_loss` with PPO's rule `clip`. Serves PPO, GRPO, RLOO (per token) and DDPO (per denoising step)."""
+    rule = partial(clip, clip_low=clip_low, clip_high=clip_high, delta=delta)
+    return policy_loss(logprobs_BT, old_logprobs_BT, advantages, mask_BT, rule=rule, **terms)
+
+
+def kl_in_loss(
+    logprobs_BT: Tensor, reference_BT: Tensor, old_logprobs_BT: Tensor | None = None, kl: str = "k3"
+) -> Tensor:
+    """The KL estimate `kl` of each token as a term of a loss. [B, T]
+
+    With the sampling policy's `old_logprobs_BT` it is weighed by the token's ratio, gradient included, which makes its
+    expectation the current policy's KL and its gradient that of the KL at each token (unbiased KL estimate of
+    DeepSeek-V3.2, arXiv:2512.02556). Without, k2 has this gradient on-policy, k3 another one, k1 none at all.
+    """
+    if kl not in KL_ESTIMATORS:
+        raise ValueError(f"kl={kl!r}: choose one of {list(KL_ESTIMATORS)}")
+    kl_BT = KL_ESTIMATORS[kl](logprobs_BT, reference_BT)
+    if old_logprobs_BT is None:
+        return kl_BT
+    return (logprobs_BT - old_logprobs_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() * kl_BT
+
+
+@torch.no_grad()
+def _policy_metrics(
+    logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor, log_ratio: Tensor, surrogate: Surrogate
+) -> dict[str, Measure]:
+    """How far the policy moved since it sampled, in sums over tokens: the ratio, k1 and k2 of KL(old || new), clips."""
+    change_BT = old_logprobs_BT - logprobs_BT
+    low_BT, high_BT = surrogate.low_BT.to(mask_BT.dtype), surrogate.high_BT.to(mask_BT.dtype)
+    return {
+        "ratio": masked_sum(log_ratio.exp(), mask_BT),
+        "approx_kl": masked_sum(0.5 * change_BT**2, mask_BT),
+        "policy_kl": masked_sum(change_BT, mask_BT),
+        "clip_fraction": masked_sum(low_BT + high_BT, mask_BT),
+        "clip_fraction_low": masked_sum(low_BT, mask_BT),
+        "clip_fraction_high": masked_sum(high_BT, mask_BT),
+    }
+
+
+def clipped_value(
+    values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float | None
+) -> LossSum:
+    """`1/2 max((v - R)^2, (clip(v, v_old +- clip) - R)^2)`: PPO's value loss over tokens; `None` does not clip."""
+    error_BT = (values_BT - returns_BT) ** 2
+    clipped_BT = error_BT
+    if clip is not None:
+        clipped_BT = (old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip) - returns_BT) ** 2
+    total, count = aggregate(0.5 * torch.max(error_BT, clipped_BT), mask_BT, "token")
+    metrics: dict[str, Measure] = {
+        "value": masked_sum(values_BT, mask_BT),
+        "value_error": masked_sum(error_BT, mask_BT),
+        "value_clip_fraction": masked_sum((clipped_BT > error_BT).to(mask_BT.dtype), mask_BT),
+    }
+    return LossSum(total, count, metrics)

@@ -1,0 +1,243 @@
+"""Pairwise preference objectives, one table, one record in: `f(pair, *, beta, ...) -> losses_B`.
+
+A new one is one function (its keyword-only parameters are its options), one test and one entry in `PAIR_LOSSES`.
+c and r are the log-ratios of chosen and rejected to the reference, and h = c - r.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trl.losses.loss_sum import LossSum, Measure
+from trl.losses.pairs import PairLogps, apply_divergence
+from trl.losses.reference_free import alphapo, cpo, orpo, sft, simpo
+
+PairLoss = Callable[..., Tensor]
+
+
+def sigmoid(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO: `-log sigma(beta h)`, eq. 7 of arXiv:2305.18290.
+
+    `label_smoothing` is the probability that a label is flipped: cDPO, eq. 3 of E. Mitchell's note.
+    """
+    scaled = beta * pair.margin_B
+    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+
+
+def robust(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO's loss made unbiased under labels flipped with probability `label_smoothing` < 1/2 (arXiv:2403.00409)."""
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing}: the robust loss needs a flip probability in [0, 0.5)")
+    scaled = beta * pair.margin_B
+    kept, flipped = -F.logsigmoid(scaled), -F.logsigmoid(-scaled)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def hinge(pair: PairLogps, *, beta: float) -> Tensor:
+    """`max(0, 1 - beta h)`: RSO's normalised SLiC, section 3 of arXiv:2309.06657."""
+    return torch.relu(1 - beta * pair.margin_B)
+
+
+def ipo(pair: PairLogps, *, beta: float, average: bool = False) -> Tensor:
+    """`(h - 1 / (2 beta))^2`, eq. 17 of arXiv:2310.12036.
+
+    h sums log-probabilities over the completion as in the paper; `average` takes them per token, which is what
+    the paper's authors advise for language models and makes h comparable across lengths.
+    """
+    margin_B = pair.averaged().margin_B if average else pair.margin_B
+    return (margin_B - 1 / (2 * beta)) ** 2
+
+
+def kto_pair(
+    pair: PairLogps, *, beta: float, kl_chosen: Tensor | float | None = None, kl_rejected: Tensor | float | None = None
+) -> Tensor:
+    """Paired KTO: `1 - sigma(beta (c - KL_rejected))` of every chosen, then `1 - sigma(beta (KL_chosen - r))`. [2 B]
+
+    Taken over the whole batch: each KL is the mean log-ratio over all given completions of its side, not below 0.
+    To take it over more than this batch, pass both in (arXiv:2402.01306).
+    """
+    if kl_chosen is None:
+        kl_chosen = pair.chosen_ratio_B.mean().clamp(min=0)
+    if kl_rejected is None:
+        kl_rejected = pair.rejected_ratio_B.mean().clamp(min=0)
+    chosen = torch.sigmoid(beta * (pair.chosen_ratio_B - kl_rejected))
+    rejected = torch.sigmoid(beta * (kl_chosen - pair.rejected_ratio_B))
+    return 1 - torch.cat([chosen, rejected])
+
+
+def exo_pair(pair: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
+    """Reverse KL from the model's preference to the label's, smoothed: eq. 16 of arXiv:2402.00856.
+
+    The smoothing must be positive: a certain label is infinitely far from any model.
+    """
+    if not 0.0 < label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing}: exo_pair needs it in (0, 1); the paper uses 1e-3")
+    scaled = beta * pair.margin_B
+    label = torch.tensor([1 - label_smoothing, label_smoothing]).log().tolist()
+    kept, flipped = F.logsigmoid(scaled), F.logsigmoid(-scaled)
+    return kept.exp() * (kept - label[0]) + flipped.exp() * (flipped - label[1])
+
+
+def nca_pair(pair: PairLogps, *, beta: float) -> Tensor:
+    """`-log sigma(beta c) - 1/2 log sigma(-beta c) - 1/2 log sigma(-beta r)` (arXiv:2402.05369)."""
+    chosen, rejected = beta * pair.chosen_ratio_B, beta * pair.rejected_ratio_B
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco_pair(pair: PairLogps, *, beta: float, delta: Tensor | float = 0.0) -> Tensor:
+    """`-log sigma(beta c - delta) - log sigma(delta - beta r)` (arXiv:2404.04656).
+
+    `delta` is state: the running mean of all rewards `beta c` and `beta r` so far, kept by the caller.
+    """
+    chosen, rejected = beta * pair.chosen_ratio_B - delta, beta * pair.rejected_ratio_B - delta
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+
+
+def sppo_hard(pair: PairLogps, *, beta: float) -> Tensor:
+    """`(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2`: SPPO with win probabilities 1 and 0 (arXiv:2405.00675)."""
+    target = 0.5 / beta
+    return (pair.chosen_ratio_B - target) ** 2 + (pair.rejected_ratio_B + target) ** 2
+
+
+def aot(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO between quantiles: the policy's sorted margins against the reference's (paired AOT, arXiv:2406.05882).
+
+    Taken over the whole batch: the sort pairs what this call is given, and one pair is DPO. Losses are in sorted order.
+    """
+    policy = pair.chosen_B - pair.rejected_B
+    return _dominance(policy, policy - pair.margin_B, beta, label_smoothing)
+
+
+def aot_unpaired(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO between quantiles: sorted log-ratios of the chosen against those of the rejected (arXiv:2406.05882).
+
+    Taken over the whole batch: the sort pairs what this call is given, and one pair is DPO. Losses are in sorted order.
+    """
+    return _dominance(pair.chosen_ratio_B, pair.rejected_ratio_B, beta, label_smoothing)
+
+
+def _dominance(above_B: Tensor, below_B: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    scaled = beta * (above_B.sort().values - below_B.sort().values)
+    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+
+
+def apo_zero(pair: PairLogps, *, beta: float) -> Tensor:
+    """`1 - sigma(beta c) + sigma(beta r)`: chosen up, rejected down; eq. 7 of arXiv:2408.06266."""
+    return 1 - torch.sigmoid(beta * pair.chosen_ratio_B) + torch.sigmoid(beta * pair.rejected_ratio_B)
+
+
+def apo_down(pair: PairLogps, *, beta: float) -> Tensor:
+    """`sigma(beta c) + 1 - sigma(beta h)`: both down, rejected more; eq. 8 of arXiv:2408.06266."""
+    return torch.sigmoid(beta * pair.chosen_ratio_B) + 1 - torch.sigmoid(beta * pair.margin_B)
+
+
+def discopop(pair: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> Tensor:
+    """Logistic loss blended into the exponential one by `sigma(beta h / tau)`: LRML of arXiv:2406.08414."""
+    scaled = beta * pair.margin_B
+    blend = torch.sigmoid(scaled / discopop_tau)
+    return -F.logsigmoid(scaled) * (1 - blend) + torch.exp(-scaled) * blend
+
+
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": sigmoid,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "kto_pair": kto_pair,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "sft": sft,
+    "orpo": orpo,
+    "cpo": cpo,
+    "simpo": simpo,
+    "alphapo": alphapo,
+}
+
+REFERENCE_FREE = frozenset({"sft", "orpo", "cpo", "simpo", "alphapo"})
+"""objectives that never look at the reference, so none has to be computed"""
+
+WHOLE_BATCH = frozenset({"kto_pair", "aot", "aot_unpaired"})
+"""objectives in which the pairs of one call see each other: the split into micro-batches changes them"""
+
+PER_TOKEN = frozenset({"sft", "orpo", "simpo", "alphapo"})
+"""objectives on log-probabilities per token, which is also how their rewards are reported"""
+
+STATE = frozenset({"kl_chosen", "kl_rejected", "delta"})
+"""parameters that a trainer passes in and a user does not set"""
+
+
+@cache
+def pair_options(name: str) -> dict[str, Any]:
+    """The options that the objective `name` reads, with their defaults (`inspect.Parameter.empty`: must be given)."""
+    if name not in PAIR_LOSSES:
+        raise ValueError(f"Unknown loss type: {name}. Should be one of {list(PAIR_LOSSES)}")
+    parameters = inspect.signature(PAIR_LOSSES[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_pair_options(losses: Iterable[str], given: Iterable[str]) -> None:
+    """Raise for an unknown objective, and for an option that none of the objectives reads. Call it at construction."""
+    names = list(losses)
+    read = {option for name in names for option in pair_options(name)}
+    for option in given:
+        if option not in read:
+            users = [name for name in PAIR_LOSSES if option in pair_options(name)]
+            way_out = f"it belongs to loss_type {', '.join(users)}" if users else "no objective reads it"
+            raise ValueError(f"{option}: has no effect with loss_type={names}; {way_out}")
+
+
+def preference_loss(
+    pair: PairLogps,
+    losses: Mapping[str, float],
+    options: Mapping[str, Any],
+    *,
+    weight_B: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+) -> LossSum:
+    """Weighted sum of objectives, summed over the pairs, with the metrics of preference training.
+
+    losses: name -> weight. options: each objective takes those that it reads; `beta` also scales the rewards.
+    weight_B: a detached weight of each pair (`wpo_weights`).
+    """
+    seen = apply_divergence(pair, divergence, divergence_alpha)
+    total_B = torch.zeros_like(pair.chosen_B)
+    for name, weight in losses.items():
+        own = {option: options[option] for option in pair_options(name) if option in options}
+        given = pair if name in REFERENCE_FREE else seen
+        losses_B = PAIR_LOSSES[name](given, **own).view(-1, len(total_B)).mean(0)  # kto_pair gives two per pair
+        total_B = total_B + weight * losses_B
+    if weight_B is not None:
+        if not WHOLE_BATCH.isdisjoint(losses):
+            raise ValueError(f"weights per pair: {sorted(WHOLE_BATCH.intersection(losses))} mix the pairs of a batch")
+        total_B = total_B * weight_B
+    scored = pair.averaged() if PER_TOKEN.issuperset(losses) else pair
+    return LossSum(total_B.sum(), len(total_B), pair_metrics(scored, float(options.get("beta", 1.0))))
+
+
+@torch.no_grad()
+def pair_metrics(pair: PairLogps, beta: float) -> dict[str, Measure]:
+    """Implicit rewards `beta` times the log-ratio, their margin and accuracy, log-probabilities; sums over pairs."""
+    chosen, rejected = beta * pair.chosen_ratio_B, beta * pair.rejected_ratio_B
+    return {
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype).sum(),
+        "rewards/margins": (chosen - rejected).sum(),
+        "logps/chosen": pair.chosen_B.sum(),
+        "logps/rejected": pair.rejected_B.sum(),
+    }

@@ -1,0 +1,39 @@
+"""Objectives of imitation: the negative log-likelihood and its relatives."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trl.losses.loss_sum import LossSum, aggregate, masked_sum
+
+
+def nll(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) -> LossSum:
+    """Negative log-likelihood, summed over the counted tokens.
+
+    A fractional mask weighs tokens. `entropy_BT` is only recorded.
+    """
+    total, count = aggregate(-logprobs_BT, mask_BT, "token")
+    return LossSum(total, count, {} if entropy_BT is None else {"entropy": masked_sum(entropy_BT, mask_BT)})
+
+
+def dft(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) -> LossSum:
+    """Dynamic fine-tuning: each token's likelihood term weighs its own (detached) probability.
+
+    `-sg[p_t] log p_t` (arXiv:2508.05629). Its gradient is that of `-p_t`, so hard tokens do not dominate.
+    """
+    total, count = aggregate(-logprobs_BT.detach().exp() * logprobs_BT, mask_BT, "token")
+    metrics = {"nll": masked_sum(-logprobs_BT, mask_BT)}
+    return LossSum(
+        total, count, metrics if entropy_BT is None else metrics | {"entropy": masked_sum(entropy_BT, mask_BT)}
+    )
+
+
+def stepwise_cross_entropy(logits_BTC: Tensor, labels_BT: Tensor, ignore_index: int = -100) -> LossSum:
+    """Cross-entropy of a process reward model at the end of each reasoning step, summed over the labelled steps.
+
+    `labels_BT` holds the class of the step that ends there and `ignore_index` everywhere else (arXiv:2211.14275).
+    """
+    total = F.cross_entropy(logits_BTC.flatten(0, -2), labels_BT.flatten(), ignore_index=ignore_index, reduction="sum")
+    labelled_BT = labels_BT != ignore_index
+    correct = ((logits_BTC.detach().argmax(-1) == labels_BT) & labelled_BT).sum()
+    return LossSum(total, labelled_BT.sum(), {"accuracy": correct.to(torch.float32)})
