@@ -1,0 +1,373 @@
+"""DDPO: policy gradient on the denoising steps of a diffusion model (arXiv:2305.13301)."""
+
+import asyncio
+import inspect
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trl.losses.policy import clipped_surrogate
+from trl.models.ddim import predict_noise
+from trl.models.modeling_sd_base import DDPOStableDiffusionPipeline
+from trl.trainer.base import BaseTrainer
+from trl.trainer.ddpo_config import DDPOConfig
+from trl.trainer.ddpo_files import Progress, checkpoint_number, latest_checkpoint, model_card, refuse_to_overwrite
+from trl.trainer.ddpo_setup import create_accelerator, create_optimizer, place, start_trackers
+from trl.trainer.statistics import PerPromptStatTracker
+
+Metadata = Any
+RewardFunction = Callable[[Any, Sequence[str], Sequence[Metadata]], tuple[Any, Metadata]]
+Samples = dict[str, Tensor]
+
+
+class DDPOTrainer(BaseTrainer):
+    """Trains a diffusion pipeline to draw images that a reward function likes.
+
+    Args:
+        reward_function: `(images, prompts, metadata) -> (one reward an image, reward metadata)`; may be `async`. Images
+            are what the pipeline gives for `output_type="pt"`: [B, C, H, W] in 0..1.
+        prompt_function: `() -> (prompt, metadata)`, called once for every sample.
+        sd_pipeline: the model, behind the protocol of `DDPOStableDiffusionPipeline`.
+        image_samples_hook: `(samples, global_step, tracker)`, called once an epoch with a list of `[images, prompts,
+            prompt metadata, rewards, reward metadata]`. `tracker` is None without `config.log_with`.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "ddpo"]
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        reward_function: RewardFunction,
+        prompt_function: Callable[[], tuple[str, Metadata]],
+        sd_pipeline: DDPOStableDiffusionPipeline,
+        image_samples_hook: Callable[[list[list[Any]], int, Any], Any] | None = None,
+    ) -> None:
+        if image_samples_hook is None:
+            warnings.warn("No image_samples_hook provided; no images will be logged")
+        super().__init__(config)
+        self.reward_fn = reward_function
+        self.prompt_fn = prompt_function
+        self.sd_pipeline = sd_pipeline
+        self.image_samples_callback = image_samples_hook
+        self.num_train_timesteps = config.trained_timesteps
+        self.accelerator = create_accelerator(config, own_autocast=sd_pipeline.autocast is not None)
+        self._config_check()
+        start_trackers(self.accelerator, config)
+        set_seed(config.seed, device_specific=True)
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+
+        self.autocast: Callable[..., AbstractContextManager] = sd_pipeline.autocast or self.accelerator.autocast
+        self._prepare_models()
+        self.neg_prompt_embed = self._encode([config.negative_prompts or ""])[1]
+        self.stat_tracker = PerPromptStatTracker(
+            config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+        )
+        self.progress = Progress(self.stat_tracker)
+        self.accelerator.register_save_state_pre_hook(self._save_model_hook)
+        self.accelerator.register_load_state_pre_hook(self._load_model_hook)
+        self.accelerator.register_for_checkpointing(self.progress)
+        self.first_epoch = self._resume() if config.resume_from else 0
+
+    # --- setting up -------------------------------------------------------------------------------------------
+
+    def _config_check(self) -> None:
+        """Sizes that have to fit: an optimizer step takes whole batches, an epoch whole optimizer steps."""
+        config, processes = self.config, self.accelerator.num_processes
+        sampled = config.sample_batch_size * processes * config.sample_num_batches_per_epoch
+        trained = config.train_batch_size * processes * config.train_gradient_accumulation_steps
+        if config.sample_batch_size < config.train_batch_size:
+            raise ValueError(
+                f"Sample batch size ({config.sample_batch_size}) must be greater than or equal to the train batch size "
+                f"({config.train_batch_size})"
+            )
+        if config.sample_batch_size % config.train_batch_size != 0:
+            raise ValueError(
+                f"Sample batch size ({config.sample_batch_size}) must be divisible by the train batch size "
+                f"({config.train_batch_size})"
+            )
+        if sampled % trained != 0:
+            raise ValueError(
+                f"Number of samples per epoch ({sampled}) must be divisible by the total train batch size ({trained}): "
+                "processes x train_batch_size x train_gradient_accumulation_steps"
+            )
+
+    def _prepare_models(self) -> None:
+        """Frozen weights to the device in the inference dtype; what is trained to accelerate, in float32."""
+        pipeline, accelerator = self.sd_pipeline, self.accelerator
+        pipeline.set_progress_bar_config(
+            position=1, disable=not accelerator.is_local_main_process, leave=False, desc="Timestep", dynamic_ncols=True
+        )
+        trainable = pipeline.get_trainable_layers()
+        if trainable is not pipeline.unet and accelerator.num_processes > 1:
+            raise ValueError(
+                f"get_trainable_layers() gave {type(trainable).__name__}, a part of the unet: on several processes its "
+                "gradients would not be shared. Return the unet with `requires_grad` set on what is trained"
+            )
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            if module is not None:
+                place(module, accelerator.device, dtype)
+        self.trainable_layers = [parameter for parameter in trainable.parameters() if parameter.requires_grad]
+        prepared, self.optimizer = accelerator.prepare(trainable, create_optimizer(self.config, self.trainable_layers))
+        self._trained_unet = prepared if trainable is pipeline.unet else pipeline.unet
+        self._prepared = prepared
+        # No dropout in training either: the policy that is trained is the one that sampled.
+        pipeline.unet.eval()
+
+    # --- one epoch --------------------------------------------------------------------------------------------
+
+    def train(self, epochs: int | None = None) -> None:
+        """Run until `epochs` (default: `config.num_epochs`), counted from the very first, also after a resume."""
+        epochs = self.config.num_epochs if epochs is None else epochs
+        remaining = range(self.first_epoch, epochs)
+        refuse_to_overwrite(self.accelerator, remaining, self.config.save_freq)
+        for epoch in remaining:
+            self.step(epoch, self.progress.global_step)
+
+    def step(self, epoch: int, global_step: int) -> int:
+        """Sample, score, and train on what was sampled; returns the number of optimizer steps so far."""
+        config = self.config
+        collected, prompt_image_data = self._generate_samples(
+            config.sample_num_batches_per_epoch, config.sample_batch_size
+        )
+        samples = {key: torch.cat([batch[key] for batch in collected]) for key in collected[0]}
+        rewards, metadata = self.compute_rewards(prompt_image_data, is_async=config.async_reward_computation)
+        for data, reward, extra in zip(prompt_image_data, rewards, metadata, strict=True):
+            data.extend([reward, extra])
+        if self.image_samples_callback is not None:
+            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
+            self.image_samples_callback(prompt_image_data, global_step, tracker)
+
+        gathered = self.accelerator.gather(torch.cat(list(rewards))).cpu().numpy()
+        mean, std = float(gathered.mean()), float(gathered.std())
+        self.accelerator.log(
+            {"reward": gathered, "epoch": epoch, "reward_mean": mean, "reward_std": std}, step=global_step
+        )
+        prompts = [prompt for _, batch, *_ in prompt_image_data for prompt in batch]
+        samples["advantages"] = self._advantages(gathered, gather_object(prompts))
+        del samples["prompt_ids"]
+        for inner_epoch in range(config.train_num_inner_epochs):
+            batches = self._shuffled_batches(samples)
+            global_step = self._train_batched_samples(inner_epoch, epoch, global_step, batches)
+            if not self.accelerator.sync_gradients:
+                raise ValueError(
+                    "Optimization step should have been performed by this point. Please check calculated gradient "
+                    "accumulation settings."
+                )
+        self.progress.global_step = global_step
+        if epoch != 0 and epoch % config.save_freq == 0:
+            # The folder carries the epoch's number, so `first_epoch` of a resume is that number plus one.
+            self.accelerator.project_configuration.iteration = epoch
+            self.accelerator.save_state()
+        return global_step
+
+    def _generate_samples(self, iterations: int, batch_size: int) -> tuple[list[Samples], list[list[Any]]]:
+        """`iterations` batches of trajectories [B, N, ...], and their `[images, prompts, prompt metadata]`."""
+        config, pipeline = self.config, self.sd_pipeline
+        samples, prompt_image_pairs = [], []
+        negative = self.neg_prompt_embed.repeat(batch_size, *[1] * (self.neg_prompt_embed.ndim - 1))
+        for _ in range(iterations):
+            prompts, prompt_metadata = zip(*(self.prompt_fn() for _ in range(batch_size)), strict=True)
+            prompt_ids, prompt_embeds = self._encode(prompts)
+            with self.autocast():
+                output = pipeline(
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=negative,
+                    num_inference_steps=config.sample_num_steps,
+                    guidance_scale=config.sample_guidance_scale,
+                    eta=config.sample_eta,
+                    output_type="pt",
+                )
+            latents = torch.stack(output.latents, dim=1)
+            samples.append(
+                {
+                    "prompt_ids": prompt_ids,
+                    "prompt_embeds": prompt_embeds,
+                    "timesteps": pipeline.scheduler.timesteps.to(latents.device).repeat(batch_size, 1),
+                    "latents": latents[:, :-1],
+                    "next_latents": latents[:, 1:],
+                    "log_probs": torch.stack(output.log_probs, dim=1),
+                    "negative_prompt_embeds": negative,
+                }
+            )
+            prompt_image_pairs.append([output.images, prompts, prompt_metadata])
+        return samples, prompt_image_pairs
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids [B, L] and what the text encoder makes of them."""
+        tokenizer = self.sd_pipeline.tokenizer
+        ids = tokenizer(
+            list(prompts),
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+        ).input_ids.to(self.accelerator.device)
+        return ids, self.sd_pipeline.text_encoder(ids)[0]
+
+    def compute_rewards(
+        self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False
+    ) -> tuple[tuple[Tensor, ...], tuple[Metadata, ...]]:
+        """Rewards ([B] for each batch) and reward metadata; `is_async` scores batches in threads, order kept."""
+        if not is_async:
+            scored: Iterable[tuple[Tensor, Metadata]] = map(self._score, prompt_image_pairs)
+        else:
+            with ThreadPoolExecutor(max_workers=self.config.max_workers) as pool:
+                scored = list(pool.map(self._score, prompt_image_pairs))
+        rewards, metadata = zip(*scored, strict=True)
+        return rewards, metadata
+
+    def _score(self, pair: Sequence[Any]) -> tuple[Tensor, Metadata]:
+        images, prompts, prompt_metadata = pair
+        answer = self.reward_fn(images, prompts, prompt_metadata)
+        rewards, metadata = asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
+        rewards_B = torch.as_tensor(rewards, dtype=torch.float32, device=self.accelerator.device)
+        if rewards_B.shape != (len(prompts),):
+            raise ValueError(
+                f"reward_function gave rewards of shape {tuple(rewards_B.shape)} for {len(prompts)} images: return one "
+                "number for each, and metadata"
+            )
+        if not rewards_B.isfinite().all():
+            raise ValueError(f"reward_function gave {rewards_B.tolist()}: every reward has to be finite")
+        return rewards_B, metadata
+
+    def _advantages(self, rewards: NDArray[Any], prompts: Sequence[str]) -> Tensor:
+        """This process's part of the normalised rewards of all. [B]"""
+        if self.config.per_prompt_stat_tracking:
+            advantages = self.stat_tracker.update(prompts, rewards)
+        else:
+            advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+        own = advantages.reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        return torch.as_tensor(own, dtype=torch.float32, device=self.accelerator.device)
+
+    def _shuffled_batches(self, samples: Samples) -> list[Samples]:
+        """Samples in random order, each with its timesteps in a random order of its own, cut into train batches."""
+        rows, steps = samples["timesteps"].shape
+        device = samples["timesteps"].device
+        order = torch.randperm(rows).to(device)
+        shuffled = {key: value[order] for key, value in samples.items()}
+        times = torch.stack([torch.randperm(steps) for _ in range(rows)]).to(device)
+        for key in ("timesteps", "latents", "next_latents", "log_probs"):
+            shuffled[key] = shuffled[key][torch.arange(rows, device=device)[:, None], times]
+        size = self.config.train_batch_size
+        return [{key: value[at : at + size] for key, value in shuffled.items()} for at in range(0, rows, size)]
+
+    def _train_batched_samples(
+        self, inner_epoch: int, epoch: int, global_step: int, batched_samples: Sequence[Samples]
+    ) -> int:
+        """Go over the batches, one denoising step of each at a time; log at every optimizer step."""
+        guided = self.config.train_cfg and self.config.sample_guidance_scale > 1
+        info: dict[str, list[Tensor]] = defaultdict(list)
+        for sample in batched_samples:
+            embeds = sample["prompt_embeds"]
+            if guided:
+                embeds = torch.cat([sample["negative_prompt_embeds"], embeds])
+            for at in range(self.num_train_timesteps):
+                moment = [sample[key][:, at] for key in ("latents", "timesteps", "next_latents", "log_probs")]
+                with self.accelerator.accumulate(self._prepared):
+                    loss, approx_kl, clipfrac = self.calculate_loss(*moment, sample["advantages"], embeds)
+                    self.accelerator.backward(loss)
+                    if self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                for key, value in (("approx_kl", approx_kl), ("clipfrac", clipfrac), ("loss", loss)):
+                    info[key].append(value.detach())
+                if self.accelerator.sync_gradients:
+                    means = {key: torch.stack(values).mean() for key, values in info.items()}
+                    reduced = self.accelerator.reduce(means, reduction="mean")
+                    stats = {key: value.item() for key, value in reduced.items()}
+                    self.accelerator.log({**stats, "epoch": epoch, "inner_epoch": inner_epoch}, step=global_step)
+                    global_step += 1
+                    info.clear()
+        return global_step
+
+    # --- the objective ----------------------------------------------------------------------------------------
+
+    def calculate_loss(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        next_latents: Tensor,
+        log_probs: Tensor,
+        advantages: Tensor,
+        embeds: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(loss, approx_kl, clipfrac)` of one denoising step of each row.
+
+        `embeds` has one row for each latent, or two (negatives first) for classifier-free guidance.
+        """
+        config = self.config
+        with self.autocast():
+            noise = predict_noise(self._trained_unet, latents, timesteps, embeds, config.sample_guidance_scale)
+        new_log_probs = self.sd_pipeline.scheduler_step(
+            noise, timesteps, latents, eta=config.sample_eta, prev_sample=next_latents
+        ).log_probs
+        advantages = advantages.clamp(-config.train_adv_clip_max, config.train_adv_clip_max)
+        change = new_log_probs - log_probs
+        ratio = change.exp()
+        loss = self.loss(advantages, config.train_clip_range, ratio)
+        clipped = (ratio.detach() - 1).abs() > config.train_clip_range
+        return loss, 0.5 * change.detach().square().mean(), clipped.float().mean()
+
+    def loss(self, advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
+        """PPO's clipped surrogate with a denoising step for a token; eq. 5 and section 4.2 of arXiv:2305.13301. []"""
+        column = ratio.log().unsqueeze(-1)
+        return clipped_surrogate(
+            column,
+            torch.zeros_like(column),
+            advantages.unsqueeze(-1),
+            torch.ones_like(column),
+            clip_low=clip_range,
+            clip_high=clip_range,
+        ).mean
+
+    # --- saving -----------------------------------------------------------------------------------------------
+
+    def _save_model_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        unwrapped = [self.accelerator.unwrap_model(model) for model in models]
+        if self.accelerator.is_main_process:
+            self.sd_pipeline.save_checkpoint(unwrapped, weights, output_dir)
+        weights.clear()  # accelerate writes what is left
+
+    def _load_model_hook(self, models: list[nn.Module], input_dir: str) -> None:
+        self.sd_pipeline.load_checkpoint([self.accelerator.unwrap_model(model) for model in models], input_dir)
+        models.clear()  # accelerate loads what is left
+
+    def _resume(self) -> int:
+        """Load the checkpoint that `resume_from` names; the epoch to go on with."""
+        path = latest_checkpoint(self.config.resume_from)
+        self.accelerator.print(f"Resuming from {path}")
+        self.accelerator.load_state(path)
+        return checkpoint_number(path) + 1
+
+    def _save_pretrained(self, save_directory: Any) -> None:
+        if self.accelerator.is_main_process:
+            self.sd_pipeline.save_pretrained(str(save_directory))
+        self.create_model_card(str(save_directory))
+
+    def create_model_card(self, path: str, model_name: str | None = "TRL DDPO Model") -> None:
+        """Write a `README.md` that says what was trained and how."""
+        if not self.accelerator.is_main_process:
+            return
+        tags = [*self._tag_names, "diffusers", "reinforcement-learning"]
+        reward = getattr(self.reward_fn, "__name__", type(self.reward_fn).__name__)
+        text = model_card(model_name or "TRL DDPO Model", tags, self.config, reward, self.progress.global_step)
+        os.makedirs(path, exist_ok=True)
+        with open(os.path.join(path, "README.md"), "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer
