@@ -248,13 +248,15 @@ def classifier_of(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(network).__name__} has no score head: load it with AutoModelForSequenceClassification")
 
 
-def scores_at(model: nn.Module, packed: PackedBatch, index_S: Tensor, row_S: Tensor) -> Tensor:
+def scores_at(
+    model: nn.Module, packed: PackedBatch, index_S: Tensor, row_S: Tensor, path: Path | None = None
+) -> Tensor:
     """The score head's outputs at packed positions, for causal models (value models, process rewards). [S, labels]"""
     module = classifier_of(model)
-    return module(hidden_states(model, packed, module).at(index_S, row_S)).float()
+    return module(hidden_states(model, packed, module, path).at(index_S, row_S)).float()
 
 
-def rewards(model: nn.Module, packed: PackedBatch) -> Tensor:
+def rewards(model: nn.Module, packed: PackedBatch, path: Path | None = None) -> Tensor:
     """The reward of each row, read at its last real token; encoders read it where they always do. [B]"""
     network = backbone(model)
     if network.config.num_labels != 1:
@@ -264,4 +266,4 @@ def rewards(model: nn.Module, packed: PackedBatch) -> Tensor:
         inputs.pop("position_ids")
         return model(**inputs).logits[:, 0].float()
     rows = torch.arange(packed.rows, device=packed.ids_N.device)
-    return scores_at(model, packed, packed.last_B, rows)[:, 0]
+    return scores_at(model, packed, packed.last_B, rows, path)[:, 0]

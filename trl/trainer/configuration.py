@@ -1,0 +1,107 @@
+"""What the configs of all `Trainer`-based trainers share, and how older call styles become a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from transformers import TrainingArguments
+
+Config = TypeVar("Config", bound="PostTrainingConfig")
+
+
+@dataclass
+class PostTrainingConfig(TrainingArguments):
+    """`TrainingArguments` with the defaults of post-training: a precision that fits the device, frequent logs."""
+
+    bf16: bool | None = field(default=None)
+    """mixed precision in bfloat16; None: where the GPU does it well and `fp16` is off"""
+    logging_steps: float = field(default=10)
+    """optimizer steps between two logs; below 1: a fraction of the whole run"""
+    remove_unused_columns: bool = field(default=False)
+    """must stay False: the trainers choose their columns themselves"""
+    model_init_kwargs: dict[str, Any] | str | None = field(default=None)
+    """keywords of `from_pretrained`, where the model is given by name"""
+    dataset_num_proc: int | None = field(default=None)
+    """processes that tokenise the data"""
+    evaluation_strategy: str | None = field(default=None)
+    """older spelling of `eval_strategy`"""
+
+    def __post_init__(self) -> None:
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+            self.evaluation_strategy = None
+        if self.bf16 is None:
+            self.bf16 = bool(not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        super().__post_init__()
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the field, its value and the way out. Subclasses extend it."""
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True: the trainer needs columns that the model does not; leave it False"
+            )
+        if self.dataset_num_proc is not None:
+            require(self, "dataset_num_proc", self.dataset_num_proc >= 1, "give a number of processes >= 1, or None")
+
+
+def require(config: Any, name: str, holds: bool, way_out: str) -> None:
+    """ValueError `name=value: way out` unless it holds."""
+    if not holds:
+        raise ValueError(f"{name}={getattr(config, name)!r}: {way_out}")
+
+
+def choose(config: Any, name: str, choices: Any) -> None:
+    """ValueError unless the field has one of the choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def _default(entry: Any) -> Any:
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+
+
+def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Config:
+    """`args` as the trainer's own config; plain TrainingArguments keep their values and gain the config's fields."""
+    if args is None:
+        return config_class()
+    if isinstance(args, config_class):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(f"args must be a {config_class.__name__} or TrainingArguments, got {type(args).__name__}")
+    config = object.__new__(config_class)
+    config.__dict__.update({entry.name: _default(entry) for entry in fields(config_class)})
+    config.__dict__.update(args.__dict__)  # already through its own __post_init__: devices are set up once
+    config.remove_unused_columns = False
+    config.validate()
+    return config
+
+
+def with_keywords(config: Config, given: Mapping[str, Any]) -> Config:
+    """Set the fields that a trainer was given as keywords (the older call style); None means not given.
+
+    A keyword that contradicts a value set in the config is a ValueError: one of them would be ignored.
+    """
+    defaults = {entry.name: _default(entry) for entry in fields(config)}
+    for name, value in given.items():
+        if value is None:
+            continue
+        current = getattr(config, name)
+        if current != defaults[name] and current != value:
+            raise ValueError(
+                f"You cannot specify both `{name}` and `args.{name}`: {value!r} against {current!r}. Set one of them."
+            )
+        setattr(config, name, value)
+    config.validate()
+    return config
+
+
+def processing_class_of(processing_class: Any, tokenizer: Any) -> Any:
+    """The tokenizer under either of its two names; both at once is a ValueError."""
+    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
+        raise ValueError("`processing_class` and `tokenizer` are two names of one argument: give one of them")
+    return tokenizer if processing_class is None else processing_class

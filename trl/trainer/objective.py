@@ -1,0 +1,134 @@
+"""The one seam to `transformers.Trainer`: objectives are sums, and the loop divides once per optimizer step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from trl.losses.loss_sum import LossSum
+
+
+class Tally:
+    """Sums and counts of metrics, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        old_total, old_count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (old_total + total, old_count + count)
+
+    def add_loss(self, result: LossSum) -> None:
+        self.add("loss", result.total.detach(), result.count)
+        for name, value in result.metrics.items():
+            total, count = value if isinstance(value, tuple) else (value, result.count)
+            self.add(name, total, count)
+
+    def means(self, trainer: Trainer) -> dict[str, float]:
+        """Every metric's mean over all ranks, with one reduce and one sync; the tally is empty afterwards."""
+        sums, self._sums = self._sums, {}
+        if not sums:
+            return {}
+        pairs = [torch.as_tensor(x, dtype=torch.float64).cpu() for name in sorted(sums) for x in sums[name]]
+        stacked = torch.stack(pairs).to(torch.float32).to(trainer.args.device)
+        totals, counts = trainer.accelerator.reduce(stacked, "sum").view(-1, 2).cpu().unbind(1)
+        return {
+            name: total / count
+            for name, total, count in zip(sorted(sums), totals.tolist(), counts.tolist(), strict=True)
+            if count
+        }
+
+
+class ObjectiveTrainer(Trainer):
+    """A `Trainer` whose loss is a `LossSum`. Overrides public methods only.
+
+    A subclass says what it learns (`objective`) and what one batch counts for (`count`); this class divides by the
+    count of the whole optimizer step, over all ranks, exactly once: the split into micro-batches changes nothing.
+    """
+
+    loss_is_scaled_for_ga = True  # `compute_loss` has divided, `Trainer` must not
+
+    @abstractmethod
+    def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
+        """The loss of one micro-batch, summed."""
+
+    @abstractmethod
+    def count(self, batch: dict[str, Any]) -> Tensor | float:
+        """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
+
+    def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
+        super().__init__(*args, processing_class=processing_class, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or show it one "
+                "with CUDA_VISIBLE_DEVICES=0"
+            )
+        self._tallies = {"train": Tally(), "eval": Tally()}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, by its older name."""
+        return self.processing_class
+
+    def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0, mode: str = "train") -> None:
+        """Add to a metric that the next log shows as its mean."""
+        self._tallies[mode].add(name, total, count)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        local = torch.as_tensor(sum(self.count(batch) for batch in batches), dtype=torch.float32, device=device)
+        return batches, self.accelerator.reduce(local, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        result = self.objective(model, inputs)
+        self._tallies["train" if model.training else "eval"].add_loss(result)
+        if num_items_in_batch is None:
+            loss = result.mean
+        else:  # DDP averages over ranks; undo it
+            loss = result.total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        return (loss, {}) if return_outputs else loss
+
+    def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
+        """Loss, predictions and labels of an evaluation batch, for `compute_metrics`."""
+        return self.objective(model, inputs), None, None
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            result, logits, labels = self.predictions(model, {**inputs})
+        self._tallies["eval"].add_loss(result)
+        return result.mean.detach(), *((None, None) if prediction_loss_only else (logits, labels))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        self._tallies["eval"] = Tally()
+        output = super().evaluation_loop(*args, **kwargs)
+        means = self._tallies["eval"].means(self)  # exact: a mean of batch means is not
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            means = self._tallies["train"].means(self)
+            means.pop("loss", None)  # Trainer's own: the mean over optimizer steps
+            logs.update(means)
+        super().log(logs, start_time)
