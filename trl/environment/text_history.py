@@ -1,0 +1,145 @@
+"""What was said in an episode, as text and as the tokens that the model saw and made."""
+
+from __future__ import annotations
+
+import html
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import LongTensor, Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trl import import_utils
+
+_HTML_COLOURS = {"Prompt": "#d9d9d9", "System": "#00d7af", "Model": "#5fd7ff", "Reward": "#ffafff"}
+
+
+class TextHistory:
+    """A text in segments by the system (prompt, tools) and the model, with its tokens and a mask of the model's.
+
+    Tokens are only ever appended: earlier segments are never tokenised again.
+    """
+
+    def __init__(self, text: str, tokens: Tensor, system: bool = True) -> None:
+        self.text = ""
+        self.text_spans: list[tuple[int, int]] = []
+        self.system_spans: list[bool] = []
+        self.tokens: Tensor = tokens[:0]
+        """[N] ids of the whole episode"""
+        self.token_spans: list[tuple[int, int]] = []
+        self.token_masks: Tensor = LongTensor([]).to(tokens.device)
+        """[N] 1 = the model sampled this token"""
+        self.token_logprobs: Tensor = torch.zeros(0, device=tokens.device)
+        """[N] of each token under the policy that sampled it: 0 where it was not sampled, nan where it is unknown"""
+        self.completed = False
+        self.truncated = False
+        self.reward: float | Tensor = 0.0
+        self.prompt_color = "black on grey85"
+        self.system_color = "black on cyan3"
+        self.model_color = "black on deep_sky_blue1"
+        self.reward_color = "black on plum1"
+        self._extend(text, tokens, system)
+
+    def append_segment(self, text: str, tokens: Tensor, system: bool = True, logprobs: Tensor | None = None) -> None:
+        """Add what the system or the model said; neither text nor tokens may be empty."""
+        if len(text) == 0 or len(tokens) == 0:
+            raise ValueError("Can't append empty text or token list to history.")
+        self._extend(text, tokens, system, logprobs)
+
+    def _extend(self, text: str, tokens: Tensor, system: bool, logprobs: Tensor | None = None) -> None:
+        self.text_spans.append((len(self.text), len(self.text) + len(text)))
+        self.token_spans.append((len(self.tokens), len(self.tokens) + len(tokens)))
+        self.system_spans.append(system)
+        self.text += text
+        self.tokens = torch.cat([self.tokens, tokens])
+        self.token_masks = torch.cat([self.token_masks, torch.full_like(tokens, 0 if system else 1)])
+        if logprobs is None:
+            logprobs = torch.full(tokens.shape, 0.0 if system else torch.nan, device=tokens.device)
+        self.token_logprobs = torch.cat([self.token_logprobs, logprobs.to(self.token_logprobs)])
+
+    def complete(self, truncated: bool = False) -> None:
+        """Mark the episode as over; `truncated`: because it got too long."""
+        self.completed = True
+        self.truncated = truncated
+
+    @property
+    def last_text_segment(self) -> str:
+        start, end = self.text_spans[-1]
+        return self.text[start:end]
+
+    def split_query_response_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`(query, response, response mask)`: the tokens of the first segment, all others, and whose those are."""
+        split = self.token_spans[0][1]
+        return self.tokens[:split], self.tokens[split:], self.token_masks[split:]
+
+    # --- looking at it --------------------------------------------------------------------------------------------
+
+    def _roles(self) -> list[str]:
+        return ["Prompt", *("System" if system else "Model" for system in self.system_spans[1:])]
+
+    def _style(self, role: str) -> str:
+        return str(getattr(self, f"{role.lower()}_color"))
+
+    def show_text(self, show_legend: bool = False) -> None:
+        """Print the text, coloured by who said it (needs rich)."""
+        pieces = [
+            (self.text[start:end], role) for (start, end), role in zip(self.text_spans, self._roles(), strict=True)
+        ]
+        self._print(pieces, "text", show_legend)
+
+    def show_tokens(self, tokenizer: PreTrainedTokenizerBase, show_legend: bool = False) -> None:
+        """Print the tokens, coloured by who said them (needs rich)."""
+        pieces = []
+        for (start, end), role in zip(self.token_spans, self._roles(), strict=True):
+            names = tokenizer.convert_ids_to_tokens(self.tokens[start:end].tolist())
+            pieces += [piece for name in names for piece in ((name, role), (" ", ""))]
+        self._print(pieces, "tokens", show_legend)
+
+    def show_colour_legend(self) -> None:
+        """Print which colour is whose (needs rich)."""
+        pieces: list[tuple[str, str]] = [("\n\n(Colour Legend: ", "")]
+        for role in _HTML_COLOURS:
+            pieces += [(role, role), ("|", "")]
+        self._print([*pieces[:-1], (")", "")], "colour legend", show_legend=False, show_reward=False)
+
+    def _print(self, pieces: Sequence[tuple[str, str]], what: str, show_legend: bool, show_reward: bool = True) -> None:
+        if not import_utils.is_rich_available():
+            warnings.warn(f"install rich to display {what}")
+            return
+        from rich import print as rich_print
+        from rich.text import Text
+
+        text = Text()
+        for piece, role in pieces:
+            text.append(piece, style=self._style(role) if role else "")
+        if show_reward:
+            text.append(f"\n\nReward: {self.reward}", style=self.reward_color)
+        rich_print(text)
+        if show_legend:
+            self.show_colour_legend()
+
+    def to_html(self, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+        """The episode as HTML with a legend; with a `tokenizer`, every token in a frame of its own."""
+
+        def coloured(text: str, role: str, frame: str = "") -> str:
+            return f'<span style="background:{_HTML_COLOURS[role]};color:#000;{frame}">{html.escape(text)}</span>'
+
+        parts = []
+        edge = "border-right:1px solid #fff8;"
+        spans = zip(self.text_spans, self.token_spans, self._roles(), strict=True)
+        for (start, end), (first, last), role in spans:
+            if tokenizer is None:
+                parts.append(coloured(self.text[start:end], role))
+            else:
+                tokens = self.tokens[first:last].split(1)
+                parts += [coloured(tokenizer.decode(token), role, edge) for token in tokens]
+        legend = " ".join(coloured(f" {role} ", role) for role in _HTML_COLOURS)
+        reward = coloured(f"Reward: {self.reward}", "Reward")
+        return (
+            f'<div style="font-family:monospace"><div style="white-space:pre-wrap">{"".join(parts)}</div>'
+            f"<p>{reward}</p><small>{legend}</small></div>"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
