@@ -123,7 +123,7 @@ def _run(model: nn.Module, module: nn.Module, packed: PackedBatch, path: Path) -
                 )
         else:
             inputs = padded_inputs(packed, _pad_token(model))
-            if not _takes_positions(model):
+            if not takes_positions(model):
                 inputs.pop("position_ids")
             model(**inputs, **({} if _is_encoder(model) else {"use_cache": False}))
     return seen[-1]
@@ -138,7 +138,7 @@ def _is_encoder(model: nn.Module) -> bool:
     return not hasattr(backbone(model), "prepare_inputs_for_generation") and not hasattr(backbone(model), "score")
 
 
-def _takes_positions(model: nn.Module) -> bool:
+def takes_positions(model: nn.Module) -> bool:
     import inspect
 
     network = backbone(model)
