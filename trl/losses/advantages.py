@@ -11,12 +11,13 @@ Scale = Literal["group", "batch", "none"]
 
 
 def _count_mean_std(values: Tensor, dim: int, unbiased: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics along `dim` of what is not NaN. A single value has no spread: 0."""
+    """Statistics along `dim` of what is not NaN. One value has no spread (0), nor have values equal up to rounding."""
     valid = ~values.isnan()
     count = valid.sum(dim, keepdim=True)
     mean = values.nan_to_num().sum(dim, keepdim=True) / count.clamp(min=1)
     square = ((values - mean) ** 2).masked_fill(~valid, 0.0).sum(dim, keepdim=True)
-    return count, mean, (square / (count - int(unbiased)).clamp(min=1)).sqrt()
+    std = (square / (count - int(unbiased)).clamp(min=1)).sqrt()
+    return count, mean, std.masked_fill(std <= 1e-6 * mean.abs(), 0.0)
 
 
 def _divide(centred: Tensor, std: Tensor, eps: float) -> Tensor:
@@ -33,6 +34,11 @@ def _grouped(rewards_B: Tensor, group_size: int, least: int = 1) -> Tensor:
     return rewards_B.view(-1, group_size)
 
 
+def _centred(rewards_B: Tensor, group_size: int) -> Tensor:
+    rewards = _grouped(rewards_B, group_size)
+    return (rewards - _count_mean_std(rewards, 1)[1]).flatten()
+
+
 def group_relative(
     rewards_B: Tensor, group_size: int, scale: Scale = "group", *, unbiased: bool = True, eps: float = 1e-4
 ) -> Tensor:
@@ -42,15 +48,14 @@ def group_relative(
     batch: the std of all the given rewards (arXiv:2508.08221). none: Dr. GRPO, arXiv:2503.20783.
     A NaN reward is left out of the statistics and gets advantage 0.
     """
-    rewards = _grouped(rewards_B, group_size, least=1 if scale == "none" else 2)
-    _, mean, group_std = _count_mean_std(rewards, 1, unbiased)
-    centred = (rewards - mean).nan_to_num()
+    centred_B = _centred(rewards_B, group_size).nan_to_num()
     if scale == "none":
-        return centred.flatten()
+        return centred_B
     if scale == "group":
-        return _divide(centred, group_std, eps).flatten()
+        rewards = _grouped(rewards_B, group_size, least=2)
+        return _divide(centred_B.view_as(rewards), _count_mean_std(rewards, 1, unbiased)[2], eps).flatten()
     if scale == "batch":
-        return _divide(centred.flatten(), _count_mean_std(rewards_B, 0, unbiased)[2], eps)
+        return _divide(centred_B, _count_mean_std(rewards_B, 0, unbiased)[2], eps)
     raise ValueError(f"scale_rewards={scale!r}: choose 'group', 'batch' or 'none'")
 
 
@@ -76,7 +81,7 @@ def batch_relative(rewards_B: Tensor, group_size: int = 1, *, scale: bool = True
 
 def group_then_batch(rewards_B: Tensor, group_size: int, *, eps: float = 1e-8) -> Tensor:
     """REINFORCE++-baseline: reward minus its group's mean, then whitened over the batch (arXiv:2501.03262). [B]"""
-    return batch_relative(group_relative(rewards_B, group_size, "none"), eps=eps)
+    return batch_relative(_centred(rewards_B, group_size), eps=eps)
 
 
 def no_baseline(rewards_B: Tensor, group_size: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""Policy-gradient objectives: a baseline (`ADVANTAGES`), a ratio level, a clip rule, a KL and a way to add, each picked.
+"""Policy-gradient objectives: a baseline (`ADVANTAGES`), a ratio level, a clip rule, a KL a way to add.
 
 Shape letters: B completions, T tokens (DDPO: denoising steps), G group. The pieces live in `advantages`, `clipping` and
 `token_weights`; this is the door to all of them.

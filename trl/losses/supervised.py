@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl.losses.loss_sum import LossSum, aggregate, masked_sum
+from trl.losses.loss_sum import LossSum, Measure, aggregate, masked_sum
 
 
 def nll(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) -> LossSum:
@@ -22,10 +22,10 @@ def dft(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) 
     `-sg[p_t] log p_t` (arXiv:2508.05629). Its gradient is that of `-p_t`, so hard tokens do not dominate.
     """
     total, count = aggregate(-logprobs_BT.detach().exp() * logprobs_BT, mask_BT, "token")
-    metrics = {"nll": masked_sum(-logprobs_BT, mask_BT)}
-    return LossSum(
-        total, count, metrics if entropy_BT is None else metrics | {"entropy": masked_sum(entropy_BT, mask_BT)}
-    )
+    metrics: dict[str, Measure] = {"nll": masked_sum(-logprobs_BT, mask_BT)}
+    if entropy_BT is not None:
+        metrics["entropy"] = masked_sum(entropy_BT, mask_BT)
+    return LossSum(total, count, metrics)
 
 
 def stepwise_cross_entropy(logits_BTC: Tensor, labels_BT: Tensor, ignore_index: int = -100) -> LossSum:
