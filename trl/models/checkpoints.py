@@ -1,0 +1,137 @@
+"""Folders of weights: saving without ever leaving half a file, and reading back a few tensors of a big checkpoint."""
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+"""keywords of `from_pretrained` that say where a file is, so that every file is looked for in the same place"""
+
+WEIGHT_FILES = (
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    "model-?????-of-?????.safetensors",
+    WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    "pytorch_model-?????-of-?????.bin",
+)
+"""glob patterns of all the files that may hold the weights of a whole model"""
+
+
+@contextmanager
+def writing(directory: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to write in, whose files are renamed into `directory` once all of them are written.
+
+    `replaces`: glob patterns of files that belong to an earlier save; those that were not written anew are removed.
+    OSError names the folder if the disk is full or not writable; `directory` is then as it was before.
+    """
+    target = Path(directory)
+    if target.is_file():
+        raise ValueError(f"cannot save to {str(target)!r}: it is a file; pass the name of a folder")
+    existed = target.is_dir()
+    beside: Path | None = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))  # inside: a rename never leaves the disk
+        yield beside
+        _move(beside, target, replaces)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not save to {str(target)!r}: {error}; nothing there has changed") from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+        if not existed and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+
+
+def _move(source: Path, target: Path, replaces: Sequence[str]) -> None:
+    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / file, target / file)
+    for pattern in replaces:
+        for stale in target.glob(pattern):
+            if stale.relative_to(target) not in files:
+                stale.unlink()
+
+
+def find_file(source: str, name: str, **where: Any) -> str | None:
+    """Path of the file `name` of a model folder or Hub repository; None if it has no such file.
+
+    `where`: any of `HUB_ARGUMENTS`.
+    """
+    try:
+        return cached_file(
+            source,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **where,
+        )
+    except (OSError, HFValidationError):
+        return None
+
+
+def read_modules(source: str, modules: Sequence[str], *, adapter: bool = False, **where: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names start with one of `modules` ("v_head"); {} if there are none.
+
+    Only they are read: of a sharded checkpoint, only the shards that hold one. `adapter`: the folder is an adapter's,
+    where `pytorch_model.bin` holds nothing but these modules and counts before any weights of a base model.
+    """
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    for name in names[::-1] if adapter else names:
+        file = find_file(source, name, **where)
+        if file is None:
+            continue
+        tensors = (_read_shards if name.endswith(".json") else _read)(file, modules, source=source, where=where)
+        if tensors or not os.path.isdir(source):  # of a repository never fetch a second format only to look into it
+            return tensors
+    return {}
+
+
+def belongs(key: str, modules: Sequence[str]) -> bool:
+    """Whether a state-dict key names a tensor of one of `modules`."""
+    return key.split(".")[0] in modules
+
+
+def _read_shards(index: str, modules: Sequence[str], *, source: str, where: Mapping[str, Any]) -> dict[str, Tensor]:
+    with open(index, encoding="utf-8") as file:
+        weight_map: dict[str, str] = json.load(file)["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted({shard for key, shard in weight_map.items() if belongs(key, modules)}):
+        path = find_file(source, shard, **where)
+        if path is None:
+            raise OSError(f"the checkpoint {source!r} lacks its shard {shard!r}: fetch or save it again")
+        tensors |= _read(path, modules)
+    return tensors
+
+
+def _read(file: str, modules: Sequence[str], **_: Any) -> dict[str, Tensor]:
+    try:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                return {key: stored.get_tensor(key) for key in stored.keys() if belongs(key, modules)}  # noqa: SIM118
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # pickle, zip, safetensors and torch each have their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f"could not read the weights {file!r}: {reason}") from error
+    return {key: tensor.clone() for key, tensor in stored.items() if belongs(key, modules)}

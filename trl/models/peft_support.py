@@ -1,0 +1,182 @@
+"""Everything that touches PEFT: adapters put on, loaded from a folder, and read for a reward head."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from trl.import_utils import is_peft_available
+from trl.models.checkpoints import find_file
+
+if is_peft_available():
+    from peft import (
+        PeftConfig,
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForSeq2SeqLM,
+        get_peft_model,
+        prepare_model_for_kbit_training,
+    )
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    PEFT_ARCHITECTURES: tuple[type[nn.Module], ...] = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
+    KBIT_ARGUMENTS = tuple(name for name in inspect.signature(prepare_model_for_kbit_training).parameters)[1:]
+else:
+    PEFT_ARCHITECTURES = ()
+    KBIT_ARGUMENTS = ()
+
+logger = logging.getLogger(__name__)
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether `model` is a PEFT model (False where PEFT is not installed)."""
+    return is_peft_available() and isinstance(model, PeftModel)
+
+
+def is_peft_config(config: Any) -> bool:
+    return is_peft_available() and isinstance(config, PeftConfig)
+
+
+def require_peft(wanted_by: str) -> None:
+    """ImportError where PEFT is not installed."""
+    if not is_peft_available():
+        raise ImportError(f'PEFT is not installed and {wanted_by} needs it: pip install "trl[peft]"')
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the weights are held in 8 or 4 bits, by any of transformers' quantisation methods."""
+    loaded = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
+    return loaded or getattr(model, "quantization_method", None) is not None
+
+
+@contextmanager
+def _without_library_noise() -> Iterator[None]:
+    """PEFT asks transformers for a name that transformers has renamed, which the user cannot help."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to False but the target module is `Conv1D`")
+        yield
+
+
+def add_adapter(model: nn.Module, peft_config: Any, **kbit_arguments: Any) -> nn.Module:
+    """A PEFT model of `model`; a quantised one is prepared for training first, with `kbit_arguments`."""
+    if is_quantized(model):
+        model = prepare_model_for_kbit_training(model, **kbit_arguments)
+    elif any(kbit_arguments.values()):
+        names = ", ".join(f"`{name}`" for name in kbit_arguments)
+        raise ValueError(
+            f"{names} prepare a quantised model for training, and this one is not quantised: "
+            "leave them out, or pass a `quantization_config`"
+        )
+    with _without_library_noise():
+        return get_peft_model(model, peft_config)
+
+
+def wrap_peft(
+    model: Any,
+    peft_config: Any,
+    *,
+    owner: str = "trainer",
+    gradient_checkpointing: bool = False,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    bf16: bool = False,
+    merge: bool = False,
+) -> nn.Module:
+    """`model` with a new adapter, ready to be trained: k-bit preparation, gradients of the inputs, bf16 casting.
+
+    `owner`: the trainer's name, for messages. A model that has an adapter already is merged with it if `merge`, else
+    ValueError. After k-bit preparation checkpointing is on: the caller turns it off in its own arguments.
+    """
+    if not is_peft_available():
+        raise ValueError(
+            "PEFT is not installed and you passed a `peft_config` in the trainer's kwargs, please install it to use "
+            'the PEFT models: pip install "trl[peft]"'
+        )
+    if not is_peft_config(peft_config):
+        raise ValueError(
+            f"If you want to use the PeftModel, you need to pass a PeftConfig object to the {owner}. "
+            f"and you passed a {type(peft_config)}."
+        )
+    if is_peft_model(model):
+        if not merge:
+            raise ValueError(
+                "the model has an adapter already and `peft_config` asks for another one: leave `peft_config` out to "
+                "train the adapter it has, or pass `model.merge_and_unload()`"
+            )
+        model = model.merge_and_unload()
+    kbit: dict[str, Any] = {}
+    if is_quantized(model):
+        kbit = {"use_gradient_checkpointing": gradient_checkpointing}
+        if gradient_checkpointing_kwargs is not None:
+            kbit["gradient_checkpointing_kwargs"] = gradient_checkpointing_kwargs
+    elif gradient_checkpointing and (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
+        model.enable_input_require_grads()
+    model = add_adapter(model, peft_config, **kbit)
+    if bf16 and getattr(model, "is_loaded_in_4bit", False):
+        peft_module_casting_to_bf16(model)
+    return model
+
+
+def peft_module_casting_to_bf16(model: nn.Module) -> None:
+    """Adapter layers to bfloat16, norms to float32, float32 embeddings and heads to bfloat16; in place."""
+    require_peft("peft_module_casting_to_bf16")
+    module: Any
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            module.to(torch.bfloat16)
+        elif "norm" in name:
+            module.to(torch.float32)
+        elif any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")):
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.dtype == torch.float32:
+                module.to(torch.bfloat16)
+
+
+def find_adapter(source: str, **where: Any) -> Any | None:
+    """The PeftConfig of a folder or repository that holds an adapter; None if it holds none, or PEFT is missing."""
+    if not is_peft_available() or find_file(source, "adapter_config.json", **where) is None:
+        return None
+    return PeftConfig.from_pretrained(source, **{key: value for key, value in where.items() if value is not None})
+
+
+def load_adapter(base: nn.Module, source: str, *, is_trainable: bool, **where: Any) -> nn.Module:
+    """A PEFT model of `base` with the adapter that lies at `source`."""
+    with _without_library_noise():
+        return PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **where)
+
+
+def reward_head_weights(source: str, modules: tuple[str, ...], token: str | bool | None = None) -> dict[str, Any]:
+    """`weight` (and `bias`) of the score head stored with the adapter at `source`.
+
+    `modules`: names of modules that are such a head ("score").
+    """
+    weights: dict[str, Any] = {}
+    for name in ("adapter_model.bin", "adapter_model.safetensors"):
+        file = find_file(source, name, token=token)
+        if file is not None:
+            stored = load_file(file) if name.endswith(".safetensors") else torch.load(file, "cpu", weights_only=True)
+            break
+    else:
+        raise ValueError(
+            "Could not find adapter model in the Hub, make sure you have the correct adapter model id."
+            + (f" (looked in the folder {source!r})" if os.path.isdir(source) else "")
+        )
+    for key, tensor in stored.items():
+        *path, last = key.split(".")
+        if last in ("weight", "bias") and any(module in path for module in modules):
+            weights[last] = tensor
+    if "weight" not in weights:
+        raise ValueError(
+            f"the adapter {source!r} holds no head ({', '.join(modules)}): train it with `task_type='SEQ_CLS'`, "
+            "so that the head is saved with it"
+        )
+    return weights

@@ -1,0 +1,236 @@
+"""A model and its tokenizer made ready for training: once, for every trainer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from trl.import_utils import is_bitsandbytes_available
+from trl.models.checkpoints import HUB_ARGUMENTS
+from trl.models.peft_support import (
+    find_adapter,
+    is_peft_model,
+    is_quantized,
+    load_adapter,
+    peft_module_casting_to_bf16,
+    wrap_peft,
+)
+
+__all__ = [
+    "activate_neftune",
+    "align_special_tokens",
+    "check_vocabulary",
+    "context_length",
+    "disable_dropout_in_model",
+    "enable_gradient_checkpointing",
+    "ensure_pad_token",
+    "is_peft_model",
+    "is_quantized",
+    "load_model",
+    "load_tokenizer",
+    "neftune_post_forward_hook",
+    "peft_module_casting_to_bf16",
+    "wrap_peft",
+]
+
+
+def load_model(
+    name_or_model: str | os.PathLike[str] | nn.Module,
+    auto_class: Any,
+    init_kwargs: dict[str, Any] | None = None,
+    *model_args: Any,
+    owner: str | None = None,
+    is_trainable: bool = True,
+) -> nn.Module:
+    """The model behind a folder, a Hub name or an object; of a folder that holds an adapter, a PEFT model.
+
+    `owner`: a trainer that was given the model; it warns of a name and refuses `init_kwargs` for an object.
+    OSError says in one line why a folder or name cannot be read.
+    """
+    if not isinstance(name_or_model, str | os.PathLike):
+        if init_kwargs:
+            raise ValueError(
+                f"You passed model_kwargs to the {owner or 'loader'}. But your model is already instantiated."
+            )
+        return name_or_model
+    source, init_kwargs = os.fspath(name_or_model), modern_init_kwargs(init_kwargs or {})
+    if owner is not None:
+        warnings.warn(
+            f"You passed a model_id to the {owner}. This will automatically create an `{auto_class.__name__}` or a "
+            "`PeftModel` (if you passed a `peft_config`) for you."
+        )
+    where = {name: init_kwargs[name] for name in HUB_ARGUMENTS if name in init_kwargs}
+    adapter = find_adapter(source, **where)
+    if adapter is None:
+        return _from_pretrained(auto_class, source, model_args, init_kwargs)
+    if not adapter.base_model_name_or_path:
+        raise OSError(f"the adapter {source!r} does not say which model it belongs to (`base_model_name_or_path`)")
+    base_kwargs = {name: value for name, value in init_kwargs.items() if name not in ("revision", "subfolder")}
+    if adapter.revision:
+        base_kwargs["revision"] = adapter.revision
+    base = _from_pretrained(auto_class, adapter.base_model_name_or_path, model_args, base_kwargs)
+    return load_adapter(base, source, is_trainable=is_trainable, **where)
+
+
+def _from_pretrained(auto_class: Any, source: str, model_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> Any:
+    if not os.path.exists(source) and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+        raise OSError(f"could not load a model from {source!r}: there is no such folder")
+    try:
+        return auto_class.from_pretrained(source, *model_args, **init_kwargs)
+    except ImportError:
+        raise
+    except Exception as error:  # transformers, safetensors, json and the Hub each have their own
+        if isinstance(error, TypeError | torch.OutOfMemoryError):  # wrong keyword, too large: the message says it
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        kind = OSError if isinstance(error, OSError) or "Safetensor" in type(error).__name__ else ValueError
+        raise kind(
+            f"could not load a model from {source!r}: {reason} "
+            "Pass a folder that `save_pretrained` wrote, or the name of a Hub repository."
+        ) from error
+
+
+def modern_init_kwargs(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `from_pretrained` in today's spelling: `torch_dtype`, `load_in_8bit`, `load_in_4bit` still work."""
+    kwargs = dict(init_kwargs)
+    dtype = kwargs.pop("torch_dtype", None)
+    if dtype is not None:
+        kwargs.setdefault("dtype", dtype)
+    bits = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    if any(bits.values()):
+        wanted = " and ".join(f"`{name}`" for name, value in bits.items() if value)
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(f"{wanted} and `quantization_config` both say how to quantise: pass one of them")
+        if not is_bitsandbytes_available():
+            raise ImportError(f'{wanted} needs bitsandbytes: pip install "trl[quantization]"')
+        kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
+    return kwargs
+
+
+def load_tokenizer(
+    name_or_tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase,
+    *,
+    padding_side: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, Hub name or object, with a padding token (`ensure_pad_token`)."""
+    tokenizer: Any = name_or_tokenizer
+    if isinstance(name_or_tokenizer, str | os.PathLike):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_tokenizer, **kwargs)
+        except Exception as error:  # as many kinds as there are tokenizers
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise OSError(
+                f"could not load a tokenizer from {os.fspath(name_or_tokenizer)!r}: {reason} "
+                "Save one there with `tokenizer.save_pretrained`, or pass a tokenizer."
+            ) from error
+    elif kwargs:
+        raise ValueError(f"{', '.join(kwargs)} cannot change a tokenizer that is loaded already")
+    if padding_side is not None:
+        tokenizer.padding_side = padding_side
+    return ensure_pad_token(tokenizer)
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """`tokenizer` with a padding token: its own, else its end token.
+
+    An end token that also pads is told from padding by the attention mask alone: mask by position, never by id.
+    ValueError where there is neither.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has neither a pad token nor an EOS token: set one of its tokens, "
+                "`tokenizer.pad_token = ...`, or add one with `tokenizer.add_special_tokens({'pad_token': '<pad>'})` "
+                "and `model.resize_token_embeddings(len(tokenizer))`"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def align_special_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model's configs the tokenizer's padding id where they have none: classifiers and `generate` want it."""
+    configs = [getattr(_inner(model), name, None) for name in ("config", "generation_config")]
+    for config in configs:
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
+
+
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError if the tokenizer makes ids for which the model has no embedding."""
+    rows = getattr(_inner(model).get_input_embeddings(), "num_embeddings", 0)
+    rows = rows or _inner(model).config.get_text_config().vocab_size
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ValueError(
+            f"the tokenizer's highest id is {highest}, and the model's embedding has {rows} rows: use the model's own "
+            "tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`"
+        )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence the model has positions for; None where positions have no end (T5, ALiBi)."""
+    config = _inner(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        limit = getattr(config, "max_seq_len", None)  # MPT
+    if limit is None:
+        return None
+    for module in _inner(model).modules():  # RoBERTa counts positions from behind its padding index
+        if isinstance(table := getattr(module, "position_embeddings", None), nn.Embedding):
+            return limit if table.padding_idx is None else limit - table.padding_idx - 1
+    return limit
+
+
+def _inner(model: nn.Module) -> Any:
+    return getattr(model, "pretrained_model", model)
+
+
+def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
+    """Recompute activations in the backward pass; ValueError for an architecture that cannot.
+
+    Reentrant checkpoints need an input with a gradient: behind frozen embeddings it gets one.
+    """
+    inner = _inner(model)
+    if not getattr(inner, "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(inner).__name__} does not support `gradient_checkpointing`: set it to False")
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if (kwargs or {}).get("use_reentrant", False) and not inner.get_input_embeddings().weight.requires_grad:
+        inner.enable_input_require_grads()
+
+
+def disable_dropout_in_model(model: nn.Module) -> None:
+    """No dropout any more: of modules, of attention and layers that hold the rate as a number, of whole layers."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def neftune_post_forward_hook(module: nn.Module, input: Any, output: Tensor) -> Tensor:
+    """Embeddings plus uniform noise in ±alpha / sqrt(T D) while training; eq. 1 of arXiv:2310.05914.
+
+    alpha is `module.neftune_noise_alpha`, T the tokens of the (padded) row and D the width.
+    """
+    if module.training:
+        bound = module.neftune_noise_alpha / (output.size(1) * output.size(2)) ** 0.5
+        output = output + torch.empty_like(output).uniform_(-bound, bound)
+    return output
+
+
+def activate_neftune(model: nn.Module, alpha: float) -> RemovableHandle:
+    """Put the noise on the model's input embeddings; the handle, also `model.neftune_hook_handle`, takes it off."""
+    embeddings = _inner(model).get_input_embeddings()
+    embeddings.neftune_noise_alpha = alpha
+    handle = embeddings.register_forward_hook(neftune_post_forward_hook)
+    model.neftune_hook_handle = handle
+    return handle

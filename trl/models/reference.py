@@ -1,0 +1,93 @@
+"""The frozen policy that a KL term or a preference loss measures against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from trl.models.modeling_base import create_reference_model
+from trl.models.peft_support import is_peft_model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model below what accelerate and `torch.compile` put around it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+class Reference:
+    """`with reference.model() as m:` is the one place that knows what the reference is.
+
+    A model that the user gave; else the policy with its adapter switched off, if it has one; else a frozen copy of the
+    policy as it is now. `precomputed`: its log-probabilities are in the data, and `m` is None.
+    After `accelerator.prepare` assign the prepared models to `policy` and, if it is not None, to `frozen`.
+    """
+
+    def __init__(self, policy: nn.Module, given: nn.Module | None = None, *, precomputed: bool = False):
+        if given is not None and unwrap(given) is unwrap(policy):
+            raise ValueError("the reference is the policy itself: leave it out for a frozen copy, or load it again")
+        if given is not None and precomputed:
+            raise ValueError("a reference model and precomputed reference log-probabilities: pass one of them")
+        self.policy = policy
+        self.precomputed = precomputed
+        self.adapter_off = given is None and not precomputed and is_peft_model(self._inner_policy())
+        self.frozen: nn.Module | None = None
+        if given is not None:
+            self.frozen = given.eval().requires_grad_(False)
+        elif not precomputed and not self.adapter_off:
+            self.frozen = create_reference_model(unwrap(policy))
+
+    def _inner_policy(self) -> Any:
+        policy = unwrap(self.policy)
+        return getattr(policy, "pretrained_model", policy)
+
+    @contextmanager
+    def model(self) -> Iterator[nn.Module | None]:
+        """The reference in eval mode and without gradients; afterwards the policy is as it was before."""
+        if self.precomputed:
+            yield None
+            return
+        model = self.policy if self.frozen is None else self.frozen
+        adapter_off = self._inner_policy().disable_adapter() if self.adapter_off else nullcontext()
+        with _as_it_was(model), adapter_off, torch.no_grad():
+            yield model.eval()
+
+    @torch.no_grad()
+    def sync(self, alpha: float = 1.0) -> None:
+        """Move the reference towards the policy: alpha * policy + (1 - alpha) * reference.
+
+        The soft update of TR-DPO (arXiv:2404.09656); alpha = 1 is its hard update.
+        """
+        if self.frozen is None:
+            what = "precomputed" if self.precomputed else "the policy without its adapter"
+            raise ValueError(f"the reference is {what}: nothing there can be synchronised; pass a reference model")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha} is a weight: use 0 (keep the reference) to 1 (take the policy)")
+        policy = dict(unwrap(self.policy).named_parameters())
+        reference = dict(unwrap(self.frozen).named_parameters())
+        if missing := sorted(reference.keys() - policy.keys()):
+            raise ValueError(
+                f"the policy has no parameter {missing[0]!r}: only a reference of its own kind can follow it"
+            )
+        for name, kept in reference.items():
+            if kept is not policy[name]:  # else the layer is shared
+                kept.lerp_(policy[name].to(kept), alpha)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back the train mode of every module, and what asks for gradients: PEFT switches both."""
+    training = [module for module in model.modules() if module.training]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, asked in gradients:
+            if parameter.requires_grad != asked:
+                parameter.requires_grad_(asked)
