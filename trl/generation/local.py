@@ -1,0 +1,107 @@
+"""The local engine: samples with the trainer's own model, weights, precision and adapters."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trl.data.records import Completion
+from trl.generation import kv_attention
+from trl.generation.engine import Engine
+from trl.generation.kv_cache import Prompt
+from trl.generation.probe import refuse_unsuitable
+from trl.generation.rows import Row, Stepper, make_rows
+from trl.generation.sampler import SamplingParams
+from trl.generation.sampling_mode import base_model, context_length, language_model, sampling_mode
+from trl.generation.stopping import StopStrings, end_tokens
+
+Queue = deque[tuple[Prompt, Row]]
+
+
+class LocalSampler:
+    """Samples with a causal language model, a PEFT model (its active adapter) or a value-head wrapper of either.
+
+    A prompt is read once for all its completions; finished rows leave, and waiting ones take their places. A model
+    whose attention cannot be replaced raises `NotLocal`: `make_sampler` then takes `TransformersSampler`.
+    Runs on the model's device; the CUDA path is the same code.
+
+    max_rows: completions in progress at a time; bounds the memory for keys and values.
+    max_prefill_tokens: prompt tokens in one forward pass.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, max_rows: int = 128, max_prefill_tokens: int = 8192
+    ) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}: give 1 or more")
+        if max_prefill_tokens < 1:
+            raise ValueError(f"max_prefill_tokens={max_prefill_tokens}: give 1 or more")
+        refuse_unsuitable(model)
+        self.model = language_model(model)
+        self.tokenizer = tokenizer
+        self.max_rows = max_rows
+        self.max_prefill_tokens = max_prefill_tokens
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
+        """`n` completions of each prompt, in the order of the prompts."""
+        device = next(self.model.parameters()).device
+        groups = make_rows(prompts, params, n, context_length(self.model))
+        ends = end_tokens(params, base_model(self.model), self.tokenizer)
+        stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
+        with sampling_mode(self.model, kv_attention.NAME):
+            self._run(groups, stepper, Engine(self.model, device))
+        return [[row.completion() for row in group] for group in groups]
+
+    def _run(self, groups: Sequence[Sequence[Row]], stepper: Stepper, engine: Engine) -> None:
+        queue: Queue = deque()
+        for group in groups:
+            prompt = Prompt(group[0].prompt, waiting=len(group))
+            queue.extend((prompt, row) for row in group)
+        running: list[Row] = []
+        while queue or running:
+            while queue and self._worth_filling(len(queue), len(running)):
+                self._admit(queue, running, stepper, engine)
+            if running:
+                stepper.advance(running, engine.decode([row.ids[-1] for row in running]))
+                _drop_finished(running, engine)
+
+    def _worth_filling(self, waiting: int, running: int) -> bool:
+        """Reading prompts in twos and threes is slow: wait until an eighth of the rows is free."""
+        return self.max_rows - running >= min(waiting, max(1, self.max_rows // 8))
+
+    def _admit(self, queue: Queue, running: list[Row], stepper: Stepper, engine: Engine) -> None:
+        """Start as many waiting rows as there is room for: read their prompts, sample their first tokens."""
+        taken: list[tuple[Prompt, Row]] = []
+        fresh: list[Prompt] = []
+        tokens = 0
+        while queue and len(running) + len(taken) < self.max_rows:
+            prompt = queue[0][0]
+            if prompt.logits_V is None and (not fresh or fresh[-1] is not prompt):
+                tokens += len(prompt.ids)
+                if fresh and tokens > self.max_prefill_tokens:
+                    break
+                fresh.append(prompt)
+            taken.append(queue.popleft())
+        if fresh:
+            engine.prefill(fresh)
+        logits_RV = torch.stack([prompt.logits_V for prompt, _ in taken if prompt.logits_V is not None])
+        stepper.advance([row for _, row in taken], logits_RV)
+        for prompt, row in taken:
+            prompt.waiting -= 1
+            if not prompt.waiting:
+                prompt.logits_V = None
+            if not row.finish_reason:
+                engine.start(prompt)
+                running.append(row)
+        for prompt in {prompt for prompt, _ in taken}:
+            engine.release(prompt)
+
+
+def _drop_finished(running: list[Row], engine: Engine) -> None:
+    for slot in range(len(running) - 1, -1, -1):
+        if running[slot].finish_reason:
+            engine.finish(slot)
+            last = running.pop()
+            if slot < len(running):
+                running[slot] = last

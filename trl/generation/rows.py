@@ -1,0 +1,156 @@
+"""One row that is being sampled, and the step that all engines share: logits in, one more token on each row."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl.data.records import Completion
+from trl.generation.filters import filter_logits, inverse_cdf, log_partition
+from trl.generation.sampler import SamplingParams
+from trl.generation.stopping import StopStrings
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """A completion in the making."""
+
+    prompt: Sequence[int]
+    key: int
+    """64 bits that, with the step, make the row's random numbers"""
+    limit: int
+    """most tokens it may get"""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+    """empty while the row runs"""
+    seen_V: Tensor | None = None
+    """True for tokens of prompt and completion; kept only for the repetition penalty"""
+
+    def completion(self) -> Completion:
+        return Completion(self.ids, self.logprobs, self.raw_logprobs, self.finish_reason)
+
+
+def make_rows(prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, context: int | None) -> list[list[Row]]:
+    """The n rows of each prompt. `context`: most tokens of prompt and completion together."""
+    if n < 1:
+        raise ValueError(f"n={n}: give the number of completions of each prompt, 1 or more")
+    seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+    copies: Counter[int] = Counter()
+    rows = []
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{index}] is empty: give at least one token, such as the beginning-of-text token")
+        if context is not None and len(prompt) >= context:
+            raise ValueError(f"prompts[{index}] has {len(prompt)} tokens, the model's context {context}: shorten it")
+        limit = params.max_new_tokens if context is None else min(params.max_new_tokens, context - len(prompt))
+        stream = _hash(np.asarray(prompt, dtype=np.int64).tobytes() + str(seed).encode())
+        rows.append([Row(prompt, (stream + copies[stream] + copy) % 2**64, limit) for copy in range(n)])
+        copies[stream] += n
+    return rows
+
+
+def uniforms(keys: Sequence[int], steps: Sequence[int]) -> np.ndarray:
+    """A number in [0, 1) for each (key, step): two rounds of the SplitMix64 finaliser (Steele et al., 2014)."""
+    with np.errstate(over="ignore"):
+        state = _mix(np.array(keys, dtype=np.uint64) + _GOLDEN)
+        state = _mix(state + (np.array(steps, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class Stepper:
+    """Adds one token to each row: filters, draws, records both log-probabilities, and sees which rows are done."""
+
+    def __init__(
+        self, params: SamplingParams, end_tokens: Sequence[int], stop_strings: StopStrings | None, device: torch.device
+    ) -> None:
+        self.params = params
+        self.end_tokens = frozenset(end_tokens)
+        self.stop_strings = stop_strings
+        self.end_index = torch.tensor(sorted(end_tokens), dtype=torch.long, device=device)
+
+    def advance(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
+        """Pick a token for each row, which must not be done, and append it. Returns the tokens."""
+        tokens_R, logprobs_R, raw_R = self.pick(rows, logits_RV.float())
+        tokens = tokens_R.tolist()
+        for row, token, logprob, raw in zip(rows, tokens, logprobs_R.tolist(), raw_R.tolist(), strict=True):
+            if not math.isfinite(raw):
+                raise FloatingPointError("the model's logits are not finite: look at its weights and its precision")
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            row.raw_logprobs.append(raw)
+            if row.seen_V is not None:
+                row.seen_V[token] = True
+        self._finish(rows)
+        return tokens
+
+    def pick(self, rows: Sequence[Row], logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(tokens_R, logprobs_R, raw_logprobs_R)`: of the distribution sampled, and of the model itself."""
+        probs_RV = logits_RV.softmax(-1)
+        if not self.params.reshapes:
+            tokens_R = inverse_cdf(probs_RV, self._uniforms(rows, logits_RV.device))
+            logprobs_R = probs_RV.gather(1, tokens_R[:, None]).squeeze(1).log()
+            return tokens_R, logprobs_R, logprobs_R
+        raw_R = -log_partition(logits_RV, probs_RV)
+        filtered_RV = filter_logits(
+            logits_RV, self.params, self._seen(rows, logits_RV), self._forbidden(rows, logits_RV)
+        )
+        if self.params.temperature == 0:
+            tokens_R = filtered_RV.argmax(-1)
+            logprobs_R = torch.zeros_like(raw_R)
+        else:
+            probs_RV = filtered_RV.softmax(-1)
+            tokens_R = inverse_cdf(probs_RV, self._uniforms(rows, logits_RV.device))
+            logprobs_R = probs_RV.gather(1, tokens_R[:, None]).squeeze(1).log()
+        return tokens_R, logprobs_R, raw_R + logits_RV.gather(1, tokens_R[:, None]).squeeze(1)
+
+    def _uniforms(self, rows: Sequence[Row], device: torch.device) -> Tensor:
+        drawn = uniforms([row.key for row in rows], [len(row.ids) for row in rows])
+        return torch.from_numpy(drawn.astype(np.float32) if device.type == "mps" else drawn).to(device)
+
+    def _seen(self, rows: Sequence[Row], logits_RV: Tensor) -> Tensor | None:
+        if self.params.repetition_penalty == 1.0:
+            return None
+        for row in rows:
+            if row.seen_V is None:
+                row.seen_V = torch.zeros(logits_RV.shape[-1], dtype=torch.bool, device=logits_RV.device)
+                row.seen_V[torch.tensor([*row.prompt, *row.ids], device=logits_RV.device)] = True
+        return torch.stack([row.seen_V for row in rows if row.seen_V is not None])
+
+    def _forbidden(self, rows: Sequence[Row], logits_RV: Tensor) -> Tensor | None:
+        early = [len(row.ids) < self.params.min_new_tokens for row in rows]
+        if not any(early) or not self.end_tokens:
+            return None
+        forbidden_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
+        forbidden_RV[:, self.end_index] = torch.tensor(early, device=logits_RV.device)[:, None]
+        return forbidden_RV
+
+    def _finish(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if len(row.ids) >= self.params.min_new_tokens and row.ids[-1] in self.end_tokens:
+                row.finish_reason = "stop"
+        if self.stop_strings is not None:
+            running = [r for r in rows if not r.finish_reason and len(r.ids) >= self.params.min_new_tokens]
+            for row, found in zip(running, self.stop_strings.found([r.ids for r in running]), strict=True):
+                row.finish_reason = "stop" if found else ""
+        for row in rows:
+            if not row.finish_reason and len(row.ids) >= row.limit:
+                row.finish_reason = "length"
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

@@ -1,0 +1,114 @@
+"""The fallback: `model.generate` behind the sampler protocol, for encoder-decoders and whatever cannot run locally.
+
+`generate` keeps the cache and feeds the model; the tokens are chosen by the same step as in the local engine, inside a
+logits processor. So both engines give the same completions from the same seed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from trl.data.records import Completion
+from trl.generation.rows import Row, Stepper, make_rows
+from trl.generation.sampler import SamplingParams
+from trl.generation.sampling_mode import base_model, context_length, language_model, learns_prompt, sampling_mode
+from trl.generation.stopping import StopStrings, end_tokens
+
+
+class TransformersSampler:
+    """Samples with any `transformers` model that generates; see `LocalSampler` for models that allow a faster way.
+
+    Completions of encoder-decoders leave out the decoder's start tokens.
+    max_rows: completions in a call of `generate`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}: give 1 or more")
+        self.model = language_model(model)
+        if not getattr(base_model(self.model), "can_generate", lambda: False)():
+            raise ValueError(f"{type(base_model(self.model)).__name__} has no `generate`: give a model that has one")
+        self.tokenizer = tokenizer
+        self.max_rows = max_rows
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
+        """`n` completions of each prompt, in the order of the prompts."""
+        base = base_model(self.model)
+        encodes = bool(base.config.is_encoder_decoder)
+        groups = make_rows(prompts, params, n, None if encodes else context_length(self.model))
+        device = next(self.model.parameters()).device
+        ends = end_tokens(params, base, self.tokenizer)
+        stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
+        by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
+        with sampling_mode(self.model), _PlainConfig(base):
+            for start in range(0, len(by_length), self.max_rows):
+                self._generate(by_length[start : start + self.max_rows], stepper, encodes, device)
+        return [[row.completion() for row in group] for group in groups]
+
+    def _generate(self, rows: list[Row], stepper: Stepper, encodes: bool, device: torch.device) -> None:
+        width = max(len(row.prompt) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            place = slice(0, len(row.prompt)) if encodes else slice(width - len(row.prompt), width)
+            ids[index, place] = torch.tensor(row.prompt)
+            mask[index, place] = 1
+        # An adapter with virtual tokens adds them in PEFT's own generate; other adapters are layers of the base model.
+        model = self.model if learns_prompt(self.model) else base_model(self.model)
+        model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
+            do_sample=False, logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
+            stopping_criteria=StoppingCriteriaList([_Done(rows)]),
+        )  # fmt: skip
+
+
+class _Choose(LogitsProcessor):
+    """Adds a token to each running row, and leaves `generate` no other choice."""
+
+    def __init__(self, rows: list[Row], stepper: Stepper) -> None:
+        self.rows = rows
+        self.stepper = stepper
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        running = [index for index, row in enumerate(self.rows) if not row.finish_reason]
+        index_A = torch.tensor(running, device=scores.device)
+        tokens = self.stepper.advance([self.rows[index] for index in running], scores[index_A])
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, 0] = 0.0
+        forced[index_A, 0] = -torch.inf
+        forced[index_A, torch.tensor(tokens, device=scores.device)] = 0.0
+        return forced
+
+
+class _Done(StoppingCriteria):
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **unused: Any) -> Tensor:
+        return torch.tensor([bool(row.finish_reason) for row in self.rows], device=input_ids.device)
+
+
+class _PlainConfig:
+    """While it lasts, the model's generation settings hold its token ids alone: the parameters say the rest."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.before = self.model.generation_config
+        self.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+            bos_token_id=self.before.bos_token_id, decoder_start_token_id=self.before.decoder_start_token_id,
+            pad_token_id=0,
+        )  # fmt: skip
+
+    def __exit__(self, *error: object) -> None:
+        self.model.generation_config = self.before
