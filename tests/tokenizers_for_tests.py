@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates that are built on the spot: no files, no network, ids that can be worked out by hand."""
+"""Tokenizers and chat templates built on the spot: no files, no network, ids that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ TOOLS = (
 COUNTING = "{{ messages | length }} messages\n" + CHATML  # the head changes with every message: no prefix is stable
 NO_GENERATION_PROMPT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
-WORDS = (
-    "the sky is blue green red big small cat dog sat on mat runs fast slow good bad yes no what which best worst color"
-    " one two three four five six seven eight nine ten hello world how are you i am fine thanks movie was great awful"
-).split()
+_TEXT = """
+the sky is blue green red big small cat dog sat on mat runs fast slow good bad yes no what which best worst color one two
+three four five six seven eight nine ten hello world how are you i am fine thanks movie was great awful
+"""
+WORDS = tuple(_TEXT.split())
 
 
 def word_tokenizer(
-    words: Sequence[str] = tuple(WORDS),
+    words: Sequence[str] = WORDS,
     *,
     size: int = 100,
     bos: str | None = "<bos>",
@@ -67,7 +68,7 @@ def word_tokenizer(
     add_bos: bool = False,
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Words apart by blanks; ids: <pad> 0, <bos> 1, <eos> 2, <unk> 3, letters a-z 4-29 (`i` included), then the words."""
+    """Words apart by blanks; ids: <pad> 0, <bos> 1, <eos> 2, <unk> 3, letters a-z 4-29, then the words."""
     letters = [chr(ord("a") + i) for i in range(26)]
     names = ["<pad>", "<bos>", "<eos>", "<unk>", *letters, *(w for w in words if w not in letters), "."]
     names += [f"<extra{i}>" for i in range(size - len(names))]
@@ -105,7 +106,7 @@ def byte_tokenizer(
     merges: Sequence[tuple[str, str]] = (),
     trim_offsets: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A byte a token (any text round-trips) beside the marks of the chat templates; `merges` join bytes, GPT-2 spelling."""
+    """A byte a token (any text round-trips), and the marks of the chat templates; `merges` are in GPT-2's spelling."""
     marks = ["<pad>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
     marks += ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|endoftext|>"]
     names = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]

@@ -1,0 +1,182 @@
+"""Texts to token ids, with the tokenizer's own habits (BOS, EOS, a blank before the first word) worked out once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Ids = list[int]
+Span = tuple[int, int]
+
+
+def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the one inside a processor."""
+    tokenizer = processing_class
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = getattr(processing_class, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"a tokenizer (or a processor that holds one) is needed, got {type(processing_class)}")
+    return tokenizer
+
+
+class TextEncoder:
+    """Batched tokenisation without special tokens, and the special tokens that belong around a row.
+
+    `add_bos`: None does what the tokenizer does by itself, True puts BOS first if the tokenizer has one, False never.
+    """
+
+    def __init__(self, processing_class: Any, add_bos: bool | None = None) -> None:
+        self.tokenizer = unwrap_tokenizer(processing_class)
+        self.add_bos = add_bos
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        bos_id = self.tokenizer.bos_token_id
+        return None if bos_id is None else int(bos_id)
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        eos_id = self.tokenizer.eos_token_id
+        return None if eos_id is None else int(eos_id)
+
+    @cached_property
+    def _own_specials(self) -> tuple[Ids, Ids]:
+        """What the tokenizer puts before and after a text by itself."""
+        plain = self.encode(["x"])[0]
+        whole = list(self.tokenizer("x", verbose=False)["input_ids"])
+        for start in range(len(whole) - len(plain) + 1):
+            if plain and whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        return [], []
+
+    @cached_property
+    def head(self) -> Ids:
+        """Tokens that open a row (BOS, or [CLS]); empty for a tokenizer without."""
+        if self.add_bos is None:
+            return self._own_specials[0]
+        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
+
+    @cached_property
+    def tail(self) -> Ids:
+        """Tokens that close a row: EOS, or what a tokenizer without EOS adds itself ([SEP])."""
+        tail = [self.eos_id] if self.eos_id is not None else self._own_specials[1]
+        if not tail:
+            raise ValueError(
+                "the tokenizer has no EOS token, so the model could not learn to stop: set `tokenizer.eos_token` "
+                "to one of its tokens, or pass `add_eos=False`"
+            )
+        return tail
+
+    @cached_property
+    def source_tail(self) -> Ids:
+        """Tokens that the tokenizer puts after an encoder's input by itself (T5: EOS)."""
+        return self._own_specials[1]
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of the texts, without special tokens around them; equal texts are tokenised once."""
+        if not texts:
+            return []
+        unique = list(dict.fromkeys(texts))
+        encoded = self.tokenizer(unique, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids = dict(zip(unique, encoded["input_ids"], strict=True))
+        return [list(ids[text]) for text in texts]
+
+    def encode_with_masks(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Ids, Ids]]:
+        """The ids of each text, and a mask that is 1 where a token has characters in one of the text's spans."""
+        if not texts:
+            return []
+        if not self.tokenizer.is_fast:
+            return [self._mask_by_prefixes(text, text_spans) for text, text_spans in zip(texts, spans, strict=True)]
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        masked = []
+        for ids, offsets, text_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
+            masked.append((list(ids), _mask_by_offsets(offsets, text_spans)))
+        return masked
+
+    def _mask_by_prefixes(self, text: str, spans: Sequence[Span]) -> tuple[Ids, Ids]:
+        """For tokenizers without offsets: a span's tokens begin where those of the text before it end."""
+        ids, *before = self.encode([text, *(text[:edge] for span in spans for edge in span)])
+        edges = [common_prefix(ids, prefix) for prefix in before]
+        mask = [0] * len(ids)
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            mask[start:end] = [1] * (end - start)
+        return ids, mask
+
+    @cached_property
+    def _anchor(self) -> str | None:
+        """A text to put before a continuation, for tokenizers that treat the first word of a text in another way."""
+        for anchor in ("\n", ">", "a"):
+            alone, joint, plain = self.encode([anchor, anchor + "x", "x"])
+            if joint[: len(alone)] == alone:
+                return None if joint[len(alone) :] == plain else anchor
+        return None
+
+    def continuations(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of texts that continue another text, without the blank that some tokenizers put before a text."""
+        if self._anchor is None:
+            return self.encode(texts)
+        (anchor,) = self.encode([self._anchor])
+        continued = []
+        for text, ids in zip(texts, self.encode([self._anchor + text for text in texts]), strict=True):
+            merged = ids[: len(anchor)] != anchor  # the anchor is no token of its own before this text
+            continued.append(self.encode([text])[0] if merged else ids[len(anchor) :])
+        return continued
+
+    def open_row(self, ids: Ids) -> tuple[Ids, bool]:
+        """The ids with what opens a row before them, and whether they had brought it themselves."""
+        if not self.head:
+            return ids, False
+        if ids[: len(self.head)] == self.head:
+            return ids, True
+        return self.head + ids, False
+
+    def drop_double_bos(self, ids: Ids) -> int:
+        """How many BOS tokens at the start are too many (never for a tokenizer whose BOS also ends documents)."""
+        extra = 0
+        if self.bos_id is not None and self.bos_id != self.eos_id:
+            while ids[extra : extra + 2] == [self.bos_id, self.bos_id]:
+                extra += 1
+        return extra
+
+    def fingerprint(self) -> str:
+        """What the ids depend on, as text."""
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            backend = json.loads(tokenizer.backend_tokenizer.to_str())
+            backend.pop("truncation", None)
+            backend.pop("padding", None)
+        else:
+            backend = sorted(tokenizer.get_vocab().items())
+        parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map, self.add_bos, type(tokenizer).__name__]
+        return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _mask_by_offsets(offsets: Sequence[Span], spans: Sequence[Span]) -> Ids:
+    """1 for tokens that share a character with a span; both are in order."""
+    mask = []
+    rest = list(spans)[::-1]
+    for start, end in offsets:
+        if start == end:  # a blank whose offsets were trimmed away: it is the character before
+            start -= 1
+        while rest and rest[-1][1] <= start:
+            rest.pop()
+        mask.append(int(bool(rest) and rest[-1][0] < end))
+    return mask
+
+
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Length of what two sequences have in common at their start."""
+    for i, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return i
+    return min(len(first), len(second))

@@ -1,0 +1,297 @@
+"""Which of the known formats a data set's rows have, and conversions between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from datasets import DatasetDict, IterableDataset
+
+from trl.data.chat import ChatTemplate, read_tools
+from trl.data.encode import common_prefix
+
+Row = dict[str, Any]
+
+
+class RowKind(StrEnum):
+    """What a row is for."""
+
+    TEXT = "language modelling"
+    MESSAGES = "conversation"
+    PROMPT = "prompt-only"
+    PROMPT_COMPLETION = "prompt-completion"
+    PREFERENCE = "preference"
+    UNPAIRED = "unpaired preference"
+    STEPWISE = "stepwise"
+    TOKENIZED = "tokenised"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data set's row format."""
+
+    kind: RowKind
+    conversational: bool
+    implicit_prompt: bool
+    """the prompt stands inside the answers, not in a column of its own"""
+    columns: tuple[str, ...]
+    """the columns that make up the format"""
+
+
+_REQUIRED: dict[RowKind, tuple[tuple[str, ...], ...]] = {
+    RowKind.STEPWISE: (("prompt", "completions", "labels"),),
+    RowKind.MESSAGES: (("messages",), ("conversations",)),
+    RowKind.PROMPT_COMPLETION: (("prompt", "completion"),),
+    RowKind.PREFERENCE: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    RowKind.UNPAIRED: (("prompt", "completion", "label"), ("completion", "label")),
+    RowKind.PROMPT: (("prompt",),),
+}
+
+_CONVERSATION_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+
+
+def column_names(dataset: Any, name: str = "train") -> list[str]:
+    """The columns of a data set, looked up in its first row where it does not list them; empty: ValueError."""
+    names = getattr(dataset, "column_names", None)
+    return list(names) if names else list(first_row(dataset, name))
+
+
+def first_row(dataset: Any, name: str = "train") -> Row:
+    """The first row; ValueError when there is none."""
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"the {name} data set is a dict of data sets ({', '.join(dataset)}): pass one of them")
+    for row in dataset:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"a row of the {name} data set should be a dict of columns, got {type(row)}")
+        return dict(row)
+    raise ValueError(f"the {name} data set is empty")
+
+
+def _is_messages(value: Any, keys: tuple[str, str] = ("role", "content")) -> bool:
+    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
+        return False
+    first = value[0]
+    return keys[0] in first and (keys[1] in first or "tool_calls" in first)
+
+
+def is_conversational(example: Mapping[str, Any]) -> bool:
+    """Whether one of the known columns holds a list of messages with `role` and `content`."""
+    return any(_is_messages(example.get(column)) for column in _CONVERSATION_COLUMNS)
+
+
+def is_conversational_from_value(example: Mapping[str, Any]) -> bool:
+    """Whether `conversations` holds a list of messages with `from` and `value` (ShareGPT)."""
+    return _is_messages(example.get("conversations"), ("from", "value"))
+
+
+def _format(row: Row, kind: RowKind, required: tuple[str, ...], name: str) -> Format:
+    """The format of rows like this one, which has the required columns."""
+    chats = {c: _is_messages(row[c]) or _is_messages(row[c], ("from", "value")) for c in required}
+    if kind is RowKind.TEXT and chats[required[0]]:
+        kind = RowKind.MESSAGES
+    pairs = kind in (RowKind.PREFERENCE, RowKind.UNPAIRED)
+    answer = next((c for c in ("chosen", "completion") if c in chats), None)
+    mixed = answer is not None and "prompt" in chats and chats["prompt"] != chats[answer]
+    if mixed and kind is not RowKind.PREFERENCE:
+        raise ValueError(
+            f"in the {name} data set one of the columns 'prompt' and '{answer}' is a conversation and the other is "
+            "text: make both the same"
+        )
+    return Format(kind, any(chats.values()), pairs and ("prompt" not in chats or mixed), required)
+
+
+def detect_format(
+    dataset: Any,
+    accepts: Sequence[RowKind],
+    *,
+    text_field: str = "text",
+    tokenised: Sequence[tuple[str, ...]] = (("input_ids",),),
+    name: str = "train",
+) -> Format:
+    """The first of the accepted kinds whose columns the data set has.
+
+    `tokenised` lists the sets of columns that make a row tokenised, `name` says which data set it is. ValueError names
+    the missing column and the columns found.
+    """
+    row = first_row(dataset, name)
+    columns = set(row) | set(column_names(dataset, name))
+    required_columns = _REQUIRED | {RowKind.TEXT: ((text_field,),), RowKind.TOKENIZED: tuple(tokenised)}
+    kinds = {kind: required_columns[kind] for kind in accepts}
+    for kind, alternatives in kinds.items():
+        for required in alternatives:
+            if not columns.issuperset(required):
+                continue
+            return _format(row, kind, required, name)
+    raise ValueError(_missing(columns, kinds, name))
+
+
+def _missing(columns: set[str], kinds: Mapping[RowKind, tuple[tuple[str, ...], ...]], name: str) -> str:
+    alternatives = [(kind, required) for kind, many in kinds.items() for required in many]
+    found = ", ".join(sorted(columns))
+    kind, required = max(alternatives, key=lambda pair: len(columns.intersection(pair[1])) / len(pair[1]))
+    if columns.intersection(required):
+        lacking = ", ".join(f"'{c}'" for c in required if c not in columns)
+        return f"the {name} data set lacks the column {lacking} of a {kind} row; columns found: {found}"
+    known = " | ".join(" + ".join(many[0]) for kind, many in kinds.items())
+    return f"the {name} data set has none of the columns that are needed ({known}); columns found: {found}"
+
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def _to_chatml(message: Mapping[str, Any]) -> Row:
+    if "from" not in message:
+        return dict(message)
+    role, value = str(message["from"]), message.get("value")
+    if role != "function_call":
+        return {"role": _ROLES.get(role, role), "content": value}
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return {"role": "assistant", "content": value}
+    calls = calls if isinstance(calls, list) else [calls]
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
+
+
+def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
+    """ShareGPT messages (`from`, `value`) as `role` and `content`, `conversations` as `messages`; others unchanged.
+
+    The roles human, gpt and observation become user, assistant and tool; a function_call becomes `tool_calls`.
+    """
+    converted = dict(example)
+    for column in _CONVERSATION_COLUMNS:
+        if _is_messages(example.get(column), ("from", "value")):
+            converted[column] = [_to_chatml(message) for message in example[column]]
+    if "conversations" in converted and "messages" not in converted:
+        converted["messages"] = converted.pop("conversations")
+    return converted
+
+
+def apply_chat_template(
+    example: Mapping[str, Any], tokenizer: Any, tools: Sequence[Any] | None = None, **template_kwargs: Any
+) -> Row:
+    """The conversational columns of a row as text: `messages` becomes `text`, the other columns keep their names.
+
+    Prompt + completion is the rendering of the whole conversation. A row's own `tools` and `chat_template_kwargs`
+    come before the arguments.
+    """
+    own = {**template_kwargs, **(example.get("chat_template_kwargs") or {})}
+    template = ChatTemplate(tokenizer, own)
+    tools = read_tools(example.get("tools")) or read_tools(tools)
+    rendered: Row = {"label": example["label"]} if "label" in example else {}
+    answers = [column for column in ("chosen", "rejected", "completion") if column in example]
+    if "messages" in example:
+        return {"text": template.render(example["messages"], tools), **rendered}
+    if "prompt" in example and answers:
+        split = template.split(example["prompt"], [example[column] for column in answers], tools, trim=False)
+        return {"prompt": split.prompt, **dict(zip(answers, split.answers, strict=True)), **rendered}
+    if "prompt" in example:
+        return {"prompt": template.prompt(example["prompt"], tools), **rendered}
+    if answers:
+        return {**{column: template.render(example[column], tools) for column in answers}, **rendered}
+    raise ValueError(
+        "a conversational row needs 'messages', 'prompt', 'completion', or 'chosen' and 'rejected'; columns found: "
+        + ", ".join(sorted(example))
+    )
+
+
+def maybe_apply_chat_template(
+    example: Mapping[str, Any], tokenizer: Any, tools: Sequence[Any] | None = None, **template_kwargs: Any
+) -> Row:
+    """`apply_chat_template` for a conversational row; another row comes back as it is."""
+    if is_conversational(example):
+        return apply_chat_template(example, tokenizer, tools, **template_kwargs)
+    return dict(example)
+
+
+def _text_split(chosen: str, rejected: str) -> int:
+    """Where two texts part, moved back to before the word (and its blank) in which they do."""
+
+    def in_word(text: str, at: int) -> bool:
+        return 0 < at < len(text) and all(c.isascii() and c.isalnum() for c in text[at - 1 : at + 1])
+
+    cut = common_prefix(chosen, rejected)
+    while in_word(chosen, cut) or in_word(rejected, cut):
+        cut -= 1
+    return cut - 1 if cut and chosen[cut - 1] == " " else cut
+
+
+def extract_prompt(example: Mapping[str, Any]) -> Row:
+    """`prompt`, `chosen` and `rejected` of a preference row whose prompt stands inside the answers.
+
+    Conversations are split after the messages they share, texts at the blank before the first word that differs.
+    """
+    chosen, rejected = example["chosen"], example["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("one of the columns 'chosen' and 'rejected' is text and the other is a conversation")
+    cut = _text_split(chosen, rejected) if isinstance(chosen, str) else common_prefix(chosen, rejected)
+    if not isinstance(chosen, str):
+        cut = max(0, min(cut, len(chosen) - 1, len(rejected) - 1))
+    return {**example, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+
+
+def maybe_extract_prompt(example: Mapping[str, Any]) -> Row:
+    """`extract_prompt` where a preference row has no prompt of the same kind as its answers; else the row as it is."""
+    if "chosen" not in example or "rejected" not in example:
+        return dict(example)
+    if "prompt" in example and isinstance(example["prompt"], str) == isinstance(example["chosen"], str):
+        return dict(example)
+    return extract_prompt(example)
+
+
+def _unpair(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    chosen, rejected = batch["chosen"], batch["rejected"]
+    others = {name: [*values, *values] for name, values in batch.items() if name not in ("chosen", "rejected")}
+    labels = [True] * len(chosen) + [False] * len(rejected)
+    return {**others, "completion": [*chosen, *rejected], "label": labels}
+
+
+def unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: str | None = None) -> Any:
+    """Pairs as single rows with `completion` and `label`: the chosen ones of a batch of 1,000, then its rejected ones.
+
+    Takes a Dataset, DatasetDict, IterableDataset or a list of rows; other columns are repeated.
+    """
+    if isinstance(dataset, list):
+        columns = {name: [row[name] for row in dataset] for name in (dataset[0] if dataset else {})}
+        unpaired = _unpair(columns) if columns else {}
+        return [dict(zip(unpaired, values, strict=True)) for values in zip(*unpaired.values(), strict=True)]
+    options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": desc}
+    return dataset.map(_unpair, batched=True, remove_columns=["chosen", "rejected"], **options)
+
+
+def maybe_unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: str | None = None) -> Any:
+    """`unpair_preference_dataset` for pairs; another data set comes back as it is."""
+    one = next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
+    columns = column_names(one)
+    if "chosen" in columns and "rejected" in columns:
+        return unpair_preference_dataset(dataset, num_proc, desc)
+    return dataset
+
+
+__all__ = [
+    "Format",
+    "RowKind",
+    "apply_chat_template",
+    "column_names",
+    "detect_format",
+    "extract_prompt",
+    "first_row",
+    "is_conversational",
+    "is_conversational_from_value",
+    "maybe_apply_chat_template",
+    "maybe_convert_to_chatml",
+    "maybe_extract_prompt",
+    "maybe_unpair_preference_dataset",
+    "unpair_preference_dataset",
+]
