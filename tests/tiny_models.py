@@ -44,12 +44,12 @@ LORA_TARGETS = {"llama": ["q_proj"], "gpt2": ["c_attn"], "t5": ["q"]}
 
 
 def tiny_model(name: str, **changes: Any) -> Any:
-    """A model with random weights, large enough that every path shows in its logits; in eval mode."""
+    """The same model every time, with random weights, large enough that every path shows in its logits; in eval mode."""
     config = (CAUSAL | SEQ2SEQ)[name]
     config = type(config).from_dict(config.to_dict() | changes)
     auto_class = t.AutoModelForSeq2SeqLM if name in SEQ2SEQ else t.AutoModelForCausalLM
-    model = auto_class.from_config(config)
     torch.manual_seed(1)
+    model = auto_class.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -129,9 +129,9 @@ def wrap_peft(
 def peft_module_casting_to_bf16(model: nn.Module) -> None:
     """Adapter layers to bfloat16, norms to float32, float32 embeddings and heads to bfloat16; in place."""
     require_peft("peft_module_casting_to_bf16")
-    module: Any
+    tuner_layer: Any = BaseTunerLayer
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, tuner_layer):
             module.to(torch.bfloat16)
         elif "norm" in name:
             module.to(torch.float32)
