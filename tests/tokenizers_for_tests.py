@@ -52,8 +52,8 @@ COUNTING = "{{ messages | length }} messages\n" + CHATML  # the head changes wit
 NO_GENERATION_PROMPT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
 _TEXT = """
-the sky is blue green red big small cat dog sat on mat runs fast slow good bad yes no what which best worst color one two
-three four five six seven eight nine ten hello world how are you i am fine thanks movie was great awful
+the sky is blue green red big small cat dog sat on mat runs fast slow good bad yes no what which best worst color one
+two three four five six seven eight nine ten hello world how are you i am fine thanks movie was great awful
 """
 WORDS = tuple(_TEXT.split())
 
@@ -149,4 +149,23 @@ def metaspace_tokenizer(chat_template: str | None = LLAMA2) -> PreTrainedTokeniz
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=chat_template
+    )
+
+
+GPT2_IDS = {
+    "###": 21017, "ĠHuman": 5524, ":": 25, "ĠHi": 15902, "Ġthere": 612, ".": 13, "ĠAssistant": 15286, "ĠHello": 18435,
+    "!": 0, "ĠBye": 47843, "ĠSee": 4091, "Ġyou": 345, "Which": 13828, "Ġis": 318, "Ġthe": 262, "Ġbest": 1266,
+    "Ġprogramming": 8300, "Ġlanguage": 3303, "?": 30, "ĠPython": 11361, "ĠC": 327, "++": 4880, "<|endoftext|>": 50256,
+}  # fmt: skip
+
+
+def gpt2_words_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's own ids for the few words that the golden values are about; BOS and EOS are <|endoftext|>."""
+    backend = Tokenizer(models.WordLevel(dict(GPT2_IDS), unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("###", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=1024
     )
