@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
 from trl.generation.filters import log_partition
 from trl.generation.kv_cache import PromptBlock, Prompts, Suffixes
+from trl.models.attention import attend
 
 NAME = "trl_generation"
 _NEVER = -1e30  # finite: a query whose keys are all hidden stays a number, and its share then vanishes in the merge
@@ -231,26 +231,14 @@ def partial_attention(
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
     """One sequence's attention to itself: [1, heads, N, D] each."""
-    length, group = query.shape[2], query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    window = features.window if features.window is not None and features.window < length else None
-    hidden = None
-    if window is not None:
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        hidden = ~seen | torch.ones_like(seen).tril(-window)
-    if features.softcap is None and features.sinks_H is None:
-        mask = None if hidden is None else ~hidden
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=features.scaling
-        )
-    if hidden is None:
-        hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-    bias = _bias(hidden)[None, None]
-    out, lse = partial_attention(query[0] * features.scaling, key[0], value[0], bias, features.softcap)
-    if features.sinks_H is not None:
-        out = out * torch.sigmoid(lse - features.sinks_H.float()[:, None])[..., None].to(out.dtype)
-    return out[None]
+    length = query.shape[2]
+    seen = None
+    if features.window is not None and features.window < length:
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - features.window)
+    return attend(
+        query, key, value, seen, causal=seen is None, scale=features.scaling, softcap=features.softcap,
+        sinks=features.sinks_H,
+    )  # fmt: skip
 
 
 def _bias(hidden: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from trl.generation.kv_cache import Prompt
 from trl.generation.probe import refuse_unsuitable
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import base_model, context_length, language_model, sampling_mode
+from trl.generation.sampling_mode import base_model, sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.models.prepare import context_length
+from trl.models.scoring import backbone
 
 Queue = deque[tuple[Prompt, Row]]
 
@@ -38,7 +40,7 @@ class LocalSampler:
         if max_prefill_tokens < 1:
             raise ValueError(f"max_prefill_tokens={max_prefill_tokens}: give 1 or more")
         refuse_unsuitable(model)
-        self.model = language_model(model)
+        self.model = backbone(model)
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.max_prefill_tokens = max_prefill_tokens

@@ -1,16 +1,19 @@
 """Whether the local engine computes what a model computes: asked once, with a few tokens."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from trl.generation import kv_attention
 from trl.generation.engine import Engine
 from trl.generation.kv_cache import Prompt
-from trl.generation.sampling_mode import accepts, base_model, language_model, learns_prompt, sampling_mode
+from trl.generation.sampling_mode import accepts, base_model, learns_prompt, sampling_mode
+from trl.models.scoring import backbone
 
 _PROMPTS = (5, 3)
 _ADDED = 2
+_reasons: WeakKeyDictionary[torch.nn.Module, str | None] = WeakKeyDictionary()
 
 
 class NotLocal(ValueError):
@@ -19,15 +22,15 @@ class NotLocal(ValueError):
 
 def refuse_unsuitable(model: Any) -> None:
     """Raise NotLocal, with the reason, unless the local engine's logits are those of a plain forward."""
-    reason = why_not_local(model)
-    if reason is not None:
-        name = type(base_model(language_model(model))).__name__
-        raise NotLocal(f"{name} cannot use the local sampler: {reason}")
+    network = backbone(model)
+    if network not in _reasons:
+        _reasons[network] = why_not_local(network)
+    if _reasons[network] is not None:
+        raise NotLocal(f"{type(base_model(network)).__name__} cannot use the local sampler: {_reasons[network]}")
 
 
 def why_not_local(model: Any) -> str | None:
-    """The reason that a model cannot use the local engine, or None if its logits are those of a plain forward."""
-    model = language_model(model)
+    """The reason that a causal language model cannot use the local engine; None: its logits are a plain forward's."""
     base = base_model(model)
     config = getattr(base, "config", None)
     if config is None or not hasattr(config, "get_text_config"):

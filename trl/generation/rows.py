@@ -43,7 +43,7 @@ def make_rows(prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, 
     """The n rows of each prompt. `context`: most tokens of prompt and completion together."""
     if n < 1:
         raise ValueError(f"n={n}: give the number of completions of each prompt, 1 or more")
-    seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+    seeds = _seeds(params.seed, len(prompts))
     copies: Counter[int] = Counter()
     rows = []
     for index, prompt in enumerate(prompts):
@@ -52,10 +52,18 @@ def make_rows(prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, 
         if context is not None and len(prompt) >= context:
             raise ValueError(f"prompts[{index}] has {len(prompt)} tokens, the model's context {context}: shorten it")
         limit = params.max_new_tokens if context is None else min(params.max_new_tokens, context - len(prompt))
-        stream = _hash(np.asarray(prompt, dtype=np.int64).tobytes() + str(seed).encode())
+        stream = _hash(np.asarray(prompt, dtype=np.int64).tobytes() + str(seeds[index]).encode())
         rows.append([Row(prompt, (stream + copies[stream] + copy) % 2**64, limit) for copy in range(n)])
         copies[stream] += n
     return rows
+
+
+def _seeds(seed: int | tuple[int, ...] | None, prompts: int) -> Sequence[int]:
+    if isinstance(seed, tuple):
+        if len(seed) != prompts:
+            raise ValueError(f"seed holds {len(seed)} numbers for {prompts} prompts: give one for each, or one for all")
+        return seed
+    return [int(torch.randint(2**62, ())) if seed is None else seed] * prompts
 
 
 def uniforms(keys: Sequence[int], steps: Sequence[int]) -> np.ndarray:

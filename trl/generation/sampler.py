@@ -33,10 +33,10 @@ class SamplingParams:
     """tokens that end a completion and belong to it; None: the model's own end tokens; (): none"""
     stop_strings: tuple[str, ...] = ()
     """texts that end a completion; searched in generated text only, and kept in it"""
-    seed: int | None = None
+    seed: int | tuple[int, ...] | None = None
     """The numbers a row draws depend on the seed, its prompt, which copy of that prompt it is and the step: not on the
     other rows, their order or their number. So the same seed gives the same prompt the same completion: vary it from
-    call to call. None: drawn from torch's global generator."""
+    call to call. A tuple: one seed for each prompt. None: drawn from torch's global generator."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")

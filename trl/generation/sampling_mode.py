@@ -1,4 +1,4 @@
-"""The model inside its wrappers, and the state it samples in: no gradients, no dropout, the attention asked for."""
+"""The state a model samples in: no gradients, no dropout, the attention asked for; and what its adapter is."""
 
 import inspect
 from collections.abc import Iterator
@@ -7,18 +7,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-
-_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "pretrained_model")
-
-
-def language_model(model: Any) -> Any:
-    """The causal language model, or the PEFT model of one, inside value-head, compiled and distributed wrappers."""
-    while isinstance(model, torch.nn.Module):
-        inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
-        if inner is None or isinstance(model, PreTrainedModel):
-            break
-        model = inner
-    return model
 
 
 def base_model(model: Any) -> Any:
@@ -35,17 +23,6 @@ def learns_prompt(model: Any) -> bool:
 def accepts(model: Any, keyword: str) -> bool:
     """Whether the forward of the model inside names this keyword."""
     return keyword in inspect.signature(base_model(model).forward).parameters
-
-
-def context_length(model: Any) -> int | None:
-    """Most tokens of prompt and completion that the model has positions for; None where it sets no limit."""
-    config: Any = getattr(base_model(model), "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions"):
-        limit = getattr(text, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
 
 
 @contextmanager

@@ -20,8 +20,10 @@ from transformers import (
 from trl.data.records import Completion
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import base_model, context_length, language_model, learns_prompt, sampling_mode
+from trl.generation.sampling_mode import base_model, learns_prompt, sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.models.prepare import context_length
+from trl.models.scoring import backbone
 
 
 class TransformersSampler:
@@ -34,7 +36,7 @@ class TransformersSampler:
     def __init__(self, model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: give 1 or more")
-        self.model = language_model(model)
+        self.model = backbone(model)
         if not getattr(base_model(self.model), "can_generate", lambda: False)():
             raise ValueError(f"{type(base_model(self.model)).__name__} has no `generate`: give a model that has one")
         self.tokenizer = tokenizer
@@ -63,7 +65,7 @@ class TransformersSampler:
             ids[index, place] = torch.tensor(row.prompt)
             mask[index, place] = 1
         # An adapter with virtual tokens adds them in PEFT's own generate; other adapters are layers of the base model.
-        model = self.model if learns_prompt(self.model) else base_model(self.model)
+        model: Any = self.model if learns_prompt(self.model) else base_model(self.model)
         model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
             do_sample=False, logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
