@@ -21,7 +21,7 @@ _names = {
     "trl.models.modeling_value_head": ["AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"],
     "trl.trainer.ddpo_config": ["DDPOConfig"],
     "trl.trainer.dpo_config": ["CPOConfig", "DPOConfig", "ORPOConfig", "SimPOConfig"],
-    "trl.trainer.dpo_trainer": ["DPOTrainer"],
+    "trl.trainer.dpo_trainer": ["CPOTrainer", "DPOTrainer", "ORPOTrainer", "SimPOTrainer"],
     "trl.trainer.iterative_sft_trainer": ["IterativeSFTTrainer"],
     "trl.trainer.ppo_config": ["PPOConfig"],
     "trl.trainer.ppo_trainer": ["PPOTrainer"],

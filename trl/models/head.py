@@ -190,3 +190,18 @@ def token_logprobs(
         )
     logprobs, entropies = logprobs_and_entropy(head, hidden_SD, target_S, temperature)
     return logprobs, entropies.detach()
+
+
+def mean_logits(head: Head, hidden_SD: Tensor) -> Tensor:
+    """Mean of each position's logits over the vocabulary, detached. [S]"""
+    with torch.no_grad():
+        if type(head.module) is nn.Linear and head.softcap is None:
+            bias = 0.0 if head.module.bias is None else head.module.bias.float().mean()
+            return (hidden_SD.float() @ head.module.weight.float().mean(0) + bias) * head.scale
+        return map_logits(head, hidden_SD, lambda logits: (logits.mean(-1),))[0]
+
+
+def log_collision(head: Head, hidden_SD: Tensor) -> Tensor:
+    """`log sum_v p(v)^2` of each position: the log-probability of an average sample, detached. [S]"""
+    with torch.no_grad():
+        return map_logits(head, hidden_SD, lambda logits: ((2 * logits.log_softmax(-1)).logsumexp(-1),))[0]

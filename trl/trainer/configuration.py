@@ -35,6 +35,12 @@ class PostTrainingConfig(TrainingArguments):
             self.evaluation_strategy = None
         if self.bf16 is None:
             self.bf16 = bool(not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        for older, newer in (  # both spellings of transformers, without its warning about the older one
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if hasattr(self, newer) and getattr(self, newer) is None:
+                setattr(self, newer, getattr(self, older))
         super().__post_init__()
         self.validate()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,25 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.losses.loss_sum import LossSum
+from trl.trainer.base import trl_sanitze_kwargs_for_tagging
+
+EXTRA_STATE = "extra_state.pt"
+
+
+def last_complete_checkpoint(directory: str) -> str:
+    """The newest checkpoint that was written to its end; a run that was killed while it wrote one leaves a torn folder.
+
+    `trainer_state.json` is written last, so a folder whose file of that name parses is whole.
+    """
+    found = []
+    for path in Path(directory).glob("checkpoint-*"):
+        try:
+            found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), str(path)))
+        except (OSError, ValueError, KeyError):
+            continue
+    if not found:
+        raise ValueError(f"resume_from_checkpoint=True: no complete checkpoint in {directory}")
+    return max(found)[1]
 
 
 class Tally:
@@ -52,6 +74,7 @@ class ObjectiveTrainer(Trainer):
     count of the whole optimizer step, over all ranks, exactly once: the split into micro-batches changes nothing.
     """
 
+    _tag_names: tuple[str, ...] | list[str] = ("trl",)
     loss_is_scaled_for_ga = True  # `compute_loss` has divided, `Trainer` must not
 
     @abstractmethod
@@ -79,6 +102,32 @@ class ObjectiveTrainer(Trainer):
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0, mode: str = "train") -> None:
         """Add to a metric that the next log shows as its mean."""
         self._tallies[mode].add(name, total, count)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the model, optimizer, scheduler and RNGs; tensors and plain values."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        state = self.extra_state() if _internal_call else {}
+        if state and output_dir is not None and self.args.should_save:
+            torch.save(state, os.path.join(output_dir, EXTRA_STATE))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+        if resume_from_checkpoint:
+            path = os.path.join(str(resume_from_checkpoint), EXTRA_STATE)
+            if os.path.exists(path):
+                self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any) -> str:
+        tagged = trl_sanitze_kwargs_for_tagging(self._tag_names, kwargs)
+        return super().push_to_hub(commit_message=commit_message, blocking=blocking, **(tagged or {}))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from trl.data.batches import pair_rows_of_padded, pair_tree
-from trl.data.packing import pack
 from trl.data.tokenize import tokenize_preference
 from trl.losses.loss_sum import LossSum
 from trl.losses.reward import bradley_terry
@@ -19,26 +17,12 @@ from trl.models.prepare import context_length
 from trl.models.scoring import rewards
 from trl.trainer.configuration import as_config, processing_class_of, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
+from trl.trainer.pair_trainer import PairCollator
 from trl.trainer.preparation import dress_tokenizer, each_dataset, prepare_model, prepare_tokenizer
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.statistics import compute_accuracy
 
 SEED_COLUMNS = ("input_ids_chosen", "attention_mask_chosen", "input_ids_rejected", "attention_mask_rejected")
-
-
-class PairCollator:
-    """Tokenised pairs, or what another collator made of them, as token trees that share their prompt."""
-
-    def __init__(self, inner: Callable[[Any], Mapping[str, Any]] | None = None):
-        self.inner = inner
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        if self.inner is not None:
-            rows = pair_rows_of_padded(self.inner(rows))
-        batch: dict[str, Any] = {"packed": pack([pair_tree(row) for row in rows])}
-        if "margin" in rows[0]:
-            batch["margin"] = torch.tensor([float(row["margin"]) for row in rows])
-        return batch
 
 
 class RewardTrainer(ObjectiveTrainer):
