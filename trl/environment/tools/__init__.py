@@ -1,0 +1,12 @@
+"""Tools for text environments; each is a function of a string, usable alone."""
+
+from trl.import_utils import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "trl.environment.tools.calculator": ["SimpleCalculatorTool"],
+        "trl.environment.tools.python": ["PythonInterpreterTool"],
+        "trl.environment.tools.search": ["DocumentSearchTool"],
+    },
+)
