@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from math import log, log1p
 from typing import Any
 
 import torch
@@ -80,9 +81,8 @@ def exo_pair(pair: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> 
     if not 0.0 < label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing}: exo_pair needs it in (0, 1); the paper uses 1e-3")
     scaled = beta * pair.margin_B
-    label = torch.tensor([1 - label_smoothing, label_smoothing]).log().tolist()
     kept, flipped = F.logsigmoid(scaled), F.logsigmoid(-scaled)
-    return kept.exp() * (kept - label[0]) + flipped.exp() * (flipped - label[1])
+    return kept.exp() * (kept - log1p(-label_smoothing)) + flipped.exp() * (flipped - log(label_smoothing))
 
 
 def nca_pair(pair: PairLogps, *, beta: float) -> Tensor:
