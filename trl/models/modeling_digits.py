@@ -8,13 +8,11 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trl.core import randn_tensor
 from trl.models.ddim import DDPOSchedulerOutput, Generators, denoise, predict_noise, scheduler_step
