@@ -1,0 +1,227 @@
+"""The child process of `PythonInterpreterTool`: runs the program on its standard input behind locks.
+
+A script of its own that imports nothing of the package. What is meant to be usable is loaded first, then doors close:
+
+1. rlimits: CPU time, memory, no files written, no descriptors, no processes; root becomes nobody.
+2. The kernel (seccomp, Linux): no system call that opens, creates, connects, forks, executes, signals or traces.
+   Reading memory, writing to the pipe and looking at the clock is what is left.
+3. The functions of `os` that reach outside are replaced, importers are removed.
+4. An audit hook refuses every event that is not known to be harmless.
+
+Where the kernel has no seccomp, 1, 3 and 4 remain: good against accidents and simple attacks, not against an exploit.
+"""
+
+import ast
+import builtins
+import errno
+import importlib
+import json
+import os
+import resource
+import struct
+import sys
+
+READY = b"\x06"
+"""written to the output once everything is locked, before the program runs"""
+
+MODULES = """
+    __future__ abc array base64 binascii bisect calendar cmath collections collections.abc contextlib copy csv
+    dataclasses datetime _strptime decimal difflib enum fractions functools graphlib hashlib heapq hmac io itertools
+    json keyword math numbers operator pprint random re reprlib secrets statistics string struct textwrap time types
+    typing unicodedata warnings zlib
+    encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_32 encodings.idna encodings.hex_codec
+"""
+
+HIDDEN = "ctypes _ctypes resource _posixsubprocess subprocess gc signal _signal socket threading"
+
+NOBODY = 65534
+
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+SYSTEM_CALLS = {  # what a running program needs: the numbers on x86_64 and aarch64
+    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "close": (3, 57),
+    "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214),
+    "mremap": (25, 216), "madvise": (28, 233), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "futex": (202, 98), "set_robust_list": (273, 99),
+    "rseq": (334, 293), "sched_yield": (24, 124), "sched_getaffinity": (204, 123), "nanosleep": (35, 101),
+    "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "gettimeofday": (96, 169),
+    "times": (100, 153), "getrusage": (98, 165), "getpid": (39, 172), "gettid": (186, 178), "getrandom": (318, 278),
+    "exit": (60, 93), "exit_group": (231, 94),
+}  # fmt: skip
+
+OS_KEPT = """
+    error environ environb name sep pathsep linesep curdir pardir extsep altsep devnull path fspath fsencode fsdecode
+    PathLike strerror cpu_count getpid urandom times times_result uname_result stat_result terminal_size DirEntry
+    get_exec_path getenv getenvb supports_bytes_environ
+"""
+
+
+def limit(seconds: int, memory: int) -> None:
+    """Close door 1. `memory`: bytes beyond what is in use now."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as numbers:
+            in_use = int(numbers.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        in_use = 0
+    limits = {"CPU": seconds, "AS": in_use + memory, "FSIZE": 0, "CORE": 0, "NOFILE": 3, "NPROC": 0, "MEMLOCK": 0}
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        except OSError:
+            pass
+    for name, value in limits.items():
+        which = getattr(resource, f"RLIMIT_{name}", None)
+        if which is not None:
+            hard = resource.getrlimit(which)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            try:
+                resource.setrlimit(which, (value, value))
+            except (OSError, ValueError):
+                if name != "AS":  # macOS has no limit on memory
+                    raise
+
+
+def filter_program(architecture: int, allowed: list[int]) -> bytes:
+    """A classic BPF program that allows these system calls and fails every other with EPERM."""
+    load, jump_equal, give = 0x20, 0x15, 0x06
+    kill, fail, allow = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
+    code = [(load, 0, 0, 4), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    code += [(jump_equal, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
+    code += [(give, 0, 0, fail), (give, 0, 0, allow)]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+def lock_kernel() -> None:
+    """Close door 2, and try it; an OSError if it does not hold."""
+    ctypes = sys.modules["ctypes"]
+    machine = os.uname().machine
+    if sys.platform != "linux" or machine not in ARCHITECTURES:
+        raise OSError("no list of system calls for this system")
+    column = list(ARCHITECTURES).index(machine)
+    instructions = filter_program(ARCHITECTURES[machine], [numbers[column] for numbers in SYSTEM_CALLS.values()])
+    held = ctypes.create_string_buffer(instructions, len(instructions))
+    program = struct.pack("HP", len(instructions) // 8, ctypes.addressof(held))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+    pointer = ctypes.create_string_buffer(program, len(program))
+    set_no_new_privileges, set_seccomp, mode_filter = 38, 22, 2
+    if prctl(set_no_new_privileges, 1, 0, 0, 0) or prctl(set_seccomp, mode_filter, ctypes.addressof(pointer), 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp was refused")
+    try:
+        os.open("/", os.O_RDONLY)
+    except PermissionError:
+        return
+    raise OSError("seccomp is set, yet a file could be opened")
+
+
+class Importer:
+    """The only one left: says no."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r} in this interpreter", name=name)
+
+
+def disarm() -> None:
+    """Close door 3."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in HIDDEN.split():
+            del sys.modules[name]
+    imp = sys.modules["_imp"]
+    for name in ("create_builtin", "create_dynamic", "exec_builtin", "exec_dynamic"):
+        if hasattr(imp, name):
+            delattr(imp, name)
+    sys.meta_path[:] = [Importer]
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
+    posix = sys.modules["posix"]
+    for module in (os, posix):
+        for name in set(dir(module)) - set(OS_KEPT.split()):
+            if not name.startswith("__") and callable(getattr(module, name)):
+                setattr(module, name, refusal(name))
+
+
+def refusal(name: str) -> object:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(f"os.{name} is not available in this interpreter")
+
+    return refuse
+
+
+def watch(event: str, args: object) -> None:
+    """Door 4. It uses constants only: names that a program could change would be a way around it."""
+    if event not in {
+        "array.__new__", "builtins.breakpoint", "builtins.id", "builtins.input", "builtins.input/result", "compile",
+        "exec", "import", "object.__delattr__", "object.__getattr__", "object.__setattr__", "pickle.find_class",
+        "sys._getframe", "sys._current_exceptions", "sys.excepthook", "sys.unraisablehook", "time.sleep",
+        "sys.set_asyncgen_hooks_firstiter", "sys.set_asyncgen_hooks_finalizer",
+    }:  # fmt: skip
+        raise PermissionError("not allowed in this interpreter: " + event)
+
+
+def report(error: BaseException) -> None:
+    """One line on what went wrong, and where in the program."""
+    if isinstance(error, MemoryError):
+        print("MemoryError: out of memory")
+        return
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<program>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    print(f"{type(error).__name__}{': ' if text else ''}{text}{f' (line {line})' if line else ''}")
+
+
+def run(program: str) -> None:
+    """Run it; like a shell, show the value of a last line that is an expression."""
+    scope = {"__name__": "__main__", "__builtins__": builtins}
+    tree = ast.parse(program, "<program>")
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "<program>", "exec"), scope)
+    if last is not None:
+        value = eval(compile(ast.Expression(last.value), "<program>", "eval"), scope)
+        if value is not None:
+            print(repr(value))
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    program = sys.stdin.buffer.read().decode()
+    for name in [*MODULES.split(), *settings["modules"]]:
+        importlib.import_module(name)
+    locks = settings["locks"]
+    if "kernel" in locks:
+        importlib.import_module("ctypes")  # as long as files can be opened
+    sys.modules["random"].seed(0)
+    sys.argv[:] = [""]
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    leave, write = os._exit, os.write
+    if "limits" in locks:
+        limit(settings["seconds"], settings["memory"])
+    if "kernel" in locks:
+        lock_kernel()
+    if "modules" in locks:
+        disarm()
+    if "hook" in locks:
+        sys.addaudithook(watch)
+    write(1, READY)
+    try:
+        run(program)
+    except SystemExit:
+        pass
+    except BaseException as error:
+        try:
+            report(error)
+        except BaseException:
+            print("an error that cannot be shown")
+    try:
+        sys.stdout.flush()
+    finally:
+        leave(0)
+
+
+if __name__ == "__main__":
+    main()
