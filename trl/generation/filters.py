@@ -102,7 +102,7 @@ def inverse_cdf(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
     inside_RK = probs_RV.gather(1, token_RK.clamp(max=vocab - 1)).masked_fill(token_RK >= vocab, 0.0)
     reached_RK = inside_RK.to(wide).cumsum(-1)
     place_R1 = torch.searchsorted(reached_RK, _below(target_R1 - before_R1, reached_RK), right=True)
-    return (chunk_R1 * _CHUNK + place_R1).squeeze(1)
+    return (chunk_R1 * _CHUNK + place_R1).squeeze(1).clamp(max=vocab - 1)  # NaN would point beyond the vocabulary
 
 
 def _below(target_R1: Tensor, reached_RC: Tensor) -> Tensor:

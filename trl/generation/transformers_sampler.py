@@ -4,7 +4,7 @@
 logits processor. So both engines give the same completions from the same seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,15 +46,28 @@ class TransformersSampler:
         """`n` completions of each prompt, in the order of the prompts."""
         base = base_model(self.model)
         encodes = bool(base.config.is_encoder_decoder)
-        groups = make_rows(prompts, params, n, None if encodes else context_length(self.model))
+        context = None if encodes else context_length(self.model)
+        groups = make_rows(prompts, params, n, context)
         device = next(self.model.parameters()).device
         ends = end_tokens(params, base, self.tokenizer)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
         with sampling_mode(self.model), _PlainConfig(base):
-            for start in range(0, len(by_length), self.max_rows):
-                self._generate(by_length[start : start + self.max_rows], stepper, encodes, device)
+            for rows in self._batches(by_length, context):
+                self._generate(rows, stepper, encodes, device)
         return [[row.completion() for row in group] for group in groups]
+
+    def _batches(self, rows: list[Row], context: int | None) -> Iterator[list[Row]]:
+        """Rows that run together: `generate` goes on with all until the last is done; none may leave the context."""
+        batch: list[Row] = []
+        for row in rows:
+            steps = max([row.limit, *(other.limit for other in batch)])
+            if len(batch) == self.max_rows or (batch and context is not None and len(row.prompt) + steps > context):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
 
     def _generate(self, rows: list[Row], stepper: Stepper, encodes: bool, device: torch.device) -> None:
         width = max(len(row.prompt) for row in rows)
