@@ -1,7 +1,9 @@
 """The wrapper's arguments, errors and reward adapter; reference copies that share layers."""
 
+import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +111,31 @@ def test_kbit_keywords_of_a_plain_model_are_refused():
     for peft_config in (None, lora()):
         with pytest.raises(ValueError, match="use_gradient_checkpointing"):
             load(tiny_model("llama"), peft_config=peft_config, use_gradient_checkpointing=True)
+
+
+def test_a_quantised_model_is_prepared_for_its_adapter():
+    inner = tiny_model("llama").to(torch.bfloat16)
+    inner.is_loaded_in_8bit = True
+    model = load(inner, peft_config=lora(), use_gradient_checkpointing=True)
+    assert model.is_loaded_in_8bit
+    assert inner.model.layers[0].gradient_checkpointing
+    assert inner.model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_import_and_forward_where_peft_is_missing():
+    code = (
+        "import sys; sys.modules['peft'] = None; sys.path.insert(0, 'tests')\n"
+        "import torch; from tiny_models import tiny_model\n"
+        "from trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead as Model\n"
+        "from trl.models.reference import Reference\n"
+        "model = Model.from_pretrained(tiny_model('llama'))\n"
+        "assert [c.__name__ for c in Model.supported_pretrained_model_architectures] == ['PreTrainedModel']\n"
+        "with Reference(model).model() as reference: reference(torch.tensor([[5, 6]]))\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unknown_argument_of_the_constructor():

@@ -72,7 +72,9 @@ class PreTrainedModelWrapper(nn.Module):
         self.is_loaded_in_8bit = getattr(pretrained_model, "is_loaded_in_8bit", False)
         self.is_loaded_in_4bit = getattr(pretrained_model, "is_loaded_in_4bit", False)
         self.is_sequential_parallel = False
-        for name in ("gradient_checkpointing_enable", "gradient_checkpointing_disable"):
+        for name in (
+            f"{what}_checkpointing_{do}" for what in ("gradient", "activation") for do in ("enable", "disable")
+        ):
             if hasattr(pretrained_model, name):
                 setattr(self, name, getattr(pretrained_model, name))
         self.is_peft_model = is_peft_model(pretrained_model)

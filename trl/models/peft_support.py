@@ -60,9 +60,9 @@ def is_quantized(model: nn.Module) -> bool:
 
 @contextmanager
 def _without_library_noise() -> Iterator[None]:
-    """PEFT asks transformers for a name that transformers has renamed, which the user cannot help."""
+    """PEFT asks transformers for names that transformers has changed, which the user cannot help."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message=r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is dep")
         warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to False but the target module is `Conv1D`")
         yield
 
@@ -70,7 +70,8 @@ def _without_library_noise() -> Iterator[None]:
 def add_adapter(model: nn.Module, peft_config: Any, **kbit_arguments: Any) -> nn.Module:
     """A PEFT model of `model`; a quantised one is prepared for training first, with `kbit_arguments`."""
     if is_quantized(model):
-        model = prepare_model_for_kbit_training(model, **kbit_arguments)
+        with _without_library_noise():
+            model = prepare_model_for_kbit_training(model, **kbit_arguments)
     elif any(kbit_arguments.values()):
         names = ", ".join(f"`{name}`" for name in kbit_arguments)
         raise ValueError(

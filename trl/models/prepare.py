@@ -201,7 +201,10 @@ def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | Non
     inner = _inner(model)
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(inner).__name__} does not support `gradient_checkpointing`: set it to False")
-    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if hasattr(inner, "activation_checkpointing_enable"):  # the name since transformers 5.23
+        inner.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     if (kwargs or {}).get("use_reentrant", False) and not inner.get_input_embeddings().weight.requires_grad:
         inner.enable_input_require_grads()
 
