@@ -1,0 +1,89 @@
+"""PPOConfig: the seed's fields, errors and command line."""
+
+import sys
+
+import pytest
+import tyro
+
+from trl.trainer.ppo_config import PPOConfig
+
+SEED_DEFAULTS = {
+    "seed": 0, "log_with": None, "task_name": None, "model_name": None, "query_dataset": None, "reward_model": None,
+    "remove_unused_columns": True, "tracker_project_name": "trl", "steps": 20000, "learning_rate": 1e-5,
+    "adap_kl_ctrl": True, "init_kl_coef": 0.2, "kl_penalty": "kl", "target": 6, "horizon": 10000, "gamma": 1,
+    "lam": 0.95, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "batch_size": 256,
+    "forward_batch_size": None, "mini_batch_size": 1, "gradient_accumulation_steps": 1, "world_size": None,
+    "ppo_epochs": 4, "max_grad_norm": None, "optimize_cuda_cache": None, "optimize_device_cache": False,
+    "early_stopping": False, "target_kl": 1, "compare_steps": 1, "ratio_threshold": 10.0, "use_score_scaling": False,
+    "use_score_norm": False, "score_clip": None, "whiten_rewards": False, "is_encoder_decoder": None,
+    "is_peft_model": None, "backward_batch_size": 1, "global_backward_batch_size": None, "global_batch_size": None,
+    "total_ppo_epochs": 79,
+}  # fmt: skip
+
+
+def test_defaults_of_the_seed():
+    numbers = PPOConfig().to_dict()
+    assert "exp_name" in numbers
+    assert {name: numbers[name] for name in SEED_DEFAULTS} == SEED_DEFAULTS
+
+
+def test_to_dict_flattens_keyword_fields():
+    config = PPOConfig(tracker_kwargs={"wandb": {"name": "run"}}, push_to_hub_if_best_kwargs={"repo_id": "me/it"})
+    numbers = config.to_dict()
+    assert numbers["tracker_kwargs/wandb/name"] == "run"
+    assert numbers["push_to_hub_if_best_kwargs/repo_id"] == "me/it"
+
+
+def test_derived_numbers():
+    config = PPOConfig(batch_size=32, mini_batch_size=4, gradient_accumulation_steps=2, steps=100)
+    assert config.backward_batch_size == 8
+    assert config.total_ppo_epochs == 4
+
+
+def test_indivisible_batch():
+    with pytest.raises(ValueError, match=r"must be a multiple of .* inexact division: 2 / 4 = 0.5"):
+        PPOConfig(batch_size=2, mini_batch_size=2, gradient_accumulation_steps=2)
+
+
+def test_kl_penalty():
+    with pytest.raises(AssertionError, match="kl_penalty='js'"):
+        PPOConfig(kl_penalty="js")
+
+
+def test_wandb_must_be_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="Please install wandb to use wandb logging"):
+        PPOConfig(log_with="wandb")
+
+
+def test_older_names_are_taken_over():
+    with pytest.warns(UserWarning, match="`forward_batch_size` is deprecated"):
+        assert PPOConfig(batch_size=8, forward_batch_size=4).mini_batch_size == 4
+    with pytest.warns(UserWarning, match="`optimize_cuda_cache` is deprecated"):
+        assert PPOConfig(optimize_cuda_cache=True).optimize_device_cache
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"gamma": 1.5}, "gamma=1.5"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0"),
+        ({"adam_style": "jax"}, "adam_style='jax'"),
+        ({"log_with": "mlflow"}, "log_with='mlflow'"),
+        ({"use_score_norm": True}, "use_score_norm=True"),
+        ({"save_steps": 5}, "save_steps=5"),
+    ],
+)
+def test_wrong_values_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**fields)
+
+
+def test_command_line():
+    arguments = ["--batch-size", "8", "--log-with", "tensorboard", "--project-kwargs", '{"logging_dir": "x"}']
+    config = tyro.cli(PPOConfig, args=arguments)
+    assert (config.batch_size, config.log_with, config.project_kwargs) == (8, "tensorboard", {"logging_dir": "x"})
+    with pytest.raises(SystemExit):
+        tyro.cli(PPOConfig, args=["--world-size", "2"], console_outputs=False)
