@@ -6,8 +6,9 @@ from dataclasses import fields
 
 import pytest
 import torch
+import transformers
 from conformity import CASES, build, history, weights
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import trl
 
@@ -81,7 +82,10 @@ def test_saved_and_loaded_gives_equal_logits(name, tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").exists()
-    auto = AutoModelForSequenceClassification if CASES[name].task_type == "SEQ_CLS" else AutoModelForCausalLM
+    auto = {
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    }.get(CASES[name].task_type, transformers.AutoModelForCausalLM)
     loaded = auto.from_pretrained(tmp_path / "saved").eval()
     ids = torch.tensor([[1, 5, 9, 12]])
     with torch.no_grad():
@@ -119,7 +123,9 @@ def test_a_wrong_value_is_named(name, field, value, tmp_path):
 @pytest.mark.parametrize("config", sorted({case.config for case in CASES.values()}))
 def test_every_own_field_has_a_docstring(config):
     config_class = getattr(trl, config)
-    source = "\n".join(inspect.getsource(parent) for parent in config_class.__mro__ if parent.__module__.startswith("trl"))
+    source = "\n".join(
+        inspect.getsource(parent) for parent in config_class.__mro__ if parent.__module__.startswith("trl")
+    )
     inherited = {entry.name for entry in fields(TrainingArguments)}
     lines = source.splitlines()
     for entry in fields(config_class):

@@ -43,7 +43,7 @@ class PairConfig(PostTrainingConfig):
 
     def options(self) -> dict[str, Any]:
         """The losses' own options, by their names in `losses.preference`."""
-        return {"label_smoothing": self.label_smoothing}
+        return {"label_smoothing": self.label_smoothing or None}
 
     def validate(self) -> None:
         super().validate()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -22,6 +21,7 @@ from trl.trainer.configuration import as_config, with_keywords
 from trl.trainer.dpo_config import CPOConfig, DPOConfig, ORPOConfig, PairConfig, SimPOConfig
 from trl.trainer.dpo_padded import concatenated_forward, concatenated_inputs, get_batch_logps
 from trl.trainer.pair_trainer import PairTrainer
+from trl.trainer.reference_columns import with_reference_columns
 
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 
@@ -114,6 +114,10 @@ class DPOTrainer(PairTrainer):
         self.ld_alpha, self.weighs = 1.0 if config.ld_alpha is None else config.ld_alpha, config.use_weighting
         self.reference = self._reference(ref_model, config)
         if config.sync_ref_model:
+            if self.reference.frozen is None:
+                raise ValueError(
+                    "sync_ref_model=True: the policy without its adapter is the reference and cannot move; give ref_model"
+                )
             self.add_callback(SyncReference(self.reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
 
     def _reference(self, ref_model: nn.Module | str | None, config: DPOConfig) -> Reference:
@@ -141,10 +145,12 @@ class DPOTrainer(PairTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         moved = self.args.sync_ref_model and self.reference.frozen is not None
-        return {"reference": self.reference.frozen.state_dict()} if moved else {}
+        return {**super().extra_state(), **({"reference": self.reference.frozen.state_dict()} if moved else {})}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.reference.frozen.load_state_dict(state["reference"])
+        super().load_extra_state(state)
+        if "reference" in state:
+            self.reference.frozen.load_state_dict(state["reference"])
 
     def reference_sums(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         if self.args.reference_free:
@@ -177,19 +183,16 @@ class DPOTrainer(PairTrainer):
                 eval_dataset = self._with_reference(eval_dataset, "eval")
         return super().get_eval_dataloader(eval_dataset)
 
-    def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
-        """The rows with the reference's log-probabilities as columns; each row is scored once, without gradient."""
-        if not isinstance(dataset, Dataset) or set(REFERENCE_COLUMNS) <= set(dataset.column_names):
-            return dataset
+    def _with_reference(self, dataset: Any, name: str) -> Any:
         default = {"train": self.args.per_device_train_batch_size, "eval": self.args.per_device_eval_batch_size}[name]
-
-        def scored(rows: dict[str, list[Any]]) -> dict[str, list[float]]:
-            listed = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-            batch = {"packed": self.data_collator(listed)["packed"].to(self.args.device)}
-            return dict(zip(REFERENCE_COLUMNS, (x.tolist() for x in self.reference_sums(batch)), strict=True))
-
-        size = self.args.precompute_ref_batch_size or default
-        return dataset.map(scored, batched=True, batch_size=size, desc=f"reference log-probabilities ({name})")
+        return with_reference_columns(
+            dataset,
+            REFERENCE_COLUMNS,
+            self.data_collator,
+            self.reference_sums,
+            batch_size=self.args.precompute_ref_batch_size or default,
+            device=self.args.device,
+        )
 
     def compute_reference_log_probs(self, padded_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of a padded batch's chosen and rejected. [pairs] each"""
@@ -239,7 +242,7 @@ class DPOTrainer(PairTrainer):
         """`(losses, chosen_rewards, rejected_rewards)` of summed log-probabilities."""
         references = (None, None) if reference_free else (reference_chosen_logps, reference_rejected_logps)
         pair = PairLogps(policy_chosen_logps, policy_rejected_logps, *references)
-        options = self.loss_options()
+        options = self.loss_options({})
         losses: Tensor | float = 0.0
         for name, weight in self.losses.items():
             own = {key: value for key, value in options.items() if key in pair_options(name)}

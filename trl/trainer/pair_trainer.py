@@ -16,12 +16,12 @@ from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import preference_loss
 from trl.models.head import log_collision, mean_logits, token_logprobs
-from trl.models.prepare import context_length
-from trl.models.scoring import is_encoder_decoder, scored_states
+from trl.models.scoring import is_encoder_decoder, score, scored_states
 from trl.trainer.configuration import processing_class_of
 from trl.trainer.dpo_config import PairConfig
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
+from trl.trainer.preparation import each_dataset, fitting_length, prepare_model, prepare_tokenizer
+from trl.trainer.reward_shift import RewardShift
 
 NUMBERS = ("margin", "reference_chosen_logps", "reference_rejected_logps")
 """columns of pair rows that are one number each"""
@@ -76,12 +76,9 @@ class PairTrainer(ObjectiveTrainer):
 
         model = None if model is None else prepared(model)
         encoder_decoder = model is not None and is_encoder_decoder(model)
-        limit = None if model is None else context_length(model)
-        length = config.max_length
-        if limit is not None and length is not None and length > limit:
-            if length != type(config).__dataclass_fields__["max_length"].default:
-                raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
-            length = limit
+        length = fitting_length(config, model)
+        if encoder_decoder and length == type(config).__dataclass_fields__["max_length"].default:
+            length = None  # it bounds prompt + answer, which an encoder-decoder holds apart
 
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize_preference(
@@ -109,6 +106,38 @@ class PairTrainer(ObjectiveTrainer):
         )
         self._path = None if config.padding_free else "padded"
         self.losses, self.ld_alpha, self.weighs = config.losses(), 1.0, False
+        self.shift = RewardShift() if "bco_pair" in self.losses else None
+
+    def extra_state(self) -> dict[str, Any]:
+        return {} if self.shift is None else {"shift": self.shift.state()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        if self.shift is not None:
+            self.shift.load(state["shift"])
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.shift is not None:
+            self.shift.close_step(self.accelerator)
+        if "kto_pair" in self.losses:
+            self._whole_step_kl(batches)
+        return batches, count
+
+    @torch.no_grad()
+    def _whole_step_kl(self, batches: list[dict[str, Any]]) -> None:
+        """kto_pair's two KL estimates over the whole optimizer step and all ranks, written into its batches."""
+        totals = torch.zeros(3, device=self.args.device)
+        for batch in batches:
+            batch["packed"] = batch["packed"].to(self.args.device)
+            packed = batch["packed"]
+            chosen_B, rejected_B = self.sums(score(self.model, packed, path=self._path).logprobs_BT, packed.mask_BT)
+            pair = PairLogps(chosen_B, rejected_B, *self.reference_sums(batch))
+            totals += torch.stack(
+                [pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), totals.new_tensor(len(chosen_B))]
+            )
+        chosen, rejected, pairs = self.accelerator.reduce(totals, "sum").unbind()
+        for batch in batches:
+            batch["kl_chosen"], batch["kl_rejected"] = (chosen / pairs).clamp(min=0), (rejected / pairs).clamp(min=0)
 
     def count(self, batch: dict[str, Any]) -> int:
         return batch["packed"].rows // 2
@@ -117,9 +146,12 @@ class PairTrainer(ObjectiveTrainer):
         """The reference's log-probabilities of chosen and rejected; None without one. [pairs] each"""
         return None, None
 
-    def loss_options(self) -> dict[str, Any]:
+    def loss_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the losses read besides the pair."""
-        return {"beta": self.args.beta, **{k: v for k, v in self.args.options().items() if v is not None}}
+        state = {name: batch[name] for name in ("kl_chosen", "kl_rejected") if name in batch}
+        if self.shift is not None:
+            state["delta"] = self.shift.value
+        return {**state, "beta": self.args.beta, **{k: v for k, v in self.args.options().items() if v is not None}}
 
     def sums(self, logprobs_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities summed over chosen and over rejected. [pairs] each"""
@@ -144,7 +176,10 @@ class PairTrainer(ObjectiveTrainer):
             weight_B = wpo_weights(
                 *(x[side] for x in (logprobs_BT, mask_BT, collision_BT) for side in (chosen, rejected))
             )
-        result = preference_loss(pair, self.losses, self.loss_options(), weight_B=weight_B, **self.divergence())
+        if self.shift is not None and model.training:
+            ratios = torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B])
+            self.shift.add(self.args.beta * ratios)
+        result = preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
         logits_BT = packed.spread(mean_logits(head, states_SD.detach()))
         for side, name in enumerate(("chosen", "rejected")):
             tokens = mask_BT[side::2].sum()

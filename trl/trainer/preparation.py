@@ -10,6 +10,7 @@ from torch import nn
 from trl.models.prepare import (
     align_special_tokens,
     check_vocabulary,
+    context_length,
     disable_dropout_in_model,
     load_model,
     load_tokenizer,
@@ -52,6 +53,17 @@ def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) ->
     if isinstance(dataset, dict):
         return {key: prepare(one, f"{name} ({key})") for key, one in dataset.items()}
     return prepare(dataset, name)
+
+
+def fitting_length(config: Any, model: nn.Module | None) -> int | None:
+    """`config.max_length`, or the model's context where that is shorter and the length is only the default's."""
+    limit = None if model is None else context_length(model)
+    length = config.max_length
+    if limit is None or length is None or length <= limit:
+        return length
+    if length != type(config).__dataclass_fields__["max_length"].default:
+        raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
+    return limit
 
 
 def prepare_model(

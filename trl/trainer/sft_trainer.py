@@ -17,11 +17,11 @@ from trl.data.packing import pack, pack_dataset
 from trl.data.tokenize import tokenize_supervised
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import dft, nll
-from trl.models.prepare import activate_neftune, context_length
+from trl.models.prepare import activate_neftune
 from trl.models.scoring import is_encoder_decoder, padded_inputs, score
 from trl.trainer.configuration import as_config, processing_class_of, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import dress_tokenizer, each_dataset, prepare_model, prepare_tokenizer
+from trl.trainer.preparation import dress_tokenizer, each_dataset, fitting_length, prepare_model, prepare_tokenizer
 from trl.trainer.sft_config import SFTConfig
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], LossSum]] = {"nll": nll, "dft": dft}
@@ -121,8 +121,10 @@ class SFTTrainer(ObjectiveTrainer):
             model = prepared(model)
             if is_encoder_decoder(model):
                 kind = type(model).__name__
-                raise ValueError(f"{kind} is an encoder-decoder: use IterativeSFTTrainer, SFTTrainer takes causal models")
-            self._fit_length(config, model, tokenizer)
+                raise ValueError(
+                    f"{kind} is an encoder-decoder: use IterativeSFTTrainer, SFTTrainer takes causal models"
+                )
+            config.max_length = fitting_length(config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
             return self._prepare_dataset(dataset, tokenizer, config, formatting_func, data_collator, name)
@@ -153,15 +155,6 @@ class SFTTrainer(ObjectiveTrainer):
                 "You passed a `DataCollatorForCompletionOnlyLM` to the SFTTrainer. This is not compatible with the "
                 "`packing` argument."
             )
-
-    @staticmethod
-    def _fit_length(config: SFTConfig, model: nn.Module, tokenizer: Any) -> None:
-        limit = context_length(model)
-        if config.max_length is not None and limit is not None and config.max_length > limit:
-            default = SFTConfig.__dataclass_fields__["max_length"].default
-            if config.max_length != default:
-                raise ValueError(f"max_length={config.max_length}: the model has {limit} positions; give at most that")
-            config.max_length = limit
 
     def _prepare_dataset(
         self, dataset: Any, tokenizer: Any, config: SFTConfig, func: Any, collator: Any, name: str
