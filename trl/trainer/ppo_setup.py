@@ -123,7 +123,7 @@ def make_dataloader(
     The order is drawn from the config's seed, apart from what is drawn for sampling.
     """
     if isinstance(dataset, Dataset) and config.remove_unused_columns:
-        taken = {*inspect.signature(model.forward).parameters, "label", "query", "response"}
+        taken = {*inspect.signature(model.forward).parameters, "label", "prompt", "query", "response"}
         unused = [name for name in dataset.column_names if name not in taken]
         dataset = dataset.remove_columns(unused)
     return torch.utils.data.DataLoader(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from trl.losses.policy import clipped_surrogate, clipped_value
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.reference import Reference, unwrap
 from trl.models.scoring import classifier_of
-from trl.trainer import ppo_generation, ppo_padded, ppo_setup, ppo_statistics
+from trl.trainer import ppo_checkpoint, ppo_generation, ppo_loop, ppo_padded, ppo_setup, ppo_statistics
 from trl.trainer.base import BaseTrainer, trl_sanitze_kwargs_for_tagging
 from trl.trainer.configuration import processing_class_of
 from trl.trainer.experience import (
@@ -38,6 +39,7 @@ from trl.trainer.experience import (
 from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
+from trl.trainer.ppo_loop import RewardFunction
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
 from trl.trainer.update import Meters, optimizer_step, without_dropout
 
@@ -48,6 +50,7 @@ class PPOTrainer(BaseTrainer):
     ref_model: what the KL is measured from. None: a frozen copy of the model as it is, sharing the layers before
     `num_shared_layers`; for a PEFT model, the model with its adapter switched off.
     value_model: a model with a score head (num_labels=1) as critic; the policy's own value head then rests.
+    reward_funcs, reward_model, reward_processing_class: what `train()` scores responses with, see `ppo_loop.Judge`.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
@@ -66,6 +69,9 @@ class PPOTrainer(BaseTrainer):
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         value_model: nn.Module | None = None,
+        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+        reward_model: nn.Module | None = None,
+        reward_processing_class: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__(config)
         tokenizer = processing_class_of(processing_class, tokenizer)
@@ -89,9 +95,9 @@ class PPOTrainer(BaseTrainer):
         adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         self.kl_ctl = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
         self.running = RunningMoments(self.accelerator)
-        self.current_step = 0
-        self.logged_steps = 0
+        self.current_step = self.logged_steps = self.data_position = 0
         self.highest_reward = -float("inf")
+        self._judges = (reward_funcs, reward_model, reward_processing_class)
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         if self.accelerator.process_index:  # each process samples with its own seed
             set_seed(config.seed + 1_000_003 * self.accelerator.process_index)
@@ -425,6 +431,32 @@ class PPOTrainer(BaseTrainer):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         return stats
+
+    # --- a whole run --------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
+        callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """`total_ppo_epochs` steps on prompts of the data set; the last step's statistics.
+
+        resume_from_checkpoint: a folder, or True for the newest in `output_dir` (from the start if there is none yet).
+        callback: called behind each step with its number, its statistics and its batch (texts, scores, tokens).
+        """
+        return ppo_loop.run(self, ppo_loop.Judge.of(self, *self._judges), resume_from_checkpoint, callback)
+
+    def batches(self) -> Iterator[list[dict[str, Any]]]:
+        """Rows of the data set for each step of the run that is left, in an order that `load_state` takes up again."""
+        return ppo_loop.batches(self)
+
+    def save_state(self, directory: str | os.PathLike[str]) -> None:
+        """Everything the next step depends on, and the model as `save_pretrained` writes it; never half-written."""
+        ppo_checkpoint.save_state(self, directory)
+
+    def load_state(self, directory: str | os.PathLike[str]) -> None:
+        """Go on exactly where `save_state` was called, in a trainer that was built in the same way."""
+        ppo_checkpoint.load_state(self, directory)
 
     # --- reports ----------------------------------------------------------------------------------------------------
 

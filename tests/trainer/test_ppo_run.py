@@ -1,0 +1,219 @@
+"""PPOTrainer.train: prompts in, scores of functions and models, and a run that can be taken up where it stopped."""
+
+import os
+import shutil
+
+import pytest
+import torch
+import transformers as t
+from datasets import Dataset
+
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl.trainer import ppo_checkpoint
+from trl.trainer.ppo_loop import Judge, PromptStream, prompt_ids
+
+COMMON = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PROMPTS = [{"prompt": text, "wanted": text[0]} for text in ("a b c", "d e", "f g h", "i j", "k", "l m n o", "p q")]
+
+
+def causal():
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**COMMON))
+    return AutoModelForCausalLMWithValueHead.from_pretrained(model)
+
+
+def wanted_letters(completions, wanted, **columns):
+    return [float(text.split().count(letter)) for text, letter in zip(completions, wanted, strict=True)]
+
+
+@pytest.fixture
+def make(tiny_tokenizer):
+    def build(reward_funcs=wanted_letters, dataset=PROMPTS, given=None, **fields):
+        numbers = {"batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-2, "ppo_epochs": 2, "steps": 16,
+                   "max_new_tokens": 4, "use_score_scaling": True, "use_score_norm": True}  # fmt: skip
+        config = PPOConfig(**{**numbers, **fields})
+        data = Dataset.from_list(dataset)
+        return PPOTrainer(
+            config,
+            causal(),
+            tokenizer=tiny_tokenizer,
+            dataset=data,
+            data_collator=list,
+            reward_funcs=reward_funcs,
+            **(given or {}),
+        )
+
+    return build
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_train_runs_all_steps(make):
+    seen = []
+    trainer = make(anneal_learning_rate=True)
+    before = weights(trainer)
+    stats = trainer.train(callback=lambda step, stats, batch: seen.append((step, len(batch["response"]))))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert stats["ppo/learning_rate"] == pytest.approx(1e-2 / 4)
+    assert not torch.equal(weights(trainer), before)
+
+
+def test_prompt_stream_is_a_function_of_the_position():
+    stream = PromptStream(list(range(10)), seed=3, rows=4)
+    whole = [row for step in range(5) for row in stream.batch(step)]
+    assert sorted(whole[:10]) == sorted(whole[10:]) == list(range(10))
+    assert whole[:10] != whole[10:]
+    halves = [PromptStream(list(range(10)), seed=3, rows=2, rank=rank, world=2) for rank in (0, 1)]
+    assert [row for half in halves for row in half.batch(2)] == stream.batch(2)
+
+
+def test_prompts(tiny_tokenizer):
+    assert prompt_ids({"input_ids": torch.tensor([[4, 5]])}, tiny_tokenizer).tolist() == [4, 5]
+    assert prompt_ids({"query": "a b"}, tiny_tokenizer).tolist() == [4, 5]
+    with pytest.raises(ValueError, match=r"columns \['text'\]"):
+        prompt_ids({"text": "a"}, tiny_tokenizer)
+
+
+BATCH = {
+    "query": ["a", "b c"],
+    "response": ["d", "e f"],
+    "queries": [torch.tensor([4]), torch.tensor([5, 6])],
+    "responses": [torch.tensor([7]), torch.tensor([8, 9])],
+}
+
+
+def test_scores_add_up(tiny_tokenizer):
+    torch.manual_seed(1)
+    model = t.AutoModelForSequenceClassification.from_config(t.LlamaConfig(**COMMON, num_labels=1)).eval()
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([ids])).logits[0, 0].item() for ids in ([4, 7], [5, 6, 8, 9])]
+    same = Judge(tiny_tokenizer, None, model, tiny_tokenizer)
+    torch.testing.assert_close(same([{}, {}], BATCH), torch.tensor(alone))
+
+    def length(completions, **columns):
+        return [len(text) for text in completions]
+
+    both = Judge(tiny_tokenizer, [length, length], model)
+    torch.testing.assert_close(both([{}, {}], BATCH), torch.tensor(alone) + torch.tensor([2.0, 6.0]))
+
+
+def test_reward_model_that_reads_text(tiny_tokenizer, chat_tokenizer):
+    torch.manual_seed(1)
+    config = t.BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    model = t.AutoModelForSequenceClassification.from_config(config).eval()
+    judge = Judge(tiny_tokenizer, None, model, chat_tokenizer)
+    with torch.no_grad():
+        expected = [model(**chat_tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in ("ad", "b ce f")]
+    torch.testing.assert_close(judge([{}, {}], BATCH), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions, **_: [1.0], "gave 1 scores for 2 completions"),
+        (lambda completions, **_: [1.0, None], "gave no score for completion 1"),
+    ],
+)
+def test_scores_that_are_missing(tiny_tokenizer, function, message):
+    with pytest.raises(ValueError, match=message):
+        Judge(tiny_tokenizer, function, None)([{}, {}], BATCH)
+
+
+def test_nothing_to_score_with(make, tiny_tokenizer):
+    with pytest.raises(ValueError, match="pass `reward_funcs` or `reward_model`"):
+        make(reward_funcs=None).train()
+    with pytest.raises(ValueError, match="reward_processing_class"):
+        Judge(tiny_tokenizer, wanted_letters, None, tiny_tokenizer)
+
+
+def test_stop_token(make):
+    assert make(stop_token="a", missing_eos_penalty=1.0, max_new_tokens=8, steps=4).train()
+    with pytest.raises(ValueError, match="stop_token='a b'"):
+        make(stop_token="a b").train()
+
+
+@pytest.mark.parametrize("fields", [{}, {"adam_style": "tf", "adap_kl_ctrl": False, "anneal_learning_rate": True}])
+def test_resume_is_exact(make, tmp_path, fields):
+    whole = make(output_dir=str(tmp_path), save_steps=1, save_total_limit=4, **fields)
+    whole.train()
+    assert [path.name for path in ppo_checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{i}" for i in (1, 2, 3, 4)]
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    resumed = make(output_dir=str(tmp_path), save_steps=1, save_total_limit=2, **fields)
+    torch.manual_seed(99)  # the state brings its own
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.kl_ctl.value == whole.kl_ctl.value
+    assert resumed.running.std == whole.running.std
+    assert [path.name for path in ppo_checkpoint.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_step_users_resume_through_batches(make, tmp_path):
+    def go(trainer, stop=None):
+        for rows in trainer.batches():
+            queries = [prompt_ids(row, trainer.tokenizer) for row in rows]
+            responses = trainer.generate(queries, return_prompt=False, do_sample=True, top_k=0, max_new_tokens=3)
+            trainer.step(queries, responses, [torch.tensor(float(len(response))) for response in responses])
+            if trainer.data_position == stop:
+                trainer.save_state(tmp_path / "state")
+        return weights(trainer)
+
+    whole = go(make(), stop=2)
+    again = make()
+    again.load_state(tmp_path / "state")
+    assert torch.equal(go(again), whole)
+
+
+def test_checkpoint_is_a_model_folder(make, tmp_path):
+    trainer = make()
+    trainer.save_state(tmp_path / "state")
+    trainer.save_state(tmp_path / "state")  # over itself
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "state"))
+    assert torch.equal(loaded.v_head.summary.weight, trainer.model.v_head.summary.weight)
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(make, tmp_path):
+    trainer = make()
+    trainer.save_state(tmp_path / "state")
+    os.rename(tmp_path / "state", tmp_path / ".former-state")
+    trainer.load_state(tmp_path / "state")
+
+
+def test_wrong_checkpoints(make, tmp_path):
+    trainer = make()
+    with pytest.raises(ValueError, match="holds no trainer_state"):
+        trainer.load_state(tmp_path)
+    trainer.save_state(tmp_path / "state")
+    other = make()
+    next(other.ref_model.parameters()).data += 1
+    with pytest.raises(ValueError, match="reference model is not the one"):
+        other.load_state(tmp_path / "state")
+    frozen = make()
+    frozen.model.v_head.requires_grad_(False)
+    with pytest.raises(ValueError, match="model trains other weights"):
+        frozen.load_state(tmp_path / "state")
+    with pytest.raises(ValueError, match="lr_scheduler"):
+        make(anneal_learning_rate=True).load_state(tmp_path / "state")
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_leaves_nothing_behind(make, tmp_path, monkeypatch):
+    trainer = make()
+    trainer.save_state(tmp_path / "state")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ppo_checkpoint, "_write", full)
+    with pytest.raises(OSError, match=r"could not save to .*state': .*No space left on device; what was there"):
+        trainer.save_state(tmp_path / "state")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    trainer.load_state(tmp_path / "state")
