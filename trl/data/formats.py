@@ -100,7 +100,8 @@ def _format(row: Row, kind: RowKind, required: tuple[str, ...], name: str) -> Fo
             f"in the {name} data set one of the columns 'prompt' and '{answer}' is a conversation and the other is "
             "text: make both the same"
         )
-    return Format(kind, any(chats.values()), pairs and ("prompt" not in chats or mixed), required)
+    conversational = kind is RowKind.MESSAGES or any(chats.values())
+    return Format(kind, conversational, pairs and ("prompt" not in chats or mixed), required)
 
 
 def detect_format(

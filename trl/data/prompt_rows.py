@@ -15,7 +15,7 @@ from trl.data.formats import Format, RowKind, extract_prompt, maybe_convert_to_c
 from trl.data.mapping import IDS, Made, Row, at_row
 from trl.data.pairs import pair_ids
 from trl.data.report import NO_FLAGS, RowFlag
-from trl.data.supervised_rows import messages_of, needs_closing, says_nothing, text_of
+from trl.data.supervised_rows import ids_of, list_of, messages_of, needs_closing, says_nothing, text_of
 from trl.data.truncation import Limits, cut
 
 
@@ -85,7 +85,7 @@ class AnswersJob(_PromptJob):
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         if self.format.kind is RowKind.TOKENIZED:
-            drafts = [self._tokenised(row) for row in rows]
+            drafts = self._tokenised(rows, indices)
         elif self.format.implicit_prompt and not self.format.conversational:
             drafts = self._whole(rows, indices)
         else:
@@ -94,13 +94,16 @@ class AnswersJob(_PromptJob):
         if self.answers == ("completion",):
             for index, row, one in zip(indices, rows, made, strict=True):
                 with at_row(index, self.name):
-                    one.columns["label"] = _label(row["label"])
+                    one.columns["label"] = _label(row.get("label"))
         return made
 
-    def _tokenised(self, row: Row) -> _Draft:
-        if "prompt_ids" not in row:
-            row = pair_ids(row)
-        return _Draft(list(row["prompt_ids"]), [list(row[f"{answer}_ids"]) for answer in self.answers])
+    def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[_Draft]:
+        drafts = []
+        for index, row in zip(indices, rows, strict=True):
+            with at_row(index, self.name):
+                own = row if "prompt_ids" in self.format.columns else pair_ids(row)
+                drafts.append(_Draft(ids_of(own, "prompt_ids"), [ids_of(own, f"{a}_ids") for a in self.answers]))
+        return drafts
 
     def _texts(self, row: Row) -> _Texts:
         if not self.format.conversational:
@@ -113,7 +116,7 @@ class AnswersJob(_PromptJob):
         elif self.format.implicit_prompt:
             whole = messages_of(row, "completion")
             row = {**row, "prompt": whole[:-1], "completion": whole[-1:]}
-        prompt = messages_of(row, "prompt") if row["prompt"] else []
+        prompt = messages_of(row, "prompt") if row.get("prompt") else []
         answers = [messages_of(row, answer) for answer in self.answers]
         tools, template = read_tools(row.get("tools")), self._template.of_row(row)
         if not prompt:
@@ -212,7 +215,10 @@ class PromptsJob(_PromptJob):
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         flags = [NO_FLAGS] * len(rows)
         if self.format.kind is RowKind.TOKENIZED:
-            encoded = [list(row["prompt_ids"]) for row in rows]
+            encoded = []
+            for index, row in zip(indices, rows, strict=True):
+                with at_row(index, self.name):
+                    encoded.append(ids_of(row, "prompt_ids"))
         else:
             texts = []
             for position, (index, row) in enumerate(zip(indices, rows, strict=True)):
@@ -284,18 +290,18 @@ class StepwiseJob(_PromptJob):
         return made
 
     def _prompt(self, row: Mapping[str, Any]) -> str:
-        if isinstance(row["prompt"], str):
-            return row["prompt"]
+        if not isinstance(row.get("prompt"), list | tuple):
+            return text_of(row, "prompt")
         return self._template.of_row(row).prompt(messages_of(row, "prompt"), read_tools(row.get("tools")))
 
     def _steps(self, row: Mapping[str, Any]) -> list[str]:
-        steps = row["completions"]
+        steps = row.get("completions")
         if not isinstance(steps, list | tuple) or not all(isinstance(step, str) and step for step in steps):
             raise ValueError(f"column 'completions' should be a list of texts, a step each, got {steps!r:.80}")
         return list(steps)
 
     def _labels(self, row: Mapping[str, Any]) -> Ids:
-        labels, steps = list(row["labels"]), row["completions"]
+        labels, steps = list_of(row.get("labels") or []), row["completions"]
         if len(labels) != len(steps):
             raise ValueError(f"column 'labels' has {len(labels)} entries for {len(steps)} steps in 'completions'")
         wrong = [label for label in labels if label not in (0, 1)]

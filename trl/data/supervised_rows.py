@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 from trl.data.chat import ChatTemplate, Messages, read_tools
@@ -26,7 +27,7 @@ class _Draft:
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
     """The row's text in that column."""
-    value = row[column]
+    value = row.get(column)
     if not isinstance(value, str):
         raise ValueError(f"column '{column}' should be a text, got {value!r:.80}")
     return value
@@ -34,10 +35,23 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
 
 def messages_of(row: Mapping[str, Any], column: str) -> Messages:
     """The row's conversation in that column."""
-    value = row[column]
+    value = row.get(column)
     if not isinstance(value, list | tuple) or not all(isinstance(m, Mapping) and m.get("role") for m in value):
         raise ValueError(f"column '{column}' should be a list of messages with `role` and `content`, got {value!r:.80}")
     return [dict(message) for message in value]
+
+
+def ids_of(row: Mapping[str, Any], column: str) -> Ids:
+    """The row's token ids in that column."""
+    value = row.get(column)
+    if value is None or isinstance(value, str) or not all(isinstance(i, Integral) for i in list_of(value)):
+        raise ValueError(f"column '{column}' should be a list of token ids, got {value!r:.80}")
+    return [int(i) for i in list_of(value)]
+
+
+def list_of(value: Any) -> list[Any]:
+    """A list, from a tensor or an array too."""
+    return list(value.tolist() if hasattr(value, "tolist") else value)
 
 
 def says_nothing(messages: Messages) -> bool:
@@ -46,7 +60,7 @@ def says_nothing(messages: Messages) -> bool:
 
 
 def _same_length(row: Mapping[str, Any], column: str, ids: Ids) -> list[Any]:
-    values = list(row[column])
+    values = list_of(row[column])
     if len(values) != len(ids):
         raise ValueError(f"column '{column}' has {len(values)} entries for {len(ids)} `input_ids`")
     return values
@@ -58,7 +72,7 @@ def tokenised_mask(row: Mapping[str, Any], completion_only: bool | None = None, 
     From `loss_mask`, else `labels` (-100 = not learned), else `completion_mask` (unless `completion_only` is False) and
     `assistant_masks` (if `assistant_only`), else every token. Wants that the row cannot meet are ValueErrors.
     """
-    ids = list(row["input_ids"])
+    ids = ids_of(row, "input_ids")
     if row.get("loss_mask") is not None:
         return [int(bool(m)) for m in _same_length(row, "loss_mask", ids)]
     if row.get("labels") is not None:
@@ -82,7 +96,7 @@ def tokenised_mask(row: Mapping[str, Any], completion_only: bool | None = None, 
 
 def supervised_row(row: Mapping[str, Any]) -> dict[str, Ids]:
     """`input_ids` and `loss_mask` of one tokenised row; padding (attention_mask 0) is taken out."""
-    ids, mask = [int(i) for i in row["input_ids"]], tokenised_mask(row)
+    ids, mask = ids_of(row, "input_ids"), tokenised_mask(row)
     if row.get("attention_mask") is not None:
         attended = _same_length(row, "attention_mask", ids)
         ids = [i for i, a in zip(ids, attended, strict=True) if a]
@@ -225,7 +239,7 @@ class SupervisedJob:
             prompt = messages_of(row, "prompt")
             return prompt + messages_of(row, "completion"), 0 if self.completion_only is False else len(prompt)
         column = self.format.columns[0]
-        converted = maybe_convert_to_chatml({"messages": row[column]})
+        converted = maybe_convert_to_chatml({"messages": row.get(column)})
         return messages_of({column: converted["messages"]}, column), 0
 
     def _finish(self, draft: _Draft) -> Made:
