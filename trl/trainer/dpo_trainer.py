@@ -116,7 +116,7 @@ class DPOTrainer(PairTrainer):
         if config.sync_ref_model:
             if self.reference.frozen is None:
                 raise ValueError(
-                    "sync_ref_model=True: the policy without its adapter is the reference and cannot move; give ref_model"
+                    "sync_ref_model=True: the reference is the policy without its adapter and cannot move: give one"
                 )
             self.add_callback(SyncReference(self.reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
 

@@ -1,0 +1,278 @@
+"""Fine-tuning a step at a time, on data that the caller brings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from trl.core import PPODecorators
+from trl.data.batches import rows_of_padded
+from trl.data.packing import pack
+from trl.data.records import Branch, TokenTree
+from trl.import_utils import is_peft_available
+from trl.losses.loss_sum import LossSum
+from trl.losses.supervised import nll
+from trl.models.scoring import is_encoder_decoder, score
+from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of
+from trl.trainer.objective import ObjectiveTrainer
+from trl.trainer.update import optimizer_step
+
+TRUNCATION_SIDES = {"keep_end": "left", "keep_start": "right"}
+
+
+def _model_classes() -> tuple[type, ...]:
+    if not is_peft_available():
+        return (PreTrainedModel,)
+    from peft import PeftModel
+
+    return (PreTrainedModel, PeftModel)
+
+
+class IterativeSFTTrainer(ObjectiveTrainer):
+    """Fine-tune with `step(input_ids | texts, ...)`: between steps the caller may sample, filter and score.
+
+    One call is one pass over the given sequences, in shuffled mini-batches of
+    `per_device_train_batch_size * gradient_accumulation_steps`, an optimizer and scheduler step each.
+    """
+
+    _tag_names = ("trl", "iterative-sft")
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
+        eval_dataset: Any = None,
+        max_length: int | None = None,
+        truncation_mode: str = "keep_end",
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        optimize_device_cache: bool = False,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+    ):
+        config = as_config(args, PostTrainingConfig)
+        tokenizer = processing_class_of(processing_class, tokenizer)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"tokenizer must be a PreTrainedTokenizerBase, got {type(tokenizer)}")
+        if not isinstance(model, _model_classes()):
+            raise ValueError(f"model must be a PreTrainedModel, got {type(model)}")
+        if optimizers[1] is None and config.max_steps == -1:
+            raise ValueError(
+                "When no scheduler is provided, you need to set the total number of training steps to perform "
+                "`max_steps`"
+            )
+        if truncation_mode not in TRUNCATION_SIDES:
+            raise ValueError(f"truncation_mode={truncation_mode!r}: choose 'keep_end' or 'keep_start'")
+        if not model.can_generate():
+            warnings.warn(f"{type(model).__name__} cannot generate text", UserWarning, stacklevel=2)
+        self.max_length, self.truncation_mode = max_length, truncation_mode
+        self.is_encoder_decoder = is_encoder_decoder(model)
+        tokenizer.truncation_side = TRUNCATION_SIDES[truncation_mode]
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=data_collator or _default_collator(tokenizer, self.is_encoder_decoder),
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            optimizers=optimizers,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self._own_collator = data_collator
+        self.create_optimizer_and_scheduler(self.args.max_steps)
+        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
+            self.model, self.optimizer, self.lr_scheduler
+        )
+        self.model_wrapped = self.model
+        self._order = torch.Generator().manual_seed(self.args.seed)
+        PPODecorators.optimize_device_cache = optimize_device_cache
+
+    # -- what came in -------------------------------------------------------------------------
+
+    def _cut(self, ids: Tensor) -> Tensor:
+        if self.max_length is None or len(ids) <= self.max_length:
+            return ids
+        return ids[-self.max_length :] if self.truncation_mode == "keep_end" else ids[: self.max_length]
+
+    def _tokenized(self, texts: Sequence[str]) -> list[Tensor]:
+        limit = {"truncation": True, "max_length": self.max_length} if self.max_length is not None else {}
+        return [torch.tensor(ids) for ids in self.processing_class(list(texts), **limit)["input_ids"]]
+
+    def prepare_model_inputs(
+        self, input_ids: list[Tensor], attention_mask: list[Tensor] | None, labels: list[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """One record a sequence, cut to `max_length`: `input_ids`, `attention_mask`, `labels`."""
+        masks = [torch.ones_like(ids) for ids in input_ids] if attention_mask is None else attention_mask
+        if not len(input_ids) == len(masks) == len(labels):
+            raise ValueError(
+                f"{len(input_ids)} sequences, {len(masks)} attention masks and {len(labels)} labels: give equally many"
+            )
+        return [
+            {"input_ids": self._cut(ids), "attention_mask": self._cut(mask), "labels": self._cut(label)}
+            for ids, mask, label in zip(input_ids, masks, labels, strict=True)
+        ]
+
+    def _checked(
+        self, input_ids: Any, attention_mask: Any, labels: Any, texts: Any, texts_labels: Any
+    ) -> list[dict[str, Tensor]]:
+        if texts is not None:
+            _check_texts(texts, "text")
+            if texts_labels is not None:
+                _check_texts(texts_labels, "text_labels")
+        else:
+            for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask), ("labels", labels)):
+                if value is not None:
+                    _check_tensors(value, name)
+        if texts is not None:
+            if input_ids is not None:
+                warnings.warn(
+                    "Both `input_ids` and `texts` are given: `input_ids` are ignored", UserWarning, stacklevel=4
+                )
+            input_ids, attention_mask = self._tokenized(texts), None
+            labels = labels if texts_labels is None else self._tokenized(texts_labels)
+        if labels is None:
+            if self.is_encoder_decoder:
+                raise ValueError(
+                    "No 'labels' or 'text_labels' are provided. When using an encoder-decoder architecture, 'labels' "
+                    "or 'text_labels' must be passed."
+                )
+            warnings.warn("No labels are provided. Setting labels to input_ids", UserWarning, stacklevel=4)
+            labels = input_ids
+        return self.prepare_model_inputs(input_ids, attention_mask, labels)
+
+    # -- the step -----------------------------------------------------------------------------
+
+    @PPODecorators.empty_device_cache()
+    def step(
+        self,
+        input_ids: list[Tensor] | None = None,
+        attention_mask: list[Tensor] | None = None,
+        labels: list[Tensor] | None = None,
+        texts: list[str] | None = None,
+        texts_labels: list[str] | None = None,
+    ) -> None:
+        """One pass over the sequences; with both `input_ids` and `texts`, the texts count."""
+        if input_ids is None and texts is None:
+            raise ValueError("Step should include `input_ids` or `texts` as keyword arguments.")
+        records = self._checked(input_ids, attention_mask, labels, texts, texts_labels)
+        self.model.train()
+        size = self.args.per_device_train_batch_size
+        order = torch.randperm(len(records), generator=self._order).tolist()
+        whole = size * self.args.gradient_accumulation_steps
+        for start in range(0, len(order), whole):
+            chosen = [records[i] for i in order[start : start + whole]]
+            pieces = [self._collated(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+            self._update(pieces)
+
+    def _update(self, pieces: list[dict[str, Any]]) -> None:
+        means = optimizer_step(
+            self.accelerator,
+            [self.model],
+            self.optimizer,
+            pieces,
+            lambda piece: self.objective(self.model, piece),
+            self.count,
+            parameters=list(self.model.parameters()),
+            max_grad_norm=self.args.max_grad_norm or None,
+        )
+        self.lr_scheduler.step()
+        self.state.global_step += 1
+        self.record("loss", means["loss"])
+        self._maybe_log_save_evaluate_step()
+
+    def _maybe_log_save_evaluate_step(self) -> None:
+        step = self.state.global_step
+        if self.args.eval_strategy == "steps" and self.args.eval_steps and step % self.args.eval_steps == 0:
+            self.evaluate(self.eval_dataset)
+            self.model.train()
+        if self.args.logging_strategy == "steps" and step % max(1, int(self.args.logging_steps)) == 0:
+            means = self._tallies["train"].means(self)
+            self.log({"loss": means.pop("loss"), "learning_rate": self.lr_scheduler.get_last_lr()[0]})
+        if self.args.save_strategy == "steps" and step % max(1, int(self.args.save_steps)) == 0:
+            self.save_model(f"{self.args.output_dir}/checkpoint-{step}")
+
+    def _collated(self, records: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+        """One packed batch; a collator that the caller brought may change masks and labels on the way."""
+        if self._own_collator is not None:
+            records = [_record(row) for row in rows_of_padded(self._own_collator([dict(r) for r in records]))]
+        trees = [self._tree(record) for record in records]
+        return {"packed": pack(trees).to(self.args.device)}
+
+    def _tree(self, record: Mapping[str, Tensor]) -> TokenTree:
+        ids = record["input_ids"][record["attention_mask"].bool()]
+        if self.is_encoder_decoder:
+            labels = record["labels"]
+            return TokenTree(ids.tolist(), [Branch(labels[labels != -100].tolist())])
+        labels = record["labels"][record["attention_mask"].bool()]
+        if bool(((labels != -100) & (labels != ids)).any()):
+            raise ValueError(
+                "labels differ from input_ids at learned positions: a causal model learns its own next token"
+            )
+        return TokenTree([], [Branch(ids.tolist(), (labels != -100).long().tolist())])
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return torch.utils.data.DataLoader(
+            eval_dataset if eval_dataset is not None else self.eval_dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=lambda rows: self._collated([self._evaluation_record(row) for row in rows]),
+        )
+
+    @staticmethod
+    def _evaluation_record(row: Mapping[str, Any]) -> dict[str, Tensor]:
+        ids = torch.as_tensor(row["input_ids"])
+        mask, labels = row.get("attention_mask"), row.get("labels")
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids) if mask is None else torch.as_tensor(mask),
+            "labels": ids if labels is None else torch.as_tensor(labels),
+        }
+
+    def count(self, batch: dict[str, Any]) -> int:
+        return len(batch["packed"].row_S)
+
+    def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
+        packed = batch["packed"]
+        return nll(score(model, packed).logprobs_BT, packed.mask_BT)
+
+
+def _default_collator(tokenizer: Any, encoder_decoder: bool) -> Callable[[Any], Mapping[str, Any]]:
+    kind = "DataCollatorForSeq2Seq" if encoder_decoder else "DataCollatorForLanguageModeling"
+    warnings.warn(f"No data collator is provided. Using '{kind}'.", UserWarning, stacklevel=3)
+    if encoder_decoder:
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=8)
+    return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+
+def _record(row: Mapping[str, Any]) -> dict[str, Tensor]:
+    ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def _check_texts(texts: Any, name: str) -> None:
+    if not isinstance(texts, list):
+        raise ValueError(f"'{name}' must be a list of strings - got {type(texts)}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"Elements in '{name}' must be strings - got {type(text)}")
+
+
+def _check_tensors(tensors: Any, name: str) -> None:
+    if not isinstance(tensors, list):
+        raise ValueError(f"{name} must be a list of tensors - got {type(tensors)}")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"Elements in {name} must be tensors - got {type(tensor)}")
