@@ -40,7 +40,7 @@ class PPOConfig:
     reward_model: str | None = None
     """for your own records: handed to the tracker, not read"""
     remove_unused_columns: bool = True
-    """drop columns of a `datasets.Dataset` that the model does not take (`label`, `prompt`, `query`, `response` stay)"""
+    """drop columns of a `datasets.Dataset` that the model does not take; `label`, `prompt`, `query`, `response` stay"""
     tracker_kwargs: JSONDict = field(default_factory=dict)
     """`init_kwargs` of `Accelerator.init_trackers`"""
     accelerator_kwargs: JSONDict = field(default_factory=dict)

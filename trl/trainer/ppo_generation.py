@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trl.generation.choose import make_sampler
+from trl.generation.generate_kwargs import sampling_params
+from trl.models.scoring import backbone
 from trl.trainer.ppo_padded import padded_pair
 
 
-def up_to_eos(response: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+def end_tokens(model: Any, tokenizer: Any, kwargs: Mapping[str, Any]) -> set[int]:
+    """The ids that end a response: `eos_token_id` of the keywords, else the model's and the tokenizer's."""
+    config = getattr(backbone(model), "generation_config", None)
+    own = [getattr(config, "eos_token_id", None), tokenizer.eos_token_id]
+    ends: set[int] = set()
+    for each in [kwargs["eos_token_id"]] if "eos_token_id" in kwargs else own:
+        ends |= set() if each is None else {int(each)} if isinstance(each, int) else {int(end) for end in each}
+    return ends
+
+
+def up_to_end(response: Tensor, ends: set[int]) -> Tensor:
     """The response up to its first end token, that one included. [T]"""
-    ends = torch.isin(response, torch.tensor(list(eos_token_ids), device=response.device)).nonzero()
-    return response[: int(ends[0]) + 1] if len(ends) else response
-
-
-def end_tokens(tokenizer: Any, kwargs: dict[str, Any]) -> list[int]:
-    """The ids that end a response: `eos_token_id` of the keywords, else the tokenizer's."""
-    eos = kwargs.get("eos_token_id", tokenizer.eos_token_id)
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else [int(token) for token in eos]
+    found = torch.isin(response, torch.tensor(sorted(ends), device=response.device, dtype=response.dtype)).nonzero()
+    return response[: int(found[0]) + 1] if len(found) else response
 
 
 @torch.no_grad()
 def generate_padded(
-    model: Any, tokenizer: Any, queries: Sequence[Tensor], kwargs: dict[str, Any], is_encoder_decoder: bool
+    model: Any, tokenizer: Any, queries: Sequence[Tensor], kwargs: Mapping[str, Any], is_encoder_decoder: bool
 ) -> list[Tensor]:
     """One call of the model's `generate` over left-padded queries; each response without padding. B x [T]
 
@@ -37,34 +42,51 @@ def generate_padded(
         raise ValueError("num_return_sequences: one response for each query; repeat the query for more")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, mask = padded_pair(queries, 0 if pad is None else pad, "left")
-    given = {"pad_token_id": pad, **kwargs} if pad is not None else kwargs
+    given = dict(kwargs) if pad is None else {"pad_token_id": pad, **kwargs}
     output = model.generate(input_ids=ids, attention_mask=mask, **given)
     if not isinstance(output, Tensor):  # return_dict_in_generate
         output = output.sequences
-    ends = end_tokens(tokenizer, kwargs)
+    ends = end_tokens(model, tokenizer, kwargs)
     if is_encoder_decoder:
-        return [torch.cat([row[:1], up_to_eos(row[1:], ends)]) for row in output]
-    return [up_to_eos(row, ends) for row in output[:, ids.shape[1] :]]
+        return [torch.cat([row[:1], up_to_end(row[1:], ends)]) for row in output]
+    return [up_to_end(row, ends) for row in output[:, ids.shape[1] :]]
 
 
-Respond = Callable[[Sequence[Tensor], dict[str, Any]], list[Tensor]]
+def _chunks(queries: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    return [queries[start : start + size] for start in range(0, len(queries), size)]
 
 
-def responder(model: Any, tokenizer: Any, is_encoder_decoder: bool) -> Respond:
-    """What answers some queries under the keywords of `generate`."""
-    return lambda queries, kwargs: generate_padded(model, tokenizer, queries, kwargs, is_encoder_decoder)
+def respond(
+    model: Any, tokenizer: Any, queries: Sequence[Tensor], batch_size: int, kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """A response to each query, `batch_size` at a time: by a sampler, or by `generate` for what no sampler can do."""
+    is_encoder_decoder = hasattr(model, "is_encoder_decoder")
+    params = None if is_encoder_decoder else sampling_params(model, kwargs)
+    if params is None:
+        parts = [
+            generate_padded(model, tokenizer, part, kwargs, is_encoder_decoder) for part in _chunks(queries, batch_size)
+        ]
+        return [response for part in parts for response in part]
+    sampler = make_sampler(model, tokenizer, max_rows=batch_size)
+    completions = sampler.sample([query.tolist() for query in queries], params)
+    return [
+        torch.tensor(group[0].ids, dtype=query.dtype, device=query.device)
+        for query, group in zip(queries, completions, strict=True)
+    ]
 
 
-def in_batches(
-    respond: Respond,
+def respond_at_lengths(
+    model: Any,
+    tokenizer: Any,
     queries: Sequence[Tensor],
     batch_size: int,
     length_sampler: Callable[[], int] | None,
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
 ) -> list[Tensor]:
-    """`respond` to `batch_size` queries at a time; `length_sampler` sets `max_new_tokens` for each of those batches."""
+    """`respond`; a `length_sampler` draws `max_new_tokens` anew for every `batch_size` queries."""
+    if length_sampler is None:
+        return respond(model, tokenizer, queries, batch_size, kwargs)
     responses: list[Tensor] = []
-    for start in range(0, len(queries), batch_size):
-        length = {} if length_sampler is None else {"max_new_tokens": int(length_sampler())}
-        responses += respond(queries[start : start + batch_size], {**kwargs, **length})
+    for part in _chunks(queries, batch_size):
+        responses += respond(model, tokenizer, part, batch_size, {**kwargs, "max_new_tokens": int(length_sampler())})
     return responses

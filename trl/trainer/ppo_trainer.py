@@ -152,7 +152,8 @@ class PPOTrainer(BaseTrainer):
 
         A 1-d tensor gives a tensor [1, L], a list of 1-d tensors a list of 1-d tensors. `batch_size` queries at a
         time; `length_sampler` draws `max_new_tokens` for each of those batches. Each response ends with its first end
-        token; encoder-decoders' begin with the start token and never contain the prompt.
+        token; encoder-decoders' begin with the start token and never contain the prompt. Keywords are those of
+        transformers' `generate`; a missing one is the model's `generation_config`'s, so that without any it is greedy.
         """
         single = isinstance(query_tensor, Tensor)
         queries: list[Tensor] = [query_tensor] if isinstance(query_tensor, Tensor) else list(query_tensor)
@@ -165,8 +166,9 @@ class PPOTrainer(BaseTrainer):
         queries = [query.to(self.current_device) for query in queries]
 
         def responses_of(model: Any) -> Any:
-            respond = ppo_generation.responder(model, self.tokenizer, self.is_encoder_decoder)
-            responses = ppo_generation.in_batches(respond, queries, batch_size, length_sampler, generation_kwargs)
+            responses = ppo_generation.respond_at_lengths(
+                model, self.tokenizer, queries, batch_size, length_sampler, generation_kwargs
+            )
             if return_prompt and not self.is_encoder_decoder:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0][None] if single else responses
@@ -238,7 +240,8 @@ class PPOTrainer(BaseTrainer):
         """Scores as the step learns from them: EOS trick, best-so-far push, scaling, normalising, clipping."""
         config = self.config
         if config.missing_eos_penalty is not None:
-            ends = ppo_generation.end_tokens(self.tokenizer, {}) + ppo_setup.stop_tokens(config, self.tokenizer)
+            ends = ppo_generation.end_tokens(unwrap(self.model), self.tokenizer, {})
+            ends |= set(ppo_setup.stop_tokens(config, self.tokenizer))
             ended = torch.tensor([len(row) > 0 and int(row[-1]) in ends for row in responses], device=scores_B.device)
             scores_B = torch.where(ended, scores_B, -config.missing_eos_penalty)
         self._push_if_best(scores_B)
