@@ -377,7 +377,7 @@ HOSTILE = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 def stays_inside(outside: Outside, program: str) -> None:
     began = time.monotonic()
-    outside.check(PythonInterpreterTool(timeout=0.7)(outside.program(program)))
+    outside.check(PythonInterpreterTool(timeout=0.4)(outside.program(program)))
     assert time.monotonic() - began < 10
 
 
