@@ -267,6 +267,14 @@ def test_shared_layers_are_the_same_tensors():
     assert all("wte" in name or "wpe" in name or ".h.0." in name or ".h.1." in name for name in shared)
 
 
+def test_reference_of_a_wrapper_is_whole():
+    model = load(tiny_model("llama"))
+    reference = create_reference_model(model, num_shared_layers=1)
+    assert reference.prepare_inputs_for_generation.__self__ is reference.pretrained_model
+    assert_close(reference(IDS), model.eval()(IDS))
+    assert torch.equal(reference.generate(IDS, max_new_tokens=2), model.generate(IDS, max_new_tokens=2))
+
+
 def test_training_moves_only_what_is_not_shared():
     model = tiny_model("llama")
     reference = create_reference_model(model, num_shared_layers=1)

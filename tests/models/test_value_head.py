@@ -10,6 +10,7 @@ from tiny_models import CAUSAL, SEQ2SEQ, lora, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
 
+from trl.models.checkpoints import WEIGHT_FILES, writing
 from trl.models.modeling_value_head import (
     SUPPORTED_ARCHITECTURES,
     AutoModelForCausalLMWithValueHead,
@@ -127,6 +128,13 @@ def test_save_replaces_an_earlier_save_and_keeps_other_files(tmp_path):
     assert [name for name in names if "-of-" in name or "index" in name or "saving" in name or "bin" in name] == []
 
 
+def test_a_rank_that_writes_no_weights_removes_none(tmp_path):
+    (tmp_path / "model.safetensors").write_text("of rank 0")
+    with writing(tmp_path, WEIGHT_FILES) as folder:
+        (folder / "config.json").write_text("{}")
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
 def test_head_is_read_from_the_shard_that_holds_it(tmp_path):
     model = wrapped("llama")
     model.save_pretrained(tmp_path, max_shard_size="8KB")
@@ -188,6 +196,15 @@ def test_an_adapter_never_overwrites_a_whole_model(tmp_path):
     model = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path), peft_config=lora())
     with pytest.raises(ValueError, match="a folder of its own"):
         model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()])
+def test_other_ranks_write_nothing(peft_config, tmp_path):
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"), peft_config=peft_config)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -19,8 +19,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
-    cached_file,
 )
+from transformers.utils.hub import cached_file
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """keywords of `from_pretrained` that say where a file is, so that every file is looked for in the same place"""
@@ -40,7 +40,7 @@ WEIGHT_FILES = (
 def writing(directory: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to write in, whose files are renamed into `directory` once all of them are written.
 
-    `replaces`: glob patterns of files that belong to an earlier save; those that were not written anew are removed.
+    `replaces`: glob patterns of the files that hold weights. If any is written, those of an earlier save are removed.
     OSError names the folder if the disk is full or not writable; `directory` is then as it was before.
     """
     target = Path(directory)
@@ -67,10 +67,12 @@ def _move(source: Path, target: Path, replaces: Sequence[str]) -> None:
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)
+    if not any(file.match(pattern) for file in files for pattern in replaces):
+        return  # another rank wrote the weights
     for pattern in replaces:
         for stale in target.glob(pattern):
             if stale.relative_to(target) not in files:
-                stale.unlink()
+                stale.unlink(missing_ok=True)
 
 
 def find_file(source: str, name: str, **where: Any) -> str | None:
@@ -125,13 +127,21 @@ def _read_shards(index: str, modules: Sequence[str], *, source: str, where: Mapp
     return tensors
 
 
+def holds_other_modules(file: Path, modules: Sequence[str]) -> bool:
+    """Whether pickled weights hold anything besides `modules`."""
+    return file.exists() and any(not belongs(key, modules) for key in _unpickle(str(file)))
+
+
+def _unpickle(file: str) -> Mapping[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
 def _read(file: str, modules: Sequence[str], **_: Any) -> dict[str, Tensor]:
     try:
         if file.endswith(".safetensors"):
             with safe_open(file, framework="pt") as stored:
                 return {key: stored.get_tensor(key) for key in stored.keys() if belongs(key, modules)}  # noqa: SIM118
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return {key: tensor.clone() for key, tensor in _unpickle(file).items() if belongs(key, modules)}
     except Exception as error:  # pickle, zip, safetensors and torch each have their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(f"could not read the weights {file!r}: {reason}") from error
-    return {key: tensor.clone() for key, tensor in stored.items() if belongs(key, modules)}

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import WEIGHTS_NAME
 
 from trl.import_utils import is_npu_available, is_xpu_available
-from trl.models.checkpoints import HUB_ARGUMENTS, WEIGHT_FILES, belongs, read_modules, writing
+from trl.models.checkpoints import HUB_ARGUMENTS, WEIGHT_FILES, belongs, holds_other_modules, read_modules, writing
 from trl.models.peft_support import (
     KBIT_ARGUMENTS,
     PEFT_ARCHITECTURES,
@@ -245,15 +245,16 @@ class PreTrainedModelWrapper(nn.Module):
             raise ValueError("`push_to_hub` is not part of saving here: call `push_to_hub(repo_id)` afterwards")
         state = kwargs.pop("state_dict", None)
         state = self.state_dict() if state is None else state
-        if self.is_peft_model:
+        if not kwargs.get("is_main_process", True):  # it writes nothing, but may have to give its shards
+            self.pretrained_model.save_pretrained(str(save_directory), state_dict=state, **kwargs)
+        elif self.is_peft_model:
             self._save_adapter(Path(save_directory), state, **kwargs)
-            return
-        replaces = () if kwargs.get("variant") or not kwargs.get("is_main_process", True) else WEIGHT_FILES
-        with writing(save_directory, replaces) as folder:
-            self.pretrained_model.save_pretrained(folder, state_dict=state, **kwargs)
+        else:
+            with writing(save_directory, () if kwargs.get("variant") else WEIGHT_FILES) as folder:
+                self.pretrained_model.save_pretrained(folder, state_dict=state, **kwargs)
 
     def _save_adapter(self, directory: Path, state: Mapping[str, Tensor], **kwargs: Any) -> None:
-        if (directory / "config.json").exists() and (directory / WEIGHTS_NAME).exists():
+        if holds_other_modules(directory / WEIGHTS_NAME, self.supported_modules):
             raise ValueError(
                 f"{str(directory)!r} holds a whole model, whose {WEIGHTS_NAME} the value head would overwrite: "
                 "save the adapter to a folder of its own"
@@ -262,10 +263,9 @@ class PreTrainedModelWrapper(nn.Module):
             if (directory / "README.md").exists():  # PEFT brings the user's card up to date
                 shutil.copy(directory / "README.md", folder)
             self.pretrained_model.save_pretrained(str(folder), **kwargs)
-            if kwargs.get("is_main_process", True):
-                ours = {key: value for key, value in state.items() if belongs(key, self.supported_modules)}
-                with open(folder / WEIGHTS_NAME, "wb") as file:
-                    torch.save(ours, file)
+            ours = {key: value for key, value in state.items() if belongs(key, self.supported_modules)}
+            with open(folder / WEIGHTS_NAME, "wb") as file:
+                torch.save(ours, file)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
