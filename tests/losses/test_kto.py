@@ -26,6 +26,12 @@ def test_by_hand(name, state, losses):
     assert loss.count == 2
 
 
+def test_apo_zero_by_hand_at_another_ratio():
+    """1 - sigma(.2) of a desirable completion at log-ratio 2"""
+    loss = UNPAIRED_LOSSES["apo_zero_unpaired"](torch.tensor([2.0]), torch.tensor([True]), beta=0.1)
+    assert loss.item() == pytest.approx(0.4501660, abs=1e-6)
+
+
 def test_rewards_are_counted_by_side():
     metrics = unpaired_loss("kto", torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 0, 0]), beta=0.1, kl=0.0).metrics
     assert [float(x) for x in metrics["rewards/chosen"]] == pytest.approx([0.1, 1])

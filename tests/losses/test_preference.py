@@ -129,6 +129,35 @@ def test_flipped_labels_leave_the_robust_loss_unbiased():
     torch.testing.assert_close((1 - flip) * right + flip * wrong, PAIR_LOSSES["sigmoid"](SEED, beta=0.1))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("sigmoid", {}), ("aot", {}), ("aot_unpaired", {}), ("cpo", {"cpo_alpha": 0.0}), ("simpo", {"gamma": 0.0})],
+)
+def test_smoothing_mixes_in_the_flipped_pair(name, options):
+    def loss(pair, label_smoothing):
+        return PAIR_LOSSES[name](pair, beta=0.1, label_smoothing=label_smoothing, **options)
+
+    first = PairLogps(FIRST.chosen_B, FIRST.rejected_B, chosen_tokens_B=torch.ones(1), rejected_tokens_B=torch.ones(1))
+    flipped = PairLogps(
+        FIRST.rejected_B, FIRST.chosen_B, chosen_tokens_B=torch.ones(1), rejected_tokens_B=torch.ones(1)
+    )
+    torch.testing.assert_close(loss(first, 0.3), 0.7 * loss(first, 0.0) + 0.3 * loss(flipped, 0.0))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.7, 0.999])
+def test_orpo_on_both_branches_of_the_log_odds(p):
+    """The odds of a likely token need another formula than those of an unlikely one."""
+    pair = PairLogps(
+        torch.tensor([p]).log(),
+        torch.tensor([0.2]).log(),
+        chosen_tokens_B=torch.ones(1),
+        rejected_tokens_B=torch.ones(1),
+    )
+    odds_ratio = (p / (1 - p)) / 0.25
+    expected = -log(p) + 2.0 * log(1 + 1 / odds_ratio)
+    assert PAIR_LOSSES["orpo"](pair, beta=2.0).item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_log_odds_stay_finite_where_probabilities_reach_one():
     logps = torch.tensor([0.0, -1e-9, -50.0], requires_grad=True)
     pair = PairLogps(logps, logps.flip(0), chosen_tokens_B=torch.ones(3), rejected_tokens_B=torch.ones(3))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import log
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,6 +59,12 @@ class PairLogps:
             torch.ones_like(chosen),
             torch.ones_like(rejected),
         )
+
+
+def smoothed_logistic(scaled_B: Tensor, label_smoothing: float) -> Tensor:
+    """`-log sigma(scaled)` of a pair whose label is flipped with probability `label_smoothing`. [B]"""
+    kept_B = -F.logsigmoid(scaled_B)
+    return (1 - label_smoothing) * kept_B - label_smoothing * F.logsigmoid(-scaled_B) if label_smoothing else kept_B
 
 
 def sum_pairs(
@@ -117,7 +124,7 @@ def _forward_kl(log_ratio: Tensor, alpha: float) -> Tensor:
 
 
 def _js_divergence(log_ratio: Tensor, alpha: float) -> Tensor:
-    return log(2.0) + log_ratio - torch.nn.functional.softplus(log_ratio)
+    return log(2.0) + log_ratio - F.softplus(log_ratio)
 
 
 def _alpha_divergence(log_ratio: Tensor, alpha: float) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.losses.loss_sum import LossSum, Measure
-from trl.losses.pairs import PairLogps, apply_divergence
+from trl.losses.pairs import PairLogps, apply_divergence, smoothed_logistic
 from trl.losses.reference_free import alphapo, cpo, orpo, sft, simpo
 
 PairLoss = Callable[..., Tensor]
@@ -28,8 +28,7 @@ def sigmoid(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Te
 
     `label_smoothing` is the probability that a label is flipped: cDPO, eq. 3 of E. Mitchell's note.
     """
-    scaled = beta * pair.margin_B
-    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+    return smoothed_logistic(beta * pair.margin_B, label_smoothing)
 
 
 def robust(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -124,8 +123,7 @@ def aot_unpaired(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) 
 
 
 def _dominance(above_B: Tensor, below_B: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    scaled = beta * (above_B.sort().values - below_B.sort().values)
-    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+    return smoothed_logistic(beta * (above_B.sort().values - below_B.sort().values), label_smoothing)
 
 
 def apo_zero(pair: PairLogps, *, beta: float) -> Tensor:

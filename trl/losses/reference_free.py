@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl.losses.pairs import PairLogps
+from trl.losses.pairs import PairLogps, smoothed_logistic
 
 
 def sft(pair: PairLogps) -> Tensor:
@@ -35,7 +35,7 @@ def orpo(pair: PairLogps, *, beta: float) -> Tensor:
 def cpo(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0, cpo_alpha: float = 1.0) -> Tensor:
     """DPO with a uniform reference plus `cpo_alpha` times the chosen likelihood per token (arXiv:2401.08417)."""
     scaled = beta * (pair.chosen_B - pair.rejected_B)
-    losses_B = -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+    losses_B = smoothed_logistic(scaled, label_smoothing)
     return losses_B + cpo_alpha * sft(pair) if cpo_alpha else losses_B
 
 
@@ -46,7 +46,7 @@ def simpo(pair: PairLogps, *, beta: float, gamma: float = 0.5, label_smoothing: 
     """
     mean = pair.averaged()
     scaled = beta * (mean.chosen_B - mean.rejected_B) - gamma
-    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+    return smoothed_logistic(scaled, label_smoothing)
 
 
 def alphapo(pair: PairLogps, *, beta: float, gamma: float = 0.5, alpha: float = 0.0) -> Tensor:
