@@ -111,9 +111,8 @@ def test_a_list_of_generators_gives_every_row_its_own_noise():
     both = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     step = scheduler_step(ddim(), output, torch.tensor(501), sample, eta=1.0, generator=both)
     for row, seed in enumerate((1, 2)):
-        alone = scheduler_step(
-            ddim(), output[row, None], torch.tensor(501), sample[row, None], 1.0, False, torch.Generator().manual_seed(seed)
-        )  # fmt: skip
+        own = torch.Generator().manual_seed(seed)
+        alone = scheduler_step(ddim(), output[row, None], torch.tensor(501), sample[row, None], 1.0, generator=own)
         torch.testing.assert_close(step.latents[row], alone.latents[0])
 
 
@@ -215,9 +214,8 @@ def test_pipeline_forms_of_output(directory):
     images, latents, log_probs = sample(pipeline, return_dict=False, output_type="latent")
     assert torch.equal(images, latents[-1])
     assert len(log_probs) == 3
-    output = pipeline_step(
-        pipeline.sd_pipeline, ["a", "b"], num_inference_steps=4, callback=lambda *now: seen.append(now[0]), callback_steps=2
-    )  # fmt: skip
+    calls = {"callback": lambda *now: seen.append(now[0]), "callback_steps": 2}
+    output = pipeline_step(pipeline.sd_pipeline, ["a", "b"], num_inference_steps=4, **calls)
     assert isinstance(output, DDPOPipelineOutput)
     assert [image.size for image in output.images] == [(16, 16)] * 2
     assert seen == [0, 2]

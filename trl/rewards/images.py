@@ -21,7 +21,9 @@ LUMA = (0.299, 0.587, 0.114)
 def as_images(images: Any) -> Tensor:
     """Any of the accepted forms as float32 [B, C, H, W] in 0..1."""
     if isinstance(images, Sequence):
-        images = torch.stack([torch.as_tensor(np.array(image)) for image in images])
+        images = torch.stack(
+            [image if isinstance(image, Tensor) else torch.tensor(np.array(image)) for image in images]
+        )
         images = images.unsqueeze(1) if images.ndim == 3 else images
     images = torch.as_tensor(images)
     if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[-1] in (1, 3):
