@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers_for_tests import (
     CHATML,
     CHATML_GENERATION,
@@ -55,6 +57,18 @@ def learned(tokenizer: Any, messages: Any, **row: Any) -> list[str]:
 def test_assistant_tokens(template: str, options: dict[str, str], expected: list[str], trim_offsets: bool) -> None:
     tokenizer = byte_tokenizer(template, trim_offsets=trim_offsets, **options)
     assert learned(tokenizer, DIALOGUE) == expected
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
+def test_whatever_is_said_exactly_the_assistant_is_learned(turns: list[tuple[str, str]]) -> None:
+    messages = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    assert learned(byte_tokenizer(DEFAULT_SYSTEM), messages) == [answer + "<|im_end|>" for _, answer in turns]
 
 
 def test_assistant_tokens_with_a_blank_before_every_text() -> None:
