@@ -10,6 +10,7 @@ from tokenizers_for_tests import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl.environment.base_environment import StringStoppingCriteria, TextEnvironment, TextHistory
+from trl.environment.rollout import as_rollout
 
 TOKENS = torch.tensor([1, 2, 3])
 
@@ -291,9 +292,15 @@ def test_rollouts_do_not_depend_on_the_timing_of_tools(make):
 
 # --- the model ----------------------------------------------------------------------------------------------------
 
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+SAMPLED = {"do_sample": True, "top_k": 0, "max_new_tokens": 6}
+ONLY_GENERATE = {"renormalize_logits": True}
+PATHS = {"sampler": {}, "generate": ONLY_GENERATE}
 
-def test_batched_and_single_generation_agree(make, tokenizer):
-    environment = make(generation_kwargs={"do_sample": False, "max_new_tokens": 6})
+
+@pytest.mark.parametrize("path", PATHS)
+def test_batched_and_single_generation_agree(make, tokenizer, path):
+    environment = make(generation_kwargs=GREEDY | PATHS[path])
     queries = [tokenizer(text, return_tensors="pt").input_ids[0] for text in ("this is a test", "another, longer test")]
     batched = environment._generate_batched(queries, batch_size=2)
     single = [environment._generate_batched([query], batch_size=1)[0] for query in queries]
@@ -301,17 +308,122 @@ def test_batched_and_single_generation_agree(make, tokenizer):
     padded = environment._generate_batched(queries, pad_to_multiple_of=16)
     assert [ids.tolist() for ids in padded] == [ids.tolist() for ids in single]
     assert tokenizer.padding_side == "right"
+    assert environment.generation_kwargs == GREEDY | PATHS[path]
 
 
-def test_prompt_model_and_tool_tokens_are_what_the_model_saw(make, tokenizer, model):
-    environment = make([EchoTool()], generation_kwargs={"do_sample": True, "top_k": 0, "max_new_tokens": 5}, prompt="P")
-    history = environment.run(["q"])[-1][0]
+def test_both_ways_to_generate_agree(make, tokenizer):
+    queries = [tokenizer(text, return_tensors="pt").input_ids[0] for text in ("one", "number two", "3")]
+    ways = [make(generation_kwargs=GREEDY | PATHS[path])._generate_batched(queries) for path in PATHS]
+    assert [ids.tolist() for ids in ways[0]] == [ids.tolist() for ids in ways[1]]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_turn_ends_with_the_end_token(make, tokenizer, model, path):
+    query = tokenizer("this", return_tensors="pt").input_ids[0]
+    said = make(generation_kwargs=GREEDY | PATHS[path])._generate_batched([query, query[:2]])[0]
+    ended = make(generation_kwargs=GREEDY | PATHS[path] | {"eos_token_id": [int(said[2])]})
+    assert ended._generate_batched([query, query[:2]])[0].tolist() == said[: said.tolist().index(said[2]) + 1].tolist()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_turn_ends_with_a_stop_string(make, tokenizer, path):
+    environment = make(generation_kwargs=GREEDY | PATHS[path])
+    queries = [tokenizer(text, return_tensors="pt").input_ids[0] for text in ("one", "number two")]
+    said = environment._generate_batched(queries)
+    stop = environment.submit_token = tokenizer.decode(said[1][:3])[-2:]
+    for before, cut in zip(said, environment._generate_batched(queries), strict=True):
+        ends = [end for end in range(1, len(before)) if stop in tokenizer.decode(before[:end])]
+        assert cut.tolist() == before[: ends[0] if ends else None].tolist()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_prompt_model_and_tool_tokens_are_what_the_model_saw(make, tokenizer, path):
+    history = make(generation_kwargs=SAMPLED | PATHS[path], prompt="P").run(["q"])[-1][0]
     assert history.completed
     pieces = [history.tokens[start:end] for start, end in history.token_spans]
     assert torch.equal(torch.cat(pieces), history.tokens)
     assert tokenizer.decode(pieces[0]) == "Pq"
     assert history.token_masks.tolist() == [0, 0] + [1] * len(pieces[1])
-    assert 1 <= len(pieces[1]) <= 5
+    assert 1 <= len(pieces[1]) <= 6
+
+
+class Talker(TextEnvironment):
+    """Takes whatever its random model says for a call of the only tool, and keeps what the model was given."""
+
+    given: list
+
+    def _model_turns(self):
+        turns = super()._model_turns()
+        speak = turns.speak
+        turns.speak = lambda texts, *rest: self.given.extend(text.tolist() for text in texts) or speak(texts, *rest)
+        return turns
+
+    def task_end_check(self, history, model_turn=True):
+        return False, False
+
+    def parse_tool_call(self, text):
+        return "tool", text
+
+
+def talk(make, tool, rows=5, **settings):
+    environment = make({"tool": tool}, kind=Talker, max_turns=3, generation_kwargs=SAMPLED, **settings)
+    environment.given = []
+    torch.manual_seed(3)
+    return environment.run([f"row {i % 2}" for i in range(rows)]), environment.given
+
+
+def test_every_turn_is_given_the_tokens_so_far(make, model):
+    (queries, responses, masks, _, histories), given = talk(make, len_and_back)
+    for history, query, response, mask in zip(histories, queries, responses, masks, strict=True):
+        whole = torch.cat([query, response]).tolist()
+        spans = zip(history.token_spans, history.system_spans, strict=True)
+        starts = [start for (start, _), system in spans if not system]
+        assert len(starts) == 3
+        assert all(whole[:start] in given for start in starts)
+        logprobs = model(torch.tensor([whole])).logits[0].log_softmax(-1)[:-1].gather(1, torch.tensor(whole)[1:, None])
+        sampled = mask.bool()
+        expected = logprobs.squeeze(1)[len(query) - 1 :][sampled]
+        torch.testing.assert_close(history.token_logprobs[len(query) :][sampled], expected.detach(), atol=1e-4, rtol=0)
+
+
+def len_and_back(text: str) -> str:
+    return f"[{len(text)}]"
+
+
+def test_rollouts_of_a_model_do_not_depend_on_the_timing_of_tools(make):
+    rollouts = []
+    for trial in range(5):
+        delays = random.Random(trial)
+
+        def tool(text: str, delays=delays) -> str:
+            time.sleep(0.05 * delays.random() ** 4)
+            return len_and_back(text)
+
+        settings = {"tool_timeout": None} if trial == 0 else {}
+        rollouts.append([history.tokens.tolist() for history in talk(make, tool, **settings)[0][-1]])
+    assert all(rollout == rollouts[0] for rollout in rollouts)
+    assert len({tuple(row) for row in rollouts[0]}) == 5  # rows with the same query differ
+
+
+def test_a_full_context_truncates(make, model):
+    history = TextHistory("x", torch.full((512,), 20))
+    assert make().generate([history])[0].truncated
+    assert len(history.tokens) == 512
+
+
+def test_rollout_records(make):
+    (queries, responses, masks, rewards, histories), _ = talk(make, len_and_back)
+    rollout = as_rollout(histories)
+    assert rollout.prompts == [query.tolist() for query in queries]
+    assert rollout.completions == [response.tolist() for response in responses]
+    assert rollout.masks == [mask.tolist() for mask in masks]
+    assert rollout.rewards == rewards
+    assert rollout.metadata == {"completed": [False] * 5, "truncated": [False] * 5}
+    for logprobs, mask in zip(rollout.logprobs, rollout.masks, strict=True):
+        assert [logprob < 0 for logprob in logprobs] == [m == 1 for m in mask]
+    by_generate = make(generation_kwargs=SAMPLED | ONLY_GENERATE).run(["q"])[-1]
+    with pytest.raises(ValueError, match=r"histories\[0\]: log-probabilities of sampled tokens are unknown"):
+        as_rollout(by_generate)
 
 
 def test_exports():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trl.environment.plain_generate import plain_generate
 from trl.environment.stopping import StringStoppingCriteria
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import ToolCalls
+from trl.environment.turns import ModelTurns
+from trl.generation.sampler import Sampler
+from trl.models.scoring import backbone
 
 __all__ = ["StringStoppingCriteria", "TextEnvironment", "TextHistory"]
 
@@ -69,7 +73,9 @@ class TextEnvironment:
         self.response_token = "<response>"
         self.submit_token = "<submit>"
         self.is_encoder_decoder = hasattr(model, "is_encoder_decoder")
-        self.current_device = getattr(_unwrapped(model), "device", torch.device("cpu"))
+        self.current_device = torch.device("cpu") if model is None else backbone(model).device
+        self._run_seed: int | None = None
+        self._samplers: dict[int, Sampler] = {}
 
     def run(
         self, queries: Iterable[str], **rewards_kwargs: Any
@@ -79,7 +85,12 @@ class TextEnvironment:
         A response is all tokens behind the query; its mask is 1 where the model sampled the token.
         """
         histories = [self._begin(row, query) for row, query in enumerate(queries)]
-        self._play(histories)
+        # Every row draws from its own seed, so that what it says does not depend on who speaks at the same time.
+        self._run_seed = int(torch.randint(2**62, ()))
+        try:
+            self._play(histories)
+        finally:
+            self._run_seed = None
         self.compute_reward(histories, **rewards_kwargs)
         parts = [history.split_query_response_tokens() for history in histories]
         query_ids, response_ids, masks = ([part[i] for part in parts] for i in range(3))
@@ -87,7 +98,9 @@ class TextEnvironment:
 
     def _begin(self, row: int, query: str) -> TextHistory:
         text = self.prompt + query
-        return TextHistory(text, self._tokens(text, add_special_tokens=True), system=True)
+        history = TextHistory(text, self._tokens(text, add_special_tokens=True), system=True)
+        history.row = row
+        return history
 
     def _tokens(self, text: str, add_special_tokens: bool) -> Tensor:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt")
@@ -96,6 +109,7 @@ class TextEnvironment:
     def _play(self, histories: list[TextHistory]) -> None:
         """Turns of all rows, until each is completed or has had `max_turns`."""
         turns = [0] * len(histories)
+        apart = self._model_turns().rows_are_apart
         calls = ToolCalls(self.tool_timeout, self.tool_workers)
         ready = list(range(len(histories))) if self.max_turns > 0 else []
         while ready or len(calls):
@@ -105,7 +119,7 @@ class TextEnvironment:
             for row in ready:
                 turns[row] += 1
             # As long as the others could generate, it pays to wait for a fuller batch.
-            answers = calls.collect(patience=time.monotonic() - began)
+            answers = calls.collect(patience=(time.monotonic() - began) if apart else math.inf)
             for row, answer in answers.items():
                 self._append_response(histories[row], answer)
             self.tasks_end_check([histories[row] for row in answers], model_turn=False)
@@ -116,8 +130,7 @@ class TextEnvironment:
             histories[row] = history
             self._end_if_due(history)
             if not history.completed:
-                segment = history.last_text_segment
-                calls.start(row, lambda segment=segment: self.call_tool(segment))
+                calls.start(row, partial(self.call_tool, history.last_text_segment))
 
     # --- one turn -------------------------------------------------------------------------------------------------
 
@@ -126,7 +139,7 @@ class TextEnvironment:
         self._end_if_due(history)
         if not history.completed:
             calls = ToolCalls(self.tool_timeout, self.tool_workers)
-            calls.start(0, lambda: self.call_tool(history.last_text_segment))
+            calls.start(0, partial(self.call_tool, history.last_text_segment))
             self._append_response(history, calls.collect(patience=0)[0])
         return history
 
@@ -200,27 +213,32 @@ class TextEnvironment:
     # --- the model ------------------------------------------------------------------------------------------------
 
     def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
-        """Append a turn of the model to every history that is not completed."""
+        """Append a turn of the model to every history that is not completed.
+
+        A history that fills the model's context is completed as truncated.
+        """
         active = [history for history in histories if not history.completed]
-        responses = self._generate_batched([history.tokens for history in active])
-        for history, response in zip(active, responses, strict=True):
-            history.append_segment(self.tokenizer.decode(response), response, system=False)
+        seeds = None if self._run_seed is None else [self._run_seed + history.row for history in active]
+        turns = self._model_turns().speak([history.tokens for history in active], seeds)
+        for history, (tokens, logprobs) in zip(active, turns, strict=True):
+            if len(tokens):
+                history.extend(self.tokenizer.decode(tokens), tokens, system=False, logprobs=logprobs)
+            else:
+                history.complete(truncated=True)
         return histories
 
     def _generate_batched(
         self, query_tensors: Sequence[Tensor], batch_size: int = 16, pad_to_multiple_of: int | None = None
     ) -> list[Tensor]:
         """What the model adds to each 1-d tensor of ids, up to the first `<call>`, `<submit>` or end token."""
-        stop_strings = [self.call_token, self.submit_token]
-        return plain_generate(
-            self.model,
-            self.tokenizer,
-            query_tensors,
-            self.generation_kwargs,
-            stop_strings,
-            batch_size,
-            pad_to_multiple_of,
-        )
+        turns = self._model_turns()
+        if pad_to_multiple_of is None:
+            return [tokens for tokens, _ in turns.speak(query_tensors, max_rows=batch_size)]
+        return turns.generate(query_tensors, batch_size, pad_to_multiple_of)
+
+    def _model_turns(self) -> ModelTurns:
+        stop_strings = (self.call_token, self.submit_token)
+        return ModelTurns(self.model, self.tokenizer, self.generation_kwargs, stop_strings, self._samplers)
 
 
 def _named(tools: Mapping[str, Tool] | Sequence[Tool] | None) -> dict[str, Tool]:
@@ -232,7 +250,3 @@ def _named(tools: Mapping[str, Tool] | Sequence[Tool] | None) -> dict[str, Tool]
     if len(named) < len(tools):
         raise ValueError("tools: several of one class would go by the same name; pass a dict of tools by name")
     return named
-
-
-def _unwrapped(model: Any) -> Any:
-    return getattr(model, "pretrained_model", model)

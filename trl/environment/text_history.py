@@ -32,6 +32,8 @@ class TextHistory:
         """[N] 1 = the model sampled this token"""
         self.token_logprobs: Tensor = torch.zeros(0, device=tokens.device)
         """[N] of each token under the policy that sampled it: 0 where it was not sampled, nan where it is unknown"""
+        self.row = 0
+        """which row of its run this is"""
         self.completed = False
         self.truncated = False
         self.reward: float | Tensor = 0.0
@@ -39,15 +41,16 @@ class TextHistory:
         self.system_color = "black on cyan3"
         self.model_color = "black on deep_sky_blue1"
         self.reward_color = "black on plum1"
-        self._extend(text, tokens, system)
+        self.extend(text, tokens, system)
 
     def append_segment(self, text: str, tokens: Tensor, system: bool = True, logprobs: Tensor | None = None) -> None:
         """Add what the system or the model said; neither text nor tokens may be empty."""
         if len(text) == 0 or len(tokens) == 0:
             raise ValueError("Can't append empty text or token list to history.")
-        self._extend(text, tokens, system, logprobs)
+        self.extend(text, tokens, system, logprobs)
 
-    def _extend(self, text: str, tokens: Tensor, system: bool, logprobs: Tensor | None = None) -> None:
+    def extend(self, text: str, tokens: Tensor, system: bool, logprobs: Tensor | None = None) -> None:
+        """As `append_segment`; also tokens that decode to no text."""
         self.text_spans.append((len(self.text), len(self.text) + len(text)))
         self.token_spans.append((len(self.tokens), len(self.tokens) + len(tokens)))
         self.system_spans.append(system)
@@ -133,7 +136,7 @@ class TextHistory:
                 parts.append(coloured(self.text[start:end], role))
             else:
                 tokens = self.tokens[first:last].split(1)
-                parts += [coloured(tokenizer.decode(token), role, edge) for token in tokens]
+                parts += [coloured(str(tokenizer.decode(token)), role, edge) for token in tokens]
         legend = " ".join(coloured(f" {role} ", role) for role in _HTML_COLOURS)
         reward = coloured(f"Reward: {self.reward}", "Reward")
         return (

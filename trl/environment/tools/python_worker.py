@@ -179,9 +179,11 @@ def run(program: str) -> None:
     """Run it; like a shell, show the value of a last line that is an expression."""
     scope = {"__name__": "__main__", "__builtins__": builtins}
     tree = ast.parse(program, "<program>")
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1] if tree.body else None
+    if isinstance(last, ast.Expr):
+        tree.body.pop()
     exec(compile(tree, "<program>", "exec"), scope)
-    if last is not None:
+    if isinstance(last, ast.Expr):
         value = eval(compile(ast.Expression(last.value), "<program>", "eval"), scope)
         if value is not None:
             print(repr(value))
@@ -197,7 +199,7 @@ def main() -> None:
         importlib.import_module("ctypes")  # as long as files can be opened
     sys.modules["random"].seed(0)
     sys.argv[:] = [""]
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     leave, write = os._exit, os.write
     if "limits" in locks:
         limit(settings["seconds"], settings["memory"])
