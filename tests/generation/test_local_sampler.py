@@ -9,6 +9,7 @@ from tiny_models import lora
 
 from trl.generation import LocalSampler, SamplingParams, TransformersSampler
 from trl.generation.kv_attention import NAME
+from trl.generation.packed_head import packed_head
 from trl.generation.rows import uniforms
 from trl.models import AutoModelForCausalLMWithValueHead
 
@@ -210,3 +211,23 @@ def test_prompts_of_very_different_lengths():
         for completion in group:
             expected = raw_logprobs(model, prompt, completion.ids)
             torch.testing.assert_close(torch.tensor(completion.raw_logprobs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_large_head_is_packed_and_put_back(bias):
+    model = build("llama", vocab_size=2**15)
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(2**15))
+    prompt = random_prompts(6)[0]
+    params = SamplingParams(max_new_tokens=10, seed=2, stop_token_ids=())
+    with packed_head(model):
+        assert "forward" in vars(model.lm_head)
+    completions = LocalSampler(model).sample([prompt], params, n=3)[0]
+    assert "forward" not in vars(model.lm_head)
+    for completion in completions:
+        expected = raw_logprobs(model, prompt, completion.ids)
+        torch.testing.assert_close(torch.tensor(completion.raw_logprobs), expected, rtol=0, atol=1e-5)
+    model.lm_head.weight.data.mul_(0.5)  # an optimizer's step
+    after = LocalSampler(model).sample([prompt], params)[0][0]
+    expected = raw_logprobs(model, prompt, after.ids)
+    torch.testing.assert_close(torch.tensor(after.raw_logprobs), expected, rtol=0, atol=1e-5)

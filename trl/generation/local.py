@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from trl.data.records import Completion
 from trl.generation import kv_attention
 from trl.generation.engine import Engine
 from trl.generation.kv_cache import Prompt
+from trl.generation.packed_head import packed_head
 from trl.generation.probe import refuse_unsuitable
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
@@ -18,6 +20,7 @@ from trl.generation.stopping import StopStrings, end_tokens
 from trl.models.prepare import context_length
 from trl.models.scoring import backbone
 
+_STEPS_WORTH_PACKING = 8
 Queue = deque[tuple[Prompt, Row]]
 
 
@@ -51,7 +54,8 @@ class LocalSampler:
         groups = make_rows(prompts, params, n, context_length(self.model))
         ends = end_tokens(params, base_model(self.model), self.tokenizer)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
-        with sampling_mode(self.model, kv_attention.NAME):
+        packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
+        with sampling_mode(self.model, kv_attention.NAME), packed_head(self.model) if packs else nullcontext():
             self._run(groups, stepper, Engine(self.model, device))
         return [[row.completion() for row in group] for group in groups]
 
