@@ -8,7 +8,7 @@ _names = {
     "trl.core": ["set_seed"],
     "trl.data.collators": ["DataCollatorForCompletionOnlyLM"],
     "trl.data.formats": [
-        "apply_chat_template", "extract_prompt", "is_conversational", "maybe_apply_chat_template",
+        "apply_chat_template", "extract_prompt", "is_conversational", "is_conversational_from_value", "maybe_apply_chat_template",
         "maybe_convert_to_chatml", "maybe_extract_prompt", "maybe_unpair_preference_dataset", "unpair_preference_dataset",
     ],
     "trl.data.packing": ["pack_dataset"],
@@ -22,6 +22,8 @@ _names = {
     "trl.trainer.ddpo_config": ["DDPOConfig"],
     "trl.trainer.dpo_config": ["CPOConfig", "DPOConfig", "ORPOConfig", "SimPOConfig"],
     "trl.trainer.dpo_trainer": ["CPOTrainer", "DPOTrainer", "ORPOTrainer", "SimPOTrainer"],
+    "trl.trainer.grpo_config": ["GRPOConfig", "RLOOConfig"],
+    "trl.trainer.grpo_trainer": ["GRPOTrainer"],
     "trl.trainer.iterative_sft_trainer": ["IterativeSFTTrainer"],
     "trl.trainer.kto_config": ["KTOConfig"],
     "trl.trainer.kto_trainer": ["KTOTrainer"],
@@ -31,6 +33,7 @@ _names = {
     "trl.trainer.prm_trainer": ["PRMTrainer"],
     "trl.trainer.reward_config": ["RewardConfig"],
     "trl.trainer.reward_trainer": ["RewardTrainer"],
+    "trl.trainer.rloo_trainer": ["RLOOTrainer"],
     "trl.trainer.sft_config": ["SFTConfig"],
     "trl.trainer.sft_trainer": ["SFTTrainer"],
 }  # fmt: skip

@@ -1,0 +1,108 @@
+"""Group-relative policy optimisation and its relatives."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from trl.data.records import Rollout
+from trl.losses.loss_sum import LossSum
+from trl.losses.policy import (
+    ADVANTAGES,
+    CLIP_RULES,
+    REWARD_AGGREGATIONS,
+    group_relative,
+    off_policy_mask,
+    policy_loss,
+    top_entropy_mask,
+)
+from trl.models.scoring import score
+from trl.trainer.grpo_config import LOSS_TYPES, GRPOConfig
+from trl.trainer.on_policy import OnPolicyTrainer
+from trl.trainer.rollouts import PolicyBatch
+
+
+class GRPOTrainer(OnPolicyTrainer):
+    """Optimise a policy on groups of its own completions (arXiv:2402.03300), with the clip rules, averages, baselines
+    and KL terms of its relatives: DAPO, Dr. GRPO, GSPO, CISPO, SAPO, REINFORCE++.
+
+    `reward_funcs`: functions `f(prompts, completions, completion_ids, **columns) -> one float or None each`, async
+    ones too, reward models, or folders of reward models. `train_dataset` has a column `prompt`; its other columns reach
+    the reward functions.
+    """
+
+    _tag_names = ("trl", "grpo")
+    config_class = GRPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.args
+        rule, self.aggregation = LOSS_TYPES[config.loss_type]
+        high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+        options = {
+            "clip": {"clip_low": config.epsilon, "clip_high": high, "delta": config.delta},
+            "cispo": {} if config.epsilon_high is None else {"clip_high": config.epsilon_high - 1},
+            "sapo": {"tau_pos": config.sapo_temperature_pos, "tau_neg": config.sapo_temperature_neg},
+        }[rule]
+        self._rule = partial(CLIP_RULES[rule], **options)
+        scaled = partial(group_relative, scale=config.scale_rewards)
+        self._baseline = scaled if config.advantage is None else ADVANTAGES[config.advantage]
+
+    def kl_in_loss(self) -> bool:
+        return self.args.kl_placement == "loss"
+
+    def idle_rows_can_be_skipped(self) -> bool:
+        return super().idle_rows_can_be_skipped() and not self.args.entropy_coef
+
+    def advantages(self, rewards_BF: Tensor, kl_B: Tensor | None) -> Tensor:
+        if kl_B is not None and not self.kl_in_loss():
+            rewards_BF = rewards_BF - (self.args.beta * kl_B / self.reward_weights.sum())[:, None]
+        aggregate = REWARD_AGGREGATIONS[self.args.multi_objective_aggregation]
+        return aggregate(rewards_BF, self.reward_weights, self.args.num_generations, self._baseline)
+
+    def token_weights(self, rollout: Rollout) -> list[list[float]] | None:
+        """The tokens of high entropy under the policy that sampled, over the whole rollout."""
+        if self.args.top_entropy_quantile == 1.0:
+            return None
+        entropy_BT = self.scored(self.model, rollout, self.args.temperature, entropy=True).entropy_BT
+        kept_BT = top_entropy_mask(entropy_BT, _mask(rollout, entropy_BT), self.args.top_entropy_quantile)
+        return [row[: len(ids)] for row, ids in zip(kept_BT.tolist(), rollout.completions, strict=True)]
+
+    def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
+        config = self.args
+        bonus = config.entropy_coef != 0
+        scores = score(model, batch.packed, temperature=config.temperature, entropy_gradient=bonus, path=self._path)
+        self.check_first(scores.logprobs_BT, batch)
+        weight_BT = batch.weight_BT
+        if config.off_policy_mask_threshold is not None:
+            fresh = off_policy_mask(
+                scores.logprobs_BT, batch.old_logprobs_BT, batch.advantages_BT, batch.mask_BT,
+                config.off_policy_mask_threshold,
+            )  # fmt: skip
+            weight_BT = fresh if weight_BT is None else weight_BT * fresh
+        return policy_loss(
+            scores.logprobs_BT,
+            batch.old_logprobs_BT,
+            batch.advantages_BT,
+            batch.mask_BT,
+            rule=self._rule,
+            level=config.importance_sampling_level,
+            weight_BT=weight_BT,
+            reference_BT=batch.reference_BT,
+            beta=config.beta if self.kl_in_loss() else 0.0,
+            kl=config.kl_estimator,
+            kl_importance=config.use_bias_correction_kl,
+            entropy_BT=scores.entropy_BT,
+            entropy_coef=config.entropy_coef,
+            how=self.aggregation,
+            max_tokens=config.max_completion_length,
+        )
+
+
+def _mask(rollout: Rollout, like_BT: Tensor) -> Tensor:
+    mask_BT = like_BT.new_zeros(like_BT.shape)
+    for row, mask in enumerate(rollout.masks):
+        mask_BT[row, : len(mask)] = mask_BT.new_tensor(mask)
+    return mask_BT

@@ -1,0 +1,49 @@
+"""REINFORCE leave-one-out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trl.losses.loss_sum import Aggregation, LossSum
+from trl.losses.policy import batch_relative, clipped_surrogate, leave_one_out
+from trl.models.scoring import score
+from trl.trainer.grpo_config import RLOOConfig
+from trl.trainer.on_policy import OnPolicyTrainer
+from trl.trainer.rollouts import PolicyBatch
+
+
+class RLOOTrainer(OnPolicyTrainer):
+    """Optimise a policy on groups of its own completions, each against the mean of the others (arXiv:2402.14740).
+
+    A completion is one action: one ratio, the KL to the reference subtracted from its reward.
+    """
+
+    _tag_names = ("trl", "rloo")
+    config_class = RLOOConfig
+    aggregation: Aggregation = "sequence"
+
+    def advantages(self, rewards_BF: Tensor, kl_B: Tensor | None) -> Tensor:
+        unscored_B = rewards_BF.isnan().all(-1)
+        rewards_B = rewards_BF.nan_to_num() @ self.reward_weights
+        if self.args.reward_clip_range is not None:
+            rewards_B = rewards_B.clamp(*self.args.reward_clip_range)
+        if kl_B is not None:
+            rewards_B = rewards_B - self.args.beta * kl_B
+        advantages_B = leave_one_out(rewards_B.masked_fill(unscored_B, float("nan")), self.args.num_generations)
+        return batch_relative(advantages_B) if self.args.normalize_advantages else advantages_B
+
+    def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
+        logprobs_BT = score(model, batch.packed, temperature=self.args.temperature, path=self._path).logprobs_BT
+        self.check_first(logprobs_BT, batch)
+        high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
+        return clipped_surrogate(
+            logprobs_BT,
+            batch.old_logprobs_BT,
+            batch.advantages_BT,
+            batch.mask_BT,
+            clip_low=self.args.epsilon,
+            clip_high=high,
+            level="trajectory",
+            reference_BT=batch.reference_BT,
+            how=self.aggregation,
+        )

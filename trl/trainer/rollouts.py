@@ -1,0 +1,172 @@
+"""Rollouts as training data: sampled lazily, so that each sees the weights after the last optimizer step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.data.packing import pack
+from trl.data.records import Branch, PackedBatch, TensorRecord, TokenTree
+from trl.losses.loss_sum import Aggregation, counted
+from trl.models.checkpoints import writing
+
+
+@dataclass
+class Experience:
+    """What to learn from a rollout: a row per completion, in plain lists, so that a checkpoint can hold it."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    masks: list[list[int]]
+    """1 = the policy sampled this token and learns from it"""
+    logprobs: list[list[float]]
+    """under the policy that sampled, at the sampling temperature"""
+    advantages: list[list[float]]
+    """one for each token"""
+    reference: list[list[float]] | None = None
+    """the reference's log-probabilities, where a KL term needs them"""
+    weights: list[list[float]] | None = None
+    """factors of the surrogate's tokens"""
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def select(self, indices: Iterable[int]) -> Experience:
+        chosen = list(indices)
+        columns = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Experience(**{k: None if v is None else [v[i] for i in chosen] for k, v in columns.items()})
+
+    def is_idle(self, row: int) -> bool:
+        """Whether no counted token of the row has an advantage."""
+        return not any(a and m for a, m in zip(self.advantages[row], self.masks[row], strict=True))
+
+
+@dataclass(frozen=True)
+class PolicyBatch(TensorRecord):
+    """A micro-batch of completions below their prompts, with what the objective needs of each token. [B, T] each."""
+
+    packed: PackedBatch
+    mask_BT: Tensor
+    old_logprobs_BT: Tensor
+    advantages_BT: Tensor
+    counted: Tensor
+    """[] what the loss is divided by, rows that are not computed included"""
+    reference_BT: Tensor | None = None
+    weight_BT: Tensor | None = None
+
+
+def _padded(rows: Sequence[Sequence[float]], width: int) -> Tensor:
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32).view(-1, width)
+
+
+def prompt_trees(prompts: Sequence[list[int]], branches: Sequence[Branch]) -> list[TokenTree]:
+    """Rows as trees; a run of equal prompts shares one."""
+    rows = zip(prompts, branches, strict=True)
+    return [
+        TokenTree(prompt, [branch for _, branch in group]) for prompt, group in groupby(rows, key=lambda row: row[0])
+    ]
+
+
+def policy_batch(rows: Experience, how: Aggregation, max_tokens: int, *, skip_idle: bool) -> PolicyBatch:
+    """The rows packed. `skip_idle`: rows without an advantage or a counted token are counted, not computed."""
+    whole = max(map(len, rows.completions), default=0)
+    total = counted(_padded(rows.masks, whole), how, max_tokens)
+    live = [i for i in range(len(rows)) if any(rows.masks[i]) and not (skip_idle and rows.is_idle(i))]
+    kept = rows.select(live)
+    width = max(map(len, kept.completions), default=0)
+    branches = [Branch(ids, mask) for ids, mask in zip(kept.completions, kept.masks, strict=True)]
+    return PolicyBatch(
+        packed=pack(prompt_trees(kept.prompts, branches)),
+        mask_BT=_padded(kept.masks, width),
+        old_logprobs_BT=_padded(kept.logprobs, width),
+        advantages_BT=_padded(kept.advantages, width),
+        counted=total,
+        reference_BT=None if kept.reference is None else _padded(kept.reference, width),
+        weight_BT=None if kept.weights is None else _padded(kept.weights, width),
+    )
+
+
+def prompt_index(position: int, count: int, seed: int, shuffle: bool) -> int:
+    """Which prompt stands at `position` of an endless stream that reads the data over and over, shuffled each time."""
+    epoch, offset = divmod(position, count)
+    if not shuffle:
+        return offset
+    order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return int(torch.randperm(count, generator=order)[offset])
+
+
+@dataclass
+class RolloutState:
+    """Where the stream of rollouts stands."""
+
+    position: int = 0
+    """prompts drawn so far, over all ranks"""
+    rollouts: int = 0
+    """rollouts made so far"""
+    cursor: int = 0
+    """micro-batches of the current rollout that were handed out"""
+    experience: dict[str, Any] = field(default_factory=dict)
+    """the current rollout; empty before the first"""
+
+
+class RolloutLoader:
+    """Endless micro-batches of fresh rollouts, for `Trainer` to read like a data set.
+
+    make: `(state) -> Experience` samples and scores a rollout and moves `state.position` on. Each rollout is handed
+    out `iterations` times, `microbatches` at a time.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[RolloutState], Experience],
+        collate: Callable[[Experience], Any],
+        *,
+        microbatches: int,
+        iterations: int,
+        length: int,
+    ):
+        self.make, self.collate = make, collate
+        self.microbatches, self.iterations, self._length = microbatches, iterations, length
+        self.state = RolloutState()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            if not self.state.experience or self.state.cursor == self.microbatches * self.iterations:
+                experience = self.make(self.state)
+                self.state.experience = asdict(experience)
+                self.state.rollouts, self.state.cursor = self.state.rollouts + 1, 0
+            current = Experience(**self.state.experience)
+            size = -(-len(current) // self.microbatches)
+            start = self.state.cursor % self.microbatches * size
+            self.state.cursor += 1
+            yield self.collate(current.select(range(start, min(start + size, len(current)))))
+
+
+def write_rollout(directory: Path, number: int, columns: dict[str, list[Any]]) -> Path:
+    """The rollout as `rollout-000123.parquet`, a row per completion; written beside, then renamed."""
+    import pyarrow
+    from pyarrow import parquet
+
+    plain = {name: [_plain(value) for value in values] for name, values in columns.items()}
+    name = f"rollout-{number:06d}.parquet"
+    with writing(directory) as beside:
+        parquet.write_table(pyarrow.table(plain), beside / name)
+    return directory / name
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+        return value
+    return json.dumps(value, default=str, ensure_ascii=False)
