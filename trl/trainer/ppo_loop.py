@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +197,9 @@ def run(
         load_state(trainer, checkpoint)
     kwargs = sampling_kwargs(config, trainer.tokenizer, stop_tokens(config, trainer.tokenizer))
     stats: dict[str, Any] = {}
-    progress = tqdm(total=config.total_ppo_epochs, initial=trainer.data_position, desc="PPO", dynamic_ncols=True)
+    progress = tqdm(
+        total=config.total_ppo_epochs, initial=trainer.data_position, desc="PPO", disable=not sys.stderr.isatty()
+    )
     for rows in batches(trainer):
         batch = rollout(trainer, rows, judge, kwargs)
         stats = trainer.step(batch["queries"], batch["responses"], batch["scores"])
