@@ -1,0 +1,170 @@
+"""Sample several answers to a query and keep the best by a score: a strong baseline that trains nothing."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from trl.core import set_seed
+from trl.generation.choose import make_sampler
+from trl.generation.generate_kwargs import sampling_params
+from trl.generation.sampler import SamplingParams
+from trl.models.modeling_base import PreTrainedModelWrapper
+from trl.models.scoring import backbone, is_encoder_decoder
+
+logger = logging.getLogger(__name__)
+
+Queries = list[int] | Tensor | list[Tensor] | list[list[int]]
+
+
+class Candidate(NamedTuple):
+    """A text (query included) and its score."""
+
+    text: str
+    score: float
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """`log n - (n - 1) / n`: how far, in KL divergence, the best of n can be from the model that is sampled.
+
+    The exact value for scores without ties, an upper bound with them (Beirami et al., arXiv:2401.01879).
+    Compare it with the KL that a trained policy spends for the same reward.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: give the number of samples, 1 or more")
+    return math.log(n) - (n - 1) / n
+
+
+class BestOfNSampler:
+    """The `n_candidates` best of `sample_size` samples for each query, by `queries_to_scores`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModelWrapper,
+        tokenizer: PreTrainedTokenizerBase,
+        queries_to_scores: Callable[[list[str]], Sequence[float]],
+        length_sampler: Callable[[], int],
+        sample_size: int = 4,
+        seed: int | None = None,
+        n_candidates: int = 1,
+        generation_config: GenerationConfig | None = None,
+    ) -> None:
+        """
+        `queries_to_scores`: scores of the texts (query and answer) of one query.
+        `length_sampler`: draws the most new tokens of the answers to a query.
+        `seed`: seeds everything, once, here.
+        """
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"tokenizer must be a PreTrainedTokenizer or PreTrainedTokenizerFast, got {type(tokenizer)}"
+            )
+        if not isinstance(model, PreTrainedModelWrapper):
+            raise ValueError(f"model must be a PreTrainedModelWrapper, got {type(model)}")
+        if not 1 <= n_candidates <= sample_size:
+            raise ValueError(f"n_candidates={n_candidates}: give from 1 to sample_size={sample_size}")
+        if seed is not None:
+            set_seed(seed)
+        self.model = model
+        self.tokenizer: Any = tokenizer
+        self.queries_to_scores = queries_to_scores
+        self.length_sampler = length_sampler
+        self.sample_size = sample_size
+        self.n_candidates = n_candidates
+        self.gen_config = generation_config
+
+    def generate(
+        self,
+        tokenized_query: Queries,
+        skip_special_tokens: bool = True,
+        device: str | torch.device | int | None = None,
+        **generation_kwargs: Any,
+    ) -> list[list[str]]:
+        """The best texts for each query, best first.
+
+        `tokenized_query`: ids of one query (a list or a 1-d tensor), or of several (a list of those, or the rows of a
+        2-d tensor). `device`: the model's. `generation_kwargs`: keywords of transformers' `generate`.
+        """
+        best = self.candidates(tokenized_query, skip_special_tokens, device, **generation_kwargs)
+        return [[candidate.text for candidate in of_query] for of_query in best]
+
+    def candidates(
+        self,
+        tokenized_query: Queries,
+        skip_special_tokens: bool = True,
+        device: str | torch.device | int | None = None,
+        **generation_kwargs: Any,
+    ) -> list[list[Candidate]]:
+        """As `generate`, with the scores."""
+        own = self._device
+        if device is not None and torch.device(device).type != own.type:
+            raise ValueError(f"device={device!r}: the model is on {own}; move it first, or leave device out")
+        queries = _queries(tokenized_query)
+        lengths = [int(self.length_sampler()) for _ in queries]
+        answers = self._sample(queries, lengths, generation_kwargs)
+        best = []
+        for texts in (self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens) for ids in answers):
+            scores = [float(score) for score in self.queries_to_scores(texts)]
+            if len(scores) != len(texts):
+                raise ValueError(
+                    f"queries_to_scores gave {len(scores)} scores for {len(texts)} texts; give one for each"
+                )
+            ranked = sorted(map(Candidate, texts, scores), key=lambda candidate: -candidate.score)
+            best.append(ranked[: self.n_candidates])
+        return best
+
+    def _sample(self, queries: list[list[int]], lengths: list[int], kwargs: dict[str, Any]) -> list[list[list[int]]]:
+        """The ids of `sample_size` answers to each query, with the query before them."""
+        longest = max(lengths, default=1)
+        asked = {"generation_config": self.gen_config, **kwargs, "max_new_tokens": longest}
+        params = sampling_params(self.model, asked)
+        if params is None:
+            pairs = zip(queries, lengths, strict=True)
+            return [self._generate(query, {**kwargs, "max_new_tokens": length}) for query, length in pairs]
+        if params.temperature == 0 and self.sample_size > 1:
+            logger.warning("do_sample is off: all samples of a query are the same, so the best is no better than one")
+        return self._sample_together(queries, lengths, params)
+
+    def _sample_together(
+        self, queries: list[list[int]], lengths: list[int], params: SamplingParams
+    ) -> list[list[list[int]]]:
+        """All queries in one batch; the beginning of a sample is a sample, so shorter answers are cut."""
+        sampler = make_sampler(self.model, self.tokenizer)
+        sampled = sampler.sample(queries, params, n=self.sample_size)
+        before = [[] for _ in queries] if is_encoder_decoder(self.model) else queries
+        return [
+            [[*query, *completion.ids[:length]] for completion in completions]
+            for query, length, completions in zip(before, lengths, sampled, strict=True)
+        ]
+
+    def _generate(self, query: list[int], kwargs: dict[str, Any]) -> list[list[int]]:
+        """By the model's own `generate`, for keywords that the samplers do not know."""
+        ids = torch.tensor([query] * self.sample_size, device=self._device)
+        config = {} if self.gen_config is None else {"generation_config": self.gen_config}
+        model: Any = self.model
+        generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{**config, **kwargs})
+        return [row.tolist() for row in generated]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(backbone(self.model).parameters()).device
+
+
+def _queries(tokenized: Queries) -> list[list[int]]:
+    """The ids of each query."""
+    if isinstance(tokenized, Tensor):
+        if tokenized.ndim not in (1, 2):
+            raise ValueError(f"tokenized_query has {tokenized.ndim} dimensions; give one query (1) or rows of them (2)")
+        return tokenized.reshape(-1, tokenized.shape[-1]).tolist()
+    rows: list[Any] = [row.tolist() if isinstance(row, Tensor) else row for row in tokenized]
+    if all(isinstance(row, int) for row in rows):
+        return [rows] if rows else []
+    for index, row in enumerate(rows):
+        if not isinstance(row, list) or not all(isinstance(token, int) for token in row):
+            raise ValueError(f"tokenized_query[{index}]: give the ids of a query, a list or a 1-d tensor")
+    return rows
