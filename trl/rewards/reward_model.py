@@ -1,0 +1,73 @@
+"""A trained reward model as a scorer of texts and as a reward function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl.data.encode import TextEncoder
+from trl.data.packing import pack
+from trl.data.records import Branch, TokenTree
+from trl.models.scoring import rewards
+
+
+class RewardModel:
+    """Scores whole texts with a sequence classifier of one label, `(score - mean) / std`.
+
+    Texts are tokenised and run as `RewardTrainer` does it. `calibrate` sets mean and std from reference texts, so that
+    0 is an ordinary one of them and 1 a standard deviation better. max_length: longer texts lose their end.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, max_length: int | None = None, batch_size: int = 32):
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
+        if labels != 1:
+            raise ValueError(f"num_labels={labels}: a reward model has one label; load it with num_labels=1")
+        self.model = model
+        self.encoder = TextEncoder(tokenizer)
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.mean = 0.0
+        self.std = 1.0
+
+    @torch.no_grad()
+    def raw(self, texts: Sequence[str]) -> list[float]:
+        """The model's own scores; texts of like length share a batch, so little is spent on padding."""
+        was_training = self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        rows = [self._ids(ids) for ids in self.encoder.encode(texts)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            packed = pack([TokenTree([], [Branch(rows[i])]) for i in chosen]).to(device)
+            for i, score in zip(chosen, rewards(self.model, packed).tolist(), strict=True):
+                scores[i] = score
+        self.model.train(was_training)
+        return scores
+
+    def _ids(self, ids: list[int]) -> list[int]:
+        head, tail = self.encoder.head, self.encoder.tail
+        room = None if self.max_length is None else max(0, self.max_length - len(head) - len(tail))
+        return head + ids[:room] + tail
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Calibrated scores."""
+        return [(score - self.mean) / self.std for score in self.raw(texts)]
+
+    def calibrate(self, texts: Sequence[str]) -> RewardModel:
+        """Give these texts mean 0 and standard deviation 1."""
+        scores = torch.tensor(self.raw(texts), dtype=torch.float64)
+        if len(scores) < 2 or not scores.isfinite().all() or scores.std() == 0:
+            raise ValueError(
+                f"cannot calibrate on {len(scores)} texts: give at least two that get different, finite scores"
+            )
+        self.mean, self.std = scores.mean().item(), scores.std().item()
+        return self
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """A score of each prompt with its completion."""
+        return self.score([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
