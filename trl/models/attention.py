@@ -31,7 +31,7 @@ class TreeLayout:
     def __init__(self, segments: Sequence[Segment]):
         self.segments = tuple(segments)
         self.sizes = [end - start for start, end, _ in self.segments]
-        self._masks: dict[tuple[Any, ...], Tensor | None] = {}
+        self._masks: dict[tuple[Any, ...], Any] = {}
 
     @cached_property
     def chains(self) -> list[list[int]]:
@@ -164,7 +164,7 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return ALL_ATTENTION_FUNCTIONS[original](
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
             )
-        how = {"scale": scaling, "dropout": dropout, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+        how: dict[str, Any] = {"scale": scaling, "dropout": dropout, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
         window = kwargs.get("sliding_window")
         if tree is None:  # an eager model: its own function is not registered, so the same by hand
             out = attend(query, key, value, attention_mask, causal=False, **how)
@@ -184,7 +184,7 @@ def _mask_or(original: str) -> Callable[..., Any]:
     return mask
 
 
-def enable_tree_attention(model: nn.Module) -> None:
+def enable_tree_attention(model: Any) -> None:
     """Let a transformers model take `tree=`; it keeps its own attention for every other call."""
     original = model.config._attn_implementation or "eager"
     if original.startswith(PREFIX):

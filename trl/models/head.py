@@ -38,7 +38,7 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: Any) -> Head:
     """The head of a transformers or PEFT model; ValueError where it has none."""
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,7 +54,7 @@ class Hidden:
         return self.at(self.packed.scored_S, self.packed.row_S)
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: nn.Module) -> Any:
     """The transformers or PEFT model below accelerate's and our own wrappers."""
     model = extract_model_from_parallel(model)
     return getattr(model, "pretrained_model", model)
@@ -173,7 +173,7 @@ def path_of(model: nn.Module, module: nn.Module) -> Path:
     return _paths[network]
 
 
-def _packs(network: nn.Module, module: nn.Module) -> bool:
+def _packs(network: Any, module: nn.Module) -> bool:
     vocabulary = network.config.get_text_config().vocab_size
     ids = [(7 * i + 3) % vocabulary for i in range(10)]
     tree = TokenTree(ids[:4], [Branch(ids[4:7]), Branch(ids[7:])])
