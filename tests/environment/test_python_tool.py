@@ -119,6 +119,12 @@ def test_a_program_that_catches_everything_is_stopped():
     assert PythonInterpreterTool(timeout=1)(program) == "TimeoutError: stopped after 1 s"
 
 
+def test_a_program_that_closes_its_output_is_stopped():
+    tool = PythonInterpreterTool(timeout=1)
+    assert tool("import sys\nprint(1)\nsys.stdout.close()\nwhile True: pass") == "1\nTimeoutError: stopped after 1 s"
+    assert tool("import sys\nprint(1)\nsys.stdout.close()") == "1"
+
+
 def test_huge_output_is_cut(run):
     tool = PythonInterpreterTool(timeout=20, max_output=100)
     assert tool("while True: print('x' * 1000)") == "x" * 100 + "\nOutput cut after 100 characters."

@@ -17,6 +17,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+if os.name != "posix":
+    raise ImportError("PythonInterpreterTool needs a POSIX system: there is nothing else to limit a process with")
+
 from trl.environment.tools.python_worker import READY
 
 _WORKER = Path(__file__).with_name("python_worker.py")
@@ -46,8 +49,6 @@ class PythonInterpreterTool:
         `modules`: further modules that programs can import, such as numpy or sympy.
         `processes`: programs that run at the same time, the others wait; None: one for each core.
         """
-        if os.name != "posix":
-            raise NotImplementedError("PythonInterpreterTool needs a POSIX system: it limits the process with rlimits")
         for field, value in (("timeout", timeout), ("memory", memory), ("max_output", max_output)):
             if value <= 0:
                 raise ValueError(f"{field}={value}: give more than 0")
@@ -112,11 +113,13 @@ def _talk(command: list[str], code: bytes, timeout: float, most: int) -> tuple[b
         except BrokenPipeError:
             pass
         output, ended = _read(child.stdout.fileno(), deadline, most)  # type: ignore[union-attr]
-        if ended == "exited" and (code_left := child.wait(timeout=5)) < 0:
-            ended = signal.Signals(-code_left).name
-        return output, ended
+        if ended == "end of output" and not _has_left(child, deadline):
+            ended = "timed out"
     finally:
         _kill(child)
+    if ended != "end of output":
+        return output, ended
+    return output, "exited" if child.returncode >= 0 else signal.Signals(-child.returncode).name
 
 
 def _read(pipe: int, deadline: float, most: int) -> tuple[bytes, str]:
@@ -128,16 +131,30 @@ def _read(pipe: int, deadline: float, most: int) -> tuple[bytes, str]:
                 return bytes(output), "timed out"
             chunk = os.read(pipe, 65536)
             if not chunk:
-                return bytes(output), "exited"
+                return bytes(output), "end of output"
             output += chunk
     return bytes(output[:most]), "too long"
 
 
+def _has_left(child: subprocess.Popen[bytes], deadline: float) -> bool:
+    """Whether the process ends in time. It is not reaped, so that its group's number stays its own."""
+    while True:
+        if hasattr(os, "waitid"):
+            left = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        else:
+            left = child.poll() is not None
+        if left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.0005)
+
+
 def _kill(child: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        child.kill()
+    """Kill the process and what it may have started, and reap it."""
+    if child.returncode is None:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            child.kill()
     for pipe in (child.stdin, child.stdout):
         if pipe is not None:
             pipe.close()
