@@ -110,6 +110,8 @@ class DDPOConfig:
             require(self, name, getattr(self, name) >= 1, "give at least 1")
         for name in ("sample_eta", "train_clip_range", "train_adv_clip_max", "train_max_grad_norm"):
             require(self, name, getattr(self, name) > 0, "give more than 0, or there is nothing to learn from")
+        single = self.negative_prompts is None or isinstance(self.negative_prompts, str)
+        require(self, "negative_prompts", single, "give one string, for all samples")
         choose(self, "mixed_precision", (None, "no", "fp16", "bf16"))
         require(
             self,

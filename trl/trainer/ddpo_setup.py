@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import AutocastKwargs, ProjectConfiguration
 from torch import nn
 
@@ -17,6 +18,9 @@ def create_accelerator(config: DDPOConfig, *, own_autocast: bool) -> Accelerator
     device = PartialState(cpu=config.accelerator_kwargs.get("cpu", False)).device
     if config.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision='fp16': needs a GPU; on a CPU choose 'no' (exact) or 'bf16'")
+    name = config.log_with
+    if name in ("wandb", "tensorboard") and name not in map(str, get_available_trackers()):
+        raise ImportError(f'log_with={name!r}: {name} is not installed; pip install "trl[{name}]"')
     directory = os.path.join(config.logdir, config.run_name)
     project = {
         "project_dir": directory,
@@ -43,8 +47,6 @@ def start_trackers(accelerator: Accelerator, config: DDPOConfig) -> None:
     name = config.log_with
     if name is None:
         return
-    if not accelerator.log_with:
-        raise ImportError(f'log_with={name!r}: {name} is not installed; pip install "trl[{name}]"')
     settings = config.to_dict()
     if name == "tensorboard":
         plain = (bool, int, float, str)

@@ -316,7 +316,8 @@ class DDPOTrainer(BaseTrainer):
         ).log_probs
         advantages = advantages.clamp(-config.train_adv_clip_max, config.train_adv_clip_max)
         change = new_log_probs - log_probs
-        ratio = change.exp()
+        # The last steps have a tiny deviation: one bold update can move a density by more than exp can hold.
+        ratio = change.clamp(-20, 20).exp()
         loss = self.loss(advantages, config.train_clip_range, ratio)
         clipped = (ratio.detach() - 1).abs() > config.train_clip_range
         return loss, 0.5 * change.detach().square().mean(), clipped.float().mean()
@@ -362,7 +363,8 @@ class DDPOTrainer(BaseTrainer):
         if not self.accelerator.is_main_process:
             return
         tags = [*self._tag_names, "diffusers", "reinforcement-learning"]
-        reward = getattr(self.reward_fn, "__name__", type(self.reward_fn).__name__)
+        function = getattr(self.reward_fn, "func", self.reward_fn)  # of a functools.partial
+        reward = getattr(function, "__name__", type(function).__name__)
         text = model_card(model_name or "TRL DDPO Model", tags, self.config, reward, self.progress.global_step)
         os.makedirs(path, exist_ok=True)
         with open(os.path.join(path, "README.md"), "w", encoding="utf-8") as file:
