@@ -1,0 +1,41 @@
+# Every target sets up its own virtual environment in .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= 2.13.0
+# Two busy threads on contended cores are slower than one.
+ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: quickstart test check format clean
+
+quickstart: $(VENV)/.quickstart  ## fine-tune, reward, reinforce a real model; needs no GPU and no account
+	$(BIN)/trl quickstart $(ARGS)
+
+test: $(VENV)/.dev  ## everything, on two processes
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+check: $(VENV)/.dev  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.torch: scripts/install_torch.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP="$(BIN)/python -m pip" TORCH=$(TORCH) sh scripts/install_torch.sh
+	touch $@
+
+$(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[quickstart]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ $(VENV)/.quickstart
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
