@@ -82,6 +82,13 @@ def test_tools_must_be_named(make):
         make([EchoTool(), EchoTool()])
 
 
+@pytest.mark.parametrize("setting", [{"tool_timeout": 0}, {"tool_workers": 0}, {"max_tool_reponse": 2}])
+def test_wrong_settings(make, setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        make(**setting)
+
+
 # --- one turn -----------------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,12 @@ class TextEnvironment:
         `tool_timeout`: seconds; a tool that takes longer is answered for with an error. Tools are called from
         several threads (at most `tool_workers`); None: one after another in the calling thread, without a limit.
         """
+        if tool_timeout is not None and tool_timeout <= 0:
+            raise ValueError(f"tool_timeout={tool_timeout}: give seconds above 0, or None for no limit")
+        if tool_workers < 1:
+            raise ValueError(f"tool_workers={tool_workers}: give 1 or more")
+        if max_tool_reponse < 3:
+            raise ValueError(f"max_tool_reponse={max_tool_reponse}: give 3 or more, the length of what marks a cut")
         self.model = model
         self.tokenizer: Any = tokenizer
         self.tools = _named(tools)
