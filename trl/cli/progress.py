@@ -21,9 +21,9 @@ class Stage:
         self._task = bars.add_task(title, total=total, figures="")
         self._figures: dict[str, float] = {}
 
-    def advance(self, steps: int = 1, **figures: float) -> None:
-        self._figures |= figures
-        shown = "  ".join(f"{name.replace('_', ' ')} [bold]{value:.2f}[/]" for name, value in self._figures.items())
+    def advance(self, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
+        self._figures |= figures or {}
+        shown = "  ".join(f"{name} [bold]{value:.2f}[/]" for name, value in self._figures.items())
         self._bars.update(self._task, advance=steps, figures=shown)
 
     def shorten(self) -> None:
@@ -94,4 +94,4 @@ class StageCallback(TrainerCallback):
         logs = logs or {}
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
-        self.stage.advance(0, **{name: float(logs[key]) for key, name in self.shown.items() if key in logs})
+        self.stage.advance(0, {name: float(logs[key]) for key, name in self.shown.items() if key in logs})
