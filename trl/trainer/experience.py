@@ -137,6 +137,7 @@ def measure(
         packed = pack_samples(piece).to(device)
         scores = actor(packed)
         with reference.model() as model:
+            assert model is not None
             reference_BT = score(model, packed, temperature=actor.temperature).logprobs_BT
         if kl_penalty == "full":
             kl_BT = full_kl(actor, reference, packed)
@@ -151,6 +152,7 @@ def full_kl(actor: ActorCritic, reference: Reference, packed: PackedBatch) -> Te
     """KL(policy || reference) over the vocabulary at each scored token, [B, T]; a chunk of logits exists at a time."""
     head, states_SD = scored_states(actor.model, packed)
     with reference.model() as model:
+        assert model is not None
         reference_head, reference_SD = scored_states(model, packed)
     rows, chunks = chunk_rows(head.vocabulary), []
     for ours, theirs in zip(states_SD.split(rows), reference_SD.split(rows), strict=True):

@@ -70,7 +70,7 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _load(model: nn.Module | None, weights: Mapping[str, torch.Tensor], name: str) -> None:
-    own = {} if model is None else _trained(model)
+    own: dict[str, Any] = {} if model is None else _trained(model)
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
         raise ValueError(f"{name} trains other weights than the checkpoint's ({odd[0]!r} is only in one of them)")
@@ -125,7 +125,8 @@ def save_state(trainer: Any, directory: str | os.PathLike[str]) -> None:
         _write(beside / OWN.format(rank=accelerator.process_index), random_state())
         if accelerator.is_main_process:
             _write(beside / SHARED, state_of(trainer))
-            unwrap(trainer.model).save_pretrained(beside)
+            model: Any = unwrap(trainer.model)
+            model.save_pretrained(beside)
             trainer.tokenizer.save_pretrained(beside)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)

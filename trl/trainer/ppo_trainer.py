@@ -17,8 +17,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, set_seed, stats_to_np
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
-from trl.losses.loss_sum import LossSum, masked_sum
-from trl.losses.policy import clipped_surrogate, clipped_value
+from trl.losses.loss_sum import LossSum
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.reference import Reference, unwrap
 from trl.models.scoring import classifier_of
@@ -40,6 +39,7 @@ from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
 from trl.trainer.ppo_loop import RewardFunction
+from trl.trainer.ppo_objective import terms
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
 from trl.trainer.update import Meters, optimizer_step, without_dropout
 
@@ -89,11 +89,12 @@ class PPOTrainer(BaseTrainer):
         self.current_device = self.accelerator.device
         ppo_setup.complete_config(config, self)
         ppo_setup.start_trackers(self.accelerator, config)
-        if ref_model is None and not self.is_peft_model:
-            ref_model = create_reference_model(model, num_shared_layers=num_shared_layers)
-        self._prepare(model, value_model, ref_model, optimizer, data_collator, lr_scheduler)
+        reference: nn.Module | None = ref_model
+        if reference is None and not self.is_peft_model:
+            reference = create_reference_model(model, num_shared_layers=num_shared_layers)
+        self._prepare(model, value_model, reference, optimizer, data_collator, lr_scheduler)
         adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-        self.kl_ctl = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
+        self.kl_ctl: Any = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
         self.running = RunningMoments(self.accelerator)
         self.current_step = self.logged_steps = self.data_position = 0
         self.highest_reward = -float("inf")
@@ -179,7 +180,7 @@ class PPOTrainer(BaseTrainer):
         if not generate_ref_response:
             return response
         with self.reference.model() as reference:
-            return response, responses_of(unwrap(reference))
+            return response, responses_of(unwrap(reference or policy))
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -200,7 +201,8 @@ class PPOTrainer(BaseTrainer):
             self.config.batch_size, queries, responses, scores, response_masks
         )
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
-        start = unwrap(self.model).config.decoder_start_token_id if self.is_encoder_decoder else None
+        config: Any = unwrap(self.model).config
+        start = config.decoder_start_token_id if self.is_encoder_decoder else None
         samples = samples_of(queries, responses, response_masks, start)
         with without_dropout(*self.actor.models), self.accelerator.autocast():
             measured = self._measure(samples)
@@ -281,7 +283,7 @@ class PPOTrainer(BaseTrainer):
         ratios: list[Tensor] = []
         for _ in range(self.config.ppo_epochs):
             order = np.random.permutation(len(batch.samples))
-            for rows in np.split(order, len(order) // self.config.backward_batch_size):
+            for rows in np.split(order, len(order) // (self.config.backward_batch_size or 1)):
                 pieces = [
                     batch.select(part.tolist()) for part in np.split(rows, self.config.gradient_accumulation_steps)
                 ]
@@ -308,29 +310,15 @@ class PPOTrainer(BaseTrainer):
     def _objective(self, piece: PPOBatch, ratios: list[Tensor]) -> LossSum:
         """Clipped surrogate plus `vf_coef` times clipped value loss, summed over tokens."""
         scores = self.actor(pack_samples(piece.samples).to(self.current_device), entropy=True)
+        assert scores.values_BT is not None
+        assert scores.entropy_BT is not None
         ratios.append((scores.logprobs_BT.detach() - piece.old_logprobs_BT)[piece.mask_BT > 0].exp())
-        policy, value = self._terms(
+        policy, value = terms(
+            self.config,
             piece.old_logprobs_BT, piece.old_values_BT, scores.values_BT, scores.logprobs_BT, piece.mask_BT,
             piece.advantages_BT, piece.returns_BT, scores.entropy_BT,
         )  # fmt: skip
         return policy.plus(value)
-
-    def _terms(
-        self, old_logprobs: Tensor, values: Tensor, vpreds: Tensor | None, logprobs: Tensor, mask: Tensor,
-        advantages: Tensor, returns: Tensor, entropy: Tensor | None,
-    ) -> tuple[LossSum, LossSum]:  # fmt: skip
-        """Clipped surrogate, and `vf_coef` times the clipped value loss, with what there is to report of them."""
-        clip = self.config.cliprange
-        policy = clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip_low=clip, clip_high=clip)
-        value = clipped_value(vpreds, values, returns, mask, self.config.cliprange_value)
-        of_policy = policy.metrics | {
-            "policy": policy.total.detach(),
-            "entropy": masked_sum(entropy, mask),
-            "advantage": masked_sum(advantages, mask),
-        }
-        weighed = self.config.vf_coef * value.total
-        of_value = value.metrics | {"value_loss": weighed.detach()}
-        return LossSum(policy.total, policy.count, of_policy), LossSum(weighed, value.count, of_value)
 
     def _ratio_is_sane(self, ratio: Tensor) -> bool:
         if ratio.item() <= self.config.ratio_threshold:
@@ -412,7 +400,7 @@ class PPOTrainer(BaseTrainer):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
         """(policy loss, `vf_coef` times value loss, statistics) of a minibatch; losses 0 where the ratio explodes."""
         entropy = entropy_from_logits(logits)
-        policy, value = self._terms(old_logprobs, values, vpreds, logprobs, mask, advantages, returns, entropy)
+        policy, value = terms(self.config, old_logprobs, values, vpreds, logprobs, mask, advantages, returns, entropy)
         sane = float(self._ratio_is_sane(policy.metrics["ratio"][0] / policy.metrics["ratio"][1]))
         meters = Meters()
         meters.add(policy.plus(value))

@@ -16,7 +16,7 @@ from torch import Tensor
 class AdaptiveKLController:
     """A KL coefficient that follows the measured KL towards `target` (section 2.2 of arXiv:1909.08593)."""
 
-    def __init__(self, init_kl_coef: float, target: float, horizon: int) -> None:
+    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
         self.value = init_kl_coef
         self.target = target
         self.horizon = horizon
