@@ -1,0 +1,64 @@
+"""A reward model as a scorer of texts."""
+
+import pytest
+import torch
+from tiny_models import CAUSAL
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from trl.rewards.reward_model import RewardModel
+
+TEXTS = ["movie was great", "movie was awful", "the sky is blue and the cat sat on the mat", "hello world"]
+
+
+@pytest.fixture
+def model():
+    config = LlamaConfig.from_dict(CAUSAL["llama"].to_dict() | {"vocab_size": 100, "num_labels": 1})
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def by_hand(model, tokenizer, text):
+    """One row alone, read at its last token."""
+    ids = [*tokenizer(text)["input_ids"], *([] if tokenizer(text)["input_ids"][-1] == 2 else [2])]
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+        return model.score(hidden).item()
+
+
+def test_scores_are_read_at_the_last_token_whatever_shares_the_batch(model, tiny_tokenizer):
+    scores = RewardModel(model.eval(), tiny_tokenizer, batch_size=2).raw(TEXTS)
+    assert scores == pytest.approx([by_hand(model, tiny_tokenizer, text) for text in TEXTS], abs=1e-5)
+
+
+def test_calibrated_scores_have_mean_0_and_deviation_1(model, tiny_tokenizer):
+    scores = torch.tensor(RewardModel(model, tiny_tokenizer).calibrate(TEXTS).score(TEXTS))
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_as_reward_function_it_scores_prompt_and_completion(model, tiny_tokenizer):
+    reward = RewardModel(model, tiny_tokenizer)
+    assert reward(["movie was"], [" great"], topic=["film"]) == pytest.approx(reward.score(["movie was great"]))
+
+
+def test_the_mode_of_the_model_stays(model, tiny_tokenizer):
+    model.train()
+    RewardModel(model, tiny_tokenizer).raw(TEXTS)
+    assert model.training
+
+
+def test_a_long_text_loses_its_end(model, tiny_tokenizer):
+    reward = RewardModel(model, tiny_tokenizer, max_length=4)
+    long, short = reward.raw(["movie was great and the cat sat", "movie was great hello"])
+    assert long == pytest.approx(short, abs=1e-6)
+
+
+def test_what_cannot_be_calibrated(model, tiny_tokenizer):
+    for texts in ([], ["movie"], ["movie", "movie"]):
+        with pytest.raises(ValueError, match=f"calibrate on {len(texts)} texts"):
+            RewardModel(model, tiny_tokenizer).calibrate(texts)
+
+
+def test_a_classifier_of_two_labels_is_no_reward_model(model, tiny_tokenizer):
+    model.config.num_labels = 2
+    with pytest.raises(ValueError, match="num_labels=2"):
+        RewardModel(model, tiny_tokenizer)
