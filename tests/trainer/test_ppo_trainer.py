@@ -681,3 +681,29 @@ def test_generic_logging_does_not_warn(make, caplog):
     with caplog.at_level(logging.WARNING):
         make().step(*batch())
     assert not caplog.records
+
+
+def test_reward_adapter_scores_and_rests(make, tmp_path):
+    """One base model, two adapters: the policy's and the reward model's."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(5)
+    judge = peft.get_peft_model(
+        t.LlamaForSequenceClassification(t.LlamaConfig(**COMMON, num_labels=1)),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", init_lora_weights=False),
+    )
+    judge.save_pretrained(str(tmp_path))
+    torch.manual_seed(0)
+    base = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**COMMON))
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(base, peft_config=lora(), reward_adapter=str(tmp_path))
+    trainer = make(model, learning_rate=1e-2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    queries, responses, _ = batch()
+    for _ in range(2):
+        inputs = trainer.prepare_model_inputs(queries, responses)
+        raw = trainer.accelerator.unwrap_model(trainer.model).compute_reward_score(**inputs)
+        assert raw.shape == (*inputs["input_ids"].shape, 1)
+        stats = trainer.step(queries, responses, [row[-1, 0] for row in raw])
+    assert stats["objective/kl"] != 0  # against the base model: neither adapter
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert any("default" in name for name in moved)
+    assert not any("reward_adapter" in name or name.startswith("score") for name in moved)
