@@ -89,6 +89,24 @@ def step_model(seed: int = 0) -> torch.nn.Module:
     return AutoModelForTokenClassification.from_config(config(num_labels=2))
 
 
+def prompts() -> Dataset:
+    return Dataset.from_dict({"prompt": [text(2 + i % 3, i) for i in range(8)], "wanted": list(WORDS[:8])})
+
+
+def early_letters(completions: list[str], **columns: Any) -> list[float]:
+    """How many of the first letters of the alphabet a completion has."""
+    return [float(sum(letter in "abcdefgh" for letter in completion.split())) for completion in completions]
+
+
+def shortness(completion_ids: list[list[int]], wanted: list[str], **columns: Any) -> list[float | None]:
+    """Short is good; no opinion of every fifth word wanted."""
+    return [None if w == "e" else -0.3 * len(ids) for ids, w in zip(completion_ids, wanted, strict=True)]
+
+
+def two_rewards() -> dict[str, Any]:
+    return {"reward_funcs": [early_letters, shortness]}
+
+
 @dataclass(frozen=True)
 class Case:
     """What the suite needs to build one trainer."""
@@ -155,6 +173,47 @@ CASES: dict[str, Case] = {
     "cpo": Case("CPOTrainer", "CPOConfig", causal_lm, pairs, wrong={"loss_type": "robust", "cpo_alpha": -1.0}),
     "simpo": Case("SimPOTrainer", "SimPOConfig", causal_lm, pairs, wrong={"gamma": -1.0}),
     "alphapo": Case("SimPOTrainer", "SimPOConfig", causal_lm, pairs, settings={"alpha": 0.5}),
+    "grpo": Case(
+        "GRPOTrainer", "GRPOConfig", causal_lm, prompts, settings={"num_generations": 4, "max_completion_length": 6},
+        arguments=lambda: {"reward_funcs": early_letters},
+        wrong={"loss_type": "vespo", "num_generations": 1, "num_generations_eval": 0, "max_completion_length": 0,
+               "max_prompt_length": 0, "steps_per_generation": 0, "generation_batch_size": 3, "num_iterations": 0,
+               "temperature": 0.0, "top_p": 0.0, "top_k": -1, "min_p": 2.0, "repetition_penalty": 0.0,
+               "generation_kwargs": {"x": 1}, "beta": -1.0, "reward_weights": [1.0, 2.0], "reward_timeout": 0.0,
+               "overlong_cache": 7, "dynamic_sampling_max_rounds": 65, "ref_model_mixup_alpha": 0.0,
+               "ref_model_sync_steps": 0, "sync_ref_model": True, "num_completions_to_print": 2,
+               "log_unique_prompts": True, "use_vllm": True, "ignore_data_skip": False, "epsilon": 0.0,
+               "epsilon_high": -1.0, "delta": 1.1, "importance_sampling_level": "x", "scale_rewards": "x",
+               "advantage": "x", "multi_objective_aggregation": "x", "kl_estimator": "k2", "kl_placement": "reward",
+               "use_bias_correction_kl": True, "sapo_temperature_neg": 2.0, "sapo_temperature_pos": 2.0,
+               "top_entropy_quantile": 0.0, "off_policy_mask_threshold": 0.0, "auto_find_batch_size": True},
+    ),
+    "grpo-many": Case(
+        "GRPOTrainer", "GRPOConfig", causal_lm, prompts, arguments=two_rewards,
+        settings={"num_generations": 4, "max_completion_length": 6, "loss_type": "grpo", "beta": 0.1,
+                  "num_iterations": 2, "generation_batch_size": 16, "sync_ref_model": True, "ref_model_sync_steps": 1,
+                  "top_entropy_quantile": 0.6, "entropy_coef": 0.01, "epsilon_high": 0.28, "delta": 4.0,
+                  "scale_rewards": "batch", "reward_weights": [1.0, 0.5], "dynamic_sampling": True,
+                  "overlong_cache": 2, "temperature": 0.9, "top_k": 50},
+        not_with_lora=("sync_ref_model", "ref_model_sync_steps"),
+    ),
+    "grpo-gspo": Case(
+        "GRPOTrainer", "GRPOConfig", causal_lm, prompts, arguments=two_rewards,
+        settings={"num_generations": 4, "max_completion_length": 6, "importance_sampling_level": "sequence",
+                  "loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.2, "kl_placement": "reward",
+                  "num_iterations": 2, "generation_batch_size": 16},
+    ),
+    "grpo-cispo": Case(
+        "GRPOTrainer", "GRPOConfig", causal_lm, prompts, arguments=two_rewards,
+        settings={"num_generations": 4, "max_completion_length": 6, "loss_type": "cispo", "num_iterations": 3,
+                  "multi_objective_aggregation": "normalize_then_sum", "advantage": "leave_one_out"},
+        wrong={"epsilon": 0.1, "delta": 3.0},
+    ),
+    "rloo": Case(
+        "RLOOTrainer", "RLOOConfig", causal_lm, prompts, arguments=two_rewards,
+        settings={"max_completion_length": 6, "num_iterations": 2, "beta": 0.1, "normalize_advantages": True},
+        wrong={"num_generations": 1, "epsilon": 0.0, "epsilon_high": 0.0, "reward_clip_range": (1.0, -1.0)},
+    ),
 }  # fmt: skip
 
 

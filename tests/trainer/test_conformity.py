@@ -31,7 +31,7 @@ def test_the_split_into_microbatches_changes_nothing(name, tmp_path):
         trainer.train()
         seen.append((history(trainer, "loss")[0], history(trainer, "grad_norm")[0]))
     for other in seen[1:]:
-        assert other == pytest.approx(seen[0], rel=1e-5)
+        assert other == pytest.approx(seen[0], rel=1e-5, abs=1e-6)  # a policy gradient's first loss may be 0
     assert seen[0][1] > 0
 
 
@@ -42,7 +42,7 @@ def test_packed_equals_padded(name, tmp_path):
         trainer = build(name, tmp_path, padding_free=padding_free, max_steps=1)
         trainer.train()
         seen.append((history(trainer, "loss")[0], history(trainer, "grad_norm")[0]))
-    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5, abs=1e-6)
 
 
 @every_trainer
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_nothing(name, tmp_path):
         trainer = build(name, tmp_path, max_steps=1, gradient_checkpointing=checkpointing)
         trainer.train()
         seen.append((history(trainer, "loss")[0], history(trainer, "grad_norm")[0]))
-    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("name", "field", "value"), [(n, f, v) for n, c in CASES.items() for f, v in c.wrong.items()])

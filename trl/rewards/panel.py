@@ -1,4 +1,4 @@
-"""Several reward functions asked at once, each with its weight and its time-out."""
+"""Several reward functions asked at once, each with its own time-out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trl.rewards.reward_model import RewardModel
@@ -29,66 +31,98 @@ class Verdict:
 
 
 def name_of(function: RewardFunction) -> str:
-    """What a reward function is called in logs."""
+    """What a reward function is called in logs and errors."""
     if isinstance(function, RewardModel):
         path = getattr(function.model.config, "_name_or_path", "")
         return path.rstrip("/").split("/")[-1] or "reward_model"
+    if isinstance(function, partial):
+        return name_of(function.func)
     return getattr(function, "__name__", type(function).__name__)
 
 
 class RewardPanel:
-    """Reward functions by themselves or by name of a reward model's folder.
+    """Reward functions that judge the same completions.
 
-    A function that raises, gives the wrong number of values or a value that is not finite is a RewardError that names
-    it. One that is not done after `timeout` seconds has no opinion of this batch, as if it had returned None.
+    A function that raises, gives the wrong number of values or a value that is neither None nor a finite number is a
+    `RewardError` that names it. One that is not done after its time-out has no opinion of this batch, as if it had
+    returned None for every completion: an async one is cancelled, another one is left to itself on its thread.
+    Functions without a time-out run one after the other on the caller's thread, async ones meanwhile on theirs.
+
+    timeout: seconds, for all or one each; None waits.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], timeout: float | None = None):
+    def __init__(self, functions: Sequence[RewardFunction], timeout: float | Sequence[float | None] | None = None):
         if not functions:
             raise ValueError("reward_funcs: give at least one reward function or reward model")
-        self.functions, self.timeout = list(functions), timeout
+        for function in functions:
+            if not callable(function):
+                raise ValueError(f"reward_funcs: {function!r} is not a function, a model or a name")
+        timeouts = list(timeout) if isinstance(timeout, Sequence) else [timeout] * len(functions)
+        if len(timeouts) != len(functions):
+            raise ValueError(f"reward_timeout={timeout}: give one for each of the {len(functions)} reward functions")
+        self.functions, self.timeouts = list(functions), timeouts
         self.names = _distinct([name_of(function) for function in functions])
 
-    def __call__(self, count: int, columns: dict[str, Any]) -> Verdict:
-        calls = [_Call(function, columns) for function in self.functions]
-        for call in calls:
+    def __call__(self, count: int, columns: Mapping[str, Any]) -> Verdict:
+        calls = [_Call(*each, columns) for each in zip(self.functions, self.timeouts, strict=True)]
+        for call in sorted(calls, key=lambda call: not call.threaded):  # what can go on meanwhile goes first
             call.start()
-        scores, timed_out = [], []
-        for name, call in zip(self.names, calls, strict=True):
-            done = call.join(self.timeout)
-            timed_out.append(not done)
-            scores.append(_checked(name, call.result(name), count) if done else [math.nan] * count)
-        return Verdict(scores, timed_out)
+        done = [call.join() for call in calls]
+        scores = [
+            checked(name, call.result(name), count) if finished else [math.nan] * count
+            for name, call, finished in zip(self.names, calls, done, strict=True)
+        ]
+        return Verdict(scores, [not finished for finished in done])
 
 
 class _Call:
-    """One function at work on its own thread; a reward model stays on ours, which owns the device."""
+    """One function at work."""
 
-    def __init__(self, function: RewardFunction, columns: dict[str, Any]):
-        self._function, self._columns = function, columns
+    def __init__(self, function: RewardFunction, timeout: float | None, columns: Mapping[str, Any]):
+        self._function, self._timeout, self._columns = function, timeout, columns
         self._value: Any = None
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._late = False
+        self._deadline = math.inf
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def threaded(self) -> bool:
+        """A reward model stays on the caller's thread, which owns the device."""
+        if isinstance(self._function, RewardModel):
+            return False
+        return self._timeout is not None or inspect.iscoroutinefunction(self._function)
 
     def start(self) -> None:
-        if isinstance(self._function, RewardModel):
+        if not self.threaded:
             self._run()
             return
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._deadline = time.monotonic() + (math.inf if self._timeout is None else self._timeout)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             value = self._function(**self._columns)
-            self._value = asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+            self._value = asyncio.run(self._within_time(value)) if inspect.isawaitable(value) else value
         except Exception as error:  # reported by the thread that asked
             self._error = error
 
-    def join(self, timeout: float | None) -> bool:
-        if self._thread is None:
-            return True
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+    async def _within_time(self, value: Any) -> Any:
+        left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
+        task = asyncio.ensure_future(value)
+        done, _ = await asyncio.wait([task], timeout=left)
+        if not done:
+            self._late = True
+            task.cancel()
+            return None
+        return task.result()
+
+    def join(self) -> bool:
+        """Whether it was done in time."""
+        if self._thread.ident is not None:
+            left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
+            self._thread.join(left)
+        return not self._late and not self._thread.is_alive()
 
     def result(self, name: str) -> Any:
         if self._error is not None:
@@ -96,26 +130,27 @@ class _Call:
         return self._value
 
 
-async def _awaited(value: Any) -> Any:
-    return await value
-
-
-def _checked(name: str, value: Any, count: int) -> list[float]:
-    values = list(value.tolist() if hasattr(value, "tolist") else value or [])
+def checked(name: str, value: Any, count: int) -> list[float]:
+    """The values of one function as floats, None as NaN; `RewardError` for anything that is not one each."""
+    try:
+        values = list(value.tolist() if hasattr(value, "tolist") else value)
+    except TypeError:
+        raise RewardError(f"reward function {name!r} gave {value!r}: give a list of numbers, one each") from None
     if len(values) != count:
         raise RewardError(f"reward function {name!r} gave {len(values)} values for {count} completions: give one each")
-    scores = []
-    for index, score in enumerate(values):
-        if score is None:
-            scores.append(math.nan)
-        elif not isinstance(score, bool | int | float) or not math.isfinite(score):
-            raise RewardError(
-                f"reward function {name!r} gave {score!r} for completion {index}: give a finite number, or None for no "
-                "opinion"
-            )
-        else:
-            scores.append(float(score))
-    return scores
+    return [math.nan if score is None else _number(name, score, index) for index, score in enumerate(values)]
+
+
+def _number(name: str, score: Any, index: int) -> float:
+    try:
+        number = math.nan if isinstance(score, str) else float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    raise RewardError(
+        f"reward function {name!r} gave {score!r} for completion {index}: give a finite number, or None for no opinion"
+    )
 
 
 def _distinct(names: list[str]) -> list[str]:

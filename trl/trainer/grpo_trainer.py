@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from trl.data.records import Rollout
@@ -21,7 +23,7 @@ from trl.losses.policy import (
 from trl.models.scoring import score
 from trl.trainer.grpo_config import LOSS_TYPES, GRPOConfig
 from trl.trainer.on_policy import OnPolicyTrainer
-from trl.trainer.rollouts import PolicyBatch
+from trl.trainer.rollouts import PolicyBatch, padded
 
 
 class GRPOTrainer(OnPolicyTrainer):
@@ -29,8 +31,8 @@ class GRPOTrainer(OnPolicyTrainer):
     and KL terms of its relatives: DAPO, Dr. GRPO, GSPO, CISPO, SAPO, REINFORCE++.
 
     `reward_funcs`: functions `f(prompts, completions, completion_ids, **columns) -> one float or None each`, async
-    ones too, reward models, or folders of reward models. `train_dataset` has a column `prompt`; its other columns reach
-    the reward functions.
+    ones too, names of `REWARDS`, reward models or their folders. `train_dataset` has a column `prompt`; its other
+    columns reach the reward functions.
     """
 
     _tag_names = ("trl", "grpo")
@@ -53,21 +55,35 @@ class GRPOTrainer(OnPolicyTrainer):
     def kl_in_loss(self) -> bool:
         return self.args.kl_placement == "loss"
 
+    def kl_estimator(self) -> str:
+        return self.args.kl_estimator or ("k3" if self.kl_in_loss() else "k1")
+
     def idle_rows_can_be_skipped(self) -> bool:
         return super().idle_rows_can_be_skipped() and not self.args.entropy_coef
 
-    def advantages(self, rewards_BF: Tensor, kl_B: Tensor | None) -> Tensor:
+    def advantages(self, scores_BF: Tensor, weights_F: Tensor, kl_B: Tensor | None) -> Tensor:
         if kl_B is not None and not self.kl_in_loss():
-            rewards_BF = rewards_BF - (self.args.beta * kl_B / self.reward_weights.sum())[:, None]
+            unscored_B = scores_BF.isnan().all(-1)
+            penalty_B = (-kl_B).masked_fill(unscored_B, torch.nan)
+            scores_BF = torch.cat([scores_BF, penalty_B[:, None]], 1)
+            weights_F = torch.cat([weights_F, weights_F.new_tensor([self.args.beta])])
         aggregate = REWARD_AGGREGATIONS[self.args.multi_objective_aggregation]
-        return aggregate(rewards_BF, self.reward_weights, self.args.num_generations, self._baseline)
+        return aggregate(scores_BF, weights_F, self.args.num_generations, self._baseline)
 
-    def token_weights(self, rollout: Rollout) -> list[list[float]] | None:
-        """The tokens of high entropy under the policy that sampled, over the whole rollout."""
+    def token_weights(self, rollout: Rollout, masks: list[list[int]]) -> list[list[float]] | None:
+        """The tokens of high entropy under the policy that sampled, among those of all ranks."""
         if self.args.top_entropy_quantile == 1.0:
             return None
-        entropy_BT = self.scored(self.model, rollout, self.args.temperature, entropy=True).entropy_BT
-        kept_BT = top_entropy_mask(entropy_BT, _mask(rollout, entropy_BT), self.args.top_entropy_quantile)
+        entropy_BT = self.scored(self.model, rollout, entropy=True).entropy_BT
+        mask_BT = padded(masks, entropy_BT.shape[1])
+        counted_N = entropy_BT[mask_BT > 0].tolist()
+        if self.args.world_size > 1:
+            counted_N = gather_object(counted_N)
+        all_N = torch.tensor(counted_N)
+        if not len(all_N):
+            return [[0.0] * len(ids) for ids in rollout.completions]
+        least = all_N[top_entropy_mask(all_N, torch.ones_like(all_N), self.args.top_entropy_quantile) > 0].min()
+        kept_BT = (entropy_BT >= least) * mask_BT
         return [row[: len(ids)] for row, ids in zip(kept_BT.tolist(), rollout.completions, strict=True)]
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
@@ -92,17 +108,10 @@ class GRPOTrainer(OnPolicyTrainer):
             weight_BT=weight_BT,
             reference_BT=batch.reference_BT,
             beta=config.beta if self.kl_in_loss() else 0.0,
-            kl=config.kl_estimator,
-            kl_importance=config.use_bias_correction_kl,
+            kl=self.kl_estimator(),
+            kl_importance=config.use_bias_correction_kl is not False,
             entropy_BT=scores.entropy_BT,
             entropy_coef=config.entropy_coef,
             how=self.aggregation,
             max_tokens=config.max_completion_length,
         )
-
-
-def _mask(rollout: Rollout, like_BT: Tensor) -> Tensor:
-    mask_BT = like_BT.new_zeros(like_BT.shape)
-    for row, mask in enumerate(rollout.masks):
-        mask_BT[row, : len(mask)] = mask_BT.new_tensor(mask)
-    return mask_BT

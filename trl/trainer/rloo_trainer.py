@@ -9,6 +9,7 @@ from trl.losses.policy import batch_relative, clipped_surrogate, leave_one_out
 from trl.models.scoring import score
 from trl.trainer.grpo_config import RLOOConfig
 from trl.trainer.on_policy import OnPolicyTrainer
+from trl.trainer.rollout_rewards import weighted_total
 from trl.trainer.rollouts import PolicyBatch
 
 
@@ -22,14 +23,13 @@ class RLOOTrainer(OnPolicyTrainer):
     config_class = RLOOConfig
     aggregation: Aggregation = "sequence"
 
-    def advantages(self, rewards_BF: Tensor, kl_B: Tensor | None) -> Tensor:
-        unscored_B = rewards_BF.isnan().all(-1)
-        rewards_B = rewards_BF.nan_to_num() @ self.reward_weights
+    def advantages(self, scores_BF: Tensor, weights_F: Tensor, kl_B: Tensor | None) -> Tensor:
+        rewards_B = weighted_total(scores_BF, weights_F)
         if self.args.reward_clip_range is not None:
             rewards_B = rewards_B.clamp(*self.args.reward_clip_range)
         if kl_B is not None:
             rewards_B = rewards_B - self.args.beta * kl_B
-        advantages_B = leave_one_out(rewards_B.masked_fill(unscored_B, float("nan")), self.args.num_generations)
+        advantages_B = leave_one_out(rewards_B, self.args.num_generations)
         return batch_relative(advantages_B) if self.args.normalize_advantages else advantages_B
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TensorRecord, TokenTree
 from trl.losses.loss_sum import Aggregation, counted
-from trl.models.checkpoints import writing
 
 
 @dataclass
@@ -31,7 +28,7 @@ class Experience:
     advantages: list[list[float]]
     """one for each token"""
     reference: list[list[float]] | None = None
-    """the reference's log-probabilities, where a KL term needs them"""
+    """the reference's log-probabilities, where the objective needs them"""
     weights: list[list[float]] | None = None
     """factors of the surrogate's tokens"""
 
@@ -62,8 +59,9 @@ class PolicyBatch(TensorRecord):
     weight_BT: Tensor | None = None
 
 
-def _padded(rows: Sequence[Sequence[float]], width: int) -> Tensor:
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32).view(-1, width)
+def padded(rows: Sequence[Sequence[float]], width: int) -> Tensor:
+    """Rows with zeros behind them. [B, width]"""
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32).view(len(rows), width)
 
 
 def prompt_trees(prompts: Sequence[list[int]], branches: Sequence[Branch]) -> list[TokenTree]:
@@ -74,32 +72,29 @@ def prompt_trees(prompts: Sequence[list[int]], branches: Sequence[Branch]) -> li
     ]
 
 
-def policy_batch(rows: Experience, how: Aggregation, max_tokens: int, *, skip_idle: bool) -> PolicyBatch:
-    """The rows packed. `skip_idle`: rows without an advantage or a counted token are counted, not computed."""
+def policy_batch(
+    rows: Experience, how: Aggregation, max_tokens: int, *, skip_idle: bool, least: int = 0
+) -> PolicyBatch:
+    """The rows packed, but for those that cannot matter: they are counted, not computed.
+
+    Those are rows without a counted token and, with `skip_idle`, without an advantage. least: rows to compute at least
+    (many processes must all run the model, or they wait for each other's gradients forever).
+    """
     whole = max(map(len, rows.completions), default=0)
-    total = counted(_padded(rows.masks, whole), how, max_tokens)
+    total = counted(padded(rows.masks, whole), how, max_tokens)
     live = [i for i in range(len(rows)) if any(rows.masks[i]) and not (skip_idle and rows.is_idle(i))]
-    kept = rows.select(live)
+    kept = rows.select(live or range(min(least, len(rows))))
     width = max(map(len, kept.completions), default=0)
     branches = [Branch(ids, mask) for ids, mask in zip(kept.completions, kept.masks, strict=True)]
     return PolicyBatch(
         packed=pack(prompt_trees(kept.prompts, branches)),
-        mask_BT=_padded(kept.masks, width),
-        old_logprobs_BT=_padded(kept.logprobs, width),
-        advantages_BT=_padded(kept.advantages, width),
+        mask_BT=padded(kept.masks, width),
+        old_logprobs_BT=padded(kept.logprobs, width),
+        advantages_BT=padded(kept.advantages, width),
         counted=total,
-        reference_BT=None if kept.reference is None else _padded(kept.reference, width),
-        weight_BT=None if kept.weights is None else _padded(kept.weights, width),
+        reference_BT=None if kept.reference is None else padded(kept.reference, width),
+        weight_BT=None if kept.weights is None else padded(kept.weights, width),
     )
-
-
-def prompt_index(position: int, count: int, seed: int, shuffle: bool) -> int:
-    """Which prompt stands at `position` of an endless stream that reads the data over and over, shuffled each time."""
-    epoch, offset = divmod(position, count)
-    if not shuffle:
-        return offset
-    order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return int(torch.randperm(count, generator=order)[offset])
 
 
 @dataclass
@@ -150,23 +145,3 @@ class RolloutLoader:
             start = self.state.cursor % self.microbatches * size
             self.state.cursor += 1
             yield self.collate(current.select(range(start, min(start + size, len(current)))))
-
-
-def write_rollout(directory: Path, number: int, columns: dict[str, list[Any]]) -> Path:
-    """The rollout as `rollout-000123.parquet`, a row per completion; written beside, then renamed."""
-    import pyarrow
-    from pyarrow import parquet
-
-    plain = {name: [_plain(value) for value in values] for name, values in columns.items()}
-    name = f"rollout-{number:06d}.parquet"
-    with writing(directory) as beside:
-        parquet.write_table(pyarrow.table(plain), beside / name)
-    return directory / name
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
-        return value
-    return json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,53 @@
+"""Whether a completion's mathematical answer equals the solution, by the symbolic verifier `math-verify`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from trl.rewards.texts import Completion, text_of
+
+
+@cache
+def _verifier() -> tuple[Any, Any, Any]:
+    try:
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    except ImportError as error:
+        raise ImportError('math rewards need math-verify: `pip install "trl[rewards]"`') from error
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we switched its signals off
+    return parse, verify, (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+
+
+def same_answer(text: str, solution: str) -> bool | None:
+    r"""Whether the answer in `text` (the last `\boxed{}`, or else formula or number) equals the solution's.
+
+    None: the solution cannot be parsed, which is not the writer's fault. No time limit of its own, which would need
+    the main thread's signals: give the trainer a `reward_timeout`.
+    """
+    parse, verify, extraction = _verifier()
+    limits = {"extraction_config": extraction, "parsing_timeout": None}
+    gold = parse(solution, **limits) or parse(f"${solution}$", **limits)
+    if not gold:
+        return None
+    return bool(verify(gold, parse(text, **limits), timeout_seconds=None))
+
+
+def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str], **columns: Any) -> list[float | None]:
+    """1 for the right answer, 0 for a wrong one or none, None where the row's `solution` cannot be parsed."""
+    same = [same_answer(text_of(c), str(gold)) for c, gold in zip(completions, solution, strict=True)]
+    return [None if right is None else float(right) for right in same]
+
+
+def reasoning_accuracy_reward(
+    completions: Sequence[Completion], solution: Sequence[str], **columns: Any
+) -> list[float | None]:
+    """`accuracy_reward` of what follows `</think>`; 0 where the thinking never ends."""
+    answers = [text_of(completion).partition("</think>")[2] for completion in completions]
+    return accuracy_reward(answers, solution)
+
+
+def exact_match_reward(completions: Sequence[Completion], solution: Sequence[str], **columns: Any) -> list[float]:
+    """1 where the completion is the row's `solution`, white space around both aside; else 0."""
+    return [float(text_of(c).strip() == str(s).strip()) for c, s in zip(completions, solution, strict=True)]

@@ -1,0 +1,85 @@
+"""Reward functions that a config or the command line can name, and what else a name may mean."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from trl.models.prepare import context_length, load_model, load_tokenizer
+from trl.rewards.math_answers import accuracy_reward, exact_match_reward, reasoning_accuracy_reward
+from trl.rewards.panel import RewardFunction, RewardPanel
+from trl.rewards.reward_model import RewardModel
+from trl.rewards.sentiment import sentiment_reward
+from trl.rewards.texts import repetition_penalty, think_answer_format_reward, think_format_reward
+
+RewardSource = Callable[..., Any] | PreTrainedModel | str
+
+REWARDS: dict[str, RewardFunction] = {
+    "accuracy": accuracy_reward,
+    "exact_match": exact_match_reward,
+    "reasoning_accuracy": reasoning_accuracy_reward,
+    "repetition": repetition_penalty(),
+    "sentiment": sentiment_reward,
+    "think_answer_format": think_answer_format_reward,
+    "think_format": think_format_reward,
+}
+"""name -> `f(prompts, completions, completion_ids, **columns) -> one number or None each`"""
+
+
+def reward_named(name: str, tokenizer: Any = None, device: torch.device | str = "cpu") -> RewardFunction:
+    """An entry of `REWARDS`, `package.module:function`, or the folder (or hub name) of a reward model."""
+    if name in REWARDS:
+        return REWARDS[name]
+    module, colon, function = name.partition(":")
+    if colon and not Path(name).exists():
+        return _imported(name, module, function)
+    if not Path(name).exists() and "/" not in name:
+        raise ValueError(
+            f"reward_funcs={name!r}: no folder of that name; choose one of {', '.join(REWARDS)}, "
+            "`package.module:function`, or a reward model's folder"
+        )
+    model = load_model(name, AutoModelForSequenceClassification, {"num_labels": 1})
+    return of_model(model, name if tokenizer is None else tokenizer, device)
+
+
+def _imported(name: str, module: str, function: str) -> RewardFunction:
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward_funcs={name!r}: {error}; give `package.module:function`") from error
+    if not callable(found):
+        raise ValueError(f"reward_funcs={name!r}: not a function")
+    return found
+
+
+def of_model(model: PreTrainedModel, tokenizer: Any, device: torch.device | str) -> RewardModel:
+    """A reward model as a reward function; without a tokenizer, that of the folder it came from."""
+    tokenizer = load_tokenizer(tokenizer if tokenizer is not None else model.config._name_or_path)
+    return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, max_length=context_length(model))
+
+
+def reward_panel(
+    functions: RewardSource | Sequence[RewardSource],
+    tokenizers: Any = None,
+    timeout: float | Sequence[float | None] | None = None,
+    device: torch.device | str = "cpu",
+) -> RewardPanel:
+    """Functions, names, reward models and their folders as one panel; `tokenizers`: of the models, one each or one."""
+    listed = list(functions) if isinstance(functions, list | tuple) else [functions]
+    given = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
+    if len(given) != len(listed):
+        raise ValueError(f"reward_processing_classes: {len(given)} for {len(listed)} reward functions; give one each")
+
+    def function_of(source: RewardSource, tokenizer: Any) -> RewardFunction:
+        if isinstance(source, str):
+            return reward_named(source, tokenizer, device)
+        if isinstance(source, PreTrainedModel):
+            return of_model(source, tokenizer, device)
+        return source
+
+    return RewardPanel([function_of(s, t) for s, t in zip(listed, given, strict=True)], timeout)

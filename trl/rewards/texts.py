@@ -1,0 +1,81 @@
+"""Rewards for the form of a text: tags, patterns, length, repetition."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Reward = Callable[..., list[float]]
+Completion = str | Sequence[dict[str, Any]]
+THINKING = re.compile(r"\s*<think>(?!.*<think>)(.*?)</think>(.+)", re.DOTALL)
+ANSWERING = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
+
+
+def text_of(completion: Completion) -> str:
+    """The text of a completion: itself, or the content of its last message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"] or "")
+
+
+def think_format_reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
+    """1 for a text that thinks in one pair of `<think>` tags and then says something, else 0."""
+    return [float(THINKING.fullmatch(text_of(completion)) is not None) for completion in completions]
+
+
+def think_answer_format_reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
+    """1 for `<think>...</think> <answer>...</answer>` and nothing else, each tag once; else 0."""
+    return [float(ANSWERING.fullmatch(text_of(completion)) is not None) for completion in completions]
+
+
+def pattern_reward(pattern: str, *, whole: bool = False) -> Reward:
+    """A reward function: 1 where the regular expression is found (`whole`: where it is the whole text), else 0."""
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"pattern={pattern!r}: {error}; give a regular expression") from None
+
+    def pattern_found(completions: Sequence[Completion], **columns: Any) -> list[float]:
+        match = compiled.fullmatch if whole else compiled.search
+        return [float(match(text_of(completion)) is not None) for completion in completions]
+
+    return pattern_found
+
+
+def length_penalty(most: int, *, slope: float = 1.0) -> Reward:
+    """A reward function: 0 up to `most` tokens, beyond it `-slope` for each further `most` tokens, continuously."""
+    if most < 1:
+        raise ValueError(f"most={most}: give a number of tokens >= 1")
+
+    def length(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+        return [-slope * max(0, len(ids) - most) / most for ids in completion_ids]
+
+    return length
+
+
+def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Reward:
+    """A reward function: DAPO's soft overlong punishment, eq. 13 of arXiv:2503.14476; 0 down to -1."""
+    if not 0 < soft_punish_cache <= max_completion_len:
+        raise ValueError(f"soft_punish_cache={soft_punish_cache}: must lie in (0, {max_completion_len}]")
+
+    def soft_overlong_punishment(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+        start = max_completion_len - soft_punish_cache
+        return [min(0.0, max(-1.0, (start - len(ids)) / soft_punish_cache)) for ids in completion_ids]
+
+    return soft_overlong_punishment
+
+
+def repeated_share(items: Sequence[Any], size: int) -> float:
+    """Share of the runs of `size` items that have been there before; 0 where there is none. In [0, 1)"""
+    runs = [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def repetition_penalty(size: int = 3, most: float = 1.0) -> Reward:
+    """A reward function: `-most` times the share of runs of `size` words that have been there before."""
+    if size < 1:
+        raise ValueError(f"size={size}: give a number of words >= 1")
+
+    def repetition(completions: Sequence[Completion], **columns: Any) -> list[float]:
+        return [-most * repeated_share(text_of(completion).lower().split(), size) for completion in completions]
+
+    return repetition
