@@ -64,6 +64,8 @@ def test_pieces():
     assert [len(piece) for piece in pieces(samples, rows=2, tokens=0)] == [2, 2, 2, 1]
     assert [len(piece) for piece in pieces(samples, rows=1, tokens=15)] == [3, 3, 1]
     assert [len(piece) for piece in pieces(samples, rows=4, tokens=15)] == [4, 3]
+    uneven = [Sample([], [1] * n, [1] * n) for n in (1, 1, 9, 1)]
+    assert [len(piece) for piece in pieces(uneven, rows=1, tokens=10)] == [2, 1, 1]
 
 
 def test_select_narrows_to_its_rows():

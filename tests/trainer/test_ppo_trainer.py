@@ -462,6 +462,26 @@ def test_encoder_decoder(make):
     assert mask.sum(1).tolist() == [len(row) - 2 for row in responses]  # from the second prediction on, as in the seed
 
 
+def test_padded_architecture(make):
+    torch.manual_seed(0)
+    config = t.BloomConfig(
+        vocab_size=100, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(t.AutoModelForCausalLM.from_config(config))
+    stats = make(model).step(*batch())
+    assert np.isfinite(stats["ppo/loss/total"])
+
+
+def test_bfloat16(make):
+    model = causal()
+    model.pretrained_model.to(torch.bfloat16)
+    trainer = make(model, gradient_accumulation_steps=2)
+    queries, _, scores = batch()
+    responses = trainer.generate(queries, return_prompt=False, **SAMPLING)
+    stats = trainer.step(queries, responses, scores)
+    assert np.isfinite(stats["ppo/loss/total"])
+
+
 def test_separate_value_model(make):
     torch.manual_seed(3)
     critic = t.AutoModelForSequenceClassification.from_config(t.LlamaConfig(**COMMON, num_labels=1))
@@ -472,6 +492,9 @@ def test_separate_value_model(make):
     assert np.isfinite(stats["ppo/loss/value"])
     assert not torch.equal(critic.score.weight, before)
     assert model.v_head.summary.weight.grad is None
+    other = causal()
+    with pytest.raises(ValueError, match="it holds no parameter of the `value_model`"):
+        make(other, value_model=critic, optimizer=torch.optim.Adam(other.parameters()))
     with pytest.raises(ValueError, match="has no score head"):
         make(causal(), value_model=causal().pretrained_model)
 
@@ -606,16 +629,19 @@ def test_log_stats(make, tmp_path):
     trainer = make(log_with="tensorboard", project_kwargs={"logging_dir": str(tmp_path)})
     queries, responses, scores = batch()
     stats = trainer.step(queries, responses, scores)
+    trainer.log_stats(stats, {"query": ["a"] * 4, "response": ["b"] * 4}, scores)
+    trainer.accelerator.end_training()
+    assert list(tmp_path.rglob("events.out.*"))
     logged = {}
     trainer.accelerator.log = lambda values, step=None: logged.update(values, step=step)
     trainer.log_stats(stats, {"query": ["a"] * 4, "response": ["b"] * 4}, scores)
     assert logged["env/reward_mean"] == pytest.approx(0.25)
     assert logged["env/reward_std"] == pytest.approx(torch.stack(scores).std().item())
     assert logged["env/reward_dist"].shape == (4,)
-    assert logged["step"] == 0
+    assert logged["step"] == 1
     with pytest.warns(UserWarning, match="The game logs will not be logged"):
         trainer.log_stats(stats, {}, scores)
-    assert logged["step"] == 1
+    assert logged["step"] == 2
 
 
 def test_push_if_best(make):

@@ -103,13 +103,13 @@ class PPOBatch:
 
 
 def pieces(samples: Sequence[Sample], rows: int, tokens: int = PACKED_TOKENS) -> Iterator[Sequence[Sample]]:
-    """Runs of at least `rows` samples (the last may be shorter); more while they have at most `tokens` tokens."""
-    start = size = 0
+    """Runs of at least `rows` samples (the last may be shorter); more while they take at most `tokens` when padded."""
+    start = width = 0
     for end, sample in enumerate(samples):
-        if end - start >= rows and size + sample.tokens > tokens:
+        if end - start >= rows and (end - start + 1) * max(width, sample.tokens) > tokens:
             yield samples[start:end]
-            start, size = end, 0
-        size += sample.tokens
+            start, width = end, 0
+        width = max(width, sample.tokens)
     if start < len(samples):
         yield samples[start:]
 

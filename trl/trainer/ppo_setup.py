@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.models.modeling_base import PreTrainedModelWrapper
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
+from trl.models.scoring import classifier_of
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_config import PPOConfig
 
@@ -75,6 +76,16 @@ def start_trackers(accelerator: Accelerator, config: PPOConfig) -> None:
     )
 
 
+def check_critic(model: Any, value_model: nn.Module, optimizer: Optimizer | None) -> None:
+    """A critic of its own must have a score head and be trained; the policy's value head then rests."""
+    classifier_of(value_model)
+    model.v_head.requires_grad_(False)
+    if optimizer is not None:
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in trained for parameter in value_model.parameters()):
+            raise ValueError("optimizer: it holds no parameter of the `value_model`, which would never be trained")
+
+
 def make_optimizer(config: PPOConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
     """Adam as `adam_style` says."""
     kind = TFAdam if config.adam_style == "tf" else Adam
@@ -98,6 +109,12 @@ def complete_config(config: PPOConfig, trainer: Any) -> None:
     config.world_size = processes
     config.global_backward_batch_size = (config.backward_batch_size or 1) * processes
     config.global_batch_size = config.batch_size * processes
+    if processes > 1 and trainer.dataset is None:
+        warnings.warn(
+            "No dataset is provided. With several processes prepare your own dataloader with "
+            "`trainer.accelerator.prepare(dataloader)`, or all of them train on the same prompts.",
+            UserWarning,
+        )
 
 
 def stop_tokens(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,7 +20,6 @@ from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.reference import Reference, unwrap
-from trl.models.scoring import classifier_of
 from trl.trainer import ppo_checkpoint, ppo_generation, ppo_loop, ppo_padded, ppo_setup, ppo_statistics
 from trl.trainer.base import BaseTrainer, trl_sanitze_kwargs_for_tagging
 from trl.trainer.configuration import processing_class_of
@@ -108,8 +107,7 @@ class PPOTrainer(BaseTrainer):
     ) -> None:
         """Put everything on the device and under accelerate."""
         if value_model is not None:
-            classifier_of(value_model)
-            model.v_head.requires_grad_(False)
+            ppo_setup.check_critic(model, value_model, optimizer)
         trained = [model] if value_model is None else [model, value_model]
         self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
         optimizer = ppo_setup.make_optimizer(self.config, self._parameters) if optimizer is None else optimizer
