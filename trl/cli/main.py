@@ -14,8 +14,18 @@ from typer.core import TyperGroup
 
 COMMANDS = {
     "quickstart": ("trl.cli.quickstart", "Imitate, reward, reinforce: the whole job on this machine, with a report."),
+    "sft": ("trl.cli.training:sft", "Fine-tune on texts, prompts with completions, or conversations."),
+    "reward": ("trl.cli.training:reward", "Train a reward model on preference pairs."),
+    "prm": ("trl.cli.training:prm", "Train a reward model of single steps."),
+    "dpo": ("trl.cli.training:dpo", "Optimise on preference pairs, against a reference."),
+    "orpo": ("trl.cli.training:orpo", "Optimise on preference pairs, without a reference (odds ratio)."),
+    "cpo": ("trl.cli.training:cpo", "Optimise on preference pairs, without a reference (contrastive)."),
+    "simpo": ("trl.cli.training:simpo", "Optimise on preference pairs, without a reference (per token)."),
+    "kto": ("trl.cli.training:kto", "Optimise on completions that are good or not."),
+    "grpo": ("trl.cli.training:grpo", "Reinforce on groups of own completions."),
+    "rloo": ("trl.cli.training:rloo", "Reinforce, each completion against the mean of the others."),
 }
-"""command -> (module with a function `command`, its line in `trl --help`)"""
+"""command -> (module of a function `command`, or module:function; its line in `trl --help`)"""
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -30,8 +40,11 @@ UsageError: Any = typer.BadParameter.__base__
 
 def load_command(name: str) -> Any:
     """The command of the module in `COMMANDS`."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    loaded = importlib.import_module(module)
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    single.command(name)(importlib.import_module(COMMANDS[name][0]).command)
+    settings = getattr(loaded, "PASS_ON", None)  # fields of a config are no options of the command
+    single.command(name, context_settings=settings)(getattr(loaded, function or "command"))
     return typer.main.get_command(single)
 
 

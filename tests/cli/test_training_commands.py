@@ -1,0 +1,99 @@
+"""`trl sft` and its like: a trainer on a file of rows."""
+
+import json
+
+import pytest
+from tokenizers_for_tests import word_tokenizer
+
+from trl.cli.main import run
+from trl.cli.training import JOBS, field_docs
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore:You passed a model_id")
+
+
+@pytest.fixture
+def model(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = word_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def rows(tmp_path, *examples):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in examples))
+    return str(path)
+
+
+COMMON = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--report_to", "none", "--save_strategy", "no"]
+
+
+def test_sft_from_yaml_and_the_line(tmp_path, model, capsys):
+    data = rows(tmp_path, *[{"text": "a b c"}, {"text": "b c d e"}] * 4)
+    config = tmp_path / "sft.yaml"
+    config.write_text(
+        f"model: {model}\ndata: {data}\nlearning_rate: 1e-3\nmax_length: 16\noutput_dir: {tmp_path}/out\n"
+    )
+    assert run(["sft", "--config", str(config), *COMMON, "--max_length", "8"]) == 0
+    assert f"saved to {tmp_path}/out" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_dpo_with_lora(tmp_path, model):
+    data = rows(tmp_path, *[{"prompt": "a b ", "chosen": "c d", "rejected": "e"}] * 8)
+    out = tmp_path / "out"
+    words = ["dpo", "--model", model, "--data", data, "--lora-rank", "2", "--output_dir", str(out), *COMMON]
+    assert run(words) == 0
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_grpo_with_a_function_of_a_file(tmp_path, model):
+    data = rows(tmp_path, *[{"prompt": "a b"}] * 8)
+    (tmp_path / "mine.py").write_text(
+        "def count(prompts, completions, **columns):\n    return [len(c) for c in completions]\n"
+    )
+    words = ["grpo", "--model", model, "--data", data, "--reward", f"{tmp_path}/mine.py:count", *COMMON]
+    more = ["--output_dir", str(tmp_path / "out"), "--num_generations", "4", "--max_completion_length", "4"]
+    assert run([*words, *more]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sft", "--data", "x.jsonl"], "--model: say which"),
+        (["sft", "--model", "m", "--data", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+        (["sft", "--model", "m", "--data", "x", "--max_length", "0"], "max_length=0"),
+        (["sft", "--model", "m", "--data", "x", "--no_such_field", "0"], "no_such_field"),
+        (["sft", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["grpo", "--model", "m", "--data", "x"], "--reward: say what to reward"),
+        (["sft", "--model", "m", "--data", "x", "--reward", "length"], "learns from its data"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys):
+    assert run(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_fields_are_listed_with_their_meaning(name, capsys):
+    assert run([name, "--fields"]) == 0
+    assert "--learning_rate" in capsys.readouterr().out
+
+
+def test_field_docs_reach_through_parents():
+    import trl
+
+    docs = field_docs(trl.GRPOConfig)
+    assert "temperature" in docs
+    assert "loss_type" in docs
+    assert "bf16" in docs
