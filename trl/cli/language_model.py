@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import (
@@ -18,14 +19,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trl.cli.recipe import Recipe
+from trl.models.prepare import context_length
+
 TINY_VOCABULARY = 2048
 Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def open_model(name: str | Path) -> Pair:
     """A causal language model and its tokenizer, from a folder or the Hub, checked for what training needs."""
-    import torch
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -46,6 +48,16 @@ def open_model(name: str | Path) -> Pair:
             "do not belong together"
         )
     return model, tokenizer
+
+
+def check_length(model: PreTrainedModel, recipe: Recipe, name: str) -> None:
+    """ValueError where a line does not fit into the model's context."""
+    limit = context_length(model)
+    if limit is not None and limit < recipe.line_tokens:
+        raise ValueError(
+            f"--model {name}: it has {limit} positions, and lines are up to {recipe.line_tokens} tokens long; take a "
+            "model with a longer context"
+        )
 
 
 def tiny_model(lines: Sequence[str]) -> Pair:
@@ -71,14 +83,15 @@ def adapters(model: nn.Module, share: float) -> Any:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError('the quickstart trains adapters: `pip install "trl[quickstart]"`') from error
-    kinds = {
-        name.rsplit(".", 1)[1]
+    linear = {
+        name.rsplit(".", 1)[1]: type(module).__name__
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D") and any(part.isdigit() for part in name.split("."))
     }
     blocks: int = model.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     first = blocks - max(1, round(share * blocks))
     return LoraConfig(
-        r=16, lora_alpha=32, target_modules=sorted(kinds), layers_to_transform=list(range(first, blocks)),
+        r=16, lora_alpha=32, target_modules=sorted(linear), layers_to_transform=list(range(first, blocks)),
         task_type="CAUSAL_LM",
+        fan_in_fan_out="Conv1D" in linear.values(),
     )  # fmt: skip

@@ -106,6 +106,7 @@ def perform(model_name: str | None, tiny: bool, seed: int, scratch: Path, progre
     from transformers import AutoTokenizer
 
     from trl.cli import assets
+    from trl.cli.language_model import check_length
     from trl.cli.recipe import SMALL, TINY
     from trl.cli.reinforcement import reinforce
     from trl.cli.report import Run
@@ -119,6 +120,7 @@ def perform(model_name: str | None, tiny: bool, seed: int, scratch: Path, progre
     reviews = read_reviews(quotes, ratings)
     set_seed(seed)
     (model, tokenizer), name = start(model_name, tiny, [r.text for r in reviews.imitate], used, progress)
+    check_length(model, recipe, name)
     parameters = sum(weight.numel() for weight in model.parameters())
     model, imitation = imitate(model, tokenizer, reviews, recipe, seed, scratch, progress)
     reward_tokenizer = AutoTokenizer.from_pretrained(encoder)
