@@ -10,6 +10,7 @@ from tiny_models import lora
 from trl.generation import LocalSampler, SamplingParams, TransformersSampler
 from trl.generation.kv_attention import NAME
 from trl.generation.packed_head import packed_head
+from trl.generation.probe import NotLocal
 from trl.generation.rows import uniforms
 from trl.models import AutoModelForCausalLMWithValueHead
 
@@ -231,3 +232,44 @@ def test_a_large_head_is_packed_and_put_back(bias):
     after = LocalSampler(model).sample([prompt], params)[0][0]
     expected = raw_logprobs(model, prompt, after.ids)
     torch.testing.assert_close(torch.tensor(after.raw_logprobs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning")
+def test_adapters_with_virtual_tokens_take_the_fallback():
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build("llama"), config)
+    model.prompt_encoder.default.embedding.weight.data.normal_()
+    with pytest.raises(NotLocal, match="virtual tokens"):
+        LocalSampler(model)
+    prompt = random_prompts(6)[0]
+    params = SamplingParams(max_new_tokens=5, seed=2, stop_token_ids=())
+    completion = TransformersSampler(model).sample([prompt], params)[0][0]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + completion.ids])).logits[0, -6:-1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None]).squeeze(1)
+    torch.testing.assert_close(torch.tensor(completion.raw_logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_scores_packed_rows_samples_too():
+    from trl.models.attention import enable_tree_attention
+
+    model = build("llama")
+    prompts = random_prompts(6, 3)
+    expected = ids_of(LocalSampler(model).sample(prompts, VARIED))
+    enable_tree_attention(model)
+    before = model.config._attn_implementation
+    assert ids_of(LocalSampler(model).sample(prompts, VARIED)) == expected
+    assert model.config._attn_implementation == before
+
+
+def test_a_forward_under_autocast():
+    model = build("llama")
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    prompt = random_prompts(6)[0]
+    completion = LocalSampler(model).sample([prompt], SamplingParams(max_new_tokens=12, seed=1, stop_token_ids=()))[0][
+        0
+    ]
+    expected = raw_logprobs(model, prompt, completion.ids)
+    torch.testing.assert_close(torch.tensor(completion.raw_logprobs), expected, rtol=0, atol=0.05)

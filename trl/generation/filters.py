@@ -9,7 +9,7 @@ from torch import Tensor
 from trl.generation.sampler import SamplingParams
 
 _CHUNK = 256
-_NUCLEUS = 256
+_NUCLEI = (256, 2048)
 
 
 def filter_logits(
@@ -57,15 +57,14 @@ def keep_top_p(logits_RV: Tensor, p: float) -> Tensor:
     keep_RV = torch.zeros_like(probs_RV, dtype=torch.bool)
     rows_A = torch.arange(len(probs_RV), device=probs_RV.device)
     vocab = probs_RV.shape[-1]
-    width = min(_NUCLEUS, vocab) if probs_RV.device.type == "cpu" else vocab
-    while len(rows_A):  # sorting whole rows costs more than the model: try the top few, and widen where they fall short
+    tries = _NUCLEI if probs_RV.device.type == "cpu" else ()
+    for width in (*(width for width in tries if width < vocab), vocab):  # sorting whole rows costs more than the model
         top_AK, index_AK = probs_RV[rows_A].topk(width, dim=-1)
         reached_AK = top_AK.cumsum(-1)
         keep_RV[rows_A] = keep_RV[rows_A].scatter(1, index_AK, reached_AK - top_AK < p)
-        if width == vocab:
-            break
         rows_A = rows_A[reached_AK[:, -1] < p]
-        width = min(width * 8, vocab)
+        if not len(rows_A):
+            break
     return logits_RV.masked_fill(~keep_RV, -torch.inf)
 
 
