@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-RUNS = {"ppo": "from ppo_runs import resumable_run; resumable_run({folder!r})"}
+RUNS = {"ppo": "from ppo_runs import resumable_run; resumable_run({folder!r}, steps=24)"}
 """code of a run that resumes from `folder`, prints a line behind each step and writes its weights to `end.pt`"""
 
 
@@ -59,7 +59,7 @@ def main() -> None:
             sys.exit("the run that was left alone failed")
         for kill in range(arguments.kills):
             delay = rng.uniform(0, 0.02) if kill % 2 else rng.uniform(0, 0.5)
-            step = kill_one(arguments.method, killed, 1, delay)
+            step = kill_one(arguments.method, killed, rng.randint(1, 3), delay)
             print(f"kill {kill + 1}: {1000 * delay:.0f} ms behind step {step}", flush=True)
         if not (killed / "end.pt").exists() and start(arguments.method, killed).wait():
             sys.exit("the run that was resumed failed")

@@ -38,11 +38,11 @@ def trainer_for(optimizer: Any = None, **numbers: Any) -> Any:
     )  # fmt: skip
 
 
-def resumable_run(folder: str) -> None:
-    """Twelve steps with a checkpoint behind each, from the newest one on; a line for each step, the end in `end.pt`."""
+def resumable_run(folder: str, steps: int = 12) -> None:
+    """`steps` steps, a checkpoint behind each, from the newest one on; prints each step; the end in `end.pt`."""
     warnings.simplefilter("ignore")
     trainer = trainer_for(
-        batch_size=4, mini_batch_size=2, ppo_epochs=2, steps=48, learning_rate=1e-3, max_new_tokens=4,
+        batch_size=4, mini_batch_size=2, ppo_epochs=2, steps=4 * steps, learning_rate=1e-3, max_new_tokens=4,
         output_dir=folder, save_steps=1, use_score_scaling=True, anneal_learning_rate=True,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True, callback=lambda step, *_: print(step, flush=True))
