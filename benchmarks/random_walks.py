@@ -122,20 +122,24 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results"), help="runs found in its JSON are not repeated"
+    )
     parser.add_argument("--method", choices=METHODS, default="ppo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--graphs", nargs="+", default=["1002", "1052", "1130"], help="1002 or seeds of graphs to make")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
-    results = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / f"random_walks_{arguments.method}.json"
+    results = json.loads(file.read_text()) if file.exists() else []
     for name in arguments.graphs:
         graph, walks = known_graph() if name == "1002" else make_graph(int(name))
         for seed in arguments.seeds if name == "1002" else arguments.seeds[:1]:
-            results.append(one_run(arguments.method, name, graph, walks, seed, arguments.steps))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot(results, arguments.out / f"random_walks_{arguments.method}.png")
-    (arguments.out / f"random_walks_{arguments.method}.json").write_text(json.dumps(results))
+            if not any((result["graph"], result["seed"]) == (name, seed) for result in results):
+                results.append(one_run(arguments.method, name, graph, walks, seed, arguments.steps))
+                file.write_text(json.dumps(results))
+    plot(results, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
