@@ -29,7 +29,7 @@ class LocalSampler:
 
     A prompt is read once for all its completions; finished rows leave, and waiting ones take their places. A model
     whose attention cannot be replaced raises `NotLocal`: `make_sampler` then takes `TransformersSampler`.
-    Runs on the model's device; the CUDA path is the same code.
+    Runs on the model's device by the same code everywhere; measured and tested on the CPU only.
 
     max_rows: completions in progress at a time; bounds the memory for keys and values.
     max_prefill_tokens: prompt tokens in one forward pass.
