@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -17,7 +17,7 @@ from trl.rewards.reward_model import RewardModel
 from trl.rewards.sentiment import sentiment_reward
 from trl.rewards.texts import repetition_penalty, think_answer_format_reward, think_format_reward
 
-RewardSource = Callable[..., Any] | PreTrainedModel | str
+RewardSource: TypeAlias = Callable[..., Any] | PreTrainedModel | str
 
 REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy_reward,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from trl.data.chat import ChatTemplate
 from trl.data.encode import TextEncoder
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.models.scoring import rewards
 
+Text = str | list[dict[str, Any]]
+
 
 class RewardModel:
-    """Scores whole texts with a sequence classifier of one label, `(score - mean) / std`.
+    """Scores whole texts or conversations with a sequence classifier of one label, `(score - mean) / std`.
 
-    Texts are tokenised and run as `RewardTrainer` does it. `calibrate` sets mean and std from reference texts, so that
+    They are tokenised and run as `RewardTrainer` does it. `calibrate` sets mean and std from reference texts, so that
     0 is an ordinary one of them and 1 a standard deviation better. max_length: longer texts lose their end.
     """
 
@@ -33,12 +37,13 @@ class RewardModel:
         self.std = 1.0
 
     @torch.no_grad()
-    def raw(self, texts: Sequence[str]) -> list[float]:
+    def raw(self, texts: Sequence[Text]) -> list[float]:
         """The model's own scores; texts of like length share a batch, so little is spent on padding."""
         was_training = self.model.training
         self.model.eval()
         device = next(self.model.parameters()).device
-        rows = [self._ids(ids) for ids in self.encoder.encode(texts)]
+        rendered = [text if isinstance(text, str) else self._rendered(text) for text in texts]
+        rows = [self._row(ids, text) for ids, text in zip(self.encoder.encode(rendered), texts, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores = [0.0] * len(rows)
         for start in range(0, len(order), self.batch_size):
@@ -49,12 +54,23 @@ class RewardModel:
         self.model.train(was_training)
         return scores
 
-    def _ids(self, ids: list[int]) -> list[int]:
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.encoder.tokenizer)
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+        """The conversation as text, up to the stop token of its last turn."""
+        rendered = self._chat.split(messages[:-1], [messages[-1:]])
+        return rendered.prompt + rendered.answers[0]
+
+    def _row(self, ids: list[int], text: Text) -> list[int]:
+        if not isinstance(text, str):  # the template writes the ends of turns itself
+            return self.encoder.open_row(ids)[0][: self.max_length]
         head, tail = self.encoder.head, self.encoder.tail
         room = None if self.max_length is None else max(0, self.max_length - len(head) - len(tail))
         return head + ids[:room] + tail
 
-    def score(self, texts: Sequence[str]) -> list[float]:
+    def score(self, texts: Sequence[Text]) -> list[float]:
         """Calibrated scores."""
         return [(score - self.mean) / self.std for score in self.raw(texts)]
 
@@ -68,6 +84,12 @@ class RewardModel:
         self.mean, self.std = scores.mean().item(), scores.std().item()
         return self
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         """A score of each prompt with its completion."""
-        return self.score([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+        return self.score([_joined(*pair) for pair in zip(prompts, completions, strict=True)])
+
+
+def _joined(prompt: Any, completion: Any) -> Text:
+    if type(prompt) is not type(completion):
+        raise ValueError("a prompt and its completion are both texts or both conversations")
+    return prompt + completion

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from trl.rewards.texts import Completion, text_of
+
 
 @cache
 def _analyzer() -> Any:
@@ -33,6 +35,9 @@ def varied_sentiment(text: str) -> float:
     return compound * variety(text) if compound > 0 else compound
 
 
-def sentiment_reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """`varied_sentiment` of each prompt with its completion; a reward function."""
-    return [varied_sentiment(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
+def sentiment_reward(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float]:
+    """`varied_sentiment` of each prompt with its completion, in conversations of the reply; a reward function."""
+    return [
+        varied_sentiment(prompt + text_of(completion) if isinstance(prompt, str) else text_of(completion))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]

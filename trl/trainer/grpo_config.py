@@ -73,7 +73,8 @@ class GRPOConfig(OnPolicyConfig):
     """leave out bad completions that the policy has moved away from by more than this"""
 
     def validate(self) -> None:
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         super().validate()
         choose(self, "loss_type", LOSS_TYPES)
         choose(self, "importance_sampling_level", ("token", "sequence", "sequence_token"))

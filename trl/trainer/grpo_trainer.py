@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from trl.data.records import Rollout
-from trl.losses.loss_sum import LossSum
+from trl.losses.loss_sum import Aggregation, LossSum
 from trl.losses.policy import (
     ADVANTAGES,
     CLIP_RULES,
@@ -41,7 +41,8 @@ class GRPOTrainer(OnPolicyTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.args
-        rule, self.aggregation = LOSS_TYPES[config.loss_type]
+        rule, aggregation = LOSS_TYPES[config.loss_type]
+        self.aggregation = cast(Aggregation, aggregation)
         high = config.epsilon if config.epsilon_high is None else config.epsilon_high
         options = {
             "clip": {"clip_low": config.epsilon, "clip_high": high, "delta": config.delta},
@@ -75,6 +76,7 @@ class GRPOTrainer(OnPolicyTrainer):
         if self.args.top_entropy_quantile == 1.0:
             return None
         entropy_BT = self.scored(self.model, rollout, entropy=True).entropy_BT
+        assert entropy_BT is not None
         mask_BT = padded(masks, entropy_BT.shape[1])
         counted_N = entropy_BT[mask_BT > 0].tolist()
         if self.args.world_size > 1:

@@ -38,10 +38,12 @@ class OnPolicyTrainer(RolloutTrainer):
             if ref_model is not None:
                 raise ValueError("ref_model: beta=0 uses no reference; set beta > 0 or leave it out")
             return None
+        given: nn.Module | None = None
         if ref_model is not None:
-            ref_model = load_model(ref_model, AutoModelForCausalLM, config.model_init_kwargs)
-            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        reference = Reference(self.model, ref_model)
+            given = load_model(ref_model, AutoModelForCausalLM, config.model_init_kwargs)
+            if given is not self.model:  # else `Reference` says what is wrong with that
+                given = self.accelerator.prepare_model(given, evaluation_mode=True)
+        reference = Reference(self.model, given)
         if config.sync_ref_model:
             if reference.frozen is None:
                 raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
@@ -105,7 +107,7 @@ class OnPolicyTrainer(RolloutTrainer):
 
     def _over_all_ranks(self, rewards: Rewards, kl_B: Tensor | None) -> Tensor:
         """This rank's advantages; statistics over the batch see the completions of all ranks."""
-        whole = [(rewards.scores_BF.tolist(), None if kl_B is None else kl_B.tolist())]
+        whole: list[tuple[Any, Any]] = [(rewards.scores_BF.tolist(), None if kl_B is None else kl_B.tolist())]
         if self.args.world_size > 1:
             whole = gather_object(whole)
         scores_BF = torch.tensor([row for scores, _ in whole for row in scores])

@@ -101,10 +101,11 @@ def asked_of(rollout: Rollout, columns: Mapping[str, Sequence[Any]], state: Any)
 
 
 def replace_groups(
-    rollout: Rollout, rewards: Rewards, rows: list[Any], further: tuple[Rollout, Rewards, list[Any]], group: int
+    rows: list[Any], rollout: Rollout, rewards: Rewards, further: tuple[list[Any], Rollout, Rewards | None], group: int
 ) -> None:
     """Put the further groups that are informative in the places of those that are not, in place."""
-    new_rollout, new_rewards, new_rows = further
+    new_rows, new_rollout, new_rewards = further
+    assert new_rewards is not None
     places = [i for i, useful in enumerate(rewards.informative_groups(group).tolist()) if not useful]
     fresh = [i for i, useful in enumerate(new_rewards.informative_groups(group).tolist()) if useful]
     names = ("prompts", "completions", "logprobs", "masks", "texts", "rewards")

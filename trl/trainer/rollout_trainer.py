@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -70,7 +70,7 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ValueError("reward_funcs: give reward functions, or a `rollout_func` whose rollouts have rewards")
         if isinstance(model, str):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
-            model = load_model(model, AutoModelForCausalLM, config.model_init_kwargs)
+            model = load_model(model, AutoModelForCausalLM, config.model_init_kwargs)  # type: ignore[arg-type]
         tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
         if config.pad_token is not None:
             tokenizer.pad_token = config.pad_token
@@ -106,7 +106,7 @@ class RolloutTrainer(ObjectiveTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._path = None if config.padding_free else "padded"
+        self._path: Literal["padded"] | None = None if config.padding_free else "padded"
         self.rollout_func, self.sampler = rollout_func, make_sampler(self.model, tokenizer)
         self.rewards: RolloutRewards | None = None
         if self.needs_rewards:
@@ -152,6 +152,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def sampling_params(self, seed: int) -> SamplingParams:
         config = self.args
+        further: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.generation_kwargs or {}).items()}
         return SamplingParams(
             max_new_tokens=config.max_completion_length,
             temperature=config.temperature,
@@ -160,7 +161,7 @@ class RolloutTrainer(ObjectiveTrainer):
             min_p=config.min_p or 0.0,
             repetition_penalty=config.repetition_penalty,
             seed=seed,
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in (config.generation_kwargs or {}).items()},
+            **further,
         )
 
     def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int) -> Rollout:
@@ -245,8 +246,7 @@ class RolloutTrainer(ObjectiveTrainer):
             missing = (~rewards.informative_groups(group)).sum().float().to(self.args.device)
             if not self.accelerator.reduce(missing, "sum").item():  # all ranks stop together
                 return
-            new_rows, new_rollout, new_rewards = self._round(state, turn, len(rows))
-            replace_groups(rollout, rewards, rows, (new_rollout, new_rewards, new_rows), group)
+            replace_groups(rows, rollout, rewards, self._round(state, turn, len(rows)), group)
 
     def _seed(self, rollout: int, turn: int = 0) -> int:
         return (self.args.seed * 1_000_003 + rollout) * 64 + turn
@@ -259,7 +259,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     # -- what is known of completions ------------------------------------------------------------
 
-    def measured(self, model: nn.Module, rollout: Rollout) -> list[list[float]]:
+    def measured(self, model: Any, rollout: Rollout) -> list[list[float]]:
         """Log-probabilities of the completions under `model`, at the sampling temperature."""
         scores = self.scored(model, rollout)
         return [row[: len(ids)] for row, ids in zip(scores.logprobs_BT.tolist(), rollout.completions, strict=True)]

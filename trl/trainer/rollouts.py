@@ -37,8 +37,9 @@ class Experience:
 
     def select(self, indices: Iterable[int]) -> Experience:
         chosen = list(indices)
-        columns = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return Experience(**{k: None if v is None else [v[i] for i in chosen] for k, v in columns.items()})
+        columns: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        picked: dict[str, Any] = {k: None if v is None else [v[i] for i in chosen] for k, v in columns.items()}
+        return Experience(**picked)
 
     def is_idle(self, row: int) -> bool:
         """Whether no counted token of the row has an advantage."""
@@ -61,7 +62,9 @@ class PolicyBatch(TensorRecord):
 
 def padded(rows: Sequence[Sequence[float]], width: int) -> Tensor:
     """Rows with zeros behind them. [B, width]"""
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32).view(len(rows), width)
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32).view(
+        len(rows), width
+    )
 
 
 def prompt_trees(prompts: Sequence[list[int]], branches: Sequence[Branch]) -> list[TokenTree]:

@@ -1,0 +1,164 @@
+"""What becomes of reward functions that do as asked, and of those that do not."""
+
+import asyncio
+import threading
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from trl.rewards.panel import RewardError, RewardPanel, name_of
+
+
+def ask(functions, count=2, timeout=None, **columns):
+    return RewardPanel(functions if isinstance(functions, list) else [functions], timeout)(count, columns)
+
+
+def test_every_column_reaches_every_function_by_name():
+    def first(prompts, solution, **columns):
+        return [float(p == s) for p, s in zip(prompts, solution, strict=True)]
+
+    def second(prompts, **columns):
+        return [len(p) for p in prompts]
+
+    verdict = ask([first, second], prompts=["a", "bb"], solution=["a", "c"])
+    assert verdict.scores == [[1.0, 0.0], [1.0, 2.0]]
+    assert verdict.timed_out == [False, False]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, 0.5], (1.0, 0.5), torch.tensor([1.0, 0.5]), np.array([1, 0.5], np.float32), [np.float32(1), True / 2]],
+)
+def test_any_numbers_will_do(values):
+    assert ask(lambda **_: values).scores == [[1.0, 0.5]]
+
+
+def test_none_is_no_opinion():
+    (scores,) = ask(lambda **_: [None, 2.0]).scores
+    assert np.isnan(scores[0])
+    assert scores[1] == 2.0
+
+
+def broken(**columns):
+    raise KeyError("solution")
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (broken, "'broken' failed: KeyError"),
+        (lambda **_: [1.0], "gave 1 values for 2 completions"),
+        (lambda **_: None, "gave None: give a list"),
+        (lambda **_: 3.0, "gave 3.0: give a list"),
+        (lambda **_: [1.0, float("nan")], "gave nan for completion 1"),
+        (lambda **_: [float("inf"), 1.0], "gave inf for completion 0"),
+        (lambda **_: ["1", 1.0], "gave '1' for completion 0"),
+        (lambda **_: [{}, 1.0], "gave {} for completion 0"),
+    ],
+)
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_a_function_that_does_not_do_as_asked_is_named(function, what, timeout):
+    with pytest.raises(RewardError, match=what):
+        ask(function, timeout=timeout)
+
+
+def test_the_cause_stays_visible():
+    with pytest.raises(RewardError) as caught:
+        ask(broken)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_one_that_hangs_has_no_opinion_and_the_others_count():
+    release = threading.Event()
+
+    def hangs(**columns):
+        release.wait(20)
+        return [1.0, 1.0]
+
+    start = time.monotonic()
+    verdict = ask([hangs, lambda **_: [3.0, 4.0]], timeout=[0.1, None])
+    release.set()
+    assert time.monotonic() - start < 5
+    assert np.isnan(verdict.scores[0]).all()
+    assert verdict.scores[1] == [3.0, 4.0]
+    assert verdict.timed_out == [True, False]
+
+
+def test_time_outs_run_at_the_same_time():
+    release = threading.Event()
+
+    def hangs(**columns):
+        release.wait(20)
+
+    start = time.monotonic()
+    verdict = ask([hangs] * 4, timeout=0.4)
+    taken = time.monotonic() - start
+    release.set()
+    assert verdict.timed_out == [True] * 4
+    assert taken < 1.2
+
+
+def test_async_functions_wait_together():
+    running = []
+
+    async def slow(**columns):
+        running.append(1)
+        while len(running) < 2:  # neither ends before the other has begun
+            await asyncio.sleep(0.01)
+        return [1.0, 2.0]
+
+    assert ask([slow, slow]).scores == [[1.0, 2.0]] * 2
+
+
+def test_an_async_function_past_its_time_is_cancelled():
+    cancelled = threading.Event()
+
+    async def hangs(**columns):
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    assert ask(hangs, timeout=0.1).timed_out == [True]
+    assert cancelled.wait(5)
+
+
+def test_an_object_with_an_async_call():
+    class Judge:
+        async def __call__(self, **columns):
+            await asyncio.sleep(0)
+            return [0.0, 1.0]
+
+    assert ask(Judge()).scores == [[0.0, 1.0]]
+
+
+def test_without_a_time_out_a_function_keeps_the_thread():
+    seen = []
+
+    def where(**columns):
+        seen.append(threading.current_thread())
+        return [0.0, 0.0]
+
+    ask(where)
+    assert seen == [threading.main_thread()]
+
+
+def test_names_are_told_apart():
+    def reward(**columns):
+        return [0.0]
+
+    assert RewardPanel([reward, partial(reward, x=1), broken]).names == ["reward_0", "reward_1", "broken"]
+    assert name_of(partial(partial(broken))) == "broken"
+
+
+CASES = [([], None, "at least one"), ([3], None, "3 is not"), ([broken], [1.0, 2.0], "reward_timeout")]
+
+
+@pytest.mark.parametrize(("functions", "timeout", "what"), CASES)
+def test_what_cannot_be_a_panel(functions, timeout, what):
+    with pytest.raises(ValueError, match=what):
+        RewardPanel(functions, timeout)

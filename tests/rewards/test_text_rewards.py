@@ -1,0 +1,58 @@
+"""Rewards for form: tags, patterns, length, repetition; texts and conversations alike."""
+
+import pytest
+
+from trl.rewards import texts
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("text", "thinks", "answers"),
+    [
+        ("<think>a</think> b", 1, 0),
+        ("<think>a\nb</think><answer>c</answer>", 1, 1),
+        ("  <think></think> <answer>1</answer>\n", 1, 1),
+        ("<think>a</think>", 0, 0),
+        ("a <think>b</think> c", 0, 0),
+        ("<think>a<think>b</think> c", 0, 0),
+        ("<think>a</think> <answer>b</answer> <answer>c</answer>", 1, 0),
+        ("<answer>b</answer>", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_tags(text, thinks, answers):
+    assert texts.think_format_reward([text, chat(text)]) == [thinks] * 2
+    assert texts.think_answer_format_reward([text, chat(text)]) == [answers] * 2
+
+
+def test_pattern():
+    assert texts.pattern_reward(r"\d+")(["a 12", "b", "7"]) == [1, 0, 1]
+    assert texts.pattern_reward(r"\d+", whole=True)(["a 12", "b", "7"]) == [0, 0, 1]
+    with pytest.raises(ValueError, match="pattern="):
+        texts.pattern_reward("(")
+
+
+def test_length():
+    penalty = texts.length_penalty(4, slope=2.0)
+    assert penalty(completion_ids=[[0] * n for n in (1, 4, 6, 8)]) == [0, 0, -1, -2]
+    with pytest.raises(ValueError, match="most=0"):
+        texts.length_penalty(0)
+
+
+def test_soft_overlong_punishment():
+    """Eq. 13 of arXiv:2503.14476 by hand: limit 10, cache 4."""
+    punish = texts.get_soft_overlong_punishment(10, 4)
+    assert punish(completion_ids=[[0] * n for n in (6, 7, 8, 10, 12)]) == [0, -0.25, -0.5, -1, -1]
+    with pytest.raises(ValueError, match="soft_punish_cache=11"):
+        texts.get_soft_overlong_punishment(10, 11)
+
+
+def test_repetition():
+    """`a b a b a`: pairs ab, ba, ab, ba: half of them have been there before."""
+    penalty = texts.repetition_penalty(2, most=3.0)
+    assert penalty(["a b a b a", "a b c", "a", ""]) == [-1.5, 0, 0, 0]
+    with pytest.raises(ValueError, match="size=0"):
+        texts.repetition_penalty(0)
