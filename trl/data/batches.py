@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trl.data.packing import tree_from_sequences
+from trl.data.pairs import pair_ids
 from trl.data.records import Branch, TokenTree
 
 
@@ -26,15 +26,23 @@ def sequence_trees(rows: Sequence[Mapping[str, Any]]) -> list[TokenTree]:
 
 
 def pair_tree(row: Mapping[str, Any]) -> TokenTree:
-    """Chosen, then rejected, below their prompt: from `prompt_ids` and what follows it, or from two whole sequences."""
-    if "prompt_ids" in row:
-        return TokenTree(row["prompt_ids"], [Branch(row["chosen_ids"]), Branch(row["rejected_ids"])])
-    return tree_from_sequences([_real(row, "chosen"), _real(row, "rejected")])
+    """Chosen, then rejected, below their prompt, from any of the tokenised columns."""
+    ids = row if "prompt_ids" in row else pair_ids(row)
+    return TokenTree(ids["prompt_ids"], [Branch(ids["chosen_ids"]), Branch(ids["rejected_ids"])])
 
 
-def _real(row: Mapping[str, Any], which: str) -> list[int]:
-    ids, mask = row[f"input_ids_{which}"], row.get(f"attention_mask_{which}")
-    return list(ids) if mask is None else [i for i, keep in zip(ids, mask, strict=True) if keep]
+def pair_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenised pair with the columns that the collators of older releases read, those of rewards and of DPO."""
+    prompt = list(row["prompt_ids"])
+    columns: dict[str, Any] = {name: value for name, value in row.items() if not name.endswith("_ids")}
+    columns |= {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    for side in ("chosen", "rejected"):
+        answer = list(row[f"{side}_ids"])
+        ids, mask = prompt + answer, [1] * (len(prompt) + len(answer))
+        columns |= {f"input_ids_{side}": ids, f"attention_mask_{side}": mask}
+        columns |= {f"{side}_input_ids": ids, f"{side}_attention_mask": mask}
+        columns[f"{side}_labels"] = [-100] * len(prompt) + answer
+    return columns
 
 
 def rows_of_padded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -56,10 +64,27 @@ def rows_of_padded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def pair_rows_of_padded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Pair rows of a padded batch with `input_ids_chosen`, `attention_mask_chosen` and the same of rejected."""
-    names = [f"{kind}_{which}" for which in ("chosen", "rejected") for kind in ("input_ids", "attention_mask")]
-    missing = [name for name in names if name not in batch]
-    if missing:
-        raise ValueError(f"the data collator returned {sorted(batch)}: {', '.join(missing)} missing")
-    lists = {name: value.tolist() for name, value in batch.items() if isinstance(value, Tensor)}
-    return [{name: values[i] for name, values in lists.items()} for i in range(len(lists["input_ids_chosen"]))]
+    """Pair rows of a padded batch: `input_ids_chosen`, `attention_mask_chosen`, ... or `chosen_input_ids`,
+    `chosen_attention_mask`, `chosen_labels`, ... or, for encoder-decoders, `prompt_input_ids` and the labels."""
+    lists = {name: value.tolist() for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 2}
+    forms = (
+        ("input_ids_chosen", "attention_mask_chosen", "input_ids_rejected", "attention_mask_rejected"),
+        ("chosen_input_ids", "chosen_attention_mask", "chosen_labels", "rejected_input_ids", "rejected_labels"),
+        ("prompt_input_ids", "prompt_attention_mask", "chosen_labels", "rejected_labels"),
+    )
+    found = next((form for form in forms if set(form) <= lists.keys()), None)
+    if found is None:
+        ways = ", or ".join(" + ".join(form) for form in forms)
+        raise ValueError(f"the data collator returned {sorted(batch)}: it must give {ways}")
+    kept = {name: rows for name, rows in lists.items() if name in found or name.endswith("attention_mask")}
+    rows = [{name: values[i] for name, values in kept.items()} for i in range(len(lists[found[0]]))]
+    return [_unpadded_labels(row) for row in rows]
+
+
+def _unpadded_labels(row: dict[str, Any]) -> dict[str, Any]:
+    """Labels without the padding that their ids lose with the attention mask."""
+    for side in ("chosen", "rejected"):
+        mask = row.get(f"{side}_attention_mask")
+        if mask is not None and f"{side}_labels" in row:
+            row[f"{side}_labels"] = [label for label, m in zip(row[f"{side}_labels"], mask, strict=True) if m]
+    return row

@@ -1,5 +1,6 @@
 """Folders of weights: saving without ever leaving half a file, and reading back a few tensors of a big checkpoint."""
 
+import errno
 import json
 import os
 import shutil
@@ -36,6 +37,14 @@ WEIGHT_FILES = (
 """glob patterns of all the files that may hold the weights of a whole model"""
 
 
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether a file could not be written; torch says so in a RuntimeError, and `writing` passes causes on."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("PytorchStreamWriter", "unexpected pos", "could not save to", "No space left", "File too large")
+    return error is not None and any(word in str(error) for word in words)
+
+
 @contextmanager
 def writing(directory: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to write in, whose files are renamed into `directory` once all of them are written.
@@ -53,8 +62,11 @@ def writing(directory: str | os.PathLike[str], replaces: Sequence[str] = ()) -> 
         beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))  # inside: a rename never leaves the disk
         yield beside
         _move(beside, target, replaces)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not save to {str(target)!r}: {error}; nothing there has changed") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not isinstance(error, OSError | SafetensorError) and not is_disk_error(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(f"could not save to {str(target)!r}: {reason}; nothing there has changed") from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)

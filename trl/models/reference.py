@@ -56,6 +56,15 @@ class Reference:
         with _as_it_was(model), adapter_off, torch.no_grad():
             yield model.eval()
 
+    def state(self) -> dict[str, Any]:
+        """The weights of a reference that is a model of its own: what a checkpoint needs once it has moved."""
+        return {} if self.frozen is None else unwrap(self.frozen).state_dict()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        if self.frozen is not None:
+            unwrap(self.frozen).load_state_dict(state)
+
     @torch.no_grad()
     def sync(self, alpha: float = 1.0) -> None:
         """Move the reference towards the policy: alpha * policy + (1 - alpha) * reference.

@@ -61,6 +61,7 @@ def backbone(model: nn.Module) -> Any:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether prompts go to an encoder and answers to a decoder."""
     return bool(getattr(backbone(model).config, "is_encoder_decoder", False))
 
 
@@ -122,11 +123,16 @@ def _run(model: nn.Module, module: nn.Module, packed: PackedBatch, path: Path) -
                     use_cache=False,
                 )
         else:
-            inputs = padded_inputs(packed, _pad_token(model))
-            if not takes_positions(model):
-                inputs.pop("position_ids")
-            model(**inputs, **({} if _is_encoder(model) else {"use_cache": False}))
+            model(**padded_inputs_of(model, packed))
     return seen[-1]
+
+
+def padded_inputs_of(model: nn.Module, packed: PackedBatch) -> dict[str, Any]:
+    """The rows padded, as keywords that this model takes. [B, L]"""
+    inputs = padded_inputs(packed, _pad_token(model))
+    if _is_encoder(model) or not takes_positions(model):  # encoders count positions in ways of their own
+        inputs.pop("position_ids")
+    return inputs if _is_encoder(model) else {**inputs, "use_cache": False}
 
 
 def _pad_token(model: nn.Module) -> int:
@@ -147,7 +153,7 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _quietly(model: nn.Module) -> Iterator[None]:
+def quietly(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradient; the training flags of all modules come back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -179,7 +185,7 @@ def _packs(network: Any, module: nn.Module) -> bool:
     tree = TokenTree(ids[:4], [Branch(ids[4:7]), Branch(ids[7:])])
     device = next(network.parameters()).device
     packed = pack([TokenTree(ids[5:7], [Branch(ids[1:3])]), tree]).to(device)
-    with _quietly(network):
+    with quietly(network):
         try:
             alone = Hidden(_run(network, module, packed, "padded"), "padded", packed).scored()
             enable_tree_attention(network)
@@ -236,6 +242,23 @@ def score(
         values_BT = packed.spread(v_head(states_SD[None]).float().squeeze(0).squeeze(-1))
     wanted = entropy or entropy_gradient
     return Scores(packed.spread(logprobs_S), packed.spread(entropy_S) if wanted else None, values_BT)
+
+
+def logits_and_labels(model: nn.Module, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Whole logits of the padded rows, for metrics that need them, and labels (-100 where nothing is scored).
+
+    [B, L, V] and [B, L], a label at its own token; [B, T, V] and [B, T] of an encoder-decoder's answers.
+    """
+    if is_encoder_decoder(model):
+        start = backbone(model).config.decoder_start_token_id
+        logits = model(**encoder_decoder_inputs(packed, start, _pad_token(model)), use_cache=False).logits
+        place = packed.slot_S
+    else:
+        logits = model(**padded_inputs_of(model, packed)).logits
+        place = packed.position_N[packed.scored_S] + 1
+    labels = torch.full(logits.shape[:2], -100, device=logits.device)
+    labels[packed.row_S, place] = packed.target_S
+    return logits, labels
 
 
 def classifier_of(model: nn.Module) -> nn.Module:

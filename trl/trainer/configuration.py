@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
+
+from trl.models.scoring import Path
 
 Config = TypeVar("Config", bound="PostTrainingConfig")
 
@@ -35,6 +39,9 @@ class PostTrainingConfig(TrainingArguments):
             self.evaluation_strategy = None
         if self.bf16 is None:
             self.bf16 = bool(not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        for name in ("model_init_kwargs", "ref_model_init_kwargs", "dataset_kwargs"):  # JSON from a command line
+            if isinstance(value := getattr(self, name, None), str):
+                setattr(self, name, _json(name, value))
         for older, newer in (  # both spellings of transformers, without its warning about the older one
             ("gradient_checkpointing", "activation_checkpointing"),
             ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
@@ -54,10 +61,24 @@ class PostTrainingConfig(TrainingArguments):
             require(self, "dataset_num_proc", self.dataset_num_proc >= 1, "give a number of processes >= 1, or None")
 
 
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: not JSON ({error}); give a dict") from error
+
+
 def require(config: Any, name: str, holds: bool, way_out: str) -> None:
     """ValueError `name=value: way out` unless it holds."""
     if not holds:
         raise ValueError(f"{name}={getattr(config, name)!r}: {way_out}")
+
+
+def refuse_unused(config: Any, names: Sequence[str], used: bool, needs: str) -> None:
+    """ValueError for each of the fields that was set, unless they are used."""
+    defaults = {entry.name: _default(entry) for entry in fields(config)}
+    for name in names:
+        require(config, name, used or getattr(config, name) == defaults[name], f"it has no effect without {needs}")
 
 
 def choose(config: Any, name: str, choices: Any) -> None:
@@ -87,23 +108,54 @@ def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Con
     return config
 
 
-def with_keywords(config: Config, given: Mapping[str, Any]) -> Config:
-    """Set the fields that a trainer was given as keywords (the older call style); None means not given.
+def older_style(args: Any, config_class: type, given: Mapping[str, Any]) -> bool:
+    """Whether a trainer was called as in older releases: plain TrainingArguments, or settings as its own keywords."""
+    settings = any(value is not None for value in given.values())
+    return not isinstance(args, config_class) and (args is not None or settings)
 
-    A keyword that contradicts a value set in the config is a ValueError: one of them would be ignored.
+
+def with_keywords(config: Config, given: Mapping[str, Any]) -> Config:
+    """The config with the fields that a trainer was given as keywords (the older call style); None means not given.
+
+    A keyword that contradicts a value set in the config is a ValueError: one of them would be ignored. The caller's
+    own object stays as it is.
     """
     defaults = {entry.name: _default(entry) for entry in fields(config)}
+    changed = {}
     for name, value in given.items():
-        if value is None:
-            continue
         current = getattr(config, name)
-        if current != defaults[name] and current != value:
+        if value is None or value == current:
+            continue
+        if current != defaults[name]:
             raise ValueError(
                 f"You cannot specify both `{name}` and `args.{name}`: {value!r} against {current!r}. Set one of them."
             )
-        setattr(config, name, value)
+        changed[name] = value
+    if changed:
+        config = copy.copy(config)
+        config.__dict__.update(changed)
     config.validate()
     return config
+
+
+@dataclass
+class OfflineConfig(PostTrainingConfig):
+    """What the trainers on a data set share."""
+
+    padding_free: bool = field(default=True)
+    """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
+    max_tokens_per_microbatch: int | None = field(default=None)
+    """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same"""
+
+    def validate(self) -> None:
+        super().validate()
+        budget = self.max_tokens_per_microbatch
+        require(self, "max_tokens_per_microbatch", budget is None or budget > 0, "give a number of tokens, or None")
+
+    @property
+    def path(self) -> Path | None:
+        """How batches are scored: padded with NEFTune too, whose noise depends on the width of a row."""
+        return None if self.padding_free and self.neftune_noise_alpha is None else "padded"
 
 
 def processing_class_of(processing_class: Any, tokenizer: Any) -> Any:

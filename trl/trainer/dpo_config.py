@@ -1,4 +1,4 @@
-"""Settings of preference optimisation."""
+"""Settings of preference optimisation on pairs."""
 
 from __future__ import annotations
 
@@ -6,34 +6,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl.losses.pairs import F_DIVERGENCES
-from trl.losses.preference import PAIR_LOSSES, check_pair_options
-from trl.trainer.configuration import PostTrainingConfig, choose, require
+from trl.losses.preference import PAIR_LOSSES, WHOLE_BATCH, check_pair_options
+from trl.trainer.configuration import choose, refuse_unused, require
+from trl.trainer.preference_config import PreferenceConfig, ReferenceConfig
+
+WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo")
+"""losses that have trainers of their own"""
+DPO_LOSSES = tuple(name for name in PAIR_LOSSES if name not in WITHOUT_REFERENCE)
 
 
 @dataclass
-class PairConfig(PostTrainingConfig):
+class PairConfig(PreferenceConfig):
     """What every trainer on chosen/rejected pairs shares."""
 
-    learning_rate: float = field(default=1e-6)
-    """initial learning rate"""
-    beta: float = field(default=0.1)
-    """scale of the log-ratios: the smaller, the further the policy may move"""
     label_smoothing: float = field(default=0.0)
     """probability that a label is flipped"""
-    max_length: int | None = field(default=1024)
-    """longest prompt + completion in tokens; None: never cut"""
-    max_prompt_length: int | None = field(default=None)
-    """longest prompt in tokens"""
-    max_completion_length: int | None = field(default=None)
-    """longest completion in tokens"""
-    truncation_mode: str = field(default="keep_start")
-    """which end of a long prompt stays: keep_start or keep_end"""
-    disable_dropout: bool = field(default=True)
-    """train without dropout"""
-    padding_free: bool = field(default=True)
-    """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
-    pad_token: str | None = field(default=None)
-    """padding token, where it is not the tokenizer's own"""
     generate_during_eval: bool = field(default=False)
     """sample completions of a random evaluation batch and log them as a table to Weights & Biases"""
 
@@ -47,18 +34,13 @@ class PairConfig(PostTrainingConfig):
 
     def validate(self) -> None:
         super().validate()
-        choose(self, "truncation_mode", ("keep_start", "keep_end"))
-        require(self, "beta", self.beta >= 0, "give a scale >= 0")
         require(self, "label_smoothing", 0 <= self.label_smoothing <= 0.5, "a probability of at most 0.5")
-        for name in ("max_length", "max_prompt_length", "max_completion_length"):
-            value = getattr(self, name)
-            require(self, name, value is None or value > 0, "give a length > 0, or None")
         given = [name for name, value in self.options().items() if value]
         check_pair_options(self.losses(), given)
 
 
 @dataclass
-class DPOConfig(PairConfig):
+class DPOConfig(PairConfig, ReferenceConfig):
     """`TrainingArguments` and what direct preference optimisation adds."""
 
     loss_type: str | list[str] = field(default="sigmoid")
@@ -81,27 +63,15 @@ class DPOConfig(PairConfig):
     """ipo on log-probabilities per token instead of their sum"""
     rpo_alpha: float | None = field(default=None)
     """RPO: weight of an added loss on the chosen completion's own likelihood"""
-    precompute_ref_log_probs: bool = field(default=False)
-    """compute the reference's log-probabilities once, before training"""
-    precompute_ref_batch_size: int | None = field(default=None)
-    """batch size for that; None: the training batch size"""
-    ref_model_init_kwargs: dict[str, Any] | str | None = field(default=None)
-    """keywords of `from_pretrained` for a reference given by name"""
-    sync_ref_model: bool = field(default=False)
-    """TR-DPO: move the reference towards the policy every `ref_model_sync_steps`"""
-    ref_model_mixup_alpha: float = field(default=0.6)
-    """TR-DPO: share of the policy in the new reference"""
-    ref_model_sync_steps: int = field(default=512)
-    """TR-DPO: optimizer steps between two moves"""
 
     def losses(self) -> dict[str, float]:
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         weights = self.loss_weights or [1.0] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"loss_weights={weights}: give one weight for each of loss_type={names}")
-        losses = dict(zip(names, weights, strict=True))
-        if self.rpo_alpha:
-            losses["sft"] = losses.get("sft", 0.0) + self.rpo_alpha
+        losses: dict[str, float] = {}
+        for name, weight in [*zip(names, weights, strict=True), *([("sft", self.rpo_alpha)] if self.rpo_alpha else [])]:
+            losses[name] = losses.get(name, 0.0) + weight
         return losses
 
     def options(self) -> dict[str, Any]:
@@ -109,28 +79,30 @@ class DPOConfig(PairConfig):
         return {**super().options(), "average": self.ipo_average_log_prob, "discopop_tau": tau}
 
     def validate(self) -> None:
+        require(self, "loss_type", bool(self.loss_type), f"choose among {list(DPO_LOSSES)}")
         for name in self.losses():
-            if name not in PAIR_LOSSES or name in ("orpo", "cpo", "simpo", "alphapo"):
-                known = [n for n in PAIR_LOSSES if n not in ("orpo", "cpo", "simpo", "alphapo")]
-                raise ValueError(f"Unknown loss type: {name}. Should be one of {known} (set `loss_type`)")
+            if name not in DPO_LOSSES:
+                raise ValueError(
+                    f"Unknown loss type: {name}. Should be one of {list(DPO_LOSSES)} (set `loss_type`; ORPO, CPO and "
+                    "SimPO have trainers of their own)"
+                )
         super().validate()
-        choose(self, "f_divergence_type", F_DIVERGENCES)
-        coefficient = self.f_alpha_divergence_coef
-        used = self.f_divergence_type == "alpha_divergence"
-        require(self, "f_alpha_divergence_coef", used or coefficient == 0.5, "it belongs to alpha_divergence only")
-        require(self, "f_alpha_divergence_coef", 0 < coefficient <= 1, "give an order in (0, 1]")
         require(self, "ld_alpha", self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "give a weight in [0, 1], or None")
         require(self, "rpo_alpha", self.rpo_alpha is None or self.rpo_alpha >= 0, "give a weight >= 0, or None")
-        require(self, "ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "give a share in (0, 1]")
-        require(self, "ref_model_sync_steps", self.ref_model_sync_steps > 0, "give a number of steps > 0")
-        batch = self.precompute_ref_batch_size
-        require(self, "precompute_ref_batch_size", batch is None or batch > 0, "give a number of rows > 0, or None")
-        require(
-            self, "precompute_ref_batch_size", batch is None or self.precompute_ref_log_probs,
-            "it has no effect without precompute_ref_log_probs=True",
-        )  # fmt: skip
-        conflict = self.sync_ref_model and (self.precompute_ref_log_probs or self.reference_free)
-        require(self, "sync_ref_model", not conflict, "a precomputed or absent reference cannot move")
+        require(self, "discopop_tau", self.discopop_tau > 0, "give a temperature > 0")
+        mixing = self.use_weighting and sorted(WHOLE_BATCH.intersection(self.losses()))
+        require(self, "use_weighting", not mixing, f"{mixing} mix the pairs of a batch: no pair has a weight there")
+        self._validate_reference()
+
+    def _validate_reference(self) -> None:
+        choose(self, "f_divergence_type", F_DIVERGENCES)
+        alpha = self.f_divergence_type == "alpha_divergence"
+        refuse_unused(self, ("f_alpha_divergence_coef",), alpha, "f_divergence_type='alpha_divergence'")
+        require(self, "f_alpha_divergence_coef", 0 < self.f_alpha_divergence_coef <= 1, "give an order in (0, 1]")
+        if self.reference_free:
+            with_one = "reference_free=False: there is no reference"
+            names = ("f_divergence_type", "sync_ref_model", "precompute_ref_log_probs", "ref_model_init_kwargs")
+            refuse_unused(self, names, False, with_one)
 
 
 @dataclass

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import TrainerCallback, TrainingArguments
 
 from trl.data.pairs import build_tokenized_answer, tokenize_row
-from trl.import_utils import is_peft_available, is_wandb_available
+from trl.import_utils import is_peft_available
 from trl.losses.pairs import PairLogps
 from trl.losses.preference import PAIR_LOSSES, pair_options
-from trl.models.prepare import disable_dropout_in_model, load_model
-from trl.models.reference import Reference
+from trl.models.prepare import context_length
 from trl.models.scoring import score
-from trl.trainer.configuration import as_config, with_keywords
+from trl.trainer.configuration import as_config, older_style, with_keywords
 from trl.trainer.dpo_config import CPOConfig, DPOConfig, ORPOConfig, PairConfig, SimPOConfig
 from trl.trainer.dpo_padded import concatenated_forward, concatenated_inputs, get_batch_logps
 from trl.trainer.pair_trainer import PairTrainer
-from trl.trainer.reference_columns import with_reference_columns
+from trl.trainer.references import ReferenceColumns, SyncReference, make_reference
+
+__all__ = ["CPOTrainer", "DPOTrainer", "ORPOTrainer", "SimPOTrainer", "SyncReference"]
 
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
-
-
-class SyncReference(TrainerCallback):
-    """TR-DPO: every so many optimizer steps the reference moves towards the policy."""
-
-    def __init__(self, reference: Reference, alpha: float, steps: int):
-        self.reference, self.alpha, self.steps = reference, alpha, steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0:
-            self.reference.sync(self.alpha)
 
 
 class DPOTrainer(PairTrainer):
@@ -81,18 +71,23 @@ class DPOTrainer(PairTrainer):
         *,
         processing_class: Any = None,
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        quantization_config: Any = None,
     ):
-        older = not isinstance(args, DPOConfig)
+        if isinstance(beta, TrainingArguments):  # today's third argument
+            args, beta = beta, None
         given = {
             "beta": beta, "label_smoothing": label_smoothing, "loss_type": loss_type, "max_length": max_length,
             "max_prompt_length": max_prompt_length, "max_completion_length": max_target_length,
             "disable_dropout": disable_dropout, "generate_during_eval": generate_during_eval,
             "precompute_ref_log_probs": precompute_ref_log_probs, "model_init_kwargs": model_init_kwargs,
-            "ref_model_init_kwargs": ref_model_init_kwargs,
-            "truncation_mode": "keep_end" if older and truncation_mode is None else truncation_mode,
+            "ref_model_init_kwargs": ref_model_init_kwargs, "truncation_mode": truncation_mode,
         }  # fmt: skip
+        encoder_decoder = _encoder_decoder(model, is_encoder_decoder)
+        older = older_style(args, DPOConfig, given)
+        if older:
+            given |= _older_defaults(given, model, bool(encoder_decoder), warns=data_collator is None)
         config = with_keywords(as_config(args, DPOConfig), given)
-        _check(config, model, ref_model, peft_config, is_encoder_decoder)
+        _check(config, model, ref_model, peft_config, encoder_decoder)
         self.label_pad_token_id, self.padding_value = label_pad_token_id, padding_value
         super().__init__(
             model,
@@ -105,6 +100,8 @@ class DPOTrainer(PairTrainer):
             peft_config=peft_config,
             model_init=model_init,
             add_bos=True if older else None,
+            encoder_decoder=bool(encoder_decoder),
+            quantization_config=quantization_config,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
@@ -112,31 +109,10 @@ class DPOTrainer(PairTrainer):
             compute_metrics=compute_metrics,
         )
         self.ld_alpha, self.weighs = 1.0 if config.ld_alpha is None else config.ld_alpha, config.use_weighting
-        self.reference = self._reference(ref_model, config)
-        if config.sync_ref_model:
-            if self.reference.frozen is None:
-                raise ValueError(
-                    "sync_ref_model=True: the reference is the policy without its adapter and cannot move: give one"
-                )
-            self.add_callback(SyncReference(self.reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
-
-    def _reference(self, ref_model: nn.Module | str | None, config: DPOConfig) -> Reference:
-        precomputed = config.precompute_ref_log_probs and ref_model is None and self._has_reference()
-        if config.reference_free or precomputed:
-            return Reference(self.model, precomputed=True)
-        if ref_model is not None:
-            ref_model = load_model(
-                ref_model, AutoModelForCausalLM, config.ref_model_init_kwargs, owner=type(self).__name__
-            )
-            if config.disable_dropout:
-                disable_dropout_in_model(ref_model)
-            if ref_model is not self.model:
-                ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        return Reference(self.model, ref_model)
-
-    def _has_reference(self) -> bool:
-        columns = getattr(self.train_dataset, "column_names", None) or []
-        return set(REFERENCE_COLUMNS) <= set(columns)
+        self.reference = make_reference(
+            self, ref_model, REFERENCE_COLUMNS, absent=config.reference_free, encoder_decoder=self._encoder_decoder
+        )
+        self._ahead = ReferenceColumns(self, self.reference, REFERENCE_COLUMNS, self._scored)
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -144,13 +120,17 @@ class DPOTrainer(PairTrainer):
         return self.reference.frozen
 
     def extra_state(self) -> dict[str, Any]:
-        moved = self.args.sync_ref_model and self.reference.frozen is not None
-        return {**super().extra_state(), **({"reference": self.reference.frozen.state_dict()} if moved else {})}
+        moved = {"reference": self.reference.state()} if self.args.sync_ref_model else {}
+        return {**super().extra_state(), **moved}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         super().load_extra_state(state)
         if "reference" in state:
-            self.reference.frozen.load_state_dict(state["reference"])
+            self.reference.load(state["reference"])
+
+    def _scored(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        packed = batch["packed"]
+        return self.sums(score(model, packed, path=self._path).logprobs_BT, packed.mask_BT)
 
     def reference_sums(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         if self.args.reference_free:
@@ -160,40 +140,18 @@ class DPOTrainer(PairTrainer):
         with self.reference.model() as reference:
             if reference is None:
                 raise ValueError(f"the reference is precomputed, but the rows have no columns {REFERENCE_COLUMNS}")
-            packed = batch["packed"]
-            return self.sums(score(reference, packed, path=self._path).logprobs_BT, packed.mask_BT)
+            return self._scored(reference, batch)
 
     def divergence(self) -> dict[str, Any]:
         return {"divergence": self.args.f_divergence_type, "divergence_alpha": self.args.f_alpha_divergence_coef}
 
-    # -- precomputed reference -----------------------------------------------------------------
+    def prepare_data(self) -> None:
+        self._ahead.fill()
 
-    def get_train_dataloader(self) -> DataLoader:
-        if self.args.precompute_ref_log_probs:
-            self.train_dataset = self._with_reference(self.train_dataset, "train")
-        return super().get_train_dataloader()
+    def prepare_evaluation(self, eval_dataset: Any) -> Any:
+        return self._ahead.evaluation(eval_dataset)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if self.args.precompute_ref_log_probs:
-            if isinstance(eval_dataset, str):
-                self.eval_dataset[eval_dataset] = self._with_reference(self.eval_dataset[eval_dataset], "eval")
-            elif eval_dataset is None:
-                self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
-            else:
-                eval_dataset = self._with_reference(eval_dataset, "eval")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _with_reference(self, dataset: Any, name: str) -> Any:
-        default = {"train": self.args.per_device_train_batch_size, "eval": self.args.per_device_eval_batch_size}[name]
-        return with_reference_columns(
-            dataset,
-            REFERENCE_COLUMNS,
-            self.data_collator,
-            self.reference_sums,
-            batch_size=self.args.precompute_ref_batch_size or default,
-            device=self.args.device,
-        )
-
+    @torch.no_grad()
     def compute_reference_log_probs(self, padded_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of a padded batch's chosen and rejected. [pairs] each"""
         with self.reference.model() as reference:
@@ -243,7 +201,7 @@ class DPOTrainer(PairTrainer):
         references = (None, None) if reference_free else (reference_chosen_logps, reference_rejected_logps)
         pair = PairLogps(policy_chosen_logps, policy_rejected_logps, *references)
         options = self.loss_options({})
-        losses: Tensor | float = 0.0
+        losses = policy_chosen_logps.new_zeros(())
         for name, weight in self.losses.items():
             own = {key: value for key, value in options.items() if key in pair_options(name)}
             losses = losses + weight * PAIR_LOSSES[name](pair, **own)
@@ -268,12 +226,33 @@ class DPOTrainer(PairTrainer):
         for name, value in metrics.items():
             self.record(name.removeprefix("eval_"), value, mode=train_eval)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        if self.args.generate_during_eval:
-            from trl.trainer.eval_samples import log_samples
 
-            log_samples(self, args[0] if args else kwargs["dataloader"])
-        return super().evaluation_loop(*args, **kwargs)
+def _encoder_decoder(model: Any, given: bool | None) -> bool | None:
+    """What the model says of itself, else what was given; a contradiction is a ValueError."""
+    actual = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    if given is not None and actual is not None and bool(actual) != given:
+        raise ValueError(f"is_encoder_decoder={given}: the model says {bool(actual)}; leave the argument out")
+    return given if actual is None else bool(actual)
+
+
+def _older_defaults(given: Mapping[str, Any], model: Any, encoder_decoder: bool, warns: bool) -> dict[str, Any]:
+    """The lengths and the truncation of a trainer that is given no `DPOConfig`.
+
+    A prompt is cut only where prompt and answer together are too long, so it has no length of its own by default.
+    """
+    limit = context_length(model) if isinstance(model, nn.Module) else None
+    defaults = {"max_length": min(512, limit or 512)}
+    if encoder_decoder:
+        defaults = {"max_prompt_length": 128, "max_completion_length": 128}
+    unset = {name: value for name, value in defaults.items() if given[name] is None}
+    for name, value in unset.items() if warns else ():
+        keyword = "max_target_length" if name == "max_completion_length" else name
+        warnings.warn(
+            f"`{keyword}` is not set in the DPOTrainer's init: it defaults to {value}; set it, or pass a `DPOConfig`",
+            UserWarning,
+            stacklevel=3,
+        )
+    return {**unset, "truncation_mode": given["truncation_mode"] or "keep_end"}
 
 
 def _check(config: DPOConfig, model: Any, ref_model: Any, peft_config: Any, encoder_decoder: bool | None) -> None:
@@ -288,16 +267,8 @@ def _check(config: DPOConfig, model: Any, ref_model: Any, peft_config: Any, enco
             "PEFT is not installed and you passed a `peft_config` in the trainer's kwargs, please install it to use "
             "the PEFT models"
         )
-    if config.generate_during_eval and not is_wandb_available():
-        raise ValueError(
-            "`generate_during_eval=True` requires Weights and Biases to be installed. "
-            "Please install `wandb` to resolve."
-        )
     if model is None and encoder_decoder is None:
         raise ValueError("When no model is provided, you need to pass the parameter is_encoder_decoder.")
-    actual = getattr(getattr(model, "config", None), "is_encoder_decoder", encoder_decoder)
-    if encoder_decoder is not None and actual is not None and bool(actual) != encoder_decoder:
-        raise ValueError(f"is_encoder_decoder={encoder_decoder}: the model says {bool(actual)}; leave the argument out")
 
 
 class _ReferenceFreeTrainer(PairTrainer):

@@ -20,23 +20,15 @@ from trl.core import PPODecorators
 from trl.data.batches import rows_of_padded
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.import_utils import is_peft_available
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll
-from trl.models.scoring import is_encoder_decoder, score
-from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of
+from trl.models.prepare import is_peft_model
+from trl.models.scoring import is_encoder_decoder, logits_and_labels, score
+from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.update import optimizer_step
 
 TRUNCATION_SIDES = {"keep_end": "left", "keep_start": "right"}
-
-
-def _model_classes() -> tuple[type, ...]:
-    if not is_peft_available():
-        return (PreTrainedModel,)
-    from peft import PeftModel
-
-    return (PreTrainedModel, PeftModel)
 
 
 class IterativeSFTTrainer(ObjectiveTrainer):
@@ -65,10 +57,12 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
     ):
         config = as_config(args, PostTrainingConfig)
+        refuse_unused(config, ("model_init_kwargs",), False, "a model given by name")
+        refuse_unused(config, ("dataset_num_proc", "neftune_noise_alpha"), False, "another trainer")
         tokenizer = processing_class_of(processing_class, tokenizer)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"tokenizer must be a PreTrainedTokenizerBase, got {type(tokenizer)}")
-        if not isinstance(model, _model_classes()):
+        if model is None or not (isinstance(model, PreTrainedModel) or is_peft_model(model)):
             raise ValueError(f"model must be a PreTrainedModel, got {type(model)}")
         if optimizers[1] is None and config.max_steps == -1:
             raise ValueError(
@@ -247,6 +241,13 @@ class IterativeSFTTrainer(ObjectiveTrainer):
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         packed = batch["packed"]
         return nll(score(model, packed).logprobs_BT, packed.mask_BT)
+
+    def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
+        """Whole logits only where `compute_metrics` asks for them. [B, L, V] and labels [B, L]"""
+        result = self.objective(model, inputs)
+        if self.compute_metrics is None:
+            return result, None, None
+        return result, *logits_and_labels(model, inputs["packed"])
 
 
 def _default_collator(tokenizer: Any, encoder_decoder: bool) -> Callable[[Any], Mapping[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.packing import pack
@@ -16,17 +16,24 @@ from trl.data.records import Branch, TokenTree
 from trl.data.tokenize import tokenize_unpaired
 from trl.losses.kto import unpaired_loss
 from trl.losses.loss_sum import LossSum
-from trl.models.prepare import disable_dropout_in_model, load_model
-from trl.models.reference import Reference
-from trl.models.scoring import score
+from trl.models.scoring import is_encoder_decoder, quietly, score
 from trl.trainer.configuration import as_config, processing_class_of
 from trl.trainer.kto_config import KTOConfig
-from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, fitting_length, prepare_model, prepare_tokenizer
-from trl.trainer.reference_columns import with_reference_columns
+from trl.trainer.objective import ObjectiveTrainer, pieces_of
+from trl.trainer.preparation import (
+    answer_length,
+    dress_tokenizer,
+    each_dataset,
+    no_collator,
+    opened,
+    prepare_model,
+    prepare_tokenizer,
+)
+from trl.trainer.references import ReferenceColumns, make_reference
 from trl.trainer.reward_shift import RewardShift
 
 REFERENCE_COLUMNS = ("reference_logps", "reference_kl_logps")
+"""of each completion, and of the mismatched one where the loss has a KL"""
 MISMATCHED = "mismatched_ids"
 """column with another row's completion, for the KL estimate"""
 
@@ -35,36 +42,33 @@ def with_mismatched(dataset: Any, name: str) -> Any:
     """Each row with the completion of the next row that has another prompt (the last rows wrap around)."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"loss_type='kto' pairs rows with other rows' completions: the {name} data set must have a length"
+            f"loss_type='kto' pairs rows with other rows' completions: the {name} data must be a whole `Dataset`, "
+            f"not a {type(dataset).__name__}"
         )
     prompts, completions = dataset["prompt_ids"][:], dataset["completion_ids"][:]
     count = len(prompts)
-    mismatched = []
-    for row in range(count):
-        others = (completions[(row + k) % count] for k in range(1, count) if prompts[(row + k) % count] != prompts[row])
-        other = next(others, None)
-        if other is None:
-            raise ValueError(
-                f"all rows of the {name} data set have one prompt: loss_type='kto' needs several for its KL"
-            )
-        mismatched.append(other)
-    return dataset.add_column(MISMATCHED, mismatched)
+    next_other = [0] * count  # steps from each row to the next one with another prompt
+    for row in range(2 * count - 1, -1, -1):
+        here, after = row % count, (row + 1) % count
+        next_other[here] = 1 if prompts[here] != prompts[after] else next_other[after] + 1
+    if max(next_other) >= count:
+        raise ValueError(f"all rows of the {name} data set have one prompt: loss_type='kto' needs several for its KL")
+    return dataset.add_column(MISMATCHED, [completions[(row + next_other[row]) % count] for row in range(count)])
 
 
 class UnpairedCollator:
     """Tokenised rows as one tree each; beside it the trees that also hold the mismatched completion."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        def packed(*columns: str) -> Any:
+            return pack([TokenTree(row["prompt_ids"], [Branch(row[column]) for column in columns]) for row in rows])
+
         batch: dict[str, Any] = {
-            "packed": pack([TokenTree(row["prompt_ids"], [Branch(row["completion_ids"])]) for row in rows]),
+            "packed": packed("completion_ids"),
             "desirable": torch.tensor([bool(row["label"]) for row in rows]),
         }
         if MISMATCHED in rows[0]:
-            batch["mismatched"] = pack([TokenTree(row["prompt_ids"], [Branch(row[MISMATCHED])]) for row in rows])
-            both = [Branch(row["completion_ids"]) for row in rows], [Branch(row[MISMATCHED]) for row in rows]
-            batch["both"] = pack(
-                [TokenTree(row["prompt_ids"], list(pair)) for row, *pair in zip(rows, *both, strict=True)]
-            )
+            batch |= {"mismatched": packed(MISMATCHED), "both": packed("completion_ids", MISMATCHED)}
         for name in REFERENCE_COLUMNS:
             if name in rows[0]:
                 batch[name] = torch.tensor([float(row[name]) for row in rows])
@@ -85,29 +89,60 @@ class KTOTrainer(ObjectiveTrainer):
         model: nn.Module | str | None = None,
         ref_model: nn.Module | str | None = None,
         args: TrainingArguments | None = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_metrics: None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
         *,
         tokenizer: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
         **kwargs: Any,
     ):
+        no_collator(self, data_collator)
+        if compute_metrics is not None:
+            raise ValueError("compute_metrics: completions without a pair give nothing to compare; leave it out")
         config = as_config(args, KTOConfig)
-        tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
-        if config.pad_token is not None:
-            tokenizer.pad_token = config.pad_token
-        model = prepare_model(
-            model,
-            config,
-            tokenizer,
-            peft_config,
+        tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
+        prepare = partial(
+            prepare_model,
+            config=config,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
             auto_class=AutoModelForCausalLM,
             owner=type(self).__name__,
             dropout=not config.disable_dropout,
             merge=True,
+            quantization_config=quantization_config,
         )
-        length = fitting_length(config, model)
+        model, model_init = opened(model, model_init, prepare)
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=UnpairedCollator(),
+            processing_class=tokenizer,
+            model_init=model_init,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **self._datasets(train_dataset, eval_dataset, tokenizer, config, model),
+            **kwargs,
+        )
+        self._path = config.path
+        self.shift = RewardShift() if config.loss_type == "bco" else None
+        self._columns = REFERENCE_COLUMNS if config.loss_type == "kto" else REFERENCE_COLUMNS[:1]
+        self.reference = make_reference(self, ref_model, self._columns)
+        self._ahead = ReferenceColumns(self, self.reference, self._columns, self._reference_sums)
+
+    @staticmethod
+    def _datasets(
+        train_dataset: Any, eval_dataset: Any, tokenizer: Any, config: KTOConfig, model: nn.Module | None
+    ) -> dict[str, Any]:
+        encoder_decoder = model is not None and is_encoder_decoder(model)
+        length = answer_length(config, model, encoder_decoder)
 
         def tokenised(dataset: Any, name: str) -> Any:
             rows = tokenize_unpaired(
@@ -117,31 +152,17 @@ class KTOTrainer(ObjectiveTrainer):
                 max_prompt_length=config.max_prompt_length,
                 max_completion_length=config.max_completion_length,
                 truncation_mode=config.truncation_mode,
+                is_encoder_decoder=encoder_decoder,
                 keep=REFERENCE_COLUMNS,
                 num_proc=config.dataset_num_proc,
                 name=name,
             )[0]
             return with_mismatched(rows, name) if config.loss_type == "kto" else rows
 
-        super().__init__(
-            model=model,
-            args=config,
-            data_collator=UnpairedCollator(),
-            train_dataset=each_dataset(train_dataset, tokenised, "train"),
-            eval_dataset=each_dataset(eval_dataset, tokenised, "eval"),
-            processing_class=tokenizer,
-            **kwargs,
-        )
-        self._path = None if config.padding_free else "padded"
-        self.shift = RewardShift() if config.loss_type == "bco" else None
-        if ref_model is not None:
-            ref_model = load_model(
-                ref_model, AutoModelForCausalLM, config.ref_model_init_kwargs, owner=type(self).__name__
-            )
-            if config.disable_dropout:
-                disable_dropout_in_model(ref_model)
-            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self.reference = Reference(self.model, ref_model)
+        return {
+            "train_dataset": each_dataset(train_dataset, tokenised, "train"),
+            "eval_dataset": each_dataset(eval_dataset, tokenised, "eval"),
+        }
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -149,11 +170,22 @@ class KTOTrainer(ObjectiveTrainer):
         return self.reference.frozen
 
     def extra_state(self) -> dict[str, Any]:
-        return {} if self.shift is None else {"shift": self.shift.state()}
+        moved = {"reference": self.reference.state()} if self.args.sync_ref_model else {}
+        return moved if self.shift is None else {**moved, "shift": self.shift.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if self.shift is not None:
             self.shift.load(state["shift"])
+        if "reference" in state:
+            self.reference.load(state["reference"])
+
+    def prepare_data(self) -> None:
+        self._ahead.fill()
+
+    def prepare_evaluation(self, eval_dataset: Any) -> Any:
+        return self._ahead.evaluation(eval_dataset)
+
+    # -- a batch ------------------------------------------------------------------------------
 
     def count(self, batch: dict[str, Any]) -> int:
         return batch["packed"].rows
@@ -161,40 +193,42 @@ class KTOTrainer(ObjectiveTrainer):
     def _sums(self, model: nn.Module, packed: Any) -> Tensor:
         return score(model, packed, path=self._path).logprobs_BT.sum(-1)
 
-    @torch.no_grad()
-    def _reference_sums(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _reference_sums(self, reference: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The reference's log-probabilities of each completion, and of the mismatched one. [B] each"""
-        with self.reference.model() as reference:
-            if "both" not in batch:
-                return {REFERENCE_COLUMNS[0]: self._sums(reference, batch["packed"])}
-            sums = self._sums(reference, batch["both"]).view(-1, 2)
-            return dict(zip(REFERENCE_COLUMNS, sums.unbind(1), strict=True))
+        if "both" not in batch:
+            return (self._sums(reference, batch["packed"]),)
+        return self._sums(reference, batch["both"]).view(-1, 2).unbind(1)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.shift is not None:
             self.shift.close_step(self.accelerator)
-        return self._measured(batches), count
+        self._measure(pieces_of(batches))
+        return batches, count
 
     @torch.no_grad()
-    def _measured(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The batches of one optimizer step with the reference's numbers and the step's KL estimate."""
-        moved = [{name: value.to(self.args.device) for name, value in batch.items()} for batch in batches]
+    def _measure(self, batches: list[dict[str, Any]]) -> None:
+        """Put the reference's numbers and the KL estimate of all these batches, over all ranks, into each of them."""
         totals = torch.zeros(2, device=self.args.device)
-        for batch in moved:
-            if REFERENCE_COLUMNS[0] not in batch:
-                batch.update(self._reference_sums(batch))
+        for batch in batches:
+            batch.update({name: value.to(self.args.device) for name, value in batch.items()})
+            if not set(self._columns) <= batch.keys():
+                with self.reference.model() as reference:
+                    if reference is None:
+                        raise ValueError(f"the reference is precomputed, but the rows have no columns {self._columns}")
+                    sums = self._reference_sums(reference, batch)
+                batch.update(zip(self._columns, sums, strict=True))
             if "mismatched" in batch:
-                log_ratio_B = self._sums(self.model, batch["mismatched"]) - batch[REFERENCE_COLUMNS[1]]
+                with quietly(self.model):
+                    log_ratio_B = self._sums(self.model, batch["mismatched"]) - batch[REFERENCE_COLUMNS[1]]
                 totals += torch.stack([log_ratio_B.sum(), log_ratio_B.new_tensor(len(log_ratio_B))])
         total, rows = self.accelerator.reduce(totals, "sum").unbind()
-        for batch in moved:
+        for batch in batches:
             batch["kl"] = (total / rows.clamp(min=1)).clamp(min=0)
-        return moved
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
-        if "kl" not in batch:
-            batch = self._measured([batch])[0]
+        if "kl" not in batch:  # evaluation: the estimate is this batch's, over all ranks
+            self._measure([batch])
         log_ratio_B = self._sums(model, batch["packed"]) - batch[REFERENCE_COLUMNS[0]]
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * log_ratio_B)
@@ -208,25 +242,6 @@ class KTOTrainer(ObjectiveTrainer):
             undesirable_weight=self.args.undesirable_weight,
             **state.get(self.args.loss_type, {}),
         )
-        result.metrics["kl"] = (batch["kl"] * len(log_ratio_B), len(log_ratio_B))
+        if self.args.loss_type == "kto":
+            result.metrics["kl"] = (batch["kl"] * len(log_ratio_B), len(log_ratio_B))
         return result
-
-    def get_train_dataloader(self) -> DataLoader:
-        if self.args.precompute_ref_log_probs:
-            self.train_dataset = self._with_reference(self.train_dataset, self.args.per_device_train_batch_size)
-        return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if self.args.precompute_ref_log_probs and not isinstance(eval_dataset or self.eval_dataset, str | dict):
-            eval_dataset = self._with_reference(eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _with_reference(self, dataset: Any, size: int) -> Any:
-        return with_reference_columns(
-            dataset,
-            REFERENCE_COLUMNS,
-            self.data_collator,
-            lambda batch: list(self._reference_sums(batch).values()),
-            batch_size=self.args.precompute_ref_batch_size or size,
-            device=self.args.device,
-        )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from trl.data.microbatches import BudgetCollator
 from trl.losses.loss_sum import LossSum
+from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 
 EXTRA_STATE = "extra_state.pt"
@@ -34,6 +38,24 @@ def last_complete_checkpoint(directory: str) -> str:
     if not found:
         raise ValueError(f"resume_from_checkpoint=True: no complete checkpoint in {directory}")
     return max(found)[1]
+
+
+def remove_torn_checkpoint(directory: str, step: int) -> None:
+    """Take away the checkpoint of this step unless it was written to its end."""
+    folder = Path(directory) / f"checkpoint-{step}"
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pieces_of(batches: Sequence[Any]) -> list[Any]:
+    """The micro-batches of an optimizer step, those of a token budget one by one."""
+    return [piece for batch in batches for piece in _pieces(batch) or [batch]]
+
+
+def _pieces(batch: Any) -> list[Any] | None:
+    return batch.get("pieces") if isinstance(batch, Mapping) else None
 
 
 class Tally:
@@ -75,6 +97,10 @@ class ObjectiveTrainer(Trainer):
     """
 
     _tag_names: tuple[str, ...] | list[str] = ("trl",)
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    data_collator: Any
     loss_is_scaled_for_ga = True  # `compute_loss` has divided, `Trainer` must not
 
     @abstractmethod
@@ -92,7 +118,37 @@ class ObjectiveTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or show it one "
                 "with CUDA_VISIBLE_DEVICES=0"
             )
+        budget = getattr(self.args, "max_tokens_per_microbatch", None)
+        if budget is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"max_tokens_per_microbatch={budget}: ranks would differ in their number of forward passes, which FSDP "
+                "and DeepSpeed do not allow; leave it out"
+            )
+        if self.args.accelerator_config.dispatch_batches is None:
+            self.args.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
         self._tallies = {"train": Tally(), "eval": Tally()}
+
+    def prepare_data(self) -> None:
+        """Called before training data are read, and before a checkpoint replaces the policy."""
+
+    def prepare_evaluation(self, eval_dataset: Any) -> Any:
+        """The evaluation rows as the collator wants them; a name or None stands for the trainer's own."""
+        return eval_dataset
+
+    def get_train_dataloader(self) -> DataLoader:
+        self.prepare_data()
+        whole: Any = self.data_collator
+        budget = getattr(self.args, "max_tokens_per_microbatch", None)
+        if budget is None:
+            return super().get_train_dataloader()
+        self.data_collator = BudgetCollator(whole, budget)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return super().get_eval_dataloader(self.prepare_evaluation(eval_dataset))
 
     @property
     def tokenizer(self) -> Any:
@@ -111,19 +167,42 @@ class ObjectiveTrainer(Trainer):
         """Take back what `extra_state` gave."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        """Save what `from_pretrained` reads: written beside, then renamed, so nothing is ever half there."""
+        target = str(output_dir or self.args.output_dir)
         state = self.extra_state() if _internal_call else {}
-        if state and output_dir is not None and self.args.should_save:
-            torch.save(state, os.path.join(output_dir, EXTRA_STATE))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks write together
+            super().save_model(target, _internal_call=True)
+            if state and self.args.should_save:
+                torch.save(state, os.path.join(target, EXTRA_STATE))
+        elif self.args.should_save:
+            with writing(target, replaces=WEIGHT_FILES) as beside:
+                super().save_model(str(beside), _internal_call=True)
+                if state:
+                    torch.save(state, beside / EXTRA_STATE)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self.prepare_data()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
         if resume_from_checkpoint:
             path = os.path.join(str(resume_from_checkpoint), EXTRA_STATE)
             if os.path.exists(path):
                 self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            if not is_disk_error(error):
+                raise
+            folder, step = str(self.args.output_dir), self.state.global_step
+            if self.args.should_save:
+                remove_torn_checkpoint(folder, step)
+            reason = str(error).splitlines()[0].removeprefix("could not save to ")
+            raise OSError(
+                f"could not save checkpoint-{step} to {folder!r}: {reason}; earlier checkpoints are whole: free some "
+                "space and go on with train(resume_from_checkpoint=True)"
+            ) from error
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any) -> str:
         tagged = trl_sanitze_kwargs_for_tagging(self._tag_names, kwargs)
@@ -133,8 +212,19 @@ class ObjectiveTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        local = torch.as_tensor(sum(self.count(batch) for batch in batches), dtype=torch.float32, device=device)
+        counts = [self.count(piece) for piece in pieces_of(batches)]
+        local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(local, "sum")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        *first, last = _pieces(inputs) or [inputs]
+        losses = []
+        for piece in first:
+            with self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, piece, num_items_in_batch))
+        return sum(losses, super().training_step(model, last, num_items_in_batch))
 
     def compute_loss(
         self,
@@ -171,13 +261,15 @@ class ObjectiveTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self._tallies["eval"] = Tally()
         output = super().evaluation_loop(*args, **kwargs)
-        means = self._tallies["eval"].means(self)  # exact: a mean of batch means is not
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        means = self._tallies["eval"].means(self)
+        for name, value in means.items():  # what `compute_metrics` gave stays, but a mean of batch means is no loss
+            key = f"{prefix}_{name}"
+            output.metrics[key] = value if name == "loss" else output.metrics.get(key, value)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            means = self._tallies["train"].means(self)
-            means.pop("loss", None)  # Trainer's own: the mean over optimizer steps
-            logs.update(means)
+        mode, prefix = ("train", "") if "loss" in logs else ("eval", "eval_")
+        means = self._tallies[mode].means(self)
+        means.pop("loss", None)  # Trainer's own: the mean over optimizer steps
+        logs.update({f"{prefix}{name}": value for name, value in means.items()})
         super().log(logs, start_time)

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.trainer_utils import EvalLoopOutput
 
-from trl.data.batches import pair_rows_of_padded, pair_tree
+from trl.data.batches import pair_columns, pair_rows_of_padded, pair_tree
 from trl.data.packing import pack
 from trl.data.tokenize import tokenize_preference
+from trl.import_utils import is_wandb_available
 from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import preference_loss
 from trl.models.head import log_collision, mean_logits, token_logprobs
-from trl.models.scoring import is_encoder_decoder, score, scored_states
+from trl.models.scoring import is_encoder_decoder, quietly, score, scored_states
 from trl.trainer.configuration import processing_class_of
 from trl.trainer.dpo_config import PairConfig
-from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, fitting_length, prepare_model, prepare_tokenizer
+from trl.trainer.objective import ObjectiveTrainer, pieces_of
+from trl.trainer.preparation import (
+    answer_length,
+    dress_tokenizer,
+    each_dataset,
+    opened,
+    prepare_model,
+    prepare_tokenizer,
+)
 from trl.trainer.reward_shift import RewardShift
 
-NUMBERS = ("margin", "reference_chosen_logps", "reference_rejected_logps")
-"""columns of pair rows that are one number each"""
+NUMBERS = {
+    "margin": "margin",
+    "reference_chosen_logps": "reference_chosen_logps",
+    "reference_rejected_logps": "reference_rejected_logps",
+    "ref_chosen_logps": "reference_chosen_logps",
+    "ref_rejected_logps": "reference_rejected_logps",
+}
+"""columns of pair rows that are one number each, and their names in a batch"""
 
 
 class PairCollator:
@@ -34,9 +50,10 @@ class PairCollator:
         self.inner = inner
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        present = {column: name for column, name in NUMBERS.items() if column in rows[0]}
+        numbers = {name: torch.tensor([float(row[column]) for row in rows]) for column, name in present.items()}
         if self.inner is not None:
-            rows = pair_rows_of_padded(self.inner(rows))
-        numbers = {name: torch.tensor([float(r[name]) for r in rows]) for name in NUMBERS if name in rows[0]}
+            rows = pair_rows_of_padded(self.inner([pair_columns(r) if "prompt_ids" in r else r for r in rows]))
         return {"packed": pack([pair_tree(row) for row in rows]), **numbers}
 
 
@@ -56,29 +73,26 @@ class PairTrainer(ObjectiveTrainer):
         peft_config: Any,
         model_init: Callable[..., nn.Module] | None = None,
         add_bos: bool | None = None,
+        encoder_decoder: bool = False,
+        quantization_config: Any = None,
         **kwargs: Any,
     ):
-        tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
-        if config.pad_token is not None:
-            tokenizer.pad_token = config.pad_token
-
-        def prepared(given: nn.Module | str) -> nn.Module:
-            return prepare_model(
-                given,
-                config,
-                tokenizer,
-                peft_config,
-                auto_class=AutoModelForCausalLM,
-                owner=type(self).__name__,
-                dropout=not config.disable_dropout,
-                merge=True,
-            )
-
-        model = None if model is None else prepared(model)
-        encoder_decoder = model is not None and is_encoder_decoder(model)
-        length = fitting_length(config, model)
-        if encoder_decoder and length == type(config).__dataclass_fields__["max_length"].default:
-            length = None  # it bounds prompt + answer, which an encoder-decoder holds apart
+        _check_wandb(config)
+        tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
+        prepare = partial(
+            prepare_model,
+            config=config,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            auto_class=AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM,
+            owner=type(self).__name__,
+            dropout=not config.disable_dropout,
+            merge=True,
+            quantization_config=quantization_config,
+        )
+        model, model_init = opened(model, model_init, prepare)
+        encoder_decoder = encoder_decoder if model is None else is_encoder_decoder(model)
+        length = answer_length(config, model, encoder_decoder)
 
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize_preference(
@@ -101,10 +115,10 @@ class PairTrainer(ObjectiveTrainer):
             train_dataset=each_dataset(train_dataset, tokenised, "train"),
             eval_dataset=each_dataset(eval_dataset, tokenised, "eval"),
             processing_class=tokenizer,
-            model_init=None if model_init is None else lambda *trial: prepared(model_init(*trial)),
+            model_init=model_init,
             **kwargs,
         )
-        self._path = None if config.padding_free else "padded"
+        self._path, self._encoder_decoder = config.path, encoder_decoder
         self.losses, self.ld_alpha, self.weighs = config.losses(), 1.0, False
         self.shift = RewardShift() if "bco_pair" in self.losses else None
 
@@ -115,12 +129,14 @@ class PairTrainer(ObjectiveTrainer):
         if self.shift is not None:
             self.shift.load(state["shift"])
 
+    # -- a batch ------------------------------------------------------------------------------
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.shift is not None:
             self.shift.close_step(self.accelerator)
         if "kto_pair" in self.losses:
-            self._whole_step_kl(batches)
+            self._whole_step_kl(pieces_of(batches))
         return batches, count
 
     @torch.no_grad()
@@ -128,16 +144,16 @@ class PairTrainer(ObjectiveTrainer):
         """kto_pair's two KL estimates over the whole optimizer step and all ranks, written into its batches."""
         totals = torch.zeros(3, device=self.args.device)
         for batch in batches:
-            batch["packed"] = batch["packed"].to(self.args.device)
-            packed = batch["packed"]
-            chosen_B, rejected_B = self.sums(score(self.model, packed, path=self._path).logprobs_BT, packed.mask_BT)
-            pair = PairLogps(chosen_B, rejected_B, *self.reference_sums(batch))
-            totals += torch.stack(
-                [pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), totals.new_tensor(len(chosen_B))]
-            )
+            batch["packed"] = packed = batch["packed"].to(self.args.device)
+            with quietly(self.model):
+                sums = self.sums(score(self.model, packed, path=self._path).logprobs_BT, packed.mask_BT)
+            pair = PairLogps(*sums, *self.reference_sums(batch))
+            pairs = totals.new_tensor(self.count(batch))
+            totals += torch.stack([pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), pairs])
         chosen, rejected, pairs = self.accelerator.reduce(totals, "sum").unbind()
         for batch in batches:
-            batch["kl_chosen"], batch["kl_rejected"] = (chosen / pairs).clamp(min=0), (rejected / pairs).clamp(min=0)
+            batch["kl_chosen"] = (chosen / pairs.clamp(min=1)).clamp(min=0)
+            batch["kl_rejected"] = (rejected / pairs.clamp(min=1)).clamp(min=0)
 
     def count(self, batch: dict[str, Any]) -> int:
         return batch["packed"].rows // 2
@@ -153,9 +169,15 @@ class PairTrainer(ObjectiveTrainer):
             state["delta"] = self.shift.value
         return {**state, "beta": self.args.beta, **{k: v for k, v in self.args.options().items() if v is not None}}
 
+    def divergence(self) -> dict[str, Any]:
+        """How distance to the reference is measured, where that is a choice."""
+        return {}
+
     def sums(self, logprobs_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities summed over chosen and over rejected. [pairs] each"""
         return sum_pairs(logprobs_BT[0::2], logprobs_BT[1::2], mask_BT[0::2], mask_BT[1::2], self.ld_alpha)
+
+    # -- the objective ------------------------------------------------------------------------
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         return self._loss(model, batch)[0]
@@ -165,33 +187,43 @@ class PairTrainer(ObjectiveTrainer):
         mask_BT = packed.mask_BT
         head, states_SD = scored_states(model, packed, self._path)
         logprobs_BT = packed.spread(token_logprobs(head, states_SD, packed.target_S)[0])
-        chosen_B, rejected_B = self.sums(logprobs_BT, mask_BT)
-        pair = PairLogps(
-            chosen_B, rejected_B, *self.reference_sums(batch), mask_BT[0::2].sum(-1), mask_BT[1::2].sum(-1)
-        )
+        sums, tokens = self.sums(logprobs_BT, mask_BT), (mask_BT[0::2].sum(-1), mask_BT[1::2].sum(-1))
+        pair = PairLogps(*sums, *self.reference_sums(batch), *tokens)
+        if self.shift is not None and model.training:
+            self.shift.add(self.args.beta * torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B]))
         weight_B = None
         if self.weighs:
-            collision_BT = packed.spread(log_collision(head, states_SD))
-            chosen, rejected = slice(0, None, 2), slice(1, None, 2)
-            weight_B = wpo_weights(
-                *(x[side] for x in (logprobs_BT, mask_BT, collision_BT) for side in (chosen, rejected))
-            )
-        if self.shift is not None and model.training:
-            ratios = torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B])
-            self.shift.add(self.args.beta * ratios)
+            weight_B = _wpo(logprobs_BT, mask_BT, packed.spread(log_collision(head, states_SD)))
         result = preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
         logits_BT = packed.spread(mean_logits(head, states_SD.detach()))
         for side, name in enumerate(("chosen", "rejected")):
-            tokens = mask_BT[side::2].sum()
-            result.metrics[f"logits/{name}"] = (logits_BT[side::2].sum(), tokens)
+            result.metrics[f"logits/{name}"] = (logits_BT[side::2].sum(), mask_BT[side::2].sum())
         return result, pair
 
-    def divergence(self) -> dict[str, Any]:
-        """How distance to the reference is measured, where that is a choice."""
-        return {}
+    # -- evaluation ---------------------------------------------------------------------------
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """Implicit rewards of chosen and rejected, [pairs, 2]; the label is always 0, chosen."""
         result, pair = self._loss(model, inputs)
         rewards_P2 = self.args.beta * torch.stack([pair.chosen_ratio_B, pair.rejected_ratio_B], 1)
         return result, rewards_P2, torch.zeros(len(rewards_P2), device=rewards_P2.device)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        if self.args.generate_during_eval:
+            from trl.trainer.eval_samples import log_samples
+
+            log_samples(self, args[0] if args else kwargs["dataloader"])
+        return super().evaluation_loop(*args, **kwargs)
+
+
+def _wpo(logprobs_BT: Tensor, mask_BT: Tensor, collision_BT: Tensor) -> Tensor:
+    sides = (slice(0, None, 2), slice(1, None, 2))
+    return wpo_weights(*(x[side] for x in (logprobs_BT, mask_BT, collision_BT) for side in sides))
+
+
+def _check_wandb(config: PairConfig) -> None:
+    if config.generate_during_eval and not is_wandb_available():
+        raise ValueError(
+            "`generate_during_eval=True` requires Weights and Biases to be installed. "
+            "Please install `wandb` to resolve."
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -32,17 +34,22 @@ def prepare_tokenizer(tokenizer: Any, model: nn.Module | str | None, **kwargs: A
 
 
 def dress_tokenizer(tokenizer: Any, config: Any) -> Any:
-    """Set the end and padding tokens and the chat template that the config names."""
+    """Set the end and padding tokens and the chat template that the config names, as far as it has such fields."""
     for name in ("eos_token", "pad_token"):
-        token = getattr(config, name)
+        token = getattr(config, name, None)
         if token is None:
             continue
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise ValueError(f"{name}={token!r}: not in the tokenizer's vocabulary; add it there or choose another")
         setattr(tokenizer, name, token)
-    if config.chat_template_path is not None:
-        with open(config.chat_template_path, encoding="utf-8") as file:
-            tokenizer.chat_template = file.read()
+    path = getattr(config, "chat_template_path", None)
+    if path is not None:
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"chat_template_path={path!r}: {error.strerror}; give a file with a Jinja template"
+            ) from error
     return tokenizer
 
 
@@ -66,6 +73,51 @@ def fitting_length(config: Any, model: nn.Module | None) -> int | None:
     return limit
 
 
+def answer_length(config: Any, model: nn.Module | None, encoder_decoder: bool) -> int | None:
+    """`fitting_length`, which an encoder-decoder has no use for: it holds prompt and answer apart."""
+    default = type(config).__dataclass_fields__["max_length"].default
+    if encoder_decoder:
+        return None if config.max_length == default else config.max_length
+    return fitting_length(config, model)
+
+
+def labelled(config: PostTrainingConfig, model: Any, labels: int) -> dict[str, Any] | None:
+    """Keywords that load a classifier by name with so many labels; None for a model that is there."""
+    if not isinstance(model, str):
+        return None
+    given = config.model_init_kwargs
+    return {"num_labels": labels, **(given if isinstance(given, dict) else {})}
+
+
+def label_count(model: Any) -> int:
+    return int(model.config.num_labels)
+
+
+def no_collator(owner: Any, data_collator: Any) -> None:
+    """ValueError where a trainer packs its rows itself and could not honour another collator."""
+    if data_collator is not None:
+        raise ValueError(f"data_collator: {type(owner).__name__} packs its rows itself; leave it out")
+
+
+Prepare = Callable[[Any], nn.Module]
+
+
+def opened(
+    model: nn.Module | str | None, model_init: Callable[..., nn.Module] | None, prepare: Prepare
+) -> tuple[nn.Module | None, Callable[..., nn.Module] | None]:
+    """What was given of the two, prepared; ValueError without either."""
+    if model is None and model_init is None:
+        raise ValueError("model: none was given; pass a model, a folder, a Hub name, or `model_init`")
+    made = None
+    if model_init is not None:
+
+        @wraps(model_init)  # `Trainer` counts its parameters
+        def made(*trial: Any) -> nn.Module:
+            return prepare(model_init(*trial))
+
+    return None if model is None else prepare(model), made
+
+
 def prepare_model(
     model: nn.Module | str,
     config: PostTrainingConfig,
@@ -77,9 +129,15 @@ def prepare_model(
     dropout: bool = True,
     merge: bool = False,
     init_kwargs: dict[str, Any] | None = None,
+    quantization_config: Any = None,
 ) -> nn.Module:
     """Load by name, wrap for PEFT, switch dropout off where asked, and hold the tokenizer against the model."""
-    model = load_model(model, auto_class, config.model_init_kwargs if init_kwargs is None else init_kwargs, owner=owner)
+    kwargs: Any = config.model_init_kwargs if init_kwargs is None else init_kwargs
+    if quantization_config is not None:
+        if not isinstance(model, str):
+            raise ValueError("quantization_config: says how a model is loaded, but yours is already instantiated")
+        kwargs = {**(kwargs or {}), "quantization_config": quantization_config}
+    model = load_model(model, auto_class, kwargs, owner=owner)
     if peft_config is not None:
         model = wrap_peft(
             model,
@@ -92,6 +150,8 @@ def prepare_model(
         )
     if not dropout:
         disable_dropout_in_model(model)
+    if getattr(model.config, "output_router_logits", False):
+        raise ValueError("output_router_logits=True: the router's auxiliary loss is not computed here; set it to False")
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
         align_special_tokens(model, tokenizer)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl.trainer.configuration import PostTrainingConfig, require
+from trl.trainer.configuration import OfflineConfig, require
 
 
 @dataclass
-class PRMConfig(PostTrainingConfig):
+class PRMConfig(OfflineConfig):
     """`TrainingArguments` and what a reward model of single steps adds."""
 
     learning_rate: float = field(default=1e-5)
@@ -25,8 +25,6 @@ class PRMConfig(PostTrainingConfig):
     """text after each step; the label is read at its last token"""
     train_on_last_step_only: bool = field(default=False)
     """learn the last step's label only: an outcome reward model"""
-    padding_free: bool = field(default=True)
-    """no padding; False forces padded rows (same results, slower)"""
 
     def validate(self) -> None:
         super().validate()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,16 @@ from trl.losses.supervised import stepwise_cross_entropy
 from trl.models.scoring import scores_at
 from trl.trainer.configuration import as_config, processing_class_of
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, fitting_length, prepare_model, prepare_tokenizer
+from trl.trainer.preparation import (
+    each_dataset,
+    fitting_length,
+    label_count,
+    labelled,
+    no_collator,
+    opened,
+    prepare_model,
+    prepare_tokenizer,
+)
 from trl.trainer.prm_config import PRMConfig
 
 
@@ -50,27 +60,32 @@ class PRMTrainer(ObjectiveTrainer):
         self,
         model: nn.Module | str | None = None,
         args: TrainingArguments | None = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        peft_config: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
         *,
+        peft_config: Any = None,
         tokenizer: Any = None,
         **kwargs: Any,
     ):
+        no_collator(self, data_collator)
         config = as_config(args, PRMConfig)
         tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
-        by_name = {"num_labels": 2, **(config.model_init_kwargs or {})} if isinstance(model, str) else None
-        model = prepare_model(
-            model,
-            config,
-            tokenizer,
-            peft_config,
+        prepare = partial(
+            prepare_model,
+            config=config,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
             auto_class=AutoModelForTokenClassification,
             owner=type(self).__name__,
             dropout=not config.disable_dropout,
-            init_kwargs=by_name,
+            init_kwargs=labelled(config, model, 2),
         )
+        model, model_init = opened(model, model_init, prepare)
+        if model is not None and label_count(model) != 2:
+            raise ValueError(f"num_labels={label_count(model)}: a process reward model has 2, wrong and right")
         length = fitting_length(config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
@@ -93,6 +108,7 @@ class PRMTrainer(ObjectiveTrainer):
             train_dataset=each_dataset(train_dataset, tokenised, "train"),
             eval_dataset=each_dataset(eval_dataset, tokenised, "eval"),
             processing_class=tokenizer,
+            model_init=model_init,
             **kwargs,
         )
 
@@ -101,8 +117,7 @@ class PRMTrainer(ObjectiveTrainer):
 
     def _logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Two logits for each labelled step. [steps, 2]"""
-        path = None if self.args.padding_free else "padded"
-        return scores_at(model, batch["packed"], batch["step_index"], batch["step_row"], path)
+        return scores_at(model, batch["packed"], batch["step_index"], batch["step_row"], self.args.path)
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         return stepwise_cross_entropy(self._logits(model, batch), batch["step_label"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl.trainer.configuration import PostTrainingConfig, require
+from trl.trainer.configuration import OfflineConfig, require
 
 
 @dataclass
-class RewardConfig(PostTrainingConfig):
+class RewardConfig(OfflineConfig):
     """`TrainingArguments` and what a Bradley-Terry reward model adds."""
 
     learning_rate: float = field(default=1e-4)
@@ -25,8 +25,6 @@ class RewardConfig(PostTrainingConfig):
     """padding token, where it is not the tokenizer's own"""
     chat_template_path: str | None = field(default=None)
     """file with a Jinja chat template for the tokenizer"""
-    padding_free: bool = field(default=True)
-    """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
 
     def validate(self) -> None:
         super().validate()

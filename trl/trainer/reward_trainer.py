@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,17 @@ from trl.models.scoring import rewards
 from trl.trainer.configuration import as_config, processing_class_of, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
-from trl.trainer.preparation import dress_tokenizer, each_dataset, prepare_model, prepare_tokenizer
+from trl.trainer.preparation import (
+    dress_tokenizer,
+    each_dataset,
+    label_count,
+    labelled,
+    opened,
+    prepare_model,
+    prepare_tokenizer,
+)
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.statistics import compute_accuracy
-
-SEED_COLUMNS = ("input_ids_chosen", "attention_mask_chosen", "input_ids_rejected", "attention_mask_rejected")
 
 
 class RewardTrainer(ObjectiveTrainer):
@@ -52,40 +59,25 @@ class RewardTrainer(ObjectiveTrainer):
         *,
         processing_class: Any = None,
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        quantization_config: Any = None,
     ):
-        if args is not None and not isinstance(args, RewardConfig):
-            warnings.warn("pass a `RewardConfig` in `args` instead of TrainingArguments", FutureWarning, stacklevel=2)
-        if max_length is not None:
-            warnings.warn("set `max_length` in the RewardConfig", FutureWarning, stacklevel=2)
-            if isinstance(args, RewardConfig) and args.max_length is not None:
-                raise ValueError(
-                    "You cannot specify both `max_length` and `args.max_length`. Set it in the RewardConfig."
-                )
-        config = with_keywords(as_config(args, RewardConfig), {"max_length": max_length})
+        config = self._config(args, max_length)
         tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
-
-        def prepared(given: nn.Module | str) -> nn.Module:
-            kwargs = {"num_labels": 1, **(config.model_init_kwargs or {})} if isinstance(given, str) else None
-            return prepare_model(
-                given,
-                config,
-                tokenizer,
-                peft_config,
-                auto_class=AutoModelForSequenceClassification,
-                owner=type(self).__name__,
-                dropout=not config.disable_dropout,
-                init_kwargs=kwargs,
-            )
-
-        model = None if model is None else prepared(model)
-        limit = None if model is None else context_length(model)
-        length = config.max_length or min(1024, limit or 1024)
-        if limit is not None and length > limit:
-            raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
+        prepare = partial(
+            prepare_model,
+            config=config,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            auto_class=AutoModelForSequenceClassification,
+            owner=type(self).__name__,
+            dropout=not config.disable_dropout,
+            init_kwargs=labelled(config, model, 1),
+            quantization_config=quantization_config,
+        )
+        model, model_init = opened(model, model_init, prepare)
+        length = _length(config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            if set(SEED_COLUMNS) <= set(getattr(dataset, "column_names", None) or ()):
-                return dataset.filter(lambda row: max(map(len, (row[SEED_COLUMNS[0]], row[SEED_COLUMNS[2]]))) <= length)
             return tokenize_preference(
                 dataset, tokenizer, max_length=length, num_proc=config.dataset_num_proc, name=name
             )[0]
@@ -97,13 +89,25 @@ class RewardTrainer(ObjectiveTrainer):
             train_dataset=each_dataset(train_dataset, tokenised, "train"),
             eval_dataset=each_dataset(eval_dataset, tokenised, "eval"),
             processing_class=tokenizer,
-            model_init=None if model_init is None else lambda *trial: prepared(model_init(*trial)),
+            model_init=model_init,
             compute_metrics=compute_accuracy if compute_metrics is None else compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+
+    @staticmethod
+    def _config(args: TrainingArguments | None, max_length: int | None) -> RewardConfig:
+        if args is not None and not isinstance(args, RewardConfig):
+            warnings.warn("pass a `RewardConfig` in `args` instead of TrainingArguments", FutureWarning, stacklevel=3)
+        if max_length is not None:
+            warnings.warn("set `max_length` in the RewardConfig", FutureWarning, stacklevel=3)
+            if isinstance(args, RewardConfig) and args.max_length is not None:
+                raise ValueError(
+                    "You cannot specify both `max_length` and `args.max_length`. Set it in the RewardConfig."
+                )
+        return with_keywords(as_config(args, RewardConfig), {"max_length": max_length})
 
     def count(self, batch: dict[str, Any]) -> int:
         return batch["packed"].rows // 2
@@ -113,17 +117,39 @@ class RewardTrainer(ObjectiveTrainer):
 
     def _rewards(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Rewards of chosen and rejected, [pairs, 2]."""
-        return rewards(model, batch["packed"], path=None if self.args.padding_free else "padded").view(-1, 2)
+        return rewards(model, batch["packed"], path=self.args.path).view(-1, 2)
 
     def _loss(self, rewards_P2: Tensor, batch: dict[str, Any]) -> LossSum:
         center = self.args.center_rewards_coefficient or 0.0
         return bradley_terry(rewards_P2[:, 0], rewards_P2[:, 1], batch.get("margin"), center)
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """With `return_outputs` also `rewards_chosen` and `rewards_rejected`, [pairs, 1] each."""
+        if not return_outputs:
+            return super().compute_loss(model, inputs, False, num_items_in_batch)
+        rewards_P2 = self._rewards(model, inputs)
+        outputs = {"rewards_chosen": rewards_P2[:, :1], "rewards_rejected": rewards_P2[:, 1:]}
+        return self._loss(rewards_P2, inputs).mean, outputs
+
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """The probability of each side being preferred, [pairs, 2]; the label is always 0, chosen."""
         rewards_P2 = self._rewards(model, inputs)
-        logits = rewards_P2.softmax(-1)
-        labels = torch.zeros(len(logits), device=logits.device)
-        if self.preprocess_logits_for_metrics is not None:
-            logits = self.preprocess_logits_for_metrics(logits, labels)
-        return self._loss(rewards_P2, inputs), logits, labels
+        labels = torch.zeros(len(rewards_P2), device=rewards_P2.device)
+        return self._loss(rewards_P2, inputs), rewards_P2.softmax(-1), labels
+
+
+def _length(config: RewardConfig, model: nn.Module | None) -> int:
+    """The longest sequence: what is set, or 1024, or fewer where the model has fewer positions."""
+    limit = None if model is None else context_length(model)
+    if model is not None and label_count(model) != 1:
+        raise ValueError(f"num_labels={label_count(model)}: a reward model has 1; load it with num_labels=1")
+    length = config.max_length or min(1024, limit or 1024)
+    if limit is not None and length > limit:
+        raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
+    return length

@@ -1,0 +1,148 @@
+"""The reference of a trainer on a data set: where it comes from, how it moves, and what it says ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
+
+from trl.models.prepare import disable_dropout_in_model, is_peft_model, load_model
+from trl.models.reference import Reference
+from trl.models.scoring import quietly
+from trl.trainer.objective import ObjectiveTrainer
+
+
+class SyncReference(TrainerCallback):
+    """TR-DPO: every so many optimizer steps the reference moves towards the policy."""
+
+    def __init__(self, reference: Reference, alpha: float, steps: int):
+        self.reference, self.alpha, self.steps = reference, alpha, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0:
+            self.reference.sync(self.alpha)
+
+
+def make_reference(
+    trainer: ObjectiveTrainer,
+    ref_model: nn.Module | str | None,
+    columns: Sequence[str],
+    *,
+    absent: bool = False,
+    encoder_decoder: bool = False,
+) -> Reference:
+    """The model given; else, in this order, none where rows bring its numbers or they are computed ahead, the policy
+    without its adapter, a frozen copy.
+
+    absent: the objective has no reference.
+    """
+    config = trainer.args
+    if absent:
+        if ref_model is not None:
+            raise ValueError("ref_model: the objective has no reference (reference_free=True); leave it out")
+        return Reference(trainer.model, precomputed=True)
+    if ref_model is None:
+        ahead = config.precompute_ref_log_probs and not is_peft_model(trainer.model)
+        reference = Reference(trainer.model, precomputed=ahead or _all_have(trainer, columns))
+    else:
+        auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        given = load_model(ref_model, auto_class, config.ref_model_init_kwargs, owner=type(trainer).__name__)
+        if config.disable_dropout:
+            disable_dropout_in_model(given)
+        if given is not trainer.model:  # else `Reference` says what is wrong with that
+            given = trainer.accelerator.prepare_model(given, evaluation_mode=True)
+        reference = Reference(trainer.model, given)
+    if config.sync_ref_model:
+        if reference.frozen is None:
+            raise ValueError("sync_ref_model=True: the reference is no model of its own and cannot move: give one")
+        trainer.add_callback(SyncReference(reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
+    return reference
+
+
+def _datasets(trainer: ObjectiveTrainer) -> Iterable[Any]:
+    evaluation = trainer.eval_dataset
+    evaluation = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+    return (dataset for dataset in (trainer.train_dataset, *evaluation) if dataset is not None)
+
+
+def _all_have(trainer: ObjectiveTrainer, columns: Sequence[str]) -> bool:
+    names = [set(getattr(dataset, "column_names", None) or ()) for dataset in _datasets(trainer)]
+    return bool(names) and all(set(columns) <= own for own in names)
+
+
+class ReferenceColumns:
+    """The reference's numbers as columns of the data, each row scored once and without gradient, on all ranks.
+
+    Without a reference model of its own the policy stands for it, as it is before the first optimizer step.
+    """
+
+    def __init__(
+        self,
+        trainer: ObjectiveTrainer,
+        reference: Reference,
+        names: Sequence[str],
+        sums: Callable[[nn.Module, Mapping[str, Any]], Sequence[Tensor]],
+    ):
+        self.trainer, self.reference, self.names, self.sums = trainer, reference, tuple(names), sums
+
+    def fill(self) -> None:
+        """Give every data set of the trainer its columns."""
+        if not self.trainer.args.precompute_ref_log_probs:
+            return
+        trainer = self.trainer
+        if trainer.train_dataset is not None:
+            trainer.train_dataset = self.of(trainer.train_dataset, "train")
+        if isinstance(trainer.eval_dataset, dict):
+            named = trainer.eval_dataset.items()
+            trainer.eval_dataset = {name: self.of(dataset, f"eval ({name})") for name, dataset in named}
+        elif trainer.eval_dataset is not None:
+            trainer.eval_dataset = self.of(trainer.eval_dataset, "eval")
+
+    def evaluation(self, eval_dataset: Any) -> Any:
+        """The rows to evaluate with their columns; a name or None: the trainer's own."""
+        self.fill()
+        own = eval_dataset is None or isinstance(eval_dataset, str)
+        return eval_dataset if own or not self.trainer.args.precompute_ref_log_probs else self.of(eval_dataset, "eval")
+
+    @torch.no_grad()
+    def of(self, dataset: Any, name: str) -> Dataset:
+        """The rows with the reference's columns; those that have them stay as they are."""
+        if set(self.names) <= set(getattr(dataset, "column_names", None) or ()):
+            return dataset
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"precompute_ref_log_probs=True: the {name} data are a {type(dataset).__name__} without length; leave "
+                "it False, or load them whole"
+            )
+        with self.reference.model() as reference:
+            if reference is None and self.trainer.state.global_step > 0:
+                raise ValueError(
+                    f"precompute_ref_log_probs=True: the {name} data came after training had moved the policy, and no "
+                    "reference is kept: give them to the constructor, or a `ref_model`"
+                )
+            model = self.trainer.model if reference is None else reference
+            with quietly(model):
+                columns = self._scored(model, dataset)
+        for column, values in zip(self.names, columns, strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _scored(self, model: nn.Module, dataset: Dataset) -> list[list[float]]:
+        args = self.trainer.args
+        size = args.precompute_ref_batch_size or max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        lengths = [sum(len(v) for v in row.values() if isinstance(v, list)) for row in dataset]
+        order = sorted(range(len(dataset)), key=lengths.__getitem__)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        mine = []
+        for batch in batches[args.process_index :: args.world_size]:
+            collated = self.trainer.data_collator([dataset[i] for i in batch])
+            moved = {name: value.to(args.device) for name, value in collated.items()}
+            values = [sums.tolist() for sums in self.sums(model, moved)]
+            mine += [(index, *row) for index, row in zip(batch, zip(*values, strict=True), strict=True)]
+        rows = sorted(gather_object(mine))
+        return [list(column) for column in list(zip(*rows, strict=True))[1:]]
