@@ -425,7 +425,11 @@ def test_rollout_records(make):
     assert rollout.completions == [response.tolist() for response in responses]
     assert rollout.masks == [mask.tolist() for mask in masks]
     assert rollout.rewards == rewards
-    assert rollout.metadata == {"completed": [False] * 5, "truncated": [False] * 5}
+    assert rollout.metadata["completed"] == rollout.metadata["truncated"] == [False] * 5
+    assert rollout.metadata["histories"] == histories
+    assert rollout.metadata["turn_rewards"] == [[0.0] * 3] * 5
+    for ends, mask in zip(rollout.metadata["turn_ends"], rollout.masks, strict=True):
+        assert ends == [i + 1 for i in range(len(mask)) if mask[i] and not mask[i + 1 : i + 2] == [1]]
     for logprobs, mask in zip(rollout.logprobs, rollout.masks, strict=True):
         assert [logprob < 0 for logprob in logprobs] == [m == 1 for m in mask]
     by_generate = make(generation_kwargs=SAMPLED | ONLY_GENERATE).run(["q"])[-1]

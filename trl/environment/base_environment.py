@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trl.data.records import Rollout
+from trl.environment.own_environment import OwnEnvironment, accepted
+from trl.environment.rollout import as_rollout
 from trl.environment.stopping import StringStoppingCriteria
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import ToolCalls
-from trl.environment.turns import ModelTurns
+from trl.environment.turn_loop import take_turns
+from trl.environment.turns import ModelTurns, SampledTurns, Turns
 from trl.generation.sampler import Sampler
 from trl.models.scoring import backbone
 
@@ -47,6 +50,7 @@ class TextEnvironment:
         *,
         tool_timeout: float | None = 30.0,
         tool_workers: int = 16,
+        environment_factory: Callable[[], Any] | None = None,
     ) -> None:
         """
         `tools`: by name, or a list of objects that go by the name of their class.
@@ -56,6 +60,8 @@ class TextEnvironment:
         `generation_kwargs`: keywords of transformers' `generate`.
         `tool_timeout`: seconds; a tool that takes longer is answered for with an error. Tools are called from
         several threads (at most `tool_workers`); None: one after another in the calling thread, without a limit.
+        `environment_factory`: makes an object with `reset()` for every row; its public methods are tools of that row,
+        its `reward` (a sum that grows) is what the row earned, a true `done` ends the episode.
         """
         if tool_timeout is not None and tool_timeout <= 0:
             raise ValueError(f"tool_timeout={tool_timeout}: give seconds above 0, or None for no limit")
@@ -65,7 +71,7 @@ class TextEnvironment:
             raise ValueError(f"max_tool_reponse={max_tool_reponse}: give 3 or more, the length of what marks a cut")
         self.model = model
         self.tokenizer: Any = tokenizer
-        self.tools = _named(tools)
+        self.tools = _named([] if tools is None and environment_factory is not None else tools)
         self.reward_fn = reward_fn
         self.prompt = prompt or ""
         self.max_turns = max_turns
@@ -74,13 +80,14 @@ class TextEnvironment:
         self.generation_kwargs = dict(generation_kwargs or {})
         self.tool_timeout = tool_timeout
         self.tool_workers = tool_workers
+        self.environment_factory = environment_factory
         self.request_token = "<request>"
         self.call_token = "<call>"
         self.response_token = "<response>"
         self.submit_token = "<submit>"
         self.is_encoder_decoder = hasattr(model, "is_encoder_decoder")
         self.current_device = torch.device("cpu") if model is None else backbone(model).device
-        self._run_seed: int | None = None
+        self._speaker: Turns | None = None
         self._samplers: dict[int, Sampler] = {}
 
     def run(
@@ -90,22 +97,31 @@ class TextEnvironment:
 
         A response is all tokens behind the query; its mask is 1 where the model sampled the token.
         """
-        histories = [self._begin(row, query) for row, query in enumerate(queries)]
+        queries = list(queries)
+        columns = {name: values for name, values in rewards_kwargs.items() if _is_column(values, len(queries))}
         # Every row draws from its own seed, so that what it says does not depend on who speaks at the same time.
-        self._run_seed = int(torch.randint(2**62, ()))
-        try:
-            self._play(histories)
-        finally:
-            self._run_seed = None
+        seed = int(torch.randint(2**62, ()))
+        histories = []
+        for row, query in enumerate(queries):
+            history = self._begin(query, {name: values[row] for name, values in columns.items()} | {"prompt": query})
+            history.row, history.seed = row, seed + row
+            histories.append(history)
+        self._play(histories)
         self.compute_reward(histories, **rewards_kwargs)
         parts = [history.split_query_response_tokens() for history in histories]
         query_ids, response_ids, masks = ([part[i] for part in parts] for i in range(3))
         return query_ids, response_ids, masks, [history.reward for history in histories], histories
 
-    def _begin(self, row: int, query: str) -> TextHistory:
-        text = self.prompt + query
-        history = TextHistory(text, self._tokens(text, add_special_tokens=True), system=True)
-        history.row = row
+    def _begin(self, query: str, row: Mapping[str, Any], ids: Sequence[int] | None = None) -> TextHistory:
+        """row: the columns that the row's own environment may ask for. ids: of the query, where they are known."""
+        environment = None if self.environment_factory is None else OwnEnvironment(self.environment_factory)
+        said = "" if environment is None else environment.reset(row)
+        text = self.prompt + query + said
+        if ids is None or self.prompt or said:
+            history = TextHistory(text, self._tokens(text, add_special_tokens=True), system=True)
+        else:
+            history = TextHistory(text, torch.tensor(ids, device=self.current_device), system=True)
+        history.environment = environment
         return history
 
     def _tokens(self, text: str, add_special_tokens: bool) -> Tensor:
@@ -115,28 +131,72 @@ class TextEnvironment:
     def _play(self, histories: list[TextHistory]) -> None:
         """Turns of all rows, until each is completed or has had `max_turns`."""
         turns = [0] * len(histories)
-        apart = self._model_turns().rows_are_apart
         calls = ToolCalls(self.tool_timeout, self.tool_workers)
-        ready = list(range(len(histories))) if self.max_turns > 0 else []
-        while ready or len(calls):
-            began = time.monotonic()
-            if ready:
-                self._model_turn(histories, ready, calls)
-            for row in ready:
-                turns[row] += 1
-            # As long as the others could generate, it pays to wait for a fuller batch.
-            answers = calls.collect(patience=(time.monotonic() - began) if apart else math.inf)
-            for row, answer in answers.items():
-                self._append_response(histories[row], answer)
-            self.tasks_end_check([histories[row] for row in answers], model_turn=False)
-            ready = [row for row in sorted(answers) if not histories[row].completed and turns[row] < self.max_turns]
 
-    def _model_turn(self, histories: list[TextHistory], ready: Sequence[int], calls: ToolCalls) -> None:
-        for row, history in zip(ready, self.generate([histories[row] for row in ready]), strict=True):
-            histories[row] = history
-            self._end_if_due(history)
-            if not history.completed:
-                calls.start(row, partial(self.call_tool, history.last_text_segment))
+        def speak(rows: list[int]) -> None:
+            for row, history in zip(rows, self.generate([histories[row] for row in rows]), strict=True):
+                histories[row] = history
+                turns[row] += 1
+                spoke = not history.completed  # its context may be full
+                self._end_if_due(history)
+                if history.completed and spoke:
+                    history.turn_rewards.append(self.turn_reward(history))
+                elif not history.completed:
+                    calls.start(row, partial(self._answer, history))
+
+        def answered(row: int, answer: str) -> bool:
+            history = histories[row]
+            self._append_response(history, answer)
+            history.turn_rewards.append(self.turn_reward(history))
+            self.tasks_end_check([history], model_turn=False)
+            return not history.completed and turns[row] < self.max_turns
+
+        rows = range(len(histories)) if self.max_turns > 0 else []
+        take_turns(rows, speak, answered, calls, apart=self._model_turns().rows_are_apart)
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether episodes have rewards without further functions."""
+        kind = type(self)
+        own = (kind.turn_reward, kind.compute_reward) != (TextEnvironment.turn_reward, TextEnvironment.compute_reward)
+        return self.reward_fn is not None or self.environment_factory is not None or own
+
+    def rollout(
+        self, rows: Sequence[Mapping[str, Any]], turns: SampledTurns, seeds: Sequence[int], limit: int
+    ) -> Rollout:
+        """Episodes for training: one for each row of a data set, with at most `limit` tokens behind the prompt.
+
+        `prompt_ids` are continued as they are, unless `prompt` or `reset` add something: then the text `prompt` of the
+        row is tokenised with it. The other columns reach `reset` and `reward_fn`, as far as these take them.
+        """
+        stop_strings = (*turns.params.stop_strings, self.call_token, self.submit_token)
+        own = self.generation_kwargs.get("max_new_tokens", turns.params.max_new_tokens)
+        params = replace(turns.params, stop_strings=stop_strings, max_new_tokens=min(own, turns.params.max_new_tokens))
+        histories = []
+        for index, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
+            text = row.get("prompt")
+            text = text if isinstance(text, str) else self.tokenizer.decode(row["prompt_ids"])
+            history = self._begin(text, row, row["prompt_ids"])
+            history.row, history.seed, history.limit = index, seed, len(history.tokens) + limit
+            histories.append(history)
+        self._speaker = replace(turns, params=params)
+        try:
+            self._play(histories)
+        finally:
+            self._speaker = None
+        if self.gives_rewards:
+            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
+            self.compute_reward(histories, **accepted(self.reward_fn or self.compute_reward, columns))
+        return as_rollout(histories)
+
+    def turn_reward(self, history: TextHistory) -> float:
+        """What the model's last turn brought by itself, its answer included; for subclasses to say.
+
+        Here it is the growth of `reward` of the row's own environment.
+        """
+        return 0.0 if history.environment is None else history.environment.new_reward()
 
     # --- one turn -------------------------------------------------------------------------------------------------
 
@@ -145,19 +205,28 @@ class TextEnvironment:
         self._end_if_due(history)
         if not history.completed:
             calls = ToolCalls(self.tool_timeout, self.tool_workers)
-            calls.start(0, partial(self.call_tool, history.last_text_segment))
+            calls.start(0, partial(self._answer, history))
             self._append_response(history, calls.collect(patience=0)[0])
         return history
 
-    def call_tool(self, text: str) -> str:
-        """The answer to the tool call in `text`. What goes wrong is said in words that the model reads."""
+    def _answer(self, history: TextHistory) -> str:
+        if history.environment is None:
+            return self.call_tool(history.last_text_segment)
+        return self.call_tool(history.last_text_segment, {**self.tools, **history.environment.tools})
+
+    def call_tool(self, text: str, tools: Mapping[str, Tool] | None = None) -> str:
+        """The answer to the tool call in `text`. What goes wrong is said in words that the model reads.
+
+        tools: by name, instead of the environment's own.
+        """
+        tools = self.tools if tools is None else tools
         name, query = self.parse_tool_call(text)
         if name is None or query is None:
             return f"Unknown tool call: {text}"
-        if name not in self.tools:
+        if name not in tools:
             return f"Unknown tool {name}."
         try:
-            answer = self.tools[name](query)
+            answer = tools[name](query)
         except Exception as error:
             return f"Tool error: {error}"
         if not isinstance(answer, str):
@@ -181,14 +250,16 @@ class TextEnvironment:
     # --- the end --------------------------------------------------------------------------------------------------
 
     def compute_reward(self, histories: list[TextHistory], **reward_kwargs: Any) -> list[TextHistory]:
-        """Set every episode's reward to what `reward_fn` gives for its last segment."""
-        if self.reward_fn is None:
+        """Set every episode's reward: what `reward_fn` gives for its last segment, and what its turns brought."""
+        if self.reward_fn is None and not self.gives_rewards:
             raise ValueError("reward_fn=None: no rewards can be computed; pass a function of the last text segments")
-        rewards = self.reward_fn([history.last_text_segment for history in histories], **reward_kwargs)
+        rewards: Sequence[Any] = [0.0] * len(histories)
+        if self.reward_fn is not None:
+            rewards = self.reward_fn([history.last_text_segment for history in histories], **reward_kwargs)
         if len(rewards) != len(histories):
             raise ValueError(f"reward_fn gave {len(rewards)} rewards for {len(histories)} episodes; give one for each")
         for history, reward in zip(histories, rewards, strict=True):
-            history.reward = reward
+            history.reward = reward + sum(history.turn_rewards) if any(history.turn_rewards) else reward
         return histories
 
     def tasks_end_check(self, histories: list[TextHistory], model_turn: bool = True) -> list[TextHistory]:
@@ -212,9 +283,12 @@ class TextEnvironment:
             return True, True
         segment = history.last_text_segment
         called = self.request_token in segment and self.call_token in segment
-        end_token = self.tokenizer.eos_token
-        said_end = end_token is not None and end_token in history.text
-        return False, said_end or self.submit_token in segment or (model_turn and not called)
+        end_token, said = self.tokenizer.eos_token, history.text[history.text_spans[0][1] :] or history.text
+        over = self.submit_token in segment or (end_token is not None and end_token in said)
+        if history.is_full and not over:
+            return True, True
+        done = history.environment is not None and history.environment.done and not model_turn
+        return False, over or done or (model_turn and not called)
 
     # --- the model ------------------------------------------------------------------------------------------------
 
@@ -224,10 +298,13 @@ class TextEnvironment:
         A history that fills the model's context is completed as truncated.
         """
         active = [history for history in histories if not history.completed]
-        seeds = None if self._run_seed is None else [self._run_seed + history.row for history in active]
-        turns = self._model_turns().speak([history.tokens for history in active], seeds)
-        for history, (tokens, logprobs) in zip(active, turns, strict=True):
+        seeds = [history.seed for history in active if history.seed is not None]
+        room = [None if history.limit is None else history.limit - len(history.tokens) for history in active]
+        most = None if None in room else max((r for r in room if r is not None), default=None)
+        turns = self._model_turns().speak([history.tokens for history in active], seeds or None, most)
+        for history, own_room, (tokens, logprobs) in zip(active, room, turns, strict=True):
             if len(tokens):
+                tokens, logprobs = tokens[:own_room], None if logprobs is None else logprobs[:own_room]
                 history.extend(self.tokenizer.decode(tokens), tokens, system=False, logprobs=logprobs)
             else:
                 history.complete(truncated=True)
@@ -237,12 +314,17 @@ class TextEnvironment:
         self, query_tensors: Sequence[Tensor], batch_size: int = 16, pad_to_multiple_of: int | None = None
     ) -> list[Tensor]:
         """What the model adds to each 1-d tensor of ids, up to the first `<call>`, `<submit>` or end token."""
-        turns = self._model_turns()
+        turns = self._own_turns()
         if pad_to_multiple_of is None:
             return [tokens for tokens, _ in turns.speak(query_tensors, max_rows=batch_size)]
         return turns.generate(query_tensors, batch_size, pad_to_multiple_of)
 
-    def _model_turns(self) -> ModelTurns:
+    def _model_turns(self) -> Turns:
+        if self._speaker is not None:
+            return self._speaker
+        return self._own_turns()
+
+    def _own_turns(self) -> ModelTurns:
         stop_strings = (self.call_token, self.submit_token)
         return ModelTurns(self.model, self.tokenizer, self.generation_kwargs, stop_strings, self._samplers)
 
@@ -256,3 +338,13 @@ def _named(tools: Mapping[str, Tool] | Sequence[Tool] | None) -> dict[str, Tool]
     if len(named) < len(tools):
         raise ValueError("tools: several of one class would go by the same name; pass a dict of tools by name")
     return named
+
+
+def _is_column(values: Any, rows: int) -> bool:
+    """Whether these are a value for each row."""
+    return (
+        hasattr(values, "__getitem__")
+        and hasattr(values, "__len__")
+        and not isinstance(values, str | Mapping)
+        and (len(values) == rows)
+    )

@@ -11,6 +11,7 @@ from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl import import_utils
+from trl.environment.own_environment import OwnEnvironment
 
 _HTML_COLOURS = {"Prompt": "#d9d9d9", "System": "#00d7af", "Model": "#5fd7ff", "Reward": "#ffafff"}
 
@@ -34,6 +35,14 @@ class TextHistory:
         """[N] of each token under the policy that sampled it: 0 where it was not sampled, nan where it is unknown"""
         self.row = 0
         """which row of its run this is"""
+        self.seed: int | None = None
+        """of the row's random numbers; None: drawn anew for every turn"""
+        self.limit: int | None = None
+        """most tokens that training takes; None: no limit"""
+        self.environment: OwnEnvironment | None = None
+        """whose methods this row's tools are, besides those of all rows"""
+        self.turn_rewards: list[float] = []
+        """what each turn of the model brought by itself"""
         self.completed = False
         self.truncated = False
         self.reward: float | Tensor = 0.0
@@ -65,6 +74,10 @@ class TextHistory:
         """Mark the episode as over; `truncated`: because it got too long."""
         self.completed = True
         self.truncated = truncated
+
+    @property
+    def is_full(self) -> bool:
+        return self.limit is not None and len(self.tokens) >= self.limit
 
     @property
     def last_text_segment(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +12,49 @@ from torch import Tensor
 from trl.environment.plain_generate import plain_generate
 from trl.generation.choose import make_sampler
 from trl.generation.generate_kwargs import sampling_params
-from trl.generation.sampler import Sampler
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.models.prepare import context_length
 from trl.models.scoring import backbone, is_encoder_decoder
 
 Turn = tuple[Tensor, Tensor | None]
 """ids, and their log-probabilities if they are known"""
+
+
+class Turns(Protocol):
+    """Whoever speaks for the model."""
+
+    @property
+    def rows_are_apart(self) -> bool:
+        """Whether a row's turn is the same whatever rows are in the same batch."""
+        ...
+
+    def speak(self, texts: Sequence[Tensor], seeds: Sequence[int] | None = None, most: int | None = None) -> list[Turn]:
+        """What the model adds to each of the 1-d `texts`, at most `most` tokens; nothing where its context is full."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampledTurns:
+    """Turns by a sampler. `context`: most tokens of text and turn together, None: no limit is known."""
+
+    sampler: Sampler
+    params: SamplingParams
+    context: int | None = None
+    rows_are_apart: bool = True
+
+    def speak(self, texts: Sequence[Tensor], seeds: Sequence[int] | None = None, most: int | None = None) -> list[Turn]:
+        speaking = [i for i, text in enumerate(texts) if self.context is None or len(text) < self.context]
+        turns: list[Turn] = [(text[:0], None) for text in texts]
+        if not speaking:
+            return turns
+        own = None if seeds is None else tuple(seeds[i] for i in speaking)
+        longest = self.params.max_new_tokens if most is None else min(most, self.params.max_new_tokens)
+        params = replace(self.params, seed=own, max_new_tokens=longest)
+        sampled = self.sampler.sample([texts[i].tolist() for i in speaking], params)
+        for i, (completion,) in zip(speaking, sampled, strict=True):
+            logprobs = torch.tensor(completion.logprobs, device=texts[i].device)
+            turns[i] = (texts[i].new_tensor(completion.ids), logprobs)
+        return turns
 
 
 @dataclass
@@ -33,37 +70,22 @@ class ModelTurns:
 
     def __post_init__(self) -> None:
         self.params = sampling_params(self.model, self.generation_kwargs, stop_strings=self.stop_strings)
+        self.context = None if is_encoder_decoder(self.model) else context_length(backbone(self.model))
 
     @property
     def rows_are_apart(self) -> bool:
-        """Whether a row's turn is the same whatever rows are in the same batch."""
         return self.params is not None
 
-    def speak(self, texts: Sequence[Tensor], seeds: Sequence[int] | None = None, max_rows: int = 128) -> list[Turn]:
-        """What the model adds to each of the 1-d `texts`; nothing where its context is full."""
-        room = [self._has_room(text) for text in texts]
-        speaking = [text for text, has_room in zip(texts, room, strict=True) if has_room]
-        if self.params is None or not speaking:
-            turns: list[Turn] = [(tokens, None) for tokens in self.generate(speaking, max_rows)]
-        else:
-            own = None if seeds is None else tuple(seed for seed, there in zip(seeds, room, strict=True) if there)
-            turns = self._sample(speaking, own, max_rows)
-        said = iter(turns)
-        return [next(said) if has_room else (text[:0], None) for text, has_room in zip(texts, room, strict=True)]
-
-    def _has_room(self, text: Tensor) -> bool:
-        limit = None if is_encoder_decoder(self.model) else context_length(backbone(self.model))
-        return limit is None or len(text) < limit
-
-    def _sample(self, texts: Sequence[Tensor], seeds: tuple[int, ...] | None, max_rows: int) -> list[Turn]:
-        assert self.params is not None
-        if max_rows not in self.samplers:
-            self.samplers[max_rows] = make_sampler(self.model, self.tokenizer, max_rows=max_rows)
-        sampled = self.samplers[max_rows].sample([text.tolist() for text in texts], replace(self.params, seed=seeds))
-        return [
-            (text.new_tensor(completion.ids), torch.tensor(completion.logprobs, device=text.device))
-            for text, (completion,) in zip(texts, sampled, strict=True)
-        ]
+    def speak(
+        self, texts: Sequence[Tensor], seeds: Sequence[int] | None = None, most: int | None = None, max_rows: int = 128
+    ) -> list[Turn]:
+        if self.params is not None:
+            if max_rows not in self.samplers:
+                self.samplers[max_rows] = make_sampler(self.model, self.tokenizer, max_rows=max_rows)
+            return SampledTurns(self.samplers[max_rows], self.params, self.context).speak(texts, seeds, most)
+        room = [self.context is None or len(text) < self.context for text in texts]
+        said = iter(self.generate([text for text, there in zip(texts, room, strict=True) if there], max_rows))
+        return [(next(said)[:most] if there else text[:0], None) for text, there in zip(texts, room, strict=True)]
 
     def generate(self, texts: Sequence[Tensor], batch_size: int, pad_to_multiple_of: int | None = None) -> list[Tensor]:
         """The same by the model's own `generate`, which draws from torch's global generator."""

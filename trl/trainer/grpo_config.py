@@ -17,6 +17,8 @@ class OnPolicyConfig(RewardedConfig):
     """weight of the KL to the reference; 0: no reference is kept"""
     mask_truncated_completions: bool = field(default=False)
     """completions cut at the length limit teach nothing"""
+    turn_level_credit: bool = field(default=False)
+    """environments: credit each turn with the rewards from it on, compared with the same turn of its group"""
     sync_ref_model: bool = field(default=False)
     """move the reference towards the policy every `ref_model_sync_steps`"""
     ref_model_mixup_alpha: float = field(default=0.6)

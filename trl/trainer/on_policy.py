@@ -16,6 +16,7 @@ from trl.losses.kl import KL_ESTIMATORS
 from trl.models.prepare import load_model
 from trl.models.reference import Reference
 from trl.trainer.dpo_trainer import SyncReference
+from trl.trainer.environment_rollouts import credit_turns
 from trl.trainer.grpo_config import OnPolicyConfig
 from trl.trainer.rollout_rewards import Rewards
 from trl.trainer.rollout_trainer import RolloutTrainer
@@ -29,6 +30,8 @@ class OnPolicyTrainer(RolloutTrainer):
 
     def __init__(self, *args: Any, ref_model: nn.Module | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.turn_level_credit and (self.environment is None or self.rewards.panel is not None):
+            raise ValueError("turn_level_credit=True: needs an environment that gives the rewards, and no reward_funcs")
         self.reference = self._reference(ref_model)
         self._first_step: int | None = None
 
@@ -86,13 +89,19 @@ class OnPolicyTrainer(RolloutTrainer):
         if self.reference is not None:
             with self.reference.model() as model:
                 reference = self.measured(model, rollout)
-        advantages = self._over_all_ranks(rewards, self._kl_B(rollout, reference)).tolist()
+        kl_B = self._kl_B(rollout, reference)
+        advantages = self._over_all_ranks(rewards, kl_B).tolist()
+        per_token = [[a] * len(ids) for a, ids in zip(advantages, rollout.completions, strict=True)]
+        if self.args.turn_level_credit:
+            per_token = credit_turns(
+                rewards, rollout, lambda shifted: self._over_all_ranks(shifted, kl_B), self.args.world_size
+            )
         experience = Experience(
             prompts=rollout.prompts,
             completions=rollout.completions,
             masks=masks,
             logprobs=rollout.logprobs,
-            advantages=[[a] * len(ids) for a, ids in zip(advantages, rollout.completions, strict=True)],
+            advantages=per_token,
             reference=reference,
             weights=self.token_weights(rollout, masks),
         )

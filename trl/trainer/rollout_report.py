@@ -40,6 +40,9 @@ def record(
     lengths = [len(ids) for ids in rollout.completions]
     add("completions/mean_length", float(sum(lengths)), len(lengths))
     add("completions/clipped_ratio", float(sum(truncated)), len(lengths))
+    if "turn_ends" in rollout.metadata:
+        add("episodes/turns", float(sum(map(len, rollout.metadata["turn_ends"]))), len(lengths))
+        add("episodes/sampled_tokens", float(sum(map(sum, rollout.masks))), len(lengths))
     if rewards is None:
         return
     for name, column_B, late in zip(rewards.names, rewards.scores_BF.unbind(1), rewards.timed_out, strict=True):

@@ -25,6 +25,7 @@ from trl.rewards.named import RewardSource
 from trl.rewards.panel import RewardError
 from trl.trainer import rollout_report
 from trl.trainer.configuration import as_config, processing_class_of
+from trl.trainer.environment_rollouts import environment_of, play
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
 from trl.trainer.prompt_stream import PromptStream
@@ -61,12 +62,13 @@ class RolloutTrainer(ObjectiveTrainer):
         *,
         tokenizer: Any = None,
         rollout_func: RolloutFunction | None = None,
+        environment: Any = None,
     ):
         config = as_config(args, self.config_class)
         self._microbatches, self._rows = config.rollout_shape()
         if train_dataset is None:
             raise ValueError("train_dataset: on-policy training needs prompts; give rows with a column `prompt`")
-        if self.needs_rewards and reward_funcs is None and rollout_func is None:
+        if self.needs_rewards and reward_funcs is None and rollout_func is None and environment is None:
             raise ValueError("reward_funcs: give reward functions, or a `rollout_func` whose rollouts have rewards")
         if isinstance(model, str):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
@@ -108,6 +110,9 @@ class RolloutTrainer(ObjectiveTrainer):
         )
         self._path: Literal["padded"] | None = None if config.padding_free else "padded"
         self.rollout_func, self.sampler = rollout_func, make_sampler(self.model, tokenizer)
+        self.environment: Any = None
+        if environment is not None:
+            self.environment = environment_of(config, tokenizer, environment, reward_funcs, rollout_func)
         self.rewards: RolloutRewards | None = None
         if self.needs_rewards:
             self.rewards = RolloutRewards.of(config, reward_funcs, reward_processing_classes, self.args.device)
@@ -150,6 +155,13 @@ class RolloutTrainer(ObjectiveTrainer):
     def get_train_dataloader(self) -> Any:
         return self.rollouts
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self.args.ignore_data_skip = True  # the rollouts keep their own place; `Trainer` would skip some more
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.ignore_data_skip = False
+
     def sampling_params(self, seed: int) -> SamplingParams:
         config = self.args
         further: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.generation_kwargs or {}).items()}
@@ -166,7 +178,11 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int) -> Rollout:
         """`group` completions of each prompt, in prompt order; log-probabilities are the policy's at `temperature`."""
-        if self.rollout_func is not None:
+        if self.environment is not None:
+            rollout = play(self, rows, group, seed)
+            if self.args.reshapes:
+                rollout.logprobs = self.measured(self.model, rollout)
+        elif self.rollout_func is not None:
             rollout = self.rollout_func([dict(row) for row in rows for _ in range(group)], self)
             if len(rollout) != len(rows) * group:
                 raise ValueError(f"rollout_func gave {len(rollout)} completions for {len(rows) * group} rows")
