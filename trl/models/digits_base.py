@@ -28,7 +28,7 @@ def digits_pipeline(
 
     40 CPU seconds at the default size the first time.
     """
-    settings = f"v1 {wrong_labels} {steps} {width} {seed}"
+    settings = f"v2 {wrong_labels} {steps} {width} {seed}"
     root = cache or Path(os.environ.get("TRL_CACHE", "~/.cache/trl")).expanduser()
     directory = root / f"digits-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     if not directory.exists():

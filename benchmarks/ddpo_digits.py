@@ -1,0 +1,232 @@
+"""DDPO on a small diffusion model of real digits: curves, images before and after, and where it stops being good.
+
+OMP_NUM_THREADS=1 python benchmarks/ddpo_digits.py run --task digit --seed 0 --out runs/ddpo     # each task and seed
+OMP_NUM_THREADS=1 python benchmarks/ddpo_digits.py report --runs runs/ddpo --out docs/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
+from sklearn.svm import SVC
+
+from trl import DDPOConfig, DDPOTrainer
+from trl.models.digits_base import digits, digits_pipeline
+from trl.models.modeling_digits import DDPODigitsPipeline
+from trl.rewards.images import ClassifierProbability, brightness
+
+torch.set_num_threads(1)
+
+TASKS = {
+    "digit": {"title": "probability of the asked digit", "wrong_labels": 0.7, "epochs": 60},
+    "brightness": {"title": "brightness", "wrong_labels": 0.0, "epochs": 45},
+}
+SHEET = [str(index % 10) for index in range(40)]
+"""the prompts of the pictures: four rows of 0 to 9, always from the same noise"""
+
+
+@dataclass
+class Gauges:
+    """What the reward does not see: measured with a second classifier and against all real digits."""
+
+    real: NDArray[Any]
+    labels: NDArray[Any]
+    judge: SVC = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The reward's classifier has seen the even digits, the judge the odd ones.
+        self.judge = SVC(gamma=2.0).fit(self.real[1::2], self.labels[1::2])
+
+    def measure(self, images: NDArray[Any], asked: NDArray[Any]) -> dict[str, float]:
+        """Images [B, 64]. `diversity`: deviation within a class, as part of that of real digits."""
+        drawn, real = (
+            np.mean([values[names == digit].std(0, ddof=1).mean() for digit in range(10) if (names == digit).sum() > 1])
+            for values, names in ((images, asked), (self.real, self.labels))
+        )
+        nearest = torch.cdist(torch.tensor(images), torch.tensor(self.real)).min(1).values.mean()
+        return {
+            "judge": float((self.judge.predict(images) == asked).mean()),
+            "distance": float(nearest),
+            "diversity": float(drawn / real),
+        }
+
+
+def run(task: str, seed: int, epochs: int, out: Path) -> None:
+    """Train once; write `task-seed.json` and the picture sheet of every epoch as `task-seed.npy`."""
+    images, labels = digits()
+    real, names = images.flatten(1).numpy(), labels.numpy()
+    gauges = Gauges(real, names)
+    pipeline = digits_pipeline(wrong_labels=TASKS[task]["wrong_labels"])
+    if task == "digit":
+        reward: Any = ClassifierProbability(smooth_classifier(real[::2], names[::2]), lambda prompt, _: int(prompt))
+    else:
+        reward = brightness
+    curve: list[dict[str, float]] = []
+    sheets: list[NDArray[Any]] = []
+    begun = time.process_time()
+
+    def watch(samples: list[list[Any]], step: int, tracker: Any) -> None:
+        drawn = torch.cat([batch[0] for batch in samples]).flatten(1).numpy()
+        rewards = torch.cat([batch[3] for batch in samples])
+        asked = np.array([int(prompt) for batch in samples for prompt in batch[1]])
+        spent = time.process_time() - begun
+        curve.append({"reward": rewards.mean().item(), **gauges.measure(drawn, asked), "cpu": spent})
+        sheets.append(sheet(pipeline))
+        print(len(curve) - 1, {key: round(value, 3) for key, value in curve[-1].items()}, flush=True)
+
+    config = settings(seed, epochs)
+    trainer = DDPOTrainer(config, reward, lambda: (str(random.randrange(10)), {}), pipeline, watch)
+    pipeline.set_progress_bar_config(disable=True)
+    trainer.train()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{task}-{seed}.json").write_text(json.dumps(curve))
+    np.save(out / f"{task}-{seed}.npy", np.stack(sheets))
+
+
+def smooth_classifier(images: NDArray[Any], labels: NDArray[Any]) -> MLPClassifier:
+    """Trained on noisy copies too: one that is not is fooled within ten epochs, without a better digit."""
+    draw = np.random.default_rng(0)
+    noisy = [images, *(images + 0.15 * draw.standard_normal(images.shape) for _ in range(4))]
+    classifier = MLPClassifier((64,), random_state=0, max_iter=60, alpha=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return classifier.fit(np.concatenate(noisy).clip(0, 1), np.tile(labels, 5))
+
+
+def settings(seed: int, epochs: int) -> DDPOConfig:
+    return DDPOConfig(
+        seed=seed,
+        num_epochs=epochs,
+        save_freq=10**6,
+        mixed_precision="no",
+        logdir=tempfile.mkdtemp(),
+        sample_num_steps=10,
+        sample_guidance_scale=2.0,
+        sample_batch_size=128,
+        sample_num_batches_per_epoch=1,
+        train_batch_size=16,
+        train_learning_rate=2e-4,
+        train_clip_range=1e-2,
+        per_prompt_stat_tracking=True,
+        per_prompt_stat_tracking_buffer_size=64,
+        per_prompt_stat_tracking_min_count=8,
+    )
+
+
+def sheet(pipeline: DDPODigitsPipeline) -> NDArray[Any]:
+    """The same 40 images, as the model draws them now. [32, 80] bytes"""
+    noise = torch.Generator().manual_seed(0)
+    drawn = pipeline(SHEET, num_inference_steps=10, guidance_scale=2.0, generator=noise, output_type="pt").images
+    rows = drawn.view(4, 10, 8, 8).permute(0, 2, 1, 3).reshape(32, 80)
+    return (rows * 255).round().byte().numpy()
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def report(runs: Path, out: Path) -> None:
+    """Curves and sheets as PNG, and the table on the standard output."""
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = {task: sorted(runs.glob(f"{task}-*.json")) for task in TASKS}
+    curves = {task: [json.loads(path.read_text()) for path in paths] for task, paths in loaded.items()}
+    draw_curves(curves, out / "ddpo_curves.png")
+    for task, paths in loaded.items():
+        stop = best_epoch(curves[task])
+        draw_sheets(np.load(paths[0].with_suffix(".npy")), stop, out / f"ddpo_{task}.png")
+        print(f"\n| {TASKS[task]['title']} | epoch | reward | judge | distance | diversity | CPU s |")
+        print("|---|---|---|---|---|---|---|")
+        for epoch in sorted({0, stop, len(curves[task][0]) - 1}):
+            print(table_row(curves[task], epoch))
+
+
+def best_epoch(curves: list[list[dict[str, float]]]) -> int:
+    """Where to stop: the last epoch at which the judge, as a mean over five, is within .02 of the best it ever was."""
+    judged = np.mean([[point["judge"] for point in curve] for curve in curves], axis=0)
+    smooth = np.array([judged[max(0, at - 2) : at + 3].mean() for at in range(len(judged))])
+    return int(np.nonzero(smooth >= smooth.max() - 0.02)[0][-1])
+
+
+def table_row(curves: list[list[dict[str, float]]], epoch: int) -> str:
+    """Mean over the seeds, and the range of the reward."""
+    points = [curve[epoch] for curve in curves]
+    rewards = [point["reward"] for point in points]
+    means = {key: np.mean([point[key] for point in points]) for key in points[0]}
+    return (
+        f"| | {epoch} | {means['reward']:.3f} ({min(rewards):.3f} to {max(rewards):.3f}) | {means['judge']:.2f} "
+        f"| {means['distance']:.2f} | {means['diversity']:.2f} | {means['cpu']:.0f} |"
+    )
+
+
+def draw_curves(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5), sharex="row", layout="constrained")
+    for row, (task, seeds) in zip(axes, curves.items(), strict=True):
+        for curve in seeds:
+            row[0].plot([point["reward"] for point in curve], color="tab:blue", alpha=0.8)
+            row[1].plot([point["judge"] for point in curve], color="tab:green", alpha=0.8)
+            row[1].plot([point["diversity"] for point in curve], color="tab:orange", alpha=0.8)
+        for axis in row:
+            axis.axvline(best_epoch(seeds), color="grey", linestyle=":")
+            axis.set_xlabel("epoch")
+        row[0].set_title(f"reward: {TASKS[task]['title']}", fontsize=10)
+        row[1].set_title("not in the reward", fontsize=10)
+        row[1].legend(row[1].lines[:2], ["second classifier agrees", "diversity / real digits"], fontsize=8)
+        row[1].set_ylim(0, 1.1)
+    figure.savefig(path, dpi=90)
+
+
+def draw_sheets(sheets: NDArray[Any], stop: int, path: Path) -> None:
+    """Before, where to stop, and at the end, above each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    epochs = sorted({0, stop, len(sheets) - 1})
+    figure, axes = plt.subplots(len(epochs), 1, figsize=(6, 2.7 * len(epochs)), layout="constrained")
+    for axis, epoch in zip(np.atleast_1d(axes), epochs, strict=True):
+        axis.imshow(sheets[epoch], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(f"epoch {epoch}; asked for: 0 to 9 in every row", fontsize=9)
+        axis.axis("off")
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("--task", choices=list(TASKS), required=True)
+    running.add_argument("--seed", type=int, required=True)
+    running.add_argument("--epochs", type=int)
+    running.add_argument("--out", type=Path, required=True)
+    reporting = commands.add_parser("report")
+    reporting.add_argument("--runs", type=Path, required=True)
+    reporting.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if given.command == "run":
+        run(given.task, given.seed, given.epochs or TASKS[given.task]["epochs"], given.out)
+    else:
+        report(given.runs, given.out)
+
+
+if __name__ == "__main__":
+    main()
