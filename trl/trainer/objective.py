@@ -112,6 +112,9 @@ class ObjectiveTrainer(Trainer):
         """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
 
     def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
+        settings = kwargs.get("args")
+        if settings is not None and settings.accelerator_config.dispatch_batches is None:
+            settings.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
         super().__init__(*args, processing_class=processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -124,8 +127,6 @@ class ObjectiveTrainer(Trainer):
                 f"max_tokens_per_microbatch={budget}: ranks would differ in their number of forward passes, which FSDP "
                 "and DeepSpeed do not allow; leave it out"
             )
-        if self.args.accelerator_config.dispatch_batches is None:
-            self.args.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
         self._tallies = {"train": Tally(), "eval": Tally()}
 
     def prepare_data(self) -> None:
