@@ -27,10 +27,12 @@ def tokenizer() -> Any:
 
 
 def config(**more: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
-    )  # fmt: skip
+    settings = {
+        "vocab_size": len(tokenizer()), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return LlamaConfig(**{**settings, **more})
 
 
 def causal_lm(seed: int = 0) -> torch.nn.Module:
@@ -182,7 +184,7 @@ CASES: dict[str, Case] = {
                "generation_kwargs": {"x": 1}, "beta": -1.0, "reward_weights": [1.0, 2.0], "reward_timeout": 0.0,
                "overlong_cache": 7, "dynamic_sampling_max_rounds": 65, "ref_model_mixup_alpha": 0.0,
                "ref_model_sync_steps": 0, "sync_ref_model": True, "num_completions_to_print": 2,
-               "log_unique_prompts": True, "use_vllm": True, "ignore_data_skip": False, "epsilon": 0.0,
+               "log_unique_prompts": True, "use_vllm": True, "ignore_data_skip": True, "epsilon": 0.0,
                "epsilon_high": -1.0, "delta": 1.1, "importance_sampling_level": "x", "scale_rewards": "x",
                "advantage": "x", "multi_objective_aggregation": "x", "kl_estimator": "k2", "kl_placement": "reward",
                "use_bias_correction_kl": True, "sapo_temperature_neg": 2.0, "sapo_temperature_pos": 2.0,

@@ -15,7 +15,7 @@ from trl.data.records import Rollout
 from trl.losses.kl import KL_ESTIMATORS
 from trl.models.prepare import load_model
 from trl.models.reference import Reference
-from trl.trainer.dpo_trainer import SyncReference
+from trl.trainer.references import SyncReference
 from trl.trainer.environment_rollouts import credit_turns
 from trl.trainer.grpo_config import OnPolicyConfig
 from trl.trainer.rollout_rewards import Rewards

@@ -63,13 +63,12 @@ class RolloutConfig(PostTrainingConfig):
     """print one completion of each prompt"""
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet"""
-    ignore_data_skip: bool = field(default=True)
-    """must stay True: a resumed run takes up its rollouts itself"""
 
     def validate(self) -> None:
         super().validate()
         require(self, "use_vllm", not self.use_vllm, "vLLM is not supported yet; the local sampler needs no settings")
-        require(self, "ignore_data_skip", self.ignore_data_skip, "the rollouts keep their own place; leave it True")
+        way_out = "a resumed run goes on where it stopped, in the midst of a rollout even; leave it False"
+        require(self, "ignore_data_skip", not self.ignore_data_skip, way_out)
         require(self, "auto_find_batch_size", not self.auto_find_batch_size, "the batch size is part of a rollout")
         for name in ("num_generations", "max_completion_length", "num_iterations"):
             require(self, name, getattr(self, name) >= 1, "give a whole number >= 1")
