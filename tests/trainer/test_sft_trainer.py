@@ -1,4 +1,4 @@
-"""SFTTrainer: every kind of row and argument, the words of older releases, and that packed rows never see each other."""
+"""SFTTrainer: every kind of row and argument, the words of older releases; packed rows never see each other."""
 
 import datasets
 import numpy as np
@@ -401,7 +401,7 @@ def test_eos_pad_and_template_of_the_config(tmp_path):
     assert own.chat_template.startswith("{% for m")
     with pytest.raises(ValueError, match="eos_token='<nothing>': not in the tokenizer's vocabulary"):
         trainer_of(config(tmp_path, eos_token="<nothing>"), processing_class=word_tokenizer())
-    with pytest.raises(ValueError, match="chat_template_path=.*give a file"):
+    with pytest.raises(ValueError, match=r"chat_template_path=.*give a file"):
         trainer_of(config(tmp_path, chat_template_path=str(tmp_path / "none")), processing_class=word_tokenizer())
 
 

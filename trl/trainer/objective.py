@@ -113,8 +113,10 @@ class ObjectiveTrainer(Trainer):
 
     def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
         settings = kwargs.get("args")
-        if settings is not None and settings.accelerator_config.dispatch_batches is None:
-            settings.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
+        if settings is not None:
+            settings.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
+            if settings.accelerator_config.dispatch_batches is None:
+                settings.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
         super().__init__(*args, processing_class=processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
