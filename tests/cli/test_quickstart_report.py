@@ -40,6 +40,7 @@ def run(gain: float = 0.5, steps: int = 3) -> Run:
         reinforcement=Reinforcement(["A film that"] * PROMPTS, reading(0.1, "<script>bores</script>"), after, history,
                                     "all steps"),
         seconds={"Imitate": 12.0, "Reward": 34.0, "Before": 1.0, "Reinforce": 100.0, "After": 1.0},
+        threads=1,
         peak_mebibytes=2048.0, versions={"trl": "1"}, date="1 January 2026", sources=[("thing 1.0", "MIT")],
     )  # fmt: skip
 

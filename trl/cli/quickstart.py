@@ -33,7 +33,7 @@ def command(
         bool, typer.Option("--save-models", help="Keep policy and reward model there too (up to 0.7 GB).")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch. [as many as there are cores, 4 at most]")
+        int | None, typer.Option(min=1, help="Of torch. [as many as there are idle cores, 4 at most]")
     ] = None,
 ) -> None:
     """Teach a model to write movie-review lines, learn a reward from people's ratings, and reinforce it with PPO.
@@ -87,7 +87,7 @@ def prepare_libraries(threads: int | None) -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(threads or min(4, usable_cores()))
+    torch.set_num_threads(threads or min(4, idle_cores()))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -96,9 +96,10 @@ def prepare_libraries(threads: int | None) -> None:
         warnings.filterwarnings("ignore", module=library)
 
 
-def usable_cores() -> int:
-    """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def idle_cores() -> int:
+    """Cores that this process may use and that nobody keeps busy; at least 1. On busy ones, threads only wait."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - round(os.getloadavg()[0]))
 
 
 def perform(model_name: str | None, tiny: bool, seed: int, scratch: Path, progress: Progress) -> tuple[Run, Any]:
@@ -179,6 +180,7 @@ def circumstances() -> dict[str, Any]:
             "peft": peft.__version__,
             "Python": platform.python_version(),
         },
+        "threads": torch.get_num_threads(),
         "peak_mebibytes": peak / (1024 * 1024 if sys.platform == "darwin" else 1024),
     }
 

@@ -33,6 +33,7 @@ class Run:
     reinforcement: Reinforcement
     seconds: dict[str, float]
     """of each stage"""
+    threads: int
     peak_mebibytes: float
     versions: dict[str, str]
     date: str

@@ -23,7 +23,7 @@ from trl.rewards.sentiment import sentiment
 
 CLEAR_RATINGS = 0.5
 """least difference of the ratings in a held-out pair: below, people do not agree on the order either"""
-HELDOUT_LINES = 96
+HELDOUT_LINES = 64
 """that the imitation is measured on"""
 
 
