@@ -1,8 +1,12 @@
 import asyncio
+import os
 import random
+import subprocess
+import sys
 import threading
 import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -500,3 +504,30 @@ def test_denoise_reports_every_step():
         after_step=lambda index, timestep, latents: seen.append((index, int(timestep))),
     )  # fmt: skip
     assert seen == [(0, 76), (1, 51), (2, 26), (3, 1)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_resume(tmp_path):
+    """Different samples, the same weights and statistics; and a resumed run is the uninterrupted one here too."""
+
+    def launch(directory, resume_from=""):
+        directory.mkdir()
+        here = Path(__file__).parent
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        arguments = [str(here / "ddpo_two_ranks.py"), str(directory), str(resume_from)]
+        paths = os.pathsep.join([str(here.parent.parent), str(here.parent)])
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [torch.load(directory / f"rank{rank}of2.pt") for rank in (0, 1)]
+
+    first, second = launch(tmp_path / "whole")
+    assert first["drawn"] != second["drawn"]
+    assert first["progress"] == second["progress"]
+    assert first["progress"]["global_step"] == 3 * 2
+    resumed = launch(tmp_path / "rest", tmp_path / "whole" / "checkpoints" / "checkpoint_1")
+    for ended in (second, *resumed):
+        for name, value in first["weights"].items():
+            assert torch.equal(value, ended["weights"][name]), name
+    assert [ended["drawn"] for ended in resumed] == [first["drawn"], second["drawn"]]
+    assert resumed[0]["progress"] == first["progress"]

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, ProjectConfiguration, parse_flag_from_env
 from torch import nn
 
 from trl.trainer.ddpo_config import DDPOConfig
@@ -15,8 +15,9 @@ from trl.trainer.ddpo_config import DDPOConfig
 
 def create_accelerator(config: DDPOConfig, *, own_autocast: bool) -> Accelerator:
     """The Accelerator that the config asks for; `own_autocast`: the pipeline brings its own autocast context."""
-    device = PartialState(cpu=config.accelerator_kwargs.get("cpu", False)).device
-    if config.mixed_precision == "fp16" and device.type == "cpu":
+    # Asked of torch: accelerate would accept it and compute in float32, and asking it would fix its state too early.
+    on_cpu = config.accelerator_kwargs.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if config.mixed_precision == "fp16" and (on_cpu or not torch.accelerator.is_available()):
         raise ValueError("mixed_precision='fp16': needs a GPU; on a CPU choose 'no' (exact) or 'bf16'")
     name = config.log_with
     if name in ("wandb", "tensorboard") and name not in map(str, get_available_trackers()):
