@@ -150,25 +150,27 @@ def report(runs: Path, out: Path) -> None:
         draw_sheets(np.load(paths[0].with_suffix(".npy")), stop, out / f"ddpo_{task}.png")
         print(f"\n| {TASKS[task]['title']} | epoch | reward | judge | distance | diversity | CPU s |")
         print("|---|---|---|---|---|---|---|")
-        for epoch in sorted({0, stop, len(curves[task][0]) - 1}):
+        shared, longest = (least(len(curve) for curve in curves[task]) - 1 for least in (min, max))
+        for epoch in sorted({0, stop, shared, longest}):
             print(table_row(curves[task], epoch))
 
 
 def best_epoch(curves: list[list[dict[str, float]]]) -> int:
     """Where to stop: the last epoch at which the judge, as a mean over five, is within .02 of the best it ever was."""
-    judged = np.mean([[point["judge"] for point in curve] for curve in curves], axis=0)
+    shared = min(len(curve) for curve in curves)
+    judged = np.mean([[point["judge"] for point in curve[:shared]] for curve in curves], axis=0)
     smooth = np.array([judged[max(0, at - 2) : at + 3].mean() for at in range(len(judged))])
     return int(np.nonzero(smooth >= smooth.max() - 0.02)[0][-1])
 
 
 def table_row(curves: list[list[dict[str, float]]], epoch: int) -> str:
-    """Mean over the seeds, and the range of the reward."""
-    points = [curve[epoch] for curve in curves]
+    """Mean over the seeds that went so far, and the range of the reward."""
+    points = [curve[epoch] for curve in curves if epoch < len(curve)]
     rewards = [point["reward"] for point in points]
     means = {key: np.mean([point[key] for point in points]) for key in points[0]}
     return (
-        f"| | {epoch} | {means['reward']:.3f} ({min(rewards):.3f} to {max(rewards):.3f}) | {means['judge']:.2f} "
-        f"| {means['distance']:.2f} | {means['diversity']:.2f} | {means['cpu']:.0f} |"
+        f"| {len(points)} seeds | {epoch} | {means['reward']:.3f} ({min(rewards):.3f} to {max(rewards):.3f}) "
+        f"| {means['judge']:.2f} | {means['distance']:.2f} | {means['diversity']:.2f} | {means['cpu']:.0f} |"
     )
 
 

@@ -122,10 +122,10 @@ class DDPODigitsPipeline(DDPOStableDiffusionPipeline):
         output_type: str = "pil",
     ) -> DDPOPipelineOutput:
         """Sample; images are [B, 1, 8, 8] in 0..1 for `output_type="pt"`."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds")
-        if prompt_embeds is None:
+        if prompt is not None and prompt_embeds is None:
             prompt_embeds = self._embed(prompt)
+        elif prompt is not None or prompt_embeds is None:
+            raise ValueError("give either prompt or prompt_embeds")
         if guidance_scale > 1:
             if negative_prompt_embeds is None:
                 negative_prompt_embeds = self._embed([negative_prompt] * len(prompt_embeds))

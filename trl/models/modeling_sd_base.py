@@ -251,7 +251,8 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
                 )
             return wanted
 
-    def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`pipeline_step` on this pipeline."""
         return pipeline_step(self.sd_pipeline, *args, **kwargs)
 
     def scheduler_step(self, *args: Any, **kwargs: Any) -> DDPOSchedulerOutput:

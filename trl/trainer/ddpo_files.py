@@ -51,17 +51,18 @@ class Progress:
 def latest_checkpoint(path: str) -> str:
     """`path` if it is a `checkpoint_N`, else the one with the highest N in it."""
     path = os.path.normpath(os.path.expanduser(path))
-    if checkpoint_number(path) is not None and os.path.isdir(path):
+    if checkpoint_number(path) >= 0 and os.path.isdir(path):
         return path
-    found = [name for name in (os.listdir(path) if os.path.isdir(path) else []) if checkpoint_number(name) is not None]
+    found = [name for name in (os.listdir(path) if os.path.isdir(path) else []) if checkpoint_number(name) >= 0]
     if not found:
         raise ValueError(f"No checkpoints found in {path}: resume_from takes a checkpoint_N folder or its parent")
     return os.path.join(path, max(found, key=checkpoint_number))
 
 
-def checkpoint_number(path: str) -> int | None:
+def checkpoint_number(path: str) -> int:
+    """N of a `checkpoint_N`, -1 for anything else."""
     match = re.fullmatch(r"checkpoint_(\d+)", os.path.basename(path))
-    return int(match.group(1)) if match else None
+    return int(match.group(1)) if match else -1
 
 
 def refuse_to_overwrite(accelerator: Accelerator, epochs: range, save_freq: int) -> None:

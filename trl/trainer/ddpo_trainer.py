@@ -141,21 +141,10 @@ class DDPOTrainer(BaseTrainer):
             config.sample_num_batches_per_epoch, config.sample_batch_size
         )
         samples = {key: torch.cat([batch[key] for batch in collected]) for key in collected[0]}
-        rewards, metadata = self.compute_rewards(prompt_image_data, is_async=config.async_reward_computation)
-        for data, reward, extra in zip(prompt_image_data, rewards, metadata, strict=True):
-            data.extend([reward, extra])
-        if self.image_samples_callback is not None:
-            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
-            self.image_samples_callback(prompt_image_data, global_step, tracker)
-
-        gathered = self.accelerator.gather(torch.cat(list(rewards))).cpu().numpy()
-        mean, std = float(gathered.mean()), float(gathered.std())
-        self.accelerator.log(
-            {"reward": gathered, "epoch": epoch, "reward_mean": mean, "reward_std": std}, step=global_step
-        )
-        prompts = [prompt for _, batch, *_ in prompt_image_data for prompt in batch]
-        samples["advantages"] = self._advantages(gathered, gather_object(prompts))
         del samples["prompt_ids"]
+        rewards = self._score_and_show(prompt_image_data, epoch, global_step)
+        prompts = [prompt for _, batch, *_ in prompt_image_data for prompt in batch]
+        samples["advantages"] = self._advantages(rewards, gather_object(prompts))
         for inner_epoch in range(config.train_num_inner_epochs):
             batches = self._shuffled_batches(samples)
             global_step = self._train_batched_samples(inner_epoch, epoch, global_step, batches)
@@ -170,6 +159,21 @@ class DDPOTrainer(BaseTrainer):
             self.accelerator.project_configuration.iteration = epoch
             self.accelerator.save_state()
         return global_step
+
+    def _score_and_show(self, prompt_image_data: list[list[Any]], epoch: int, global_step: int) -> NDArray[Any]:
+        """The rewards of all processes' samples; log them, and call the image hook with this process's."""
+        rewards, metadata = self.compute_rewards(prompt_image_data, is_async=self.config.async_reward_computation)
+        for data, reward, extra in zip(prompt_image_data, rewards, metadata, strict=True):
+            data.extend([reward, extra])
+        if self.image_samples_callback is not None:
+            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
+            self.image_samples_callback(prompt_image_data, global_step, tracker)
+        gathered = self.accelerator.gather(torch.cat(list(rewards))).cpu().numpy()
+        mean, std = float(gathered.mean()), float(gathered.std())
+        self.accelerator.log(
+            {"reward": gathered, "epoch": epoch, "reward_mean": mean, "reward_std": std}, step=global_step
+        )
+        return gathered
 
     def _generate_samples(self, iterations: int, batch_size: int) -> tuple[list[Samples], list[list[Any]]]:
         """`iterations` batches of trajectories [B, N, ...], and their `[images, prompts, prompt metadata]`."""
@@ -274,9 +278,15 @@ class DDPOTrainer(BaseTrainer):
             if guided:
                 embeds = torch.cat([sample["negative_prompt_embeds"], embeds])
             for at in range(self.num_train_timesteps):
-                moment = [sample[key][:, at] for key in ("latents", "timesteps", "next_latents", "log_probs")]
                 with self.accelerator.accumulate(self._prepared):
-                    loss, approx_kl, clipfrac = self.calculate_loss(*moment, sample["advantages"], embeds)
+                    loss, approx_kl, clipfrac = self.calculate_loss(
+                        sample["latents"][:, at],
+                        sample["timesteps"][:, at],
+                        sample["next_latents"][:, at],
+                        sample["log_probs"][:, at],
+                        sample["advantages"],
+                        embeds,
+                    )
                     self.accelerator.backward(loss)
                     if self.accelerator.sync_gradients:
                         self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm)
