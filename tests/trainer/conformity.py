@@ -95,6 +95,10 @@ def prompts() -> Dataset:
     return Dataset.from_dict({"prompt": [text(2 + i % 3, i) for i in range(8)], "wanted": list(WORDS[:8])})
 
 
+def answered() -> Dataset:
+    return Dataset.from_dict({"prompt": [text(2 + i % 3, i) for i in range(8)], "completion": list(WORDS[:8])})
+
+
 def early_letters(completions: list[str], **columns: Any) -> list[float]:
     """How many of the first letters of the alphabet a completion has."""
     return [float(sum(letter in "abcdefgh" for letter in completion.split())) for completion in completions]
@@ -126,6 +130,8 @@ class Case:
     packs: bool = True
     """whether `padding_free` exists"""
     task_type: str = "CAUSAL_LM"
+    smallest: int = 1
+    """rows of a micro-batch at least"""
     not_with_lora: tuple[str, ...] = ()
     """settings that make no sense with an adapter"""
 
@@ -210,6 +216,28 @@ CASES: dict[str, Case] = {
         settings={"num_generations": 4, "max_completion_length": 6, "loss_type": "cispo", "num_iterations": 3,
                   "multi_objective_aggregation": "normalize_then_sum", "advantage": "leave_one_out"},
         wrong={"epsilon": 0.1, "delta": 3.0},
+    ),
+    "online-dpo": Case(
+        "OnlineDPOTrainer", "OnlineDPOConfig", causal_lm, prompts, arguments=two_rewards,
+        settings={"max_completion_length": 6, "num_iterations": 2, "generation_batch_size": 16, "dynamic_sampling": True,
+                  "dynamic_sampling_max_rounds": 9},
+        wrong={"loss_type": "kto_pair", "beta": 0.0, "num_generations": 1, "per_device_train_batch_size": 3},
+        smallest=2,
+    ),
+    "raft": Case(
+        "RAFTTrainer", "RAFTConfig", causal_lm, prompts, arguments=two_rewards,
+        settings={"max_completion_length": 6, "num_generations": 4, "keep_best": 2, "min_reward": -1.0},
+        wrong={"keep_best": 5},
+    ),
+    "distillation": Case(
+        "DistillationTrainer", "DistillationConfig", causal_lm, prompts,
+        arguments=lambda: {"teacher_model": causal_lm(seed=7)},
+        settings={"max_completion_length": 6, "beta": 0.5, "num_iterations": 2},
+        wrong={"beta": 2.0, "lmbda": -1.0, "teacher_model_name_or_path": "x"},
+    ),
+    "gkd": Case(
+        "GKDTrainer", "GKDConfig", causal_lm, answered, arguments=lambda: {"teacher_model": causal_lm(seed=7)},
+        settings={"max_completion_length": 6},
     ),
     "rloo": Case(
         "RLOOTrainer", "RLOOConfig", causal_lm, prompts, arguments=two_rewards,

@@ -25,6 +25,8 @@ def _quiet(caplog):
 def test_the_split_into_microbatches_changes_nothing(name, tmp_path):
     seen = []
     for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        if size < CASES[name].smallest:
+            continue
         trainer = build(
             name, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=1
         )

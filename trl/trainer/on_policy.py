@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from trl.data.records import Rollout
 from trl.losses.kl import KL_ESTIMATORS
-from trl.models.prepare import load_model
 from trl.models.reference import Reference
-from trl.trainer.references import SyncReference
 from trl.trainer.environment_rollouts import credit_turns
 from trl.trainer.grpo_config import OnPolicyConfig
 from trl.trainer.rollout_rewards import Rewards
@@ -36,22 +33,11 @@ class OnPolicyTrainer(RolloutTrainer):
         self._first_step: int | None = None
 
     def _reference(self, ref_model: nn.Module | str | None) -> Reference | None:
-        config = self.args
-        if not config.beta:
-            if ref_model is not None:
-                raise ValueError("ref_model: beta=0 uses no reference; set beta > 0 or leave it out")
-            return None
-        given: nn.Module | None = None
+        if self.args.beta:
+            return self.make_reference(ref_model)
         if ref_model is not None:
-            given = load_model(ref_model, AutoModelForCausalLM, config.model_init_kwargs)
-            if given is not self.model:  # else `Reference` says what is wrong with that
-                given = self.accelerator.prepare_model(given, evaluation_mode=True)
-        reference = Reference(self.model, given)
-        if config.sync_ref_model:
-            if reference.frozen is None:
-                raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
-            self.add_callback(SyncReference(reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
-        return reference
+            raise ValueError("ref_model: beta=0 uses no reference; set beta > 0 or leave it out")
+        return None
 
     # -- the verbs of an algorithm ---------------------------------------------------------------
 

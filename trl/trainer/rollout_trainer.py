@@ -29,6 +29,7 @@ from trl.trainer.environment_rollouts import environment_of, play
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
 from trl.trainer.prompt_stream import PromptStream
+from trl.trainer.references import SyncReference
 from trl.trainer.rollout_config import RolloutConfig
 from trl.trainer.rollout_rewards import Rewards, RolloutRewards, replace_groups
 from trl.trainer.rollouts import Experience, PolicyBatch, RolloutLoader, RolloutState, policy_batch, prompt_trees
@@ -120,6 +121,20 @@ class RolloutTrainer(ObjectiveTrainer):
         seed = config.seed if config.data_seed is None else config.data_seed
         self.prompts = PromptStream(self.train_dataset, seed, config.shuffle_dataset)
         self.rollouts = self._loader()
+
+    def make_reference(self, ref_model: nn.Module | str | None) -> Reference:
+        """The model given, or the policy without its adapter, or a frozen copy; it moves where the config says so."""
+        config, given = self.args, None
+        if ref_model is not None:
+            given = load_model(ref_model, AutoModelForCausalLM, config.model_init_kwargs)
+            if given is not self.model:  # else `Reference` says what is wrong with that
+                given = self.accelerator.prepare_model(given, evaluation_mode=True)
+        reference = Reference(self.model, given)
+        if getattr(config, "sync_ref_model", False):
+            if reference.frozen is None:
+                raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
+            self.add_callback(SyncReference(reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
+        return reference
 
     # -- the verbs of an algorithm ---------------------------------------------------------------
 
@@ -298,10 +313,13 @@ class RolloutTrainer(ObjectiveTrainer):
 
     # -- the loop's side -------------------------------------------------------------------------
 
+    def least_rows(self) -> int:
+        """Rows of a micro-batch to compute at least: many processes must all run the model."""
+        return int(self.args.world_size > 1)
+
     def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
-        limit, least = self.args.max_completion_length, int(self.args.world_size > 1)
-        skip = self.idle_rows_can_be_skipped()
-        return {"policy": policy_batch(rows, self.aggregation, limit, skip_idle=skip, least=least)}
+        limit, skip = self.args.max_completion_length, self.idle_rows_can_be_skipped()
+        return {"policy": policy_batch(rows, self.aggregation, limit, skip_idle=skip, least=self.least_rows())}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)

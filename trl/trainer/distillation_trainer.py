@@ -1,0 +1,196 @@
+"""Distillation on the student's own samples: the teacher's distribution at every token of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from trl.data.chat import ChatTemplate
+from trl.data.encode import TextEncoder
+from trl.data.records import Rollout
+from trl.losses.distillation import generalized_jsd
+from trl.losses.loss_sum import LossSum
+from trl.models.head import map_logits
+from trl.models.prepare import load_model
+from trl.models.scoring import scored_states
+from trl.trainer.configuration import require
+from trl.trainer.preparation import each_dataset
+from trl.trainer.rollout_config import RolloutConfig
+from trl.trainer.rollout_rewards import Rewards
+from trl.trainer.rollout_trainer import RolloutTrainer
+from trl.trainer.rollouts import Experience, PolicyBatch
+
+
+@dataclass
+class DistillationConfig(RolloutConfig):
+    """`TrainingArguments` and what distillation adds."""
+
+    num_generations: int = field(default=1)
+    """completions of each prompt"""
+    beta: float = field(default=1.0)
+    """generalised Jensen-Shannon divergence: 0 is the forward KL(teacher || student), 1 the reverse KL"""
+    lmbda: float = field(default=1.0)
+    """share of prompts whose completion is the student's own; the others take the data set's `completion`"""
+    teacher_model_name_or_path: str | None = field(default=None)
+    """the teacher, where it is not given as an object"""
+    teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
+    """keywords of `from_pretrained` for a teacher given by name"""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "beta", 0 <= self.beta <= 1, "give a number in [0, 1]")
+        require(self, "lmbda", 0 <= self.lmbda <= 1, "give a share in [0, 1]")
+
+
+@dataclass
+class GKDConfig(DistillationConfig):
+    """Distillation with the defaults of GKD."""
+
+    temperature: float = field(default=0.9)
+    """sampling temperature"""
+    beta: float = field(default=0.5)
+    """generalised Jensen-Shannon divergence: 0 is the forward KL(teacher || student), 1 the reverse KL"""
+    lmbda: float = field(default=0.5)
+    """share of prompts whose completion is the student's own; the others take the data set's `completion`"""
+    max_completion_length: int = field(default=128)
+    """longest completion in tokens"""
+
+
+class DistillationTrainer(RolloutTrainer):
+    """Teach a student by a teacher with the same vocabulary (generalised knowledge distillation, arXiv:2306.13649).
+
+    `train_dataset` has a column `prompt`, and `completion` if `lmbda < 1` (or `messages`, whose last one it is). The
+    divergence is between the distributions at temperature 1, whatever the sampling temperature.
+    """
+
+    _tag_names = ("trl", "distillation")
+    config_class = DistillationConfig
+    needs_rewards = False
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        teacher_model: nn.Module | str | None = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            model,
+            None,
+            args,
+            each_dataset(train_dataset, _split_messages, "train"),
+            each_dataset(eval_dataset, _split_messages, "eval"),
+            processing_class,
+            **kwargs,
+        )
+        self.teacher = self._teacher(teacher_model)
+        for dataset in (self.train_dataset, self.eval_dataset):
+            names = getattr(dataset, "column_names", None)
+            if self.args.lmbda < 1 and isinstance(names, list) and "completion" not in names:
+                raise ValueError(f"lmbda={self.args.lmbda}: needs a column `completion`; found {', '.join(names)}")
+
+    def _teacher(self, given: nn.Module | str | None) -> nn.Module:
+        config = self.args
+        named = config.teacher_model_name_or_path
+        if (given is None) == (named is None):
+            raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path; not both")
+        source = named if given is None else given
+        teacher = load_model(source, AutoModelForCausalLM, config.teacher_model_init_kwargs)  # type: ignore[arg-type]
+        sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, self.model)]  # type: ignore[operator]
+        if min(sizes) < len(self.processing_class):
+            raise ValueError(
+                f"teacher_model: vocabularies of {sizes[0]} (teacher) and {sizes[1]} (student) for a tokenizer of "
+                f"{len(self.processing_class)}: both must read the same tokens"
+            )
+        teacher.requires_grad_(False).eval()
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    # -- samples, the student's own or the data set's --------------------------------------------
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.processing_class)
+
+    def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int) -> Rollout:
+        draws = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
+        own = [draw < self.args.lmbda for draw in draws]
+        asked = [row for row, is_own in zip(rows, own, strict=True) if is_own]
+        sampled = super().sample(asked, group, seed) if asked else Rollout([], [], [], [])
+        rollout, place = Rollout([], [], [], [], metadata={"truncated": []}), 0
+        for row, is_own in zip(rows, own, strict=True):
+            ids, whole = ([], 0) if is_own else self._completion(row)
+            for _ in range(group):
+                if is_own:
+                    ids = sampled.completions[place]
+                    whole = len(ids) + int(sampled.metadata.get("truncated", [False] * len(sampled))[place])
+                    place += 1
+                rollout.prompts.append(list(row["prompt_ids"]))
+                rollout.completions.append(ids)
+                rollout.metadata["truncated"].append(whole > len(ids))
+        rollout.masks = [[1] * len(ids) for ids in rollout.completions]
+        rollout.logprobs = [[0.0] * len(ids) for ids in rollout.completions]  # nothing here reads them
+        rollout.texts = self.processing_class.batch_decode(rollout.completions, skip_special_tokens=True)
+        return rollout
+
+    def _completion(self, row: Mapping[str, Any]) -> tuple[list[int], int]:
+        """The data set's completion, cut to the limit, and how long it was."""
+        if isinstance(row["completion"], str):
+            ids = self._encoder.encode([row["completion"]])[0] + self._encoder.tail
+        else:
+            template = ChatTemplate(self.processing_class, self.args.chat_template_kwargs)
+            ids = self._encoder.encode(template.split(row["prompt"], [row["completion"]]).answers)[0]
+        return ids[: self.args.max_completion_length], len(ids)
+
+    def experience(
+        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[Experience, dict[str, list[float]]]:
+        nothing = [[0.0] * len(ids) for ids in rollout.completions]
+        return Experience(rollout.prompts, rollout.completions, rollout.masks, rollout.logprobs, nothing), {}
+
+    # -- objective -------------------------------------------------------------------------------
+
+    def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
+        with torch.no_grad():
+            teacher_head, teacher_SD = scored_states(self.teacher, batch.packed, self._path)
+
+        def divergence(student_SV: Tensor, teacher_SD: Tensor) -> tuple[Tensor]:
+            with torch.no_grad():
+                teacher_SV = teacher_head.logits(teacher_SD)
+            shared = min(student_SV.shape[-1], teacher_SV.shape[-1])  # embeddings may be padded to a round number
+            return (generalized_jsd(student_SV[:, :shared], teacher_SV[:, :shared], beta=self.args.beta),)
+
+        head, student_SD = scored_states(model, batch.packed, self._path)
+        (losses_S,) = map_logits(head, student_SD, divergence, teacher_SD)
+        return LossSum(losses_S.sum(), batch.counted)
+
+    def evaluated(
+        self, model: nn.Module, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+    ) -> LossSum:
+        batch = self._collate(self.experience(rollout, rewards, rows)[0])["policy"].to(self.args.device)
+        return self.objective(model, {"policy": batch})
+
+
+class GKDTrainer(DistillationTrainer):
+    """`DistillationTrainer` with the defaults of GKD: half of the completions from the data set, beta 0.5."""
+
+    config_class = GKDConfig
+
+
+def _split_messages(dataset: Any, name: str) -> Any:
+    """Rows of whole conversations as prompt and completion: their last message."""
+    if "messages" not in (getattr(dataset, "column_names", None) or ()):
+        return dataset
+    return dataset.map(
+        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
+        remove_columns=["messages"],
+        desc=f"Splitting the {name} data",
+    )

@@ -1,0 +1,132 @@
+"""Online DPO: preference pairs that the policy has just sampled and a reward or a judge has ordered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.data.records import Rollout
+from trl.losses.loss_sum import Aggregation, LossSum
+from trl.losses.pairs import PairLogps, sum_pairs
+from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair_options, preference_loss
+from trl.models.scoring import score
+from trl.rewards.pairwise import Judge, pairwise
+from trl.trainer.configuration import choose, require
+from trl.trainer.rollout_config import RewardedConfig
+from trl.trainer.rollout_rewards import Rewards
+from trl.trainer.rollout_trainer import RolloutTrainer
+from trl.trainer.rollouts import Experience, PolicyBatch
+
+ONLINE_LOSSES = [n for n in PAIR_LOSSES if n not in REFERENCE_FREE | WHOLE_BATCH and "delta" not in pair_options(n)]
+
+
+@dataclass
+class OnlineDPOConfig(RewardedConfig):
+    """`TrainingArguments` and what online DPO adds; batch sizes count completions."""
+
+    num_generations: int = field(default=2)
+    """completions of each prompt; the best and the worst of them are a pair"""
+    loss_type: str = field(default="sigmoid")
+    """pairwise loss: one of those of DPO that look at one pair at a time and at the reference"""
+    beta: float = field(default=0.1)
+    """scale of the log-ratios: the smaller, the further the policy may move"""
+
+    def validate(self) -> None:
+        super().validate()
+        choose(self, "loss_type", ONLINE_LOSSES)
+        require(self, "beta", self.beta > 0, "give a scale > 0")
+        require(self, "num_generations", self.num_generations >= 2, "a pair needs at least 2 completions")
+        rows = self.per_device_train_batch_size
+        require(
+            self, "per_device_train_batch_size", rows % self.num_generations == 0,
+            f"must be a multiple of num_generations={self.num_generations}, so that no pair is cut apart",
+        )  # fmt: skip
+
+
+class OnlineDPOTrainer(RolloutTrainer):
+    """Optimise a policy on pairs of its own completions (arXiv:2402.04792): the best and the worst of each group.
+
+    A group without two completions of different reward teaches nothing. `judge`: instead of reward functions, a
+    function `(prompts, pairs) -> 0, 1 or -1 each`, or an object with such a method `judge`.
+    """
+
+    _tag_names = ("trl", "online-dpo")
+    config_class = OnlineDPOConfig
+    aggregation: Aggregation = "sequence"
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *more: Any,
+        judge: Judge | Any = None,
+        ref_model: nn.Module | str | None = None,
+        **kwargs: Any,
+    ):
+        if judge is not None:
+            if reward_funcs is not None:
+                raise ValueError("judge: reward_funcs order the completions already; give one of them")
+            if args is not None and getattr(args, "num_generations", 2) != 2:
+                raise ValueError(f"num_generations={args.num_generations}: a judge compares 2 completions")
+            reward_funcs = pairwise(judge)
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        self.reference = self.make_reference(ref_model)
+
+    def experience(
+        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[Experience, dict[str, list[float]]]:
+        assert rewards is not None
+        assert self.reference is not None
+        best, worst, decided = ordered(rewards, self.args.num_generations)
+        chosen = [row for pair in zip(best, worst, strict=True) for row in pair]
+        with self.reference.model() as model:
+            reference = self.measured(model, rollout)
+        preference = [0.0] * len(rollout)
+        for first, second, certain in zip(best, worst, decided, strict=True):
+            preference[first], preference[second] = (1.0, -1.0) if certain else (0.0, 0.0)
+        whole = Experience(
+            prompts=rollout.prompts,
+            completions=rollout.completions,
+            masks=[m if p else [0] * len(m) for m, p in zip(rollout.masks, preference, strict=True)],
+            logprobs=rollout.logprobs,
+            advantages=[[p] * len(ids) for p, ids in zip(preference, rollout.completions, strict=True)],
+            reference=reference,
+        )
+        return whole.select(chosen), {"preference": preference}
+
+    def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
+        batch = super()._collate(rows)["policy"]
+        return {"policy": replace(batch, counted=batch.counted / 2)}
+
+    def least_rows(self) -> int:
+        return 2 * super().least_rows()
+
+    def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
+        assert batch.reference_BT is not None
+        logprobs_BT = score(model, batch.packed, temperature=self.args.temperature, path=self._path).logprobs_BT
+        mask_BT = batch.mask_BT
+        sums = [sum_pairs(x[0::2], x[1::2], mask_BT[0::2], mask_BT[1::2]) for x in (logprobs_BT, batch.reference_BT)]
+        lengths_B = mask_BT.sum(-1)
+        pair = PairLogps(*sums[0], *sums[1], lengths_B[0::2], lengths_B[1::2])
+        decided_B = (lengths_B[0::2] > 0).float()
+        result = preference_loss(pair, {self.args.loss_type: 1.0}, {"beta": self.args.beta}, weight_B=decided_B)
+        return LossSum(result.total, batch.counted, result.metrics)
+
+
+def ordered(rewards: Rewards, group: int) -> tuple[list[int], list[int], list[bool]]:
+    """The best and the worst completion of each group, and whether their rewards differ."""
+    total = rewards.total_B().view(-1, group)
+    first = torch.arange(len(total)) * group
+    best = total.nan_to_num(nan=-torch.inf).argmax(1)
+    worst = total.nan_to_num(nan=torch.inf).argmin(1)
+    worst = torch.where(best == worst, (best + 1) % group, worst)  # undecided: any two will do
+
+    def listed(places: Tensor) -> list[int]:
+        return [int(place) for place in first + places]
+
+    return listed(best), listed(worst), rewards.informative_groups(group).tolist()

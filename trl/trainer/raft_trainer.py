@@ -1,0 +1,71 @@
+"""Fine-tuning on the best of one's own samples: best-of-n, rejection sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.data.records import Rollout
+from trl.losses.loss_sum import LossSum
+from trl.losses.supervised import nll
+from trl.models.scoring import score
+from trl.trainer.configuration import require
+from trl.trainer.rollout_config import RewardedConfig
+from trl.trainer.rollout_rewards import Rewards
+from trl.trainer.rollout_trainer import RolloutTrainer
+from trl.trainer.rollouts import Experience, PolicyBatch
+
+
+@dataclass
+class RAFTConfig(RewardedConfig):
+    """`TrainingArguments` and what reward-ranked fine-tuning adds."""
+
+    learning_rate: float = field(default=2e-5)
+    """initial learning rate"""
+    keep_best: int = field(default=1)
+    """completions of each prompt that are learned"""
+    min_reward: float | None = field(default=None)
+    """learn none whose reward is lower (rejection sampling); None: the best of each group, whatever it is"""
+
+    def validate(self) -> None:
+        super().validate()
+        fits = 1 <= self.keep_best <= self.num_generations
+        require(self, "keep_best", fits, f"give a whole number from 1 to num_generations={self.num_generations}")
+
+
+class RAFTTrainer(RolloutTrainer):
+    """Sample n completions of each prompt, keep the best, learn them by their likelihood (arXiv:2304.06767)."""
+
+    _tag_names = ("trl", "raft")
+    config_class = RAFTConfig
+
+    def experience(
+        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[Experience, dict[str, list[float]]]:
+        assert rewards is not None
+        kept = best_rows(rewards.total_B(), self.args.num_generations, self.args.keep_best, self.args.min_reward)
+        experience = Experience(
+            prompts=rollout.prompts,
+            completions=rollout.completions,
+            masks=[m if keep else [0] * len(m) for m, keep in zip(rollout.masks, kept.tolist(), strict=True)],
+            logprobs=rollout.logprobs,
+            advantages=[[float(keep)] * len(ids) for keep, ids in zip(kept, rollout.completions, strict=True)],
+        )
+        self.record("kept_ratio", kept.float().sum(), len(kept))
+        return experience, {"kept": kept.float().tolist()}
+
+    def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
+        return nll(score(model, batch.packed, path=self._path).logprobs_BT, batch.mask_BT)
+
+
+def best_rows(rewards_B: Tensor, group: int, keep: int, least: float | None) -> Tensor:
+    """Which completions are among the `keep` best of their group, scored, and not below `least`. [B]"""
+    total = rewards_B.view(-1, group).nan_to_num(nan=-torch.inf)
+    places = total.argsort(dim=1, descending=True, stable=True)[:, :keep]
+    among_best = torch.zeros_like(total, dtype=torch.bool).scatter(1, places, True)
+    good = total > -torch.inf if least is None else total >= least
+    return (among_best & good).flatten()
