@@ -10,7 +10,7 @@ import argparse
 
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers import PreTrainedTokenizerFast as Fast
 
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -33,8 +33,7 @@ if arguments.model:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(arguments.model)
     texts = load_dataset(arguments.dataset, split="train")[arguments.column]
     prompts = Dataset.from_list([{"prompt": text[:32]} for text in texts])
-    judge = AutoModelForSequenceClassification.from_pretrained(arguments.reward_model)
-    scoring = {"reward_model": judge, "reward_processing_class": AutoTokenizer.from_pretrained(arguments.reward_model)}
+    scoring = {"reward_funcs": arguments.reward_model}
     config = PPOConfig(steps=32 * arguments.steps, batch_size=32, mini_batch_size=8, learning_rate=1.4e-5, target=6)
 else:
     backend = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<pad>"))

@@ -9,8 +9,9 @@ import transformers as t
 from datasets import Dataset
 
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl.rewards.panel import RewardError
 from trl.trainer import ppo_checkpoint
-from trl.trainer.ppo_loop import Judge, PromptStream, prompt_ids
+from trl.trainer.ppo_loop import panel_of, prompt_ids, scores_of
 
 COMMON = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,15 +64,6 @@ def test_train_runs_all_steps(make):
     assert not torch.equal(weights(trainer), before)
 
 
-def test_prompt_stream_is_a_function_of_the_position():
-    stream = PromptStream(list(range(10)), seed=3, rows=4)
-    whole = [row for step in range(5) for row in stream.batch(step)]
-    assert sorted(whole[:10]) == sorted(whole[10:]) == list(range(10))
-    assert whole[:10] != whole[10:]
-    halves = [PromptStream(list(range(10)), seed=3, rows=2, rank=rank, world=2) for rank in (0, 1)]
-    assert [row for half in halves for row in half.batch(2)] == stream.batch(2)
-
-
 def test_prompts(tiny_tokenizer):
     assert prompt_ids({"input_ids": torch.tensor([[4, 5]])}, tiny_tokenizer).tolist() == [4, 5]
     assert prompt_ids({"query": "a b"}, tiny_tokenizer).tolist() == [4, 5]
@@ -87,48 +79,70 @@ BATCH = {
 }
 
 
-def test_scores_add_up(tiny_tokenizer):
+def lengths(completions, **columns):
+    return [len(text) for text in completions]
+
+
+def scored(make, functions, tokenizers=None, rows=({}, {}), batch=BATCH):
+    return scores_of(panel_of(make(), functions, tokenizers), rows, batch)
+
+
+def test_scores_add_up(make):
     torch.manual_seed(1)
     model = t.AutoModelForSequenceClassification.from_config(t.LlamaConfig(**COMMON, num_labels=1)).eval()
-    with torch.no_grad():
-        alone = [model(input_ids=torch.tensor([ids])).logits[0, 0].item() for ids in ([4, 7], [5, 6, 8, 9])]
-    same = Judge(tiny_tokenizer, None, model, tiny_tokenizer)
-    torch.testing.assert_close(same([{}, {}], BATCH), torch.tensor(alone))
-
-    def length(completions, **columns):
-        return [len(text) for text in completions]
-
-    both = Judge(tiny_tokenizer, [length, length], model)
-    torch.testing.assert_close(both([{}, {}], BATCH), torch.tensor(alone) + torch.tensor([2.0, 6.0]))
+    with torch.no_grad():  # "ad" and "b ce f", with EOS as in training
+        alone = [model(input_ids=torch.tensor([ids])).logits[0, 0].item() for ids in ([3, 2], [5, 3, 9, 2])]
+    one = scored(make, model)
+    both = scored(make, [lengths, model, lengths])
+    for row, (got, sum_) in enumerate(zip(one, both, strict=True)):
+        assert sum_.item() == pytest.approx(got.item() + 2 * len(BATCH["response"][row]))
+    assert [score.item() for score in one] == pytest.approx(alone, rel=1e-4)
 
 
-def test_reward_model_that_reads_text(tiny_tokenizer, chat_tokenizer):
+def test_reward_model_with_a_tokenizer_of_its_own(make, chat_tokenizer):
     torch.manual_seed(1)
     config = t.BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
     model = t.AutoModelForSequenceClassification.from_config(config).eval()
-    judge = Judge(tiny_tokenizer, None, model, chat_tokenizer)
     with torch.no_grad():
-        expected = [model(**chat_tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in ("ad", "b ce f")]
-    torch.testing.assert_close(judge([{}, {}], BATCH), torch.tensor(expected))
+        expected = [
+            model(input_ids=torch.tensor([[*chat_tokenizer(text)["input_ids"], chat_tokenizer.eos_token_id]])).logits[
+                0, 0
+            ]
+            for text in ("ad", "b ce f")
+        ]
+    torch.testing.assert_close(torch.stack(scored(make, model, chat_tokenizer)), torch.stack(expected))
+
+
+def test_conversations_and_columns_reach_the_functions(make):
+    seen = {}
+
+    def look(**asked):
+        seen.update(asked)
+        return [0.0, 1.0]
+
+    chat = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+    scored(make, look, rows=[{"answer": 1}, {"answer": 2}], batch={**BATCH, "query": chat})
+    assert (seen["answer"], seen["prompts"]) == ([1, 2], chat)
+    assert seen["completions"][1] == [{"role": "assistant", "content": "e f"}]
+    assert seen["completion_ids"] == [[7], [8, 9]]
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("function", "error", "message"),
     [
-        (lambda completions, **_: [1.0], "gave 1 scores for 2 completions"),
-        (lambda completions, **_: [1.0, None], "gave no score for completion 1"),
+        (lambda **_: [1.0], RewardError, "gave 1 values for 2 completions"),
+        (lambda **_: [1.0, float("nan")], RewardError, "nan"),
+        (lambda **_: [1.0, None], ValueError, "completion 1 got a score from none"),
     ],
 )
-def test_scores_that_are_missing(tiny_tokenizer, function, message):
-    with pytest.raises(ValueError, match=message):
-        Judge(tiny_tokenizer, function, None)([{}, {}], BATCH)
+def test_scores_that_are_missing(make, function, error, message):
+    with pytest.raises(error, match=message):
+        scored(make, function)
 
 
-def test_nothing_to_score_with(make, tiny_tokenizer):
-    with pytest.raises(ValueError, match="pass `reward_funcs` or `reward_model`"):
+def test_nothing_to_score_with(make):
+    with pytest.raises(ValueError, match="pass `reward_funcs`"):
         make(reward_funcs=None).train()
-    with pytest.raises(ValueError, match="reward_processing_class"):
-        Judge(tiny_tokenizer, wanted_letters, None, tiny_tokenizer)
 
 
 def test_stop_token(make):

@@ -5,49 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import tqdm
-from torch import Tensor, nn
+from torch import Tensor
 
-from trl.data.packing import pack
-from trl.data.records import Branch, TokenTree
-from trl.models.scoring import rewards
+from trl.rewards.named import reward_panel
+from trl.rewards.panel import RewardPanel
 from trl.trainer.ppo_checkpoint import PREFIX, find_checkpoint, keep_newest, load_state, save_state
 from trl.trainer.ppo_setup import stop_tokens
+from trl.trainer.prompt_stream import PromptStream
 
-RewardFunction = Callable[..., Sequence[float]]
 TEXT_COLUMNS = ("prompt", "query")
 """where the text of a prompt is looked for, if there are no `input_ids`"""
 SHOWN = {"score": "ppo/mean_scores", "kl": "objective/kl", "entropy": "ppo/policy/entropy"}
 """what the progress bar shows"""
-
-
-@dataclass(frozen=True)
-class PromptStream:
-    """Rows of a data set in an endless shuffled order that is a function of the position alone.
-
-    Every epoch is a permutation of its own. A step takes `world * rows` rows, of which each process has its part: the
-    order does not depend on the number of processes, and a run goes on from a position without replaying.
-    """
-
-    dataset: Any
-    seed: int
-    rows: int
-    rank: int = 0
-    world: int = 1
-
-    def batch(self, step: int) -> list[dict[str, Any]]:
-        """The rows of this process at a step, counted from 0."""
-        first, size = (step * self.world + self.rank) * self.rows, len(self.dataset)
-        places = [divmod(index, size) for index in range(first, first + self.rows)]
-        orders = {
-            epoch: torch.randperm(size, generator=torch.Generator().manual_seed(self.seed + epoch))
-            for epoch in dict(places)
-        }
-        return [self.dataset[int(orders[epoch][place])] for epoch, place in places]
 
 
 def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> Tensor:
@@ -63,90 +36,36 @@ def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> Tensor:
     raise ValueError(f"a row of the data set has columns {list(row)}: give it `input_ids`, `prompt` or `query`")
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
+def prompt_of(row: Mapping[str, Any], query: Tensor, tokenizer: Any) -> Any:
+    """The prompt as reward functions read it: the row's text or conversation, else its decoded tokens."""
+    given = next((row[name] for name in TEXT_COLUMNS if name in row), None)
+    return tokenizer.decode(query, skip_special_tokens=True) if given is None else given
 
 
-def text_of(row: Mapping[str, Any], query: Tensor, tokenizer: Any) -> str:
-    for name in TEXT_COLUMNS:
-        if isinstance(row.get(name), str):
-            return row[name]
-    return tokenizer.decode(query, skip_special_tokens=True)
+def scores_of(panel: RewardPanel, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> list[Tensor]:
+    """The sum of what the functions of the panel say of each response; ValueError where none says anything.
 
-
-class Judge:
-    """Scores of responses: the sum of what reward functions and a reward model say.
-
-    functions: called with `prompts`, `completions` (texts), `completion_ids` and the data set's columns, each by
-    keyword; they return a number for each completion. model: a model with a score head of one label; where it has a
-    tokenizer of its own, it reads prompt and completion as text.
+    They are called with `prompts`, `completions`, `completion_ids` and the data set's columns, each by keyword.
+    Completions of conversations are messages.
     """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        functions: RewardFunction | Sequence[RewardFunction] | None,
-        model: nn.Module | None,
-        model_tokenizer: Any = None,
-        rows: int = 8,
-    ):
-        self.functions = [functions] if callable(functions) else list(functions or ())
-        if not self.functions and model is None:
-            raise ValueError("train() needs something that scores responses: pass `reward_funcs` or `reward_model`")
-        if model is None and model_tokenizer is not None:
-            raise ValueError("reward_processing_class: it belongs to a `reward_model`, and there is none")
-        self.tokenizer, self.model, self.rows = tokenizer, model, rows
-        self.model_tokenizer = None if model_tokenizer is tokenizer else model_tokenizer
-
-    @classmethod
-    def of(cls, trainer: Any, functions: Any, model: Any, model_tokenizer: Any) -> Judge:
-        if model is not None:
-            model = trainer.accelerator.prepare_model(model.requires_grad_(False).eval(), evaluation_mode=True)
-        return cls(trainer.tokenizer, functions, model, model_tokenizer, rows=max(8, trainer.config.mini_batch_size))
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
-        """[B] on the CPU; ValueError for a score that is missing or not finite."""
-        total = torch.zeros(len(rows))
-        for function in self.functions:
-            total += self._of_function(function, rows, batch)
-        if self.model is not None:
-            total += self._of_model(batch)
-        return total
-
-    def _of_function(self, function: RewardFunction, rows: Sequence[Mapping[str, Any]], batch: Any) -> Tensor:
-        name = getattr(function, "__name__", type(function).__name__)
-        taken = {"prompts", "completions", "completion_ids", "prompt", "completion"}
-        columns = {key: values for key, values in columns_of(rows).items() if key not in taken}
-        values = function(
-            prompts=batch["query"],
-            completions=batch["response"],
-            completion_ids=[response.tolist() for response in batch["responses"]],
-            **columns,
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(batch["query"], batch["response"], strict=True)
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompts", "completions")}
+    asked = {
+        **columns,
+        "prompts": batch["query"],
+        "completions": completions,
+        "completion_ids": [response.tolist() for response in batch["responses"]],
+    }
+    scores_FB = torch.tensor(panel(len(rows), asked).scores, dtype=torch.float32)
+    unscored = scores_FB.isnan().all(0).nonzero().flatten().tolist()
+    if unscored:
+        raise ValueError(
+            f"completion {unscored[0]} got a score from none of {', '.join(panel.names)}: PPO needs one for each"
         )
-        values = values.tolist() if isinstance(values, Tensor) else list(values)
-        if len(values) != len(rows):
-            raise ValueError(f"the reward function {name} gave {len(values)} scores for {len(rows)} completions")
-        missing = next((place for place, value in enumerate(values) if value is None), None)
-        if missing is not None:
-            raise ValueError(
-                f"the reward function {name} gave no score for completion {missing}: PPO needs one for each"
-            )
-        return torch.tensor([float(value) for value in values])
-
-    @torch.no_grad()
-    def _of_model(self, batch: Mapping[str, Any]) -> Tensor:
-        device = next(self.model.parameters()).device  # type: ignore[union-attr]
-        if self.model_tokenizer is None:
-            pairs = zip(batch["queries"], batch["responses"], strict=True)
-            trees = [TokenTree(query.tolist(), [Branch(response.tolist())]) for query, response in pairs]
-        else:
-            texts = [query + response for query, response in zip(batch["query"], batch["response"], strict=True)]
-            trees = [TokenTree([], [Branch(self.model_tokenizer(text)["input_ids"])]) for text in texts]
-        parts = [
-            rewards(self.model, pack(trees[start : start + self.rows]).to(device))  # type: ignore[arg-type]
-            for start in range(0, len(trees), self.rows)
-        ]
-        return torch.cat(parts).float().cpu()
+    return list(scores_FB.nan_to_num().sum(0))
 
 
 def sampling_kwargs(config: Any, tokenizer: Any, stop_ids: Iterable[int]) -> dict[str, Any]:
@@ -156,37 +75,50 @@ def sampling_kwargs(config: Any, tokenizer: Any, stop_ids: Iterable[int]) -> dic
     return {**plain, **({"eos_token_id": ends} if ends else {}), **config.generation_kwargs}
 
 
-def rollout(trainer: Any, rows: Sequence[Mapping[str, Any]], judge: Judge, kwargs: dict[str, Any]) -> dict[str, Any]:
+def rollout(
+    trainer: Any, rows: Sequence[Mapping[str, Any]], panel: RewardPanel, kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Sample a response to each row's prompt and score it: `queries`, `responses`, their texts, `scores`."""
     tokenizer = trainer.tokenizer
     queries = [prompt_ids(row, tokenizer) for row in rows]
     responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, **kwargs)
     batch: dict[str, Any] = {"queries": queries, "responses": responses}
-    batch["query"] = [text_of(row, query, tokenizer) for row, query in zip(rows, queries, strict=True)]
+    batch["query"] = [prompt_of(row, query, tokenizer) for row, query in zip(rows, queries, strict=True)]
     batch["response"] = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-    batch["scores"] = list(judge(rows, batch))
+    batch["scores"] = scores_of(panel, rows, batch)
     return batch
 
 
 def batches(trainer: Any) -> Iterator[list[dict[str, Any]]]:
-    """See `PPOTrainer.batches`."""
+    """See `PPOTrainer.batches`. A step takes the next rows of the stream, of which each process has its part."""
     if trainer.dataset is None:
         raise ValueError("dataset=None: give the trainer a data set of prompts")
-    if not len(trainer.dataset):
-        raise ValueError("dataset: it has no rows")
     accelerator, config = trainer.accelerator, trainer.config
-    stream = PromptStream(
-        trainer.dataset, config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes
-    )
+    stream = PromptStream(trainer.dataset, config.seed)
     while trainer.data_position < config.total_ppo_epochs:
-        rows = stream.batch(trainer.data_position)
+        part = trainer.data_position * accelerator.num_processes + accelerator.process_index
         trainer.data_position += 1
-        yield rows
+        yield stream.take(part * config.batch_size, config.batch_size)
+
+
+def panel_of(trainer: Any, functions: Any, tokenizers: Any) -> RewardPanel:
+    """The reward functions of a trainer; a reward model without a tokenizer of its own reads with the policy's."""
+    if functions is None:
+        raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
+    listed = functions if isinstance(functions, list | tuple) else [functions]
+    given = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
+    own = [
+        trainer.tokenizer
+        if each is None and not getattr(getattr(source, "config", None), "_name_or_path", "")
+        else each
+        for source, each in zip(listed, given, strict=False)
+    ]
+    return reward_panel(list(listed), own + list(given[len(own) :]), None, trainer.accelerator.device)
 
 
 def run(
     trainer: Any,
-    judge: Judge,
+    panel: RewardPanel,
     resume: bool | str | os.PathLike[str] | None,
     callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
@@ -201,7 +133,7 @@ def run(
         total=config.total_ppo_epochs, initial=trainer.data_position, desc="PPO", disable=not sys.stderr.isatty()
     )
     for rows in batches(trainer):
-        batch = rollout(trainer, rows, judge, kwargs)
+        batch = rollout(trainer, rows, panel, kwargs)
         stats = trainer.step(batch["queries"], batch["responses"], batch["scores"])
         trainer.log_stats(stats, batch, batch["scores"])
         progress.update()

@@ -20,6 +20,7 @@ from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.reference import Reference, unwrap
+from trl.rewards.named import RewardSource
 from trl.trainer import ppo_checkpoint, ppo_generation, ppo_loop, ppo_padded, ppo_setup, ppo_statistics
 from trl.trainer.base import BaseTrainer, trl_sanitze_kwargs_for_tagging
 from trl.trainer.configuration import processing_class_of
@@ -37,7 +38,6 @@ from trl.trainer.experience import (
 from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
-from trl.trainer.ppo_loop import RewardFunction
 from trl.trainer.ppo_objective import terms
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
 from trl.trainer.update import Meters, optimizer_step, without_dropout
@@ -49,7 +49,8 @@ class PPOTrainer(BaseTrainer):
     ref_model: what the KL is measured from. None: a frozen copy of the model as it is, sharing the layers before
     `num_shared_layers`; for a PEFT model, the model with its adapter switched off.
     value_model: a model with a score head (num_labels=1) as critic; the policy's own value head then rests.
-    reward_funcs, reward_model, reward_processing_class: what `train()` scores responses with, see `ppo_loop.Judge`.
+    reward_funcs: what `train()` scores responses with: functions, their names, reward models or their folders; their
+    sum counts. reward_processing_classes: tokenizers of the reward models.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
@@ -68,9 +69,8 @@ class PPOTrainer(BaseTrainer):
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         value_model: nn.Module | None = None,
-        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
-        reward_model: nn.Module | None = None,
-        reward_processing_class: PreTrainedTokenizerBase | None = None,
+        reward_funcs: RewardSource | Sequence[RewardSource] | None = None,
+        reward_processing_classes: Any = None,
     ):
         super().__init__(config)
         tokenizer = processing_class_of(processing_class, tokenizer)
@@ -97,7 +97,7 @@ class PPOTrainer(BaseTrainer):
         self.running = RunningMoments(self.accelerator)
         self.current_step = self.logged_steps = self.data_position = 0
         self.highest_reward = -float("inf")
-        self._judges = (reward_funcs, reward_model, reward_processing_class)
+        self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         if self.accelerator.process_index:  # each process samples with its own seed
             set_seed(config.seed + 1_000_003 * self.accelerator.process_index)
@@ -433,7 +433,8 @@ class PPOTrainer(BaseTrainer):
         resume_from_checkpoint: a folder, or True for the newest in `output_dir` (from the start if there is none yet).
         callback: called behind each step with its number, its statistics and its batch (texts, scores, tokens).
         """
-        return ppo_loop.run(self, ppo_loop.Judge.of(self, *self._judges), resume_from_checkpoint, callback)
+        panel = ppo_loop.panel_of(self, self._reward_funcs, self._reward_tokenizers)
+        return ppo_loop.run(self, panel, resume_from_checkpoint, callback)
 
     def batches(self) -> Iterator[list[dict[str, Any]]]:
         """Rows of the data set for each step of the run that is left, in an order that `load_state` takes up again."""
