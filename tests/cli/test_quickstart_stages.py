@@ -243,6 +243,13 @@ def test_without_a_terminal_progress_is_a_line_a_stage(progress):
     assert progress.seconds["Imitate"] > 0
 
 
+def test_without_a_terminal_a_long_stage_still_tells_where_it_is(progress, monkeypatch):
+    monkeypatch.setattr("trl.cli.progress.QUIET_SECONDS", 0.0)
+    with progress, progress.stage("Imitate", 2) as stage:
+        stage.advance(figures={"loss": 1.0})
+    assert progress.console.file.getvalue() == "Imitate ...\nImitate 1/2  loss 1.00\n"
+
+
 def test_on_a_terminal_progress_is_a_bar_with_figures():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Progress(console) as progress, progress.stage("Reinforce", 2) as stage:

@@ -12,19 +12,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+QUIET_SECONDS = 15.0
+"""between two lines where there is no terminal to draw bars on"""
+
 
 class Stage:
     """One bar: `advance` moves it and shows the newest figures beside it."""
 
     def __init__(self, bars: RichProgress, title: str, total: int):
         self._bars = bars
+        self._title = title
         self._task = bars.add_task(title, total=total, figures="")
         self._figures: dict[str, float] = {}
+        self._done = 0
+        self._total = total
+        self._last_line = time.perf_counter()
 
     def advance(self, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
         self._figures |= figures or {}
+        self._done += steps
         shown = "  ".join(f"{name} [bold]{value:.2f}[/]" for name, value in self._figures.items())
         self._bars.update(self._task, advance=steps, figures=shown)
+        if self._bars.disable and time.perf_counter() - self._last_line > QUIET_SECONDS:
+            self._last_line = time.perf_counter()
+            self._bars.console.print(f"{self._title} {self._done}/{self._total}  {shown}", highlight=False)
 
     def shorten(self) -> None:
         """The stage ended early: what is done is all."""

@@ -35,8 +35,9 @@ def reinforce(
     with progress.stage("Before", 1) as stage:
         trainer = make_trainer(model, tokenizer, openings(reviews.imitate, recipe.prompt_words, seed), recipe, seed)
         writer = Writer(trainer, tokenizer, recipe.new_tokens)
-        reward.calibrate([line.text for line in writer.write(prompts, seed)])
-        before = read(writer, prompts, reward, seed)
+        lines = writer.write(prompts, seed)
+        reward.calibrate([line.text for line in lines])
+        before = read(trainer, lines, reward)
         stage.advance()
     with progress.stage("Reinforce", recipe.ppo_steps) as stage:
         history: dict[str, list[float]] = {}
@@ -51,7 +52,7 @@ def reinforce(
                 stage.shorten()
                 break
     with progress.stage("After", 1) as stage:
-        after = read(writer, prompts, reward, seed)
+        after = read(trainer, writer.write(prompts, seed), reward)
         stage.advance()
     return trainer, Reinforcement(prompts, before, after, history, ending)
 
@@ -147,16 +148,15 @@ class Writer:
         return [Line(*parts) for parts in zip(queries, responses, texts, strict=True)]
 
 
-def read(writer: Writer, prompts: Sequence[str], reward: RewardModel, seed: int) -> Reading:
-    """Continue the prompts and measure the continuations."""
-    lines = writer.write(prompts, seed)
+def read(trainer: PPOTrainer, lines: Sequence[Line], reward: RewardModel) -> Reading:
+    """What lines are worth, and how far they lie from the reference."""
     texts = [line.text for line in lines]
     return Reading(
         texts=texts,
         reward=finite(reward.score(texts)),
         judge=[varied_sentiment(text) for text in texts],
         variety=[variety(text) for text in texts],
-        kl=sampled_kl(writer.trainer, lines),
+        kl=sampled_kl(trainer, lines),
     )
 
 

@@ -56,7 +56,7 @@ class Run:
     def figures(self) -> list[Figure]:
         before, after = self.reinforcement.before, self.reinforcement.after
         measured = (
-            ("Judge", before.judge, after.judge, "VADER sentiment x distinct-word ratio, -1 to 1"),
+            ("Judge", before.judge, after.judge, "VADER sentiment × distinct-word ratio, -1 to 1"),
             ("Reward", before.reward, after.reward, "the reward model's score; 0 and 1 are mean and spread before"),
             ("KL", before.kl, after.kl, "nats a line from the imitating model"),
             ("Variety", before.variety, after.variety, "distinct words over words"),
