@@ -1,4 +1,4 @@
-"""A training step and an evaluation of 4,096 scored tokens over a vocabulary of 150,000; prints MiB beyond the model."""
+"""A training step and an evaluation of 4,096 scored tokens over a vocabulary of 150,000; prints the MiB it took."""
 
 import argparse
 import json
