@@ -93,10 +93,10 @@ def test_the_real_digits():
 @pytest.mark.slow
 def test_base_model_learns_to_draw_what_was_asked():
     torch.manual_seed(0)
-    pipeline = quiet(pretrain_digits(steps=150))
+    pipeline = quiet(pretrain_digits(steps=100))
     prompts = [str(index % 10) for index in range(100)]
     drawn = pipeline(prompts, output_type="pt").images.flatten(1)
     images, labels = digits()
     nearest = labels[torch.cdist(drawn, images.flatten(1)).argmin(1)]
     asked = torch.tensor([int(prompt) for prompt in prompts])
-    assert (nearest == asked).float().mean() > 0.5  # chance: 0.1
+    assert (nearest == asked).float().mean() > 0.4  # chance: 0.1
