@@ -67,7 +67,7 @@ class Gauges:
 
 
 def run(task: str, seed: int, epochs: int, out: Path) -> None:
-    """Train once; write `task-seed.json` and the picture sheet of every epoch as `task-seed.npy`."""
+    """Train once; after every epoch write `task-seed.json`, and the picture sheets as `task-seed.npy`."""
     images, labels = digits()
     real, names = images.flatten(1).numpy(), labels.numpy()
     gauges = Gauges(real, names)
@@ -87,15 +87,15 @@ def run(task: str, seed: int, epochs: int, out: Path) -> None:
         spent = time.process_time() - begun
         curve.append({"reward": rewards.mean().item(), **gauges.measure(drawn, asked), "cpu": spent})
         sheets.append(sheet(pipeline))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{task}-{seed}.json").write_text(json.dumps(curve))
+        np.save(out / f"{task}-{seed}.npy", np.stack(sheets))
         print(len(curve) - 1, {key: round(value, 3) for key, value in curve[-1].items()}, flush=True)
 
     config = settings(seed, epochs)
     trainer = DDPOTrainer(config, reward, lambda: (str(random.randrange(10)), {}), pipeline, watch)
     pipeline.set_progress_bar_config(disable=True)
     trainer.train()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{task}-{seed}.json").write_text(json.dumps(curve))
-    np.save(out / f"{task}-{seed}.npy", np.stack(sheets))
 
 
 def smooth_classifier(images: NDArray[Any], labels: NDArray[Any]) -> MLPClassifier:
