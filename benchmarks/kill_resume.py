@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-RUNS = {"ppo": "from ppo_runs import resumable_run; resumable_run({folder!r}, steps=24)"}
+RUNS = {
+    "grpo": "from grpo_runs import resumable_run; resumable_run({folder!r}, steps=24)",
+    "ppo": "from ppo_runs import resumable_run; resumable_run({folder!r}, steps=24)",
+}
 """code of a run that resumes from `folder`, prints a line behind each step and writes its weights to `end.pt`"""
 
 

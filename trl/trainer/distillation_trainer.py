@@ -120,11 +120,12 @@ class DistillationTrainer(RolloutTrainer):
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self.processing_class)
 
-    def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int) -> Rollout:
-        draws = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
+    def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, first: int | None = None) -> Rollout:
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        draws = torch.rand((first or 0) + len(rows), generator=generator).tolist()[first:]
         own = [draw < self.args.lmbda for draw in draws]
         asked = [row for row, is_own in zip(rows, own, strict=True) if is_own]
-        sampled = super().sample(asked, group, seed) if asked else Rollout([], [], [], [])
+        sampled = super().sample(asked, group, seed, first) if asked else Rollout([], [], [], [])
         rollout, place = Rollout([], [], [], [], metadata={"truncated": []}), 0
         for row, is_own in zip(rows, own, strict=True):
             ids, whole = ([], 0) if is_own else self._completion(row)

@@ -27,7 +27,7 @@ class OnPolicyTrainer(RolloutTrainer):
 
     def __init__(self, *args: Any, ref_model: nn.Module | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.turn_level_credit and (self.environment is None or self.rewards.panel is not None):
+        if self.args.turn_level_credit and (self.environment is None or self.rewards is None or self.rewards.panel):
             raise ValueError("turn_level_credit=True: needs an environment that gives the rewards, and no reward_funcs")
         self.reference = self._reference(ref_model)
         self._first_step: int | None = None

@@ -177,7 +177,7 @@ class RolloutTrainer(ObjectiveTrainer):
         finally:
             self.args.ignore_data_skip = False
 
-    def sampling_params(self, seed: int) -> SamplingParams:
+    def sampling_params(self, seed: int | tuple[int, ...]) -> SamplingParams:
         config = self.args
         further: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.generation_kwargs or {}).items()}
         return SamplingParams(
@@ -191,8 +191,12 @@ class RolloutTrainer(ObjectiveTrainer):
             **further,
         )
 
-    def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int) -> Rollout:
-        """`group` completions of each prompt, in prompt order; log-probabilities are the policy's at `temperature`."""
+    def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, first: int | None = None) -> Rollout:
+        """`group` completions of each prompt, in prompt order; log-probabilities are the policy's at `temperature`.
+
+        first: place of the first row among the rows of all ranks, each of which has random numbers of its own; None:
+        equal prompts get equal completions.
+        """
         if self.environment is not None:
             rollout = play(self, rows, group, seed)
             if self.args.reshapes:
@@ -202,14 +206,15 @@ class RolloutTrainer(ObjectiveTrainer):
             if len(rollout) != len(rows) * group:
                 raise ValueError(f"rollout_func gave {len(rollout)} completions for {len(rows) * group} rows")
         else:
-            rollout = self._sampled(rows, group, seed)
+            rollout = self._sampled(rows, group, seed, first)
         if not rollout.texts:
             rollout.texts = self.processing_class.batch_decode(rollout.completions, skip_special_tokens=True)
         return rollout
 
-    def _sampled(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int) -> Rollout:
+    def _sampled(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, first: int | None) -> Rollout:
         prompts = [list(row["prompt_ids"]) for row in rows]
-        groups = self.sampler.sample(prompts, self.sampling_params(seed), n=group)
+        own = seed if first is None else tuple(seed * 2**20 + first + place for place in range(len(rows)))
+        groups = self.sampler.sample(prompts, self.sampling_params(own), n=group)
         flat = [completion for completions in groups for completion in completions]
         reshaped = self.args.reshapes
         rollout = Rollout(
@@ -258,10 +263,10 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _round(self, state: RolloutState, turn: int, wanted: int) -> tuple[list[Any], Rollout, Rewards | None]:
         """The next prompts of the stream, sampled and scored; every rank takes its own stretch of them."""
-        group = self.args.num_generations
-        rows = self.prompts.take(state.position + self.args.process_index * wanted, wanted)
+        group, first = self.args.num_generations, self.args.process_index * wanted
+        rows = self.prompts.take(state.position + first, wanted)
         state.position += wanted * self.args.world_size
-        rollout = self.sample(rows, group, self._seed(state.rollouts, turn))
+        rollout = self.sample(rows, group, self._seed(state.rollouts, turn), first)
         try:
             return rows, rollout, self._scored(rollout, rows, group)
         except RewardError:
