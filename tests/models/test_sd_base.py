@@ -317,3 +317,11 @@ def test_checkpoint_errors(directory, tmp_path, use_lora):
         pipeline.save_checkpoint([torch.nn.Linear(1, 1)], [], str(tmp_path))
     with pytest.raises(ValueError, match="Unknown model type"):
         pipeline.load_checkpoint([torch.nn.Linear(1, 1)], str(tmp_path))
+
+
+def test_the_adapter_can_be_scaled_away(directory):
+    pipeline = load(directory, use_lora=True)
+    perturb(pipeline)
+    base = sample(load(directory)).images
+    assert not torch.allclose(sample(pipeline).images, base)
+    torch.testing.assert_close(sample(pipeline, cross_attention_kwargs={"scale": 0.0}).images, base)
