@@ -50,7 +50,7 @@ def resumable_run(folder: str, steps: int = 12) -> None:
 
 
 def updates(rank: int, world: int, port: int, out: str) -> None:
-    """Two steps on four samples that `world` processes share; what came of them in `out`."""
+    """Two steps on four samples that `world` processes share, the second one twice; what came of them in `out`."""
     if world > 1:
         warnings.simplefilter("ignore")
         os.environ.update(
@@ -64,12 +64,19 @@ def updates(rank: int, world: int, port: int, out: str) -> None:
         use_score_norm=True, max_grad_norm=0.5, target=0.1, horizon=20,
     )  # fmt: skip
     g = torch.Generator().manual_seed(1)
-    for _ in range(2):
-        queries = [torch.randint(4, 100, (3 + i,), generator=g) for i in range(4)]
-        responses = [torch.randint(4, 100, (2 + 2 * i,), generator=g) for i in range(4)]  # a mean of means would show
-        scores = [torch.tensor(float(i)) for i in (3, 0, 1, -2)]
-        part = slice(rank * rows, (rank + 1) * rows)
+    queries = [torch.randint(4, 100, (3 + i,), generator=g) for i in range(4)]
+    responses = [torch.randint(4, 100, (2 + 2 * i,), generator=g) for i in range(4)]  # a mean of means would show
+    scores = [torch.tensor(float(i)) for i in (3, 0, 1, -2)]
+    part = slice(rank * rows, (rank + 1) * rows)
+    ends = []
+    for turn in range(3):
+        if turn == 1:
+            trainer.save_state(f"{out}-state")
+        if turn == 2:
+            trainer.load_state(f"{out}-state")
         stats = trainer.step(queries[part], responses[part], scores[part])
+        ends.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert all(torch.equal(again, once) for once, again in zip(*ends[1:], strict=True))
     if rank == 0:
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])

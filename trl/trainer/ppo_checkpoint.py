@@ -165,8 +165,7 @@ def load_state(trainer: Any, directory: str | os.PathLike[str]) -> None:
         source = _former(source)
     if not (source / SHARED).is_file():
         raise ValueError(f"{str(directory)!r} holds no {SHARED}: give a folder that `save_state` or `train` wrote")
-    device = trainer.accelerator.device
-    restore(trainer, torch.load(source / SHARED, map_location=device, weights_only=False))
+    restore(trainer, torch.load(source / SHARED, map_location="cpu", weights_only=False))
     own = source / OWN.format(rank=trainer.accelerator.process_index)
     set_random_state(torch.load(own, map_location="cpu", weights_only=False))
 
