@@ -405,3 +405,16 @@ def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
 
 def test_every_case_of_the_suite_is_reached():
     assert {case.trainer for case in CASES.values()} >= {"GRPOTrainer", "RLOOTrainer"}
+
+
+def documented_recipes():
+    text = (Path(__file__).parents[2] / "docs" / "on_policy.md").read_text()
+    table = text.split("| algorithm | options of `GRPOConfig` |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if "=" in line]
+    return [(name.strip(), options.split("`")[1].replace("...", "2")) for name, options in rows]
+
+
+@pytest.mark.parametrize(("name", "options"), documented_recipes())
+def test_documented_recipes_train(name, options, tmp_path):
+    trainer = trained(tmp_path, max_steps=1, **eval(f"dict({options})"))
+    assert len(history(trainer, "loss")) == 1
