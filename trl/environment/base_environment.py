@@ -179,7 +179,8 @@ class TextEnvironment:
             text = row.get("prompt")
             text = text if isinstance(text, str) else self.tokenizer.decode(row["prompt_ids"])
             history = self._begin(text, row, row["prompt_ids"])
-            history.row, history.seed, history.limit = index, seed, len(history.tokens) + limit
+            history.row, history.seed = index, seed
+            history.limit = min(len(history.tokens) + limit, turns.context or 2**62)
             histories.append(history)
         self._speaker = replace(turns, params=params)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,21 +12,61 @@ from torch import Tensor
 
 from trl.data.records import Rollout
 from trl.environment.base_environment import TextEnvironment
+from trl.environment.chat_environment import ChatEnvironment
 from trl.environment.turns import SampledTurns
+from trl.generation.sampling_mode import base_model
+from trl.generation.stopping import end_tokens
 from trl.models.prepare import context_length
 from trl.models.scoring import backbone
 from trl.trainer.rollout_rewards import Rewards
 
 
-def environment_of(config: Any, tokenizer: Any, environment: Any, reward_funcs: Any, rollout_func: Any) -> Any:
-    """The environment of a trainer's arguments, checked against the others."""
-    if rollout_func is not None:
-        raise ValueError("rollout_func and an environment both make the rollouts: give one of them")
-    if isinstance(environment, TextEnvironment):
-        _check_text_environment(environment, config, tokenizer, reward_funcs)
-    if environment.tokenizer is None:
-        environment.tokenizer = tokenizer
-    return environment
+@dataclass(frozen=True)
+class Played:
+    """What a trainer was given to make its rollouts with."""
+
+    environment: Any = None
+    """a `TextEnvironment`, a `ChatEnvironment`, or an object with their `rollout`"""
+    tools: Sequence[Callable[..., Any]] | None = None
+    environment_factory: Callable[[], Any] | None = None
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in (self.environment, self.tools, self.environment_factory))
+
+    def prepare(self, trainer: Any, reward_funcs: Any) -> Any:
+        """The environment, checked against the trainer's other arguments; None if there is none."""
+        config, environment = trainer.args, self.environment
+        if not self:
+            if config.max_tool_calling_iterations is not None:
+                raise ValueError("max_tool_calling_iterations: no effect without `tools` or an `environment_factory`")
+            return None
+        if trainer.rollout_func is not None:
+            raise ValueError("rollout_func and an environment both make the rollouts: give one of them")
+        if environment is None:
+            environment = ChatEnvironment(
+                self.tools or (),
+                self.environment_factory,
+                max_iterations=config.max_tool_calling_iterations,
+                template_kwargs=config.chat_template_kwargs,
+            )
+        elif self.tools is not None or self.environment_factory is not None:
+            raise ValueError("environment: it has its own tools; give it those of `tools` and `environment_factory`")
+        elif config.max_tool_calling_iterations is not None:
+            raise ValueError("max_tool_calling_iterations: the environment has its own limit; set it there")
+        if isinstance(environment, TextEnvironment):
+            _check_text_environment(environment, config, trainer.processing_class, reward_funcs)
+        if isinstance(environment, ChatEnvironment):
+            if config.max_prompt_length is not None:
+                raise ValueError("max_prompt_length: a prompt with tools cannot be cut; leave it out")
+            environment.bind(trainer.processing_class, end_ids(trainer))
+        if trainer.needs_rewards and reward_funcs is None and not environment.gives_rewards:
+            raise ValueError("reward_funcs: the environment gives no rewards; give reward functions, or it a `reward`")
+        return environment
+
+
+def end_ids(trainer: Any) -> list[int]:
+    """The tokens that end a turn of the model."""
+    return end_tokens(trainer.sampling_params(0), base_model(trainer.model), trainer.processing_class)
 
 
 def _check_text_environment(environment: TextEnvironment, config: Any, tokenizer: Any, reward_funcs: Any) -> None:
@@ -45,8 +85,8 @@ def _check_text_environment(environment: TextEnvironment, config: Any, tokenizer
         )
     if environment.reward_fn is not None and reward_funcs is not None:
         raise ValueError("reward_funcs: the environment has a reward_fn already; give one of them")
-    if not environment.gives_rewards and reward_funcs is None:
-        raise ValueError("reward_funcs: the environment gives no rewards; give reward functions, or it a reward_fn")
+    if known is None:
+        environment.tokenizer = tokenizer
 
 
 def play(trainer: Any, rows: Sequence[Mapping[str, Any]], group: int, seed: int) -> Rollout:

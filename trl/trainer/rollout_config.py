@@ -47,6 +47,8 @@ class RolloutConfig(PostTrainingConfig):
     """punish tokens that are in the prompt or the completion already; 1: off"""
     generation_kwargs: dict[str, Any] | None = field(default=None)
     """further sampling settings: min_new_tokens, stop_strings, stop_token_ids"""
+    max_tool_calling_iterations: int | None = field(default=None)
+    """rounds of tool calls in a conversation; None: as many as `max_completion_length` has room for"""
     chat_template_kwargs: dict[str, Any] | None = field(default=None)
     """variables for the chat template"""
     padding_free: bool = field(default=True)
@@ -73,7 +75,7 @@ class RolloutConfig(PostTrainingConfig):
         for name in ("num_generations", "max_completion_length", "num_iterations"):
             require(self, name, getattr(self, name) >= 1, "give a whole number >= 1")
         for name in ("num_generations_eval", "max_prompt_length", "steps_per_generation", "generation_batch_size",
-                     "num_completions_to_print"):  # fmt: skip
+                     "num_completions_to_print", "max_tool_calling_iterations"):  # fmt: skip
             value = getattr(self, name)
             require(self, name, value is None or value >= 1, "give a whole number >= 1, or None")
         require(

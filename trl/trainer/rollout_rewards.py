@@ -89,12 +89,13 @@ def asked_of(rollout: Rollout, columns: Mapping[str, Sequence[Any]], state: Any)
     prompts = columns.get("prompt", [])
     chat = bool(len(prompts)) and is_conversational({"prompt": prompts[0]})
     given = {name: values for name, values in columns.items() if name not in ("prompt", "prompt_ids")}
-    extra = {name: values for name, values in rollout.metadata.items() if name != "truncated"}
+    extra = {name: values for name, values in rollout.metadata.items() if name not in ("truncated", "completions")}
+    said = [[{"role": "assistant", "content": t}] for t in rollout.texts] if chat else rollout.texts
     return {
         **given,
         **extra,
         "prompts": list(prompts),
-        "completions": [[{"role": "assistant", "content": t}] for t in rollout.texts] if chat else rollout.texts,
+        "completions": rollout.metadata.get("completions", said),
         "completion_ids": rollout.completions,
         "trainer_state": state,
     }

@@ -25,7 +25,7 @@ from trl.rewards.named import RewardSource
 from trl.rewards.panel import RewardError
 from trl.trainer import rollout_report
 from trl.trainer.configuration import as_config, processing_class_of
-from trl.trainer.environment_rollouts import environment_of, play
+from trl.trainer.environment_rollouts import Played, play
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
 from trl.trainer.prompt_stream import PromptStream
@@ -64,12 +64,15 @@ class RolloutTrainer(ObjectiveTrainer):
         tokenizer: Any = None,
         rollout_func: RolloutFunction | None = None,
         environment: Any = None,
+        environment_factory: Callable[[], Any] | None = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
     ):
         config = as_config(args, self.config_class)
         self._microbatches, self._rows = config.rollout_shape()
         if train_dataset is None:
             raise ValueError("train_dataset: on-policy training needs prompts; give rows with a column `prompt`")
-        if self.needs_rewards and reward_funcs is None and rollout_func is None and environment is None:
+        played = Played(environment, tools, environment_factory)
+        if self.needs_rewards and reward_funcs is None and rollout_func is None and not played:
             raise ValueError("reward_funcs: give reward functions, or a `rollout_func` whose rollouts have rewards")
         if isinstance(model, str):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
@@ -111,9 +114,7 @@ class RolloutTrainer(ObjectiveTrainer):
         )
         self._path: Literal["padded"] | None = None if config.padding_free else "padded"
         self.rollout_func, self.sampler = rollout_func, make_sampler(self.model, tokenizer)
-        self.environment: Any = None
-        if environment is not None:
-            self.environment = environment_of(config, tokenizer, environment, reward_funcs, rollout_func)
+        self.environment = played.prepare(self, reward_funcs)
         self.rewards: RolloutRewards | None = None
         if self.needs_rewards:
             self.rewards = RolloutRewards.of(config, reward_funcs, reward_processing_classes, self.args.device)
