@@ -1,7 +1,10 @@
 """PPOTrainer: goldens of the seed, the packed step against padded pieces, and everything a step must keep or refuse."""
 
+import json
 import logging
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -660,6 +663,47 @@ def test_push_if_best(make):
     assert trainer.highest_reward == 2.0
 
 
+def test_push_to_hub_uploads_model_tokenizer_and_card(make, monkeypatch):
+    uploaded = {}
+
+    class Hub:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            uploaded[repo_id] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.whoami", lambda: {"name": "me"})
+    make().push_to_hub("me/it", private=True)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(uploaded["me/it"])
+    assert b"- ppo" in uploaded["me/it"]["README.md"]
+    assert json.loads(uploaded["me/it"]["config.json"])["model_type"] == "llama"
+
+
+def test_wandb_gets_a_table_and_arrays(make, monkeypatch):
+    tables, logged = [], {}
+    fake = SimpleNamespace(Table=lambda columns, rows: tables.append((columns, rows)))
+    trainer = make()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    trainer.config.log_with = "wandb"
+    trainer.accelerator.log = logged.update
+    queries, responses, scores = batch()
+    stats = trainer.step(queries, responses, scores)
+    assert isinstance(stats["ppo/loss/total"], np.ndarray)
+    texts = {"query": list("abcd"), "response": list("efgh"), "ref_response": list("ijkl")}
+    trainer.log_stats(stats, texts, scores, columns_to_log=["query", "response", "ref_response"])
+    ((columns, rows),) = tables
+    assert columns == ["query", "response", "ref_response", "reward"]
+    assert rows[1] == ["b", "f", "j", 0.5]
+    assert "game_log" in logged
+    with pytest.raises(ValueError, match="are not present in the batch"):
+        trainer.log_stats(stats, {"query": list("abcd")}, scores)
+
+
 def test_save_pretrained(make, tmp_path, monkeypatch):
     trainer = make()
     with pytest.warns(UserWarning, match="Cannot retrieve user information"):
@@ -695,12 +739,14 @@ def test_train_minibatch_accumulates_under_accelerate(make):
     assert moved == [False, True]
 
 
-def test_half_precision_has_coarser_bounds():
+def test_half_precision_has_coarser_bounds(monkeypatch):
     accelerator = SimpleNamespace(mixed_precision="no")
     off = {"ratio": torch.tensor(1.001), "approx_kl": torch.tensor(1e-4)}
     ppo_statistics.check_on_policy(off, accelerator, torch.nn.Linear(1, 1).to(torch.bfloat16))
     with pytest.raises(RuntimeError):
         ppo_statistics.check_on_policy(off, accelerator, torch.nn.Linear(1, 1))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # TF32
+    ppo_statistics.check_on_policy(off, accelerator, torch.nn.Linear(1, 1))
 
 
 def test_generic_logging_does_not_warn(make, caplog):

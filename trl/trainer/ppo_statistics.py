@@ -147,13 +147,14 @@ class Clock:
 ON_POLICY = {torch.float32: (1e-5, 1e-8), torch.float64: (1e-5, 1e-8)}
 """how far the mean ratio may be from 1, and approxkl from 0, before anything was learnt"""
 ON_POLICY_HALF = (2e-2, 1e-2)
-"""the same in half precision"""
+"""the same in half precision and TF32"""
 
 
 def check_on_policy(means: Mapping[str, Tensor], accelerator: Any, model: nn.Module) -> None:
     """RuntimeError unless the policy that is about to be updated is the one whose log-probabilities were taken."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} & {torch.float16, torch.bfloat16}
-    coarse = dtypes or accelerator.mixed_precision not in ("no", None) or _is_quantized(model)
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    coarse = dtypes or tf32 or accelerator.mixed_precision not in ("no", None) or _is_quantized(model)
     ratio, approx_kl = means["ratio"].item(), means["approx_kl"].item()
     of_ratio, of_kl = ON_POLICY_HALF if coarse else ON_POLICY[torch.float32]
     if not (abs(ratio - 1) <= of_ratio and approx_kl <= of_kl):

@@ -22,7 +22,7 @@ from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_mo
 from trl.models.reference import Reference, unwrap
 from trl.rewards.named import RewardSource
 from trl.trainer import ppo_checkpoint, ppo_generation, ppo_loop, ppo_padded, ppo_setup, ppo_statistics
-from trl.trainer.base import BaseTrainer, trl_sanitze_kwargs_for_tagging
+from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import processing_class_of
 from trl.trainer.experience import (
     PACKED_TOKENS,
@@ -476,10 +476,6 @@ class PPOTrainer(BaseTrainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(str(save_directory))
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload model, tokenizer and card, with the trainer's tags; keywords are those of the mixin."""
-        return super().push_to_hub(repo_id, **(trl_sanitze_kwargs_for_tagging(self._tag_names, kwargs) or {}))
 
     def _show_tokens(self, tokens: Tensor, masks: Tensor) -> None:
         """Print tokens in two colours, by their mask."""
