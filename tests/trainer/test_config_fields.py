@@ -1,0 +1,208 @@
+"""Every field of our own has an effect or raises: a changed value changes what is trained, or another test shows it."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from conformity import build, history
+from transformers import TrainingArguments
+
+import trl
+
+HERE = Path(__file__).parent
+
+CHANGED = {
+    # field: (case of the conformity suite, settings that change it beside others that it needs)
+    ("SFTConfig", "dataset_text_field"): ("sft", {"dataset_text_field": "other"}),
+    ("SFTConfig", "max_length"): ("sft", {"max_length": 4}),
+    ("SFTConfig", "truncation_mode"): ("sft", {"max_length": 4, "truncation_mode": "keep_end"}),
+    ("SFTConfig", "loss_type"): ("sft", {"loss_type": "dft"}),
+    ("SFTConfig", "packing"): ("sft", {"packing": True, "max_length": 12}),
+    ("SFTConfig", "packing_strategy"): ("sft-packing", {"packing_strategy": "wrapped"}),
+    ("SFTConfig", "eval_packing"): ("sft-packing", {"eval_packing": True}),
+    ("SFTConfig", "shuffle_dataset"): ("sft", {"shuffle_dataset": True}),
+    ("SFTConfig", "dataset_kwargs"): ("sft", {"dataset_kwargs": {"append_concat_token": False}}),
+    ("SFTConfig", "num_of_sequences"): (
+        "sft-packing", {"packing_strategy": "constant_length", "num_of_sequences": 2, "chars_per_token": 1.0},
+    ),
+    ("SFTConfig", "chars_per_token"): (
+        "sft-packing", {"packing_strategy": "constant_length", "num_of_sequences": 2, "chars_per_token": 1.0},
+    ),
+    ("SFTConfig", "learning_rate"): ("sft", {"learning_rate": 1e-3}),
+    ("RewardConfig", "max_length"): ("reward", {"max_length": 4}),
+    ("RewardConfig", "center_rewards_coefficient"): ("reward", {"center_rewards_coefficient": 0.5}),
+    ("PRMConfig", "max_length"): ("prm", {"max_length": 5}),
+    ("PRMConfig", "max_prompt_length"): ("prm", {"max_prompt_length": 2}),
+    ("PRMConfig", "max_completion_length"): ("prm", {"max_completion_length": 2}),
+    ("PRMConfig", "step_separator"): ("prm", {"step_separator": " . "}),
+    ("PRMConfig", "train_on_last_step_only"): ("prm", {"train_on_last_step_only": True}),
+    ("DPOConfig", "beta"): ("dpo-ipo", {"beta": 0.7}),
+    ("DPOConfig", "max_length"): ("dpo-sigmoid", {"max_length": 4}),
+    ("DPOConfig", "max_prompt_length"): ("dpo-sigmoid", {"max_prompt_length": 2}),
+    ("DPOConfig", "max_completion_length"): ("dpo-sigmoid", {"max_completion_length": 2}),
+    ("DPOConfig", "truncation_mode"): ("dpo-sigmoid", {"max_prompt_length": 2, "truncation_mode": "keep_end"}),
+    ("DPOConfig", "label_smoothing"): ("dpo-sigmoid", {"label_smoothing": 0.2}),
+    ("DPOConfig", "loss_type"): ("dpo-sigmoid", {"loss_type": "hinge"}),
+    ("DPOConfig", "loss_weights"): ("dpo-sigmoid", {"loss_type": ["sigmoid"], "loss_weights": [0.5]}),
+    ("DPOConfig", "reference_free"): ("dpo-sigmoid", {"reference_free": True}),
+    ("DPOConfig", "f_divergence_type"): ("dpo-sigmoid", {"f_divergence_type": "js_divergence"}),
+    ("DPOConfig", "f_alpha_divergence_coef"): (
+        "dpo-sigmoid", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9},
+    ),
+    ("DPOConfig", "ld_alpha"): ("dpo-sigmoid", {"ld_alpha": 0.2}),
+    ("DPOConfig", "use_weighting"): ("dpo-sigmoid", {"use_weighting": True}),
+    ("DPOConfig", "discopop_tau"): ("dpo-sigmoid", {"loss_type": "discopop", "discopop_tau": 0.5}),
+    ("DPOConfig", "ipo_average_log_prob"): ("dpo-ipo", {"ipo_average_log_prob": True}),
+    ("DPOConfig", "rpo_alpha"): ("dpo-sigmoid", {"rpo_alpha": 0.3}),
+    ("DPOConfig", "sync_ref_model"): ("dpo-sigmoid", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    ("DPOConfig", "ref_model_mixup_alpha"): (
+        "dpo-sigmoid", {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.1},
+    ),
+    ("DPOConfig", "ref_model_sync_steps"): ("dpo-sigmoid", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    ("ORPOConfig", "beta"): ("orpo", {"beta": 0.7}),
+    ("CPOConfig", "loss_type"): ("cpo", {"loss_type": "hinge"}),
+    ("CPOConfig", "cpo_alpha"): ("cpo", {"cpo_alpha": 0.2}),
+    ("CPOConfig", "label_smoothing"): ("cpo", {"label_smoothing": 0.2}),
+    ("SimPOConfig", "beta"): ("simpo", {"beta": 1.0}),
+    ("SimPOConfig", "gamma"): ("simpo", {"gamma": 1.0}),
+    ("SimPOConfig", "alpha"): ("simpo", {"alpha": 0.5}),
+    ("SimPOConfig", "label_smoothing"): ("simpo", {"label_smoothing": 0.2}),
+    ("KTOConfig", "beta"): ("kto", {"beta": 0.7}),
+    ("KTOConfig", "loss_type"): ("kto", {"loss_type": "apo_zero_unpaired"}),
+    ("KTOConfig", "desirable_weight"): ("kto", {"desirable_weight": 0.5}),
+    ("KTOConfig", "undesirable_weight"): ("kto", {"undesirable_weight": 0.5}),
+    ("KTOConfig", "max_length"): ("kto", {"max_length": 4}),
+    ("KTOConfig", "max_prompt_length"): ("kto", {"max_prompt_length": 2}),
+    ("KTOConfig", "max_completion_length"): ("kto", {"max_completion_length": 2}),
+    ("KTOConfig", "truncation_mode"): ("kto", {"max_prompt_length": 2, "truncation_mode": "keep_end"}),
+    ("KTOConfig", "sync_ref_model"): ("kto", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    ("KTOConfig", "ref_model_mixup_alpha"): (
+        "kto", {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.1},
+    ),
+    ("KTOConfig", "ref_model_sync_steps"): ("kto", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+}  # fmt: skip
+
+SHOWN = {
+    # field: the test that shows its effect, whatever the trainer
+    "model_init_kwargs": ("test_sft_trainer", "test_model_by_name_with_its_own_tokenizer"),
+    "evaluation_strategy": ("test_reward_trainer", "test_older_spelling_of_the_evaluation_strategy"),
+    "remove_unused_columns": ("test_reward_trainer", "test_words_and_warnings_of_older_releases"),
+    "padding_free": ("test_conformity", "test_packed_equals_padded"),
+    "max_tokens_per_microbatch": ("test_token_budget", "test_a_budget_changes_nothing_but_the_passes"),
+    "eos_token": ("test_sft_trainer", "test_eos_pad_and_template_of_the_config"),
+    "pad_token": ("test_sft_trainer", "test_eos_pad_and_template_of_the_config"),
+    "chat_template_path": ("test_sft_trainer", "test_eos_pad_and_template_of_the_config"),
+    "completion_only_loss": ("test_sft_trainer", "test_prompts_are_learned_only_when_asked_for"),
+    "assistant_only_loss": ("test_sft_trainer", "test_assistant_turns_with_their_end"),
+    "precompute_ref_log_probs": ("test_dpo_trainer", "test_precomputed_equals_live"),
+    "precompute_ref_batch_size": ("test_dpo_trainer", "test_precomputed_equals_live"),
+    "ref_model_init_kwargs": ("test_dpo_trainer", "test_a_reference_of_its_own_by_object_or_name"),
+    "generate_during_eval": ("test_dpo_trainer", "test_samples_of_an_evaluation"),
+    "disable_dropout": ("test_dpo_trainer", "test_pad_token_and_dropout"),
+    "dataset_num_proc": ("test_config_fields", "test_how_rows_are_tokenised_is_handed_on"),
+    "dataset_batch_size": ("test_config_fields", "test_how_rows_are_tokenised_is_handed_on"),
+    "bf16": ("test_config_fields", "test_precision_follows_the_device"),
+    "logging_steps": ("test_config_fields", "test_frequent_logs"),
+    "learning_rate": ("test_config_fields", "test_a_changed_field_changes_the_training"),
+}
+SHARED_WITH = {"ORPOConfig": "DPOConfig", "CPOConfig": "DPOConfig", "SimPOConfig": "DPOConfig"}
+"""configs whose lengths and losses go the same way through `PairTrainer`"""
+CONFIGS = ("SFTConfig", "RewardConfig", "PRMConfig", "DPOConfig", "ORPOConfig", "CPOConfig", "SimPOConfig", "KTOConfig")
+NEEDS = {
+    ("DPOConfig", "sync_ref_model"): {"max_steps": 3},
+    ("KTOConfig", "sync_ref_model"): {"max_steps": 3},
+    ("SFTConfig", "truncation_mode"): {"max_length": 4},
+    ("SFTConfig", "packing_strategy"): {},
+    ("DPOConfig", "truncation_mode"): {"max_prompt_length": 2},
+    ("KTOConfig", "truncation_mode"): {"max_prompt_length": 2},
+    ("DPOConfig", "f_alpha_divergence_coef"): {"f_divergence_type": "alpha_divergence"},
+    ("DPOConfig", "discopop_tau"): {"loss_type": "discopop"},
+    ("DPOConfig", "ref_model_mixup_alpha"): {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    ("DPOConfig", "ref_model_sync_steps"): {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    ("KTOConfig", "ref_model_mixup_alpha"): {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    ("KTOConfig", "ref_model_sync_steps"): {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    ("SFTConfig", "num_of_sequences"): {"packing_strategy": "constant_length", "chars_per_token": 1.0},
+    ("SFTConfig", "chars_per_token"): {"packing_strategy": "constant_length", "num_of_sequences": 2},
+}
+"""what stands beside the field in both runs"""
+
+
+def own_fields(config):
+    inherited = {entry.name: entry for entry in fields(TrainingArguments)}
+    for entry in fields(getattr(trl, config)):
+        if entry.name not in inherited or entry.default != inherited[entry.name].default:
+            yield entry.name
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_field_is_in_a_table(config):
+    missing = [
+        name
+        for name in own_fields(config)
+        if (config, name) not in CHANGED and (SHARED_WITH.get(config), name) not in CHANGED and name not in SHOWN
+    ]
+    assert not missing
+
+
+_unchanged = {}
+
+
+def outcome(case, tmp_path, **settings):
+    """What a short run learns from and what comes of it."""
+    trainer = build(case, tmp_path, **{"max_steps": 3 if settings.get("sync_ref_model") else 1, **settings})
+    trainer.train()
+    metrics = trainer.evaluate()
+    return (
+        [dict(row) for row in trainer.train_dataset],
+        history(trainer, "loss"),
+        history(trainer, "grad_norm"),
+        [dict(row) for row in trainer.eval_dataset],
+        metrics["eval_loss"],
+    )
+
+
+@pytest.mark.filterwarnings("ignore:You passed `packing=True`:UserWarning")
+@pytest.mark.parametrize(("config", "field"), CHANGED)
+def test_a_changed_field_changes_the_training(config, field, tmp_path, monkeypatch):
+    case, settings = CHANGED[config, field]
+    if field == "dataset_text_field":
+        import conformity
+
+        rows = conformity.texts()
+        rows = rows.add_column("other", rows["text"][::-1])
+        monkeypatch.setitem(conformity.CASES, "sft", replace(conformity.CASES["sft"], rows=lambda: rows))
+    base = NEEDS.get((config, field), {})
+    key = (case, repr(base))
+    if key not in _unchanged:
+        _unchanged[key] = outcome(case, tmp_path, **base)
+    assert outcome(case, tmp_path, **settings) != _unchanged[key]
+
+
+@pytest.mark.parametrize(("file", "test"), sorted(set(SHOWN.values())))
+def test_the_tests_named_here_exist(file, test):
+    assert f"def {test}(" in (HERE / f"{file}.py").read_text()
+
+
+def test_how_rows_are_tokenised_is_handed_on(tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(dataset, tokenizer, **how):
+        seen.update(how)
+        return dataset, None
+
+    monkeypatch.setattr("trl.trainer.sft_data.tokenize_supervised", spy)
+    build("sft", tmp_path, dataset_num_proc=2, dataset_batch_size=3)
+    assert (seen["num_proc"], seen["batch_size"]) == (2, 3)
+
+
+def test_precision_follows_the_device(tmp_path):
+    assert trl.SFTConfig(output_dir=str(tmp_path)).bf16 is False  # no GPU here
+    with pytest.raises(ValueError, match="bf16"):
+        trl.SFTConfig(output_dir=str(tmp_path), bf16=True)
+
+
+def test_frequent_logs(tmp_path):
+    assert trl.SFTConfig(output_dir=str(tmp_path)).logging_steps == 10
+    trainer = build("sft", tmp_path, max_steps=4, logging_steps=2)
+    trainer.train()
+    assert len(history(trainer, "loss")) == 2
