@@ -186,7 +186,12 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path, tiny_tokenizer)
     assert open_model(saved(tmp_path, tiny_tokenizer, vocab_size=100))[1].pad_token_id == 2
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "weights"])
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"--model .*gone: there is no such folder"):
+        open_model(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("damage", ["empty", "weights"])
 def test_a_folder_that_is_no_model_is_one_line(tmp_path, tiny_tokenizer, damage):
     folder = tmp_path / "model"
     if damage == "empty":

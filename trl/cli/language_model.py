@@ -28,6 +28,8 @@ Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 def open_model(name: str | Path) -> Pair:
     """A causal language model and its tokenizer, from a folder or the Hub, checked for what training needs."""
+    if str(name).startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"--model {name}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
