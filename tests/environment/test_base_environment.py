@@ -429,7 +429,7 @@ def test_rollout_records(make):
     assert rollout.metadata["histories"] == histories
     assert rollout.metadata["turn_rewards"] == [[0.0] * 3] * 5
     for ends, mask in zip(rollout.metadata["turn_ends"], rollout.masks, strict=True):
-        assert ends == [i + 1 for i in range(len(mask)) if mask[i] and not mask[i + 1 : i + 2] == [1]]
+        assert ends == [i + 1 for i in range(len(mask)) if mask[i] and mask[i + 1 : i + 2] != [1]]
     for logprobs, mask in zip(rollout.logprobs, rollout.masks, strict=True):
         assert [logprob < 0 for logprob in logprobs] == [m == 1 for m in mask]
     by_generate = make(generation_kwargs=SAMPLED | ONLY_GENERATE).run(["q"])[-1]

@@ -87,4 +87,5 @@ def _stand_in(question: str, names: Sequence[str]) -> Messages:
         {"type": "function", "id": call_id(place), "function": {"name": name, "arguments": {}}}
         for place, name in enumerate(names)
     ]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    thoughts = "<think>\nWhat is it?\n</think>\n\nI look it up."  # what some templates drop later on
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": thoughts, "tool_calls": calls}]
