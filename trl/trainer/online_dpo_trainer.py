@@ -71,8 +71,9 @@ class OnlineDPOTrainer(RolloutTrainer):
         if judge is not None:
             if reward_funcs is not None:
                 raise ValueError("judge: reward_funcs order the completions already; give one of them")
-            if args is not None and getattr(args, "num_generations", 2) != 2:
-                raise ValueError(f"num_generations={args.num_generations}: a judge compares 2 completions")
+            for name in ("num_generations", "num_generations_eval"):
+                if getattr(args, name, None) not in (None, 2):
+                    raise ValueError(f"{name}={getattr(args, name)}: a judge compares 2 completions")
             reward_funcs = pairwise(judge)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.reference = self.make_reference(ref_model)

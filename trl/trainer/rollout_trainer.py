@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.data.packing import pack
 from trl.data.records import Branch, Rollout
@@ -79,6 +80,8 @@ class RolloutTrainer(ObjectiveTrainer):
             model = load_model(model, AutoModelForCausalLM, config.model_init_kwargs)  # type: ignore[arg-type]
         tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
         if config.pad_token is not None:
+            if tokenizer.convert_tokens_to_ids(config.pad_token) in (None, tokenizer.unk_token_id):
+                raise ValueError(f"pad_token={config.pad_token!r}: not in the tokenizer's vocabulary; choose another")
             tokenizer.pad_token = config.pad_token
         model = prepare_model(
             model,
@@ -112,6 +115,10 @@ class RolloutTrainer(ObjectiveTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "the weights are sharded (FSDP, DeepSpeed ZeRO-3), and the sampler needs them whole: train with DDP"
+            )
         self._path: Literal["padded"] | None = None if config.padding_free else "padded"
         self.rollout_func, self.sampler = rollout_func, make_sampler(self.model, tokenizer)
         self.environment = played.prepare(self, reward_funcs)

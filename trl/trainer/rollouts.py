@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
@@ -141,7 +141,7 @@ class RolloutLoader:
         while True:
             if not self.state.experience or self.state.cursor == self.microbatches * self.iterations:
                 experience = self.make(self.state)
-                self.state.experience = asdict(experience)
+                self.state.experience = dict(vars(experience))
                 self.state.rollouts, self.state.cursor = self.state.rollouts + 1, 0
             current = Experience(**self.state.experience)
             size = -(-len(current) // self.microbatches)
