@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**23
 """logits that exist at a time (32 MiB in float32)"""
+KEPT_ELEMENTS = 2**25
+"""gradients of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -100,7 +102,8 @@ class _LinearLogprobs(torch.autograd.Function):
     """log softmax(post(h Wᵀ + b) / temperature) at the targets, and the entropy (not differentiable).
 
     A frozen head needs only the gradient of h, known up to a factor per row in the forward pass: the logits are
-    then computed once. A trained head computes them again in the backward pass.
+    then computed once. A trained head keeps the gradients of the first `KEPT_ELEMENTS` logits, and computes the rest
+    again in the backward pass.
     """
 
     @staticmethod
@@ -113,13 +116,15 @@ class _LinearLogprobs(torch.autograd.Function):
         head: Head,
         temperature: float,
         want_entropy: bool,
+        learns: bool,
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         log_zs, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
-        ctx.head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        ahead = hidden.requires_grad and not ctx.head_trains
-        gradient = torch.empty_like(hidden) if ahead else None
+        head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        gradient = torch.empty_like(hidden) if learns and hidden.requires_grad and not head_trains else None
+        room = KEPT_ELEMENTS if learns and head_trains else 0
+        ctx.slopes = []
         for part in _chunks(count, head.vocabulary):
             logits = _LinearLogprobs.logits(hidden[part], weight, bias, head, temperature)
             log_z = torch.logsumexp(logits, -1)
@@ -127,9 +132,15 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_z
             if want_entropy:
                 entropies[part] = entropy_of(logits, log_z)
+            keeps = logits.numel() <= room
+            if gradient is None and not keeps:
+                continue
+            slope = _LinearLogprobs.slope(logits, log_z, targets[part], head, temperature).to(weight.dtype)
             if gradient is not None:
-                slope = _LinearLogprobs.slope(logits, log_z, targets[part], head, temperature)
-                gradient[part] = slope.to(weight.dtype) @ weight
+                gradient[part] = slope @ weight
+            else:
+                room -= slope.numel()
+                ctx.slopes.append(slope)
         ctx.head, ctx.temperature = head, temperature
         ctx.save_for_backward(hidden, weight, bias, targets, log_zs, gradient)
         ctx.mark_non_differentiable(entropies)
@@ -161,14 +172,18 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, log_zs, gradient = ctx.saved_tensors
         if gradient is not None:
-            return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 6)
+            return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 7)
         wants_hidden = ctx.needs_input_grad[0]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        slopes, ctx.slopes = ctx.slopes[::-1], []
         for part in _chunks(hidden.shape[0], ctx.head.vocabulary):
-            logits = _LinearLogprobs.logits(hidden[part], weight, bias, ctx.head, ctx.temperature)
-            slope = _LinearLogprobs.slope(logits, log_zs[part], targets[part], ctx.head, ctx.temperature)
+            if slopes:
+                slope = slopes.pop()
+            else:
+                logits = _LinearLogprobs.logits(hidden[part], weight, bias, ctx.head, ctx.temperature)
+                slope = _LinearLogprobs.slope(logits, log_zs[part], targets[part], ctx.head, ctx.temperature)
             slope = slope.mul_(grad_S[part, None]).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ weight
@@ -176,7 +191,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(slope.t(), hidden[part])
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def token_logprobs(
@@ -186,7 +201,7 @@ def token_logprobs(
     if type(head.module) is nn.Linear:
         module = head.module
         return _LinearLogprobs.apply(  # type: ignore[no-any-return]
-            hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy
+            hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled()
         )
     logprobs, entropies = logprobs_and_entropy(head, hidden_SD, target_S, temperature)
     return logprobs, entropies.detach()

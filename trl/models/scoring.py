@@ -17,11 +17,15 @@ from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.models.attention import TreeLayout, enable_tree_attention, inside_tree
 from trl.models.head import Head, head_of, logprobs_and_entropy, token_logprobs
+from trl.models.last_block import last_block, only_at
 
 logger = logging.getLogger(__name__)
 
 Path = Literal["packed", "padded"]
 _paths: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
+_narrow: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""models whose last block may skip positions that nobody reads"""
+PROBE_ERRORS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError)
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 
@@ -111,11 +115,13 @@ def encoder_decoder_inputs(packed: PackedBatch, start_token_id: int, pad_token_i
     return columns
 
 
-def _run(model: nn.Module, module: nn.Module, packed: PackedBatch, path: Path) -> Tensor:
-    """The states that reach the head `module` when the batch is run along `path`."""
+def _run(model: nn.Module, module: nn.Module, packed: PackedBatch, path: Path, index_S: Tensor) -> Tensor:
+    """The states that reach the head `module` when the batch is run along `path`; right at `index_S` only."""
     with _captured(module) as seen:
         if path == "packed":
-            with inside_tree():
+            network = backbone(model)
+            block = last_block(network) if _narrow.get(network) else None
+            with inside_tree(), only_at(block, index_S, len(packed.ids_N)):
                 model(
                     input_ids=packed.ids_N[None],
                     position_ids=packed.position_N[None],
@@ -187,19 +193,32 @@ def _packs(network: Any, module: nn.Module) -> bool:
     packed = pack([TokenTree(ids[5:7], [Branch(ids[1:3])]), tree]).to(device)
     with quietly(network):
         try:
-            alone = Hidden(_run(network, module, packed, "padded"), "padded", packed).scored()
+            alone = Hidden(_run(network, module, packed, "padded", packed.scored_S), "padded", packed).scored()
             enable_tree_attention(network)
-            together = Hidden(_run(network, module, packed, "packed"), "packed", packed).scored()
-        except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
+        except PROBE_ERRORS as error:
             logger.debug("probe of %s failed: %s", type(network).__name__, error)
             return False
-    return torch.allclose(together, alone, rtol=0, atol=TOLERANCE[alone.dtype] * float(alone.abs().max()))
+        tolerance = TOLERANCE[alone.dtype] * float(alone.abs().max())
+        for _narrow[network] in (True, False):
+            try:
+                states = _run(network, module, packed, "packed", packed.scored_S)
+            except PROBE_ERRORS as error:
+                logger.debug("probe of %s failed: %s", type(network).__name__, error)
+                continue
+            if torch.allclose(Hidden(states, "packed", packed).scored(), alone, rtol=0, atol=tolerance):
+                return True
+    return False
 
 
-def hidden_states(model: nn.Module, packed: PackedBatch, module: nn.Module, path: Path | None = None) -> Hidden:
-    """The states that reach the head `module`; `path` None: packed wherever the model can."""
+def hidden_states(
+    model: nn.Module, packed: PackedBatch, module: nn.Module, path: Path | None = None, index_S: Tensor | None = None
+) -> Hidden:
+    """The states that reach the head `module`; `path` None: packed wherever the model can.
+
+    index_S: packed positions at which they will be read (default: what is scored); elsewhere they may be wrong.
+    """
     path = path or path_of(model, module)
-    return Hidden(_run(model, module, packed, path), path, packed)
+    return Hidden(_run(model, module, packed, path, packed.scored_S if index_S is None else index_S), path, packed)
 
 
 def scored_states(model: nn.Module, packed: PackedBatch, path: Path | None = None) -> tuple[Head, Tensor]:
@@ -276,7 +295,7 @@ def scores_at(
 ) -> Tensor:
     """The score head's outputs at packed positions, for causal models (value models, process rewards). [S, labels]"""
     module = classifier_of(model)
-    return module(hidden_states(model, packed, module, path).at(index_S, row_S)).float()
+    return module(hidden_states(model, packed, module, path, index_S).at(index_S, row_S)).float()
 
 
 def rewards(model: nn.Module, packed: PackedBatch, path: Path | None = None) -> Tensor:
