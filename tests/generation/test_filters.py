@@ -13,6 +13,7 @@ from trl.generation.filters import (
     keep_top_k,
     keep_top_p,
     log_partition,
+    logprobs_of,
     penalize_seen,
 )
 
@@ -141,3 +142,14 @@ def test_min_new_tokens_forbids_the_end():
     lengths = [len(c.ids) for group in completions for c in group]
     assert min(lengths) >= 4
     assert all(token not in range(3, 60) for group in completions for c in group for token in c.ids[:4])
+
+
+@pytest.mark.parametrize("vocabulary", [60, 151_936])
+def test_log_probabilities_are_exact_in_large_vocabularies(vocabulary):
+    """A float32 softmax alone is 1e-5 off, which would show in the ratio of a first update."""
+    logits_RV = 5 * torch.randn(16, vocabulary, generator=torch.Generator().manual_seed(0))
+    probs_RV = logits_RV.softmax(-1)
+    tokens_R = probs_RV.multinomial(1).squeeze(1)
+    exact_R = logits_RV.double().log_softmax(-1).gather(1, tokens_R[:, None]).squeeze(1)
+    assert (logprobs_of(tokens_R, probs_RV) - exact_R).abs().max() < 3e-6
+    assert (log_partition(logits_RV, probs_RV) - logits_RV.double().logsumexp(-1)).abs().max() < 5e-6

@@ -79,7 +79,17 @@ def log_partition(scores: Tensor, probs: Tensor) -> Tensor:
 
     The largest entry of either says it, which is several times cheaper than `torch.logsumexp`.
     """
-    return scores.amax(-1) - probs.amax(-1).log()
+    return scores.amax(-1) - _exact_log(probs.amax(-1), probs)
+
+
+def logprobs_of(tokens_R: Tensor, probs_RV: Tensor) -> Tensor:
+    """log p of a token in each row. [R]"""
+    return _exact_log(probs_RV.gather(1, tokens_R[:, None]).squeeze(1), probs_RV)
+
+
+def _exact_log(some: Tensor, probs: Tensor) -> Tensor:
+    """log of some of the probabilities. `softmax` adds a large vocabulary up with an error of 1e-5; `sum` does not."""
+    return (some / probs.sum(-1)).log()
 
 
 def inverse_cdf(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trl.data.records import Completion
-from trl.generation.filters import filter_logits, inverse_cdf, log_partition
+from trl.generation.filters import filter_logits, inverse_cdf, log_partition, logprobs_of
 from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import StopStrings
 
@@ -105,7 +105,7 @@ class Stepper:
         probs_RV = logits_RV.softmax(-1)
         if not self.params.reshapes:
             tokens_R = inverse_cdf(probs_RV, self._uniforms(rows, logits_RV.device))
-            logprobs_R = probs_RV.gather(1, tokens_R[:, None]).squeeze(1).log()
+            logprobs_R = logprobs_of(tokens_R, probs_RV)
             return tokens_R, logprobs_R, logprobs_R
         raw_R = -log_partition(logits_RV, probs_RV)
         filtered_RV = filter_logits(
@@ -117,7 +117,7 @@ class Stepper:
         else:
             probs_RV = filtered_RV.softmax(-1)
             tokens_R = inverse_cdf(probs_RV, self._uniforms(rows, logits_RV.device))
-            logprobs_R = probs_RV.gather(1, tokens_R[:, None]).squeeze(1).log()
+            logprobs_R = logprobs_of(tokens_R, probs_RV)
         return tokens_R, logprobs_R, raw_R + logits_RV.gather(1, tokens_R[:, None]).squeeze(1)
 
     def _uniforms(self, rows: Sequence[Row], device: torch.device) -> Tensor:
