@@ -24,6 +24,7 @@ from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll
 from trl.models.prepare import is_peft_model
 from trl.models.scoring import is_encoder_decoder, logits_and_labels, score
+from trl.models.wrapped import within_forward
 from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.update import optimizer_step
@@ -178,7 +179,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
             [self.model],
             self.optimizer,
             pieces,
-            lambda piece: self.objective(self.model, piece),
+            lambda piece: within_forward(self.model, lambda inner: self.objective(inner, piece)),
             self.count,
             parameters=list(self.model.parameters()),
             max_grad_norm=self.args.max_grad_norm or None,

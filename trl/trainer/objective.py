@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.data.microbatches import BudgetCollator
 from trl.losses.loss_sum import LossSum
 from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
+from trl.models.wrapped import within_forward
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 
 EXTRA_STATE = "extra_state.pt"
@@ -236,7 +237,7 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        result = self.objective(model, inputs)
+        result = within_forward(model, lambda inner: self.objective(inner, inputs))
         self._tallies["train" if model.training else "eval"].add_loss(result)
         if num_items_in_batch is None:
             loss = result.mean
