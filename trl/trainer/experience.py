@@ -5,21 +5,21 @@ Shape letters: B responses, T tokens of the longest one. Masks: 1 = the policy c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trl.data.packing import pack
-from trl.data.records import Branch, PackedBatch, TokenTree
+from trl.data.records import Branch, PackedBatch
 from trl.losses.advantages import generalized_advantages
 from trl.losses.kl import KL_PENALTIES, full
 from trl.models.head import chunk_rows
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score, scored_states, scores_at
+from trl.trainer.rollouts import prompt_trees
 from trl.trainer.statistics import get_global_statistics
 
 PACKED_TOKENS = 4096
@@ -39,12 +39,10 @@ class Sample:
         return len(self.query) + len(self.response)
 
 
-def pack_samples(samples: Iterable[Sample]) -> PackedBatch:
+def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
     """The samples in order; equal queries that follow each other are computed once."""
-    trees = []
-    for query, group in groupby(samples, key=lambda sample: sample.query):
-        trees.append(TokenTree(query, [Branch(sample.response, sample.mask) for sample in group]))
-    return pack(trees)
+    branches = [Branch(sample.response, sample.mask) for sample in samples]
+    return pack(prompt_trees([sample.query for sample in samples], branches))
 
 
 @dataclass(frozen=True)
