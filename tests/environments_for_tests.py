@@ -1,0 +1,69 @@
+"""Environments for models that say random things: whatever they say is a call."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from trl.environment.base_environment import TextEnvironment
+from trl.environment.tool_text import Spoken, ToolCall
+
+
+class Talkative(TextEnvironment):
+    """Takes whatever is said for a call of its only tool."""
+
+    def parse_tool_call(self, text: str) -> tuple[str, str]:
+        return "tool", text
+
+    def task_end_check(self, history: Any, model_turn: bool = True) -> tuple[bool, bool]:
+        return history.is_full, history.is_full
+
+
+class Delayed:
+    """Answers with some letters of what was said, sooner or later."""
+
+    def __init__(self, seed: int | None = None):
+        self.delays = None if seed is None else random.Random(seed)
+
+    def __call__(self, text: str) -> str:
+        if self.delays is not None:
+            time.sleep(self.delays.random() ** 3 * 0.03)
+        return " ".join(sorted(letter for letter in text if letter.isalpha())[:3]) or "none"
+
+
+def talkative(seed: int | None = None, **settings: Any) -> Talkative:
+    settings = {"max_turns": 3, "generation_kwargs": {"max_new_tokens": 2}, "tool_timeout": None, **settings}
+    return Talkative(None, None, {"tool": Delayed(seed)}, settings.pop("reward_fn", early), **settings)
+
+
+def early(responses: list[str], **columns: Any) -> list[float]:
+    return [float(sum(letter in "abcdefgh" for letter in response)) for response in responses]
+
+
+class Letters:
+    """Rewards letters early in the alphabet, turn by turn."""
+
+    def __init__(self) -> None:
+        self.reward = 0.0
+
+    def reset(self, wanted: str = "a") -> None:
+        self.wanted = wanted
+
+    def tool(self, text: str) -> str:
+        """Look at letters.
+
+        Args:
+            text: The letters.
+        """
+        self.reward += sum(letter < "h" for letter in text if letter.isalpha())
+        return f"a {self.wanted}"
+
+
+def letters(**settings: Any) -> Talkative:
+    settings = {"max_turns": 3, "generation_kwargs": {"max_new_tokens": 2}, "tool_timeout": None, **settings}
+    return Talkative(None, None, environment_factory=Letters, **settings)
+
+
+def everything_is_a_call(text: str) -> Spoken:
+    return Spoken(text, [ToolCall("tool", {"text": text})])
