@@ -156,11 +156,11 @@ def report(runs: Path, out: Path) -> None:
 
 
 def best_epoch(curves: list[list[dict[str, float]]]) -> int:
-    """Where to stop: the last epoch at which the judge, as a mean over five, is within .02 of the best it ever was."""
+    """Where to stop: the last epoch at which the judge, as a mean over five, is within .1 of the best it ever was."""
     shared = min(len(curve) for curve in curves)
     judged = np.mean([[point["judge"] for point in curve[:shared]] for curve in curves], axis=0)
     smooth = np.array([judged[max(0, at - 2) : at + 3].mean() for at in range(len(judged))])
-    return int(np.nonzero(smooth >= smooth.max() - 0.02)[0][-1])
+    return int(np.nonzero(smooth >= smooth.max() - 0.1)[0][-1])
 
 
 def table_row(curves: list[list[dict[str, float]]], epoch: int) -> str:

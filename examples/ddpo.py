@@ -42,9 +42,9 @@ if arguments.model:
 else:
     subjects = [str(digit) for digit in range(10)]
     pipeline, reward = digits_pipeline(), brightness
-    config = DDPOConfig(num_epochs=arguments.epochs or 15, mixed_precision="no", sample_num_steps=10, save_freq=5,
+    config = DDPOConfig(num_epochs=arguments.epochs or 8, mixed_precision="no", sample_num_steps=10, save_freq=5,
                         sample_guidance_scale=2.0, sample_batch_size=128, sample_num_batches_per_epoch=1,
-                        train_batch_size=32, train_learning_rate=5e-4, train_clip_range=1e-3, **shared)  # fmt: skip
+                        train_batch_size=16, train_learning_rate=2e-4, train_clip_range=1e-2, **shared)  # fmt: skip
 
 
 def show(samples, global_step, tracker):
