@@ -248,6 +248,9 @@ EFFECTS = [
     {"loss_type": "cispo", "epsilon_high": 1.001}, {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 1},
     {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.1},
     {"reward_weights": [3.0], "scale_rewards": False},
+    {"use_adaptive_entropy": True, "entropy_target": 9.0},
+    {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.1},
+    {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.1, "entropy_coef_max": 0.05},
 ]  # fmt: skip
 
 
@@ -270,6 +273,17 @@ def test_every_setting_has_an_effect(algorithm, effects, tmp_path):
         for other, other_end in ends.items():
             assert not torch.equal(end, other_end), f"{settings} does what {other} does"
         ends[str(settings)] = end
+
+
+def test_the_entropy_bonus_follows_the_entropy(tmp_path):
+    """Entropies start at ln 100 = 4.6. Below the target the weight climbs by delta; above, it falls and rests."""
+    adaptive = {"use_adaptive_entropy": True, "entropy_coef": 0.02, "entropy_coef_delta": 0.01, "max_steps": 3}
+    up = trained(tmp_path, entropy_target=9.0, entropy_coef_max=0.03, **adaptive)
+    assert history(up, "entropy_coef") == pytest.approx([0.02, 0.03, 0.03])
+    down = trained(tmp_path, entropy_target=1.0, **adaptive)
+    assert history(down, "entropy_coef") == pytest.approx([0.02, 0.0, 0.0])
+    assert down.entropy.coef == pytest.approx(0.0, abs=1e-9)
+    assert history(up, "entropy")[0] == pytest.approx(4.6, abs=0.1)
 
 
 def test_kl_in_the_reward_by_hand(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trl.losses.policy import ADVANTAGES, REWARD_AGGREGATIONS
-from trl.trainer.configuration import choose, require
+from trl.trainer.configuration import choose, refuse_unused, require
 from trl.trainer.rollout_config import RewardedConfig
 
 
@@ -71,6 +71,16 @@ class GRPOConfig(OnPolicyConfig):
     """learn from this share of the tokens, those of the highest entropy"""
     entropy_coef: float = field(default=0.0)
     """weight of the entropy bonus"""
+    use_adaptive_entropy: bool = field(default=False)
+    """let that weight follow the entropy, from `entropy_coef` on"""
+    entropy_target: float = field(default=0.2)
+    """adaptive: entropy in nats a token above which there is no bonus"""
+    entropy_coef_delta: float = field(default=0.005)
+    """adaptive: step of the weight"""
+    entropy_coef_min: float = field(default=0.0)
+    """adaptive: least weight"""
+    entropy_coef_max: float = field(default=1.0)
+    """adaptive: largest weight"""
     off_policy_mask_threshold: float | None = field(default=None)
     """leave out bad completions that the policy has moved away from by more than this"""
 
@@ -91,6 +101,13 @@ class GRPOConfig(OnPolicyConfig):
         alone = self.advantage in ("batch", "batch_mean", "none")
         require(self, "num_generations", alone or self.num_generations >= 2, "a group needs at least 2 completions")
         require(self, "top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "give a share in (0, 1]")
+        fields = ("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max")
+        refuse_unused(self, fields, self.use_adaptive_entropy, "use_adaptive_entropy=True")
+        for name in fields:
+            require(self, name, getattr(self, name) >= 0, "give a number >= 0")
+        least, most = self.entropy_coef_min, self.entropy_coef_max
+        fits = not self.use_adaptive_entropy or least <= self.entropy_coef <= most
+        require(self, "entropy_coef", fits, f"must lie in [entropy_coef_min, entropy_coef_max] = [{least}, {most}]")
         threshold = self.off_policy_mask_threshold
         require(self, "off_policy_mask_threshold", threshold is None or threshold > 0, "give a KL > 0, or None")
 

@@ -21,6 +21,7 @@ from trl.losses.policy import (
     top_entropy_mask,
 )
 from trl.models.scoring import score
+from trl.trainer.adaptive_entropy import AdaptiveEntropy
 from trl.trainer.grpo_config import LOSS_TYPES, GRPOConfig
 from trl.trainer.on_policy import OnPolicyTrainer
 from trl.trainer.rollouts import PolicyBatch, padded
@@ -52,6 +53,18 @@ class GRPOTrainer(OnPolicyTrainer):
         self._rule = partial(CLIP_RULES[rule], **options)
         scaled = partial(group_relative, scale=config.scale_rewards)
         self._baseline = scaled if config.advantage is None else ADVANTAGES[config.advantage]
+        self.entropy: AdaptiveEntropy | None = None
+        if config.use_adaptive_entropy:
+            self.entropy = AdaptiveEntropy(self)
+            self.add_callback(self.entropy)
+
+    def extra_state(self) -> dict[str, Any]:
+        return super().extra_state() | ({} if self.entropy is None else {"entropy": self.entropy.state_of()})
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
+        if self.entropy is not None and "entropy" in state:
+            self.entropy.load(state["entropy"])
 
     def kl_in_loss(self) -> bool:
         return self.args.kl_placement == "loss"
@@ -60,7 +73,7 @@ class GRPOTrainer(OnPolicyTrainer):
         return self.args.kl_estimator or ("k3" if self.kl_in_loss() else "k1")
 
     def idle_rows_can_be_skipped(self) -> bool:
-        return super().idle_rows_can_be_skipped() and not self.args.entropy_coef
+        return super().idle_rows_can_be_skipped() and not (self.args.entropy_coef or self.entropy)
 
     def advantages(self, scores_BF: Tensor, weights_F: Tensor, kl_B: Tensor | None) -> Tensor:
         if kl_B is not None and not self.kl_in_loss():
@@ -90,8 +103,18 @@ class GRPOTrainer(OnPolicyTrainer):
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         config = self.args
-        bonus = config.entropy_coef != 0
-        scores = score(model, batch.packed, temperature=config.temperature, entropy_gradient=bonus, path=self._path)
+        coef = config.entropy_coef if self.entropy is None else self.entropy.active
+        scores = score(
+            model,
+            batch.packed,
+            temperature=config.temperature,
+            entropy=self.entropy is not None,
+            entropy_gradient=coef != 0,
+            path=self._path,
+        )
+        if self.entropy is not None and scores.entropy_BT is not None:
+            self.entropy.add((scores.entropy_BT * batch.mask_BT).sum(), batch.mask_BT.sum())
+            self.record("entropy_coef", coef)
         self.check_first(scores.logprobs_BT, batch)
         weight_BT = batch.weight_BT
         if config.off_policy_mask_threshold is not None:
@@ -113,7 +136,7 @@ class GRPOTrainer(OnPolicyTrainer):
             kl=self.kl_estimator(),
             kl_importance=config.use_bias_correction_kl is not False,
             entropy_BT=scores.entropy_BT,
-            entropy_coef=config.entropy_coef,
+            entropy_coef=coef,
             how=self.aggregation,
             max_tokens=config.max_completion_length,
         )
