@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl import DPOConfig, DPOTrainer
-from trl.cli.assets import QUOTES, SMOLLM2, fetch
+from trl.cli.assets import DEMO_DATA, QUOTES, SMOLLM2, fetch
 from trl.cli.reviews import _rows, clean
 from trl.data.formats import maybe_convert_to_chatml
 
@@ -43,8 +43,6 @@ def film_pairs(seed: int) -> list[dict[str, str]]:
 
 def chat_pairs(seed: int) -> list[dict[str, object]]:
     """The ShareGPT-style pairs of LLaMA-Factory as conversations with an implicit prompt."""
-    from demo_data import DEMO_DATA  # beside this file
-
     rows = json.loads((fetch(DEMO_DATA, print) / "dpo_en_demo.json").read_text(encoding="utf-8"))
     made = []
     for row in rows:
@@ -82,9 +80,9 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(folder),
         args=DPOConfig(
             output_dir="/tmp/dpo_smollm2", max_steps=args.steps, per_device_train_batch_size=task["batch"],
-            per_device_eval_batch_size=16, precompute_ref_log_probs=True, learning_rate=task["learning_rate"], warmup_steps=2, beta=args.beta,
-            max_length=task["max_length"], truncation_mode="keep_start", logging_steps=1, save_strategy="no",
-            report_to="none", disable_tqdm=True, seed=args.seed, max_tokens_per_microbatch=4096,
+            per_device_eval_batch_size=16, precompute_ref_log_probs=True, learning_rate=task["learning_rate"],
+            warmup_steps=2, beta=args.beta, max_length=task["max_length"], truncation_mode="keep_start",
+            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=args.seed, max_tokens_per_microbatch=4096,
         ),
         train_dataset=Dataset.from_list(train[: args.steps * task["batch"]]),
         eval_dataset=Dataset.from_list(held_out),

