@@ -219,6 +219,7 @@ def test_a_step_raises_the_margin(tmp_path):
         ({"reference_free": True, "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl': it has no"),
         ({"reference_free": True, "precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: it has no"),
         ({"use_weighting": True, "loss_type": "aot"}, "use_weighting=True: .*aot"),
+        ({"loss_type": "aot", "max_tokens_per_microbatch": 99}, "max_tokens_per_microbatch=99: .*cannot be cut"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model=True: a precomputed reference"),
     ],
 )
