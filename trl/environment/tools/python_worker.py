@@ -1,6 +1,7 @@
-"""The child process of `PythonInterpreterTool`: runs the program on its standard input behind locks.
+"""The child process of `PythonInterpreterTool`: runs programs that come on its standard input behind locks.
 
-A script of its own that imports nothing of the package. What is meant to be usable is loaded first, then doors close:
+A script of its own that imports nothing of the package. What is meant to be usable is loaded first. Then every program
+gets a fork of the process, in which doors close before it runs:
 
 1. rlimits: CPU time, memory, no files written, no descriptors, no processes; root becomes nobody.
 2. The kernel (seccomp, Linux): no system call that opens, creates, connects, forks, executes, signals or traces.
@@ -189,18 +190,51 @@ def run(program: str) -> None:
             print(repr(value))
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
-    program = sys.stdin.buffer.read().decode()
-    for name in [*MODULES.split(), *settings["modules"]]:
+def load(settings: dict) -> None:
+    """What is meant to be usable, and what the locks need."""
+    for name in [*MODULES.split(), *settings["modules"], "signal"]:
         importlib.import_module(name)
-    locks = settings["locks"]
-    if "kernel" in locks:
+    if "kernel" in settings["locks"]:
         importlib.import_module("ctypes")  # as long as files can be opened
+
+
+def read_exactly(size: int) -> bytes:
+    """From the standard input; empty when it is over."""
+    data = b""
+    while len(data) < size:
+        more = os.read(0, size - len(data))
+        if not more:
+            return b""
+        data += more
+    return data
+
+
+def serve(settings: dict) -> None:
+    """Run every program that comes in a fork of this process; say how each fork has ended."""
+    control = settings["control"]
+    os.write(control, READY)
+    while header := read_exactly(4):
+        program = read_exactly(struct.unpack("<I", header)[0]).decode()
+        child = os.fork()
+        if not child:
+            os.close(control)
+            nothing, end = os.pipe()
+            os.close(end)
+            os.dup2(nothing, 0)
+            os.close(nothing)
+            run_locked(program, settings)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.write(control, struct.pack("<i", code))
+
+
+def run_locked(program: str, settings: dict) -> None:
+    """Close the doors, run the program, and leave."""
+    locks = settings["locks"]
     sys.modules["random"].seed(0)
     sys.argv[:] = [""]
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     leave, write = os._exit, os.write
+    sys.modules["signal"].alarm(settings["seconds"] + 60)  # in case nobody is left to stop it
     if "limits" in locks:
         limit(settings["seconds"], settings["memory"])
     if "kernel" in locks:
@@ -223,6 +257,12 @@ def main() -> None:
         sys.stdout.flush()
     finally:
         leave(0)
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    load(settings)
+    serve(settings)
 
 
 if __name__ == "__main__":
