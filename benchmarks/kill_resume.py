@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RUNS = {
-    "grpo": "from grpo_runs import resumable_run; resumable_run({folder!r}, steps=24)",
+    "grpo": "from grpo_runs import resumable_run; resumable_run({folder!r}, steps=120)",
     "ppo": "from ppo_runs import resumable_run; resumable_run({folder!r}, steps=24)",
 }
 """code of a run that resumes from `folder`, prints a line behind each step and writes its weights to `end.pt`"""

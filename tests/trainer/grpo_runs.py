@@ -52,7 +52,7 @@ def trainer_for(folder: str, **settings: Any) -> Any:
 
 def resumable_run(folder: str, steps: int = 12) -> None:
     """`steps` steps, four on each rollout, a checkpoint behind each; prints each step; the end in `end.pt`."""
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     warnings.simplefilter("ignore")
 
@@ -65,6 +65,7 @@ def resumable_run(folder: str, steps: int = 12) -> None:
         save_strategy="steps", save_steps=1, save_total_limit=3, sync_ref_model=True, ref_model_sync_steps=3,
         logging_strategy="no",
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Announcer())
     begun = any(Path(folder).glob("checkpoint-*/trainer_state.json"))
     trainer.train(resume_from_checkpoint=begun or None)
