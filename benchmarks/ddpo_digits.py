@@ -206,7 +206,8 @@ def draw_sheets(sheets: NDArray[Any], stop: int, path: Path) -> None:
     epochs = sorted({0, stop, len(sheets) - 1})
     figure, axes = plt.subplots(len(epochs), 1, figsize=(6, 2.7 * len(epochs)), layout="constrained")
     for axis, epoch in zip(np.atleast_1d(axes), epochs, strict=True):
-        axis.imshow(sheets[epoch], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        cells = np.pad(sheets[epoch].reshape(4, 8, 10, 8), ((0, 0), (1, 1), (0, 0), (1, 1)), constant_values=110)
+        axis.imshow(cells.reshape(40, 100), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(f"epoch {epoch}; asked for: 0 to 9 in every row", fontsize=9)
         axis.axis("off")
     figure.savefig(path, dpi=90)
