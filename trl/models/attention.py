@@ -6,10 +6,10 @@ then sees its ancestors whole and itself causally. Without `tree` it computes wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,49 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl.data.records import Segment
+from trl.models.layout import TreeLayout
+from trl.models.tree_attention import takes, tree_attention
 
 PREFIX = "token_tree_"
 _inside_tree: ContextVar[bool] = ContextVar("inside_tree", default=False)
-
-
-class TreeLayout:
-    """How the packed tokens are cut into segments, and which segments each one sees."""
-
-    def __init__(self, segments: Sequence[Segment]):
-        self.segments = tuple(segments)
-        self.sizes = [end - start for start, end, _ in self.segments]
-        self._masks: dict[tuple[Any, ...], Any] = {}
-
-    @cached_property
-    def chains(self) -> list[list[int]]:
-        """Each segment's ancestors from the root, then itself."""
-        chains: list[list[int]] = []
-        for index, segment in enumerate(self.segments):
-            chains.append([*(chains[segment.parent] if segment.parent >= 0 else []), index])
-        return chains
-
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-        """[queries, keys], True = seen; the queries are the last keys. None: plain causal, nothing to mask besides."""
-        if queries == keys and (window is None or keys <= window):
-            return None
-        key = (queries, keys, window, device)
-        if key not in self._masks:
-            seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-            self._masks[key] = seen if window is None else seen.triu(keys - queries - window + 1)
-        return self._masks[key]
-
-    def dense_mask(self, window: int | None = None) -> Tensor:
-        """[N, N], True = seen: the same rule written out, for FlexAttention's blocks and for tests."""
-        total = self.segments[-1].end
-        seen = torch.zeros(total, total, dtype=torch.bool)
-        for index, (start, end, _) in enumerate(self.segments):
-            columns = [i for link in self.chains[index] for i in range(*self.segments[link][:2])]
-            rows = torch.ones(end - start, len(columns), dtype=torch.bool).tril(len(columns) - (end - start))
-            if window is not None:
-                rows = rows.triu(len(columns) - (end - start) - window + 1)
-            seen[start:end, columns] = rows
-        return seen
 
 
 def attend(
@@ -164,11 +126,19 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return ALL_ATTENTION_FUNCTIONS[original](
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
             )
-        how: dict[str, Any] = {"scale": scaling, "dropout": dropout, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+        how: dict[str, Any] = {
+            "scale": scaling,
+            "dropout": dropout,
+            "softcap": kwargs.get("softcap"),
+            "sinks": kwargs.get("s_aux"),
+        }
         window = kwargs.get("sliding_window")
+        plain = not dropout and how["softcap"] is None and how["sinks"] is None
+        if tree is not None and plain and takes(query, key, value):
+            return tree_attention(tree, query, key, value, window=window, scale=scaling), None
         if tree is None:  # an eager model: its own function is not registered, so the same by hand
             out = attend(query, key, value, attention_mask, causal=False, **how)
-        elif query.is_cuda and not dropout and how["softcap"] is None and how["sinks"] is None:
+        elif query.is_cuda and plain:
             out = flex_tree_attention(tree, query, key, value, window=window, scale=scaling)
         else:
             out = segment_attention(tree, query, key, value, window=window, **how)

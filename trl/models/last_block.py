@@ -25,7 +25,8 @@ def last_block(network: nn.Module) -> nn.Module | None:
             layer = module[-1]
     if layer is None or getattr(layer, "gradient_checkpointing", False):
         return None
-    return layer.mlp
+    block = layer.mlp
+    return block if isinstance(block, nn.Module) else None
 
 
 @contextmanager

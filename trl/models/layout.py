@@ -1,0 +1,61 @@
+"""How a packed row is cut into segments, and who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.data.records import Segment
+
+
+class TreeLayout:
+    """How the packed tokens are cut into segments, and which segments each one sees."""
+
+    def __init__(self, segments: Sequence[Segment]):
+        self.segments = tuple(segments)
+        self.sizes = [end - start for start, end, _ in self.segments]
+        self._masks: dict[tuple[Any, ...], Any] = {}
+
+    @cached_property
+    def chains(self) -> list[list[int]]:
+        """Each segment's ancestors from the root, then itself."""
+        chains: list[list[int]] = []
+        for index, segment in enumerate(self.segments):
+            chains.append([*(chains[segment.parent] if segment.parent >= 0 else []), index])
+        return chains
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+        """[queries, keys], True = seen; the queries are the last keys. None: plain causal, nothing to mask besides."""
+        if queries == keys and (window is None or keys <= window):
+            return None
+        key = (queries, keys, window, device)
+        if key not in self._masks:
+            seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            self._masks[key] = seen if window is None else seen.triu(keys - queries - window + 1)
+        return self._masks[key]
+
+    def bias(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
+        """`mask` as numbers to add: 0 where seen, -inf elsewhere, of the kind of `like`."""
+        seen = self.mask(queries, keys, window, like.device)
+        if seen is None:
+            return None
+        key = ("bias", queries, keys, window, like.device, like.dtype)
+        if key not in self._masks:
+            self._masks[key] = like.new_zeros(queries, keys).masked_fill_(~seen, float("-inf"))
+        return self._masks[key]
+
+    def dense_mask(self, window: int | None = None) -> Tensor:
+        """[N, N], True = seen: the same rule written out, for FlexAttention's blocks and for tests."""
+        total = self.segments[-1].end
+        seen = torch.zeros(total, total, dtype=torch.bool)
+        for index, (start, end, _) in enumerate(self.segments):
+            columns = [i for link in self.chains[index] for i in range(*self.segments[link][:2])]
+            rows = torch.ones(end - start, len(columns), dtype=torch.bool).tril(len(columns) - (end - start))
+            if window is not None:
+                rows = rows.triu(len(columns) - (end - start) - window + 1)
+            seen[start:end, columns] = rows
+        return seen
