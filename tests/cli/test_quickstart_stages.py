@@ -45,7 +45,7 @@ def progress() -> Progress:
 
 MICRO = replace(
     TINY, imitation_steps=3, imitation_lines=4, reward_pairs=8, reward_batch=4, trained_layers=1, accuracy_pairs=6,
-    ppo_steps=2, ppo_lines=4, ppo_minibatch=2, ppo_epochs=1, new_tokens=6, measured_prompts=5,
+    ppo_steps=2, ppo_lines=4, ppo_minibatch=2, ppo_epochs=1, new_tokens=6, least_tokens=2, measured_prompts=5,
 )  # fmt: skip
 
 

@@ -37,6 +37,10 @@ class Recipe:
     kl_coefficient: float
     prompt_words: int
     new_tokens: int
+    least_tokens: int
+    """a continuation may not end before, so that falling silent is no way to please"""
+    temperature: float
+    """of sampling, and so of the policy that is trained"""
     measured_prompts: int
     """held-out prompts, each continued before and after"""
 
@@ -52,14 +56,14 @@ SMALL = Recipe(
     imitation_steps=20, imitation_lines=16, imitation_rate=1e-3, line_tokens=48,
     reward_pairs=640, reward_batch=16, reward_rate=2e-4, rating_gap=1.0, trained_layers=3, accuracy_pairs=300,
     ppo_steps=12, ppo_lines=32, ppo_minibatch=16, ppo_epochs=2, ppo_rate=8e-4, kl_coefficient=0.05,
-    prompt_words=4, new_tokens=14, measured_prompts=96,
+    prompt_words=4, new_tokens=14, least_tokens=8, temperature=1.0, measured_prompts=96,
     highest_kl=10.0, lost_variety=0.06, lora_share=0.4,
 )  # fmt: skip
 
 TINY = Recipe(
     imitation_steps=350, imitation_lines=32, imitation_rate=3e-3, line_tokens=64,
-    reward_pairs=400, reward_batch=8, reward_rate=3e-4, rating_gap=1.0, trained_layers=3, accuracy_pairs=200,
+    reward_pairs=640, reward_batch=16, reward_rate=2e-4, rating_gap=1.0, trained_layers=3, accuracy_pairs=200,
     ppo_steps=28, ppo_lines=48, ppo_minibatch=24, ppo_epochs=2, ppo_rate=8e-4, kl_coefficient=0.1,
-    prompt_words=4, new_tokens=16, measured_prompts=256,
+    prompt_words=4, new_tokens=16, least_tokens=12, temperature=0.7, measured_prompts=256,
     highest_kl=12.0, lost_variety=0.06, lora_share=0.0,
 )  # fmt: skip

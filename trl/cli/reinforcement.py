@@ -34,7 +34,7 @@ def reinforce(
     prompts = openings(reviews.heldout, recipe.prompt_words, seed, recipe.measured_prompts)
     with progress.stage("Before", 1) as stage:
         trainer = make_trainer(model, tokenizer, openings(reviews.imitate, recipe.prompt_words, seed), recipe, seed)
-        writer = Writer(trainer, tokenizer, recipe.new_tokens)
+        writer = Writer(trainer, tokenizer, recipe)
         lines = writer.write(prompts, seed)
         reward.calibrate([line.text for line in lines])
         before = read(trainer, lines, reward)
@@ -72,6 +72,7 @@ def make_trainer(
         max_grad_norm=1.0,
         steps=recipe.ppo_steps * recipe.ppo_lines,
         anneal_learning_rate=True,
+        temperature=recipe.temperature,
     )
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(
         model, peft_config=adapters(model, recipe.lora_share), v_head_initializer_range=0.0
@@ -129,10 +130,10 @@ class Line:
 class Writer:
     """Continues prompts with the policy as it is."""
 
-    def __init__(self, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase, new_tokens: int):
+    def __init__(self, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe):
         self.trainer = trainer
         self.tokenizer = tokenizer
-        self.new_tokens = new_tokens
+        self.recipe = recipe
 
     def write(self, prompts: Sequence[str], seed: int | None = None) -> list[Line]:
         """A line for each prompt; with a seed, the same ones as long as the policy is the same."""
@@ -140,8 +141,8 @@ class Writer:
         if seed is not None:
             torch.manual_seed(seed)
         responses = self.trainer.generate(
-            queries, batch_size=len(queries), return_prompt=False, max_new_tokens=self.new_tokens,
-            do_sample=True, top_k=0, top_p=1.0,
+            queries, batch_size=len(queries), return_prompt=False, do_sample=True, top_k=0, top_p=1.0,
+            max_new_tokens=self.recipe.new_tokens, min_new_tokens=self.recipe.least_tokens,
         )  # fmt: skip
         whole = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
         texts = [" ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split()) for ids in whole]
