@@ -38,7 +38,8 @@ def run(name: str, world: int) -> dict[str, list[float]]:
     more |= {"ddp_backend": "gloo"} if world > 1 else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(
-            name, Path(folder), per_device_train_batch_size=4 // world, per_device_eval_batch_size=4 // world, use_cpu=True, **more,
+            name, Path(folder), per_device_train_batch_size=4 // world, per_device_eval_batch_size=4 // world,
+            use_cpu=True, **more,
         )  # fmt: skip
         trainer.train()
         metrics = trainer.evaluate()

@@ -14,9 +14,9 @@ BUDGETED |= {"kto": 16, "kto-bco": 16}
 def test_a_budget_changes_nothing_but_the_passes(name, tmp_path, monkeypatch):
     widths, run = [], scoring._run
 
-    def counted(model, module, packed, path):
+    def counted(model, module, packed, *how):
         widths.append(len(packed.ids_N))
-        return run(model, module, packed, path)
+        return run(model, module, packed, *how)
 
     seen = []
     for budget in (None, BUDGETED[name]):
