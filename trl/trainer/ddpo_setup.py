@@ -40,7 +40,10 @@ def create_accelerator(config: DDPOConfig, *, own_autocast: bool) -> Accelerator
     if own_autocast:
         # accelerate shall not put another context around the model
         keywords["kwargs_handlers"] = [*keywords.get("kwargs_handlers", ()), AutocastKwargs(enabled=False)]
-    return Accelerator(**keywords)
+    accelerator = Accelerator(**keywords)
+    # samples are no dataloader's: one that another trainer left unfinished must not end our accumulation early
+    accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
+    return accelerator
 
 
 def start_trackers(accelerator: Accelerator, config: DDPOConfig) -> None:

@@ -1,0 +1,95 @@
+"""What both sides of every benchmark load: the same weights and the same rows, written once to a folder."""
+
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+EOS, FIRST_WORD = 2, 3  # 0 pads, 1 is unknown
+VERSION = 4  # raise it whenever anything below changes
+WIDTH, LAYERS, HEADS = 384, 6, 6
+
+
+def config(vocabulary: int, **changes: Any) -> LlamaConfig:
+    """The 22 M Llama at a vocabulary of 32,000: width 384, 6 layers, tied."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH,
+        intermediate_size=1024,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        **changes,
+    )
+
+
+def _policy(vocabulary: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config(vocabulary))
+
+
+@torch.no_grad()
+def _that_stops(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same model, but about one token in thirty is the end token; lengths of completions are then geometric.
+
+    All embeddings get one common component, which shifts all logits alike; that of the end token gets more of it.
+    """
+    weight_VD = model.get_input_embeddings().weight
+    weight_VD[:, 0] = 0.1
+    weight_VD[EOS, 0] = 1.55
+    return model
+
+
+def lengths(rng: random.Random, mean: int) -> int:
+    """Log-normal around the mean, at least 4 and at most three times it."""
+    return max(4, min(3 * mean, round(rng.lognormvariate(0, 0.4) * mean / 1.08)))
+
+
+def words(rng: random.Random, mean: int, vocabulary: int = 32_000) -> list[int]:
+    return [rng.randrange(FIRST_WORD, vocabulary) for _ in range(lengths(rng, mean))]
+
+
+def rows(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Token ids of every data set."""
+    rng = random.Random(seed)
+    pairs = [{"prompt": words(rng, 200), "chosen": words(rng, 60), "rejected": words(rng, 60)} for _ in range(8)]
+    both = [(row["prompt"], row[side], side == "chosen") for side in ("chosen", "rejected") for row in pairs]
+    return {
+        "pairs": pairs,
+        "unpaired": [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in both],
+        "supervised": [{"prompt": words(rng, 150), "completion": words(rng, 100)} for _ in range(16)],
+        "prompts": [{"prompt": words(rng, 200)} for _ in range(8)],
+        "episodes": [{"query": words(rng, 100), "response": words(rng, 40)} for _ in range(32)],
+    }
+
+
+def prepare(folder: Path) -> Path:
+    """Write the folder unless it is there: `policy`, `policy-150k`, `stopping`, `reward`, `value_head.pt`, `rows.json`."""
+    marker = folder / "VERSION"
+    if marker.exists() and marker.read_text() == str(VERSION):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _policy(32_000).save_pretrained(folder / "policy")
+    _policy(150_000).save_pretrained(folder / "policy-150k")
+    _that_stops(_policy(32_000)).save_pretrained(folder / "stopping")
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(config(32_000, num_labels=1)).save_pretrained(folder / "reward")
+    torch.save({"weight": torch.randn(1, WIDTH) * 0.2, "bias": torch.zeros(1)}, folder / "value_head.pt")
+    (folder / "rows.json").write_text(json.dumps(rows()))
+    marker.write_text(str(VERSION))
+    return folder
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""Measure this library against its peers: `python -m benchmarks.run NAME ...`, `--all`, `--list`.
+
+Every row runs ours and theirs in turn as whole processes on one thread, checks that both did the same work, and goes
+into docs/benchmarks.json; docs/benchmarks.md and its chart are written from that file (`--report` does only that).
+"""
+
+import argparse
+import fcntl
+import json
+import subprocess
+from pathlib import Path
+
+from benchmarks.environments import CACHE, OURS, python_of
+from benchmarks.harness import Outcome, Pair, Run, in_turn, run_process
+from benchmarks.report import machine, write_report
+from benchmarks.scaling import measure_scaling
+from benchmarks.table import BY_NAME, ROWS, Row
+
+JOBS = Path(__file__).parent / "jobs"
+RESULTS = OURS / "docs" / "benchmarks.json"
+
+
+def measure(row: Row, pairs: int, folder: Path) -> Outcome:
+    """The row's pairs, each said as it comes."""
+    peer_python = python_of(row.peer)
+
+    def settings(given: dict, number: int) -> dict:
+        return {**given, **({"seed": number} if row.seeds else {})}
+
+    def ours(number: int) -> Run:
+        return run_process([python_of(None)], JOBS / f"{row.job}.py", folder, settings({**row.ours}, number), str(OURS))
+
+    def theirs(number: int) -> Run:
+        job = JOBS / f"{row.peer_job or row.job}.py"
+        return run_process([peer_python], job, folder, settings({**row.theirs}, number))
+
+    def say(pair: Pair) -> None:
+        if pair.void:
+            print(f"  VOID: {pair.void}", flush=True)
+        elif pair.theirs is not None:
+            one = Outcome([pair], row.per_unit)
+            print(
+                f"  step {pair.ours.report['step_cpu']:.2f} s against {pair.theirs.report['step_cpu']:.2f} s of CPU: "
+                f"{one.step_ratio:.2f}x; memory {one.memory_ratio:.2f}x",
+                flush=True,
+            )
+
+    print(f"{row.name}: {row.work}, against {row.peer} ({row.setting})", flush=True)
+    found = in_turn(ours, theirs if row.peer else None, pairs, tolerance=row.tolerance, said=say)
+    return Outcome(found, row.per_unit)
+
+
+def save(key: str, name: str, value: object) -> None:
+    """Put one result into the file; two measurements may be running."""
+    RESULTS.touch()
+    with RESULTS.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        text = file.read()
+        saved = json.loads(text) if text else {}
+        saved.setdefault(key, {})[name] = value
+        file.seek(0)
+        file.truncate()
+        json.dump(saved, file, indent=1, sort_keys=True)
+        file.write("\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="rows to measure, or `scaling`")
+    parser.add_argument("--all", action="store_true", help="every row, and scaling")
+    parser.add_argument("--pairs", type=int, default=5, help="how often each side runs (default 5)")
+    parser.add_argument("--list", action="store_true", help="show the rows")
+    parser.add_argument("--report", action="store_true", help="only write the report from what was measured")
+    options = parser.parse_args()
+    names = [*BY_NAME, "scaling"] if options.all else options.names
+    unknown = set(names) - {*BY_NAME, "scaling"}
+    if unknown:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; see --list")
+    if options.list or not (names or options.report):
+        for row in ROWS:
+            print(f"{row.name:15} {row.work}, against {row.peer} ({row.setting})")
+        print("scaling         ours alone: lengths, group sizes, vocabularies, share of the peak")
+        return
+    folder = CACHE / "materials"
+    if names:  # in a process of its own: a large parent would count as memory of its children
+        command = [python_of(None), "-m", "benchmarks.materials", str(folder)]
+        subprocess.run(command, cwd=OURS, check=True, stderr=subprocess.DEVNULL)
+    for name in names:
+        if name == "scaling":
+            save("scaling", "points", measure_scaling(folder, [python_of(None)]))
+        else:
+            save("rows", name, measure(BY_NAME[name], options.pairs, folder).as_json())
+        save("machine", "now", machine())
+    write_report(json.loads(RESULTS.read_text()), OURS / "docs")
+
+
+if __name__ == "__main__":
+    main()
