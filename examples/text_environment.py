@@ -26,7 +26,7 @@ model = LlamaForCausalLM(
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
-    )  # fmt: skip
+    )
 )
 
 
@@ -50,8 +50,8 @@ environment = TextEnvironment(
     environment_factory=Coin, max_turns=2, generation_kwargs={"max_new_tokens": 4}, tool_timeout=None
 )
 config = GRPOConfig(
-    output_dir="coin", per_device_train_batch_size=128, num_generations=32, max_steps=80, learning_rate=3e-3,
-    lr_scheduler_type="constant", max_completion_length=16, logging_steps=10, entropy_coef=0.02,
+    output_dir="coin", per_device_train_batch_size=128, num_generations=32, max_steps=120, learning_rate=3e-3,
+    lr_scheduler_type="constant", max_completion_length=16, logging_steps=10, entropy_coef=0.06,
     save_strategy="no", save_rollouts=False, report_to="none",
 )  # fmt: skip
 rows = Dataset.from_list([{"prompt": "toss", "side": side} for side in ("heads", "tails")] * 32)
