@@ -151,7 +151,9 @@ def main() -> None:
     )
     parser.add_argument("--method", choices=METHODS, default="ppo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--graphs", nargs="+", default=["1002", "1052", "1130", "1075", "1008"], help="1002 or seeds of graphs to make")
+    parser.add_argument(
+        "--graphs", nargs="+", default=["1002", "1052", "1130", "1075", "1008"], help="1002 or seeds of graphs to make"
+    )
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
