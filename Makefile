@@ -6,7 +6,7 @@ TORCH ?= 2.13.0
 # Two busy threads on contended cores are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check bench format clean
 
 quickstart: $(VENV)/.quickstart  ## fine-tune, reward, reinforce a real model; needs no GPU and no account
 	$(BIN)/trl quickstart $(ARGS)
@@ -19,6 +19,9 @@ check: $(VENV)/.dev  ## format, lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## against the peers, each in an environment of its own; hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --all $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
