@@ -2,6 +2,7 @@
 
 from common import SETTINGS, arguments, model, rows, tokenizer, train
 from datasets import Dataset
+
 from trl import DPOConfig, DPOTrainer
 
 config = DPOConfig(**arguments(per_device_train_batch_size=8, **SETTINGS))

@@ -2,6 +2,7 @@
 
 from common import SETTINGS, arguments, model, rows, tokenizer, train
 from datasets import Dataset
+
 from trl import GRPOConfig, GRPOTrainer
 
 

@@ -2,6 +2,7 @@
 
 from common import SETTINGS, arguments, model, rows, tokenizer, train
 from datasets import Dataset
+
 from trl import KTOConfig, KTOTrainer
 
 config = KTOConfig(**arguments(per_device_train_batch_size=16, **SETTINGS))

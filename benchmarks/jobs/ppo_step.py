@@ -2,6 +2,7 @@
 
 import torch
 from common import FOLDER, SETTINGS, STEPS, Clock, ids, report, tokenizer
+
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 model = AutoModelForCausalLMWithValueHead.from_pretrained(str(FOLDER / "policy"))

@@ -3,6 +3,7 @@
 from common import FOLDER, SETTINGS, arguments, rows, tokenizer, train
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
+
 from trl import RewardConfig, RewardTrainer
 
 config = RewardConfig(**arguments(per_device_train_batch_size=8, **SETTINGS))

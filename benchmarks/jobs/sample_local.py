@@ -2,6 +2,7 @@
 
 import torch
 from common import SETTINGS, Clock, ids, model, report
+
 from trl.generation.local import LocalSampler
 from trl.generation.sampler import SamplingParams
 

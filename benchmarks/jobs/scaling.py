@@ -8,6 +8,7 @@ import time
 import torch
 from common import FOLDER, SETTINGS, STEPS, Clock, report
 from transformers import AutoModelForCausalLM
+
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.models.scoring import score

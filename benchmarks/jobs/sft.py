@@ -2,6 +2,7 @@
 
 from common import SETTINGS, arguments, model, rows, tokenizer, train
 from datasets import Dataset
+
 from trl import SFTConfig, SFTTrainer
 
 config = SFTConfig(**arguments(per_device_train_batch_size=16, **SETTINGS))
