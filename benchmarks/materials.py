@@ -74,7 +74,7 @@ def rows(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
 
 
 def prepare(folder: Path) -> Path:
-    """Write the folder unless it is there: `policy`, `policy-150k`, `stopping`, `reward`, `value_head.pt`, `rows.json`."""
+    """Write the folder once: `policy`, `policy-150k`, `stopping`, `reward`, `value_head.pt`, `rows.json`."""
     marker = folder / "VERSION"
     if marker.exists() and marker.read_text() == str(VERSION):
         return folder

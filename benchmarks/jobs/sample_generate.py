@@ -1,4 +1,4 @@
-"""8 completions of each of 8 prompts with `generate` of transformers: prompts padded on the left, prefilled once each row."""
+"""8 completions of each of 8 prompts with transformers: prompts padded on the left, prefilled once each row."""
 
 import torch
 from common import SETTINGS, Clock, ids, model, report
