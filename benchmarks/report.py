@@ -63,7 +63,8 @@ def line(row: Row, outcome: Outcome) -> list[Any]:
     """The cells of a row; a void one says why, and has no figures."""
     work, against = row.work, f"{row.peer}, {row.setting}"
     if outcome.void:
-        return [work, against, *["-"] * 7, f"**void**: {outcome.void.replace('|', '/')}", len(outcome.pairs)]
+        why = f"**void**: {outcome.void.replace('|', '/')}" if outcome.pairs else "**not measured**"
+        return [work, against, *["-"] * 7, why, len(outcome.pairs)]
     seconds = [outcome.median_of(side, lambda run: run.report["step_cpu"]) for side in ("ours", "theirs")]
     memory = [outcome.median_of(side, lambda run: run.memory_mb) for side in ("ours", "theirs")]
     digits = 2 if seconds[0] < 1 else 1
@@ -136,8 +137,8 @@ def markdown(saved: Mapping[str, Any], notes: str = "") -> str:
         "pairs",
     ]
     lines = [HEAD, "![Ratios](benchmarks.png)", "", table_row(head), "|" + "---|" * len(head)]
+    lines += [table_row(line(row, outcomes.get(row.name, Outcome([])))) for row in ROWS]  # what is missing shows, too
     shown = [row for row in ROWS if row.name in outcomes]
-    lines += [table_row(line(row, outcomes[row.name])) for row in shown]
     lines += ["", "Ratio of CPU seconds, pair by pair:", ""]
     for row in shown:
         lines += pair_lines(row, outcomes[row.name])

@@ -47,7 +47,16 @@ BEST = "checkpointing off"
 
 ROWS = [
     Row("dpo", DPO, NOW, PLAIN, "dpo", target=8, memory_target=4),
-    Row("dpo-best", DPO, NOW, BEST, "dpo", theirs=NO_CHECKPOINTS, target=8, memory_target=4),
+    Row(
+        "dpo-best",
+        DPO,
+        NOW,
+        BEST + ", padding-free",
+        "dpo",
+        theirs={**NO_CHECKPOINTS, "padding_free": True},
+        target=8,
+        memory_target=4,
+    ),
     Row("sft", SFT, NOW, PLAIN, "sft", target=4),
     Row("sft-best", SFT, NOW, BEST, "sft", theirs=NO_CHECKPOINTS, target=4),
     Row("sft-packing", SFT, NOW, BEST + ", packing", "sft", theirs={**NO_CHECKPOINTS, "packing": True}, target=2.5),
