@@ -8,7 +8,7 @@ import pytest
 
 from trl.cli import report as report_module
 from trl.cli.intervals import share_interval
-from trl.cli.plots import moving_average
+from trl.cli.plots import moving_average, plain
 from trl.cli.recipe import SMALL
 from trl.cli.report import Run, render, write_report, write_whole
 from trl.cli.results import Imitation, Preference, Reading, Reinforcement
@@ -106,6 +106,11 @@ def test_a_full_disk_leaves_the_older_report_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("value", "text"), [(0.346, "+0.35"), (-0.346, "-0.35"), (-0.001, "0.00"), (0.0, "0.00")])
 def test_signs(value, text):
     assert report_module._signed(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(-0.001, "0.00"), (0.004, "0.00"), (-1.236, "-1.24")])
+def test_a_rounded_zero_has_no_sign(value, text):
+    assert plain(value) == text
 
 
 def test_moving_average():

@@ -71,6 +71,11 @@ def _styled() -> Any:
     return matplotlib.rc_context(STYLE)
 
 
+def plain(value: float, digits: int = 2) -> str:
+    """Rounded, without the sign of a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
 def moving_average(values: Sequence[float], window: int) -> list[float]:
     """Mean of each value and those before it, `window` at most."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
@@ -121,7 +126,7 @@ def before_after(pairs: Sequence[Pair], width: float = 10.4, height: float = 1.9
                           solid_capstyle="round")  # fmt: skip
                 axis.plot([interval.mean], [row], "o", color=colour, markersize=9)
                 axis.annotate(
-                    f"{interval.mean:.2f}", (interval.mean, row), xytext=(0, 9), textcoords="offset points",
+                    plain(interval.mean), (interval.mean, row), xytext=(0, 9), textcoords="offset points",
                     ha="center", color=colour, fontweight="bold",
                 )  # fmt: skip
             axis.set_yticks([1, 0], ["before", "after"])

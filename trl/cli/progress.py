@@ -33,7 +33,7 @@ class Stage:
         self._done += steps
         shown = "  ".join(f"{name} [bold]{value:.2f}[/]" for name, value in self._figures.items())
         self._bars.update(self._task, advance=steps, figures=shown)
-        if self._bars.disable and time.perf_counter() - self._last_line > QUIET_SECONDS:
+        if self._bars.disable and self._done < self._total and time.perf_counter() - self._last_line > QUIET_SECONDS:
             self._last_line = time.perf_counter()
             self._bars.console.print(f"{self._title} {self._done}/{self._total}  {shown}", highlight=False)
 

@@ -91,7 +91,7 @@ def prepare_libraries(threads: int | None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.WARNING)
+    logging.getLogger("trl").setLevel(logging.ERROR)
     for library in ("accelerate", "peft", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=library)
 
@@ -218,7 +218,8 @@ def summarise(run: Run, report: Path, progress: Progress) -> None:
     from rich.table import Table
 
     def cell(interval: Interval, form: str) -> str:
-        return f"{interval.mean:{form}} [dim]({interval.low:{form}} to {interval.high:{form}})[/]"
+        mean, low, high = (f"{round(value, 2) + 0.0:{form}}" for value in (interval.mean, interval.low, interval.high))
+        return f"{mean} [dim]({low} to {high})[/]"
 
     table = Table(title="Continuations of held-out prompts, with 95 % intervals", title_justify="left")
     for heading in ("", "before", "after", "change"):

@@ -55,8 +55,8 @@ class Recipe:
 SMALL = Recipe(
     imitation_steps=20, imitation_lines=16, imitation_rate=1e-3, line_tokens=48,
     reward_pairs=640, reward_batch=16, reward_rate=2e-4, rating_gap=1.0, trained_layers=3, accuracy_pairs=300,
-    ppo_steps=12, ppo_lines=32, ppo_minibatch=16, ppo_epochs=2, ppo_rate=8e-4, kl_coefficient=0.05,
-    prompt_words=4, new_tokens=14, least_tokens=8, temperature=1.0, measured_prompts=96,
+    ppo_steps=12, ppo_lines=24, ppo_minibatch=12, ppo_epochs=2, ppo_rate=8e-4, kl_coefficient=0.05,
+    prompt_words=4, new_tokens=14, least_tokens=8, temperature=1.0, measured_prompts=80,
     highest_kl=10.0, lost_variety=0.06, lora_share=0.4,
 )  # fmt: skip
 

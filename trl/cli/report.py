@@ -112,7 +112,7 @@ def render(run: Run) -> str:
     from markupsafe import Markup
 
     environment = Environment(loader=PackageLoader("trl.cli"), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"signed": _signed, "span": _span}
+    environment.filters |= {"signed": _signed, "plain": plots.plain, "span": _span}
     return environment.get_template("quickstart.html.jinja").render(
         run=run,
         figures=run.figures(),
@@ -181,7 +181,7 @@ def _signed(value: float, digits: int = 2) -> str:
 
 
 def _span(interval: Interval, digits: int = 2) -> str:
-    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
+    return f"{plots.plain(interval.low, digits)} to {plots.plain(interval.high, digits)}"
 
 
 def _minutes(seconds: float) -> str:
