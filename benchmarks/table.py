@@ -38,7 +38,7 @@ SFT = "SFT step: 16 prompt-completion rows, ~250 tokens"
 REWARD = "Reward step: 8 pairs, prompt ~200, completion ~60"
 KTO = "KTO step: 16 rows, prompt ~200, completion ~60"
 GRPO = "GRPO step: 8 prompts x 8, prompt ~200, 64 new tokens, beta 0.04, generation included"
-DRAWN = "GRPO step: the same, completions that end by themselves (mean ~28, at most 64)"
+DRAWN = "GRPO step: the same, completions that end by themselves (mean ~25, at most 64)"
 PPO = "PPOTrainer.step: batch 32, mini 8, 4 epochs, prompt ~100, response ~40"
 NOW, OLD = "trl 1.16.0", "trl 0.7.7"
 NO_CHECKPOINTS = {"gradient_checkpointing": False}
@@ -104,7 +104,7 @@ ROWS = [
     ),
     Row(
         "sampling-drawn",
-        "Sampling: 8 prompts x 8, completions that end by themselves (mean ~30, at most 128)",
+        "Sampling: 8 prompts x 8, completions that end by themselves (mean ~27, at most 128)",
         "transformers.generate",
         "defaults",
         "sample_local",
