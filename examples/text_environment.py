@@ -1,6 +1,4 @@
-"""A model that learns to use the tools of a game: look at a coin, then say what it shows.
-
-A tiny model, offline, in seconds. For a real one pass its name to GRPOTrainer, and prompts that explain the tools.
+"""A model that learns to use a tool: look at a coin (half the reward), then say what it shows (rarely learned so soon).
 """
 
 from datasets import Dataset
@@ -50,8 +48,8 @@ environment = TextEnvironment(
     environment_factory=Coin, max_turns=2, generation_kwargs={"max_new_tokens": 4}, tool_timeout=None
 )
 config = GRPOConfig(
-    output_dir="coin", per_device_train_batch_size=128, num_generations=32, max_steps=120, learning_rate=3e-3,
-    lr_scheduler_type="constant", max_completion_length=16, logging_steps=10, entropy_coef=0.06,
+    output_dir="coin", per_device_train_batch_size=128, num_generations=32, max_steps=80, learning_rate=3e-3,
+    lr_scheduler_type="constant", max_completion_length=16, logging_steps=10, entropy_coef=0.02,
     save_strategy="no", save_rollouts=False, report_to="none",
 )  # fmt: skip
 rows = Dataset.from_list([{"prompt": "toss", "side": side} for side in ("heads", "tails")] * 32)
