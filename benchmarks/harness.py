@@ -153,12 +153,16 @@ class Outcome:
         return cls(pairs, saved["per_unit"])
 
 
-def judge(ours: Run, theirs: Run | None, tolerance: float = TOLERANCE) -> Pair:
-    """The pair, void where a side crashed or the two did different work."""
+def judge(ours: Run, theirs: Run | None, tolerance: float = TOLERANCE, compares: Sequence[str] | None = None) -> Pair:
+    """The pair, void where a side crashed or the two did different work, as far as the gate `compares` it."""
     for name, run in (("ours", ours), ("theirs", theirs)):
         if run is not None and run.error:
             return Pair(ours, theirs, f"{name} crashed: {run.error}")
-    wrong = "" if theirs is None else difference(ours.gate, theirs.gate, tolerance)
+    gates = [
+        {name: run.gate[name] for name in run.gate if compares is None or name in compares} if run else {}
+        for run in (ours, theirs)
+    ]
+    wrong = "" if theirs is None else difference(gates[0], gates[1], tolerance)
     return Pair(ours, theirs, f"not the same work: {wrong}" if wrong else "")
 
 
@@ -168,12 +172,13 @@ def in_turn(
     pairs: int,
     *,
     tolerance: float = TOLERANCE,
+    compares: Sequence[str] | None = None,
     said: Callable[[Pair], None] = lambda pair: None,
 ) -> list[Pair]:
     """A B A B ...; ends early at a pair that is void, for it voids the row. Each side is told the pair's number."""
     found: list[Pair] = []
     for number in range(pairs):
-        pair = judge(ours(number), None if theirs is None else theirs(number), tolerance)
+        pair = judge(ours(number), None if theirs is None else theirs(number), tolerance, compares)
         found.append(pair)
         said(pair)
         if pair.void:

@@ -46,7 +46,7 @@ def measure(row: Row, pairs: int, folder: Path) -> Outcome:
             )
 
     print(f"{row.name}: {row.work}, against {row.peer} ({row.setting})", flush=True)
-    found = in_turn(ours, theirs if row.peer else None, pairs, tolerance=row.tolerance, said=say)
+    found = in_turn(ours, theirs if row.peer else None, pairs, tolerance=row.tolerance, compares=row.compares, said=say)
     return Outcome(found, row.per_unit)
 
 

@@ -29,6 +29,8 @@ class Row:
     tolerance: float = TOLERANCE
     per_unit: bool = False
     """what is done differs a little (drawn lengths): cost for each token"""
+    compares: tuple[str, ...] | None = None
+    """what the gate looks at; None: everything that the jobs report"""
     seeds: bool = False
     """every pair has a seed of its own"""
 
@@ -88,6 +90,7 @@ ROWS = [
         memory_target=4,
         tolerance=0.3,
         per_unit=True,
+        compares=("tokens a completion",),
         seeds=True,
     ),
     Row("ppo-step", PPO, OLD, PLAIN, "ppo_step", ours={"steps": 1}, theirs={"steps": 1}, target=4, memory_target=2),
