@@ -1,5 +1,4 @@
-"""A model that learns to use a tool: look at a coin (half the reward), then say what it shows (rarely learned so soon).
-"""
+"""A tiny model learns to use a tool: to look at a coin (half the reward); to say what it shows takes it longer."""
 
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
