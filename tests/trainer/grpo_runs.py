@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process_group import join_group, leave_group
 
 TESTS = Path(__file__).parent.parent
 
@@ -75,11 +76,13 @@ def resumable_run(folder: str, steps: int = 12) -> None:
 def updates(rank: int, world: int, port: int, out: str) -> None:
     """Four steps on rollouts that `world` processes share; what came of them in `out`."""
     if world > 1:
-        warnings.simplefilter("ignore")
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port), ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1",
-        )  # fmt: skip
+        join_group(rank, world, port)
+    _updates(rank, world, out)  # the trainer is gone when it returns
+    if world > 1:
+        leave_group()
+
+
+def _updates(rank: int, world: int, out: str) -> None:
     trainer = trainer_for(
         out + "-files", per_device_train_batch_size=4, gradient_accumulation_steps=4 // world, max_steps=4,
         learning_rate=0.5, optim="sgd", max_grad_norm=0.5,
@@ -90,5 +93,3 @@ def updates(rank: int, world: int, port: int, out: str) -> None:
         names = ("loss", "grad_norm", "reward", "kl", "approx_kl", "frac_reward_zero_std")
         logs = {name: [row[name] for row in trainer.state.log_history if name in row] for name in names}
         torch.save({"weights": weights, "logs": logs, "position": trainer.rollouts.state.position}, out)
-    if world > 1:
-        torch.distributed.destroy_process_group()

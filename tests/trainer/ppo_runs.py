@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process_group import join_group, leave_group
 
 TESTS = Path(__file__).parent.parent
 
@@ -52,11 +53,13 @@ def resumable_run(folder: str, steps: int = 12) -> None:
 def updates(rank: int, world: int, port: int, out: str) -> None:
     """Two steps on four samples that `world` processes share, the second one twice; what came of them in `out`."""
     if world > 1:
-        warnings.simplefilter("ignore")
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port), ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1",
-        )  # fmt: skip
+        join_group(rank, world, port)
+    _updates(rank, world, out)  # the trainer is gone when it returns
+    if world > 1:
+        leave_group()
+
+
+def _updates(rank: int, world: int, out: str) -> None:
     rows = 4 // world
     trainer = trainer_for(
         lambda parameters: torch.optim.SGD(parameters, lr=0.5), batch_size=rows, mini_batch_size=1,
@@ -82,5 +85,3 @@ def updates(rank: int, world: int, port: int, out: str) -> None:
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         kept = ("ppo/loss/total", "objective/kl", "ppo/policy/entropy", "ppo/mean_scores")
         torch.save({"weights": weights, "kl_coef": trainer.kl_ctl.value, **{k: stats[k] for k in kept}}, out)
-    if world > 1:
-        torch.distributed.destroy_process_group()
