@@ -44,7 +44,7 @@ LORA_TARGETS = {"llama": ["q_proj"], "gpt2": ["c_attn"], "t5": ["q"]}
 
 
 def tiny_model(name: str, **changes: Any) -> Any:
-    """The same model every time, with random weights, large enough that every path shows in its logits; in eval mode."""
+    """The same model every time, in eval mode; random weights, large enough that every path shows in its logits."""
     config = (CAUSAL | SEQ2SEQ)[name]
     config = type(config).from_dict(config.to_dict() | changes)
     auto_class = t.AutoModelForSeq2SeqLM if name in SEQ2SEQ else t.AutoModelForCausalLM

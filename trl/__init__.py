@@ -8,8 +8,9 @@ _names = {
     "trl.core": ["set_seed"],
     "trl.data.collators": ["DataCollatorForCompletionOnlyLM"],
     "trl.data.formats": [
-        "apply_chat_template", "extract_prompt", "is_conversational", "is_conversational_from_value", "maybe_apply_chat_template",
-        "maybe_convert_to_chatml", "maybe_extract_prompt", "maybe_unpair_preference_dataset", "unpair_preference_dataset",
+        "apply_chat_template", "extract_prompt", "is_conversational", "is_conversational_from_value",
+        "maybe_apply_chat_template", "maybe_convert_to_chatml", "maybe_extract_prompt",
+        "maybe_unpair_preference_dataset", "unpair_preference_dataset",
     ],
     "trl.data.packing": ["pack_dataset"],
     "trl.environment.base_environment": ["TextEnvironment", "TextHistory"],

@@ -66,7 +66,7 @@ class Played:
 
 def end_ids(trainer: Any) -> list[int]:
     """The tokens that end a turn of the model."""
-    return end_tokens(trainer.sampling_params(0), base_model(trainer.model), trainer.processing_class)
+    return list(end_tokens(trainer.sampling_params(0), base_model(trainer.model), trainer.processing_class))
 
 
 def _check_text_environment(environment: TextEnvironment, config: Any, tokenizer: Any, reward_funcs: Any) -> None:
