@@ -26,7 +26,7 @@ from trl.data.formats import maybe_convert_to_chatml
 
 
 def film_pairs(seed: int) -> list[dict[str, str]]:
-    """Fresh over rotten within a film, each quote once; films in a fixed order: a split by rows is nearly one by films."""
+    """Fresh over rotten within a film, each quote once; films in order: a split by rows is nearly one by films."""
     films: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in _rows(fetch(QUOTES, print) / "rotten_tomatoes_corpus_full.csv.bz2"):
         films[row["movie_name"]][row["category"]].append(clean(row["text"]))
