@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +16,14 @@ from trl.data.tokenize import tokenize_unpaired
 from trl.losses.kto import unpaired_loss
 from trl.losses.loss_sum import LossSum
 from trl.models.scoring import is_encoder_decoder, quietly, score
-from trl.trainer.configuration import as_config, processing_class_of
+from trl.trainer.configuration import as_config
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import (
     answer_length,
-    dress_tokenizer,
     each_dataset,
+    equip,
     no_collator,
-    opened,
-    prepare_model,
-    prepare_tokenizer,
 )
 from trl.trainer.references import ReferenceColumns, make_reference
 from trl.trainer.reward_shift import RewardShift
@@ -107,19 +103,19 @@ class KTOTrainer(ObjectiveTrainer):
         if compute_metrics is not None:
             raise ValueError("compute_metrics: completions without a pair give nothing to compare; leave it out")
         config = as_config(args, KTOConfig)
-        tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
-        prepare = partial(
-            prepare_model,
-            config=config,
+        model, model_init, tokenizer = equip(
+            self,
+            model,
+            model_init,
+            config,
+            processing_class=processing_class,
             tokenizer=tokenizer,
             peft_config=peft_config,
             auto_class=AutoModelForCausalLM,
-            owner=type(self).__name__,
             dropout=not config.disable_dropout,
             merge=True,
             quantization_config=quantization_config,
         )
-        model, model_init = opened(model, model_init, prepare)
         super().__init__(
             model=model,
             args=config,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +19,12 @@ from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import preference_loss
 from trl.models.head import log_collision, mean_logits, token_logprobs
 from trl.models.scoring import is_encoder_decoder, quietly, score, scored_states
-from trl.trainer.configuration import processing_class_of
 from trl.trainer.dpo_config import PairConfig
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import (
     answer_length,
-    dress_tokenizer,
     each_dataset,
-    opened,
-    prepare_model,
-    prepare_tokenizer,
+    equip,
 )
 from trl.trainer.reward_shift import RewardShift
 
@@ -78,19 +73,19 @@ class PairTrainer(ObjectiveTrainer):
         **kwargs: Any,
     ):
         _check_wandb(config)
-        tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
-        prepare = partial(
-            prepare_model,
-            config=config,
+        model, model_init, tokenizer = equip(
+            self,
+            model,
+            model_init,
+            config,
+            processing_class=processing_class,
             tokenizer=tokenizer,
             peft_config=peft_config,
             auto_class=AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM,
-            owner=type(self).__name__,
             dropout=not config.disable_dropout,
             merge=True,
             quantization_config=quantization_config,
         )
-        model, model_init = opened(model, model_init, prepare)
         encoder_decoder = encoder_decoder if model is None else is_encoder_decoder(model)
         length = answer_length(config, model, encoder_decoder)
 

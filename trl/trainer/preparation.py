@@ -18,7 +18,7 @@ from trl.models.prepare import (
     load_tokenizer,
     wrap_peft,
 )
-from trl.trainer.configuration import PostTrainingConfig
+from trl.trainer.configuration import PostTrainingConfig, processing_class_of
 
 
 def prepare_tokenizer(tokenizer: Any, model: nn.Module | str | None, **kwargs: Any) -> Any:
@@ -99,23 +99,32 @@ def no_collator(owner: Any, data_collator: Any) -> None:
         raise ValueError(f"data_collator: {type(owner).__name__} packs its rows itself; leave it out")
 
 
-Prepare = Callable[[Any], nn.Module]
+def equip(
+    owner: Any,
+    model: nn.Module | str | None,
+    model_init: Callable[..., nn.Module] | None,
+    config: PostTrainingConfig,
+    *,
+    processing_class: Any,
+    tokenizer: Any,
+    **how: Any,
+) -> tuple[nn.Module | None, Callable[..., nn.Module] | None, Any]:
+    """Model, `model_init` (None where not given) and tokenizer, ready for a trainer; `how` goes to `prepare_model`.
 
-
-def opened(
-    model: nn.Module | str | None, model_init: Callable[..., nn.Module] | None, prepare: Prepare
-) -> tuple[nn.Module | None, Callable[..., nn.Module] | None]:
-    """What was given of the two, prepared; ValueError without either."""
+    ValueError where neither a model nor a `model_init` was given, or no tokenizer can be found.
+    """
+    tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
     if model is None and model_init is None:
         raise ValueError("model: none was given; pass a model, a folder, a Hub name, or `model_init`")
+    settings = {"config": config, "tokenizer": tokenizer, "owner": type(owner).__name__, **how}
     made = None
     if model_init is not None:
 
         @wraps(model_init)  # `Trainer` counts its parameters
         def made(*trial: Any) -> nn.Module:
-            return prepare(model_init(*trial))
+            return prepare_model(model_init(*trial), **settings)
 
-    return None if model is None else prepare(model), made
+    return None if model is None else prepare_model(model, **settings), made, tokenizer
 
 
 def prepare_model(

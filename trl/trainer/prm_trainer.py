@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +15,15 @@ from trl.data.tokenize import tokenize_stepwise
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import stepwise_cross_entropy
 from trl.models.scoring import scores_at
-from trl.trainer.configuration import as_config, processing_class_of
+from trl.trainer.configuration import as_config
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.preparation import (
     each_dataset,
+    equip,
     fitting_length,
     label_count,
     labelled,
     no_collator,
-    opened,
-    prepare_model,
-    prepare_tokenizer,
 )
 from trl.trainer.prm_config import PRMConfig
 
@@ -72,18 +69,18 @@ class PRMTrainer(ObjectiveTrainer):
     ):
         no_collator(self, data_collator)
         config = as_config(args, PRMConfig)
-        tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
-        prepare = partial(
-            prepare_model,
-            config=config,
+        model, model_init, tokenizer = equip(
+            self,
+            model,
+            model_init,
+            config,
+            processing_class=processing_class,
             tokenizer=tokenizer,
             peft_config=peft_config,
             auto_class=AutoModelForTokenClassification,
-            owner=type(self).__name__,
             dropout=not config.disable_dropout,
             init_kwargs=labelled(config, model, 2),
         )
-        model, model_init = opened(model, model_init, prepare)
         if model is not None and label_count(model) != 2:
             raise ValueError(f"num_labels={label_count(model)}: a process reward model has 2, wrong and right")
         length = fitting_length(config, model)

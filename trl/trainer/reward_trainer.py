@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +15,14 @@ from trl.losses.loss_sum import LossSum
 from trl.losses.reward import bradley_terry
 from trl.models.prepare import context_length
 from trl.models.scoring import rewards
-from trl.trainer.configuration import as_config, processing_class_of, with_keywords
+from trl.trainer.configuration import as_config, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
 from trl.trainer.preparation import (
-    dress_tokenizer,
     each_dataset,
+    equip,
     label_count,
     labelled,
-    opened,
-    prepare_model,
-    prepare_tokenizer,
 )
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.statistics import compute_accuracy
@@ -62,19 +58,19 @@ class RewardTrainer(ObjectiveTrainer):
         quantization_config: Any = None,
     ):
         config = self._config(args, max_length)
-        tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
-        prepare = partial(
-            prepare_model,
-            config=config,
+        model, model_init, tokenizer = equip(
+            self,
+            model,
+            model_init,
+            config,
+            processing_class=processing_class,
             tokenizer=tokenizer,
             peft_config=peft_config,
             auto_class=AutoModelForSequenceClassification,
-            owner=type(self).__name__,
             dropout=not config.disable_dropout,
             init_kwargs=labelled(config, model, 1),
             quantization_config=quantization_config,
         )
-        model, model_init = opened(model, model_init, prepare)
         length = _length(config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:

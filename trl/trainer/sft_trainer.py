@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,15 +17,12 @@ from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import dft, nll
 from trl.models.prepare import activate_neftune
 from trl.models.scoring import is_encoder_decoder, logits_and_labels, score
-from trl.trainer.configuration import as_config, older_style, processing_class_of, with_keywords
+from trl.trainer.configuration import as_config, older_style, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.preparation import (
-    dress_tokenizer,
     each_dataset,
+    equip,
     fitting_length,
-    opened,
-    prepare_model,
-    prepare_tokenizer,
 )
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_data import SupervisedData
@@ -107,17 +103,17 @@ class SFTTrainer(ObjectiveTrainer):
         config = with_keywords(as_config(args, SFTConfig), given)
         _warn(config, infinite, dataset_text_field, formatting_func)
         _check_collator(config, data_collator)
-        tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
-        prepare = partial(
-            prepare_model,
-            config=config,
+        model, model_init, tokenizer = equip(
+            self,
+            model,
+            model_init,
+            config,
+            processing_class=processing_class,
             tokenizer=tokenizer,
             peft_config=peft_config,
             auto_class=AutoModelForCausalLM,
-            owner=type(self).__name__,
             quantization_config=quantization_config,
         )
-        model, model_init = opened(model, model_init, prepare)
         _check_model(model)
         max_length = fitting_length(config, model)
         if older and max_seq_length is None:
