@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import resource
+import tempfile
 import time
 from collections import defaultdict
 
@@ -57,7 +58,7 @@ def chat_pairs(seed: int) -> list[dict[str, object]]:
 
 TASKS = {
     "films": {"rows": film_pairs, "max_length": 96, "batch": 8, "learning_rate": 3e-4, "held_out": 64},
-    "chat": {"rows": chat_pairs, "max_length": 128, "batch": 3, "learning_rate": 3e-4, "held_out": 24},
+    "chat": {"rows": chat_pairs, "max_length": 256, "batch": 6, "learning_rate": 1e-4, "held_out": 48},
 }
 
 
@@ -79,7 +80,7 @@ def main() -> None:
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder),
         args=DPOConfig(
-            output_dir="/tmp/dpo_smollm2", max_steps=args.steps, per_device_train_batch_size=task["batch"],
+            output_dir=tempfile.mkdtemp(), max_steps=args.steps, per_device_train_batch_size=task["batch"],
             per_device_eval_batch_size=16, precompute_ref_log_probs=True, learning_rate=task["learning_rate"],
             warmup_steps=2, beta=args.beta, max_length=task["max_length"], truncation_mode="keep_start",
             logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=args.seed,
