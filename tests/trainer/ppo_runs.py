@@ -14,8 +14,8 @@ from process_group import join_group, leave_group
 TESTS = Path(__file__).parent.parent
 
 
-def trainer_for(optimizer: Any = None, **numbers: Any) -> Any:
-    """A trainer of a tiny model, the same in every process."""
+def trainer_for(optimizer: Any = None, seed: int = 0, critic: bool = False, **numbers: Any) -> Any:
+    """A trainer of a tiny model, the same in every process. critic: with a value model of its own."""
     import transformers as t
     from datasets import Dataset
 
@@ -25,15 +25,18 @@ def trainer_for(optimizer: Any = None, **numbers: Any) -> Any:
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = t.LlamaConfig(
         vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = AutoModelForCausalLMWithValueHead.from_pretrained(t.AutoModelForCausalLM.from_config(config))
+    config.num_labels = 1
+    value_model = t.AutoModelForSequenceClassification.from_config(config) if critic else None
+    trained = [*model.parameters(), *([] if value_model is None else value_model.parameters())]
     return PPOTrainer(
-        PPOConfig(**numbers), model, tokenizer=word_tokenizer(), data_collator=list,
-        optimizer=None if optimizer is None else optimizer(model.parameters()),
+        PPOConfig(**numbers), model, tokenizer=word_tokenizer(), data_collator=list, value_model=value_model,
+        optimizer=None if optimizer is None else optimizer(trained),
         dataset=Dataset.from_list([{"prompt": text} for text in ("a b", "c", "d e f", "g h", "i j k")]),
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
     )  # fmt: skip
@@ -50,22 +53,40 @@ def resumable_run(folder: str, steps: int = 12) -> None:
     torch.save([p.detach() for p in trainer.model.parameters()], os.path.join(folder, "end.pt"))
 
 
-def updates(rank: int, world: int, port: int, out: str) -> None:
-    """Two steps on four samples that `world` processes share, the second one twice; what came of them in `out`."""
+def updates(rank: int, world: int, port: int, out: str, variant: str) -> None:
+    """Steps on four samples that `world` processes share; what came of them in `out`.
+
+    variant: "plain"; "unused": DDP looks for parameters without gradients; "critic": a value model of its own.
+    """
     if world > 1:
         join_group(rank, world, port)
-    _updates(rank, world, out)  # the trainer is gone when it returns
+    _updates(rank, world, out, variant)  # the trainer is gone when it returns
     if world > 1:
         leave_group()
 
 
-def _updates(rank: int, world: int, out: str) -> None:
-    rows = 4 // world
+def _updates(rank: int, world: int, out: str, variant: str) -> None:
+    """Two steps, the second one twice."""
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    rows, handlers = 4 // world, [DistributedDataParallelKwargs(find_unused_parameters=True)]
     trainer = trainer_for(
         lambda parameters: torch.optim.SGD(parameters, lr=0.5), batch_size=rows, mini_batch_size=1,
         gradient_accumulation_steps=rows, ppo_epochs=2, whiten_rewards=True, use_score_scaling=True,
-        use_score_norm=True, max_grad_norm=0.5, target=0.1, horizon=20,
+        use_score_norm=True, max_grad_norm=0.5, target=0.1, horizon=20, critic=variant == "critic", seed=rank,
+        accelerator_kwargs={"kwargs_handlers": handlers} if variant == "unused" else {},
     )  # fmt: skip
+    models = [trainer.accelerator.unwrap_model(model) for model in trainer.actor.models]
+    named = [(name, p) for model in models for name, p in model.named_parameters() if p.requires_grad]
+    start = {name: p.detach().clone() for name, p in named}
+    gradients: dict[str, torch.Tensor] = {}
+    inner = trainer.optimizer.step
+
+    def step() -> None:
+        gradients.update({name: p.grad.clone() for name, p in named if not gradients.get(name, p.new_zeros(())).any()})
+        inner()
+
+    trainer.optimizer.step = step
     g = torch.Generator().manual_seed(1)
     queries = [torch.randint(4, 100, (3 + i,), generator=g) for i in range(4)]
     responses = [torch.randint(4, 100, (2 + 2 * i,), generator=g) for i in range(4)]  # a mean of means would show
@@ -78,10 +99,11 @@ def _updates(rank: int, world: int, out: str) -> None:
         if turn == 2:
             trainer.load_state(f"{out}-state")
         stats = trainer.step(queries[part], responses[part], scores[part])
-        ends.append([p.detach().clone() for p in trainer.model.parameters()])
+        assert turn or abs(stats["objective/kl"]) < 1e-5  # the reference is the policy as it was, on every process
+        ends.append([p.detach().clone() for _, p in named])
     assert all(torch.equal(again, once) for once, again in zip(*ends[1:], strict=True))
-    if rank == 0:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        kept = ("ppo/loss/total", "objective/kl", "ppo/policy/entropy", "ppo/mean_scores")
-        torch.save({"weights": weights, "kl_coef": trainer.kl_ctl.value, **{k: stats[k] for k in kept}}, out)
+    kept = ("ppo/loss/total", "objective/kl", "ppo/policy/entropy", "ppo/mean_scores")
+    results = {"kl_coef": trainer.kl_ctl.value, **{name: stats[name] for name in kept}}
+    moved = {name: p.detach() - start[name] for name, p in named}
+    weights = {name: p.detach() for name, p in named}
+    torch.save({"weights": weights, "moved": moved, "gradients": gradients, "stats": results}, f"{out}-{rank}")

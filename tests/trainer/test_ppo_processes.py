@@ -18,16 +18,25 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_update(tmp_path):
+@pytest.mark.parametrize("variant", ["plain", "unused", "critic"])
+def test_two_processes_make_the_same_update(variant, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    updates(0, 1, port, str(tmp_path / "one"))
-    mp.spawn(updates, (2, port, str(tmp_path / "two")), nprocs=2)
-    one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
-    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-5, atol=1e-6)
-    for name in set(one) - {"weights"}:
-        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    updates(0, 1, port, str(tmp_path / "one"), variant)
+    mp.spawn(updates, (2, port, str(tmp_path / "two"), variant), nprocs=2)
+    one = torch.load(tmp_path / "one-0")
+    assert "v_head.summary.weight" in one["gradients"] or variant == "critic"
+    for rank in range(2):
+        two = torch.load(tmp_path / f"two-{rank}")
+        for kind in ("gradients", "moved"):
+            assert one[kind].keys() == two[kind].keys()
+            for name, expected in one[kind].items():
+                scale = expected.norm().item()
+                assert scale > 0, name
+                assert (two[kind][name] - expected).norm().item() <= 1e-5 * scale + 1e-7, (kind, name)
+        for name, value in one["stats"].items():
+            assert two["stats"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def killed_run(folder, after_step, delay):

@@ -12,6 +12,7 @@ from torch import nn
 
 from trl.models.modeling_base import create_reference_model
 from trl.models.peft_support import is_peft_model
+from trl.models.wrapped import equalise
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -39,6 +40,7 @@ class Reference:
         if given is not None:
             self.frozen = given.eval().requires_grad_(False)
         elif not precomputed and not self.adapter_off:
+            equalise(unwrap(policy))
             self.frozen = create_reference_model(unwrap(policy))
 
     def _inner_policy(self) -> Any:

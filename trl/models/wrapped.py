@@ -1,13 +1,17 @@
-"""Computations that belong inside the forward of a wrapped model (DDP, FSDP, DeepSpeed)."""
+"""Models on many processes: what belongs inside a wrapped forward (DDP, FSDP, DeepSpeed), and equal weights before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import Any, TypeVar
 
+import torch
+from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.losses.loss_sum import LossSum
 
@@ -52,3 +56,20 @@ def _as_forward(model: nn.Module, function: Callable[[nn.Module], Result]) -> Re
         return result
     finally:
         put_back()
+
+
+@torch.no_grad()
+def equalise(model: nn.Module) -> None:
+    """Give every process the first one's weights, as DDP will: a copy for reference that is made before is right then.
+
+    Collective. Processes differ where a model was initialised without a seed. Sharded and unmaterialised weights stay.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or is_deepspeed_zero3_enabled():
+        return
+    device = PartialState().device
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_meta or type(tensor.data) is not Tensor:
+            continue
+        first = tensor.data.to(device)
+        torch.distributed.broadcast(first, 0)
+        tensor.data.copy_(first)

@@ -5,8 +5,8 @@ Shape letters: B responses, T tokens of the longest one. Masks: 1 = the policy c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch
 from trl.losses.advantages import generalized_advantages
 from trl.losses.kl import KL_PENALTIES, full
+from trl.losses.loss_sum import LossSum
 from trl.models.head import chunk_rows
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score, scored_states, scores_at
+from trl.models.wrapped import within_forward
 from trl.trainer.rollouts import prompt_trees
 from trl.trainer.statistics import get_global_statistics
 
@@ -66,6 +68,18 @@ class ActorCritic:
             return scores
         values_S = scores_at(self.value_model, packed, packed.scored_S, packed.row_S)[:, 0]  # type: ignore[arg-type]
         return Scores(scores.logprobs_BT, scores.entropy_BT, packed.spread(values_S))
+
+    def within_forward(self, function: Callable[[ActorCritic], LossSum]) -> LossSum:
+        """`function` of these models below their wrappers, run as if it were the forward of each."""
+
+        def below(policy: nn.Module) -> LossSum:
+            if self.value_model is None:
+                return function(replace(self, model=policy))
+            return within_forward(
+                self.value_model, lambda critic: function(replace(self, model=policy, value_model=critic))
+            )
+
+        return within_forward(self.model, below)
 
 
 @dataclass(frozen=True)

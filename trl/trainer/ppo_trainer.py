@@ -20,6 +20,7 @@ from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.reference import Reference, unwrap
+from trl.models.wrapped import equalise
 from trl.rewards.named import RewardSource
 from trl.trainer import ppo_checkpoint, ppo_generation, ppo_loop, ppo_padded, ppo_setup, ppo_statistics
 from trl.trainer.base import BaseTrainer
@@ -90,6 +91,7 @@ class PPOTrainer(BaseTrainer):
         ppo_setup.start_trackers(self.accelerator, config)
         reference: nn.Module | None = ref_model
         if reference is None and not self.is_peft_model:
+            equalise(model)
             reference = create_reference_model(model, num_shared_layers=num_shared_layers)
         self._prepare(model, value_model, reference, optimizer, data_collator, lr_scheduler)
         adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -301,13 +303,14 @@ class PPOTrainer(BaseTrainer):
 
         return optimizer_step(
             self.accelerator, self.actor.models, self.optimizer, pieces,
-            lambda piece: self._objective(piece, ratios), lambda piece: piece.mask_BT.sum(),
+            lambda piece: self.actor.within_forward(lambda actor: self._objective(actor, piece, ratios)),
+            lambda piece: piece.mask_BT.sum(),
             parameters=self._parameters, max_grad_norm=self.config.max_grad_norm, accept=accept,
         )  # fmt: skip
 
-    def _objective(self, piece: PPOBatch, ratios: list[Tensor]) -> LossSum:
+    def _objective(self, actor: ActorCritic, piece: PPOBatch, ratios: list[Tensor]) -> LossSum:
         """Clipped surrogate plus `vf_coef` times clipped value loss, summed over tokens."""
-        scores = self.actor(pack_samples(piece.samples).to(self.current_device), entropy=True)
+        scores = actor(pack_samples(piece.samples).to(self.current_device), entropy=True)
         assert scores.values_BT is not None
         assert scores.entropy_BT is not None
         ratios.append((scores.logprobs_BT.detach() - piece.old_logprobs_BT)[piece.mask_BT > 0].exp())
