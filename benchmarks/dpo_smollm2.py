@@ -58,7 +58,7 @@ def chat_pairs(seed: int) -> list[dict[str, object]]:
 
 TASKS = {
     "films": {"rows": film_pairs, "max_length": 96, "batch": 8, "learning_rate": 3e-4, "held_out": 64},
-    "chat": {"rows": chat_pairs, "max_length": 256, "batch": 6, "learning_rate": 1e-4, "held_out": 48},
+    "chat": {"rows": chat_pairs, "max_length": 192, "batch": 4, "learning_rate": 2e-4, "held_out": 40},
 }
 
 
