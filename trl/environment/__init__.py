@@ -3,5 +3,10 @@
 from trl.import_utils import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
-    __name__, {"trl.environment.base_environment": ["TextEnvironment", "TextHistory"]}
+    __name__,
+    {
+        "trl.environment.base_environment": ["TextEnvironment", "TextHistory"],
+        "trl.environment.chat_environment": ["ChatEnvironment"],
+        "trl.environment.tool_text": ["JsonCalls"],
+    },
 )

@@ -54,7 +54,7 @@ class Played:
         elif config.max_tool_calling_iterations is not None:
             raise ValueError("max_tool_calling_iterations: the environment has its own limit; set it there")
         if isinstance(environment, TextEnvironment):
-            _check_text_environment(environment, config, trainer.processing_class, reward_funcs)
+            check_text_environment(environment, config, trainer.processing_class, reward_funcs)
         if isinstance(environment, ChatEnvironment):
             if config.max_prompt_length is not None:
                 raise ValueError("max_prompt_length: a prompt with tools cannot be cut; leave it out")
@@ -69,7 +69,8 @@ def end_ids(trainer: Any) -> list[int]:
     return list(end_tokens(trainer.sampling_params(0), base_model(trainer.model), trainer.processing_class))
 
 
-def _check_text_environment(environment: TextEnvironment, config: Any, tokenizer: Any, reward_funcs: Any) -> None:
+def check_text_environment(environment: TextEnvironment, config: Any, tokenizer: Any, reward_funcs: Any) -> None:
+    """ValueError for what does not go together; an environment without a tokenizer gets the trainer's."""
     known = environment.tokenizer
     if known is not None and known is not tokenizer and known.get_vocab() != tokenizer.get_vocab():
         raise ValueError("environment: its tokenizer has another vocabulary than the trainer's; give them the same")
@@ -79,10 +80,9 @@ def _check_text_environment(environment: TextEnvironment, config: Any, tokenizer
             f"environment: generation_kwargs {', '.join(sorted(other))} have no effect in a trainer, whose config says "
             "how to sample; only max_new_tokens, the length of a turn, belongs to the environment"
         )
-    if environment.prompt and config.max_prompt_length is not None:
-        raise ValueError(
-            f"max_prompt_length={config.max_prompt_length}: the environment's own prompt comes before it; leave it out"
-        )
+    longest = getattr(config, "max_prompt_length", None)
+    if environment.prompt and longest is not None:
+        raise ValueError(f"max_prompt_length={longest}: the environment's own prompt comes before it; leave it out")
     if environment.reward_fn is not None and reward_funcs is not None:
         raise ValueError("reward_funcs: the environment has a reward_fn already; give one of them")
     if known is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl.rewards.named import reward_panel
 from trl.rewards.panel import RewardPanel
 from trl.trainer.ppo_checkpoint import PREFIX, find_checkpoint, keep_newest, load_state, save_state
+from trl.trainer.ppo_environment import play
 from trl.trainer.ppo_setup import stop_tokens
 from trl.trainer.prompt_stream import PromptStream
 
@@ -42,11 +43,16 @@ def prompt_of(row: Mapping[str, Any], query: Tensor, tokenizer: Any) -> Any:
     return tokenizer.decode(query, skip_special_tokens=True) if given is None else given
 
 
-def scores_of(panel: RewardPanel, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> list[Tensor]:
+def scores_of(
+    panel: RewardPanel,
+    rows: Sequence[Mapping[str, Any]],
+    batch: Mapping[str, Any],
+    further: Mapping[str, Sequence[Any]] | None = None,
+) -> list[Tensor]:
     """The sum of what the functions of the panel say of each response; ValueError where none says anything.
 
     They are called with `prompts`, `completions`, `completion_ids` and the data set's columns, each by keyword.
-    Completions of conversations are messages.
+    Completions of conversations are messages. further: keywords that an environment adds or replaces.
     """
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -58,6 +64,7 @@ def scores_of(panel: RewardPanel, rows: Sequence[Mapping[str, Any]], batch: Mapp
         "prompts": batch["query"],
         "completions": completions,
         "completion_ids": [response.tolist() for response in batch["responses"]],
+        **(further or {}),
     }
     scores_FB = torch.tensor(panel(len(rows), asked).scores, dtype=torch.float32)
     unscored = scores_FB.isnan().all(0).nonzero().flatten().tolist()
@@ -89,6 +96,29 @@ def rollout(
     return batch
 
 
+def episodes(
+    trainer: Any, rows: Sequence[Mapping[str, Any]], panel: RewardPanel | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """`rollout` by the trainer's environment; also `masks`, which are 1 where the policy chose the token."""
+    tokenizer, device = trainer.tokenizer, trainer.current_device
+    ids = [prompt_ids(row, tokenizer) for row in rows]
+    prompts = [prompt_of(row, query, tokenizer) for row, query in zip(rows, ids, strict=True)]
+    own = [
+        {**row, "prompt": prompt, "prompt_ids": query.tolist()}
+        for row, prompt, query in zip(rows, prompts, ids, strict=True)
+    ]
+    played = play(trainer, own, kwargs)
+    batch: dict[str, Any] = {"query": prompts, "response": played.texts}
+    columns = {"queries": played.prompts, "responses": played.completions, "masks": played.masks}
+    for name, lists in columns.items():
+        batch[name] = [torch.tensor(row, dtype=torch.long, device=device) for row in lists]
+    if panel is None:
+        batch["scores"] = list(torch.tensor(played.rewards, dtype=torch.float32))
+    else:
+        batch["scores"] = scores_of(panel, rows, batch, played.metadata)
+    return batch
+
+
 def batches(trainer: Any) -> Iterator[list[dict[str, Any]]]:
     """See `PPOTrainer.batches`. A step takes the next rows of the stream, of which each process has its part."""
     if trainer.dataset is None:
@@ -101,8 +131,13 @@ def batches(trainer: Any) -> Iterator[list[dict[str, Any]]]:
         yield stream.take(part * config.batch_size, config.batch_size)
 
 
-def panel_of(trainer: Any, functions: Any, tokenizers: Any) -> RewardPanel:
-    """The reward functions of a trainer; a reward model without a tokenizer of its own reads with the policy's."""
+def panel_of(trainer: Any, functions: Any, tokenizers: Any) -> RewardPanel | None:
+    """The reward functions of a trainer; a reward model without a tokenizer of its own reads with the policy's.
+
+    None: its environment gives the rewards.
+    """
+    if functions is None and trainer.environment is not None:
+        return None
     if functions is None:
         raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
     listed = functions if isinstance(functions, list | tuple) else [functions]
@@ -118,7 +153,7 @@ def panel_of(trainer: Any, functions: Any, tokenizers: Any) -> RewardPanel:
 
 def run(
     trainer: Any,
-    panel: RewardPanel,
+    panel: RewardPanel | None,
     resume: bool | str | os.PathLike[str] | None,
     callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
@@ -128,13 +163,14 @@ def run(
     if checkpoint is not None:
         load_state(trainer, checkpoint)
     kwargs = sampling_kwargs(config, trainer.tokenizer, stop_tokens(config, trainer.tokenizer))
+    sampled: Any = rollout if trainer.environment is None else episodes
     stats: dict[str, Any] = {}
     progress = tqdm(
         total=config.total_ppo_epochs, initial=trainer.data_position, desc="PPO", disable=not sys.stderr.isatty()
     )
     for rows in batches(trainer):
-        batch = rollout(trainer, rows, panel, kwargs)
-        stats = trainer.step(batch["queries"], batch["responses"], batch["scores"])
+        batch = sampled(trainer, rows, panel, kwargs)
+        stats = trainer.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
         trainer.log_stats(stats, batch, batch["scores"])
         progress.update()
         progress.set_postfix({name: f"{float(stats[key]):.3g}" for name, key in SHOWN.items()})

@@ -38,6 +38,7 @@ from trl.trainer.experience import (
 )
 from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.ppo_config import PPOConfig
+from trl.trainer.ppo_environment import check_environment
 from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
 from trl.trainer.ppo_objective import terms
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
@@ -52,6 +53,7 @@ class PPOTrainer(BaseTrainer):
     value_model: a model with a score head (num_labels=1) as critic; the policy's own value head then rests.
     reward_funcs: what `train()` scores responses with: functions, their names, reward models or their folders; their
     sum counts. reward_processing_classes: tokenizers of the reward models.
+    environment: who plays in `train()`, such as a `TextEnvironment`; an episode's score is the sum of its rewards.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
@@ -72,6 +74,7 @@ class PPOTrainer(BaseTrainer):
         value_model: nn.Module | None = None,
         reward_funcs: RewardSource | Sequence[RewardSource] | None = None,
         reward_processing_classes: Any = None,
+        environment: Any = None,
     ):
         super().__init__(config)
         tokenizer = processing_class_of(processing_class, tokenizer)
@@ -100,6 +103,9 @@ class PPOTrainer(BaseTrainer):
         self.current_step = self.logged_steps = self.data_position = 0
         self.highest_reward = -float("inf")
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
+        self.environment = environment
+        if environment is not None:
+            check_environment(self, environment, reward_funcs)
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         if self.accelerator.process_index:  # each process samples with its own seed
             set_seed(config.seed + 1_000_003 * self.accelerator.process_index)

@@ -1,0 +1,51 @@
+"""Episodes of an environment as the batch of a PPO step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from trl.data.records import Rollout
+from trl.environment.base_environment import TextEnvironment
+from trl.environment.chat_environment import ChatEnvironment
+from trl.environment.turns import SampledTurns
+from trl.generation import make_sampler
+from trl.generation.generate_kwargs import sampling_params
+from trl.models.prepare import context_length
+from trl.models.reference import unwrap
+from trl.models.scoring import backbone
+from trl.trainer.environment_rollouts import check_text_environment
+from trl.trainer.ppo_generation import end_tokens
+
+
+def check_environment(trainer: Any, environment: Any, reward_funcs: Any) -> None:
+    """ValueError for what does not go together with the trainer's other arguments."""
+    if trainer.is_encoder_decoder:
+        raise ValueError("environment: an encoder-decoder cannot go on from an answer; train a causal model")
+    if trainer.config.missing_eos_penalty is not None:
+        raise ValueError("missing_eos_penalty: episodes of an environment end in other ways too; leave it out")
+    if isinstance(environment, TextEnvironment):
+        check_text_environment(environment, trainer.config, trainer.tokenizer, reward_funcs)
+    if reward_funcs is None and not environment.gives_rewards:
+        raise ValueError("reward_funcs: the environment gives no rewards; give reward functions, or it a `reward`")
+
+
+def play(trainer: Any, rows: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]) -> Rollout:
+    """An episode from each row, with at most `max_new_tokens` behind its prompt; kwargs: of `generate`.
+
+    rows: with `prompt` and `prompt_ids`.
+    """
+    policy, environment = unwrap(trainer.model), trainer.environment
+    params = sampling_params(policy, kwargs)
+    if params is None:
+        raise ValueError("generation_kwargs: the turns of an environment are sampled, and only `generate` knows these")
+    if isinstance(environment, ChatEnvironment):
+        environment.bind(trainer.tokenizer, sorted(end_tokens(policy, trainer.tokenizer, kwargs)))
+    sampler = make_sampler(policy, trainer.tokenizer, max_rows=len(rows))
+    first = int(torch.randint(2**62, ()))
+    turns = SampledTurns(sampler, params, context_length(backbone(policy)))
+    seeds = range(first, first + len(rows))
+    rollout: Rollout = environment.rollout(rows, turns, seeds, trainer.config.max_new_tokens)
+    return rollout
