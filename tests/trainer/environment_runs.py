@@ -1,0 +1,69 @@
+"""Small GRPO runs on an environment that tests start in processes of their own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from process_group import join_group, leave_group
+
+TESTS = Path(__file__).parent.parent
+
+
+def trainer_for(folder: str, environment: Any = None, **settings: Any) -> Any:
+    """A trainer of a tiny model whose episodes have several turns, rewarded turn by turn."""
+    import transformers as t
+    from datasets import Dataset, disable_progress_bars
+
+    sys.path.insert(0, str(TESTS))
+    from environments_for_tests import letters
+    from tokenizers_for_tests import word_tokenizer
+
+    from trl import GRPOConfig, GRPOTrainer
+
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = t.LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    base = {
+        "output_dir": folder, "max_completion_length": 20, "num_generations": 2, "num_iterations": 2, "beta": 0.1,
+        "turn_level_credit": True, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "save_strategy": "no", "scale_rewards": "batch", "max_steps": 4, "learning_rate": 0.5, "optim": "sgd",
+        "max_grad_norm": 0.5, "save_rollouts": False,
+    }  # fmt: skip
+    rows = [{"prompt": text, "wanted": text[0]} for text in ("a b", "c", "d e f", "g h", "i j k")]
+    return GRPOTrainer(
+        t.AutoModelForCausalLM.from_config(config), args=GRPOConfig(**{**base, **settings}),
+        train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer(),
+        environment=letters() if environment is None else environment,
+    )  # fmt: skip
+
+
+def outcome(trainer: Any) -> dict[str, Any]:
+    """Train; the weights, and what was logged of each step."""
+    trainer.train()
+    names = ("loss", "grad_norm", "reward", "kl", "approx_kl", "ratio", "episodes/turns", "frac_reward_zero_std")
+    logs = {name: [row[name] for row in trainer.state.log_history if name in row] for name in names}
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return {"weights": weights, "logs": logs, "position": trainer.rollouts.state.position}
+
+
+def updates(rank: int, world: int, port: int, out: str) -> None:
+    """Four steps on episodes that `world` processes share; what came of them in `out`."""
+    if world > 1:
+        join_group(rank, world, port)
+    _updates(rank, world, out)  # the trainer is gone when it returns
+    if world > 1:
+        leave_group()
+
+
+def _updates(rank: int, world: int, out: str) -> None:
+    shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4 // world}
+    result = outcome(trainer_for(out + "-files", **shape))
+    if rank == 0:
+        torch.save(result, out)
