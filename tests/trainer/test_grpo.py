@@ -367,6 +367,10 @@ def test_rollouts_of_another_engine_with_masked_tokens(tmp_path):
         ({"ref_model_sync_steps": 5}, "ref_model_sync_steps=5: no effect"),
         ({"dynamic_sampling": True, "dynamic_sampling_max_rounds": 1}, "dynamic_sampling=True: has no effect"),
         ({"reward_timeout": [1.0, 2.0]}, "reward_timeout="),
+        ({"reward_weights": [math.nan]}, "reward_weights="),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({"rows": {"train": prompts()}}, r"train_dataset: a dict of data sets \(train\)"),
         ({"rows": [{"prompt": "a b"}] and iter(())}, "train_dataset"),
         ({"reward_funcs": None}, "reward_funcs: give"),
         ({"arguments": {"ref_model": "x"}}, "ref_model: beta=0"),
@@ -421,6 +425,26 @@ def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
     state = trainer.extra_state()
     with pytest.raises(ValueError, match="of 2 processes and this run has 1"):
         trainer.load_extra_state({"rollouts": state["rollouts"] * 2})
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"num_generations": 2}, "num_generations=2: the checkpoint stands in the midst of a rollout .* with 4"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size=8: .* with 4"),
+        ({"num_iterations": 1}, "num_iterations=1: .* with 2"),
+        ({"gradient_accumulation_steps": 1, "steps_per_generation": 1}, "steps_per_generation=1: .* with 2"),
+        ({"beta": 0.1}, "beta=0.1: .* with beta=0"),
+    ],
+)
+def test_a_rollout_is_used_up_with_the_settings_that_made_it(changed, what, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "max_steps": 4}
+    trained(tmp_path, **{**settings, "max_steps": 2})
+    with pytest.raises(ValueError, match=what):
+        make(tmp_path, **{**settings, **changed}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    resumed = make(tmp_path, **{**settings, **changed})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
 
 
 def test_every_case_of_the_suite_is_reached():

@@ -111,6 +111,15 @@ class OnPolicyTrainer(RolloutTrainer):
         advantages_B = self.advantages(scores_BF, rewards.weights_F, all_kl_B)
         return advantages_B[start : start + len(rewards.scores_BF)]
 
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
+        rest = self.rollouts.state.experience
+        if rest and rest["reference"] is None and self.reference is not None:
+            raise ValueError(
+                f"beta={self.args.beta}: the checkpoint stands in the midst of a rollout that was made with beta=0; "
+                "resume with that, or from a checkpoint behind the end of a rollout"
+            )
+
     # -- the assertion of the first update -------------------------------------------------------
 
     def check_first(self, logprobs_BT: Tensor, batch: PolicyBatch) -> None:

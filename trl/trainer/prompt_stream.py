@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,6 +26,8 @@ class PromptStream:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.rows, Mapping):
+            raise ValueError(f"train_dataset: a dict of data sets ({', '.join(self.rows)}); pass one of them")
         if not hasattr(self.rows, "__len__") or not hasattr(self.rows, "__getitem__"):
             raise ValueError(
                 f"train_dataset: prompts are drawn by their place, a {type(self.rows).__name__} has none; give a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +73,8 @@ class RolloutConfig(PostTrainingConfig):
         way_out = "a resumed run goes on where it stopped, in the midst of a rollout even; leave it False"
         require(self, "ignore_data_skip", not self.ignore_data_skip, way_out)
         require(self, "auto_find_batch_size", not self.auto_find_batch_size, "the batch size is part of a rollout")
-        for name in ("num_generations", "max_completion_length", "num_iterations"):
+        for name in ("num_generations", "max_completion_length", "num_iterations", "per_device_train_batch_size",
+                     "gradient_accumulation_steps"):  # fmt: skip
             require(self, name, getattr(self, name) >= 1, "give a whole number >= 1")
         for name in ("num_generations_eval", "max_prompt_length", "steps_per_generation", "generation_batch_size",
                      "num_completions_to_print", "max_tool_calling_iterations"):  # fmt: skip
@@ -148,6 +150,8 @@ class RewardedConfig(RolloutConfig):
         rounds, cache = self.dynamic_sampling_max_rounds, self.overlong_cache
         require(self, "dynamic_sampling_max_rounds", 1 <= rounds <= 64, "give a whole number from 1 to 64")
         require(self, "dynamic_sampling", not self.dynamic_sampling or rounds > 1, "has no effect with 1 round")
+        weights = self.reward_weights or []
+        require(self, "reward_weights", all(map(math.isfinite, weights)), "give finite numbers")
         timeouts = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
         fits = all(seconds is None or seconds > 0 for seconds in timeouts)
         require(self, "reward_timeout", fits, "give seconds > 0, or None")

@@ -167,12 +167,14 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _loader(self) -> RolloutLoader:
         prompts = self._rows // self.args.num_generations * self.args.world_size
+        names = ("per_device_train_batch_size", "num_generations", "num_iterations")
         return RolloutLoader(
             self._make_experience,
             self._collate,
             microbatches=self._microbatches,
             iterations=self.args.num_iterations,
             length=-(-len(self.train_dataset) // prompts) * self._microbatches * self.args.num_iterations,
+            shape={name: getattr(self.args, name) for name in names} | {"steps_per_generation": self._microbatches},
         )
 
     def get_train_dataloader(self) -> Any:
@@ -368,7 +370,7 @@ class RolloutTrainer(ObjectiveTrainer):
                 f"the checkpoint is of {len(ranks)} processes and this run has {self.args.world_size}: a half-used "
                 "rollout cannot be divided; resume with as many"
             )
-        self.rollouts.state = RolloutState(**ranks[self.args.process_index])
+        self.rollouts.restore(RolloutState(**ranks[self.args.process_index]))
         if "reference" in state and self.reference is not None and self.reference.frozen is not None:
             self.reference.frozen.load_state_dict(state["reference"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -112,13 +112,15 @@ class RolloutState:
     """micro-batches of the current rollout that were handed out"""
     experience: dict[str, Any] = field(default_factory=dict)
     """the current rollout; empty before the first"""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """settings that the current rollout was made for, by their names"""
 
 
 class RolloutLoader:
     """Endless micro-batches of fresh rollouts, for `Trainer` to read like a data set.
 
     make: `(state) -> Experience` samples and scores a rollout and moves `state.position` on. Each rollout is handed
-    out `iterations` times, `microbatches` at a time.
+    out `iterations` times, `microbatches` at a time. shape: see `RolloutState`.
     """
 
     def __init__(
@@ -129,13 +131,26 @@ class RolloutLoader:
         microbatches: int,
         iterations: int,
         length: int,
+        shape: dict[str, Any] | None = None,
     ):
         self.make, self.collate = make, collate
         self.microbatches, self.iterations, self._length = microbatches, iterations, length
-        self.state = RolloutState()
+        self.state = RolloutState(shape=shape or {})
 
     def __len__(self) -> int:
         return self._length
+
+    def restore(self, state: RolloutState) -> None:
+        """Go on where `state` was; ValueError if it is in the midst of a rollout that other settings made."""
+        mine, theirs = self.state.shape, state.shape
+        used = state.cursor == theirs.get("steps_per_generation", 0) * theirs.get("num_iterations", 0)
+        for name, value in mine.items():
+            if name in theirs and theirs[name] != value and not used:
+                raise ValueError(
+                    f"{name}={value}: the checkpoint stands in the midst of a rollout that was made with "
+                    f"{theirs[name]}; resume with that, or from a checkpoint behind the end of a rollout"
+                )
+        self.state = replace(state, experience={} if used else state.experience, shape=mine)
 
     def __iter__(self) -> Iterator[Any]:
         while True:
