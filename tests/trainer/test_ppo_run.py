@@ -71,6 +71,19 @@ def test_prompts(tiny_tokenizer):
         prompt_ids({"text": "a"}, tiny_tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ([], "dataset: it has no rows"),
+        ([{"text": "a"}], r"dataset: of its columns \['text'\] none is read"),
+        ([{"prompt": None}] * 4, "prompt=None: give a text or a conversation"),
+    ],
+)
+def test_rows_that_are_no_prompts(make, rows, what):
+    with pytest.raises(ValueError, match=what):
+        make(dataset=rows).train()
+
+
 BATCH = {
     "query": ["a", "b c"],
     "response": ["d", "e f"],

@@ -80,6 +80,16 @@ def batch(rows=4, seed=1, response_length=5):
     return queries, responses, [torch.tensor(float(i % 3) - 0.5) for i in range(rows)]
 
 
+def test_empty_responses_and_queries(make):
+    nothing = torch.tensor([], dtype=torch.long)
+    queries, responses, scores = batch()
+    assert make(mini_batch_size=1).step(queries, [*responses[:3], nothing], scores)
+    with pytest.raises(ValueError, match="responses: all of them are empty"):
+        make().step(queries, [nothing] * 4, scores)
+    with pytest.raises(ValueError, match=r"queries\[3\] is empty"):
+        make().step([*queries[:3], nothing], responses, scores)
+
+
 # --- golden values of the seed -----------------------------------------------------------------------------------
 
 LOGPROBS = torch.tensor([[-1.0, -2, -0.5, -3, -1], [-0.2, -0.4, -0.6, -0.8, -1]])

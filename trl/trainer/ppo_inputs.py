@@ -34,6 +34,11 @@ def checked_batch(
                 f"Batch size ({batch_size}) does not match number of examples - but got {len(rows)} for: {name}"
             )
         given[name] = [row.to(device) for row in rows]
+    empty = next((row for row, query in enumerate(given["queries"]) if not query.numel()), None)
+    if empty is not None:
+        raise ValueError(f"queries[{empty}] is empty: give at least one token, such as the beginning-of-text token")
+    if not any(response.numel() for response in given["responses"]):
+        raise ValueError("responses: all of them are empty, there is nothing to learn from")
     given["scores"] = [_score(row, score) for row, score in enumerate(given["scores"])]
     for row, (response, mask) in enumerate(zip(given["responses"], given.get("masks", []), strict=False)):
         if response.shape != mask.shape:

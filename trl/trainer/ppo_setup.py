@@ -139,9 +139,18 @@ def make_dataloader(
 
     The order is drawn from the config's seed, apart from what is drawn for sampling.
     """
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        raise ValueError("dataset: rows are drawn by their place, a stream has none; give a map-style data set")
+    if not len(dataset):  # type: ignore[arg-type]
+        raise ValueError("dataset: it has no rows; give prompts")
     if isinstance(dataset, Dataset) and config.remove_unused_columns:
         taken = {*inspect.signature(model.forward).parameters, "label", "prompt", "query", "response"}
         unused = [name for name in dataset.column_names if name not in taken]
+        if len(unused) == len(dataset.column_names):
+            raise ValueError(
+                f"dataset: of its columns {unused} none is read; give it `input_ids`, `prompt` or `query`, or set "
+                "remove_unused_columns=False"
+            )
         dataset = dataset.remove_columns(unused)
     return torch.utils.data.DataLoader(
         dataset,  # type: ignore[arg-type]

@@ -151,13 +151,16 @@ ON_POLICY_HALF = (2e-2, 1e-2)
 
 
 def check_on_policy(means: Mapping[str, Tensor], accelerator: Any, model: nn.Module) -> None:
-    """RuntimeError unless the policy that is about to be updated is the one whose log-probabilities were taken."""
+    """RuntimeError unless the policy that is about to be updated is the one whose log-probabilities were taken.
+
+    A mean ratio of 0 is that of no tokens: all responses of the optimizer step are empty or masked out.
+    """
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} & {torch.float16, torch.bfloat16}
     tf32 = torch.get_float32_matmul_precision() != "highest"
     coarse = dtypes or tf32 or accelerator.mixed_precision not in ("no", None) or _is_quantized(model)
     ratio, approx_kl = means["ratio"].item(), means["approx_kl"].item()
     of_ratio, of_kl = ON_POLICY_HALF if coarse else ON_POLICY[torch.float32]
-    if not (abs(ratio - 1) <= of_ratio and approx_kl <= of_kl):
+    if ratio and not (abs(ratio - 1) <= of_ratio and approx_kl <= of_kl):
         raise RuntimeError(
             f"before the first update of a step the policy must still be itself, but its mean ratio is {ratio:.7f}, "
             f"not 1, and approxkl {approx_kl:.3g}, not 0: is something random or stateful in the model's forward pass "
