@@ -69,14 +69,9 @@ class PythonInterpreterTool:
             return self._run(code)
 
     def _run(self, code: bytes) -> str:
-        interpreter = self._interpreter()
-        try:
-            output, ended = interpreter.run(code, self.timeout, 4 * self.max_output)
-        except BaseException:
-            interpreter.close()
-            raise
-        if interpreter.usable:
-            self._idle.append(interpreter)
+        output, ended = self._run_once(code)
+        if not output and ended == "SIGKILL":  # an interpreter that waited was killed: for its memory, say
+            output, ended = self._run_once(code)
         if not output.startswith(READY):
             if ended == "timed out":
                 return f"TimeoutError: not started within {self.timeout:g} s"
@@ -88,10 +83,24 @@ class PythonInterpreterTool:
             return f"{text}TimeoutError: stopped after {self.timeout:g} s"
         return text.rstrip("\n") if ended == "exited" else f"{text}The process died: {ended}"
 
+    def _run_once(self, code: bytes) -> tuple[bytes, str]:
+        interpreter = self._interpreter()
+        try:
+            output, ended = interpreter.run(code, self.timeout, 4 * self.max_output)
+        except BaseException:
+            interpreter.close()
+            raise
+        if interpreter.usable:
+            self._idle.append(interpreter)
+        return output, ended
+
     def _interpreter(self) -> Interpreter:
         """One that waits, of this very process; else a new one."""
-        while self._idle:
-            interpreter = self._idle.pop()
+        while True:
+            try:
+                interpreter = self._idle.pop()
+            except IndexError:  # only a pop can tell: other threads take from it too
+                break
             if interpreter.owner == os.getpid():
                 return interpreter
             interpreter.close()

@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import resource
+import select
 import struct
 import sys
 
@@ -33,7 +34,7 @@ MODULES = """
     encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_32 encodings.idna encodings.hex_codec
 """
 
-HIDDEN = "ctypes _ctypes resource _posixsubprocess subprocess gc signal _signal socket threading"
+HIDDEN = "ctypes _ctypes resource _posixsubprocess subprocess gc select signal _signal socket threading"
 
 NOBODY = 65534
 
@@ -223,8 +224,25 @@ def serve(settings: dict) -> None:
             os.dup2(nothing, 0)
             os.close(nothing)
             run_locked(program, settings)
+        kill_if_alone(child)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.write(control, struct.pack("<i", code))
+
+
+def kill_if_alone(child: int) -> None:
+    """Wait for the fork to end, and kill it when whoever wants its answer is gone (where the system can wait so)."""
+    if not hasattr(os, "pidfd_open"):
+        return
+    try:
+        ended = os.pidfd_open(child)
+    except OSError:
+        return
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(0, 0)  # the next program comes only after this one's end: what is left is a hangup
+    if ended not in [file for file, _ in poll.poll()]:
+        os.kill(child, 9)
+    os.close(ended)
 
 
 def run_locked(program: str, settings: dict) -> None:
