@@ -93,3 +93,30 @@ def _updates(rank: int, world: int, out: str) -> None:
         names = ("loss", "grad_norm", "reward", "kl", "approx_kl", "frac_reward_zero_std")
         logs = {name: [row[name] for row in trainer.state.log_history if name in row] for name in names}
         torch.save({"weights": weights, "logs": logs, "position": trainer.rollouts.state.position}, out)
+
+
+RELATIVES = ("grpo-gspo", "grpo-cispo", "rloo", "online-dpo", "raft", "distillation", "gkd")
+
+
+def relatives(rank: int, world: int, port: int, out: str) -> None:
+    """What the other on-policy trainers log on rollouts that `world` processes share, in `out`."""
+    if world > 1:
+        join_group(rank, world, port)
+    sys.path.insert(0, str(TESTS))
+    logs = {name: _logs(name, world, Path(f"{out}-{rank}-files")) for name in RELATIVES}
+    if rank == 0:
+        torch.save(logs, out)
+    if world > 1:
+        leave_group()
+
+
+def _logs(name: str, world: int, folder: Path) -> dict[str, list[float]]:
+    from conformity import build, history
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    more = {"dynamic_sampling": False, "dynamic_sampling_max_rounds": 3} if name == "online-dpo" else {}
+    trainer = build(name, folder, per_device_train_batch_size=8 // world, max_steps=4, use_cpu=True, **more)
+    trainer.train()
+    assert trainer.args.world_size == world
+    return {key: history(trainer, key) for key in ("loss", "grad_norm", "reward", "completions/mean_length")}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from grpo_runs import resumable_run, updates
+from grpo_runs import RELATIVES, relatives, resumable_run, updates
 
 HERE = Path(__file__).parent
 
@@ -31,6 +31,20 @@ def test_two_processes_make_the_same_update(tmp_path):
     for name, values in one["logs"].items():
         assert two["logs"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
     assert max(one["logs"]["grad_norm"]) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_update_in_every_on_policy_trainer(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(relatives, (2, port, str(tmp_path / "two")), nprocs=2)
+    mp.spawn(relatives, (1, port, str(tmp_path / "one")), nprocs=1)
+    one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
+    for name in RELATIVES:
+        assert max(one[name]["grad_norm"]) > 0
+        for key, values in one[name].items():
+            assert two[name][key] == pytest.approx(values, rel=2e-5, abs=1e-6), (name, key)
 
 
 def killed_run(folder, after_step, delay):

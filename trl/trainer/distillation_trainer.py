@@ -120,12 +120,15 @@ class DistillationTrainer(RolloutTrainer):
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self.processing_class)
 
-    def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, first: int | None = None) -> Rollout:
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        draws = torch.rand((first or 0) + len(rows), generator=generator).tolist()[first:]
-        own = [draw < self.args.lmbda for draw in draws]
+    def sample(
+        self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, places: Sequence[int] | None = None
+    ) -> Rollout:
+        generator, at = torch.Generator().manual_seed(seed % 2**63), range(len(rows)) if places is None else places
+        draws = torch.rand(max(at) + 1, generator=generator).tolist()
+        own = [draws[place] < self.args.lmbda for place in at]
         asked = [row for row, is_own in zip(rows, own, strict=True) if is_own]
-        sampled = super().sample(asked, group, seed, first) if asked else Rollout([], [], [], [])
+        theirs = None if places is None else [place for place, is_own in zip(at, own, strict=True) if is_own]
+        sampled = super().sample(asked, group, seed, theirs) if asked else Rollout([], [], [], [])
         rollout, place = Rollout([], [], [], [], metadata={"truncated": []}), 0
         for row, is_own in zip(rows, own, strict=True):
             ids, whole = ([], 0) if is_own else self._completion(row)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -76,16 +77,21 @@ class Tally:
             self.add(name, total, count)
 
     def means(self, trainer: Trainer) -> dict[str, float]:
-        """Every metric's mean over all ranks, with one reduce and one sync; the tally is empty afterwards."""
+        """Every metric's mean over all ranks, with one reduce and one sync; the tally is empty afterwards.
+
+        A rank may lack metrics that others have: those of a reward function that had no opinion of its completions.
+        """
         sums, self._sums = self._sums, {}
-        if not sums:
+        everywhere = gather_object(list(sums)) if trainer.args.world_size > 1 else list(sums)
+        names = sorted(set(everywhere))
+        if not names:
             return {}
-        pairs = [torch.as_tensor(x, dtype=torch.float64).cpu() for name in sorted(sums) for x in sums[name]]
+        pairs = [torch.as_tensor(x, dtype=torch.float64).cpu() for name in names for x in sums.get(name, (0.0, 0.0))]
         stacked = torch.stack(pairs).to(torch.float32).to(trainer.args.device)
         totals, counts = trainer.accelerator.reduce(stacked, "sum").view(-1, 2).cpu().unbind(1)
         return {
             name: total / count
-            for name, total, count in zip(sorted(sums), totals.tolist(), counts.tolist(), strict=True)
+            for name, total, count in zip(names, totals.tolist(), counts.tolist(), strict=True)
             if count
         }
 

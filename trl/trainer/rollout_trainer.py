@@ -201,11 +201,13 @@ class RolloutTrainer(ObjectiveTrainer):
             **further,
         )
 
-    def sample(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, first: int | None = None) -> Rollout:
+    def sample(
+        self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, places: Sequence[int] | None = None
+    ) -> Rollout:
         """`group` completions of each prompt, in prompt order; log-probabilities are the policy's at `temperature`.
 
-        first: place of the first row among the rows of all ranks, each of which has random numbers of its own; None:
-        equal prompts get equal completions.
+        places: of the rows among those of all ranks, each of which has random numbers of its own; None: equal prompts
+        get equal completions.
         """
         if self.environment is not None:
             rollout = play(self, rows, group, seed)
@@ -216,14 +218,16 @@ class RolloutTrainer(ObjectiveTrainer):
             if len(rollout) != len(rows) * group:
                 raise ValueError(f"rollout_func gave {len(rollout)} completions for {len(rows) * group} rows")
         else:
-            rollout = self._sampled(rows, group, seed, first)
+            rollout = self._sampled(rows, group, seed, places)
         if not rollout.texts:
             rollout.texts = self.processing_class.batch_decode(rollout.completions, skip_special_tokens=True)
         return rollout
 
-    def _sampled(self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, first: int | None) -> Rollout:
+    def _sampled(
+        self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, places: Sequence[int] | None
+    ) -> Rollout:
         prompts = [list(row["prompt_ids"]) for row in rows]
-        own = seed if first is None else tuple(seed * 2**20 + first + place for place in range(len(rows)))
+        own = seed if places is None else tuple(seed * 2**20 + place for place in places)
         groups = self.sampler.sample(prompts, self.sampling_params(own), n=group)
         flat = [completion for completions in groups for completion in completions]
         reshaped = self.args.reshapes
@@ -271,12 +275,20 @@ class RolloutTrainer(ObjectiveTrainer):
             rollout_report.print_table(table, self.args.num_completions_to_print, self.args.log_unique_prompts)
         return experience
 
+    def _places(self, wanted: int) -> list[int]:
+        """Which of the next prompts of all ranks are this one's: each optimizer step is of the same, however shared."""
+        world, rank = self.args.world_size, self.args.process_index
+        step = self.args.per_device_train_batch_size * min(self.args.gradient_accumulation_steps, self._microbatches)
+        whole, cut = divmod(step, self.args.num_generations)
+        stretch = wanted if cut else whole  # a group across two steps stays on one rank
+        return [(i // stretch * world + rank) * stretch + i % stretch for i in range(wanted)]
+
     def _round(self, state: RolloutState, turn: int, wanted: int) -> tuple[list[Any], Rollout, Rewards | None]:
-        """The next prompts of the stream, sampled and scored; every rank takes its own stretch of them."""
-        group, first = self.args.num_generations, self.args.process_index * wanted
-        rows = self.prompts.take(state.position + first, wanted)
+        """The next prompts of the stream, sampled and scored; every rank takes its own part of them."""
+        group, places = self.args.num_generations, self._places(wanted)
+        rows = [row for place in places for row in self.prompts.take(state.position + place, 1)]
         state.position += wanted * self.args.world_size
-        rollout = self.sample(rows, group, self._seed(state.rollouts, turn), first)
+        rollout = self.sample(rows, group, self._seed(state.rollouts, turn), places)
         try:
             return rows, rollout, self._scored(rollout, rows, group)
         except RewardError:
