@@ -30,11 +30,15 @@ def character_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     )
 
 
-def character_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def character_model(
+    tokenizer: PreTrainedTokenizerFast, width: int = 128, spread: float = 0.02, dropout: float = 0.1
+) -> LlamaForCausalLM:
+    """spread: of the first weights. A wider one than usual lets a small model see sooner what answers are for."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, attention_dropout=0.1,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        attention_dropout=dropout, initializer_range=spread,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -51,17 +55,28 @@ def trace_row(tokenizer: PreTrainedTokenizerFast, pieces: Sequence[str]) -> dict
 
 
 def imitate(
-    tokenizer: PreTrainedTokenizerFast, traces: Sequence[Sequence[str]], seed: int, steps: int
+    tokenizer: PreTrainedTokenizerFast,
+    traces: Sequence[Sequence[str]],
+    seed: int,
+    steps: int,
+    *,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 1.0,
+    most_rows: int = 120,
+    **shape: float,
 ) -> LlamaForCausalLM:
-    """A new model that says what the model says in the traces, each in pieces as `trace_row` takes them."""
+    """A new model that says what the model says in the traces, each in pieces as `trace_row` takes them.
+
+    most_rows: of a batch. shape: of `character_model`.
+    """
     set_seed(seed)
-    model = character_model(tokenizer)
+    model = character_model(tokenizer, **shape)
     rows = Dataset.from_list([trace_row(tokenizer, pieces) for pieces in traces])
     with tempfile.TemporaryDirectory() as scratch:
         numbers = SFTConfig(
-            output_dir=scratch, per_device_train_batch_size=len(traces), max_steps=steps, learning_rate=3e-3,
-            lr_scheduler_type="cosine", weight_decay=1.0, report_to=[], save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, seed=seed,
+            output_dir=scratch, per_device_train_batch_size=min(len(traces), most_rows), max_steps=steps,
+            learning_rate=learning_rate, lr_scheduler_type="cosine", weight_decay=weight_decay, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=seed,
         )  # fmt: skip
         SFTTrainer(model, numbers, train_dataset=rows, processing_class=tokenizer).train()
     return model
