@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from characters import character_model, character_tokenizer
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, set_seed
 from trl.generation.local import LocalSampler
@@ -39,22 +40,37 @@ def words(count: int, rng: random.Random) -> list[str]:
 
 
 def letters_in_place(completions: list[str], solution: list[str], **columns: object) -> list[float]:
-    """Share of the letters that stand where they should."""
+    """Share of the letters that stand where they should; letters too many count as wrong."""
     pairs = zip(completions, solution, strict=True)
-    return [sum(a == b for a, b in zip(text, right, strict=False)) / len(right) for text, right in pairs]
+    return [sum(map(str.__eq__, text, right)) / max(len(text), len(right)) for text, right in pairs]
 
 
-def imitate(tokenizer, known: list[str], seed: int, steps: int) -> torch.nn.Module:
+class UntilShare(TrainerCallback):
+    """Ends the imitation once this share of some of its own words comes out right."""
+
+    def __init__(self, share: float, words: list[str], tokenizer):
+        self.share, self.words, self.tokenizer = share, words, tokenizer
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if state.global_step % 5 == 0:
+            model.eval()  # the next step switches back
+            control.should_training_stop = exact(model, self.tokenizer, self.words, 1.0) >= self.share
+
+
+def imitate(tokenizer, known: list[str], seed: int, share: float) -> tuple[torch.nn.Module, int]:
+    """A new model that spells about this share of words backward, and the steps that it took."""
     set_seed(seed)
     model = character_model(tokenizer)
     rows = Dataset.from_list([{"prompt": f"{word}=", "completion": word[::-1]} for word in known])
     with tempfile.TemporaryDirectory() as scratch:
         config = SFTConfig(
-            output_dir=scratch, per_device_train_batch_size=64, max_steps=steps, learning_rate=2e-3, seed=seed,
+            output_dir=scratch, per_device_train_batch_size=64, max_steps=400, learning_rate=2e-3, seed=seed,
             logging_strategy="no", lr_scheduler_type="constant", **QUIET,
         )  # fmt: skip
-        SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer).train()
-    return model
+        trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+        trainer.add_callback(UntilShare(share, known[:250], tokenizer))
+        trainer.train()
+    return model, trainer.state.global_step
 
 
 def exact(model: torch.nn.Module, tokenizer, unseen: list[str], temperature: float) -> float:
@@ -69,7 +85,7 @@ def one_run(seed: int, arguments: argparse.Namespace) -> dict[str, object]:
     started, tokenizer = time.process_time(), character_tokenizer()
     every = words(6500, random.Random(seed))
     known, unseen = every[500:], every[:500]
-    model = imitate(tokenizer, known, seed, arguments.imitation_steps)
+    model, imitation_steps = imitate(tokenizer, known, seed, arguments.share)
     before = {"sampled": exact(model, tokenizer, unseen, 1.0), "greedy": exact(model, tokenizer, unseen, 0.0)}
     imitated = time.process_time()
     rows = Dataset.from_list([{"prompt": f"{word}=", "solution": word[::-1]} for word in known])
@@ -77,14 +93,14 @@ def one_run(seed: int, arguments: argparse.Namespace) -> dict[str, object]:
         config = GRPOConfig(
             output_dir=scratch, per_device_train_batch_size=arguments.size, num_generations=8, seed=seed,
             max_steps=arguments.steps, max_completion_length=8, learning_rate=arguments.learning_rate,
-            loss_type="dr_grpo", reward_weights=[1.0, 0.5], lr_scheduler_type="constant",
+            loss_type="dr_grpo", reward_weights=[1.0, 0.5], lr_scheduler_type="linear", entropy_coef=0.002,
             save_rollouts=False, logging_steps=1, **QUIET,
         )  # fmt: skip
         trainer = GRPOTrainer(model, ["exact_match", letters_in_place], config, rows, processing_class=tokenizer)
         trainer.train()
     done = time.process_time()
     return {
-        "seed": seed, "before": before,
+        "seed": seed, "imitation_steps": imitation_steps, "before": before,
         "after": {"sampled": exact(model, tokenizer, unseen, 1.0), "greedy": exact(model, tokenizer, unseen, 0.0)},
         "curve": [row["rewards/exact_match_reward/mean"] for row in trainer.state.log_history if "reward" in row],
         "cpu_seconds": {"imitation": imitated - started, "grpo": done - imitated},
@@ -112,10 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--size", type=int, default=128, help="completions of a step")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--imitation-steps", type=int, default=100)
+    parser.add_argument("--share", type=float, default=0.1, help="of words right, at which imitation ends")
     arguments = parser.parse_args()
     results = []
     for seed in arguments.seeds:
