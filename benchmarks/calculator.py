@@ -87,7 +87,7 @@ def one_run(seed: int, arguments: argparse.Namespace) -> dict[str, object]:
         config = GRPOConfig(
             output_dir=scratch, per_device_train_batch_size=64, gradient_accumulation_steps=arguments.size // 64,
             num_generations=8, max_steps=arguments.steps, learning_rate=arguments.learning_rate,
-            lr_scheduler_type="constant", max_completion_length=48, report_to=[], save_strategy="no",
+            lr_scheduler_type="linear", max_completion_length=48, report_to=[], save_strategy="no",
             save_rollouts=False, logging_steps=10, disable_tqdm=True, seed=seed,
         )  # fmt: skip
         GRPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, environment=environment).train()
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--size", type=int, default=128, help="episodes of a step")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--traces", type=int, default=60)
