@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from process_group import join_group, leave_group
+from outcomes import outcome
 
 TESTS = Path(__file__).parent.parent
 
@@ -44,26 +44,11 @@ def trainer_for(folder: str, environment: Any = None, **settings: Any) -> Any:
     )  # fmt: skip
 
 
-def outcome(trainer: Any) -> dict[str, Any]:
-    """Train; the weights, and what was logged of each step."""
-    trainer.train()
-    names = ("loss", "grad_norm", "reward", "kl", "approx_kl", "ratio", "episodes/turns", "frac_reward_zero_std")
-    logs = {name: [row[name] for row in trainer.state.log_history if name in row] for name in names}
-    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    return {"weights": weights, "logs": logs, "position": trainer.rollouts.state.position}
-
-
-def updates(rank: int, world: int, port: int, out: str) -> None:
-    """Four steps on episodes that `world` processes share; what came of them in `out`."""
-    if world > 1:
-        join_group(rank, world, port)
-    _updates(rank, world, out)  # the trainer is gone when it returns
-    if world > 1:
-        leave_group()
-
-
-def _updates(rank: int, world: int, out: str) -> None:
-    shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4 // world}
-    result = outcome(trainer_for(out + "-files", **shape))
+def updates(rank: int, world: int, out: str, rollout_steps: int) -> None:
+    """Four steps on episodes that `world` processes share, so many on each rollout; what came of them in `out`."""
+    accumulated = 4 // world
+    shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulated}
+    trainer = trainer_for(out + "-files", **shape, steps_per_generation=accumulated * rollout_steps)
+    result = outcome(trainer)
     if rank == 0:
         torch.save(result, out)

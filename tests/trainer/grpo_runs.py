@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from process_group import join_group, leave_group
+from outcomes import outcome
 
 TESTS = Path(__file__).parent.parent
 
@@ -73,41 +73,27 @@ def resumable_run(folder: str, steps: int = 12) -> None:
     torch.save([p.detach() for p in trainer.model.parameters()], os.path.join(folder, "end.pt"))
 
 
-def updates(rank: int, world: int, port: int, out: str) -> None:
+def updates(rank: int, world: int, out: str) -> None:
     """Four steps on rollouts that `world` processes share; what came of them in `out`."""
-    if world > 1:
-        join_group(rank, world, port)
-    _updates(rank, world, out)  # the trainer is gone when it returns
-    if world > 1:
-        leave_group()
-
-
-def _updates(rank: int, world: int, out: str) -> None:
-    trainer = trainer_for(
-        out + "-files", per_device_train_batch_size=4, gradient_accumulation_steps=4 // world, max_steps=4,
-        learning_rate=0.5, optim="sgd", max_grad_norm=0.5,
+    result = outcome(
+        trainer_for(
+            out + "-files", per_device_train_batch_size=4, gradient_accumulation_steps=4 // world, max_steps=4,
+            learning_rate=0.5, optim="sgd", max_grad_norm=0.5,
+        )
     )  # fmt: skip
-    trainer.train()
     if rank == 0:
-        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-        names = ("loss", "grad_norm", "reward", "kl", "approx_kl", "frac_reward_zero_std")
-        logs = {name: [row[name] for row in trainer.state.log_history if name in row] for name in names}
-        torch.save({"weights": weights, "logs": logs, "position": trainer.rollouts.state.position}, out)
+        torch.save(result, out)
 
 
 RELATIVES = ("grpo-gspo", "grpo-cispo", "rloo", "online-dpo", "raft", "distillation", "gkd")
 
 
-def relatives(rank: int, world: int, port: int, out: str) -> None:
+def relatives(rank: int, world: int, out: str) -> None:
     """What the other on-policy trainers log on rollouts that `world` processes share, in `out`."""
-    if world > 1:
-        join_group(rank, world, port)
     sys.path.insert(0, str(TESTS))
     logs = {name: _logs(name, world, Path(f"{out}-{rank}-files")) for name in RELATIVES}
     if rank == 0:
         torch.save(logs, out)
-    if world > 1:
-        leave_group()
 
 
 def _logs(name: str, world: int, folder: Path) -> dict[str, list[float]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from process_group import join_group, leave_group
 
 TESTS = Path(__file__).parent.parent
 
@@ -53,20 +52,11 @@ def resumable_run(folder: str, steps: int = 12) -> None:
     torch.save([p.detach() for p in trainer.model.parameters()], os.path.join(folder, "end.pt"))
 
 
-def updates(rank: int, world: int, port: int, out: str, variant: str) -> None:
-    """Steps on four samples that `world` processes share; what came of them in `out`.
+def updates(rank: int, world: int, out: str, variant: str) -> None:
+    """Two steps on four samples that `world` processes share, the second one twice; what came of them in `out`.
 
     variant: "plain"; "unused": DDP looks for parameters without gradients; "critic": a value model of its own.
     """
-    if world > 1:
-        join_group(rank, world, port)
-    _updates(rank, world, out, variant)  # the trainer is gone when it returns
-    if world > 1:
-        leave_group()
-
-
-def _updates(rank: int, world: int, out: str, variant: str) -> None:
-    """Two steps, the second one twice."""
     from accelerate.utils import DistributedDataParallelKwargs
 
     rows, handlers = 4 // world, [DistributedDataParallelKwargs(find_unused_parameters=True)]

@@ -1,30 +1,18 @@
 """One process or two (gloo): the same update. A kill at any moment: the same end."""
 
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from ppo_runs import resumable_run, updates
-
-HERE = Path(__file__).parent
+from process_group import killed_run, on_ranks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "unused", "critic"])
 def test_two_processes_make_the_same_update(variant, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    updates(0, 1, port, str(tmp_path / "one"), variant)
-    mp.spawn(updates, (2, port, str(tmp_path / "two"), variant), nprocs=2)
+    updates(0, 1, str(tmp_path / "one"), variant)
+    on_ranks(updates, 2, str(tmp_path / "two"), variant)
     one = torch.load(tmp_path / "one-0")
     assert "v_head.summary.weight" in one["gradients"] or variant == "critic"
     for rank in range(2):
@@ -39,27 +27,12 @@ def test_two_processes_make_the_same_update(variant, tmp_path):
             assert two["stats"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-def killed_run(folder, after_step, delay):
-    """A run that is killed `delay` seconds behind a step: at once means while the checkpoint is written."""
-    path = os.pathsep.join([str(HERE.parent.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        [sys.executable, "-c", f"from ppo_runs import resumable_run; resumable_run({str(folder)!r})"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": path},
-    ) as process:  # fmt: skip
-        for line in process.stdout:
-            if int(line) == after_step:
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path, capsys):
     resumable_run(str(tmp_path / "whole"))
     folder = tmp_path / "killed"
-    killed_run(folder, after_step=3, delay=random.uniform(0, 0.01))
-    killed_run(folder, after_step=7, delay=random.uniform(0, 0.1))
+    killed_run("ppo_runs", folder, after_step=3, delay=random.uniform(0, 0.01))
+    killed_run("ppo_runs", folder, after_step=7, delay=random.uniform(0, 0.1))
     capsys.readouterr()
     resumable_run(str(folder))
     first = int(capsys.readouterr().out.split()[0])
