@@ -89,13 +89,19 @@ def check_text_environment(environment: TextEnvironment, config: Any, tokenizer:
         environment.tokenizer = tokenizer
 
 
-def play(trainer: Any, rows: Sequence[Mapping[str, Any]], group: int, seed: int) -> Rollout:
-    """`group` episodes from each row, by the trainer's sampler; every episode has random numbers of its own."""
+def play(
+    trainer: Any, rows: Sequence[Mapping[str, Any]], group: int, seed: int, places: Sequence[int] | None = None
+) -> Rollout:
+    """`group` episodes from each row, by the trainer's sampler; every episode has random numbers of its own.
+
+    places: of the rows among those of all ranks; None: one rank's rows behind another's.
+    """
     own = [row for row in rows for _ in range(group)]
+    rank = trainer.args.process_index
+    places = range(rank * len(rows), (rank + 1) * len(rows)) if places is None else places
+    seeds = [seed * 2**20 + place * group + i for place in places for i in range(group)]
     turns = SampledTurns(trainer.sampler, trainer.sampling_params(seed), context_length(backbone(trainer.model)))
-    first = seed * 2**20 + trainer.args.process_index * len(own)
-    limit = trainer.args.max_completion_length
-    return trainer.environment.rollout(own, turns, range(first, first + len(own)), limit)
+    return trainer.environment.rollout(own, turns, seeds, trainer.args.max_completion_length)
 
 
 def credit_turns(

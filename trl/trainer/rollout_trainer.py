@@ -210,7 +210,7 @@ class RolloutTrainer(ObjectiveTrainer):
         get equal completions.
         """
         if self.environment is not None:
-            rollout = play(self, rows, group, seed)
+            rollout = play(self, rows, group, seed, places)
             if self.args.reshapes:
                 rollout.logprobs = self.measured(self.model, rollout)
         elif self.rollout_func is not None:
