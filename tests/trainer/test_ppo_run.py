@@ -20,9 +20,9 @@ COMMON = {
 PROMPTS = [{"prompt": text, "wanted": text[0]} for text in ("a b c", "d e", "f g h", "i j", "k", "l m n o", "p q")]
 
 
-def causal():
+def causal(**changes):
     torch.manual_seed(0)
-    model = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**COMMON))
+    model = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**{**COMMON, **changes}))
     return AutoModelForCausalLMWithValueHead.from_pretrained(model)
 
 
@@ -69,6 +69,13 @@ def test_prompts(tiny_tokenizer):
     assert prompt_ids({"query": "a b"}, tiny_tokenizer).tolist() == [4, 5]
     with pytest.raises(ValueError, match=r"columns \['text'\]"):
         prompt_ids({"text": "a"}, tiny_tokenizer)
+    with pytest.raises(ValueError, match="prompt is a conversation, and the tokenizer has no chat_template"):
+        prompt_ids({"prompt": [{"role": "user", "content": "a"}]}, tiny_tokenizer)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer):
+    with pytest.raises(ValueError, match="the model's embedding has 8 rows: use the model's own tokenizer"):
+        PPOTrainer(PPOConfig(), causal(vocab_size=8), tokenizer=tiny_tokenizer, dataset=Dataset.from_list(PROMPTS))
 
 
 @pytest.mark.parametrize(

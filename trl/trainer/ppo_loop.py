@@ -34,6 +34,10 @@ def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> Tensor:
         if name in row:
             if not isinstance(row[name], list | tuple):
                 raise ValueError(f"a row of the data set has {name}={row[name]!r}: give a text or a conversation")
+            if not tokenizer.chat_template:
+                raise ValueError(
+                    f"{name} is a conversation, and the tokenizer has no chat_template: set it, or give texts"
+                )
             ids = tokenizer.apply_chat_template(row[name], add_generation_prompt=True, return_dict=False)
             return torch.tensor(ids, dtype=torch.long)
     raise ValueError(f"a row of the data set has columns {list(row)}: give it `input_ids`, `prompt` or `query`")

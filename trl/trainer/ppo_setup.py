@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.models.modeling_base import PreTrainedModelWrapper
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
+from trl.models.prepare import check_vocabulary
 from trl.models.scoring import classifier_of
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_config import PPOConfig
@@ -37,6 +38,7 @@ def check_arguments(
     supported = f"supported architectures are: {SUPPORTED_ARCHITECTURES}"
     if not isinstance(model, PreTrainedModelWrapper):
         raise ValueError(f"model must be a PreTrainedModelWrapper, got {type(model)} - {supported}")
+    check_vocabulary(model, tokenizer)
     if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
         raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)} - {supported}")
     if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | Dataset):
