@@ -19,12 +19,7 @@ from trl.models.scoring import is_encoder_decoder, quietly, score
 from trl.trainer.configuration import as_config
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import (
-    answer_length,
-    each_dataset,
-    equip,
-    no_collator,
-)
+from trl.trainer.preparation import answer_length, each_dataset, equip, no_collator
 from trl.trainer.references import ReferenceColumns, make_reference
 from trl.trainer.reward_shift import RewardShift
 

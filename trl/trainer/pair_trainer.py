@@ -21,11 +21,7 @@ from trl.models.head import log_collision, mean_logits, token_logprobs
 from trl.models.scoring import is_encoder_decoder, quietly, score, scored_states
 from trl.trainer.dpo_config import PairConfig
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import (
-    answer_length,
-    each_dataset,
-    equip,
-)
+from trl.trainer.preparation import answer_length, each_dataset, equip
 from trl.trainer.reward_shift import RewardShift
 
 NUMBERS = {

@@ -17,14 +17,7 @@ from trl.losses.supervised import stepwise_cross_entropy
 from trl.models.scoring import scores_at
 from trl.trainer.configuration import as_config
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import (
-    each_dataset,
-    equip,
-    fitting_length,
-    label_count,
-    labelled,
-    no_collator,
-)
+from trl.trainer.preparation import each_dataset, equip, fitting_length, label_count, labelled, no_collator
 from trl.trainer.prm_config import PRMConfig
 
 

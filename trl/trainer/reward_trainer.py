@@ -18,12 +18,7 @@ from trl.models.scoring import rewards
 from trl.trainer.configuration import as_config, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
-from trl.trainer.preparation import (
-    each_dataset,
-    equip,
-    label_count,
-    labelled,
-)
+from trl.trainer.preparation import each_dataset, equip, label_count, labelled
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.statistics import compute_accuracy
 

@@ -19,11 +19,7 @@ from trl.models.prepare import activate_neftune
 from trl.models.scoring import is_encoder_decoder, logits_and_labels, score
 from trl.trainer.configuration import as_config, older_style, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import (
-    each_dataset,
-    equip,
-    fitting_length,
-)
+from trl.trainer.preparation import each_dataset, equip, fitting_length
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_data import SupervisedData
 
