@@ -39,7 +39,10 @@ def python_of(peer: str | None) -> str:
     if not done.exists():
         print(f"building the environment of {peer} in {folder} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEERS[peer]], check=True)
+        pip = [str(python), "-m", "pip"]
+        chosen = {"PIP": " ".join(pip), "TORCH": TORCH.split("==")[1]}  # the CPU build where there is no GPU
+        subprocess.run(["sh", str(OURS / "scripts" / "install_torch.sh")], check=True, env={**os.environ, **chosen})
+        subprocess.run([*pip, "install", "--quiet", *PEERS[peer]], check=True)
         done.write_text("\n".join(PEERS[peer]))
     return str(python)
 
