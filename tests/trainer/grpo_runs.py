@@ -73,16 +73,21 @@ def resumable_run(folder: str, steps: int = 12) -> None:
     torch.save([p.detach() for p in trainer.model.parameters()], os.path.join(folder, "end.pt"))
 
 
-def updates(rank: int, world: int, out: str) -> None:
+def updates(rank: int, world: int, out: str, **settings: Any) -> None:
     """Four steps on rollouts that `world` processes share; what came of them in `out`."""
     result = outcome(
         trainer_for(
             out + "-files", per_device_train_batch_size=4, gradient_accumulation_steps=4 // world, max_steps=4,
-            learning_rate=0.5, optim="sgd", max_grad_norm=0.5,
+            learning_rate=0.5, optim="sgd", max_grad_norm=0.5, **settings,
         )
     )  # fmt: skip
     if rank == 0:
         torch.save(result, out)
+
+
+def refilled(rank: int, world: int, out: str) -> None:
+    """`updates` with dynamic sampling."""
+    updates(rank, world, out, dynamic_sampling=True, dynamic_sampling_max_rounds=4)
 
 
 RELATIVES = ("grpo-gspo", "grpo-cispo", "rloo", "online-dpo", "raft", "distillation", "gkd")
@@ -101,8 +106,7 @@ def _logs(name: str, world: int, folder: Path) -> dict[str, list[float]]:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    more = {"dynamic_sampling": False, "dynamic_sampling_max_rounds": 3} if name == "online-dpo" else {}
-    trainer = build(name, folder, per_device_train_batch_size=8 // world, max_steps=4, use_cpu=True, **more)
+    trainer = build(name, folder, per_device_train_batch_size=8 // world, max_steps=4, use_cpu=True)
     trainer.train()
     assert trainer.args.world_size == world
     return {key: history(trainer, key) for key in ("loss", "grad_norm", "reward", "completions/mean_length")}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from grpo_runs import RELATIVES, relatives, resumable_run, updates
+from grpo_runs import RELATIVES, refilled, relatives, resumable_run, updates
 from outcomes import check_same
 from process_group import killed_run, on_ranks
 
@@ -14,6 +14,15 @@ def test_two_processes_make_the_same_update(tmp_path):
     on_ranks(updates, 2, str(tmp_path / "two"))
     on_ranks(updates, 1, str(tmp_path / "one"))
     check_same(torch.load(tmp_path / "one"), torch.load(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_two_processes_refill_a_rollout_with_the_same_groups(tmp_path):
+    for world in (1, 2):
+        on_ranks(refilled, world, str(tmp_path / str(world)))
+    one, two = torch.load(tmp_path / "1"), torch.load(tmp_path / "2")
+    assert one["position"] > 16  # more prompts than the 16 groups of the rollouts: some had to be replaced
+    check_same(one, two)
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -101,21 +102,48 @@ def asked_of(rollout: Rollout, columns: Mapping[str, Sequence[Any]], state: Any)
     }
 
 
+LIVE = ("histories", "environments")
+"""metadata that only reward functions read: objects that stay on their process"""
+
+
 def replace_groups(
-    rows: list[Any], rollout: Rollout, rewards: Rewards, further: tuple[list[Any], Rollout, Rewards | None], group: int
+    rows: list[Any],
+    rollout: Rollout,
+    rewards: Rewards,
+    further: tuple[list[Any], Rollout, Rewards | None],
+    group: int,
+    places: Sequence[int] | None = None,
+    gather: Callable[[list[Any]], list[Any]] = list,
 ) -> None:
-    """Put the further groups that are informative in the places of those that are not, in place."""
+    """Put the further groups that are informative in the places of those that are not, in place.
+
+    places: of the groups among those of all ranks; gather: the list of all ranks from each one's part. Groups move in
+    the order of their places, so it does not matter how many ranks share a rollout.
+    """
     new_rows, new_rollout, new_rewards = further
     assert new_rewards is not None
-    places = [i for i, useful in enumerate(rewards.informative_groups(group).tolist()) if not useful]
-    fresh = [i for i, useful in enumerate(new_rewards.informative_groups(group).tolist()) if useful]
+    places = range(len(rows)) if places is None else places
+    for name in LIVE:
+        rollout.metadata.pop(name, None)
+    here = {place: slice(i * group, (i + 1) * group) for i, place in enumerate(places)}
+    useful, fresh = (of.informative_groups(group).tolist() for of in (rewards, new_rewards))
+    holes = gather([place for place, kept in zip(places, useful, strict=True) if not kept])
+    theirs = _columns(new_rollout, rollout)
+    taken = [
+        (place, row, [column[here[place]] for column in theirs], new_rewards.scores_BF[here[place]])
+        for place, row, wanted in zip(places, new_rows, fresh, strict=True)
+        if wanted
+    ]
+    moved = dict(zip(sorted(holes), sorted(gather(taken), key=itemgetter(0)), strict=False))
+    for i, place in enumerate(places):
+        if place in moved:
+            _, rows[i], columns, rewards.scores_BF[here[place]] = moved[place]
+            for mine, values in zip(_columns(rollout, rollout), columns, strict=True):
+                if mine:
+                    mine[here[place]] = values
+
+
+def _columns(rollout: Rollout, like: Rollout) -> list[list[Any]]:
+    """All that a rollout knows of its completions, in the order of another one's metadata."""
     names = ("prompts", "completions", "logprobs", "masks", "texts", "rewards")
-    columns = [(getattr(rollout, name), getattr(new_rollout, name)) for name in names]
-    columns += [(rollout.metadata[name], new_rollout.metadata[name]) for name in rollout.metadata]
-    for place, source in zip(places, fresh, strict=False):
-        rows[place] = new_rows[source]
-        here, there = slice(place * group, (place + 1) * group), slice(source * group, (source + 1) * group)
-        rewards.scores_BF[here] = new_rewards.scores_BF[there]
-        for mine, theirs in columns:
-            if mine:
-                mine[here] = theirs[there]
+    return [*(getattr(rollout, name) for name in names), *(rollout.metadata[name] for name in like.metadata)]

@@ -299,12 +299,13 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _refill(self, state: RolloutState, rows: list[Any], rollout: Rollout, rewards: Rewards) -> None:
         """Dynamic sampling: groups whose rewards are all equal give their places to those of further prompts."""
-        group = self.args.num_generations
+        group, places = self.args.num_generations, self._places(len(rows))
+        gather = gather_object if self.args.world_size > 1 else list
         for turn in range(1, self.args.dynamic_sampling_max_rounds):
             missing = (~rewards.informative_groups(group)).sum().float().to(self.args.device)
             if not self.accelerator.reduce(missing, "sum").item():  # all ranks stop together
                 return
-            replace_groups(rows, rollout, rewards, self._round(state, turn, len(rows)), group)
+            replace_groups(rows, rollout, rewards, self._round(state, turn, len(rows)), group, places, gather)
 
     def _seed(self, rollout: int, turn: int = 0) -> int:
         return (self.args.seed * 1_000_003 + rollout) * 64 + turn
