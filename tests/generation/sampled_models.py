@@ -46,10 +46,27 @@ LOCAL = {
 }  # fmt: skip
 OTHERS = {
     "bloom": (t.BloomConfig, {**common("max_position_embeddings"), "n_layer": 2, "n_head": 4}),
-    "gptj": (t.GPTJConfig, {**SMALL_GPT, "rotary_dim": 4}),
+    "gpt_neo": (
+        t.GPTNeoConfig,
+        {
+            "vocab_size": 67,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "attention_types": [[["global"], 2]],
+            "num_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
     "falcon": (t.FalconConfig, common("intermediate_size", alibi=False, new_decoder_architecture=True)),
     "mamba": (t.MambaConfig, common("num_attention_heads", "num_key_value_heads", state_size=4)),
 }
+(LOCAL if t.GPTJForCausalLM._supports_attention_backend else OTHERS)["gptj"] = (  # since transformers 5.24
+    t.GPTJConfig,
+    {**SMALL_GPT, "rotary_dim": 4},
+)
 SEQ2SEQ = {
     "t5": (
         t.T5Config,

@@ -67,7 +67,7 @@ def test_the_probe_names_the_reason():
     with pytest.raises(NotLocal, match=r"BloomForCausalLM .* position_ids"):
         LocalSampler(build("bloom"))
     with pytest.raises(NotLocal, match="attention of 2 layers cannot be replaced"):
-        LocalSampler(build("gptj"))
+        LocalSampler(build("gpt_neo"))
     with pytest.raises(NotLocal, match="encoder-decoder"):
         LocalSampler(build("t5"))
 

@@ -45,11 +45,16 @@ ARCHITECTURES = {
 }
 PADDED = {
     "bloom": (t.BloomConfig, {"vocab_size": 67, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "gptj": (
-        t.GPTJConfig,
-        {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "gpt_neo": (
+        t.GPTNeoConfig,
+        {"vocab_size": 67, "hidden_size": 32, "num_layers": 2, "attention_types": [[["global"], 2]], "num_heads": 4,
+         "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
     ),
-}
+}  # fmt: skip
+(ARCHITECTURES if t.GPTJForCausalLM._supports_attention_backend else PADDED)["gptj"] = (  # since transformers 5.24
+    t.GPTJConfig,
+    {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+)
 
 
 def build(config_class, fields, auto=t.AutoModelForCausalLM):

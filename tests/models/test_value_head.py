@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import CAUSAL, SEQ2SEQ, lora, tiny_model
 from torch.testing import assert_close
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, GPT2Config
 
 from trl.models.checkpoints import WEIGHT_FILES, writing
 from trl.models.modeling_value_head import (
@@ -45,6 +45,20 @@ def test_forward_is_the_inner_model_and_a_value_per_position(name):
     assert_close(logits, inner.logits)
     assert_close(values, hidden @ model.v_head.summary.weight[0] + model.v_head.summary.bias)
     assert values.shape == logits.shape[:2]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_goes_on_from_a_cache(adapter):
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        tiny_model("llama"), peft_config=lora() if adapter else None
+    )
+    inputs, past = inputs_of("llama"), DynamicCache()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    logits, _, values = model.eval()(**inputs)
+    model(ids[:, :3], past_key_values=past, attention_mask=mask[:, :3])
+    last, _, value = model(ids[:, 3:], past_key_values=past, attention_mask=mask)
+    assert_close(last, logits[:, 3:])
+    assert_close(value, values[:, 3:])
 
 
 def test_loss_of_labels_and_gradients_reach_head_and_body():

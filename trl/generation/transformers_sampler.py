@@ -77,11 +77,13 @@ class TransformersSampler:
             place = slice(0, len(row.prompt)) if encodes else slice(width - len(row.prompt), width)
             ids[index, place] = torch.tensor(row.prompt)
             mask[index, place] = 1
-        # An adapter with virtual tokens adds them in PEFT's own generate; other adapters are layers of the base model.
-        model: Any = self.model if learns_prompt(self.model) else base_model(self.model)
+        # An adapter with virtual tokens adds them in PEFT's own generate. Where transformers has renamed the cache, that
+        # does not find it and loses them behind the first token: so it reads all at each step. Others are mere layers.
+        virtual = learns_prompt(self.model)
+        model: Any = self.model if virtual else base_model(self.model)
         model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
-            do_sample=False, logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
+            do_sample=False, use_cache=not virtual, logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
             stopping_criteria=StoppingCriteriaList([_Done(rows)]),
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -29,6 +30,12 @@ class ValueHead(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, D] to [B, T, 1]."""
         return self.summary(self.dropout(hidden_states).to(self.summary.weight.dtype))
+
+
+def _cache_name(model: Any) -> str:
+    """What a model's forward calls the keys and values of earlier tokens: transformers 5.24 renamed them."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(type(inner).forward).parameters else "past_key_values"
 
 
 def _head_width(config: Any) -> int:
@@ -69,8 +76,10 @@ class _WithValueHead(PreTrainedModelWrapper):
 
     def _run(self, **inputs: Any) -> Any:
         """The inner model's output, hidden states included."""
-        if self.is_peft_model and self.pretrained_model.active_peft_config.peft_type == "PREFIX_TUNING":
-            inputs.pop("past_key_values")
+        past = inputs.pop("past_key_values")
+        prefix = self.is_peft_model and self.pretrained_model.active_peft_config.peft_type == "PREFIX_TUNING"
+        if past is not None and not prefix:
+            inputs[_cache_name(self.pretrained_model)] = past
         return self.pretrained_model(**(inputs | {"output_hidden_states": True, "return_dict": True}))
 
     def _outputs(self, logits: Tensor, loss: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
