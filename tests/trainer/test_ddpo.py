@@ -156,6 +156,12 @@ def test_sizes_that_do_not_fit(tmp_path, sizes, message):
         trainer(tmp_path, **sizes)
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_cpu_keeps_its_precision(tmp_path, allowed):
+    trainer(tmp_path, allow_tf32=allowed)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_no_hook_is_said(tmp_path):
     with pytest.warns(UserWarning, match="No image_samples_hook provided"):
         trainer(tmp_path, hook=None)

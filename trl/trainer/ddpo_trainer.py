@@ -63,7 +63,7 @@ class DDPOTrainer(BaseTrainer):
         self._config_check()
         start_trackers(self.accelerator, config)
         set_seed(config.seed, device_specific=True)
-        if config.allow_tf32:
+        if config.allow_tf32 and self.accelerator.device.type == "cuda":  # a switch of the whole process
             torch.backends.cuda.matmul.allow_tf32 = True
 
         self.autocast: Callable[..., AbstractContextManager] = sd_pipeline.autocast or self.accelerator.autocast
