@@ -77,7 +77,7 @@ class TransformersSampler:
             place = slice(0, len(row.prompt)) if encodes else slice(width - len(row.prompt), width)
             ids[index, place] = torch.tensor(row.prompt)
             mask[index, place] = 1
-        # An adapter with virtual tokens adds them in PEFT's own generate. Where transformers has renamed the cache, PEFT
+        # An adapter with virtual tokens adds them in PEFT's own generate. Where transformers renamed the cache, PEFT
         # misses it and loses them behind the first token: so it reads all at each step. Other adapters are layers.
         virtual = learns_prompt(self.model)
         model: Any = self.model if virtual else base_model(self.model)
