@@ -3,6 +3,7 @@
 import pytest
 from conformity import CASES, build, history
 
+from trl.data import microbatches
 from trl.models import scoring
 
 BUDGETED = dict.fromkeys(("sft", "sft-dft", "reward", "dpo-sigmoid", "dpo-many", "dpo-state", "prm", "simpo"), 14)
@@ -30,6 +31,31 @@ def test_a_budget_changes_nothing_but_the_passes(name, tmp_path, monkeypatch):
     assert budget_loss == pytest.approx(loss, rel=1e-5)
     assert budget_norm == pytest.approx(norm, rel=2e-5)
     assert widest <= BUDGETED[name]
+
+
+@pytest.mark.parametrize("name", ["dpo-sigmoid", "kto", "grpo"])
+def test_a_batch_is_cut_unasked_on_the_cpu(name, tmp_path, monkeypatch):
+    seen = []
+    for tokens in (10**6, 20):
+        monkeypatch.setattr(microbatches, "CPU_TOKENS", tokens)
+        passes, run = [], scoring._run
+        monkeypatch.setattr(scoring, "_run", lambda *how, run=run, passes=passes: passes.append(1) or run(*how))
+        trainer = build(name, tmp_path, max_steps=2, per_device_train_batch_size=8)
+        trainer.train()
+        monkeypatch.setattr(scoring, "_run", run)
+        seen.append((history(trainer, "loss"), history(trainer, "grad_norm"), len(passes)))
+    (loss, norm, few), (cut_loss, cut_norm, many) = seen
+    assert cut_loss == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    assert cut_norm == pytest.approx(norm, rel=2e-5)
+    assert many > few
+
+
+def test_pairs_that_are_compared_with_each_other_are_never_cut_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(microbatches, "CPU_TOKENS", 14)
+    assert "pieces" not in next(
+        iter(build("dpo-sigmoid", tmp_path, max_steps=1, loss_type="aot").get_train_dataloader())
+    )
+    assert "pieces" in next(iter(build("dpo-sigmoid", tmp_path, max_steps=1).get_train_dataloader()))
 
 
 def test_with_accumulation_evaluation_and_a_custom_collator(tmp_path):

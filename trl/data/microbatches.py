@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from trl.data.packing import best_fit_decreasing
+
+CPU_TOKENS = 1024
+"""tokens of a forward pass on the CPU where nothing else is asked for: more cost memory and gain no time"""
 
 Row = Mapping[str, Any]
 
 
+def unasked_budget(device: torch.device, processes: int) -> int | None:
+    """Tokens of a forward pass where the user gives no number: processes of one run must make equally many."""
+    return CPU_TOKENS if device.type == "cpu" and processes == 1 else None
+
+
+def _id_columns(row: Row) -> list[str]:
+    return [name for name in row if name.endswith("_ids") or name.startswith("input_ids")]
+
+
 def row_tokens(row: Row) -> int:
     """Tokens of a row: those of all its columns of ids, a shared prompt counted once."""
-    columns = [name for name in row if name.endswith("_ids") or name.startswith("input_ids")]
+    columns = _id_columns(row)
     if not columns:
         raise ValueError(f"max_tokens_per_microbatch: rows with {sorted(row)} have no column of token ids to count")
     return sum(len(row[name]) for name in columns)
@@ -34,12 +48,40 @@ def balanced_pieces(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return [sorted(piece) for piece in (spread if fits else bins)]
 
 
-class BudgetCollator:
-    """Another collator's batches in pieces of at most `max_tokens` tokens, under the key `pieces`."""
+def runs_of_groups(
+    groups: Sequence[Any], lengths: Sequence[int], shared: Sequence[int], max_tokens: int
+) -> list[range]:
+    """Indices of rows in runs of about `max_tokens` tokens, equally full; rows of one group stay together.
 
-    def __init__(self, collate: Callable[[Sequence[Row]], dict[str, Any]], max_tokens: int):
-        self.collate, self.max_tokens = collate, max_tokens
+    A group is a run of equal entries of `groups`; it costs the `lengths` of its rows, and `shared` of one of them.
+    """
+    starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
+    ends = [*starts[1:], len(groups)]
+    costs = [shared[a] + sum(lengths[a:b]) for a, b in zip(starts, ends, strict=True)]
+    wanted = max(1, -(-sum(costs) // max_tokens))
+    runs: list[range] = []
+    first = done = 0
+    for start, cost in zip(starts, costs, strict=True):
+        if start > first and done + cost / 2 > sum(costs) * (len(runs) + 1) / wanted:
+            runs.append(range(first, start))
+            first = start
+        done += cost
+    return [*runs, range(first, len(groups))]
+
+
+class BudgetCollator:
+    """Another collator's batches in pieces of at most `max_tokens` tokens, under the key `pieces`.
+
+    With `asked` False rows without token ids stay together, and a batch of one piece is that piece.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Row]], dict[str, Any]], max_tokens: int, asked: bool = True):
+        self.collate, self.max_tokens, self.asked = collate, max_tokens, asked
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        if not self.asked and not all(isinstance(row, Mapping) and _id_columns(row) for row in rows):
+            return self.collate(rows)
         pieces = balanced_pieces([row_tokens(row) for row in rows], self.max_tokens)
+        if len(pieces) == 1 and not self.asked:
+            return self.collate(rows)
         return {"pieces": [self.collate([rows[i] for i in piece]) for piece in pieces]}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**23
-"""logits that exist at a time (32 MiB in float32)"""
+CHUNK_ELEMENTS = 3 * 2**21
+"""logits that exist at a time (24 MiB in float32: larger blocks glibc takes from the system anew each time)"""
 KEPT_ELEMENTS = 2**25
-"""gradients of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
+"""softmaxes of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -98,12 +98,31 @@ def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, count))
 
 
+@dataclass(frozen=True)
+class _Softmax:
+    """softmax of a chunk of logits before the division, and what it takes to go on from there."""
+
+    weights_SV: Tensor
+    """exp(logits - their maximum)"""
+    total_S: Tensor
+    capped_SV: Tensor | None
+    """slope of the soft-cap, where there is one"""
+
+    def slope(self, targets_S: Tensor, grad_S: Tensor | float, factor: float) -> Tensor:
+        """grad * d log p(target) / d (h Wᵀ + b), [S, V]; takes the place of the weights."""
+        grad_S = torch.as_tensor(grad_S, dtype=self.total_S.dtype, device=self.total_S.device) * factor
+        slope = self.weights_SV.mul_((-grad_S / self.total_S)[:, None])
+        ones = grad_S.expand_as(self.total_S)[:, None].to(slope.dtype)
+        slope.scatter_add_(1, targets_S[:, None], ones)
+        return slope if self.capped_SV is None else slope.mul_(self.capped_SV)
+
+
 class _LinearLogprobs(torch.autograd.Function):
     """log softmax(post(h Wᵀ + b) / temperature) at the targets, and the entropy (not differentiable).
 
     A frozen head needs only the gradient of h, known up to a factor per row in the forward pass: the logits are
-    then computed once. A trained head keeps the gradients of the first `KEPT_ELEMENTS` logits, and computes the rest
-    again in the backward pass.
+    then computed once. A trained head keeps the softmax of the first `KEPT_ELEMENTS` logits, and computes the rest
+    again in the backward pass. Each pass over a chunk of logits counts, so all of them work in place.
     """
 
     @staticmethod
@@ -120,29 +139,27 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        log_zs, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
+        entropies = torch.zeros_like(logprobs)
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         gradient = torch.empty_like(hidden) if learns and hidden.requires_grad and not head_trains else None
         room = KEPT_ELEMENTS if learns and head_trains else 0
-        ctx.slopes = []
+        ctx.kept = []
         for part in _chunks(count, head.vocabulary):
             logits = _LinearLogprobs.logits(hidden[part], weight, bias, head, temperature)
-            log_z = torch.logsumexp(logits, -1)
-            log_zs[part] = log_z
-            logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_z
-            if want_entropy:
-                entropies[part] = entropy_of(logits, log_z)
-            keeps = logits.numel() <= room
-            if gradient is None and not keeps:
+            room -= logits.numel()
+            if gradient is None and room < 0:
+                logprobs[part], entropies[part], _ = _LinearLogprobs.measure(logits, targets[part], want_entropy)
                 continue
-            slope = _LinearLogprobs.slope(logits, log_z, targets[part], head, temperature).to(weight.dtype)
+            capped = _LinearLogprobs.capped(logits, head, temperature)
+            logprobs[part], entropies[part], softmax = _LinearLogprobs.measure(
+                logits, targets[part], want_entropy, capped
+            )
             if gradient is not None:
-                gradient[part] = slope @ weight
+                gradient[part] = softmax.slope(targets[part], 1.0, head.scale / temperature).to(weight.dtype) @ weight
             else:
-                room -= slope.numel()
-                ctx.slopes.append(slope)
+                ctx.kept.append(replace(softmax, weights_SV=softmax.weights_SV.to(weight.dtype)))
         ctx.head, ctx.temperature = head, temperature
-        ctx.save_for_backward(hidden, weight, bias, targets, log_zs, gradient)
+        ctx.save_for_backward(hidden, weight, bias, targets, gradient)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -157,34 +174,45 @@ class _LinearLogprobs(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def slope(logits: Tensor, log_z: Tensor, targets: Tensor, head: Head, temperature: float) -> Tensor:
-        """d logprob / d (h Wᵀ + b), [chunk, V]; overwrites `logits` where nothing needs them afterwards."""
-        if head.softcap is None:
-            slope = logits.sub_(log_z[:, None]).exp_().neg_()
-            slope.scatter_add_(1, targets[:, None], torch.ones_like(log_z)[:, None])
-            return slope.mul_(head.scale / temperature) if head.scale != temperature else slope
-        capped = 1 - (logits * (temperature / head.softcap)) ** 2
-        slope = logits.sub(log_z[:, None]).exp_().neg_()
-        slope.scatter_add_(1, targets[:, None], torch.ones_like(log_z)[:, None])
-        return slope.mul_(capped).mul_(head.scale / temperature)
+    def capped(logits: Tensor, head: Head, temperature: float) -> Tensor | None:
+        return None if head.softcap is None else 1 - (logits * (temperature / head.softcap)) ** 2
+
+    @staticmethod
+    def measure(
+        logits: Tensor, targets: Tensor, want_entropy: bool, capped: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | float, _Softmax]:
+        """log p of the targets, the entropies (0 unless wanted) and the softmax, which takes the logits' place."""
+        peak = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(1, targets[:, None])
+        below = logits.sub_(peak)
+        weights = below.exp() if want_entropy else below.exp_()
+        total = weights.sum(-1)
+        log_total = total.log()
+        logprobs = (chosen - peak).squeeze(1) - log_total
+        softmax = _Softmax(weights, total, capped)
+        if not want_entropy:
+            return logprobs, 0.0, softmax
+        moment = torch.bmm(weights[:, None], below[:, :, None]).flatten()  # a sum of products without a third array
+        return logprobs, log_total - moment / total, softmax
 
     @staticmethod
     def backward(ctx: Any, grad_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias, targets, log_zs, gradient = ctx.saved_tensors
+        hidden, weight, bias, targets, gradient = ctx.saved_tensors
         if gradient is not None:
             return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 7)
         wants_hidden = ctx.needs_input_grad[0]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
-        slopes, ctx.slopes = ctx.slopes[::-1], []
+        kept, ctx.kept = ctx.kept[::-1], []
         for part in _chunks(hidden.shape[0], ctx.head.vocabulary):
-            if slopes:
-                slope = slopes.pop()
+            if kept:
+                softmax = kept.pop()
             else:
                 logits = _LinearLogprobs.logits(hidden[part], weight, bias, ctx.head, ctx.temperature)
-                slope = _LinearLogprobs.slope(logits, log_zs[part], targets[part], ctx.head, ctx.temperature)
-            slope = slope.mul_(grad_S[part, None]).to(weight.dtype)
+                capped = _LinearLogprobs.capped(logits, ctx.head, ctx.temperature)
+                softmax = _LinearLogprobs.measure(logits, targets[part], False, capped)[2]
+            slope = softmax.slope(targets[part], grad_S[part], ctx.head.scale / ctx.temperature).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ weight
             if grad_weight is not None:

@@ -145,12 +145,17 @@ class OfflineConfig(PostTrainingConfig):
     padding_free: bool = field(default=True)
     """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
     max_tokens_per_microbatch: int | None = field(default=None)
-    """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same"""
+    """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same. None: do
+    not, but for a single process on the CPU, which takes 1,024 at a time"""
 
     def validate(self) -> None:
         super().validate()
         budget = self.max_tokens_per_microbatch
         require(self, "max_tokens_per_microbatch", budget is None or budget > 0, "give a number of tokens, or None")
+
+    def cuts_unasked(self) -> bool:
+        """Whether a batch may be cut into several forward passes where no budget is given."""
+        return self.path is None
 
     @property
     def path(self) -> Path | None:

@@ -92,10 +92,16 @@ class DPOConfig(PairConfig, ReferenceConfig):
         require(self, "discopop_tau", self.discopop_tau > 0, "give a temperature > 0")
         mixing = self.use_weighting and sorted(WHOLE_BATCH.intersection(self.losses()))
         require(self, "use_weighting", not mixing, f"{mixing} mix the pairs of a batch: no pair has a weight there")
-        sorting = sorted({"aot", "aot_unpaired"}.intersection(self.losses()))
+        sorting = self._sorting()
         whole = self.max_tokens_per_microbatch is None or not sorting
         require(self, "max_tokens_per_microbatch", whole, f"{sorting} compare the pairs of a batch: it cannot be cut")
         self._validate_reference()
+
+    def _sorting(self) -> list[str]:
+        return sorted({"aot", "aot_unpaired"}.intersection(self.losses()))
+
+    def cuts_unasked(self) -> bool:
+        return super().cuts_unasked() and not self._sorting()
 
     def _validate_reference(self) -> None:
         choose(self, "f_divergence_type", F_DIVERGENCES)

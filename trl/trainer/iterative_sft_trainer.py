@@ -27,7 +27,7 @@ from trl.models.scoring import is_encoder_decoder, logits_and_labels, score
 from trl.models.wrapped import within_forward
 from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.update import optimizer_step
+from trl.trainer.update import leave_zeros, optimizer_step
 
 TRUNCATION_SIDES = {"keep_end": "left", "keep_start": "right"}
 
@@ -172,6 +172,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
             chosen = [records[i] for i in order[start : start + whole]]
             pieces = [self._collated(chosen[i : i + size]) for i in range(0, len(chosen), size)]
             self._update(pieces)
+        leave_zeros(self.model.parameters())
 
     def _update(self, pieces: list[dict[str, Any]]) -> None:
         means = optimizer_step(

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from trl.data.microbatches import BudgetCollator
+from trl.data.microbatches import BudgetCollator, unasked_budget
 from trl.losses.loss_sum import LossSum
 from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
 from trl.models.wrapped import within_forward
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
+from trl.trainer.heap import kept_memory
 
 EXTRA_STATE = "extra_state.pt"
 
@@ -148,14 +149,19 @@ class ObjectiveTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         self.prepare_data()
         whole: Any = self.data_collator
-        budget = getattr(self.args, "max_tokens_per_microbatch", None)
+        asked = getattr(self.args, "max_tokens_per_microbatch", None)
+        budget = asked or self._unasked_budget()
         if budget is None:
             return super().get_train_dataloader()
-        self.data_collator = BudgetCollator(whole, budget)
+        self.data_collator = BudgetCollator(whole, budget, asked=asked is not None)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = whole
+
+    def _unasked_budget(self) -> int | None:
+        may = getattr(self.args, "cuts_unasked", None)
+        return unasked_budget(self.args.device, self.args.world_size) if may is not None and may() else None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self.prepare_evaluation(eval_dataset))
@@ -201,7 +207,8 @@ class ObjectiveTrainer(Trainer):
             if os.path.exists(path):
                 self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with kept_memory(self.args.device):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         except (OSError, RuntimeError) as error:
             if not is_disk_error(error):
                 raise

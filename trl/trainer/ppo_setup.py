@@ -89,9 +89,12 @@ def check_critic(model: Any, value_model: nn.Module, optimizer: Optimizer | None
 
 
 def make_optimizer(config: PPOConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Adam as `adam_style` says."""
-    kind = TFAdam if config.adam_style == "tf" else Adam
-    return kind(parameters, lr=config.learning_rate, eps=config.adam_epsilon)
+    """Adam as `adam_style` says; torch's in one pass over memory where all of it is on the CPU."""
+    rate, eps = config.learning_rate, config.adam_epsilon
+    if config.adam_style == "tf":
+        return TFAdam(parameters, lr=rate, eps=eps)
+    fused = all(each.device.type == "cpu" and each.is_floating_point() for each in parameters)
+    return Adam(parameters, lr=rate, eps=eps, fused=fused or None)
 
 
 def make_scheduler(config: PPOConfig, optimizer: Optimizer, given: LRScheduler | None) -> LRScheduler | None:

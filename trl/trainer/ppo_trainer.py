@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, set_seed, stats_to_np
+from trl.data.microbatches import unasked_budget
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
@@ -36,13 +37,14 @@ from trl.trainer.experience import (
     pack_samples,
     ppo_batch,
 )
+from trl.trainer.heap import kept_memory
 from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_environment import check_environment
 from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
 from trl.trainer.ppo_objective import terms
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
-from trl.trainer.update import Meters, optimizer_step, without_dropout
+from trl.trainer.update import Meters, leave_zeros, optimizer_step, without_dropout
 
 
 class PPOTrainer(BaseTrainer):
@@ -210,7 +212,8 @@ class PPOTrainer(BaseTrainer):
         config: Any = unwrap(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
         samples = samples_of(queries, responses, response_masks, start)
-        with without_dropout(*self.actor.models), self.accelerator.autocast():
+        device = self.accelerator.device
+        with without_dropout(*self.actor.models), self.accelerator.autocast(), kept_memory(device):
             measured = self._measure(samples)
             clock.lap("forward_pass")
             penalty_BT = -self.kl_ctl.value * measured.kl_BT
@@ -275,9 +278,10 @@ class PPOTrainer(BaseTrainer):
 
     def _measure(self, samples: Sequence[Sample]) -> Measured:
         """Processes must make equally many passes, so only a single one may fill them up with tokens."""
+        tokens = unasked_budget(self.current_device, 1) or PACKED_TOKENS
         return measure(
             self.actor, self.reference, samples, kl_penalty=self.config.kl_penalty, rows=self.config.mini_batch_size,
-            tokens=0 if self.is_distributed else PACKED_TOKENS, device=self.current_device,
+            tokens=0 if self.is_distributed else tokens, device=self.current_device,
         )  # fmt: skip
 
     def _gae_numbers(self) -> dict[str, Any]:
@@ -290,12 +294,12 @@ class PPOTrainer(BaseTrainer):
         for _ in range(self.config.ppo_epochs):
             order = np.random.permutation(len(batch.samples))
             for rows in np.split(order, len(order) // (self.config.backward_batch_size or 1)):
-                pieces = [
-                    batch.select(part.tolist()) for part in np.split(rows, self.config.gradient_accumulation_steps)
-                ]
+                parts = np.split(rows, self.config.gradient_accumulation_steps)
+                pieces = [batch.select(part.tolist()) for part in parts]
                 history.append(self._optimizer_step(pieces, ratios, first=not history))
             if self._early_stop(history[-1]["policy_kl"]):
                 break
+        leave_zeros(self._parameters)
         means = {name: torch.stack([each[name] for each in history]).mean() for name in history[0]}
         return ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(
             batch.old_values_BT, batch.returns_BT, batch.advantages_BT, batch.mask_BT, torch.cat(ratios)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from trl.data.microbatches import unasked_budget
 from trl.data.packing import pack
 from trl.data.records import Branch, Rollout
 from trl.data.tokenize import tokenize_prompts
@@ -27,7 +28,7 @@ from trl.rewards.panel import RewardError
 from trl.trainer import rollout_report
 from trl.trainer.configuration import as_config, processing_class_of
 from trl.trainer.environment_rollouts import Played, play
-from trl.trainer.objective import ObjectiveTrainer
+from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
 from trl.trainer.prompt_stream import PromptStream
 from trl.trainer.references import SyncReference
@@ -170,7 +171,7 @@ class RolloutTrainer(ObjectiveTrainer):
         names = ("per_device_train_batch_size", "num_generations", "num_iterations")
         return RolloutLoader(
             self._make_experience,
-            self._collate,
+            self._in_passes,
             microbatches=self._microbatches,
             iterations=self.args.num_iterations,
             length=-(-len(self.train_dataset) // prompts) * self._microbatches * self.args.num_iterations,
@@ -345,13 +346,23 @@ class RolloutTrainer(ObjectiveTrainer):
         """Rows of a micro-batch to compute at least: many processes must all run the model."""
         return int(self.args.world_size > 1)
 
+    def _in_passes(self, rows: Experience) -> dict[str, Any]:
+        """A micro-batch; a single process on the CPU takes it in several forward passes."""
+        budget = unasked_budget(self.args.device, self.args.world_size)
+        if budget is None or self._path is not None:
+            return self._collate(rows)
+        pieces = rows.in_pieces(budget)
+        return {"pieces": [self._collate(piece) for piece in pieces]} if len(pieces) > 1 else self._collate(rows)
+
     def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
         limit, skip = self.args.max_completion_length, self.idle_rows_can_be_skipped()
         return {"policy": policy_batch(rows, self.aggregation, limit, skip_idle=skip, least=self.least_rows())}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return [{"policy": batch["policy"].to(device)} for batch in batches], count
+        for piece in pieces_of(batches):
+            piece["policy"] = piece["policy"].to(device)
+        return batches, count
 
     def count(self, batch: dict[str, PolicyBatch]) -> Tensor:
         return batch["policy"].counted

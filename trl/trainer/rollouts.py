@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl.data.microbatches import runs_of_groups
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TensorRecord, TokenTree
 from trl.losses.loss_sum import Aggregation, counted
@@ -40,6 +41,11 @@ class Experience:
         columns: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         picked: dict[str, Any] = {k: None if v is None else [v[i] for i in chosen] for k, v in columns.items()}
         return Experience(**picked)
+
+    def in_pieces(self, max_tokens: int) -> list[Experience]:
+        """The rows in pieces of about `max_tokens` tokens; those below one prompt stay together."""
+        lengths, shared = ([len(ids) for ids in rows] for rows in (self.completions, self.prompts))
+        return [self.select(run) for run in runs_of_groups(self.prompts, lengths, shared, max_tokens)]
 
     def is_idle(self, row: int) -> bool:
         """Whether no counted token of the row has an advantage."""

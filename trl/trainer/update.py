@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -65,7 +65,8 @@ def optimizer_step(
 
     `count(piece)` is what `objective(piece)` will be summed over; known beforehand, it makes the step the same
     however it is cut into micro-batches and processes. Where `accept` refuses the step's mean metrics nothing is
-    stepped (DeepSpeed steps inside its backward pass: there it comes too late). Gradients end as zeros, not None.
+    stepped (DeepSpeed steps inside its backward pass: there it comes too late). Gradients end as None: the next
+    backward pass writes them instead of adding to zeros. `leave_zeros` is for those who look at them afterwards.
     """
     local = torch.stack([torch.as_tensor(count(piece), device=accelerator.device).float() for piece in pieces]).sum()
     whole = accelerator.reduce(local, "sum").clamp(min=1)
@@ -85,5 +86,12 @@ def optimizer_step(
                     if max_grad_norm is not None:
                         accelerator.clip_grad_norm_(parameters, max_grad_norm)
                     optimizer.step()
-                optimizer.zero_grad(set_to_none=False)
+                optimizer.zero_grad(set_to_none=True)
     return means
+
+
+def leave_zeros(parameters: Iterable[nn.Parameter]) -> None:
+    """Zeros as the gradients of what is trained, as the seed left them behind a step."""
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

@@ -1,0 +1,43 @@
+"""The head's log-probabilities and gradients against plain `log_softmax`, whatever is kept or computed again."""
+
+import pytest
+import torch
+
+from trl.models import head as heads
+
+
+def plain(module, hidden, targets, scale, softcap, temperature):
+    logits = module(hidden) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logp = (logits / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("kept", [0, 60, 10**6])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("trained", [True, False])
+def test_like_a_log_softmax(kept, softcap, trained, monkeypatch):
+    monkeypatch.setattr(heads, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(heads, "chunk_rows", lambda vocabulary: 2)
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 23).requires_grad_(trained)
+    hidden, targets = torch.randn(7, 4, requires_grad=True), torch.randint(0, 23, (7,))
+    weights = torch.randn(7)
+    found = heads.token_logprobs(heads.Head(module, 23, 0.7, softcap), hidden, targets, temperature=1.3, entropy=True)
+    expected = plain(module, hidden, targets, 0.7, softcap, 1.3)
+    torch.testing.assert_close(found, expected)
+    learned = [hidden, *(module.parameters() if trained else [])]
+    ours, theirs = (torch.autograd.grad((weights * pair[0]).sum(), learned) for pair in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_far_logits_stay_finite():
+    module = torch.nn.Linear(1, 3, bias=False)
+    module.weight.data[:] = torch.tensor([[1e4], [0.0], [-1e4]])
+    hidden = torch.ones(3, 1, requires_grad=True)
+    logprobs, entropies = heads.token_logprobs(heads.Head(module, 3), hidden, torch.arange(3), entropy=True)
+    assert logprobs.tolist() == [0.0, -1e4, -2e4]
+    assert entropies.tolist() == [0.0] * 3
+    logprobs.sum().backward()
+    assert hidden.grad.flatten().tolist() == [0.0, -1e4, -2e4]
