@@ -1,5 +1,7 @@
 """The head's log-probabilities and gradients against plain `log_softmax`, whatever is kept or computed again."""
 
+import math
+
 import pytest
 import torch
 
@@ -41,3 +43,15 @@ def test_far_logits_stay_finite():
     assert entropies.tolist() == [0.0] * 3
     logprobs.sum().backward()
     assert hidden.grad.flatten().tolist() == [0.0, -1e4, -2e4]
+
+
+@pytest.mark.parametrize("kept", [0, 10**6])
+def test_a_sure_token_keeps_its_small_slope_in_half_precision(kept, monkeypatch):
+    monkeypatch.setattr(heads, "KEPT_ELEMENTS", kept)
+    module = torch.nn.Linear(1, 2).to(torch.bfloat16)
+    module.weight.data[:] = torch.tensor([[8.0], [0.0]])
+    module.bias.data.zero_()
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16)
+    heads.token_logprobs(heads.Head(module, 2), hidden, torch.tensor([0]))[0].sum().backward()
+    expected = 1 / (1 + math.exp(8))  # 1 - p of the target, which bfloat16 cannot tell from 0 by a difference
+    assert module.bias.grad.tolist() == pytest.approx([expected, -expected], rel=0.01)

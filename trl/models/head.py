@@ -99,22 +99,20 @@ def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class _Softmax:
-    """softmax of a chunk of logits before the division, and what it takes to go on from there."""
+class _Slope:
+    """d log p(target) / d logits of a chunk, before the division by the sum of its exponentials."""
 
     weights_SV: Tensor
-    """exp(logits - their maximum)"""
+    """exp(logits - their maximum), times the slope of the soft-cap where there is one"""
     total_S: Tensor
-    capped_SV: Tensor | None
-    """slope of the soft-cap, where there is one"""
+    """sums of the exponentials"""
+    chosen_S: Tensor
+    """the entry at the target, in float32: in half precision 1 - p would lose its digits where p is near 1"""
 
-    def slope(self, targets_S: Tensor, grad_S: Tensor | float, factor: float) -> Tensor:
-        """grad * d log p(target) / d (h Wᵀ + b), [S, V]; takes the place of the weights."""
-        grad_S = torch.as_tensor(grad_S, dtype=self.total_S.dtype, device=self.total_S.device) * factor
+    def times(self, targets_S: Tensor, grad_S: Tensor) -> Tensor:
+        """The slope times a number for each row, [S, V]; takes the place of the weights."""
         slope = self.weights_SV.mul_((-grad_S / self.total_S)[:, None])
-        ones = grad_S.expand_as(self.total_S)[:, None].to(slope.dtype)
-        slope.scatter_add_(1, targets_S[:, None], ones)
-        return slope if self.capped_SV is None else slope.mul_(self.capped_SV)
+        return slope.scatter_(1, targets_S[:, None], (grad_S * self.chosen_S)[:, None].to(slope.dtype))
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -147,17 +145,16 @@ class _LinearLogprobs(torch.autograd.Function):
         for part in _chunks(count, head.vocabulary):
             logits = _LinearLogprobs.logits(hidden[part], weight, bias, head, temperature)
             room -= logits.numel()
-            if gradient is None and room < 0:
-                logprobs[part], entropies[part], _ = _LinearLogprobs.measure(logits, targets[part], want_entropy)
-                continue
-            capped = _LinearLogprobs.capped(logits, head, temperature)
-            logprobs[part], entropies[part], softmax = _LinearLogprobs.measure(
+            learned = gradient is not None or room >= 0
+            capped = _LinearLogprobs.capped(logits, head, temperature) if learned else None
+            logprobs[part], entropies[part], slope = _LinearLogprobs.measure(
                 logits, targets[part], want_entropy, capped
             )
             if gradient is not None:
-                gradient[part] = softmax.slope(targets[part], 1.0, head.scale / temperature).to(weight.dtype) @ weight
-            else:
-                ctx.kept.append(replace(softmax, weights_SV=softmax.weights_SV.to(weight.dtype)))
+                factor_S = torch.full_like(slope.total_S, head.scale / temperature)
+                gradient[part] = slope.times(targets[part], factor_S).to(weight.dtype) @ weight
+            elif learned:
+                ctx.kept.append(replace(slope, weights_SV=slope.weights_SV.to(weight.dtype)))
         ctx.head, ctx.temperature = head, temperature
         ctx.save_for_backward(hidden, weight, bias, targets, gradient)
         ctx.mark_non_differentiable(entropies)
@@ -179,9 +176,9 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def measure(
-        logits: Tensor, targets: Tensor, want_entropy: bool, capped: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | float, _Softmax]:
-        """log p of the targets, the entropies (0 unless wanted) and the softmax, which takes the logits' place."""
+        logits: Tensor, targets: Tensor, want_entropy: bool, capped: Tensor | None
+    ) -> tuple[Tensor, Tensor | float, _Slope]:
+        """log p of the targets, the entropies (0 unless wanted) and the slope, which takes the logits' place."""
         peak = logits.amax(-1, keepdim=True)
         chosen = logits.gather(1, targets[:, None])
         below = logits.sub_(peak)
@@ -189,11 +186,14 @@ class _LinearLogprobs(torch.autograd.Function):
         total = weights.sum(-1)
         log_total = total.log()
         logprobs = (chosen - peak).squeeze(1) - log_total
-        softmax = _Softmax(weights, total, capped)
-        if not want_entropy:
-            return logprobs, 0.0, softmax
-        moment = torch.bmm(weights[:, None], below[:, :, None]).flatten()  # a sum of products without a third array
-        return logprobs, log_total - moment / total, softmax
+        entropies: Tensor | float = 0.0
+        if want_entropy:  # a sum of products without a third array
+            entropies = log_total - torch.bmm(weights[:, None], below[:, :, None]).flatten() / total
+        slope_S = -logprobs.expm1()
+        if capped is not None:
+            weights.mul_(capped)
+            slope_S = slope_S * capped.gather(1, targets[:, None]).squeeze(1)
+        return logprobs, entropies, _Slope(weights, total, slope_S)
 
     @staticmethod
     def backward(ctx: Any, grad_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -207,12 +207,12 @@ class _LinearLogprobs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept[::-1], []
         for part in _chunks(hidden.shape[0], ctx.head.vocabulary):
             if kept:
-                softmax = kept.pop()
+                of_chunk = kept.pop()
             else:
                 logits = _LinearLogprobs.logits(hidden[part], weight, bias, ctx.head, ctx.temperature)
                 capped = _LinearLogprobs.capped(logits, ctx.head, ctx.temperature)
-                softmax = _LinearLogprobs.measure(logits, targets[part], False, capped)[2]
-            slope = softmax.slope(targets[part], grad_S[part], ctx.head.scale / ctx.temperature).to(weight.dtype)
+                of_chunk = _LinearLogprobs.measure(logits, targets[part], False, capped)[2]
+            slope = of_chunk.times(targets[part], grad_S[part] * (ctx.head.scale / ctx.temperature)).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ weight
             if grad_weight is not None:
