@@ -69,10 +69,15 @@ def runs_of_groups(
     return [*runs, range(first, len(groups))]
 
 
+def collated(collate: Callable[[Any], dict[str, Any]], pieces: Sequence[Any]) -> dict[str, Any]:
+    """A batch of pieces under the key `pieces`; a single one is the batch."""
+    return collate(pieces[0]) if len(pieces) == 1 else {"pieces": [collate(piece) for piece in pieces]}
+
+
 class BudgetCollator:
     """Another collator's batches in pieces of at most `max_tokens` tokens, under the key `pieces`.
 
-    With `asked` False rows without token ids stay together, and a batch of one piece is that piece.
+    With `asked` False rows without token ids stay together.
     """
 
     def __init__(self, collate: Callable[[Sequence[Row]], dict[str, Any]], max_tokens: int, asked: bool = True):
@@ -82,6 +87,4 @@ class BudgetCollator:
         if not self.asked and not all(isinstance(row, Mapping) and _id_columns(row) for row in rows):
             return self.collate(rows)
         pieces = balanced_pieces([row_tokens(row) for row in rows], self.max_tokens)
-        if len(pieces) == 1 and not self.asked:
-            return self.collate(rows)
-        return {"pieces": [self.collate([rows[i] for i in piece]) for piece in pieces]}
+        return collated(self.collate, [[rows[i] for i in piece] for piece in pieces])

@@ -212,8 +212,8 @@ class PPOTrainer(BaseTrainer):
         config: Any = unwrap(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
         samples = samples_of(queries, responses, response_masks, start)
-        device = self.accelerator.device
-        with without_dropout(*self.actor.models), self.accelerator.autocast(), kept_memory(device):
+        memory = kept_memory(self.current_device)
+        with without_dropout(*self.actor.models), self.accelerator.autocast(), memory:
             measured = self._measure(samples)
             clock.lap("forward_pass")
             penalty_BT = -self.kl_ctl.value * measured.kl_BT
@@ -278,10 +278,10 @@ class PPOTrainer(BaseTrainer):
 
     def _measure(self, samples: Sequence[Sample]) -> Measured:
         """Processes must make equally many passes, so only a single one may fill them up with tokens."""
-        tokens = unasked_budget(self.current_device, 1) or PACKED_TOKENS
+        most = unasked_budget(self.current_device, self.accelerator.num_processes) or PACKED_TOKENS
         return measure(
             self.actor, self.reference, samples, kl_penalty=self.config.kl_penalty, rows=self.config.mini_batch_size,
-            tokens=0 if self.is_distributed else tokens, device=self.current_device,
+            tokens=0 if self.is_distributed else most, device=self.current_device,
         )  # fmt: skip
 
     def _gae_numbers(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from trl.data.microbatches import unasked_budget
+from trl.data.microbatches import collated, unasked_budget
 from trl.data.packing import pack
 from trl.data.records import Branch, Rollout
 from trl.data.tokenize import tokenize_prompts
@@ -351,8 +351,7 @@ class RolloutTrainer(ObjectiveTrainer):
         budget = unasked_budget(self.args.device, self.args.world_size)
         if budget is None or self._path is not None:
             return self._collate(rows)
-        pieces = rows.in_pieces(budget)
-        return {"pieces": [self._collate(piece) for piece in pieces]} if len(pieces) > 1 else self._collate(rows)
+        return collated(self._collate, rows.in_pieces(budget))
 
     def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
         limit, skip = self.args.max_completion_length, self.idle_rows_can_be_skipped()
