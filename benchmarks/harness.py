@@ -12,9 +12,8 @@ from statistics import median
 from typing import Any
 
 TOLERANCE = 1e-3
-NOTHING = 1e-2
-"""numbers below it are compared as if they were as large: float32 knows a difference of two sums of some 500 nats, such
-as a reward before the first update, to about 3e-6"""
+NOTHING = 1e-3
+"""numbers below it are compared as if they were as large"""
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

@@ -95,12 +95,17 @@ def report(gate: dict[str, Any], measured: dict[str, float]) -> None:
 
 
 def train(
-    trainer: Any, keys: dict[str, str], *, only_first: tuple[str, ...] = (), units: tuple[str, float] | None = None
+    trainer: Any,
+    keys: dict[str, str],
+    *,
+    only_first: tuple[str, ...] = (),
+    only_last: tuple[str, ...] = (),
+    units: tuple[str, float] | None = None,
 ) -> None:
     """Train, and report the time from the first step's data to the last step's end, and what the logs say.
 
-    keys: name in the gate -> name in the logs; of `only_first` the first step's value alone. units: a name in the logs
-    and a factor, whose product is how much was done in a step.
+    keys: name in the gate -> name in the logs; of `only_first` the first step's value alone, of `only_last` the
+    last one's. units: a name in the logs and a factor, whose product is how much was done in a step.
     """
     from transformers import TrainerCallback
 
@@ -119,7 +124,7 @@ def train(
     for entry in logs:
         print(entry)
     gate = {name: [float(entry[key]) for entry in logs] for name, key in keys.items()}
-    gate.update({name: gate[name][:1] for name in only_first})
+    gate.update({name: gate[name][:1] for name in only_first} | {name: gate[name][-1:] for name in only_last})
     if units is not None:
         seen["units"] = units[1] * sum(float(entry[units[0]]) for entry in logs) / len(logs)
     report(gate, seen)

@@ -9,8 +9,5 @@ config = KTOConfig(**arguments(per_device_train_batch_size=16, **SETTINGS))
 trainer = KTOTrainer(
     model=model(), args=config, train_dataset=Dataset.from_list(rows("unpaired")), processing_class=tokenizer()
 )
-train(
-    trainer,
-    {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "gradient": "grad_norm"},
-    only_first=("gradient",),
-)
+rewards = {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}  # zeros before the update, but for rounding
+train(trainer, {**rewards, "gradient": "grad_norm"}, only_first=("gradient",), only_last=tuple(rewards))
