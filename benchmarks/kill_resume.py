@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 RUNS = {
     "grpo": "from grpo_runs import resumable_run; resumable_run({folder!r}, steps=120)",
-    "ppo": "from ppo_runs import resumable_run; resumable_run({folder!r}, steps=24)",
+    "ppo": "from ppo_runs import resumable_run; resumable_run({folder!r}, steps=120)",
 }
 """code of a run that resumes from `folder`, prints a line behind each step and writes its weights to `end.pt`"""
 
@@ -43,8 +43,7 @@ def kill_one(method: str, folder: Path, steps_more: int, delay: float) -> int | 
         if count == steps_more:
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
-            process.wait()
-            return int(line)
+            return int(line) if process.wait() == -signal.SIGKILL else None
     process.wait()
     return None
 
@@ -63,6 +62,8 @@ def main() -> None:
         for kill in range(arguments.kills):
             delay = rng.uniform(0, 0.02) if kill % 2 else rng.uniform(0, 0.5)
             step = kill_one(arguments.method, killed, rng.randint(1, 3), delay)
+            if step is None:
+                sys.exit(f"the run ended by itself before kill {kill + 1}: give it more steps")
             print(f"kill {kill + 1}: {1000 * delay:.0f} ms behind step {step}", flush=True)
         if not (killed / "end.pt").exists() and start(arguments.method, killed).wait():
             sys.exit("the run that was resumed failed")
