@@ -9,7 +9,7 @@ from tiny_models import lora
 
 from trl.generation import LocalSampler, SamplingParams, TransformersSampler
 from trl.generation.kv_attention import NAME
-from trl.generation.packed_head import packed_head
+from trl.generation.packed_weights import packed_weights
 from trl.generation.probe import NotLocal
 from trl.generation.rows import uniforms
 from trl.models import AutoModelForCausalLMWithValueHead
@@ -221,7 +221,7 @@ def test_a_large_head_is_packed_and_put_back(bias):
         model.lm_head.bias = torch.nn.Parameter(torch.randn(2**15))
     prompt = random_prompts(6)[0]
     params = SamplingParams(max_new_tokens=10, seed=2, stop_token_ids=())
-    with packed_head(model):
+    with packed_weights(model):
         assert "forward" in vars(model.lm_head)
     completions = LocalSampler(model).sample([prompt], params, n=3)[0]
     assert "forward" not in vars(model.lm_head)

@@ -30,13 +30,35 @@ def test_equals_segment_attention_with_gradients(kv_heads, window, scale):
     for one_step in (True, False):
         leaves = [x.clone().requires_grad_() for x in inputs]
         if one_step:
-            out = tree_attention(layout, *leaves, window=window, scale=scale)
+            out = tree_attention(layout, None, *leaves, window=window, scale=scale)
         else:
             out = segment_attention(layout, *leaves, window=window, scale=scale).transpose(1, 2)
         (out * weight).sum().backward()
         results.append([out, *(leaf.grad for leaf in leaves)])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_skipped_queries_answer_nothing_and_learn_nothing(window):
+    layout, module = TreeLayout(pack(TREES).segments), object()  # 5, 3, 4, 8 and 3 tokens
+    layout.read_only_at(module, [4, 6, 7, 15, 19])
+    total = layout.segments[-1].end
+    torch.manual_seed(0)
+    weight = torch.randn(1, total, 4, 8, dtype=torch.float64)
+    read = torch.tensor([4, 6, 7, *range(15, 20)])  # from the first that is read to its segment's end
+    assert layout.skipped(module) == [4, 1, 4, 3, 3]
+    inputs = [torch.randn(1, heads, total, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    results = []
+    for name in (module, None):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = tree_attention(layout, name, *leaves, window=window, scale=None)
+        (out * weight)[:, read].sum().backward()
+        results.append([out[:, read], *(leaf.grad for leaf in leaves)])
+        if name is module:
+            assert not out[:, [0, 5, 8, 14, 20]].any()
+    for few, all_of_them in zip(*results, strict=True):
+        torch.testing.assert_close(few, all_of_them, rtol=1e-10, atol=1e-10)
 
 
 def test_other_kinds_are_left_to_the_plain_path():

@@ -11,7 +11,7 @@ from trl.data.records import Completion
 from trl.generation import kv_attention
 from trl.generation.engine import Engine
 from trl.generation.kv_cache import Prompt
-from trl.generation.packed_head import packed_head
+from trl.generation.packed_weights import packed_weights
 from trl.generation.probe import refuse_unsuitable
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
@@ -55,7 +55,7 @@ class LocalSampler:
         ends = end_tokens(params, base_model(self.model), self.tokenizer)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
-        with sampling_mode(self.model, kv_attention.NAME), packed_head(self.model) if packs else nullcontext():
+        with sampling_mode(self.model, kv_attention.NAME), packed_weights(self.model) if packs else nullcontext():
             self._run(groups, stepper, Engine(self.model, device))
         return [[row.completion() for row in group] for group in groups]
 

@@ -135,7 +135,7 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         window = kwargs.get("sliding_window")
         plain = not dropout and how["softcap"] is None and how["sinks"] is None
         if tree is not None and plain and takes(query, key, value):
-            return tree_attention(tree, query, key, value, window=window, scale=scaling), None
+            return tree_attention(tree, module, query, key, value, window=window, scale=scaling), None
         if tree is None:  # an eager model: its own function is not registered, so the same by hand
             out = attend(query, key, value, attention_mask, causal=False, **how)
         elif query.is_cuda and plain:

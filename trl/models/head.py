@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trl.models.gradient_place import Place, place_of
+
 CHUNK_ELEMENTS = 3 * 2**21
 """logits that exist at a time (24 MiB in float32: larger blocks glibc takes from the system anew each time)"""
 KEPT_ELEMENTS = 2**25
@@ -134,6 +136,7 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature: float,
         want_entropy: bool,
         learns: bool,
+        place: Place | None,
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
@@ -155,7 +158,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 gradient[part] = slope.times(targets[part], factor_S).to(weight.dtype) @ weight
             elif learned:
                 ctx.kept.append(replace(slope, weights_SV=slope.weights_SV.to(weight.dtype)))
-        ctx.head, ctx.temperature = head, temperature
+        ctx.head, ctx.temperature, ctx.place = head, temperature, place
         ctx.save_for_backward(hidden, weight, bias, targets, gradient)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -199,10 +202,12 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, gradient = ctx.saved_tensors
         if gradient is not None:
-            return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 7)
+            return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 8)
         wants_hidden = ctx.needs_input_grad[0]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        grad_weight = None
+        if weight.requires_grad:
+            grad_weight = torch.zeros_like(weight) if ctx.place is None else ctx.place.gradient()
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         kept, ctx.kept = ctx.kept[::-1], []
         for part in _chunks(hidden.shape[0], ctx.head.vocabulary):
@@ -219,7 +224,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(slope.t(), hidden[part])
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight if ctx.place is None else None, grad_bias, *[None] * 6
 
 
 def token_logprobs(
@@ -229,8 +234,9 @@ def token_logprobs(
     if type(head.module) is nn.Linear:
         module = head.module
         return _LinearLogprobs.apply(  # type: ignore[no-any-return]
-            hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled()
-        )
+            hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled(),
+            place_of(module.weight),
+        )  # fmt: skip
     logprobs, entropies = logprobs_and_entropy(head, hidden_SD, target_S, temperature)
     return logprobs, entropies.detach()
 

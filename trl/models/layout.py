@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,21 @@ class TreeLayout:
         self.segments = tuple(segments)
         self.sizes = [end - start for start, end, _ in self.segments]
         self._masks: dict[tuple[Any, ...], Any] = {}
+        self._narrow: tuple[Any, list[int]] | None = None
+
+    def read_only_at(self, module: Any, positions: Sequence[int]) -> None:
+        """Say that what this attention module computes is read at these positions only, given in ascending order."""
+        skipped = []
+        for start, end, _ in self.segments:
+            first = bisect_left(positions, start)
+            skipped.append(min(positions[first], end) - start if first < len(positions) else end - start)
+        self._narrow = module, skipped
+
+    def skipped(self, module: Any) -> list[int]:
+        """How many of its first queries each segment may leave out in this attention module."""
+        if self._narrow is not None and self._narrow[0] is module:
+            return self._narrow[1]
+        return [0] * len(self.segments)
 
     @cached_property
     def chains(self) -> list[list[int]]:

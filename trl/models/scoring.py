@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.models.attention import TreeLayout, enable_tree_attention, inside_tree
+from trl.models.gradient_place import lookup
 from trl.models.head import Head, head_of, logprobs_and_entropy, token_logprobs
-from trl.models.last_block import last_block, only_at
+from trl.models.last_layer import last_layer, only_at
+from trl.models.stand_in import stand_in
 
 logger = logging.getLogger(__name__)
 
 Path = Literal["packed", "padded"]
 _paths: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 _narrow: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""models whose last block may skip positions that nobody reads"""
+"""models whose last layer may skip positions that nobody reads"""
+WORTH_IT = 0.9
+"""share of positions that are read above which the last layer computes all of them"""
 PROBE_ERRORS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError)
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
@@ -74,19 +78,12 @@ def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
     """What reaches `module` while the context lasts; it answers with one column, so nothing large is computed."""
     seen: list[Tensor] = []
 
-    def stand_in(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def first_column(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
         seen.append(hidden)
         return hidden[..., :1]
 
-    own = module.__dict__.get("forward")
-    module.forward = stand_in  # type: ignore[method-assign]
-    try:
+    with stand_in(module, first_column):
         yield seen
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]
 
 
 def padded_inputs(packed: PackedBatch, pad_token_id: int = 0) -> dict[str, Tensor]:
@@ -119,18 +116,21 @@ def _run(model: nn.Module, module: nn.Module, packed: PackedBatch, path: Path, i
     """The states that reach the head `module` when the batch is run along `path`; right at `index_S` only."""
     with _captured(module) as seen:
         if path == "packed":
-            network = backbone(model)
-            block = last_block(network) if _narrow.get(network) else None
-            with inside_tree(), only_at(block, index_S, len(packed.ids_N)):
-                model(
-                    input_ids=packed.ids_N[None],
-                    position_ids=packed.position_N[None],
-                    tree=TreeLayout(packed.segments),
-                    use_cache=False,
-                )
+            _run_packed(model, packed, index_S.unique())
         else:
             model(**padded_inputs_of(model, packed))
     return seen[-1]
+
+
+def _run_packed(model: nn.Module, packed: PackedBatch, positions: Tensor) -> None:
+    network, total = backbone(model), len(packed.ids_N)
+    layer = last_layer(network) if _narrow.get(network) and len(positions) <= WORTH_IT * total else None
+    layout = TreeLayout(packed.segments)
+    if layer is not None and layer.attention is not None:
+        layout.read_only_at(layer.attention, positions.tolist())
+    few = () if layer is None else layer.by_position
+    with inside_tree(), only_at(few, positions, total), lookup(network.get_input_embeddings()):
+        model(input_ids=packed.ids_N[None], position_ids=packed.position_N[None], tree=layout, use_cache=False)
 
 
 def padded_inputs_of(model: nn.Module, packed: PackedBatch) -> dict[str, Any]:

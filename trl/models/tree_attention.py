@@ -34,12 +34,18 @@ def _joined(x: Tensor, layout: TreeLayout, index: int, heads: int) -> Tensor:
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, window: int | None, scale: float | None
-    ) -> Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, skipped: list[int],
+        window: int | None, scale: float | None,
+    ) -> Tensor:  # fmt: skip
         _, heads, total, width = query.shape
-        output = query.new_empty(1, total, heads, width)
-        logsums = []
-        for index, (start, end, _) in enumerate(layout.segments):
+        empty = query.new_zeros if any(skipped) else query.new_empty
+        output = empty(1, total, heads, width)
+        logsums: list[Tensor | None] = []
+        for index, (begin, end, _) in enumerate(layout.segments):
+            start = begin + skipped[index]
+            if start == end:
+                logsums.append(None)
+                continue
             seen_keys, seen_values = (_joined(x, layout, index, heads) for x in (key, value))
             bias = layout.bias(end - start, seen_keys.shape[2], window, query)
             part, logsum = _forward(
@@ -48,7 +54,7 @@ class _TreeAttention(torch.autograd.Function):
             output[:, start:end] = part.transpose(1, 2)
             logsums.append(logsum)
         ctx.save_for_backward(query, key, value, output, *logsums)
-        ctx.layout, ctx.window, ctx.scale = layout, window, scale
+        ctx.layout, ctx.skipped, ctx.window, ctx.scale = layout, skipped, window, scale
         return output
 
     @staticmethod
@@ -56,8 +62,12 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, output, *logsums = ctx.saved_tensors
         layout, heads = ctx.layout, query.shape[1]
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for index, (start, end, _) in enumerate(layout.segments):
+        grad_query = (torch.zeros_like if any(ctx.skipped) else torch.empty_like)(query)
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        for index, (begin, end, _) in enumerate(layout.segments):
+            start = begin + ctx.skipped[index]
+            if start == end:
+                continue
             seen_keys, seen_values = (_joined(x, layout, index, heads) for x in (key, value))
             bias = layout.bias(end - start, seen_keys.shape[2], ctx.window, query)
             grad_query[:, :, start:end], *of_seen = _backward(
@@ -68,14 +78,19 @@ class _TreeAttention(torch.autograd.Function):
             for whole, part in zip((grad_key, grad_value), of_seen, strict=True):
                 part = part.unflatten(1, (whole.shape[1], -1)).sum(2) if heads != whole.shape[1] else part
                 spans = [layout.segments[link] for link in layout.chains[index]]
-                pieces = part.split([stop - begin for begin, stop, _ in spans], 2)
-                for (begin, stop, _), piece in zip(spans, pieces, strict=True):
-                    whole[:, :, begin:stop] += piece
-        return grad_query, grad_key, grad_value, None, None, None
+                pieces = part.split([stop - first for first, stop, _ in spans], 2)
+                for (first, stop, _), piece in zip(spans, pieces, strict=True):
+                    whole[:, :, first:stop] += piece
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
 def tree_attention(
-    layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None
-) -> Tensor:
-    """Attention of the packed row [1, H, N, D] over [1, H or fewer, N, D], as [1, N, H, D]."""
-    return _TreeAttention.apply(query, key, value, layout, window, scale)  # type: ignore[no-any-return]
+    layout: TreeLayout, module: Any, query: Tensor, key: Tensor, value: Tensor, *,
+    window: int | None, scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention of the packed row [1, H, N, D] over [1, H or fewer, N, D], as [1, N, H, D].
+
+    Zeros at the queries that the layout lets `module` skip.
+    """
+    skipped = layout.skipped(module)
+    return _TreeAttention.apply(query, key, value, layout, skipped, window, scale)  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.data.microbatches import BudgetCollator, unasked_budget
 from trl.losses.loss_sum import LossSum
 from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
+from trl.models.gradient_place import in_place
 from trl.models.wrapped import within_forward
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 from trl.trainer.heap import kept_memory
@@ -207,7 +208,7 @@ class ObjectiveTrainer(Trainer):
             if os.path.exists(path):
                 self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
         try:
-            with kept_memory(self.args.device):
+            with kept_memory(self.args.device), in_place(self.args.device, self.args.world_size):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         except (OSError, RuntimeError) as error:
             if not is_disk_error(error):

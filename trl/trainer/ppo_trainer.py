@@ -19,6 +19,7 @@ from trl.data.microbatches import unasked_budget
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
+from trl.models.gradient_place import in_place
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.reference import Reference, unwrap
 from trl.models.wrapped import equalise
@@ -213,7 +214,8 @@ class PPOTrainer(BaseTrainer):
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
         samples = samples_of(queries, responses, response_masks, start)
         memory = kept_memory(self.current_device)
-        with without_dropout(*self.actor.models), self.accelerator.autocast(), memory:
+        gradients = in_place(self.current_device, self.accelerator.num_processes)
+        with without_dropout(*self.actor.models), self.accelerator.autocast(), memory, gradients:
             measured = self._measure(samples)
             clock.lap("forward_pass")
             penalty_BT = -self.kl_ctl.value * measured.kl_BT
