@@ -12,7 +12,7 @@ _names = {
         "maybe_apply_chat_template", "maybe_convert_to_chatml", "maybe_extract_prompt",
         "maybe_unpair_preference_dataset", "unpair_preference_dataset",
     ],
-    "trl.data.packing": ["pack_dataset"],
+    "trl.data.packed_dataset": ["pack_dataset"],
     "trl.environment.base_environment": ["TextEnvironment", "TextHistory"],
     "trl.extras.best_of_n_sampler": ["BestOfNSampler"],
     "trl.import_utils": [

@@ -5,7 +5,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl.data.packing import best_fit_decreasing, pack, pack_dataset, tree_from_sequences
+from trl.data.packed_dataset import pack_dataset
+from trl.data.packing import best_fit_decreasing, pack, tree_from_sequences
 from trl.data.records import Branch, Segment, TokenTree
 
 

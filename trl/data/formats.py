@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from datasets import DatasetDict, IterableDataset
-
 from trl.data.chat import ChatTemplate, read_tools
 from trl.data.encode import common_prefix
 
@@ -263,6 +261,8 @@ def unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: s
 
     Takes a Dataset, DatasetDict, IterableDataset or a list of rows; other columns are repeated.
     """
+    from datasets import IterableDataset  # who only formats conversations has no need of it
+
     if isinstance(dataset, list):
         columns = {name: [row[name] for row in dataset] for name in (dataset[0] if dataset else {})}
         unpaired = _unpair(columns) if columns else {}
@@ -273,7 +273,7 @@ def unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: s
 
 def maybe_unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: str | None = None) -> Any:
     """`unpair_preference_dataset` for pairs; another data set comes back as it is."""
-    one = next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
+    one = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     columns = column_names(one)
     if "chosen" in columns and "rejected" in columns:
         return unpair_preference_dataset(dataset, num_proc, desc)

@@ -9,7 +9,7 @@ import torch
 
 from trl.data.packing import best_fit_decreasing
 
-CPU_TOKENS = 1024
+CPU_TOKENS = 768
 """tokens of a forward pass on the CPU where nothing else is asked for: more cost memory and gain no time"""
 
 Row = Mapping[str, Any]

@@ -49,11 +49,19 @@ class Place:
 
     def gradient(self) -> Tensor:
         """`weight.grad`; zeros where it was None."""
+        return self._grad() if self.weight.grad is not None else self._grad().zero_()
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add a product of matrices, or put it down where there was nothing."""
+        first = self.weight.grad is None
+        self._grad().addmm_(left, right, beta=0 if first else 1)
+
+    def _grad(self) -> Tensor:
         if self.weight.grad is None:
             buffer = self.kept.get(self.weight)
             if buffer is None or sys.getrefcount(buffer) > UNSHARED:
                 self.kept[self.weight] = buffer = torch.empty_like(self.weight, requires_grad=False)
-            self.weight.grad = buffer.zero_()
+            self.weight.grad = buffer
         return self.weight.grad
 
 

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trl.models.gradient_place import Place, place_of
+from trl.models.onednn import rows_times, suits
 
 CHUNK_ELEMENTS = 3 * 2**21
 """logits that exist at a time (24 MiB in float32: larger blocks glibc takes from the system anew each time)"""
 KEPT_ELEMENTS = 2**25
 """softmaxes of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
+
+CACHED_ELEMENTS = 2**19
+"""logits that a CPU exponentiates at a time: they stay in its cache from one pass over them to the next"""
+
+LARGE_HEAD = 2**20
+"""elements of a weight that oneDNN multiplies faster than the BLAS does"""
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -117,6 +124,20 @@ class _Slope:
         return slope.scatter_(1, targets_S[:, None], (grad_S * self.chosen_S)[:, None].to(slope.dtype))
 
 
+def _exponentiate(logits: Tensor, want_mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The maxima, the sums of exp(logits - maximum) and, if wanted, those of that times (logits - maximum). [S] each
+
+    The exponentials take the place of the logits.
+    """
+    peak = logits.amax(-1, keepdim=True)
+    below = logits.sub_(peak)
+    if not want_mean:
+        return peak.squeeze(1), below.exp_().sum(-1), None
+    weights = below.exp()
+    mean = torch.linalg.vecdot(weights, below)
+    return peak.squeeze(1), below.copy_(weights).sum(-1), mean
+
+
 class _LinearLogprobs(torch.autograd.Function):
     """log softmax(post(h Wᵀ + b) / temperature) at the targets, and the entropy (not differentiable).
 
@@ -165,7 +186,10 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, temperature: float) -> Tensor:
-        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        full = len(hidden) == chunk_rows(head.vocabulary)  # always one shape: oneDNN makes a program for each it meets
+        fast = full and hidden.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+        multiply = rows_times if fast and suits(weight, LARGE_HEAD) else torch.nn.functional.linear
+        logits = multiply(hidden, weight, bias).float()
         factor = head.scale if head.softcap is not None else head.scale / temperature
         if factor != 1.0:
             logits = logits.mul_(factor)
@@ -180,23 +204,24 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def measure(
         logits: Tensor, targets: Tensor, want_entropy: bool, capped: Tensor | None
-    ) -> tuple[Tensor, Tensor | float, _Slope]:
+    ) -> tuple[Tensor, Tensor, _Slope]:
         """log p of the targets, the entropies (0 unless wanted) and the slope, which takes the logits' place."""
-        peak = logits.amax(-1, keepdim=True)
-        chosen = logits.gather(1, targets[:, None])
-        below = logits.sub_(peak)
-        weights = below.exp() if want_entropy else below.exp_()
-        total = weights.sum(-1)
-        log_total = total.log()
-        logprobs = (chosen - peak).squeeze(1) - log_total
-        entropies: Tensor | float = 0.0
-        if want_entropy:  # a sum of products without a third array
-            entropies = log_total - torch.bmm(weights[:, None], below[:, :, None]).flatten() / total
-        slope_S = -logprobs.expm1()
+        chosen_S, peak_S = logits.gather(1, targets[:, None]).squeeze(1), torch.empty_like(logits[:, 0])
+        total_S, mean_S = torch.empty_like(peak_S), torch.zeros_like(peak_S)
+        rows = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            peak_S[part], total_S[part], mean = _exponentiate(logits[part], want_entropy)
+            if mean is not None:
+                mean_S[part] = mean
+        log_total_S = total_S.log()
+        logprobs_S = chosen_S - peak_S - log_total_S
+        entropies_S = log_total_S - mean_S / total_S if want_entropy else mean_S
+        slope_S = -logprobs_S.expm1()
         if capped is not None:
-            weights.mul_(capped)
+            logits.mul_(capped)
             slope_S = slope_S * capped.gather(1, targets[:, None]).squeeze(1)
-        return logprobs, entropies, _Slope(weights, total, slope_S)
+        return logprobs_S, entropies_S, _Slope(logits, total_S, slope_S)
 
     @staticmethod
     def backward(ctx: Any, grad_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -205,9 +230,7 @@ class _LinearLogprobs(torch.autograd.Function):
             return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 8)
         wants_hidden = ctx.needs_input_grad[0]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = None
-        if weight.requires_grad:
-            grad_weight = torch.zeros_like(weight) if ctx.place is None else ctx.place.gradient()
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad and ctx.place is None else None
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         kept, ctx.kept = ctx.kept[::-1], []
         for part in _chunks(hidden.shape[0], ctx.head.vocabulary):
@@ -220,11 +243,13 @@ class _LinearLogprobs(torch.autograd.Function):
             slope = of_chunk.times(targets[part], grad_S[part] * (ctx.head.scale / ctx.temperature)).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ weight
-            if grad_weight is not None:
+            if ctx.place is not None:
+                ctx.place.add_product(slope.t(), hidden[part])
+            elif grad_weight is not None:
                 grad_weight.addmm_(slope.t(), hidden[part])
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-        return grad_hidden, grad_weight if ctx.place is None else None, grad_bias, *[None] * 6
+        return grad_hidden, grad_weight, grad_bias, *[None] * 6
 
 
 def token_logprobs(

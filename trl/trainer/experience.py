@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl.data.microbatches import balanced_pieces
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch
 from trl.losses.advantages import generalized_advantages
@@ -112,6 +113,17 @@ class PPOBatch:
         index = torch.as_tensor(list(rows), dtype=torch.long, device=self.mask_BT.device)
         columns = (self.mask_BT, self.old_logprobs_BT, self.old_values_BT, self.advantages_BT, self.returns_BT)
         return PPOBatch(samples, *(column[index, :width] for column in columns))
+
+    def cut(self, parts: Sequence[Sequence[int]], tokens: int | None) -> list[PPOBatch]:
+        """Micro-batches of these rows, part by part; those of more `tokens` in several, equally full."""
+        if tokens is None:
+            return [self.select(part) for part in parts]
+        lengths = [[self.samples[row].tokens for row in part] for part in parts]
+        return [
+            self.select([part[at] for at in piece])
+            for part, own in zip(parts, lengths, strict=True)
+            for piece in balanced_pieces(own, tokens)
+        ]
 
 
 def pieces(samples: Sequence[Sample], rows: int, tokens: int = PACKED_TOKENS) -> Iterator[Sequence[Sample]]:

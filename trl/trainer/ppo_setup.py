@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from datasets import Dataset
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -41,7 +40,7 @@ def check_arguments(
     check_vocabulary(model, tokenizer)
     if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
         raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)} - {supported}")
-    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | Dataset):
+    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset) and not _of_datasets(dataset):
         raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
     if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
         raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
@@ -134,8 +133,14 @@ def stop_tokens(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> list[i
     return list(ids)
 
 
+def _of_datasets(dataset: Any) -> bool:
+    from datasets import Dataset  # 80 MB that a script without a data set does not need
+
+    return isinstance(dataset, Dataset)
+
+
 def make_dataloader(
-    dataset: torch.utils.data.Dataset | Dataset,
+    dataset: Any,
     data_collator: Callable[[list[Any]], Any] | None,
     model: nn.Module,
     config: PPOConfig,
@@ -148,7 +153,7 @@ def make_dataloader(
         raise ValueError("dataset: rows are drawn by their place, a stream has none; give a map-style data set")
     if not len(dataset):  # type: ignore[arg-type]
         raise ValueError("dataset: it has no rows; give prompts")
-    if isinstance(dataset, Dataset) and config.remove_unused_columns:
+    if _of_datasets(dataset) and config.remove_unused_columns:
         taken = {*inspect.signature(model.forward).parameters, "label", "prompt", "query", "response"}
         unused = [name for name in dataset.column_names if name not in taken]
         if len(unused) == len(dataset.column_names):

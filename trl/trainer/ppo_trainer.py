@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
@@ -46,6 +45,9 @@ from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
 from trl.trainer.ppo_objective import terms
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
 from trl.trainer.update import Meters, leave_zeros, optimizer_step, without_dropout
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class PPOTrainer(BaseTrainer):
@@ -278,12 +280,15 @@ class PPOTrainer(BaseTrainer):
             if not first and self.accelerator.is_main_process:
                 self.push_to_hub(**self.config.push_to_hub_if_best_kwargs)
 
+    @property
+    def _budget(self) -> int | None:
+        return unasked_budget(self.current_device, self.accelerator.num_processes)
+
     def _measure(self, samples: Sequence[Sample]) -> Measured:
         """Processes must make equally many passes, so only a single one may fill them up with tokens."""
-        most = unasked_budget(self.current_device, self.accelerator.num_processes) or PACKED_TOKENS
         return measure(
             self.actor, self.reference, samples, kl_penalty=self.config.kl_penalty, rows=self.config.mini_batch_size,
-            tokens=0 if self.is_distributed else most, device=self.current_device,
+            tokens=0 if self.is_distributed else self._budget or PACKED_TOKENS, device=self.current_device,
         )  # fmt: skip
 
     def _gae_numbers(self) -> dict[str, Any]:
@@ -297,7 +302,7 @@ class PPOTrainer(BaseTrainer):
             order = np.random.permutation(len(batch.samples))
             for rows in np.split(order, len(order) // (self.config.backward_batch_size or 1)):
                 parts = np.split(rows, self.config.gradient_accumulation_steps)
-                pieces = [batch.select(part.tolist()) for part in parts]
+                pieces = batch.cut([part.tolist() for part in parts], self._budget)
                 history.append(self._optimizer_step(pieces, ratios, first=not history))
             if self._early_stop(history[-1]["policy_kl"]):
                 break

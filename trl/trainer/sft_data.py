@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from trl.data.collators import ConstantLengthDataset, DataCollatorForCompletionOnlyLM
 from trl.data.formats import column_names
-from trl.data.packing import pack_dataset
+from trl.data.packed_dataset import pack_dataset
 from trl.data.tokenize import has_rows, tokenize_supervised
 from trl.trainer.sft_config import SFTConfig
 

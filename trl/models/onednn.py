@@ -1,0 +1,47 @@
+"""Products of rows and weights by oneDNN, for a CPU in float32: faster than the BLAS of `nn.Linear` for a few hundred
+rows, above all where the weight is large or laid out beforehand."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STEP = 8
+"""rows are filled up to a multiple: oneDNN makes and keeps a program for each number it meets"""
+_ROWS = 64
+"""a hint: the layout is as good for other numbers of rows"""
+
+
+def suits(weight: Tensor, elements: int) -> bool:
+    """Whether oneDNN may take this weight, and has it at least so many elements."""
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    return plain and weight.numel() >= elements and works()
+
+
+@cache
+def works() -> bool:
+    """Whether this build of torch has the two operators, and they multiply."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    hidden, weight = torch.ones(2, 3), torch.arange(12.0).view(4, 3)
+    try:
+        return all(torch.equal(rows_times(hidden, w, None), hidden @ weight.T) for w in (weight, laid_out(weight)))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def laid_out(weight_VD: Tensor) -> Tensor:
+    """The weight in oneDNN's own order, a copy."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight_VD, _ROWS)  # type: ignore[no-any-return]
+
+
+def rows_times(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear(hidden, weight, bias)` without a gradient; the weight as it is or laid out. [..., D] -> [..., V]"""
+    flat = hidden.flatten(0, -2)
+    missing = -len(flat) % STEP
+    filled = F.pad(flat, (0, 0, 0, missing)) if missing else flat
+    out = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")[: len(flat)]
+    return out.view(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]
