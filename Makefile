@@ -20,8 +20,8 @@ check: $(VENV)/.dev  ## format, lint, types, layers
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## against the peers, each in an environment of its own; hours
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --all $(ARGS)
+bench: $(VENV)/.dev  ## against the peers, each in an environment of its own; over an hour on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --all --streams 2 $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -15,10 +15,10 @@ HEAD = """# Measured against the peers
 Written by `make bench` (`python -m benchmarks.run --all`); one row again: `python -m benchmarks.run NAME --pairs 5`.
 
 Every row runs ours and theirs in turn (A B A B ...) as whole processes on one thread (`OMP_NUM_THREADS=1`,
-`torch.set_num_threads(1)`), in float32, from the same weights and the same rows: a Llama of 22 M parameters (width 384,
-6 layers, vocabulary 32,000, tied; random weights), lengths log-normal. A peer lives in an environment of its own with
-pinned versions and is used through its public API; wherever the API allows, both sides run the very same script
-(`benchmarks/jobs/`).
+`torch.set_num_threads(1)`), two rows at a time on two cores, in float32, from the same weights and the same rows: a
+Llama of 22 M parameters (width 384, 6 layers, vocabulary 32,000, tied; random weights), lengths log-normal. A peer
+lives in an environment of its own with pinned versions and is used through its public API; wherever the API allows,
+both sides run the very same script (`benchmarks/jobs/`).
 
 - **Seconds** are CPU seconds (user + system) of one step: from the start of training to the end of the last step,
   divided by the steps, so imports and the loading of model and data are not in them, but everything that happens only

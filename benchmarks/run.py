@@ -8,10 +8,11 @@ import argparse
 import fcntl
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.environments import CACHE, OURS, python_of
-from benchmarks.harness import Outcome, Pair, Run, in_turn, run_process
+from benchmarks.harness import Outcome, Pair, Run, in_turn, run_process, touch_memory
 from benchmarks.report import machine, write_report
 from benchmarks.scaling import measure_scaling
 from benchmarks.table import BY_NAME, ROWS, Row
@@ -36,12 +37,12 @@ def measure(row: Row, pairs: int, folder: Path) -> Outcome:
 
     def say(pair: Pair) -> None:
         if pair.void:
-            print(f"  VOID: {pair.void}", flush=True)
+            print(f"{row.name}: VOID: {pair.void}", flush=True)
         elif pair.theirs is not None:
-            one = Outcome([pair], row.per_unit)
+            one, seconds = Outcome([pair], row.per_unit), [run.report["step_cpu"] for run in (pair.ours, pair.theirs)]
             print(
-                f"  step {pair.ours.report['step_cpu']:.2f} s against {pair.theirs.report['step_cpu']:.2f} s of CPU: "
-                f"{one.step_ratio:.2f}x; memory {one.memory_ratio:.2f}x",
+                f"{row.name}: step {seconds[0]:.2f} s against {seconds[1]:.2f} s of CPU: {one.step_ratio:.2f}x; "
+                f"memory {one.memory_ratio:.2f}x",
                 flush=True,
             )
 
@@ -64,11 +65,42 @@ def save(key: str, name: str, value: object) -> None:
         file.write("\n")
 
 
+def longest_first(names: list[str]) -> list[str]:
+    """The rows in the order in which several streams end soonest, by what they took the last time."""
+    saved = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and RESULTS.stat().st_size else {}
+
+    def seconds(name: str) -> float:
+        runs = [run for pair in saved.get(name, {"pairs": []})["pairs"] for run in (pair["ours"], pair["theirs"])]
+        return sum(run["wall"] for run in runs if run)
+
+    return sorted(names, key=seconds, reverse=True)
+
+
+def measure_all(names: list[str], pairs: int, streams: int, folder: Path) -> None:
+    """Measure the rows, as many at a time as there are streams."""
+    for peer in {BY_NAME[name].peer for name in names if name in BY_NAME}:
+        python_of(peer)  # built before anything is measured
+    command = [python_of(None), "-m", "benchmarks.materials", str(folder)]  # a large parent would count as its children
+    subprocess.run(command, cwd=OURS, check=True, stderr=subprocess.DEVNULL)
+    touch_memory()
+
+    def one(name: str) -> None:
+        if name == "scaling":
+            save("scaling", "points", measure_scaling(folder, [python_of(None)]))
+        else:
+            save("rows", name, measure(BY_NAME[name], pairs, folder).as_json())
+
+    with ThreadPoolExecutor(streams) as pool:
+        list(pool.map(one, longest_first(names) if streams > 1 else names))
+    save("machine", "now", {**machine(), "rows at a time": str(streams)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="rows to measure, or `scaling`")
     parser.add_argument("--all", action="store_true", help="every row, and scaling")
     parser.add_argument("--pairs", type=int, default=5, help="how often each side runs (default 5)")
+    parser.add_argument("--streams", type=int, default=1, help="rows measured at a time, each on one core (default 1)")
     parser.add_argument("--list", action="store_true", help="show the rows")
     parser.add_argument("--report", action="store_true", help="only write the report from what was measured")
     options = parser.parse_args()
@@ -76,21 +108,16 @@ def main() -> None:
     unknown = set(names) - {*BY_NAME, "scaling"}
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}; see --list")
+    for flag, value in (("--pairs", options.pairs), ("--streams", options.streams)):
+        if value < 1:
+            parser.error(f"{flag} {value}: give 1 or more")
     if options.list or not (names or options.report):
         for row in ROWS:
             print(f"{row.name:15} {row.work}, against {row.peer} ({row.setting})")
         print("scaling         ours alone: lengths, group sizes, vocabularies, share of the peak")
         return
-    folder = CACHE / "materials"
-    if names:  # in a process of its own: a large parent would count as memory of its children
-        command = [python_of(None), "-m", "benchmarks.materials", str(folder)]
-        subprocess.run(command, cwd=OURS, check=True, stderr=subprocess.DEVNULL)
-    for name in names:
-        if name == "scaling":
-            save("scaling", "points", measure_scaling(folder, [python_of(None)]))
-        else:
-            save("rows", name, measure(BY_NAME[name], options.pairs, folder).as_json())
-        save("machine", "now", machine())
+    if names:
+        measure_all(names, options.pairs, options.streams, CACHE / "materials")
     write_report(json.loads(RESULTS.read_text()), OURS / "docs")
 
 

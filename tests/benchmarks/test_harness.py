@@ -1,11 +1,13 @@
 """The harness on peers of a few lines: what disagrees is void, what crashes is shown."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import Outcome, Run, difference, in_turn, judge, run_process
+from benchmarks import run as run_of_rows
+from benchmarks.harness import Outcome, Run, difference, in_turn, judge, run_process, touch_memory
 from benchmarks.report import line, markdown
 from benchmarks.table import BY_NAME
 
@@ -73,3 +75,17 @@ def test_what_cannot_be_compared_differs(ours, theirs):
 
 def test_a_row_without_figures_says_so():
     assert "**not measured**" in line(BY_NAME["dpo"], Outcome([]))
+
+
+def test_streams_begin_with_what_took_longest(tmp_path, monkeypatch):
+    saved = {
+        "rows": {name: Outcome([judge(Run(wall=wall), None)]).as_json() for name, wall in (("sft", 3), ("kto", 9))}
+    }
+    monkeypatch.setattr(run_of_rows, "RESULTS", tmp_path / "benchmarks.json")
+    assert run_of_rows.longest_first(["dpo", "sft", "kto"]) == ["dpo", "sft", "kto"]
+    run_of_rows.RESULTS.write_text(json.dumps(saved))
+    assert run_of_rows.longest_first(["dpo", "sft", "kto"]) == ["kto", "sft", "dpo"]
+
+
+def test_memory_is_touched_in_a_process_of_its_own():
+    touch_memory(1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trl.models import head as heads
+from trl.models import linear_logprobs as tiled
 
 
 def plain(module, hidden, targets, scale, softcap, temperature):
@@ -20,8 +21,9 @@ def plain(module, hidden, targets, scale, softcap, temperature):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("trained", [True, False])
 def test_like_a_log_softmax(kept, softcap, trained, monkeypatch):
-    monkeypatch.setattr(heads, "KEPT_ELEMENTS", kept)
-    monkeypatch.setattr(heads, "chunk_rows", lambda vocabulary: 2)
+    monkeypatch.setattr(tiled, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(tiled, "MOST_ROWS", 4)
+    monkeypatch.setattr(tiled, "tiles", lambda *shape: [slice(0, 9), slice(9, 18), slice(18, 23)])
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 23).requires_grad_(trained)
     hidden, targets = torch.randn(7, 4, requires_grad=True), torch.randint(0, 23, (7,))
@@ -32,6 +34,20 @@ def test_like_a_log_softmax(kept, softcap, trained, monkeypatch):
     learned = [hidden, *(module.parameters() if trained else [])]
     ours, theirs = (torch.autograd.grad((weights * pair[0]).sum(), learned) for pair in (found, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 512, 2048])
+@pytest.mark.parametrize("vocabulary", [5, 32_000, 150_001])
+def test_tiles_cover_the_vocabulary_once_and_keep_their_size(rows, vocabulary):
+    words = tiled.tiles(rows, vocabulary, torch.device("cpu"))
+    assert [index for part in words for index in range(part.start, part.stop)] == list(range(vocabulary))
+    assert all(rows * (part.stop - part.start) <= tiled.CACHED_TILE for part in words)
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(0, []), (1, [1]), (4, [4]), (9, [3, 3, 3]), (10, [3, 3, 4])])
+def test_rows_are_cut_evenly(rows, sizes, monkeypatch):
+    monkeypatch.setattr(tiled, "MOST_ROWS", 4)
+    assert [part.stop - part.start for part in tiled.row_blocks(rows)] == sizes
 
 
 def test_far_logits_stay_finite():
@@ -47,7 +63,7 @@ def test_far_logits_stay_finite():
 
 @pytest.mark.parametrize("kept", [0, 10**6])
 def test_a_sure_token_keeps_its_small_slope_in_half_precision(kept, monkeypatch):
-    monkeypatch.setattr(heads, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(tiled, "KEPT_ELEMENTS", kept)
     module = torch.nn.Linear(1, 2).to(torch.bfloat16)
     module.weight.data[:] = torch.tensor([[8.0], [0.0]])
     module.bias.data.zero_()

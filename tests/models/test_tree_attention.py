@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl.data.packing import pack
-from trl.data.records import Branch, TokenTree
+from trl.data.records import Branch, Segment, TokenTree
 from trl.models.attention import segment_attention
 from trl.models.layout import TreeLayout
 from trl.models.tree_attention import takes, tree_attention
@@ -59,6 +59,31 @@ def test_skipped_queries_answer_nothing_and_learn_nothing(window):
             assert not out[:, [0, 5, 8, 14, 20]].any()
     for few, all_of_them in zip(*results, strict=True):
         torch.testing.assert_close(few, all_of_them, rtol=1e-10, atol=1e-10)
+
+
+def test_siblings_read_what_they_share_together():
+    layout, module = TreeLayout(pack(TREES).segments), object()
+    assert layout.parts(None, None) == [
+        (0, 5, [0], False),
+        (5, 8, [1], False),
+        (8, 12, [2], False),
+        (5, 12, [0], True),
+        (12, 20, [3], False),
+        (20, 23, [4], False),
+    ]
+    layout.read_only_at(module, [4, 6, 7, 8, 19])  # the first sibling is computed in part: nobody is left to share with
+    assert layout.parts(module, None)[:3] == [(4, 5, [0], False), (6, 8, [0, 1], False), (8, 12, [0, 2], False)]
+    assert not any(part.again for part in layout.parts(None, 3))
+
+
+def test_trees_of_trees():
+    segments = [Segment(0, 2, -1), Segment(2, 5, 0), Segment(5, 6, 1), Segment(6, 9, 1), Segment(9, 11, 0)]
+    layout = TreeLayout(segments)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 11, 8, dtype=torch.float64) for _ in range(3)]
+    plain = segment_attention(layout, *inputs, scale=None).transpose(1, 2)
+    torch.testing.assert_close(tree_attention(layout, None, *inputs, window=None, scale=None), plain)
+    assert [part for part in layout.parts(None, None) if part.again] == [(5, 9, [0, 1], True)]
 
 
 def test_other_kinds_are_left_to_the_plain_path():

@@ -49,14 +49,10 @@ class Place:
 
     def gradient(self) -> Tensor:
         """`weight.grad`; zeros where it was None."""
-        return self._grad() if self.weight.grad is not None else self._grad().zero_()
+        return self.uninitialised() if self.weight.grad is not None else self.uninitialised().zero_()
 
-    def add_product(self, left: Tensor, right: Tensor) -> None:
-        """Add a product of matrices, or put it down where there was nothing."""
-        first = self.weight.grad is None
-        self._grad().addmm_(left, right, beta=0 if first else 1)
-
-    def _grad(self) -> Tensor:
+    def uninitialised(self) -> Tensor:
+        """`weight.grad`; memory with anything in it where it was None."""
         if self.weight.grad is None:
             buffer = self.kept.get(self.weight)
             if buffer is None or sys.getrefcount(buffer) > UNSHARED:

@@ -5,12 +5,23 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trl.data.records import Segment
+
+
+class Part(NamedTuple):
+    """Queries that are computed together, and the segments whose keys they see in it."""
+
+    start: int
+    end: int
+    chain: list[int]
+    again: bool = False
+    """the queries see more keys in an earlier part"""
 
 
 class TreeLayout:
@@ -35,6 +46,25 @@ class TreeLayout:
         if self._narrow is not None and self._narrow[0] is module:
             return self._narrow[1]
         return [0] * len(self.segments)
+
+    def parts(self, module: Any, window: int | None) -> list[Part]:
+        """The attention of this module, cut so that siblings read what they share together.
+
+        A segment sees its whole chain in one part; siblings that are computed whole see themselves in a part each, and
+        what stands above them in one more. A window cuts each row's keys at a place of its own: nothing is shared then.
+        """
+        found, skipped = [], self.skipped(module)
+        order = range(len(self.segments))
+        for (parent, whole), run in groupby(order, lambda i: (self.segments[i].parent, not skipped[i])):
+            siblings = list(run)
+            shared = parent >= 0 and whole and window is None and len(siblings) > 1
+            for index in siblings:
+                start, end, _ = self.segments[index]
+                found.append(Part(start + skipped[index], end, [index] if shared else self.chains[index]))
+            if shared:
+                start, end = self.segments[siblings[0]].start, self.segments[siblings[-1]].end
+                found.append(Part(start, end, self.chains[parent], again=True))
+        return [part for part in found if part.start < part.end]
 
     @cached_property
     def chains(self) -> list[list[int]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trl.models.layout import TreeLayout
+from trl.models.layout import Part, TreeLayout
 
 # the kernel behind `scaled_dot_product_attention` on the CPU; it has a name of its own with its backward pass
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -22,65 +22,88 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return _backward is not None and same and query.device.type == "cpu" and query.dtype in _DTYPES
 
 
-def _joined(x: Tensor, layout: TreeLayout, index: int, heads: int) -> Tensor:
-    """What segment `index` sees of keys or values [1, H or fewer, N, D], a head for each query head."""
-    spans = [layout.segments[link] for link in layout.chains[index]]
-    parts = [x[:, :, start:end] for start, end, _ in spans]
+def _joined(x: Tensor, layout: TreeLayout, part: Part, heads: int) -> Tensor:
+    """What a part sees of keys or values [1, H or fewer, N, D], a head for each query head."""
+    parts = [x[:, :, slice(*layout.segments[link][:2])] for link in part.chain]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     repeats = heads // x.shape[1]
     return joined if repeats == 1 else joined.repeat_interleave(repeats, 1)
 
 
+def _mask(layout: TreeLayout, part: Part, keys: int, window: int | None, query: Tensor) -> tuple[Tensor | None, bool]:
+    """What to add to a part's scores, and whether the kernel masks the future by itself."""
+    if part.again:  # all of it is past
+        return None, False
+    bias = layout.bias(part.end - part.start, keys, window, query)
+    return bias, bias is None
+
+
+def _covered(parts: list[Part], total: int) -> bool:
+    """Whether every query is computed."""
+    return sum(part.end - part.start for part in parts if not part.again) == total
+
+
+def _merge(output: Tensor, logsum: Tensor, more: Tensor, more_logsum: Tensor) -> None:
+    """Attention over some keys, [1, H, Q, D] with [1, H, Q], becomes that over these and more, in place.
+
+    Each half is weighed with its share of the softmax's denominator.
+    """
+    whole = torch.logaddexp(logsum, more_logsum)
+    output.mul_((logsum - whole).exp_()[..., None]).addcmul_(more, (more_logsum - whole).exp_()[..., None])
+    logsum.copy_(whole)
+
+
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, skipped: list[int],
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, parts: list[Part],
         window: int | None, scale: float | None,
     ) -> Tensor:  # fmt: skip
         _, heads, total, width = query.shape
-        empty = query.new_zeros if any(skipped) else query.new_empty
-        output = empty(1, total, heads, width)
-        logsums: list[Tensor | None] = []
-        for index, (begin, end, _) in enumerate(layout.segments):
-            start = begin + skipped[index]
-            if start == end:
-                logsums.append(None)
-                continue
-            seen_keys, seen_values = (_joined(x, layout, index, heads) for x in (key, value))
-            bias = layout.bias(end - start, seen_keys.shape[2], window, query)
-            part, logsum = _forward(
-                query[:, :, start:end], seen_keys, seen_values, 0.0, bias is None, attn_mask=bias, scale=scale
+        output = (query.new_empty if _covered(parts, total) else query.new_zeros)(1, total, heads, width)
+        logsums = torch.empty(1, total, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+        for part in parts:
+            rows = slice(part.start, part.end)
+            seen_keys, seen_values = (_joined(x, layout, part, heads) for x in (key, value))
+            bias, causal = _mask(layout, part, seen_keys.shape[2], window, query)
+            of_part, logsum = _forward(
+                query[:, :, rows], seen_keys, seen_values, 0.0, causal, attn_mask=bias, scale=scale
             )
-            output[:, start:end] = part.transpose(1, 2)
-            logsums.append(logsum)
-        ctx.save_for_backward(query, key, value, output, *logsums)
-        ctx.layout, ctx.skipped, ctx.window, ctx.scale = layout, skipped, window, scale
+            if part.again:
+                _merge(output[:, rows].transpose(1, 2), logsums[:, rows].transpose(1, 2), of_part, logsum)
+            else:
+                output[:, rows], logsums[:, rows] = of_part.transpose(1, 2), logsum.transpose(1, 2)
+        ctx.save_for_backward(query, key, value, output, logsums)
+        ctx.layout, ctx.parts, ctx.window, ctx.scale = layout, parts, window, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, output, *logsums = ctx.saved_tensors
+        query, key, value, output, logsums = ctx.saved_tensors
         layout, heads = ctx.layout, query.shape[1]
-        grad_query = (torch.zeros_like if any(ctx.skipped) else torch.empty_like)(query)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for index, (begin, end, _) in enumerate(layout.segments):
-            start = begin + ctx.skipped[index]
-            if start == end:
-                continue
-            seen_keys, seen_values = (_joined(x, layout, index, heads) for x in (key, value))
-            bias = layout.bias(end - start, seen_keys.shape[2], ctx.window, query)
-            grad_query[:, :, start:end], *of_seen = _backward(
-                grad[:, start:end].transpose(1, 2), query[:, :, start:end], seen_keys, seen_values,
-                output[:, start:end].transpose(1, 2), logsums[index], 0.0, bias is None,
+        grad_query = (torch.empty_like if _covered(ctx.parts, query.shape[2]) else torch.zeros_like)(query)
+        for part in ctx.parts:
+            rows = slice(part.start, part.end)
+            seen_keys, seen_values = (_joined(x, layout, part, heads) for x in (key, value))
+            bias, causal = _mask(layout, part, seen_keys.shape[2], ctx.window, query)
+            # with the whole softmax's output and denominator, the gradient of each part of it is exact by itself
+            of_query, *of_seen = _backward(
+                grad[:, rows].transpose(1, 2), query[:, :, rows], seen_keys, seen_values,
+                output[:, rows].transpose(1, 2), logsums[:, rows].transpose(1, 2), 0.0, causal,
                 attn_mask=bias, scale=ctx.scale,
             )  # fmt: skip
-            for whole, part in zip((grad_key, grad_value), of_seen, strict=True):
-                part = part.unflatten(1, (whole.shape[1], -1)).sum(2) if heads != whole.shape[1] else part
-                spans = [layout.segments[link] for link in layout.chains[index]]
-                pieces = part.split([stop - first for first, stop, _ in spans], 2)
-                for (first, stop, _), piece in zip(spans, pieces, strict=True):
-                    whole[:, :, first:stop] += piece
+            if part.again:
+                grad_query[:, :, rows] += of_query
+            else:
+                grad_query[:, :, rows] = of_query
+            for whole, seen in zip((grad_key, grad_value), of_seen, strict=True):
+                seen = seen.unflatten(1, (whole.shape[1], -1)).sum(2) if heads != whole.shape[1] else seen
+                at = 0
+                for first, stop, _ in (layout.segments[link] for link in part.chain):
+                    whole[:, :, first:stop] += seen[:, :, at : at + stop - first]
+                    at += stop - first
         return grad_query, grad_key, grad_value, None, None, None, None
 
 
@@ -92,5 +115,5 @@ def tree_attention(
 
     Zeros at the queries that the layout lets `module` skip.
     """
-    skipped = layout.skipped(module)
-    return _TreeAttention.apply(query, key, value, layout, skipped, window, scale)  # type: ignore[no-any-return]
+    parts = layout.parts(module, window)
+    return _TreeAttention.apply(query, key, value, layout, parts, window, scale)  # type: ignore[no-any-return]

@@ -1,0 +1,263 @@
+"""Log-probabilities of a linear head and their gradients, a tile of logits at a time: `[S, V]` never exists whole.
+
+The vocabulary is walked in tiles that stay in the cache from the product that makes them to the sums and products that
+use them. What a softmax has to know of all tiles is carried along: the running maximum and sum of arXiv:1805.02867,
+algorithm 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trl.models.gradient_place import Place
+
+if TYPE_CHECKING:
+    from trl.models.head import Head
+
+CACHED_TILE = 2**18
+"""logits that exist at a time on a CPU, whose cache holds them (2 MiB)"""
+LARGE_TILE = 3 * 2**21
+"""the same on other devices, whose processors a tile has to fill (24 MiB)"""
+MOST_ROWS = 2**11
+"""rows of a tile: more of them would leave it few columns"""
+KEPT_ELEMENTS = 2**25
+"""exponentials of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
+
+
+def row_blocks(count: int) -> list[slice]:
+    """The rows, cut as evenly as may be into blocks of `MOST_ROWS` at most."""
+    number = -(-count // MOST_ROWS)
+    ends = [count * i // number for i in range(number + 1)] if number else []
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def tiles(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    """The vocabulary, cut so that a tile of so many rows has its size."""
+    elements = CACHED_TILE if device.type == "cpu" else LARGE_TILE
+    width = max(64, elements // rows // 64 * 64)
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear head and what follows it: logits = post(h Wᵀ + b) / temperature."""
+
+    weight: Tensor
+    bias: Tensor | None
+    head: Head
+    temperature: float
+
+    @property
+    def factor(self) -> float:
+        """d logits / d (h Wᵀ + b), but for the soft-cap."""
+        return self.head.scale / self.temperature
+
+    def logits(self, hidden_RD: Tensor, words: slice) -> Tensor:
+        """[R, words] in float32, in memory of their own."""
+        logits = F.linear(hidden_RD, self.weight[words], None if self.bias is None else self.bias[words]).float()
+        factor = self.factor if self.head.softcap is None else self.head.scale
+        if factor != 1.0:
+            logits = logits.mul_(factor)
+        if self.head.softcap is not None:
+            logits = logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap / self.temperature)
+        return logits
+
+    def capped(self, logits: Tensor) -> Tensor | None:
+        """The soft-cap's slope at these logits; None where there is no soft-cap."""
+        softcap = self.head.softcap
+        return None if softcap is None else 1 - (logits * (self.temperature / softcap)) ** 2
+
+
+class Targets:
+    """The target of each row, looked up in a tile. [R]"""
+
+    def __init__(self, ids_R: Tensor, words: slice):
+        width = words.stop - words.start
+        column = ids_R[:, None] - words.start
+        self.inside, self.column = (column >= 0) & (column < width), column.clamp(0, width - 1)
+
+    def read(self, tile: Tensor, otherwise_R: Tensor) -> Tensor:
+        """The tile's entries at the targets that lie in it."""
+        return torch.where(self.inside, tile.gather(1, self.column), otherwise_R[:, None]).squeeze(1)
+
+    def write(self, tile: Tensor, values_R: Tensor | float) -> None:
+        """Put the values where targets lie in the tile."""
+        values = values_R[:, None].to(tile.dtype) if isinstance(values_R, Tensor) else values_R
+        tile.scatter_(1, self.column, torch.where(self.inside, values, tile.gather(1, self.column)))
+
+
+class Softmax:
+    """What the tiles so far say of the softmaxes of some rows. [R] each"""
+
+    def __init__(self, rows: int, device: torch.device, want_entropy: bool):
+        self.peak = torch.full((rows,), float("-inf"), device=device)
+        self.total, self.mean, self.chosen = (torch.zeros(rows, device=device) for _ in range(3))
+        self.capped = torch.ones(rows, device=device)
+        self.want_entropy = want_entropy
+
+    def take(self, logits: Tensor, targets: Targets, capped: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add a tile. Returns exp(logits - peak) and what sums over earlier tiles are worth now; uses up the logits."""
+        self.chosen = targets.read(logits, self.chosen)
+        if capped is not None:
+            self.capped = targets.read(capped, self.capped)
+        peak = torch.maximum(self.peak, logits.amax(1))
+        rise = torch.where(self.total > 0, peak - self.peak, 0.0)  # the first tile has none before it
+        worth, self.peak = (-rise).exp(), peak
+        below = logits.sub_(peak[:, None])
+        exponentials = below.exp() if self.want_entropy else below.exp_()
+        if self.want_entropy:
+            self.mean = worth * (self.mean - rise * self.total) + below.mul_(exponentials).sum(1)
+        self.total = self.total * worth + exponentials.sum(1)
+        return exponentials, worth
+
+    def logprobs(self) -> Tensor:
+        """log p of the targets."""
+        return self.chosen - self.peak - self.total.log()
+
+    def entropies(self) -> Tensor:
+        """-sum p log p; 0 unless wanted."""
+        return self.total.log() - self.mean / self.total if self.want_entropy else self.mean
+
+    def target_slope(self) -> Tensor:
+        """d log p(target) / d its logit, with the soft-cap's slope: in float32 where half precision rounds p to 1."""
+        return -self.logprobs().expm1() * self.capped
+
+
+class HiddenGradient:
+    """d log p / d h of some rows, for a frozen head: summed while the logits are there. [R, D]"""
+
+    def __init__(self, linear: Linear, hidden_RD: Tensor):
+        self.linear, self.sum_RD = linear, torch.zeros_like(hidden_RD, dtype=torch.float32)
+
+    def take(
+        self, exponentials: Tensor, words: slice, targets: Targets, capped: Tensor | None, worth_R: Tensor
+    ) -> None:
+        """Add what the words of a tile say, but for the targets."""
+        slope = exponentials if capped is None else exponentials.mul_(capped)
+        targets.write(slope, 0.0)
+        add_product(self.sum_RD.mul_(worth_R[:, None]), slope, self.linear.weight[words])
+
+    def finished(self, softmax: Softmax, ids_R: Tensor) -> Tensor:
+        own = self.linear.weight[ids_R].float() * softmax.target_slope()[:, None]
+        return own.sub_(self.sum_RD / softmax.total[:, None]).mul_(self.linear.factor)
+
+
+def add_product(sum_RD: Tensor, slope: Tensor, weight: Tensor) -> None:
+    """sum += slope @ weight, where the sum is in float32 and the product in the weight's precision."""
+    if weight.dtype == torch.float32:
+        sum_RD.addmm_(slope, weight)
+    else:
+        sum_RD += slope.to(weight.dtype) @ weight
+
+
+class Kept:
+    """What the forward pass of a trained head leaves to its backward pass, as far as there is room."""
+
+    def __init__(self, room: int):
+        self.room = room
+        self.tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """of the tile at (row, word): exp(logits - peak) times the soft-cap's slope, and that peak"""
+
+    def fits(self, rows: int, words: slice) -> bool:
+        return rows * (words.stop - words.start) <= self.room
+
+    def take(
+        self, place: tuple[int, int], exponentials: Tensor, capped: Tensor | None, peak_R: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.room -= exponentials.numel()
+        slope = exponentials if capped is None else exponentials.mul_(capped)
+        self.tiles[place] = slope.to(dtype), peak_R
+
+
+class LinearLogprobs(torch.autograd.Function):
+    """log p of the targets and the entropies (not differentiable). [S], [S] float32
+
+    A frozen head needs only the gradient of h, known up to a factor for each row in the forward pass: the logits are
+    then computed once. A trained head keeps exponentials, and computes what found no room again in the backward pass.
+    Each pass over a tile counts, so all of them work in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head, temperature: float,
+        want_entropy: bool, learns: bool, place: Place | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        linear = Linear(weight, bias, head, temperature)
+        head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        frozen = learns and hidden.requires_grad and not head_trains
+        kept = Kept(KEPT_ELEMENTS if learns and head_trains else 0)
+        logprobs, entropies, peak, total, slope = torch.zeros(5, len(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden) if frozen else None
+        for rows in row_blocks(len(hidden)):
+            hidden_RD, ids_R = hidden[rows], ids[rows]
+            softmax = Softmax(len(hidden_RD), hidden.device, want_entropy)
+            of_hidden = HiddenGradient(linear, hidden_RD) if frozen else None
+            for words in tiles(len(hidden_RD), head.vocabulary, hidden.device):
+                keeps = kept.fits(len(hidden_RD), words)
+                logits, targets = linear.logits(hidden_RD, words), Targets(ids_R, words)
+                capped = linear.capped(logits) if learns else None
+                exponentials, worth_R = softmax.take(logits, targets, capped)
+                if of_hidden is not None:
+                    of_hidden.take(exponentials, words, targets, capped, worth_R)
+                elif keeps:
+                    kept.take((rows.start, words.start), exponentials, capped, softmax.peak, weight.dtype)
+            logprobs[rows], entropies[rows] = softmax.logprobs(), softmax.entropies()
+            peak[rows], total[rows], slope[rows] = softmax.peak, softmax.total, softmax.target_slope()
+            if gradient is not None and of_hidden is not None:
+                gradient[rows] = of_hidden.finished(softmax, ids_R)
+        ctx.linear, ctx.kept, ctx.place = linear, kept.tiles, place
+        ctx.save_for_backward(hidden, weight, bias, ids, gradient, peak, total, slope)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, ids, gradient, peak, total, slope = ctx.saved_tensors
+        if gradient is not None:
+            return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 8)
+        linear, grad_S = ctx.linear, grad_S * ctx.linear.factor
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        grad_weight, fresh = _weight_gradient(weight, ctx.place)
+        for rows in row_blocks(len(hidden)):
+            hidden_RD, grad_R = hidden[rows], grad_S[rows]
+            for words in tiles(len(hidden_RD), linear.head.vocabulary, hidden.device):
+                exponentials, peak_R = ctx.kept.pop((rows.start, words.start), None) or _again(
+                    linear, hidden_RD, words, peak[rows]
+                )
+                share_R = (peak_R - peak[rows]).exp() / total[rows]
+                tile = exponentials.mul_((-grad_R * share_R)[:, None])
+                Targets(ids[rows], words).write(tile, grad_R * slope[rows])
+                tile = tile.to(weight.dtype)
+                if grad_hidden is not None:
+                    add_product(grad_hidden[rows], tile, weight[words])
+                if grad_weight is not None:
+                    grad_weight[words].addmm_(tile.t(), hidden_RD, beta=0 if fresh and rows.start == 0 else 1)
+                if grad_bias is not None:
+                    grad_bias[words] += tile.sum(0)
+        given = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return given, None if ctx.place is not None else grad_weight, grad_bias, *[None] * 6
+
+
+def _again(linear: Linear, hidden_RD: Tensor, words: slice, peak_R: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - peak) of a tile times the soft-cap's slope, and the peak."""
+    logits = linear.logits(hidden_RD, words)
+    capped = linear.capped(logits)
+    exponentials = logits.sub_(peak_R[:, None]).exp_()
+    return exponentials if capped is None else exponentials.mul_(capped), peak_R
+
+
+def _weight_gradient(weight: Tensor, place: Place | None) -> tuple[Tensor | None, bool]:
+    """Where the gradient of the weight is summed, and whether what stands there counts for nothing."""
+    if place is not None:
+        fresh = place.weight.grad is None
+        return place.uninitialised(), fresh
+    return (torch.empty_like(weight), True) if weight.requires_grad else (None, True)
