@@ -7,6 +7,7 @@ import torch
 
 from trl.models import head as heads
 from trl.models import linear_logprobs as tiled
+from trl.models.gradient_place import in_place
 
 
 def plain(module, hidden, targets, scale, softcap, temperature):
@@ -71,3 +72,18 @@ def test_a_sure_token_keeps_its_small_slope_in_half_precision(kept, monkeypatch)
     heads.token_logprobs(heads.Head(module, 2), hidden, torch.tensor([0]))[0].sum().backward()
     expected = 1 / (1 + math.exp(8))  # 1 - p of the target, which bfloat16 cannot tell from 0 by a difference
     assert module.bias.grad.tolist() == pytest.approx([expected, -expected], rel=0.01)
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_no_scored_token_has_a_gradient_of_zero(placed):
+    module = torch.nn.Linear(3, 5)
+    with in_place(torch.device("cpu"), 1 if placed else 2):
+        junk = torch.full_like(module.weight, float("nan"))
+        del junk  # what fresh memory may hold
+        hidden = torch.zeros(0, 3, requires_grad=True)
+        logprobs, entropies = heads.token_logprobs(heads.Head(module, 5), hidden, torch.zeros(0, dtype=torch.long))
+        logprobs.sum().backward()
+    assert logprobs.shape == entropies.shape == (0,)
+    assert not module.weight.grad.any()
+    assert not module.bias.grad.any()
+    assert hidden.grad.shape == (0, 3)

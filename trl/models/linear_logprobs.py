@@ -226,7 +226,7 @@ class LinearLogprobs(torch.autograd.Function):
         linear, grad_S = ctx.linear, grad_S * ctx.linear.factor
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
-        grad_weight, fresh = _weight_gradient(weight, ctx.place)
+        grad_weight, fresh = _weight_gradient(weight, ctx.place, len(hidden))
         for rows in row_blocks(len(hidden)):
             hidden_RD, grad_R = hidden[rows], grad_S[rows]
             for words in tiles(len(hidden_RD), linear.head.vocabulary, hidden.device):
@@ -255,8 +255,11 @@ def _again(linear: Linear, hidden_RD: Tensor, words: slice, peak_R: Tensor) -> t
     return exponentials if capped is None else exponentials.mul_(capped), peak_R
 
 
-def _weight_gradient(weight: Tensor, place: Place | None) -> tuple[Tensor | None, bool]:
-    """Where the gradient of the weight is summed, and whether what stands there counts for nothing."""
+def _weight_gradient(weight: Tensor, place: Place | None, rows: int) -> tuple[Tensor | None, bool]:
+    """Where the gradient of the weight is summed, and whether what stands there is to be overwritten."""
+    if not rows:  # nothing will be written
+        empty = torch.zeros_like(weight) if weight.requires_grad else None
+        return (empty if place is None else place.gradient()), False
     if place is not None:
         fresh = place.weight.grad is None
         return place.uninitialised(), fresh
