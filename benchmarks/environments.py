@@ -20,6 +20,7 @@ PEERS = {
         "pyarrow==14.0.2",
         "numpy<2",
     ],
+    "transformers 5.23.0": [TORCH, "transformers==5.23.0", "accelerate==1.15.0"],
 }
 OURS = Path(__file__).resolve().parent.parent
 
@@ -31,8 +32,8 @@ def folder_of(peer: str) -> Path:
 
 
 def python_of(peer: str | None) -> str:
-    """The interpreter of a peer, built if need be; that of this process for None, or for a library of our own side."""
-    if peer is None or peer not in PEERS:
+    """The interpreter of a peer, built if need be; that of this process for None."""
+    if peer is None:
         return sys.executable
     folder = folder_of(peer)
     python, done = folder / "bin" / "python", folder / "DONE"

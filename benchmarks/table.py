@@ -14,7 +14,7 @@ class Row:
     name: str
     work: str
     peer: str | None
-    """a key of `environments.PEERS`, or a library of our own environment; None: nobody does the same"""
+    """a key of `environments.PEERS`; None: nobody does the same"""
     setting: str
     """how the peer is set up, in words"""
     job: str
@@ -42,7 +42,7 @@ KTO = "KTO step: 16 rows, prompt ~200, completion ~60"
 GRPO = "GRPO step: 8 prompts x 8, prompt ~200, 64 new tokens, beta 0.04, generation included"
 DRAWN = "GRPO step: the same, completions that end by themselves (mean ~25, at most 64)"
 PPO = "PPOTrainer.step: batch 32, mini 8, 4 epochs, prompt ~100, response ~40"
-NOW, OLD = "trl 1.16.0", "trl 0.7.7"
+NOW, OLD, PLAIN_GENERATION = "trl 1.16.0", "trl 0.7.7", "transformers 5.23.0"
 NO_CHECKPOINTS = {"gradient_checkpointing": False}
 PLAIN = "defaults (float32)"
 BEST = "checkpointing off"
@@ -97,8 +97,8 @@ ROWS = [
     Row(
         "sampling",
         "Sampling: 8 prompts x 8, 48 tokens each, greedy",
-        "transformers.generate",
-        "defaults",
+        PLAIN_GENERATION,
+        "`generate`",
         "sample_local",
         "sample_generate",
         ours={"tokens": 48},
@@ -108,8 +108,8 @@ ROWS = [
     Row(
         "sampling-drawn",
         "Sampling: 8 prompts x 8, completions that end by themselves (mean ~27, at most 128)",
-        "transformers.generate",
-        "defaults",
+        PLAIN_GENERATION,
+        "`generate`",
         "sample_local",
         "sample_generate",
         ours={"tokens": 128, "drawn": True},
