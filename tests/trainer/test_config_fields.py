@@ -97,7 +97,7 @@ SHOWN = {
     "precompute_ref_log_probs": ("test_dpo_trainer", "test_precomputed_equals_live"),
     "precompute_ref_batch_size": ("test_dpo_trainer", "test_precomputed_equals_live"),
     "ref_model_init_kwargs": ("test_dpo_trainer", "test_a_reference_of_its_own_by_object_or_name"),
-    "generate_during_eval": ("test_dpo_trainer", "test_samples_of_an_evaluation"),
+    "generate_during_eval": ("test_dpo_eval_samples", "test_samples_of_an_evaluation"),
     "disable_dropout": ("test_dpo_trainer", "test_pad_token_and_dropout"),
     "dataset_num_proc": ("test_config_fields", "test_how_rows_are_tokenised_is_handed_on"),
     "dataset_batch_size": ("test_config_fields", "test_how_rows_are_tokenised_is_handed_on"),

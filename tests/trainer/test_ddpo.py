@@ -1,10 +1,11 @@
+"""DDPO: its objective, rewards, training, resuming, on every kind of pipeline."""
+
 import asyncio
 import os
 import random
 import subprocess
 import sys
 import threading
-import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from ddpo_cases import build, digit_prompt, letters_prompt, recorded, trainer
 from tiny_diffusion import tiny_stable_diffusion
 
 from trl.models.ddim import denoise
@@ -20,7 +22,6 @@ from trl.models.modeling_sd_base import DefaultDDPOStableDiffusionPipeline
 from trl.rewards.images import brightness
 from trl.trainer.ddpo_config import DDPOConfig
 from trl.trainer.ddpo_files import latest_checkpoint
-from trl.trainer.ddpo_trainer import DDPOTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -34,137 +35,6 @@ def _fresh_accelerator():
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
     return tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
-
-
-def build(kind, directory=None):
-    if kind == "digits":
-        torch.manual_seed(1)
-        return DDPODigitsPipeline(digits_unet(8), DigitsTextEncoder(32))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "If you are aware that the pretrained model has no lora weights")
-        return DefaultDDPOStableDiffusionPipeline(str(directory), use_lora=kind == "lora")
-
-
-def digit_prompt():
-    return str(random.randrange(10)), {"number": np.random.rand()}
-
-
-def letters_prompt():
-    return random.choice(["cat", "dog"]), {}
-
-
-def config(tmp_path, **keywords):
-    defaults = {
-        "num_epochs": 2, "mixed_precision": "no", "logdir": str(tmp_path / "logs"), "sample_num_steps": 3,
-        "sample_batch_size": 2, "train_batch_size": 1, "sample_num_batches_per_epoch": 2, "train_learning_rate": 1e-3,
-    }  # fmt: skip
-    return DDPOConfig(**{**defaults, **keywords})
-
-
-def trainer(tmp_path, pipeline=None, reward=brightness, prompt=digit_prompt, hook=lambda *_: None, **keywords):
-    built = DDPOTrainer(config(tmp_path, **keywords), reward, prompt, pipeline or build("digits"), hook)
-    built.sd_pipeline.set_progress_bar_config(disable=True)
-    return built
-
-
-def recorded(trainer):
-    """The list that everything logged will be appended to."""
-    seen, log = [], trainer.accelerator.log
-
-    def keep(values, step=None):
-        seen.append({**values, "step": step})
-        log(values, step)
-
-    trainer.accelerator.log = keep
-    return seen
-
-
-# --- config -------------------------------------------------------------------------------------------------------
-
-
-def test_defaults_are_those_of_the_release():
-    expected = {
-        "run_name": "", "seed": 0, "log_with": None, "tracker_kwargs": {}, "accelerator_kwargs": {},
-        "project_kwargs": {}, "tracker_project_name": "trl", "logdir": "logs", "num_epochs": 100, "save_freq": 1,
-        "num_checkpoint_limit": 5, "mixed_precision": "fp16", "allow_tf32": True, "resume_from": "",
-        "sample_num_steps": 50, "sample_eta": 1.0, "sample_guidance_scale": 5.0, "sample_batch_size": 1,
-        "sample_num_batches_per_epoch": 2, "train_batch_size": 1, "train_use_8bit_adam": False,
-        "train_learning_rate": 3e-4, "train_adam_beta1": 0.9, "train_adam_beta2": 0.999,
-        "train_adam_weight_decay": 1e-4, "train_adam_epsilon": 1e-8, "train_gradient_accumulation_steps": 1,
-        "train_max_grad_norm": 1.0, "train_num_inner_epochs": 1, "train_cfg": True, "train_adv_clip_max": 5,
-        "train_clip_range": 1e-4, "train_timestep_fraction": 1.0, "per_prompt_stat_tracking": False,
-        "per_prompt_stat_tracking_buffer_size": 16, "per_prompt_stat_tracking_min_count": 16,
-        "async_reward_computation": False, "max_workers": 2, "negative_prompts": "",
-    }  # fmt: skip
-    assert DDPOConfig(exp_name="test").to_dict() == {"exp_name": "test", **expected}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num_epochs": 0}, {"sample_batch_size": 0}, {"max_workers": 0}, {"sample_eta": 0.0}, {"train_clip_range": 0.0},
-        {"mixed_precision": "fp8"}, {"train_timestep_fraction": 1.5}, {"train_timestep_fraction": 0.01},
-        {"negative_prompts": ["a", "b"]},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_wrong_values_name_themselves(wrong):
-    (name, value) = next(iter(wrong.items()))
-    with pytest.raises(ValueError) as error:
-        DDPOConfig(**wrong)
-    assert name in str(error.value)
-    assert repr(value) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_warnings_of_the_config():
-    with pytest.warns(UserWarning, match="only supports image logging"):
-        DDPOConfig(log_with="mlflow")
-    with pytest.warns(UserWarning, match="ratios do not start at 1"):
-        DDPOConfig(train_cfg=False)
-    DDPOConfig(train_cfg=False, sample_guidance_scale=1.0)
-
-
-def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl.trainer.ddpo_config.is_torchvision_available", lambda: False)
-    monkeypatch.setattr("trl.trainer.ddpo_config.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ImportError, match="bitsandbytes"):
-        DDPOConfig(train_use_8bit_adam=True)
-    with pytest.warns(UserWarning, match="torchvision"):
-        DDPOConfig(log_with="wandb")
-    monkeypatch.setattr("trl.trainer.ddpo_setup.get_available_trackers", list)
-    with pytest.raises(ImportError, match="log_with='tensorboard'"):
-        trainer(tmp_path, log_with="tensorboard")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_half_precision_on_a_cpu_says_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match="mixed_precision='fp16': needs a GPU; on a CPU choose 'no'"):
-        trainer(tmp_path, mixed_precision="fp16")
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"sample_batch_size": 1, "train_batch_size": 2}, r"\(1\) must be greater than or equal to .* \(2\)"),
-        ({"sample_batch_size": 3, "train_batch_size": 2}, r"\(3\) must be divisible by .* \(2\)"),
-        ({"train_gradient_accumulation_steps": 3}, r"samples per epoch \(4\) must be divisible by .* \(3\)"),
-    ],
-)
-def test_sizes_that_do_not_fit(tmp_path, sizes, message):
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, **sizes)
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_a_cpu_keeps_its_precision(tmp_path, allowed):
-    trainer(tmp_path, allow_tf32=allowed)
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_no_hook_is_said(tmp_path):
-    with pytest.warns(UserWarning, match="No image_samples_hook provided"):
-        trainer(tmp_path, hook=None)
 
 
 # --- the objective ------------------------------------------------------------------------------------------------

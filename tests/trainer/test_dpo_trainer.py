@@ -2,43 +2,23 @@
 
 import json
 import math
-import sys
-import types
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from conformity import causal_lm, history, pairs, tokenizer, weights
+from dpo_cases import COLUMNS, config, plain, trainer_of
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from tokenizers_for_tests import gpt2_words_tokenizer, word_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from trl import DPOConfig, DPOTrainer, ORPOConfig, ORPOTrainer
+from trl import DPOTrainer
 from trl.data.collators import DPODataCollatorWithPadding
 from trl.trainer.dpo_config import DPO_LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not set in the DPOTrainer's init.*:UserWarning")
-PLAIN = {
-    "per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
-    "save_strategy": "no", "learning_rate": 1e-2, "lr_scheduler_type": "constant", "seed": 3,
-}  # fmt: skip
-COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
-
-
-def config(tmp_path, **more):
-    return DPOConfig(output_dir=str(tmp_path), **{**PLAIN, **more})
-
-
-def plain(tmp_path, **more):
-    return TrainingArguments(output_dir=str(tmp_path), **{**PLAIN, **more})
-
-
-def trainer_of(args, rows=None, model=None, ref_model=None, **more):
-    rows = pairs() if rows is None else rows
-    more.setdefault("processing_class", tokenizer())
-    return DPOTrainer(model or causal_lm(), ref_model, args=args, train_dataset=rows, **more)
 
 
 # -- released numbers -------------------------------------------------------------------------
@@ -443,47 +423,6 @@ def test_compute_metrics_sees_rewards(tmp_path):
     )  # fmt: skip
     metrics = trainer.evaluate()
     assert metrics["eval_right"] == pytest.approx(1 - metrics["eval_rewards/accuracies"], abs=1e-6)
-
-
-# -- samples during evaluation ----------------------------------------------------------------
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    """A stand-in that keeps what is logged."""
-    stub = types.ModuleType("wandb")
-    stub.__spec__ = types.SimpleNamespace(name="wandb")
-    stub.run, stub.logged = object(), []
-    stub.Table = lambda columns, rows: {"columns": columns, "rows": rows}
-    stub.log = stub.logged.append
-    monkeypatch.setitem(sys.modules, "wandb", stub)
-    monkeypatch.setattr("trl.trainer.pair_trainer.is_wandb_available", lambda: True)
-    return stub
-
-
-@pytest.mark.parametrize("kind", ["dpo", "orpo"])
-def test_samples_of_an_evaluation(kind, wandb, tmp_path):
-    more = {"generate_during_eval": True, "max_completion_length": 4, "per_device_eval_batch_size": 2}
-    rows = pairs().select(range(4))
-    if kind == "dpo":
-        trainer = trainer_of(config(tmp_path, **more), ref_model=causal_lm(seed=5), eval_dataset=rows)
-    else:
-        args = ORPOConfig(output_dir=str(tmp_path), **{**PLAIN, **more})
-        trainer = ORPOTrainer(causal_lm(), args, None, pairs(), rows, tokenizer())
-    trainer.evaluate()
-    (logged,) = wandb.logged
-    table = logged["game_log"]
-    assert table["columns"] == ["Prompt", "Policy", "Ref Model"]
-    assert len(table["rows"]) == 2
-    prompts = {prompt.strip() for prompt in rows["prompt"]}
-    assert all(prompt in prompts and policy for prompt, policy, _ in table["rows"])
-    assert all(bool(reference) == (kind == "dpo") for *_, reference in table["rows"])
-
-
-def test_samples_without_wandb(monkeypatch, tmp_path):
-    monkeypatch.setattr("trl.trainer.pair_trainer.is_wandb_available", lambda: False)
-    with pytest.raises(ValueError, match="Please install `wandb` to resolve"):
-        trainer_of(config(tmp_path, generate_during_eval=True))
 
 
 def test_pad_token_and_dropout(tmp_path):
