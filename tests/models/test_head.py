@@ -87,3 +87,15 @@ def test_no_scored_token_has_a_gradient_of_zero(placed):
     assert not module.weight.grad.any()
     assert not module.bias.grad.any()
     assert hidden.grad.shape == (0, 3)
+
+
+def test_words_that_never_come_may_fill_tiles(monkeypatch):
+    monkeypatch.setattr(tiled, "tiles", lambda *shape: [slice(0, 2), slice(2, 4), slice(4, 6)])
+    module = torch.nn.Linear(2, 6)
+    module.bias.data[:] = torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, -torch.inf])
+    module.weight.data.zero_()
+    hidden = torch.ones(1, 2, requires_grad=True)
+    logprobs, _ = heads.token_logprobs(heads.Head(module, 6), hidden, torch.tensor([2]))
+    logprobs.sum().backward()
+    assert logprobs.item() == pytest.approx(math.log(0.5))
+    assert module.bias.grad.tolist() == [0, 0, 0.5, -0.5, 0, 0]

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from trl.models.head import Head
 
 CACHED_TILE = 2**18
-"""logits that exist at a time on a CPU, whose cache holds them (2 MiB)"""
+"""logits that exist at a time on a CPU, whose cache holds them (1 MiB)"""
 LARGE_TILE = 3 * 2**21
 """the same on other devices, whose processors a tile has to fill (24 MiB)"""
-MOST_ROWS = 2**11
+MOST_ROWS = 2**10
 """rows of a tile: more of them would leave it few columns"""
 KEPT_ELEMENTS = 2**25
 """exponentials of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
@@ -97,7 +97,7 @@ class Softmax:
     """What the tiles so far say of the softmaxes of some rows. [R] each"""
 
     def __init__(self, rows: int, device: torch.device, want_entropy: bool):
-        self.peak = torch.full((rows,), float("-inf"), device=device)
+        self.peak = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
         self.total, self.mean, self.chosen = (torch.zeros(rows, device=device) for _ in range(3))
         self.capped = torch.ones(rows, device=device)
         self.want_entropy = want_entropy
@@ -134,7 +134,7 @@ class HiddenGradient:
     """d log p / d h of some rows, for a frozen head: summed while the logits are there. [R, D]"""
 
     def __init__(self, linear: Linear, hidden_RD: Tensor):
-        self.linear, self.sum_RD = linear, torch.zeros_like(hidden_RD, dtype=torch.float32)
+        self.linear, self.sum_RD = linear, wide_zeros(hidden_RD)
 
     def take(
         self, exponentials: Tensor, words: slice, targets: Targets, capped: Tensor | None, worth_R: Tensor
@@ -149,12 +149,18 @@ class HiddenGradient:
         return own.sub_(self.sum_RD / softmax.total[:, None]).mul_(self.linear.factor)
 
 
+def wide_zeros(like: Tensor) -> Tensor:
+    """Where products in half precision are summed: in float32."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
 def add_product(sum_RD: Tensor, slope: Tensor, weight: Tensor) -> None:
-    """sum += slope @ weight, where the sum is in float32 and the product in the weight's precision."""
-    if weight.dtype == torch.float32:
+    """sum += slope @ weight, the product in the weight's precision."""
+    slope = slope.to(weight.dtype)
+    if weight.dtype == sum_RD.dtype:
         sum_RD.addmm_(slope, weight)
     else:
-        sum_RD += slope.to(weight.dtype) @ weight
+        sum_RD += slope @ weight
 
 
 class Kept:
@@ -224,7 +230,7 @@ class LinearLogprobs(torch.autograd.Function):
         if gradient is not None:
             return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 8)
         linear, grad_S = ctx.linear, grad_S * ctx.linear.factor
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_hidden = wide_zeros(hidden) if ctx.needs_input_grad[0] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         grad_weight, fresh = _weight_gradient(weight, ctx.place, len(hidden))
         for rows in row_blocks(len(hidden)):

@@ -132,9 +132,7 @@ class PPOTrainer(BaseTrainer):
             model, optimizer, collator, dataloader, lr_scheduler
         )
         self.value_model = None if value_model is None else self.accelerator.prepare(value_model)
-        self.ref_model = ref_model
-        if ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self.reference = Reference(self.model, self.ref_model)
         self.actor = ActorCritic(self.model, self.value_model, self.config.temperature)
 
