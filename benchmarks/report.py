@@ -88,9 +88,10 @@ def line(row: Row, outcome: Outcome) -> list[Any]:
     ]
 
 
-def pair_lines(row: Row, outcome: Outcome) -> list[str]:
+def pair_line(row: Row, saved: Mapping[str, Any]) -> str:
+    outcome = Outcome.from_json(saved)
     ratios = " ".join(f"{ratio:.2f}" for ratio in outcome.ratios(lambda run: run.cost(outcome.per_unit)))
-    return [f"- `{row.name}`: {ratios or 'none'}"]
+    return f"- `{row.name}` ({saved.get('revision') or 'unknown commit'}): {ratios or 'none'}"
 
 
 def scaling_lines(points: list[dict[str, Any]]) -> list[str]:
@@ -139,13 +140,13 @@ def markdown(saved: Mapping[str, Any], notes: str = "") -> str:
     lines = [HEAD, "![Ratios](benchmarks.png)", "", table_row(head), "|" + "---|" * len(head)]
     lines += [table_row(line(row, outcomes.get(row.name, Outcome([])))) for row in ROWS]  # what is missing shows, too
     shown = [row for row in ROWS if row.name in outcomes]
-    lines += ["", "Ratio of CPU seconds, pair by pair:", ""]
-    for row in shown:
-        lines += pair_lines(row, outcomes[row.name])
+    lines += ["", "Ratio of CPU seconds, pair by pair, and the commit that was measured:", ""]
+    lines += [pair_line(row, saved["rows"][row.name]) for row in shown]
     if notes:
         lines += ["", notes.strip()]
     if "scaling" in saved:
-        lines += ["", SCALING, *scaling_lines(saved["scaling"]["points"])]
+        commit = saved["scaling"].get("revision") or "unknown"
+        lines += ["", SCALING, f"Measured at commit {commit}.", "", *scaling_lines(saved["scaling"]["points"])]
     lines += ["", "## Machine and versions", ""]
     lines += [f"- {name}: {value}" for name, value in saved.get("machine", {}).get("now", {}).items()]
     return "\n".join(lines) + "\n"

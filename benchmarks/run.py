@@ -65,6 +65,12 @@ def save(key: str, name: str, value: object) -> None:
         file.write("\n")
 
 
+def revision() -> str:
+    """The commit that is measured, and whether files differ from it; empty without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, cwd=OURS, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def longest_first(names: list[str]) -> list[str]:
     """The rows in the order in which several streams end soonest, by what they took the last time."""
     saved = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and RESULTS.stat().st_size else {}
@@ -86,9 +92,10 @@ def measure_all(names: list[str], pairs: int, streams: int, folder: Path) -> Non
 
     def one(name: str) -> None:
         if name == "scaling":
+            save("scaling", "revision", revision())
             save("scaling", "points", measure_scaling(folder, [python_of(None)]))
         else:
-            save("rows", name, measure(BY_NAME[name], pairs, folder).as_json())
+            save("rows", name, {"revision": revision(), **measure(BY_NAME[name], pairs, folder).as_json()})
 
     with ThreadPoolExecutor(streams) as pool:
         list(pool.map(one, longest_first(names) if streams > 1 else names))

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import run as run_of_rows
 from benchmarks.harness import Outcome, Run, difference, in_turn, judge, run_process, touch_memory
-from benchmarks.report import line, markdown
+from benchmarks.report import line, markdown, pair_line
 from benchmarks.table import BY_NAME
 
 WRITES = """
@@ -89,3 +89,9 @@ def test_streams_begin_with_what_took_longest(tmp_path, monkeypatch):
 
 def test_memory_is_touched_in_a_process_of_its_own():
     touch_memory(1e-4)
+
+
+def test_each_row_names_the_commit_it_was_measured_at():
+    saved = Outcome([judge(Run(report={"step_cpu": 1.0}), Run(report={"step_cpu": 3.0}))]).as_json()
+    assert pair_line(BY_NAME["dpo"], {"revision": "abc1234", **saved}) == "- `dpo` (abc1234): 3.00"
+    assert pair_line(BY_NAME["dpo"], saved) == "- `dpo` (unknown commit): 3.00"
