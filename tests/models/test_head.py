@@ -99,3 +99,11 @@ def test_words_that_never_come_may_fill_tiles(monkeypatch):
     logprobs.sum().backward()
     assert logprobs.item() == pytest.approx(math.log(0.5))
     assert module.bias.grad.tolist() == [0, 0, 0.5, -0.5, 0, 0]
+
+
+def test_words_beyond_the_named_vocabulary_count_as_the_model_counts_them():
+    module = torch.nn.Linear(2, 4, bias=False)
+    logprobs, _ = heads.token_logprobs(heads.Head(module, 3), torch.zeros(1, 2), torch.tensor([0]))
+    logprobs.sum().backward()
+    assert logprobs.item() == pytest.approx(math.log(1 / 4))
+    assert not module.weight.grad.any()

@@ -205,7 +205,7 @@ class LinearLogprobs(torch.autograd.Function):
             hidden_RD, ids_R = hidden[rows], ids[rows]
             softmax = Softmax(len(hidden_RD), hidden.device, want_entropy)
             of_hidden = HiddenGradient(linear, hidden_RD) if frozen else None
-            for words in tiles(len(hidden_RD), head.vocabulary, hidden.device):
+            for words in tiles(len(hidden_RD), len(weight), hidden.device):
                 keeps = kept.fits(len(hidden_RD), words)
                 logits, targets = linear.logits(hidden_RD, words), Targets(ids_R, words)
                 capped = linear.capped(logits) if learns else None
@@ -235,7 +235,7 @@ class LinearLogprobs(torch.autograd.Function):
         grad_weight, fresh = _weight_gradient(weight, ctx.place, len(hidden))
         for rows in row_blocks(len(hidden)):
             hidden_RD, grad_R = hidden[rows], grad_S[rows]
-            for words in tiles(len(hidden_RD), linear.head.vocabulary, hidden.device):
+            for words in tiles(len(hidden_RD), len(weight), hidden.device):
                 exponentials, peak_R = ctx.kept.pop((rows.start, words.start), None) or _again(
                     linear, hidden_RD, words, peak[rows]
                 )
