@@ -27,6 +27,7 @@ LARGE_TILE = 3 * 2**21
 """the same on other devices, whose processors a tile has to fill (24 MiB)"""
 MOST_ROWS = 2**10
 """rows of a tile: more of them would leave it few columns"""
+LOWEST = torch.finfo(torch.float32).min
 KEPT_ELEMENTS = 2**25
 """exponentials of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
 
@@ -59,9 +60,23 @@ class Linear:
         """d logits / d (h Wᵀ + b), but for the soft-cap."""
         return self.head.scale / self.temperature
 
-    def logits(self, hidden_RD: Tensor, words: slice) -> Tensor:
-        """[R, words] in float32, in memory of their own."""
-        logits = F.linear(hidden_RD, self.weight[words], None if self.bias is None else self.bias[words]).float()
+    def memory(self, hidden: Tensor, rows: int, width: int) -> Tensor | None:
+        """Room for the logits of one tile after the other, which so stays in the cache; None where a type changes."""
+        same = hidden.dtype == self.weight.dtype == torch.float32
+        if not same or torch.is_autocast_enabled(hidden.device.type):
+            return None
+        return hidden.new_empty(rows * width)
+
+    def logits(self, hidden_RD: Tensor, words: slice, memory: Tensor | None) -> Tensor:
+        """[R, words] in float32, in `memory` or in memory of their own."""
+        weight, bias = self.weight[words], None if self.bias is None else self.bias[words]
+        if memory is None:
+            logits = F.linear(hidden_RD, weight, bias).float()
+        else:
+            logits = memory[: len(hidden_RD) * len(weight)].view(len(hidden_RD), len(weight))
+            torch.mm(hidden_RD, weight.t(), out=logits)
+            if bias is not None:
+                logits += bias
         factor = self.factor if self.head.softcap is None else self.head.scale
         if factor != 1.0:
             logits = logits.mul_(factor)
@@ -75,46 +90,42 @@ class Linear:
         return None if softcap is None else 1 - (logits * (self.temperature / softcap)) ** 2
 
 
-class Targets:
-    """The target of each row, looked up in a tile. [R]"""
-
-    def __init__(self, ids_R: Tensor, words: slice):
-        width = words.stop - words.start
-        column = ids_R[:, None] - words.start
-        self.inside, self.column = (column >= 0) & (column < width), column.clamp(0, width - 1)
-
-    def read(self, tile: Tensor, otherwise_R: Tensor) -> Tensor:
-        """The tile's entries at the targets that lie in it."""
-        return torch.where(self.inside, tile.gather(1, self.column), otherwise_R[:, None]).squeeze(1)
-
-    def write(self, tile: Tensor, values_R: Tensor | float) -> None:
-        """Put the values where targets lie in the tile."""
-        values = values_R[:, None].to(tile.dtype) if isinstance(values_R, Tensor) else values_R
-        tile.scatter_(1, self.column, torch.where(self.inside, values, tile.gather(1, self.column)))
+def targets_of(ids_R: Tensor, walked: list[slice]) -> list[tuple[Tensor, Tensor]]:
+    """Of each tile the rows whose target lies in it, and these targets' columns."""
+    ordered, rows = ids_R.sort()
+    starts = ids_R.new_tensor([words.start for words in walked])
+    tile = torch.bucketize(ordered, starts, right=True) - 1
+    counts = tile.bincount(minlength=len(walked)).tolist()
+    return list(zip(rows.split(counts), (ordered - starts[tile]).split(counts), strict=True))
 
 
 class Softmax:
     """What the tiles so far say of the softmaxes of some rows. [R] each"""
 
     def __init__(self, rows: int, device: torch.device, want_entropy: bool):
-        self.peak = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
+        self.peak = torch.full((rows,), LOWEST, device=device)
         self.total, self.mean, self.chosen = (torch.zeros(rows, device=device) for _ in range(3))
         self.capped = torch.ones(rows, device=device)
         self.want_entropy = want_entropy
 
-    def take(self, logits: Tensor, targets: Targets, capped: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add a tile. Returns exp(logits - peak) and what sums over earlier tiles are worth now; uses up the logits."""
-        self.chosen = targets.read(logits, self.chosen)
+    def take(
+        self, logits: Tensor, targets: tuple[Tensor, Tensor], capped: Tensor | None, keeps: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add a tile. Returns exp(logits - peak) and what sums over earlier tiles are worth now; uses up the logits.
+
+        keeps: the exponentials get memory of their own.
+        """
+        self.chosen[targets[0]] = logits[targets]
         if capped is not None:
-            self.capped = targets.read(capped, self.capped)
+            self.capped[targets[0]] = capped[targets]
         peak = torch.maximum(self.peak, logits.amax(1))
-        rise = torch.where(self.total > 0, peak - self.peak, 0.0)  # the first tile has none before it
-        worth, self.peak = (-rise).exp(), peak
+        rise, self.peak = peak - self.peak, peak
+        worth = (-rise).exp_()
         below = logits.sub_(peak[:, None])
-        exponentials = below.exp() if self.want_entropy else below.exp_()
+        exponentials = below.exp() if keeps or self.want_entropy else below.exp_()
         if self.want_entropy:
             self.mean = worth * (self.mean - rise * self.total) + below.mul_(exponentials).sum(1)
-        self.total = self.total * worth + exponentials.sum(1)
+        self.total = torch.addcmul(exponentials.sum(1), self.total, worth)
         return exponentials, worth
 
     def logprobs(self) -> Tensor:
@@ -137,11 +148,11 @@ class HiddenGradient:
         self.linear, self.sum_RD = linear, wide_zeros(hidden_RD)
 
     def take(
-        self, exponentials: Tensor, words: slice, targets: Targets, capped: Tensor | None, worth_R: Tensor
+        self, exponentials: Tensor, words: slice, targets: tuple[Tensor, Tensor], capped: Tensor | None, worth_R: Tensor
     ) -> None:
         """Add what the words of a tile say, but for the targets."""
         slope = exponentials if capped is None else exponentials.mul_(capped)
-        targets.write(slope, 0.0)
+        slope[targets] = 0.0
         add_product(self.sum_RD.mul_(worth_R[:, None]), slope, self.linear.weight[words])
 
     def finished(self, softmax: Softmax, ids_R: Tensor) -> Tensor:
@@ -205,11 +216,13 @@ class LinearLogprobs(torch.autograd.Function):
             hidden_RD, ids_R = hidden[rows], ids[rows]
             softmax = Softmax(len(hidden_RD), hidden.device, want_entropy)
             of_hidden = HiddenGradient(linear, hidden_RD) if frozen else None
-            for words in tiles(len(hidden_RD), len(weight), hidden.device):
+            walked = tiles(len(hidden_RD), len(weight), hidden.device)
+            memory = linear.memory(hidden, len(hidden_RD), walked[0].stop)
+            for words, targets in zip(walked, targets_of(ids_R, walked), strict=True):
                 keeps = kept.fits(len(hidden_RD), words)
-                logits, targets = linear.logits(hidden_RD, words), Targets(ids_R, words)
+                logits = linear.logits(hidden_RD, words, memory)
                 capped = linear.capped(logits) if learns else None
-                exponentials, worth_R = softmax.take(logits, targets, capped)
+                exponentials, worth_R = softmax.take(logits, targets, capped, keeps)
                 if of_hidden is not None:
                     of_hidden.take(exponentials, words, targets, capped, worth_R)
                 elif keeps:
@@ -234,14 +247,15 @@ class LinearLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         grad_weight, fresh = _weight_gradient(weight, ctx.place, len(hidden))
         for rows in row_blocks(len(hidden)):
-            hidden_RD, grad_R = hidden[rows], grad_S[rows]
-            for words in tiles(len(hidden_RD), len(weight), hidden.device):
+            hidden_RD, grad_R, target_R = hidden[rows], grad_S[rows], grad_S[rows] * slope[rows]
+            walked = tiles(len(hidden_RD), len(weight), hidden.device)
+            for words, targets in zip(walked, targets_of(ids[rows], walked), strict=True):
                 exponentials, peak_R = ctx.kept.pop((rows.start, words.start), None) or _again(
                     linear, hidden_RD, words, peak[rows]
                 )
                 share_R = (peak_R - peak[rows]).exp() / total[rows]
                 tile = exponentials.mul_((-grad_R * share_R)[:, None])
-                Targets(ids[rows], words).write(tile, grad_R * slope[rows])
+                tile[targets] = target_R[targets[0]].to(tile.dtype)
                 tile = tile.to(weight.dtype)
                 if grad_hidden is not None:
                     add_product(grad_hidden[rows], tile, weight[words])
@@ -255,7 +269,7 @@ class LinearLogprobs(torch.autograd.Function):
 
 def _again(linear: Linear, hidden_RD: Tensor, words: slice, peak_R: Tensor) -> tuple[Tensor, Tensor]:
     """exp(logits - peak) of a tile times the soft-cap's slope, and the peak."""
-    logits = linear.logits(hidden_RD, words)
+    logits = linear.logits(hidden_RD, words, None)
     capped = linear.capped(logits)
     exponentials = logits.sub_(peak_R[:, None]).exp_()
     return exponentials if capped is None else exponentials.mul_(capped), peak_R
