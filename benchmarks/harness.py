@@ -134,6 +134,13 @@ class Outcome:
         return median(self.ratios(lambda run: run.cost(self.per_unit)))
 
     @property
+    def later_ratio(self) -> float | None:
+        """Of the steps after the first, where there are any."""
+        if not all("later_cpu" in run.report for pair in self.counted for run in (pair.ours, pair.theirs) if run):
+            return None
+        return median(self.ratios(lambda run: run.report["later_cpu"]))
+
+    @property
     def process_ratio(self) -> float:
         return median(self.ratios(lambda run: run.cpu))
 

@@ -22,9 +22,10 @@ both sides run the very same script (`benchmarks/jobs/`).
 
 - **Seconds** are CPU seconds (user + system) of one step: from the start of training to the end of the last step,
   divided by the steps, so imports and the loading of model and data are not in them, but everything that happens only
-  in the first step is. **Ratios** are theirs over ours, the median over the pairs. *Whole* is the ratio of the CPU
-  seconds of the whole processes, imports included; *wall* that of the steps' wall time, which other work on the machine
-  disturbs. **Memory** is the largest resident size of the process.
+  in the first step is. **Ratios** are theirs over ours, the median over the pairs. *Later* is the ratio of the steps
+  after the first, which alone pays for the optimizer's states and other new memory; *whole* that of the whole
+  processes, imports included; *wall* that of the steps' wall time, which other work on the machine disturbs. **Memory**
+  is the largest resident size of the process.
 - **The gate.** Both report what they computed: losses and log-probabilities before and after the first update, or the
   tokens. Where these differ by more than 1e-3 (relative), or a side crashes, the row is void and says so. Where lengths
   are drawn at random the two draw different ones: cost is then taken for each completion token.
@@ -64,7 +65,7 @@ def line(row: Row, outcome: Outcome) -> list[Any]:
     work, against = row.work, f"{row.peer}, {row.setting}"
     if outcome.void:
         why = f"**void**: {outcome.void.replace('|', '/')}" if outcome.pairs else "**not measured**"
-        return [work, against, *["-"] * 7, why, len(outcome.pairs)]
+        return [work, against, *["-"] * 8, why, len(outcome.pairs)]
     seconds = [outcome.median_of(side, lambda run: run.report["step_cpu"]) for side in ("ours", "theirs")]
     memory = [outcome.median_of(side, lambda run: run.memory_mb) for side in ("ours", "theirs")]
     digits = 2 if seconds[0] < 1 else 1
@@ -79,6 +80,7 @@ def line(row: Row, outcome: Outcome) -> list[Any]:
         against,
         *(f"{value:.{digits}f}" for value in seconds),
         f"**{outcome.step_ratio:.1f}x**",
+        "-" if outcome.later_ratio is None else f"{outcome.later_ratio:.1f}x",
         f"{outcome.process_ratio:.1f}x",
         f"{outcome.wall_ratio:.1f}x",
         f"{memory[0]:.0f} / {memory[1]:.0f}",
@@ -130,6 +132,7 @@ def markdown(saved: Mapping[str, Any], notes: str = "") -> str:
         "ours, s",
         "theirs, s",
         "ratio",
+        "later",
         "whole",
         "wall",
         "memory, MB",

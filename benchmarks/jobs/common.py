@@ -76,17 +76,21 @@ class Clock:
     """CPU and wall seconds from `start` to `stop`, and the memory that the process held before and at most."""
 
     def start(self) -> None:
-        self.before = peak_mb()
+        self.before, self.ends = peak_mb(), []
         self.cpu, self.wall = time.process_time(), time.perf_counter()
 
     def stop(self, steps: int) -> dict[str, float]:
-        cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
+        """At the end of each step, with their number so far."""
+        self.ends.append(time.process_time())
+        cpu, wall = self.ends[-1] - self.cpu, time.perf_counter() - self.wall
+        later = {"later_cpu": (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)} if len(self.ends) > 1 else {}
         return {
             "steps": steps,
             "step_cpu": cpu / steps,
             "step_wall": wall / steps,
             "memory_before_mb": self.before,
             "memory_mb": peak_mb(),
+            **later,
         }
 
 

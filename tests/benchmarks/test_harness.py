@@ -95,3 +95,13 @@ def test_each_row_names_the_commit_it_was_measured_at():
     saved = Outcome([judge(Run(report={"step_cpu": 1.0}), Run(report={"step_cpu": 3.0}))]).as_json()
     assert pair_line(BY_NAME["dpo"], {"revision": "abc1234", **saved}) == "- `dpo` (abc1234): 3.00"
     assert pair_line(BY_NAME["dpo"], saved) == "- `dpo` (unknown commit): 3.00"
+
+
+def test_steps_after_the_first_have_a_ratio_of_their_own():
+    ours, theirs = Run(report={"step_cpu": 2.0, "later_cpu": 1.0}), Run(report={"step_cpu": 6.0, "later_cpu": 5.0})
+    both = Outcome([judge(ours, theirs)])
+    assert both.later_ratio == 5.0
+    assert line(BY_NAME["sft"], both)[4:6] == ["**3.0x**", "5.0x"]
+    alone = Outcome([judge(Run(report={"step_cpu": 2.0}), theirs)])
+    assert alone.later_ratio is None
+    assert line(BY_NAME["sft"], alone)[5] == "-"
