@@ -98,10 +98,13 @@ def test_each_row_names_the_commit_it_was_measured_at():
 
 
 def test_steps_after_the_first_have_a_ratio_of_their_own():
-    ours, theirs = Run(report={"step_cpu": 2.0, "later_cpu": 1.0}), Run(report={"step_cpu": 6.0, "later_cpu": 5.0})
+    common = {"step_wall": 1.0}
+    ours, theirs = (
+        Run(1.0, 1.0, 1.0, {"step_cpu": step, "later_cpu": later, **common}) for step, later in ((2.0, 1.0), (6.0, 5.0))
+    )
     both = Outcome([judge(ours, theirs)])
     assert both.later_ratio == 5.0
     assert line(BY_NAME["sft"], both)[4:6] == ["**3.0x**", "5.0x"]
-    alone = Outcome([judge(Run(report={"step_cpu": 2.0}), theirs)])
+    alone = Outcome([judge(Run(1.0, 1.0, 1.0, {"step_cpu": 2.0, **common}), theirs)])
     assert alone.later_ratio is None
     assert line(BY_NAME["sft"], alone)[5] == "-"

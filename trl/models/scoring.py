@@ -20,6 +20,7 @@ from trl.models.gradient_place import lookup
 from trl.models.head import Head, head_of, logprobs_and_entropy, token_logprobs
 from trl.models.last_layer import last_layer, only_at
 from trl.models.norms import fused_norms
+from trl.models.rotary import fused_rotary
 from trl.models.stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,13 @@ def _run_packed(model: nn.Module, packed: PackedBatch, positions: Tensor) -> Non
     if layer is not None and layer.attention is not None:
         layout.read_only_at(layer.attention, positions.tolist())
     few = () if layer is None else layer.by_position
-    with inside_tree(), fused_norms(network), only_at(few, positions, total), lookup(network.get_input_embeddings()):
+    with (
+        inside_tree(),
+        fused_norms(network),
+        fused_rotary(network),
+        only_at(few, positions, total),
+        lookup(network.get_input_embeddings()),
+    ):
         model(input_ids=packed.ids_N[None], position_ids=packed.position_N[None], tree=layout, use_cache=False)
 
 
