@@ -182,8 +182,9 @@ def chart(saved: Mapping[str, Any], path: Path) -> None:
     axes.barh(places, values, color="#4c78a8", height=0.6)
     for place, row, value in zip(places, shown, values, strict=True):
         axes.plot([row.target] * 2, [place - 0.38, place + 0.38], color="#e45756", linewidth=2)
-        axes.text(value, place, f" {value:.1f}x", va="center", fontsize=8)
-    axes.set_yticks(places, [f"{row.work.split(':')[0]}\n{row.peer}, {row.setting}" for row in shown], fontsize=7)
+        beside = row.target if value < row.target else value  # the mark is not to cross the figure
+        axes.text(beside, place, f" {value:.1f}x", va="center", fontsize=8)
+    axes.set_yticks(places, [f"{row.name}\n{row.peer}, {row.setting}" for row in shown], fontsize=7)
     axes.axvline(1, color="#888888", linewidth=0.8)
     axes.set_xlabel("CPU seconds of a step, theirs over ours (red: target)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -66,9 +66,13 @@ def save(key: str, name: str, value: object) -> None:
 
 
 def revision() -> str:
-    """The commit that is measured, and whether files differ from it; empty without git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, cwd=OURS, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit that is measured, and whether files other than the results differ from it; empty without git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=OURS, capture_output=True, text=True, check=False).stdout.strip()
+
+    differs = git("status", "--porcelain", "--", ".", ":!docs/benchmarks*")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if differs else "")
 
 
 def longest_first(names: list[str]) -> list[str]:

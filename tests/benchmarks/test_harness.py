@@ -1,6 +1,7 @@
 """The harness on peers of a few lines: what disagrees is void, what crashes is shown."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,3 +109,18 @@ def test_steps_after_the_first_have_a_ratio_of_their_own():
     alone = Outcome([judge(Run(1.0, 1.0, 1.0, {"step_cpu": 2.0, **common}), theirs)])
     assert alone.later_ratio is None
     assert line(BY_NAME["sft"], alone)[5] == "-"
+
+
+def test_results_that_are_written_do_not_count_as_changes_of_what_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_of_rows, "OURS", tmp_path)
+    assert run_of_rows.revision() == ""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "code.py").write_text("one")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (tmp_path / "docs" / "benchmarks.json").write_text("{}")
+    assert len(run_of_rows.revision()) >= 7
+    assert not run_of_rows.revision().endswith("-dirty")
+    (tmp_path / "code.py").write_text("two")
+    assert run_of_rows.revision().endswith("-dirty")
