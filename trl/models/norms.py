@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trl.models.stand_in import stand_in
+from trl.models.stand_in import computes_again, stand_in
 
 _plain: dict[type[nn.Module], bool] = {}
 """classes of norms, and whether they compute `rms_norm`"""
@@ -47,12 +47,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @contextmanager
 def fused_norms(network: nn.Module) -> Iterator[None]:
     """Within it the norms of a network on the CPU in float32 are `rms_norm`, where that is what they compute."""
-    modules = list(network.modules())
-    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
-        yield  # activations are computed again later, when this is over, and have to be kept in the same way
+    if computes_again(network):
+        yield
         return
     with ExitStack() as stack:
-        for module in modules:
+        for module in network.modules():
             if type(module).__name__.endswith("RMSNorm") and _is_plain(module):
                 stack.enter_context(stand_in(module, _forward(module)))
         yield

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trl.models.stand_in import computes_again
+
 NAME = "apply_rotary_pos_emb"
 """what transformers' model files call it; they look it up in their own file at each call"""
 _inside: ContextVar[bool] = ContextVar("fused_rotary", default=False)
@@ -54,13 +56,12 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 @contextmanager
 def fused_rotary(network: nn.Module) -> Iterator[None]:
     """Within it a network on the CPU in float32 turns by `rotate`, where its own function does the same."""
-    modules = list(network.modules())
-    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
-        yield  # as with norms: what is computed again has to keep the same tensors
+    if computes_again(network):
+        yield
         return
-    for file in {type(module).__module__ for module in modules} - _seen:
+    for file in {type(module).__module__ for module in network.modules()} - _seen:
         _seen.add(file)
-        original = vars(sys.modules.get(file, sys)).get(NAME)
+        original = getattr(sys.modules.get(file), NAME, None)
         if original is not None and _is_plain(original):
             setattr(sys.modules[file], NAME, _either(original))
     token = _inside.set(True)

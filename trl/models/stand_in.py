@@ -21,3 +21,8 @@ def stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own  # type: ignore[method-assign]
+
+
+def computes_again(network: nn.Module) -> bool:
+    """Whether layers are computed again in the backward pass, when a stand-in would be gone."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
