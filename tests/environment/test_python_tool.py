@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from trl.environment.tools import PythonInterpreterTool
 from trl.environment.tools import python as python_tool
+from trl.environment.tools import python_process
 
 SECRET = "the-secret-of-the-trainer"
 EVERY_LOCK = {"all": ("limits", "kernel", "modules", "hook"), "no kernel": ("limits", "modules", "hook")}
@@ -155,6 +156,19 @@ def test_a_program_that_closes_its_output_is_stopped():
     tool = PythonInterpreterTool(timeout=1)
     assert tool("import sys\nprint(1)\nsys.stdout.close()\nwhile True: pass") == "1\nTimeoutError: stopped after 1 s"
     assert tool("import sys\nprint(1)\nsys.stdout.close()") == "1"
+
+
+def test_a_program_is_stopped_also_when_nobody_looked_at_the_clock(monkeypatch):
+    readable = python_process._readable
+
+    def late(*args, **kwargs):
+        time.sleep(2.5)  # the limit of CPU time kills the program meanwhile
+        return readable(*args, **kwargs)
+
+    tool = PythonInterpreterTool(timeout=1)
+    assert tool("1") == "1"
+    monkeypatch.setattr(python_process, "_readable", late)
+    assert tool("while True: pass") == "TimeoutError: stopped after 1 s"
 
 
 def test_huge_output_is_cut(run):

@@ -76,6 +76,8 @@ class Interpreter:
             ended = "SIGKILL"
         if len(output) > most:
             ended = "too long"
+        elif ended == "SIGKILL" and time.monotonic() >= deadline:
+            ended = "timed out"  # this process was late, so the limit of CPU time came before the clock
         if ended in ("timed out", "too long", "SIGKILL"):
             self.close()
         return bytes(output[:most]), ended

@@ -58,7 +58,7 @@ OS_KEPT = """
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Close door 1. `memory`: bytes beyond what is in use now."""
+    """Close door 1. `seconds`: of CPU time, more than the clock allows; `memory`: bytes beyond what is in use now."""
     try:
         with open("/proc/self/statm", encoding="ascii") as numbers:
             in_use = int(numbers.read().split()[0]) * resource.getpagesize()
