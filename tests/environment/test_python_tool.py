@@ -12,9 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl.environment.tools import PythonInterpreterTool
+from trl.environment.tools import PythonInterpreterTool, python_process
 from trl.environment.tools import python as python_tool
-from trl.environment.tools import python_process
 
 SECRET = "the-secret-of-the-trainer"
 EVERY_LOCK = {"all": ("limits", "kernel", "modules", "hook"), "no kernel": ("limits", "modules", "hook")}
