@@ -60,6 +60,7 @@ def test_unasked_only_what_can_be_cut_is_cut():
 
 
 def test_only_a_single_process_on_the_cpu_cuts_unasked():
-    assert unasked_budget(torch.device("cpu"), 1) == 768
+    assert unasked_budget(torch.device("cpu"), 1) == 1536
+    assert unasked_budget(torch.device("cpu"), 1, mostly_scored=True) == 768
     assert unasked_budget(torch.device("cpu"), 2) is None
     assert unasked_budget(torch.device("cuda"), 1) is None

@@ -348,7 +348,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
-        budget = unasked_budget(self.args.device, self.args.world_size)
+        budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
         if budget is None or self._path is not None:
             return self._collate(rows)
         return collated(self._collate, rows.in_pieces(budget))
