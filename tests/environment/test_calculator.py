@@ -49,11 +49,11 @@ def test_whole_numbers_stay_exact_on_request():
 )  # fmt: skip
 def test_refuses(expression, reason):
     for tool in (calculate, exactly):
-        began = time.monotonic()
+        began = time.process_time()
         with pytest.raises(ValueError, match="cannot compute") as caught:
             tool(expression)
         assert reason in str(caught.value) or reason == "too large"
-        assert time.monotonic() - began < 0.5
+        assert time.process_time() - began < 0.5
 
 
 NAMES = "sqrt factorial round log exp pi e min gcd __import__ eval open exec globals x __class__"
@@ -78,10 +78,10 @@ expressions = st.one_of(st.recursive(leaves, grown, max_leaves=20), st.text(max_
 
 
 def stays_inside(expression: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with contextlib.suppress(ValueError):
         float(exactly(expression))
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
