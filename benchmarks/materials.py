@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from benchmarks.flops import HEADS, INNER, LAYERS, VOCABULARY, WIDTH
+
 EOS, FIRST_WORD = 2, 3  # 0 pads, 1 is unknown
 VERSION = 5  # raise it whenever anything below changes
-WIDTH, LAYERS, HEADS = 384, 6, 6
 
 
 def config(vocabulary: int, **changes: Any) -> LlamaConfig:
@@ -21,7 +22,7 @@ def config(vocabulary: int, **changes: Any) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
-        intermediate_size=1024,
+        intermediate_size=INNER,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
@@ -63,7 +64,7 @@ def lengths(rng: random.Random, mean: int) -> int:
     return max(4, min(3 * mean, round(rng.lognormvariate(0, 0.4) * mean / 1.08)))
 
 
-def words(rng: random.Random, mean: int, vocabulary: int = 32_000) -> list[int]:
+def words(rng: random.Random, mean: int, vocabulary: int = VOCABULARY) -> list[int]:
     return [rng.randrange(FIRST_WORD, vocabulary) for _ in range(lengths(rng, mean))]
 
 
@@ -88,11 +89,11 @@ def prepare(folder: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _policy(32_000).save_pretrained(folder / "policy")
+    _policy(VOCABULARY).save_pretrained(folder / "policy")
     _policy(150_000).save_pretrained(folder / "policy-150k")
-    _that_stops(_policy(32_000)).save_pretrained(folder / "stopping")
+    _that_stops(_policy(VOCABULARY)).save_pretrained(folder / "stopping")
     torch.manual_seed(1)
-    LlamaForSequenceClassification(config(32_000, num_labels=1)).save_pretrained(folder / "reward")
+    LlamaForSequenceClassification(config(VOCABULARY, num_labels=1)).save_pretrained(folder / "reward")
     torch.save({"weight": torch.randn(1, WIDTH) * 0.2, "bias": torch.zeros(1)}, folder / "value_head.pt")
     (folder / "rows.json").write_text(json.dumps(rows()))
     marker.write_text(str(VERSION))

@@ -4,11 +4,13 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.environments import PEERS, folder_of, python_of, versions
 from benchmarks.harness import Outcome
-from benchmarks.table import ROWS, Row
+from benchmarks.scaling import useful_gflop
+from benchmarks.table import BY_NAME, ROWS, USEFUL_TARGET, Row
 
 HEAD = """# Measured against the peers
 
@@ -105,7 +107,7 @@ def scaling_lines(points: list[dict[str, Any]]) -> list[str]:
         if point["error"]:
             lines.append(table_row([*shape, *["-"] * 6, point["error"].replace("|", "/")]))
             continue
-        rate = point["useful_gflop"] / point["step_cpu"]
+        rate = useful_gflop(point) / point["step_cpu"]
         lines.append(
             table_row(
                 [
@@ -120,6 +122,24 @@ def scaling_lines(points: list[dict[str, Any]]) -> list[str]:
                 ]
             )
         )
+    return lines
+
+
+def useful_lines(
+    gflop: Mapping[str, float], outcomes: Mapping[str, Outcome], points: list[dict[str, Any]]
+) -> list[str]:
+    """The share of the processor's peak that useful operations reach in steps of training."""
+    peak = median(point["peak_gflops"] for point in points if not point["error"])
+    lines = [table_row(["work", "useful GFLOP", "s a step", "useful GFLOP/s", "peak", "share", "target"])]
+    lines.append("|" + "---|" * 7)
+    for name, useful in gflop.items():
+        outcome = outcomes.get(name, Outcome([]))
+        if outcome.void:
+            continue
+        seconds = outcome.median_of("ours", lambda run: run.report["step_cpu"])
+        share = useful / seconds / peak
+        cells = [f"{useful:.0f}", f"{seconds:.1f}", f"{useful / seconds:.0f}", f"{peak:.0f}", f"{share:.0%}"]
+        lines.append(table_row([BY_NAME[name].work, *cells, _against(100 * USEFUL_TARGET, 100 * share, " %")]))
     return lines
 
 
@@ -148,8 +168,9 @@ def markdown(saved: Mapping[str, Any], notes: str = "") -> str:
     if notes:
         lines += ["", notes.strip()]
     if "scaling" in saved:
-        commit = saved["scaling"].get("revision") or "unknown"
-        lines += ["", SCALING, f"Measured at commit {commit}.", "", *scaling_lines(saved["scaling"]["points"])]
+        points, commit = saved["scaling"]["points"], saved["scaling"].get("revision") or "unknown"
+        lines += ["", SCALING, f"Measured at commit {commit}.", "", *scaling_lines(points)]
+        lines += ["", USEFUL, *useful_lines(saved.get("useful", {}).get("gflop", {}), outcomes, points)]
     lines += ["", "## Machine and versions", ""]
     lines += [f"- {name}: {value}" for name, value in saved.get("machine", {}).get("now", {}).items()]
     return "\n".join(lines) + "\n"
@@ -159,9 +180,15 @@ SCALING = """## How the cost of ours grows
 
 A reference pass, a policy pass and a backward pass over trees of one shape. *Tokens of the rows* is what a trainer
 without sharing would compute (before padding). Useful work is what the mathematics needs: products with the weights for
-each packed token, attention inside the tree, the head at scored positions, and twice that for the backward pass;
-anything computed again is not counted. The peak is the best single-precision product of 1024 x 1024 matrices, measured
-in the same process just before and after.
+each packed token, attention inside the tree, the last layer (but for its keys and values) and the head where a logit is
+wanted, and twice that for the backward pass; anything computed again is not counted. The peak is the best
+single-precision product of 1024 x 1024 matrices, measured in the same process just before and after.
+"""
+
+USEFUL = """## Useful work of a training step
+
+The same count for the steps of the first table, from the lengths of their rows, over the seconds of the whole step:
+data, optimizer and the first touch of memory included. The peak is the median of those above.
 """
 
 

@@ -11,6 +11,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks import flops
 from benchmarks.environments import CACHE, OURS, python_of
 from benchmarks.harness import Outcome, Pair, Run, in_turn, run_process, touch_memory
 from benchmarks.report import machine, write_report
@@ -103,6 +104,7 @@ def measure_all(names: list[str], pairs: int, streams: int, folder: Path) -> Non
 
     with ThreadPoolExecutor(streams) as pool:
         list(pool.map(one, longest_first(names) if streams > 1 else names))
+    save("useful", "gflop", flops.steps(json.loads((folder / "rows.json").read_text())))
     save("machine", "now", {**machine(), "rows at a time": str(streams)})
 
 

@@ -1,10 +1,11 @@
 """How the cost of ours grows with lengths, group size and vocabulary, and what share of the processor it uses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environments import OURS
+from benchmarks.flops import Tree, step_gflop
 from benchmarks.harness import run_process
 
 LENGTHS = [
@@ -21,6 +22,12 @@ VOCABULARIES = [
     for vocabulary in (32_000, 150_000)
 ]
 POINTS = [*LENGTHS, *GROUPS, *VOCABULARIES]
+
+
+def useful_gflop(point: Mapping[str, Any]) -> float:
+    """What the mathematics of a point's step needs."""
+    tree = Tree(point["prompt"], [point["completion"]] * point["group"])
+    return step_gflop([tree] * point["prompts"], reference=True, vocabulary=point["vocabulary"])
 
 
 def measure_scaling(folder: Path, command: Sequence[str]) -> list[dict[str, Any]]:

@@ -122,4 +122,7 @@ ROWS = [
     Row("import", "`import trl`", NOW, "defaults", "imports", seconds_target=0.1),
     Row("help", "`trl --help`", NOW, "defaults", "help", seconds_target=0.5),
 ]
+USEFUL_TARGET = 0.6
+"""share of the processor's peak that the useful operations of a step of SFT or DPO reach, at least"""
+
 BY_NAME = {row.name: row for row in ROWS}

@@ -26,19 +26,6 @@ def sgemm_peak() -> float:
     return best
 
 
-def useful_flops(config: object, packed: object) -> float:
-    """Of one forward pass: products with the weights, attention inside the tree, the head at scored positions."""
-    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    tokens, scored = len(packed.ids_N), len(packed.row_S)
-    seen = 0
-    for start, end, parent in packed.segments:
-        own = end - start
-        before = 0 if parent < 0 else packed.segments[parent].end - packed.segments[parent].start
-        seen += own * before + own * (own + 1) // 2
-    weights = layers * (4 * width**2 + 3 * width * inner)
-    return 2 * weights * tokens + 4 * width * layers * seen + 2 * width * config.vocab_size * scored
-
-
 vocabulary = SETTINGS["vocabulary"]
 name = "policy" if vocabulary == 32_000 else "policy-150k"
 policy = AutoModelForCausalLM.from_pretrained(FOLDER / name)
@@ -72,7 +59,6 @@ for _ in range(STEPS):
     step()
 measured = clock.stop(STEPS)
 peak = max(peak, sgemm_peak())
-useful = 4 * useful_flops(policy.config, packed) / 1e9  # two forward passes, and a backward pass of twice one
 rows_tokens = SETTINGS["prompts"] * SETTINGS["group"] * (SETTINGS["prompt"] + SETTINGS["completion"])
 shape = {"tokens": len(packed.ids_N), "rows_tokens": rows_tokens, "scored": len(packed.row_S)}
-report({}, {**measured, **shape, "useful_gflop": useful, "peak_gflops": peak})
+report({}, {**measured, **shape, "peak_gflops": peak})
