@@ -28,7 +28,9 @@ def test_a_tree_counted_by_hand():
 def test_a_shared_prompt_is_computed_once():
     pair, apart = forward_flops([Tree(200, [60, 60])]), forward_flops([Tree(200, [60]), Tree(200, [60])])
     assert 0.5 < pair / apart < 0.8
-    assert step_gflop([Tree(9, [9])], reference=True) == pytest.approx(step_gflop([Tree(9, [9])], reference=False) * 4 / 3)
+    assert step_gflop([Tree(9, [9])], reference=True) == pytest.approx(
+        step_gflop([Tree(9, [9])], reference=False) * 4 / 3
+    )
 
 
 def test_products_are_those_that_a_pass_computes():
