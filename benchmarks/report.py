@@ -128,13 +128,17 @@ def scaling_lines(points: list[dict[str, Any]]) -> list[str]:
 def useful_lines(
     gflop: Mapping[str, float], outcomes: Mapping[str, Outcome], points: list[dict[str, Any]]
 ) -> list[str]:
-    """The share of the processor's peak that useful operations reach in steps of training."""
-    peak = median(point["peak_gflops"] for point in points if not point["error"])
+    """The share of the processor's peak that useful operations reach in steps of training; none without a peak."""
+    peaks = [point["peak_gflops"] for point in points if not point["error"]]
+    if not peaks:
+        return ["**Not measured**: no row above has a peak."]
+    peak = median(peaks)
     lines = [table_row(["work", "useful GFLOP", "s a step", "useful GFLOP/s", "peak", "share", "target"])]
     lines.append("|" + "---|" * 7)
     for name, useful in gflop.items():
         outcome = outcomes.get(name, Outcome([]))
         if outcome.void:
+            lines.append(table_row([BY_NAME[name].work, f"{useful:.0f}", *["-"] * 4, "**void or not measured**"]))
             continue
         seconds = outcome.median_of("ours", lambda run: run.report["step_cpu"])
         share = useful / seconds / peak
@@ -170,7 +174,8 @@ def markdown(saved: Mapping[str, Any], notes: str = "") -> str:
     if "scaling" in saved:
         points, commit = saved["scaling"]["points"], saved["scaling"].get("revision") or "unknown"
         lines += ["", SCALING, f"Measured at commit {commit}.", "", *scaling_lines(points)]
-        lines += ["", USEFUL, *useful_lines(saved.get("useful", {}).get("gflop", {}), outcomes, points)]
+        if "useful" in saved:
+            lines += ["", USEFUL, *useful_lines(saved["useful"]["gflop"], outcomes, points)]
     lines += ["", "## Machine and versions", ""]
     lines += [f"- {name}: {value}" for name, value in saved.get("machine", {}).get("now", {}).items()]
     return "\n".join(lines) + "\n"

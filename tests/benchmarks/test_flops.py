@@ -70,4 +70,7 @@ def test_the_share_of_the_peak_is_shown_with_its_target():
     lines = useful_lines({"sft": 300.0, "dpo": 300.0}, {"sft": taken(4.0), "dpo": taken(6.0)}, points)
     assert lines[2].endswith("| 300 | 4.0 | 75 | 100 | 75% | 60 % met |")
     assert lines[3].endswith("| 300 | 6.0 | 50 | 100 | 50% | 60 % **missed** |")
-    assert len(useful_lines({"sft": 300.0}, {}, points)) == 2
+    assert useful_lines({"sft": 300.0}, {}, points)[2].endswith("| 300 | - | - | - | - | **void or not measured** |")
+    assert useful_lines({"sft": 300.0}, {"sft": taken(4.0)}, [{"error": "killed"}]) == [
+        "**Not measured**: no row above has a peak."
+    ]
