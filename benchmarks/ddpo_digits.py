@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 import warnings
@@ -25,9 +26,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from digits.digits_base import digits, digits_pipeline
+from digits.modeling_digits import DDPODigitsPipeline
+
 from trl import DDPOConfig, DDPOTrainer
-from trl.models.digits_base import digits, digits_pipeline
-from trl.models.modeling_digits import DDPODigitsPipeline
 from trl.rewards.images import ClassifierProbability, brightness
 
 torch.set_num_threads(1)

@@ -21,9 +21,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl import DPOConfig, DPOTrainer
-from trl.cli.assets import DEMO_DATA, QUOTES, SMOLLM2, fetch
-from trl.cli.reviews import _rows, clean
 from trl.data.formats import maybe_convert_to_chatml
+from trl.quickstart.assets import DEMO_DATA, QUOTES, SMOLLM2, fetch
+from trl.quickstart.reviews import _rows, clean
 
 
 def film_pairs(seed: int) -> list[dict[str, str]]:

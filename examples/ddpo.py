@@ -9,10 +9,10 @@ ones on a laptop CPU. With Stable Diffusion (a GPU of 16 GB), and LAION's aesthe
 import argparse
 import random
 
+from digits.digits_base import digits_pipeline
 from transformers import CLIPVisionModelWithProjection
 
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-from trl.models.digits_base import digits_pipeline
 from trl.rewards.images import AestheticHead, AestheticScorer, brightness, clip_embedding, jpeg_compressibility
 
 parser = argparse.ArgumentParser()

@@ -1,12 +1,13 @@
 """Post-training of language models, whole on one machine. Names are imported when first read (PEP 562)."""
 
 from trl.import_utils import is_diffusers_available, lazy_names
+from trl.legacy import paths
 
 __version__ = "1.0.0"
 
 _names = {
     "trl.core": ["set_seed"],
-    "trl.data.collators": ["DataCollatorForCompletionOnlyLM"],
+    "trl.legacy.collators": ["DataCollatorForCompletionOnlyLM"],
     "trl.data.formats": [
         "apply_chat_template", "extract_prompt", "is_conversational", "is_conversational_from_value",
         "maybe_apply_chat_template", "maybe_convert_to_chatml", "maybe_extract_prompt",
@@ -50,5 +51,6 @@ if is_diffusers_available():
         "trl.trainer.ddpo_trainer": ["DDPOTrainer"],
     }  # fmt: skip
 
+paths.install()
 __getattr__, __dir__, __all__ = lazy_names(__name__, _names)
 __all__ += ["__version__"]

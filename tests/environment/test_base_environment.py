@@ -438,5 +438,5 @@ def test_rollout_records(make):
 
 
 def test_exports():
-    assert StringStoppingCriteria.__module__ == "trl.environment.stopping"
+    assert StringStoppingCriteria.__module__ == "trl.generation.stop_criteria"
     assert re.match("trl.environment", TextEnvironment.__module__)

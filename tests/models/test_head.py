@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from trl.kernels import head_tiles as tiled
+from trl.kernels.grad_in_place import in_place
 from trl.models import head as heads
-from trl.models import linear_logprobs as tiled
-from trl.models.gradient_place import in_place
 
 
 def plain(module, hidden, targets, scale, softcap, temperature):

@@ -5,8 +5,8 @@ import warnings
 
 import numpy as np
 import torch
+from digits.modeling_digits import DDPODigitsPipeline, DigitsTextEncoder, digits_unet
 
-from trl.models.modeling_digits import DDPODigitsPipeline, DigitsTextEncoder, digits_unet
 from trl.models.modeling_sd_base import DefaultDDPOStableDiffusionPipeline
 from trl.rewards.images import brightness
 from trl.trainer.ddpo_config import DDPOConfig

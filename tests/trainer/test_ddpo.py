@@ -14,10 +14,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from ddpo_cases import build, digit_prompt, letters_prompt, recorded, trainer
+from digits.modeling_digits import DDPODigitsPipeline, DigitsTextEncoder, digits_unet
 from tiny_diffusion import tiny_stable_diffusion
 
 from trl.models.ddim import denoise
-from trl.models.modeling_digits import DDPODigitsPipeline, DigitsTextEncoder, digits_unet
 from trl.models.modeling_sd_base import DefaultDDPOStableDiffusionPipeline
 from trl.rewards.images import brightness
 from trl.trainer.ddpo_config import DDPOConfig

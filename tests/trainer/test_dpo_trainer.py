@@ -15,7 +15,7 @@ from tokenizers_for_tests import gpt2_words_tokenizer, word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl import DPOTrainer
-from trl.data.collators import DPODataCollatorWithPadding
+from trl.legacy.collators import DPODataCollatorWithPadding
 from trl.trainer.dpo_config import DPO_LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not set in the DPOTrainer's init.*:UserWarning")

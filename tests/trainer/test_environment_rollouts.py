@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import trl
 from trl.data.records import Rollout
 from trl.environment.chat_environment import ChatEnvironment
-from trl.trainer.environment_rollouts import credit_turns
-from trl.trainer.rollout_rewards import Rewards
+from trl.rollout.episodes import credit_turns
+from trl.rollout.rewards import Rewards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 LIMIT = 20

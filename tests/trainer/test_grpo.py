@@ -113,7 +113,7 @@ def test_rows_that_cannot_matter_are_not_computed_and_the_gradient_is_the_same(
         )
         monkeypatch.setattr(trainer, "idle_rows_can_be_skipped", lambda s=skip: s)
         if not skip:  # fully masked rows too
-            monkeypatch.setattr("trl.trainer.rollouts.any", lambda row: True, raising=False)
+            monkeypatch.setattr("trl.rollout.loader.any", lambda row: True, raising=False)
         trainer.train()
         monkeypatch.undo()
         seen[skip] = (sum(computed), history(trainer, "grad_norm")[0], trainer)

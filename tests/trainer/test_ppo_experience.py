@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from trl.trainer.experience import PPOBatch, Sample, advantages, pack_samples, pieces, steps_of, whitened
+from trl.rollout.measure import PPOBatch, Sample, advantages, pack_samples, pieces, steps_of, whitened
 
 NUMBERS = {"gamma": 1.0, "lam": 0.95, "whiten_rewards": False}
 

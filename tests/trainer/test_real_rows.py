@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from trl import SFTConfig, SFTTrainer
-from trl.cli.assets import DEMO_DATA, SMOLLM2, cached
+from trl.quickstart.assets import DEMO_DATA, SMOLLM2, cached
 
 pytestmark = [pytest.mark.asset, pytest.mark.slow]
 ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)

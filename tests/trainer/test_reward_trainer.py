@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from trl import PRMConfig, PRMTrainer, RewardConfig, RewardTrainer
-from trl.data.collators import RewardDataCollatorWithPadding
+from trl.legacy.collators import RewardDataCollatorWithPadding
 
 PLAIN = {
     "per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "report_to": "none", "disable_tqdm": True,

@@ -7,10 +7,10 @@ import torch
 from datasets import load_dataset
 
 from trl.data.records import Rollout
-from trl.trainer.prompt_stream import PromptStream
-from trl.trainer.rollout_report import record, table_of, write_parquet
-from trl.trainer.rollout_rewards import Rewards, RolloutRewards, replace_groups
-from trl.trainer.rollouts import Experience, RolloutLoader, RolloutState, policy_batch
+from trl.rollout.loader import Experience, RolloutLoader, RolloutState, policy_batch
+from trl.rollout.prompts import PromptStream
+from trl.rollout.report import record, table_of, write_parquet
+from trl.rollout.rewards import Rewards, RolloutRewards, replace_groups
 
 NAN = math.nan
 

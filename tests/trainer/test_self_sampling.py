@@ -14,9 +14,9 @@ import trl
 from trl.losses.distillation import generalized_jsd
 from trl.rewards.pairwise import pairwise
 from trl.rewards.panel import RewardError
+from trl.rollout.rewards import Rewards
 from trl.trainer.online_dpo_trainer import ordered
 from trl.trainer.raft_trainer import best_rows
-from trl.trainer.rollout_rewards import Rewards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 NAN = math.nan

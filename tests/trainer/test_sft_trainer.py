@@ -10,9 +10,9 @@ from tokenizers_for_tests import byte_tokenizer, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, TrainingArguments
 
 from trl import DataCollatorForCompletionOnlyLM, SFTConfig, SFTTrainer
-from trl.data.collators import ConstantLengthDataset
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
+from trl.legacy.collators import ConstantLengthDataset
 from trl.trainer.sft_trainer import PackingCollator
 
 pytestmark = pytest.mark.filterwarnings(

@@ -59,7 +59,7 @@ def test_pairs_that_are_compared_with_each_other_are_never_cut_unasked(tmp_path,
 
 
 def test_with_accumulation_evaluation_and_a_custom_collator(tmp_path):
-    from trl.data.collators import DPODataCollatorWithPadding
+    from trl.legacy.collators import DPODataCollatorWithPadding
 
     seen = []
     for budget, size, accumulation in ((None, 4, 1), (14, 2, 2)):

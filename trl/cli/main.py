@@ -13,7 +13,10 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS = {
-    "quickstart": ("trl.cli.quickstart", "Imitate, reward, reinforce: the whole job on this machine, with a report."),
+    "quickstart": (
+        "trl.quickstart.command",
+        "Imitate, reward, reinforce: the whole job here, with a report.",
+    ),
     "sft": ("trl.cli.training:sft", "Fine-tune on texts, prompts with completions, or conversations."),
     "reward": ("trl.cli.training:reward", "Train a reward model on preference pairs."),
     "prm": ("trl.cli.training:prm", "Train a reward model of single steps."),

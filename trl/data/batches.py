@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trl.data.pairs import pair_ids
+from trl.data.encode import Ids, common_prefix
 from trl.data.records import Branch, TokenTree
 
 
@@ -88,3 +88,34 @@ def _unpadded_labels(row: dict[str, Any]) -> dict[str, Any]:
         if mask is not None and f"{side}_labels" in row:
             row[f"{side}_labels"] = [label for label, m in zip(row[f"{side}_labels"], mask, strict=True) if m]
     return row
+
+
+def _attended(row: Mapping[str, Any], ids: str, mask: str) -> Ids:
+    if row.get(mask) is None:
+        return [int(i) for i in row[ids]]
+    return [int(i) for i, m in zip(row[ids], row[mask], strict=True) if m]
+
+
+def pair_ids(row: Mapping[str, Any], label_pad_token_id: int = -100) -> dict[str, Ids]:
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of a row with the seed's tokenised columns.
+
+    Takes the columns of `DPOTrainer` (`chosen_input_ids`, `chosen_labels`, ...; the answer is what the labels keep) and
+    of `RewardTrainer` (`input_ids_chosen`, ...; the prompt is what both share).
+    """
+    if "input_ids_chosen" in row:
+        chosen = _attended(row, "input_ids_chosen", "attention_mask_chosen")
+        rejected = _attended(row, "input_ids_rejected", "attention_mask_rejected")
+        split = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    elif "prompt_input_ids" in row and "chosen_input_ids" not in row:
+        prompt = _attended(row, "prompt_input_ids", "prompt_attention_mask")
+        answers = ([int(i) for i in row[f"{n}_labels"] if i != label_pad_token_id] for n in ("chosen", "rejected"))
+        return {"prompt_ids": prompt, **dict(zip(("chosen_ids", "rejected_ids"), answers, strict=True))}
+    else:
+        chosen = _attended(row, "chosen_input_ids", "chosen_attention_mask")
+        rejected = _attended(row, "rejected_input_ids", "rejected_attention_mask")
+        masked = [
+            next((i for i, label in enumerate(row[f"{n}_labels"]) if label != label_pad_token_id), len(ids))
+            for n, ids in (("chosen", chosen), ("rejected", rejected))
+        ]
+        split = min(common_prefix(chosen, rejected), *masked)
+    return {"prompt_ids": chosen[:split], "chosen_ids": chosen[split:], "rejected_ids": rejected[split:]}

@@ -9,11 +9,11 @@ from typing import Any
 
 from datasets import Value
 
+from trl.data.batches import pair_ids
 from trl.data.chat import ChatTemplate, read_tools
 from trl.data.encode import Ids, TextEncoder, common_prefix
 from trl.data.formats import Format, RowKind, extract_prompt, maybe_convert_to_chatml
 from trl.data.mapping import IDS, Made, Row, at_row
-from trl.data.pairs import pair_ids
 from trl.data.report import NO_FLAGS, RowFlag
 from trl.data.supervised_rows import ids_of, list_of, messages_of, needs_closing, says_nothing, text_of
 from trl.data.truncation import Limits, cut

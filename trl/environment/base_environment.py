@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from trl.data.records import Rollout
 from trl.environment.own_environment import OwnEnvironment, accepted
 from trl.environment.rollout import as_rollout
-from trl.environment.stopping import StringStoppingCriteria
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import ToolCalls
 from trl.environment.turn_loop import take_turns
 from trl.environment.turns import ModelTurns, SampledTurns, Turns
 from trl.generation.sampler import Sampler
+from trl.generation.stop_criteria import StringStoppingCriteria
 from trl.models.scoring import backbone
 
 __all__ = ["StringStoppingCriteria", "TextEnvironment", "TextHistory"]

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trl.environment.plain_generate import plain_generate
 from trl.generation.choose import make_sampler
 from trl.generation.generate_kwargs import sampling_params
+from trl.generation.plain_generate import plain_generate
 from trl.generation.sampler import Sampler, SamplingParams
 from trl.models.prepare import context_length
 from trl.models.scoring import backbone, is_encoder_decoder

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trl.generation.sampling_mode import base_model
-from trl.models.onednn import laid_out, rows_times, suits
-from trl.models.stand_in import stand_in
+from trl.kernels.onednn import laid_out, rows_times, suits
+from trl.kernels.swapped_forward import stand_in
 
 _LARGE = 2**16
 """elements of a weight that is worth it"""

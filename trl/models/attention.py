@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl.models.layout import TreeLayout
-from trl.models.tree_attention import takes, tree_attention
+from trl.kernels.tree_attention import takes, tree_attention
+from trl.kernels.tree_layout import TreeLayout
 
 PREFIX = "token_tree_"
 _inside_tree: ContextVar[bool] = ContextVar("inside_tree", default=False)

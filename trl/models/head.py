@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trl.models.gradient_place import place_of
-from trl.models.linear_logprobs import LinearLogprobs
+from trl.kernels.grad_in_place import place_of
+from trl.kernels.head_tiles import LinearLogprobs
 
 CHUNK_ELEMENTS = 3 * 2**21
 """logits that exist at a time (24 MiB in float32: larger blocks glibc takes from the system anew each time)"""

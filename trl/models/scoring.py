@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
+from trl.kernels.grad_in_place import lookup
+from trl.kernels.last_layer import last_layer, only_at
+from trl.kernels.norms import fused_norms
+from trl.kernels.rotary import fused_rotary
+from trl.kernels.swapped_forward import stand_in
 from trl.models.attention import TreeLayout, enable_tree_attention, inside_tree
-from trl.models.gradient_place import lookup
 from trl.models.head import Head, head_of, logprobs_and_entropy, token_logprobs
-from trl.models.last_layer import last_layer, only_at
-from trl.models.norms import fused_norms
-from trl.models.rotary import fused_rotary
-from trl.models.stand_in import stand_in
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from trl.import_utils import is_diffusers_available, lazy_names
 
 _names = {
-    "trl.data.collators": ["ConstantLengthDataset", "DataCollatorForCompletionOnlyLM"],
+    "trl.legacy.collators": ["ConstantLengthDataset", "DataCollatorForCompletionOnlyLM"],
     "trl.models.prepare": ["disable_dropout_in_model", "peft_module_casting_to_bf16"],
     "trl.trainer.base": ["BaseTrainer"],
     "trl.trainer.ddpo_config": ["DDPOConfig"],

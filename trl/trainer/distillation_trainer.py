@@ -19,12 +19,12 @@ from trl.losses.loss_sum import LossSum
 from trl.models.head import map_logits
 from trl.models.prepare import load_model
 from trl.models.scoring import scored_states
+from trl.rollout.loader import Experience, PolicyBatch
+from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import require
 from trl.trainer.preparation import each_dataset
 from trl.trainer.rollout_config import RolloutConfig
-from trl.trainer.rollout_rewards import Rewards
 from trl.trainer.rollout_trainer import RolloutTrainer
-from trl.trainer.rollouts import Experience, PolicyBatch
 
 
 @dataclass

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from trl.data.pairs import build_tokenized_answer, tokenize_row
 from trl.import_utils import is_peft_available
+from trl.legacy.dpo_padded import concatenated_forward, concatenated_inputs, get_batch_logps
+from trl.legacy.joint_pairs import build_tokenized_answer, tokenize_row
 from trl.losses.pairs import PairLogps
 from trl.losses.preference import PAIR_LOSSES, pair_options
 from trl.models.prepare import context_length
 from trl.models.scoring import score
 from trl.trainer.configuration import as_config, older_style, with_keywords
 from trl.trainer.dpo_config import CPOConfig, DPOConfig, ORPOConfig, PairConfig, SimPOConfig
-from trl.trainer.dpo_padded import concatenated_forward, concatenated_inputs, get_batch_logps
 from trl.trainer.pair_trainer import PairTrainer
 from trl.trainer.references import ReferenceColumns, SyncReference, make_reference
 

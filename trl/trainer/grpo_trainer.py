@@ -21,10 +21,10 @@ from trl.losses.policy import (
     top_entropy_mask,
 )
 from trl.models.scoring import score
+from trl.rollout.loader import PolicyBatch, padded
 from trl.trainer.adaptive_entropy import AdaptiveEntropy
 from trl.trainer.grpo_config import LOSS_TYPES, GRPOConfig
 from trl.trainer.on_policy import OnPolicyTrainer
-from trl.trainer.rollouts import PolicyBatch, padded
 
 
 class GRPOTrainer(OnPolicyTrainer):

@@ -18,12 +18,12 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.microbatches import BudgetCollator, unasked_budget
+from trl.kernels.grad_in_place import in_place
+from trl.kernels.malloc import kept_memory
 from trl.losses.loss_sum import LossSum
 from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
-from trl.models.gradient_place import in_place
 from trl.models.wrapped import within_forward
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
-from trl.trainer.heap import kept_memory
 
 EXTRA_STATE = "extra_state.pt"
 

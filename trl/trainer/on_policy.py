@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from trl.data.records import Rollout
 from trl.losses.kl import KL_ESTIMATORS
 from trl.models.reference import Reference
-from trl.trainer.environment_rollouts import credit_turns
+from trl.rollout.episodes import credit_turns
+from trl.rollout.loader import Experience, PolicyBatch, padded
+from trl.rollout.rewards import Rewards
 from trl.trainer.grpo_config import OnPolicyConfig
-from trl.trainer.rollout_rewards import Rewards
 from trl.trainer.rollout_trainer import RolloutTrainer
-from trl.trainer.rollouts import Experience, PolicyBatch, padded
 
 
 class OnPolicyTrainer(RolloutTrainer):

@@ -15,11 +15,11 @@ from trl.losses.pairs import PairLogps, sum_pairs
 from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair_options, preference_loss
 from trl.models.scoring import score
 from trl.rewards.pairwise import Judge, pairwise
+from trl.rollout.loader import Experience, PolicyBatch
+from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import choose, require
 from trl.trainer.rollout_config import RewardedConfig
-from trl.trainer.rollout_rewards import Rewards
 from trl.trainer.rollout_trainer import RolloutTrainer
-from trl.trainer.rollouts import Experience, PolicyBatch
 
 ONLINE_LOSSES = [n for n in PAIR_LOSSES if n not in REFERENCE_FREE | WHOLE_BATCH and "delta" not in pair_options(n)]
 

@@ -16,7 +16,7 @@ from trl.generation.generate_kwargs import sampling_params
 from trl.models.prepare import context_length
 from trl.models.reference import unwrap
 from trl.models.scoring import backbone
-from trl.trainer.environment_rollouts import check_text_environment
+from trl.rollout.episodes import check_text_environment
 from trl.trainer.ppo_generation import end_tokens
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trl.generation.choose import make_sampler
 from trl.generation.generate_kwargs import sampling_params
+from trl.legacy.ppo_padded import padded_pair
 from trl.models.scoring import backbone
-from trl.trainer.ppo_padded import padded_pair
 
 
 def end_tokens(model: Any, tokenizer: Any, kwargs: Mapping[str, Any]) -> set[int]:

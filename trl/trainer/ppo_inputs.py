@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl.trainer.experience import Sample
+from trl.rollout.measure import Sample
 
 
 def checked_batch(

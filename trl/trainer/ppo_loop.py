@@ -13,10 +13,10 @@ from torch import Tensor
 
 from trl.rewards.named import reward_panel
 from trl.rewards.panel import RewardPanel
+from trl.rollout.prompts import PromptStream
 from trl.trainer.ppo_checkpoint import PREFIX, find_checkpoint, keep_newest, load_state, save_state
 from trl.trainer.ppo_environment import play
 from trl.trainer.ppo_setup import stop_tokens
-from trl.trainer.prompt_stream import PromptStream
 
 TEXT_COLUMNS = ("prompt", "query")
 """where the text of a prompt is looked for, if there are no `input_ids`"""

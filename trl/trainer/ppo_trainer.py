@@ -15,18 +15,17 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, set_seed, stats_to_np
 from trl.data.microbatches import unasked_budget
+from trl.kernels.grad_in_place import in_place
+from trl.kernels.malloc import kept_memory
+from trl.legacy import ppo_padded
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
-from trl.models.gradient_place import in_place
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.reference import Reference, unwrap
 from trl.models.wrapped import equalise
 from trl.rewards.named import RewardSource
-from trl.trainer import ppo_checkpoint, ppo_generation, ppo_loop, ppo_padded, ppo_setup, ppo_statistics
-from trl.trainer.base import BaseTrainer
-from trl.trainer.configuration import processing_class_of
-from trl.trainer.experience import (
+from trl.rollout.measure import (
     PACKED_TOKENS,
     ActorCritic,
     Measured,
@@ -37,7 +36,9 @@ from trl.trainer.experience import (
     pack_samples,
     ppo_batch,
 )
-from trl.trainer.heap import kept_memory
+from trl.trainer import ppo_checkpoint, ppo_generation, ppo_loop, ppo_setup, ppo_statistics
+from trl.trainer.base import BaseTrainer
+from trl.trainer.configuration import processing_class_of
 from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_environment import check_environment

@@ -13,11 +13,11 @@ from trl.data.records import Rollout
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll
 from trl.models.scoring import score
+from trl.rollout.loader import Experience, PolicyBatch
+from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import require
 from trl.trainer.rollout_config import RewardedConfig
-from trl.trainer.rollout_rewards import Rewards
 from trl.trainer.rollout_trainer import RolloutTrainer
-from trl.trainer.rollouts import Experience, PolicyBatch
 
 
 @dataclass

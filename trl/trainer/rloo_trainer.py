@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from trl.losses.loss_sum import Aggregation, LossSum
 from trl.losses.policy import batch_relative, clipped_surrogate, leave_one_out
 from trl.models.scoring import score
+from trl.rollout.loader import PolicyBatch
+from trl.rollout.rewards import weighted_total
 from trl.trainer.grpo_config import RLOOConfig
 from trl.trainer.on_policy import OnPolicyTrainer
-from trl.trainer.rollout_rewards import weighted_total
-from trl.trainer.rollouts import PolicyBatch
 
 
 class RLOOTrainer(OnPolicyTrainer):

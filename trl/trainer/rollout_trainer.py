@@ -25,16 +25,16 @@ from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import RewardError
-from trl.trainer import rollout_report
+from trl.rollout import report as rollout_report
+from trl.rollout.episodes import Played, play
+from trl.rollout.loader import Experience, PolicyBatch, RolloutLoader, RolloutState, policy_batch, prompt_trees
+from trl.rollout.prompts import PromptStream
+from trl.rollout.rewards import Rewards, RolloutRewards, replace_groups
 from trl.trainer.configuration import as_config, processing_class_of
-from trl.trainer.environment_rollouts import Played, play
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
-from trl.trainer.prompt_stream import PromptStream
 from trl.trainer.references import SyncReference
 from trl.trainer.rollout_config import RolloutConfig
-from trl.trainer.rollout_rewards import Rewards, RolloutRewards, replace_groups
-from trl.trainer.rollouts import Experience, PolicyBatch, RolloutLoader, RolloutState, policy_batch, prompt_trees
 
 RolloutFunction = Callable[[list[dict[str, Any]], Any], Rollout]
 """`(a row of the data set per completion, trainer) -> Rollout`, for environments and other engines"""

@@ -8,10 +8,10 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from trl.data.collators import ConstantLengthDataset, DataCollatorForCompletionOnlyLM
 from trl.data.formats import column_names
 from trl.data.packed_dataset import pack_dataset
 from trl.data.tokenize import has_rows, tokenize_supervised
+from trl.legacy.collators import ConstantLengthDataset, DataCollatorForCompletionOnlyLM
 from trl.trainer.sft_config import SFTConfig
 
 ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "completion", "input_ids"}

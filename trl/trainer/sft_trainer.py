@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.batches import rows_of_padded, sequence_trees
-from trl.data.collators import DataCollatorForCompletionOnlyLM
 from trl.data.packing import pack
 from trl.data.tokenize import supervised_row
+from trl.legacy.collators import DataCollatorForCompletionOnlyLM
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import dft, nll
 from trl.models.prepare import activate_neftune

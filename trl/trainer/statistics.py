@@ -12,6 +12,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from trl.rollout.measure import get_global_statistics
+
 
 class AdaptiveKLController:
     """A KL coefficient that follows the measured KL towards `target` (section 2.2 of arXiv:1909.08593)."""
@@ -35,18 +37,6 @@ class FixedKLController:
 
     def update(self, current: float, n_steps: int) -> None:
         """Nothing to do."""
-
-
-def get_global_statistics(
-    accelerator: Any, xs: Tensor, mask: Tensor | None = None, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(mean, population variance, count)` over the processes of what `mask` (1 = counts) lets through. [], [], []"""
-    xs = xs.to(accelerator.device).float()
-    weight = torch.ones_like(xs) if mask is None else mask.to(xs)
-    total, count = accelerator.reduce(torch.stack([(xs * weight).sum(), weight.sum()]))
-    mean = total / count
-    variance = accelerator.reduce(((xs - mean) ** 2 * weight).sum()) / count
-    return mean.to(device), variance.to(device), count.to(device)
 
 
 def _unbiased_std(variance: Tensor, count: float, alone: float) -> Tensor:

@@ -1,6 +1,6 @@
 """A window: names that users import from here, wherever they live."""
 
-from trl.data.collators import (
+from trl.legacy.collators import (
     ConstantLengthDataset,
     DataCollatorForCompletionOnlyLM,
     DPODataCollatorWithPadding,

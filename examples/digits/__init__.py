@@ -1,0 +1,1 @@
+"""A diffusion model of handwritten digits that needs no download: what `examples/ddpo.py` trains."""

@@ -1,0 +1,87 @@
+"""The last layer is computed where its result is read, and nowhere else."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import nn
+
+from trl.data.packing import pack
+from trl.data.records import Branch, TokenTree
+from trl.kernels.last_layer import last_layer, only_at
+from trl.kernels.tree_layout import TreeLayout
+from trl.models.prepare import enable_gradient_checkpointing
+from trl.models.scoring import score
+
+PACKED = pack([TokenTree([5, 6, 7, 8], [Branch([9, 10]), Branch([11, 12, 13])]), TokenTree([5] * 6, [Branch([7])])])
+
+
+class Doubling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.shape[1])
+        return 2 * x
+
+
+def test_only_the_positions_that_are_read():
+    block, x = Doubling(), torch.arange(10.0).view(1, 10, 1)
+    with only_at((block,), torch.tensor([2, 7]), 10):
+        out = block(x)
+    assert out.flatten().tolist() == [0, 0, 4, 0, 0, 0, 0, 14, 0, 0]
+    assert block.seen == [2]
+    assert torch.equal(block(x), 2 * x)
+
+
+def rows_of(*modules):
+    """Rows that each module answers with from now on."""
+    sizes = {module: [] for module in modules}
+    for module in modules:
+        module.register_forward_hook(lambda m, args, out: sizes[m].append(out.shape[1]))
+    return sizes
+
+
+def test_scoring_skips_what_nobody_reads():
+    model = tiny_model("llama")
+    score(model, PACKED)  # the probe
+    mlp, attention = model.model.layers[-1].mlp, model.model.layers[-1].self_attn
+    inner = [getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
+    sizes = rows_of(*inner, attention.k_proj, attention.v_proj)
+    score(model, PACKED)
+    read, total = len(PACKED.scored_S.unique()), len(PACKED.ids_N)
+    assert list(sizes.values()) == [[read]] * 3 + [[total]] * 2
+
+
+def test_where_nearly_all_are_read_all_are_computed():
+    model, packed = tiny_model("llama"), pack([TokenTree([5], [Branch(list(range(6, 26)))])])
+    score(model, packed)
+    sizes = rows_of(model.model.layers[-1].mlp.gate_proj)
+    score(model, packed)
+    assert list(sizes.values()) == [[21]]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_gradients_are_those_of_the_padded_rows(name):
+    gradients = []
+    for path in (None, "padded"):
+        model = tiny_model(name)
+        score(model, PACKED, path=path).logprobs_BT.square().sum().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    for key, expected in gradients[1].items():
+        size = float(expected.abs().max())
+        torch.testing.assert_close(gradients[0][key], expected, rtol=0, atol=2e-5 * size + 1e-7, msg=key)
+
+
+def test_attention_skips_the_queries_that_nobody_reads():
+    layout = TreeLayout(PACKED.segments)  # 4 tokens, then 2 and 3 below them; then 7 alone
+    attention, other = nn.Identity(), nn.Identity()
+    layout.read_only_at(attention, [3, 7, 14, 15])
+    assert layout.skipped(attention) == [3, 2, 1, 5]
+    assert layout.skipped(other) == [0, 0, 0, 0]
+
+
+def test_layers_whose_activations_are_computed_again_are_left_alone():
+    model = tiny_model("llama")
+    enable_gradient_checkpointing(model)
+    assert last_layer(model) is None

@@ -1,0 +1,27 @@
+"""Every module of the project's earlier layout can still be imported by its old name."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from trl.legacy.paths import MOVED
+
+MODULES = (Path(__file__).parent / "old_modules.txt").read_text(encoding="utf-8").splitlines()
+"""`module: its public names`, as they were before the rooms `kernels`, `legacy`, `quickstart` and `rollout` existed"""
+GONE: dict[str, set[str]] = {}
+"""names of moved modules that nothing called and that nobody was told of"""
+
+
+@pytest.mark.parametrize("line", MODULES, ids=lambda line: line.partition(":")[0])
+def test_module_and_its_names(line):
+    module, _, names = line.partition(": ")
+    loaded = importlib.import_module(module)
+    if module.removeprefix("trl.") in MOVED:
+        assert {name for name in names.split() if not hasattr(loaded, name)} == GONE.get(module, set())
+
+
+def test_a_name_that_a_window_lacks():
+    window = importlib.import_module("trl.trainer.heap")
+    with pytest.raises(AttributeError, match=r"it reads trl\.kernels\.malloc"):
+        window.keep_nothing  # noqa: B018

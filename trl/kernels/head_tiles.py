@@ -1,0 +1,293 @@
+"""Log-probabilities of a linear head and their gradients, a tile of logits at a time: `[S, V]` never exists whole.
+
+The vocabulary is walked in tiles that stay in the cache from the product that makes them to the sums and products that
+use them. What a softmax has to know of all tiles is carried along: the running maximum and sum of arXiv:1805.02867,
+algorithm 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trl.kernels.grad_in_place import Place
+
+CACHED_TILE = 2**18
+"""logits that exist at a time on a CPU, whose cache holds them (1 MiB)"""
+LARGE_TILE = 3 * 2**21
+"""the same on other devices, whose processors a tile has to fill (24 MiB)"""
+MOST_ROWS = 2**10
+"""rows of a tile: more of them would leave it few columns"""
+LOWEST = torch.finfo(torch.float32).min
+KEPT_ELEMENTS = 2**25
+"""exponentials of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
+
+
+def row_blocks(count: int) -> list[slice]:
+    """The rows, cut as evenly as may be into blocks of `MOST_ROWS` at most."""
+    number = -(-count // MOST_ROWS)
+    ends = [count * i // number for i in range(number + 1)] if number else []
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def tiles(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    """The vocabulary, cut so that a tile of so many rows has its size."""
+    elements = CACHED_TILE if device.type == "cpu" else LARGE_TILE
+    width = max(64, elements // rows // 64 * 64)
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+class Head(Protocol):
+    """What a model does to the logits of its head: times `scale`, then the soft-cap."""
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def softcap(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear head and what follows it: logits = post(h Wᵀ + b) / temperature."""
+
+    weight: Tensor
+    bias: Tensor | None
+    head: Head
+    temperature: float
+
+    @property
+    def factor(self) -> float:
+        """d logits / d (h Wᵀ + b), but for the soft-cap."""
+        return self.head.scale / self.temperature
+
+    def memory(self, hidden: Tensor, rows: int, width: int) -> Tensor | None:
+        """Room for the logits of one tile after the other, which so stays in the cache; None where a type changes."""
+        same = hidden.dtype == self.weight.dtype == torch.float32
+        if not same or torch.is_autocast_enabled(hidden.device.type):
+            return None
+        return hidden.new_empty(rows * width)
+
+    def logits(self, hidden_RD: Tensor, words: slice, memory: Tensor | None) -> Tensor:
+        """[R, words] in float32, in `memory` or in memory of their own."""
+        weight, bias = self.weight[words], None if self.bias is None else self.bias[words]
+        if memory is None:
+            logits = F.linear(hidden_RD, weight, bias).float()
+        else:
+            logits = memory[: len(hidden_RD) * len(weight)].view(len(hidden_RD), len(weight))
+            torch.mm(hidden_RD, weight.t(), out=logits)
+            if bias is not None:
+                logits += bias
+        factor = self.factor if self.head.softcap is None else self.head.scale
+        if factor != 1.0:
+            logits = logits.mul_(factor)
+        if self.head.softcap is not None:
+            logits = logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap / self.temperature)
+        return logits
+
+    def capped(self, logits: Tensor) -> Tensor | None:
+        """The soft-cap's slope at these logits; None where there is no soft-cap."""
+        softcap = self.head.softcap
+        return None if softcap is None else 1 - (logits * (self.temperature / softcap)) ** 2
+
+
+def targets_of(ids_R: Tensor, walked: list[slice]) -> list[tuple[Tensor, Tensor]]:
+    """Of each tile the rows whose target lies in it, and these targets' columns."""
+    ordered, rows = ids_R.sort()
+    starts = ids_R.new_tensor([words.start for words in walked])
+    tile = torch.bucketize(ordered, starts, right=True) - 1
+    counts = tile.bincount(minlength=len(walked)).tolist()
+    return list(zip(rows.split(counts), (ordered - starts[tile]).split(counts), strict=True))
+
+
+class Softmax:
+    """What the tiles so far say of the softmaxes of some rows. [R] each"""
+
+    def __init__(self, rows: int, device: torch.device, want_entropy: bool):
+        self.peak = torch.full((rows,), LOWEST, device=device)
+        self.total, self.mean, self.chosen = (torch.zeros(rows, device=device) for _ in range(3))
+        self.capped = torch.ones(rows, device=device)
+        self.want_entropy = want_entropy
+
+    def take(
+        self, logits: Tensor, targets: tuple[Tensor, Tensor], capped: Tensor | None, keeps: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add a tile. Returns exp(logits - peak) and what sums over earlier tiles are worth now; uses up the logits.
+
+        keeps: the exponentials get memory of their own.
+        """
+        self.chosen[targets[0]] = logits[targets]
+        if capped is not None:
+            self.capped[targets[0]] = capped[targets]
+        peak = torch.maximum(self.peak, logits.amax(1))
+        rise, self.peak = peak - self.peak, peak
+        worth = (-rise).exp_()
+        below = logits.sub_(peak[:, None])
+        exponentials = below.exp() if keeps or self.want_entropy else below.exp_()
+        if self.want_entropy:
+            self.mean = worth * (self.mean - rise * self.total) + below.mul_(exponentials).sum(1)
+        self.total = torch.addcmul(exponentials.sum(1), self.total, worth)
+        return exponentials, worth
+
+    def logprobs(self) -> Tensor:
+        """log p of the targets."""
+        return self.chosen - self.peak - self.total.log()
+
+    def entropies(self) -> Tensor:
+        """-sum p log p; 0 unless wanted."""
+        return self.total.log() - self.mean / self.total if self.want_entropy else self.mean
+
+    def target_slope(self) -> Tensor:
+        """d log p(target) / d its logit, with the soft-cap's slope: in float32 where half precision rounds p to 1."""
+        return -self.logprobs().expm1() * self.capped
+
+
+class HiddenGradient:
+    """d log p / d h of some rows, for a frozen head: summed while the logits are there. [R, D]"""
+
+    def __init__(self, linear: Linear, hidden_RD: Tensor):
+        self.linear, self.sum_RD = linear, wide_zeros(hidden_RD)
+
+    def take(
+        self, exponentials: Tensor, words: slice, targets: tuple[Tensor, Tensor], capped: Tensor | None, worth_R: Tensor
+    ) -> None:
+        """Add what the words of a tile say, but for the targets."""
+        slope = exponentials if capped is None else exponentials.mul_(capped)
+        slope[targets] = 0.0
+        add_product(self.sum_RD.mul_(worth_R[:, None]), slope, self.linear.weight[words])
+
+    def finished(self, softmax: Softmax, ids_R: Tensor) -> Tensor:
+        own = self.linear.weight[ids_R].float() * softmax.target_slope()[:, None]
+        return own.sub_(self.sum_RD / softmax.total[:, None]).mul_(self.linear.factor)
+
+
+def wide_zeros(like: Tensor) -> Tensor:
+    """Where products in half precision are summed: in float32."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def add_product(sum_RD: Tensor, slope: Tensor, weight: Tensor) -> None:
+    """sum += slope @ weight, the product in the weight's precision."""
+    slope = slope.to(weight.dtype)
+    if weight.dtype == sum_RD.dtype:
+        sum_RD.addmm_(slope, weight)
+    else:
+        sum_RD += slope @ weight
+
+
+class Kept:
+    """What the forward pass of a trained head leaves to its backward pass, as far as there is room."""
+
+    def __init__(self, room: int):
+        self.room = room
+        self.tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """of the tile at (row, word): exp(logits - peak) times the soft-cap's slope, and that peak"""
+
+    def fits(self, rows: int, words: slice) -> bool:
+        return rows * (words.stop - words.start) <= self.room
+
+    def take(
+        self, place: tuple[int, int], exponentials: Tensor, capped: Tensor | None, peak_R: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.room -= exponentials.numel()
+        slope = exponentials if capped is None else exponentials.mul_(capped)
+        self.tiles[place] = slope.to(dtype), peak_R
+
+
+class LinearLogprobs(torch.autograd.Function):
+    """log p of the targets and the entropies (not differentiable). [S], [S] float32
+
+    A frozen head needs only the gradient of h, known up to a factor for each row in the forward pass: the logits are
+    then computed once. A trained head keeps exponentials, and computes what found no room again in the backward pass.
+    Each pass over a tile counts, so all of them work in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head, temperature: float,
+        want_entropy: bool, learns: bool, place: Place | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        linear = Linear(weight, bias, head, temperature)
+        head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        frozen = learns and hidden.requires_grad and not head_trains
+        kept = Kept(KEPT_ELEMENTS if learns and head_trains else 0)
+        logprobs, entropies, peak, total, slope = torch.zeros(5, len(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden) if frozen else None
+        for rows in row_blocks(len(hidden)):
+            hidden_RD, ids_R = hidden[rows], ids[rows]
+            softmax = Softmax(len(hidden_RD), hidden.device, want_entropy)
+            of_hidden = HiddenGradient(linear, hidden_RD) if frozen else None
+            walked = tiles(len(hidden_RD), len(weight), hidden.device)
+            memory = linear.memory(hidden, len(hidden_RD), walked[0].stop)
+            for words, targets in zip(walked, targets_of(ids_R, walked), strict=True):
+                keeps = kept.fits(len(hidden_RD), words)
+                logits = linear.logits(hidden_RD, words, memory)
+                capped = linear.capped(logits) if learns else None
+                exponentials, worth_R = softmax.take(logits, targets, capped, keeps)
+                if of_hidden is not None:
+                    of_hidden.take(exponentials, words, targets, capped, worth_R)
+                elif keeps:
+                    kept.take((rows.start, words.start), exponentials, capped, softmax.peak, weight.dtype)
+            logprobs[rows], entropies[rows] = softmax.logprobs(), softmax.entropies()
+            peak[rows], total[rows], slope[rows] = softmax.peak, softmax.total, softmax.target_slope()
+            if gradient is not None and of_hidden is not None:
+                gradient[rows] = of_hidden.finished(softmax, ids_R)
+        ctx.linear, ctx.kept, ctx.place = linear, kept.tiles, place
+        ctx.save_for_backward(hidden, weight, bias, ids, gradient, peak, total, slope)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, ids, gradient, peak, total, slope = ctx.saved_tensors
+        if gradient is not None:
+            return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 8)
+        linear, grad_S = ctx.linear, grad_S * ctx.linear.factor
+        grad_hidden = wide_zeros(hidden) if ctx.needs_input_grad[0] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        grad_weight, fresh = _weight_gradient(weight, ctx.place, len(hidden))
+        for rows in row_blocks(len(hidden)):
+            hidden_RD, grad_R, target_R = hidden[rows], grad_S[rows], grad_S[rows] * slope[rows]
+            walked = tiles(len(hidden_RD), len(weight), hidden.device)
+            for words, targets in zip(walked, targets_of(ids[rows], walked), strict=True):
+                exponentials, peak_R = ctx.kept.pop((rows.start, words.start), None) or _again(
+                    linear, hidden_RD, words, peak[rows]
+                )
+                share_R = (peak_R - peak[rows]).exp() / total[rows]
+                tile = exponentials.mul_((-grad_R * share_R)[:, None])
+                tile[targets] = target_R[targets[0]].to(tile.dtype)
+                tile = tile.to(weight.dtype)
+                if grad_hidden is not None:
+                    add_product(grad_hidden[rows], tile, weight[words])
+                if grad_weight is not None:
+                    grad_weight[words].addmm_(tile.t(), hidden_RD, beta=0 if fresh and rows.start == 0 else 1)
+                if grad_bias is not None:
+                    grad_bias[words] += tile.sum(0)
+        given = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return given, None if ctx.place is not None else grad_weight, grad_bias, *[None] * 6
+
+
+def _again(linear: Linear, hidden_RD: Tensor, words: slice, peak_R: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - peak) of a tile times the soft-cap's slope, and the peak."""
+    logits = linear.logits(hidden_RD, words, None)
+    capped = linear.capped(logits)
+    exponentials = logits.sub_(peak_R[:, None]).exp_()
+    return exponentials if capped is None else exponentials.mul_(capped), peak_R
+
+
+def _weight_gradient(weight: Tensor, place: Place | None, rows: int) -> tuple[Tensor | None, bool]:
+    """Where the gradient of the weight is summed, and whether what stands there is to be overwritten."""
+    if not rows:  # nothing will be written
+        empty = torch.zeros_like(weight) if weight.requires_grad else None
+        return (empty if place is None else place.gradient()), False
+    if place is not None:
+        fresh = place.weight.grad is None
+        return place.uninitialised(), fresh
+    return (torch.empty_like(weight), True) if weight.requires_grad else (None, True)

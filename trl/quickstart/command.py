@@ -1,0 +1,238 @@
+"""`trl quickstart`: the whole job on one machine, from one command."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from trl.quickstart.intervals import Interval
+    from trl.quickstart.language_model import Pair
+    from trl.quickstart.progress import Progress
+    from trl.quickstart.report import Run
+
+NEEDED = ("matplotlib", "peft", "scipy", "vaderSentiment")
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Causal language model to start from: a folder or a name on the Hub. [SmolLM2-135M-Instruct]"
+        ),
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A model of a million weights, trained from scratch.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of training and sampling; the data stay the same.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("trl-quickstart"),
+    save_models: Annotated[
+        bool, typer.Option("--save-models", help="Keep policy and reward model there too (up to 0.7 GB).")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch. [as many as there are idle cores, 4 at most]")
+    ] = None,
+) -> None:
+    """Teach a model to write movie-review lines, learn a reward from people's ratings, and reinforce it with PPO.
+
+    What it needs is fetched once from the package registry into a cache. Ends with a report of one HTML file. Exit code
+    1: the independent judge's gain is not outside noise.
+    """
+    if tiny and model is not None:
+        raise ValueError(f"--model {model}: --tiny trains a model of its own; leave one of the two out")
+    check_extras()
+    prepare_folder(output)
+    prepare_libraries(threads)
+    from trl.quickstart.progress import Progress
+
+    with Progress() as progress, tempfile.TemporaryDirectory(prefix="trl-") as scratch:
+        run, trained = perform(model, tiny, seed, Path(scratch), progress)
+    from trl.quickstart.report import write_report
+
+    report = write_report(run, output)
+    if save_models:
+        keep(trained, output)
+    summarise(run, report, progress)
+    if not run.succeeded:
+        raise typer.Exit(1)
+
+
+def check_extras() -> None:
+    """ImportError that names what is missing, before anything is computed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'the quickstart needs {", ".join(missing)}: `pip install "trl[quickstart]"`')
+
+
+def prepare_folder(folder: Path) -> None:
+    """Create it and try to write there: minutes of computing must not end in an error about a path."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--output {folder}: cannot write there ({error.strerror}); name another folder") from error
+
+
+def prepare_libraries(threads: int | None) -> None:
+    """Quiet libraries, few threads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    import datasets
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads or min(4, idle_cores()))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    for library in ("accelerate", "peft", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=library)
+
+
+def idle_cores() -> int:
+    """Cores that this process may use and that nobody keeps busy; at least 1. On busy ones, threads only wait."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - round(os.getloadavg()[0]))
+
+
+def perform(model_name: str | None, tiny: bool, seed: int, scratch: Path, progress: Progress) -> tuple[Run, Any]:
+    """All stages; the run as the report takes it, and the trained models."""
+    from transformers import AutoTokenizer
+
+    from trl.core import set_seed
+    from trl.quickstart import assets
+    from trl.quickstart.language_model import check_length
+    from trl.quickstart.recipe import SMALL, TINY
+    from trl.quickstart.report import Run
+    from trl.quickstart.reviews import read_reviews
+    from trl.quickstart.stage_imitate_reward import imitate, learn_reward
+    from trl.quickstart.stage_reinforce import reinforce
+
+    recipe = TINY if tiny else SMALL
+    used = [assets.QUOTES, assets.RATINGS, assets.MINILM]
+    quotes, ratings, encoder = (assets.fetch(asset, progress.say) for asset in used)
+    reviews = read_reviews(quotes, ratings)
+    set_seed(seed)
+    (model, tokenizer), name = start(model_name, tiny, [r.text for r in reviews.imitate], used, progress)
+    check_length(model, recipe, name)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    model, imitation = imitate(model, tokenizer, reviews, recipe, seed, scratch, progress)
+    reward_tokenizer = AutoTokenizer.from_pretrained(encoder)
+    reward, preference = learn_reward(encoder, reward_tokenizer, reviews, recipe, seed, scratch, progress)
+    trainer, reinforcement = reinforce(model, tokenizer, reward, reviews, recipe, seed, progress)
+    run = Run(
+        model=name,
+        parameters=parameters,
+        seed=seed,
+        tiny=tiny,
+        recipe=recipe,
+        imitation=imitation,
+        preference=preference,
+        reinforcement=reinforcement,
+        seconds=progress.seconds,
+        sources=[(f"{asset.package} {asset.version}", asset.licence) for asset in used],
+        **circumstances(),
+    )
+    return run, (trainer, tokenizer, reward, reward_tokenizer)
+
+
+def start(name: str | None, tiny: bool, lines: list[str], used: list[Any], progress: Progress) -> tuple[Pair, str]:
+    """The model to begin with, and what to call it."""
+    from trl.quickstart import assets
+    from trl.quickstart.language_model import open_model, tiny_model
+
+    if tiny:
+        return tiny_model(lines), "A tiny Llama"
+    if name is not None:
+        return open_model(name), name
+    used.append(assets.SMOLLM2)
+    return open_model(assets.fetch(assets.SMOLLM2, progress.say)), "SmolLM2-135M-Instruct"
+
+
+def circumstances() -> dict[str, Any]:
+    """Date, versions and peak memory of this process."""
+    import datetime
+    import platform
+    import resource
+    import sys
+
+    import peft
+    import torch
+    import transformers
+
+    import trl
+
+    today = datetime.date.today()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "date": f"{today.day} {today:%B %Y}",
+        "versions": {
+            "trl": trl.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "Python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "peak_mebibytes": peak / (1024 * 1024 if sys.platform == "darwin" else 1024),
+    }
+
+
+def keep(trained: Any, folder: Path) -> None:
+    """Save policy (adapters merged, without value head) and reward model as folders that `from_pretrained` reads."""
+    trainer, tokenizer, reward, reward_tokenizer = trained
+    policy = trainer.accelerator.unwrap_model(trainer.model).pretrained_model
+    policy = policy.merge_and_unload() if hasattr(policy, "merge_and_unload") else policy
+    for name, model, its_tokenizer in (("policy", policy, tokenizer), ("reward", reward.model, reward_tokenizer)):
+        replace_folder(folder / name, model, its_tokenizer)
+
+
+def replace_folder(place: Path, *parts: Any) -> None:
+    """Save the parts beside, then put the folder in place of an older one."""
+    import shutil
+
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as beside:
+        fresh = Path(beside) / "new"
+        try:
+            for part in parts:
+                part.save_pretrained(fresh)
+        except OSError as error:
+            raise OSError(
+                f"cannot save {place}: {error.strerror or error}; free space or name another --output"
+            ) from error
+        if place.exists():
+            place.rename(Path(beside) / "old")
+        fresh.rename(place)
+        shutil.rmtree(Path(beside) / "old", ignore_errors=True)
+
+
+def summarise(run: Run, report: Path, progress: Progress) -> None:
+    """The figures as a table, the verdict, and where the report lies."""
+    from rich.table import Table
+
+    def cell(interval: Interval, form: str) -> str:
+        mean, low, high = (f"{round(value, 2) + 0.0:{form}}" for value in (interval.mean, interval.low, interval.high))
+        return f"{mean} [dim]({low} to {high})[/]"
+
+    table = Table(title="Continuations of held-out prompts, with 95 % intervals", title_justify="left")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for each in run.figures():
+        table.add_row(each.name, cell(each.before, ".2f"), cell(each.after, ".2f"), cell(each.gain, "+.2f"))
+    progress.console.print(table)
+    accuracy, gain = run.preference.accuracy, run.judge_gain
+    progress.say(f"Reward model: {accuracy.mean:.0%} of {accuracy.n} held-out pairs in people's order.")
+    progress.say(f"PPO: {run.reinforcement.ending}.")
+    change = f"{gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
+    if run.succeeded:
+        progress.say(f"[green]The independent judge rates the lines higher: {change}.[/]")
+    else:
+        progress.say(f"[red]Not shown: the judge's change, {change}, may be chance; the interval is not above 0.[/]")
+    progress.say(f"Report: {report.resolve()}")

@@ -1,0 +1,188 @@
+"""The quickstart's report: one HTML file with everything in it, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl.quickstart import plots
+from trl.quickstart.intervals import Interval, gain_interval, mean_interval
+from trl.quickstart.recipe import Recipe
+from trl.quickstart.results import Imitation, Preference, Reinforcement
+
+SHOWN = 12
+"""samples in the report: the first ones, not chosen"""
+
+
+@dataclass
+class Run:
+    """A finished quickstart."""
+
+    model: str
+    parameters: int
+    seed: int
+    tiny: bool
+    recipe: Recipe
+    imitation: Imitation
+    preference: Preference
+    reinforcement: Reinforcement
+    seconds: dict[str, float]
+    """of each stage"""
+    threads: int
+    peak_mebibytes: float
+    versions: dict[str, str]
+    date: str
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    """(package and version, licence) of what was used"""
+
+    @property
+    def judge_gain(self) -> Interval:
+        return gain_interval(self.reinforcement.before.judge, self.reinforcement.after.judge)
+
+    @property
+    def reward_gain(self) -> Interval:
+        return gain_interval(self.reinforcement.before.reward, self.reinforcement.after.reward)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the judge, which training never saw, rates the lines higher than chance explains."""
+        return self.judge_gain.above_zero
+
+    def figures(self) -> list[Figure]:
+        before, after = self.reinforcement.before, self.reinforcement.after
+        measured = (
+            ("Judge", before.judge, after.judge, "VADER sentiment × distinct-word ratio, -1 to 1"),
+            ("Reward", before.reward, after.reward, "the reward model's score; 0 and 1 are mean and spread before"),
+            ("KL", before.kl, after.kl, "nats a line from the imitating model"),
+            ("Variety", before.variety, after.variety, "distinct words over words"),
+        )
+        return [
+            Figure(name, mean_interval(old), mean_interval(new), gain_interval(old, new), note)
+            for name, old, new, note in measured
+        ]
+
+    def to_json(self) -> str:
+        """Everything, with the figures worked out."""
+        record = asdict(self) | {
+            "figures": {each.name: asdict(each) for each in self.figures()},
+            "succeeded": self.succeeded,
+        }
+        return json.dumps(record, indent=2, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured quantity before and after, with the interval of each and of the paired difference."""
+
+    name: str
+    before: Interval
+    after: Interval
+    gain: Interval
+    note: str
+
+
+def write_report(run: Run, folder: Path) -> Path:
+    """`report.html` and `report.json` in the folder; the path of the first."""
+    write_whole(folder / "report.json", run.to_json())
+    return write_whole(folder / "report.html", render(run))
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write beside, then rename: a reader, or a full disk, never meets half a file."""
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except OSError as error:
+        Path(beside).unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def render(run: Run) -> str:
+    """The report as HTML; nothing in it is loaded from elsewhere."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(loader=PackageLoader("trl.cli"), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"signed": _signed, "plain": plots.plain, "span": _span}
+    return environment.get_template("quickstart.html.jinja").render(
+        run=run,
+        figures=run.figures(),
+        plots={name: Markup(svg) for name, svg in _plots(run).items()},
+        samples=_samples(run),
+        total=_minutes(sum(run.seconds.values())),
+        minutes=_minutes,
+    )
+
+
+def _plots(run: Run) -> dict[str, str]:
+    imitation, preference, outcome, recipe = run.imitation, run.preference, run.reinforcement, run.recipe
+    judge, reward = run.figures()[:2]
+    usual = sum(outcome.before.variety) / len(outcome.before.variety)
+    return {
+        "verdict": plots.before_after(
+            [plots.Pair("Judge", judge.before, judge.after), plots.Pair("Reward", reward.before, reward.after)]
+        ),
+        "imitation": plots.curves(
+            [plots.Curve("Loss, nats a token", imitation.losses, imitation.heldout_after, "held-out, after", True)],
+            width=5.0,
+        ),
+        "preference": plots.curves(
+            [plots.Curve("Loss, nats a pair", preference.losses, math.log(2), "no opinion: ln 2", True)], width=5.0
+        ),
+        "accuracy": plots.shares(
+            [
+                ("reward model", preference.accuracy, plots.AFTER),
+                ("VADER", preference.judge_accuracy, plots.BEFORE),
+            ],
+            chance=0.5,
+        ),
+        "reinforcement": plots.curves(
+            [
+                plots.Curve("Reward", outcome.history["reward"], 0.0, "before"),
+                plots.Curve("Judge", outcome.history["judge"], judge.before.mean, "before"),
+                plots.Curve("KL, nats a line", outcome.history["KL"], recipe.highest_kl, "limit", bad_mark=True),
+                plots.Curve("Variety", outcome.history["variety"], usual - recipe.lost_variety, "limit", bad_mark=True),
+            ]
+        ),
+        "distribution": plots.distributions(outcome.before.judge, outcome.after.judge, "Judge, line by line"),
+    }
+
+
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """Prompt, both continuations and their worth, of the first held-out prompts."""
+    outcome = run.reinforcement
+    rows = []
+    for index, prompt in enumerate(outcome.prompts[:SHOWN]):
+        row: dict[str, Any] = {"prompt": prompt}
+        for when, reading in (("before", outcome.before), ("after", outcome.after)):
+            text = reading.texts[index]
+            own = text[len(prompt) :] if text.startswith(prompt) else text
+            row[when] = {"text": own, "judge": reading.judge[index], "mood": _mood(reading.judge[index])}
+        rows.append(row)
+    return rows
+
+
+def _mood(judge: float) -> str:
+    return "good" if judge > 0.2 else "bad" if judge < -0.2 else "plain"
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    """With its sign; what rounds to zero has none."""
+    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+
+def _span(interval: Interval, digits: int = 2) -> str:
+    return f"{plots.plain(interval.low, digits)} to {plots.plain(interval.high, digits)}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

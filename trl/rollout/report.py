@@ -1,0 +1,100 @@
+"""What a rollout looked like: its metrics, a Parquet file of its rows, a table in the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl.data.records import Rollout
+from trl.models.checkpoints import writing
+from trl.rollout.rewards import Rewards
+
+Columns = dict[str, list[Any]]
+TYPES = {"step": "int64", "prompt": "string", "completion": "string", "completion_ids": "list"}
+"""of columns in the Parquet files; all others hold numbers"""
+
+
+def table_of(
+    step: int, rollout: Rollout, prompts: Sequence[Any], rewards: Rewards | None, learned: Mapping[str, Sequence[Any]]
+) -> Columns:
+    """A row per completion: the texts, each reward (None: no opinion) and what is learned from it."""
+    scores = {} if rewards is None else dict(zip(rewards.names, rewards.scores_BF.T.tolist(), strict=True))
+    return {
+        "step": [step] * len(rollout),
+        "prompt": list(prompts),
+        "completion": rollout.texts,
+        "completion_ids": rollout.completions,
+        **{f"reward_{name}": [None if math.isnan(x) else x for x in values] for name, values in scores.items()},
+        **{name: list(values) for name, values in learned.items()},
+    }
+
+
+def record(
+    add: Callable[[str, float, float], None], rollout: Rollout, rewards: Rewards | None, truncated: Sequence[bool],
+    group: int,
+) -> None:  # fmt: skip
+    """The rollout's metrics, as sums and counts: `add(name, total, count)`."""
+    lengths = [len(ids) for ids in rollout.completions]
+    add("completions/mean_length", float(sum(lengths)), len(lengths))
+    add("completions/clipped_ratio", float(sum(truncated)), len(lengths))
+    if "turn_ends" in rollout.metadata:
+        add("episodes/turns", float(sum(map(len, rollout.metadata["turn_ends"]))), len(lengths))
+        add("episodes/sampled_tokens", float(sum(map(sum, rollout.masks))), len(lengths))
+    if rewards is None:
+        return
+    for name, column_B, late in zip(rewards.names, rewards.scores_BF.unbind(1), rewards.timed_out, strict=True):
+        known = column_B[~column_B.isnan()]
+        add(f"rewards/{name}/mean", float(known.sum()), len(known))
+        if len(known) > 1:
+            add(f"rewards/{name}/std", float(known.std()), 1)
+        add(f"rewards/{name}/timed_out", float(late), 1)
+    total_B = rewards.total_B()
+    known = total_B[~total_B.isnan()]
+    add("reward", float(known.sum()), len(known))
+    add("unscored_ratio", float(len(total_B) - len(known)), len(total_B))
+    if group > 1:
+        spread = [row[~row.isnan()].std().item() for row in total_B.view(-1, group) if (~row.isnan()).sum() > 1]
+        add("reward_std", float(sum(spread)), len(spread))
+        idle = ~rewards.informative_groups(group)
+        add("frac_reward_zero_std", float(idle.sum()), len(idle))
+
+
+def write_parquet(directory: Path, number: int, columns: Mapping[str, Sequence[Any]]) -> Path:
+    """The rows as `rollout-000123.parquet`; written beside, then renamed. Conversations are written as JSON.
+
+    Types are the same in every file, so that `datasets` reads them all together.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    arrow = {"int64": pyarrow.int64(), "string": pyarrow.string(), "list": pyarrow.list_(pyarrow.int64())}
+    schema = pyarrow.schema([(name, arrow.get(TYPES.get(name, ""), pyarrow.float64())) for name in columns])
+    plain = {
+        name: [v if v is None or isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False) for v in values]
+        if TYPES.get(name) == "string"
+        else list(values)
+        for name, values in columns.items()
+    }
+    name = f"rollout-{number:06d}.parquet"
+    with writing(directory) as beside:
+        parquet.write_table(pyarrow.table(plain, schema=schema), beside / name)
+    return directory / name
+
+
+def print_table(columns: Mapping[str, Sequence[Any]], most: int | None, unique: bool) -> None:
+    """Some completions with their rewards, in the terminal; `unique`: the first of each prompt."""
+    from rich.console import Console
+    from rich.table import Table
+
+    numbers = [name for name in columns if name not in TYPES]
+    rows = list(range(len(columns["prompt"])))
+    if unique:
+        rows = [i for i in rows if columns["prompt"].index(columns["prompt"][i]) == i]
+    table = Table("prompt", "completion", *numbers, title=f"step {columns['step'][0]}", show_lines=True)
+    for i in rows[:most]:
+        shown = ["-" if (value := columns[name][i]) is None else f"{value:.2f}" for name in numbers]
+        table.add_row(str(columns["prompt"][i])[-200:], columns["completion"][i], *shown)
+    Console().print(table)
