@@ -51,6 +51,6 @@ if is_diffusers_available():
         "trl.trainer.ddpo_trainer": ["DDPOTrainer"],
     }  # fmt: skip
 
-paths.install()
+paths.open_windows()
 __getattr__, __dir__, __all__ = lazy_names(__name__, _names)
 __all__ += ["__version__"]

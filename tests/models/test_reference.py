@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from trl.models.modeling_base import create_reference_model
 from trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead
-from trl.models.reference import Reference, unwrap
+from trl.models.reference import Reference
+from trl.models.unwrap import below_accelerate
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -80,7 +81,7 @@ def test_policy_is_restored_after_an_error_and_stays_frozen_where_it_was():
 def test_policy_below_other_wrappers():
     policy = adapted(True)
     parallel = torch.nn.DataParallel(policy)
-    assert unwrap(parallel) is policy
+    assert below_accelerate(parallel) is policy
     reference = Reference(parallel)
     assert reference.adapter_off
     reference = Reference(policy)
@@ -89,7 +90,7 @@ def test_policy_below_other_wrappers():
         assert model is parallel
         assert_close(logits(model), logits(tiny_model("llama")))
     compiled = torch.compile(tiny_model("llama"), backend="eager")
-    assert unwrap(Reference(compiled).frozen) is not unwrap(compiled)
+    assert below_accelerate(Reference(compiled).frozen) is not below_accelerate(compiled)
 
 
 def test_precomputed_reference_is_no_model():

@@ -8,7 +8,8 @@ from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.models.attention import TreeLayout
 from trl.models.head import CHUNK_ELEMENTS
-from trl.models.scoring import _paths, backbone, padded_inputs, rewards, score
+from trl.models.scoring import _paths, padded_inputs, rewards, score
+from trl.models.unwrap import below_value_head
 
 COMMON = {
     "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -96,7 +97,7 @@ def test_packed_equals_separate_rows(name):
         expected = plain_logprobs(model, packed)
         together = score(model, packed).logprobs_BT
         apart = score(model, packed, path="padded").logprobs_BT
-    assert _paths[backbone(model)] == ("packed" if name in ARCHITECTURES else "padded")
+    assert _paths[below_value_head(model)] == ("packed" if name in ARCHITECTURES else "padded")
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(apart, expected, rtol=0, atol=1e-4)
 

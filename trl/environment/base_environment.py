@@ -21,7 +21,7 @@ from trl.environment.turn_loop import take_turns
 from trl.environment.turns import ModelTurns, SampledTurns, Turns
 from trl.generation.sampler import Sampler
 from trl.generation.stop_criteria import StringStoppingCriteria
-from trl.models.scoring import backbone
+from trl.models.unwrap import below_value_head
 
 __all__ = ["StringStoppingCriteria", "TextEnvironment", "TextHistory"]
 
@@ -86,7 +86,7 @@ class TextEnvironment:
         self.response_token = "<response>"
         self.submit_token = "<submit>"
         self.is_encoder_decoder = hasattr(model, "is_encoder_decoder")
-        self.current_device = torch.device("cpu") if model is None else backbone(model).device
+        self.current_device = torch.device("cpu") if model is None else below_value_head(model).device
         self._speaker: Turns | None = None
         self._samplers: dict[int, Sampler] = {}
 

@@ -14,7 +14,7 @@ from trl.generation.generate_kwargs import sampling_params
 from trl.generation.plain_generate import plain_generate
 from trl.generation.sampler import Sampler, SamplingParams
 from trl.models.prepare import context_length
-from trl.models.scoring import backbone, is_encoder_decoder
+from trl.models.unwrap import below_value_head, is_encoder_decoder
 
 Turn = tuple[Tensor, Tensor | None]
 """ids, and their log-probabilities if they are known"""
@@ -70,7 +70,7 @@ class ModelTurns:
 
     def __post_init__(self) -> None:
         self.params = sampling_params(self.model, self.generation_kwargs, stop_strings=self.stop_strings)
-        self.context = None if is_encoder_decoder(self.model) else context_length(backbone(self.model))
+        self.context = None if is_encoder_decoder(self.model) else context_length(below_value_head(self.model))
 
     @property
     def rows_are_apart(self) -> bool:
@@ -90,6 +90,6 @@ class ModelTurns:
     def generate(self, texts: Sequence[Tensor], batch_size: int, pad_to_multiple_of: int | None = None) -> list[Tensor]:
         """The same by the model's own `generate`, which draws from torch's global generator."""
         return plain_generate(
-            backbone(self.model), self.tokenizer, texts, self.generation_kwargs, self.stop_strings, batch_size,
+            below_value_head(self.model), self.tokenizer, texts, self.generation_kwargs, self.stop_strings, batch_size,
             pad_to_multiple_of,
         )  # fmt: skip

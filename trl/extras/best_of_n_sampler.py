@@ -16,7 +16,7 @@ from trl.generation.choose import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.generation.sampler import SamplingParams
 from trl.models.modeling_base import PreTrainedModelWrapper
-from trl.models.scoring import backbone, is_encoder_decoder
+from trl.models.unwrap import below_value_head, is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class BestOfNSampler:
 
     @property
     def _device(self) -> torch.device:
-        return next(backbone(self.model).parameters()).device
+        return next(below_value_head(self.model).parameters()).device
 
 
 def _queries(tokenized: Queries) -> list[list[int]]:

@@ -8,7 +8,7 @@ from trl.generation.local import LocalSampler
 from trl.generation.probe import NotLocal
 from trl.generation.sampler import Sampler
 from trl.generation.transformers_sampler import TransformersSampler
-from trl.models.scoring import backbone
+from trl.models.unwrap import below_value_head
 
 logger = logging.getLogger(__name__)
 _told: WeakSet[Any] = WeakSet()
@@ -19,7 +19,7 @@ def make_sampler(model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> S
     try:
         return LocalSampler(model, tokenizer, max_rows=max_rows)
     except NotLocal as error:
-        network = backbone(model)
+        network = below_value_head(model)
         if network not in _told:
             _told.add(network)
             logger.warning("%s. It samples by its own `generate`, which is slower.", error)

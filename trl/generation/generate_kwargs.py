@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import base_model
-from trl.models.scoring import backbone
+from trl.models.unwrap import below_peft
 
 _DEFAULTS = {  # of transformers, where neither the caller nor the model says otherwise
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
@@ -37,7 +36,7 @@ def sampling_params(
     `do_sample=True` alone means `top_k=50`.
     """
     keywords = dict(generation_kwargs)
-    config = keywords.pop("generation_config", None) or getattr(base_model(backbone(model)), "generation_config", None)
+    config = keywords.pop("generation_config", None) or getattr(below_peft(model), "generation_config", None)
     public = {name: value for name, value in vars(config).items() if name[0] != "_"} if config else {}
     asked = {**_DEFAULTS, **_given(public), **_given(keywords)}
     if not all(_is_off(name, value) for name, value in asked.items() if name not in (*_DEFAULTS, "eos_token_id")):

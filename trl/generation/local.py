@@ -15,10 +15,10 @@ from trl.generation.packed_weights import packed_weights
 from trl.generation.probe import refuse_unsuitable
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import base_model, sampling_mode
+from trl.generation.sampling_mode import sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.models.prepare import context_length
-from trl.models.scoring import backbone
+from trl.models.unwrap import below_peft, below_value_head
 
 _STEPS_WORTH_PACKING = 8
 Queue = deque[tuple[Prompt, Row]]
@@ -43,7 +43,7 @@ class LocalSampler:
         if max_prefill_tokens < 1:
             raise ValueError(f"max_prefill_tokens={max_prefill_tokens}: give 1 or more")
         refuse_unsuitable(model)
-        self.model = backbone(model)
+        self.model = below_value_head(model)
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.max_prefill_tokens = max_prefill_tokens
@@ -52,7 +52,7 @@ class LocalSampler:
         """`n` completions of each prompt, in the order of the prompts."""
         device = next(self.model.parameters()).device
         groups = make_rows(prompts, params, n, context_length(self.model))
-        ends = end_tokens(params, base_model(self.model), self.tokenizer)
+        ends = end_tokens(params, below_peft(self.model), self.tokenizer)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
         with sampling_mode(self.model, kv_attention.NAME), packed_weights(self.model) if packs else nullcontext():

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl.generation.sampling_mode import base_model
 from trl.kernels.onednn import laid_out, rows_times, suits
 from trl.kernels.swapped_forward import stand_in
+from trl.models.unwrap import below_peft
 
 _LARGE = 2**16
 """elements of a weight that is worth it"""
@@ -28,7 +28,7 @@ _MANY = 256
 @contextmanager
 def packed_weights(model: Any) -> Iterator[None]:
     """While it lasts, large fp32 linear layers on the CPU work on packed weights; others stay as they are."""
-    inner = base_model(model)
+    inner = below_peft(model)
     head, room = inner.get_output_embeddings(), _MOST
     with ExitStack() as stack:
         for module in [head, *(each for each in inner.modules() if each is not head)]:

@@ -8,8 +8,8 @@ import torch
 from trl.generation import kv_attention
 from trl.generation.engine import Engine
 from trl.generation.kv_cache import Prompt
-from trl.generation.sampling_mode import accepts, base_model, learns_prompt, sampling_mode
-from trl.models.scoring import backbone
+from trl.generation.sampling_mode import accepts, learns_prompt, sampling_mode
+from trl.models.unwrap import below_peft, below_value_head
 
 _PROMPTS = (5, 3)
 _ADDED = 2
@@ -22,16 +22,16 @@ class NotLocal(ValueError):
 
 def refuse_unsuitable(model: Any) -> None:
     """Raise NotLocal, with the reason, unless the local engine's logits are those of a plain forward."""
-    network = backbone(model)
+    network = below_value_head(model)
     if network not in _reasons:
         _reasons[network] = why_not_local(network)
     if _reasons[network] is not None:
-        raise NotLocal(f"{type(base_model(network)).__name__} cannot use the local sampler: {_reasons[network]}")
+        raise NotLocal(f"{type(below_peft(network)).__name__} cannot use the local sampler: {_reasons[network]}")
 
 
 def why_not_local(model: Any) -> str | None:
     """The reason that a causal language model cannot use the local engine; None: its logits are a plain forward's."""
-    base = base_model(model)
+    base = below_peft(model)
     config = getattr(base, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         return f"{type(base).__name__} is not a transformers model"

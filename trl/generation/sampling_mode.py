@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-
-def base_model(model: Any) -> Any:
-    """The `transformers` model inside a PEFT model, with the adapter's layers in it; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+from trl.models.unwrap import below_peft
 
 
 def learns_prompt(model: Any) -> bool:
@@ -22,7 +19,7 @@ def learns_prompt(model: Any) -> bool:
 
 def accepts(model: Any, keyword: str) -> bool:
     """Whether the forward of the model inside names this keyword."""
-    return keyword in inspect.signature(base_model(model).forward).parameters
+    return keyword in inspect.signature(below_peft(model).forward).parameters
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from transformers import (
 from trl.data.records import Completion
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import base_model, learns_prompt, sampling_mode
+from trl.generation.sampling_mode import learns_prompt, sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.models.prepare import context_length
-from trl.models.scoring import backbone
+from trl.models.unwrap import below_peft, below_value_head
 
 
 class TransformersSampler:
@@ -36,15 +36,15 @@ class TransformersSampler:
     def __init__(self, model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: give 1 or more")
-        self.model = backbone(model)
-        if not getattr(base_model(self.model), "can_generate", lambda: False)():
-            raise ValueError(f"{type(base_model(self.model)).__name__} has no `generate`: give a model that has one")
+        self.model = below_value_head(model)
+        if not getattr(below_peft(self.model), "can_generate", lambda: False)():
+            raise ValueError(f"{type(below_peft(self.model)).__name__} has no `generate`: give a model that has one")
         self.tokenizer = tokenizer
         self.max_rows = max_rows
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""
-        base = base_model(self.model)
+        base = below_peft(self.model)
         encodes = bool(base.config.is_encoder_decoder)
         context = None if encodes else context_length(self.model)
         groups = make_rows(prompts, params, n, context)
@@ -80,7 +80,7 @@ class TransformersSampler:
         # An adapter with virtual tokens adds them in PEFT's own generate. Where transformers renamed the cache, PEFT
         # misses it and loses them behind the first token: so it reads all at each step. Other adapters are layers.
         virtual = learns_prompt(self.model)
-        model: Any = self.model if virtual else base_model(self.model)
+        model: Any = self.model if virtual else below_peft(self.model)
         model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
             do_sample=False, use_cache=not virtual, logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),

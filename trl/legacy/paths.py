@@ -8,9 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,53 +54,43 @@ MOVED: dict[str, tuple[str, ...]] = {
 RENAMED: dict[str, str] = {}
 """a name in one of these modules before -> today"""
 
-IN_EXAMPLES = {"models.digits_base": "digits_base", "models.modeling_digits": "modeling_digits"}
+IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digits": "digits.modeling_digits"}
 """modules that a source checkout has in `examples/digits/` and an installed package lacks"""
 
 
-class _Windows(MetaPathFinder, Loader):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        below = fullname.removeprefix("trl.")
-        if below == fullname or (below not in MOVED and below not in IN_EXAMPLES):
-            return None
-        return ModuleSpec(fullname, self)
+class Window(ModuleType):
+    """A module of an older layout, which reads its names from today's modules when they are asked for."""
 
-    def exec_module(self, module: ModuleType) -> None:
-        below = module.__name__.removeprefix("trl.")
-        homes = [f"trl.{home}" for home in MOVED.get(below, ())]
-        if below in IN_EXAMPLES:
-            homes = [_example(IN_EXAMPLES[below], module.__name__)]
-        module.__doc__ = f"A window on {', '.join(homes)}."
+    def __init__(self, name: str, homes: tuple[str, ...]):
+        super().__init__(name, f"A window on {', '.join(homes)}.")
+        self.__dict__["_homes"] = homes
 
-        def __getattr__(name: str) -> Any:
-            for home in homes:
-                found = importlib.import_module(home)
-                if hasattr(found, RENAMED.get(name, name)):
-                    return getattr(found, RENAMED.get(name, name))
-            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}; it reads {', '.join(homes)}")
-
-        module.__dict__["__getattr__"] = __getattr__
-        module.__dict__["__dir__"] = lambda: sorted(
-            {name for home in homes for name in dir(importlib.import_module(home))}
-        )
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what inspects all modules loads none of them
+            raise AttributeError(name)
+        for home in self._homes:
+            found = _example(home, self.__name__) if home in IN_EXAMPLES.values() else importlib.import_module(home)
+            if hasattr(found, RENAMED.get(name, name)):
+                return getattr(found, RENAMED.get(name, name))
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; it reads {', '.join(self._homes)}")
 
 
-def _example(name: str, asked: str) -> str:
+def _example(name: str, asked: str) -> ModuleType:
     folder = Path(__file__).parents[2] / "examples" / "digits"
     if not folder.is_dir():
-        raise ImportError(f"{asked} is an example now: take examples/digits/{name}.py from the source")
+        raise ImportError(f"{asked} is an example now: take examples/{name.replace('.', '/')}.py from the source")
     if "digits" not in sys.modules:
         spec = importlib.util.spec_from_file_location("digits", folder / "__init__.py")
         assert spec is not None
         assert spec.loader is not None
         sys.modules["digits"] = package = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
-    return f"digits.{name}"
+    return importlib.import_module(name)
 
 
-def install() -> None:
-    """Let `import` open the windows. They come after every other finder: a module that exists is never hidden."""
-    if not any(isinstance(finder, _Windows) for finder in sys.meta_path):
-        sys.meta_path.append(_Windows())
+def open_windows() -> None:
+    """Put a window where each module was; `import` finds it there."""
+    for old, homes in MOVED.items():
+        sys.modules[f"trl.{old}"] = Window(f"trl.{old}", tuple(f"trl.{home}" for home in homes))
+    for old, home in IN_EXAMPLES.items():
+        sys.modules[f"trl.{old}"] = Window(f"trl.{old}", (home,))

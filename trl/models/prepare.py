@@ -22,6 +22,7 @@ from trl.models.peft_support import (
     peft_module_casting_to_bf16,
     wrap_peft,
 )
+from trl.models.unwrap import below_value_head
 
 __all__ = [
     "activate_neftune",
@@ -157,7 +158,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 def align_special_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the model's configs the tokenizer's padding id where they have none: classifiers and `generate` want it."""
-    configs = [getattr(_inner(model), name, None) for name in ("config", "generation_config")]
+    configs = [getattr(below_value_head(model), name, None) for name in ("config", "generation_config")]
     for config in configs:
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -165,8 +166,8 @@ def align_special_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError if the tokenizer makes ids for which the model has no embedding."""
-    rows = getattr(_inner(model).get_input_embeddings(), "num_embeddings", 0)
-    rows = rows or _inner(model).config.get_text_config().vocab_size
+    rows = getattr(below_value_head(model).get_input_embeddings(), "num_embeddings", 0)
+    rows = rows or below_value_head(model).config.get_text_config().vocab_size
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ValueError(
@@ -177,20 +178,16 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
 
 def context_length(model: nn.Module) -> int | None:
     """The longest sequence the model has positions for; None where positions have no end (T5, ALiBi)."""
-    config = _inner(model).config.get_text_config()
+    config = below_value_head(model).config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         limit = getattr(config, "max_seq_len", None)  # MPT
     if limit is None:
         return None
-    for module in _inner(model).modules():  # RoBERTa counts positions from behind its padding index
+    for module in below_value_head(model).modules():  # RoBERTa counts positions from behind its padding index
         if isinstance(table := getattr(module, "position_embeddings", None), nn.Embedding):
             return limit if table.padding_idx is None else limit - table.padding_idx - 1
     return limit
-
-
-def _inner(model: nn.Module) -> Any:
-    return getattr(model, "pretrained_model", model)
 
 
 def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
@@ -198,7 +195,7 @@ def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | Non
 
     Reentrant checkpoints need an input with a gradient: behind frozen embeddings it gets one.
     """
-    inner = _inner(model)
+    inner = below_value_head(model)
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(inner).__name__} does not support `gradient_checkpointing`: set it to False")
     if hasattr(inner, "activation_checkpointing_enable"):  # the name since transformers 5.23
@@ -232,7 +229,7 @@ def neftune_post_forward_hook(module: nn.Module, input: Any, output: Tensor) -> 
 
 def activate_neftune(model: nn.Module, alpha: float) -> RemovableHandle:
     """Put the noise on the model's input embeddings; the handle, also `model.neftune_hook_handle`, takes it off."""
-    embeddings = _inner(model).get_input_embeddings()
+    embeddings = below_value_head(model).get_input_embeddings()
     embeddings.neftune_noise_alpha = alpha
     handle = embeddings.register_forward_hook(neftune_post_forward_hook)
     model.neftune_hook_handle = handle

@@ -7,17 +7,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from trl.models.modeling_base import create_reference_model
 from trl.models.peft_support import is_peft_model
+from trl.models.unwrap import below_accelerate
 from trl.models.wrapped import equalise
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model below what accelerate and `torch.compile` put around it."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 class Reference:
@@ -29,7 +24,7 @@ class Reference:
     """
 
     def __init__(self, policy: nn.Module, given: nn.Module | None = None, *, precomputed: bool = False):
-        if given is not None and unwrap(given) is unwrap(policy):
+        if given is not None and below_accelerate(given) is below_accelerate(policy):
             raise ValueError("the reference is the policy itself: leave it out for a frozen copy, or load it again")
         if given is not None and precomputed:
             raise ValueError("a reference model and precomputed reference log-probabilities: pass one of them")
@@ -40,11 +35,11 @@ class Reference:
         if given is not None:
             self.frozen = given.eval().requires_grad_(False)
         elif not precomputed and not self.adapter_off:
-            equalise(unwrap(policy))
-            self.frozen = create_reference_model(unwrap(policy))
+            equalise(below_accelerate(policy))
+            self.frozen = create_reference_model(below_accelerate(policy))
 
     def _inner_policy(self) -> Any:
-        policy = unwrap(self.policy)
+        policy = below_accelerate(self.policy)
         return getattr(policy, "pretrained_model", policy)
 
     @contextmanager
@@ -60,12 +55,12 @@ class Reference:
 
     def state(self) -> dict[str, Any]:
         """The weights of a reference that is a model of its own: what a checkpoint needs once it has moved."""
-        return {} if self.frozen is None else unwrap(self.frozen).state_dict()
+        return {} if self.frozen is None else below_accelerate(self.frozen).state_dict()
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
         if self.frozen is not None:
-            unwrap(self.frozen).load_state_dict(state)
+            below_accelerate(self.frozen).load_state_dict(state)
 
     @torch.no_grad()
     def sync(self, alpha: float = 1.0) -> None:
@@ -78,8 +73,8 @@ class Reference:
             raise ValueError(f"the reference is {what}: nothing there can be synchronised; pass a reference model")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha} is a weight: use 0 (keep the reference) to 1 (take the policy)")
-        policy = dict(unwrap(self.policy).named_parameters())
-        reference = dict(unwrap(self.frozen).named_parameters())
+        policy = dict(below_accelerate(self.policy).named_parameters())
+        reference = dict(below_accelerate(self.frozen).named_parameters())
         if missing := sorted(reference.keys() - policy.keys()):
             raise ValueError(
                 f"the policy has no parameter {missing[0]!r}: only a reference of its own kind can follow it"

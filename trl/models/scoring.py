@@ -22,6 +22,7 @@ from trl.kernels.rotary import fused_rotary
 from trl.kernels.swapped_forward import stand_in
 from trl.models.attention import TreeLayout, enable_tree_attention, inside_tree
 from trl.models.head import Head, head_of, logprobs_and_entropy, token_logprobs
+from trl.models.unwrap import below_value_head, is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +63,6 @@ class Hidden:
     def scored(self) -> Tensor:
         """The states that predict the scored tokens, [S, D]."""
         return self.at(self.packed.scored_S, self.packed.row_S)
-
-
-def backbone(model: nn.Module) -> Any:
-    """The transformers or PEFT model below accelerate's and our own wrappers."""
-    model = extract_model_from_parallel(model)
-    return getattr(model, "pretrained_model", model)
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether prompts go to an encoder and answers to a decoder."""
-    return bool(getattr(backbone(model).config, "is_encoder_decoder", False))
 
 
 @contextmanager
@@ -125,7 +115,7 @@ def _run(model: nn.Module, module: nn.Module, packed: PackedBatch, path: Path, i
 
 
 def _run_packed(model: nn.Module, packed: PackedBatch, positions: Tensor) -> None:
-    network, total = backbone(model), len(packed.ids_N)
+    network, total = below_value_head(model), len(packed.ids_N)
     layer = last_layer(network) if _narrow.get(network) and len(positions) <= WORTH_IT * total else None
     layout = TreeLayout(packed.segments)
     if layer is not None and layer.attention is not None:
@@ -150,18 +140,20 @@ def padded_inputs_of(model: nn.Module, packed: PackedBatch) -> dict[str, Any]:
 
 
 def _pad_token(model: nn.Module) -> int:
-    pad = getattr(backbone(model).config, "pad_token_id", None)
+    pad = getattr(below_value_head(model).config, "pad_token_id", None)
     return 0 if pad is None else pad
 
 
 def _is_encoder(model: nn.Module) -> bool:
-    return not hasattr(backbone(model), "prepare_inputs_for_generation") and not hasattr(backbone(model), "score")
+    return not hasattr(below_value_head(model), "prepare_inputs_for_generation") and not hasattr(
+        below_value_head(model), "score"
+    )
 
 
 def takes_positions(model: nn.Module) -> bool:
     import inspect
 
-    network = backbone(model)
+    network = below_value_head(model)
     network = network.get_base_model() if hasattr(network, "get_base_model") else network
     return "position_ids" in inspect.signature(network.forward).parameters
 
@@ -181,7 +173,7 @@ def quietly(model: nn.Module) -> Iterator[None]:
 
 def path_of(model: nn.Module, module: nn.Module) -> Path:
     """Whether packed rows give what separate rows give: a probe of ten tokens, once per model, said if they do not."""
-    network = backbone(model)
+    network = below_value_head(model)
     if network not in _paths:
         _paths[network] = "packed" if _packs(network, module) else "padded"
         if _paths[network] == "padded":
@@ -231,7 +223,7 @@ def hidden_states(
 
 def scored_states(model: nn.Module, packed: PackedBatch, path: Path | None = None) -> tuple[Head, Tensor]:
     """The language-model head and the states that predict the scored tokens. Head, [S, D]"""
-    network = backbone(model)
+    network = below_value_head(model)
     head = head_of(network)
     if not is_encoder_decoder(model):
         return head, hidden_states(model, packed, head.module, path).scored()
@@ -277,7 +269,7 @@ def logits_and_labels(model: nn.Module, packed: PackedBatch) -> tuple[Tensor, Te
     [B, L, V] and [B, L], a label at its own token; [B, T, V] and [B, T] of an encoder-decoder's answers.
     """
     if is_encoder_decoder(model):
-        start = backbone(model).config.decoder_start_token_id
+        start = below_value_head(model).config.decoder_start_token_id
         logits = model(**encoder_decoder_inputs(packed, start, _pad_token(model)), use_cache=False).logits
         place = packed.slot_S
     else:
@@ -290,7 +282,7 @@ def logits_and_labels(model: nn.Module, packed: PackedBatch) -> tuple[Tensor, Te
 
 def classifier_of(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into scores, in models for sequence or token classification."""
-    network = backbone(model)
+    network = below_value_head(model)
     network = network.get_base_model() if hasattr(network, "get_base_model") else network
     for name in ("score", "classifier", "classification_head"):
         if isinstance(getattr(network, name, None), nn.Module):
@@ -308,7 +300,7 @@ def scores_at(
 
 def rewards(model: nn.Module, packed: PackedBatch, path: Path | None = None) -> Tensor:
     """The reward of each row, read at its last real token; encoders read it where they always do. [B]"""
-    network = backbone(model)
+    network = below_value_head(model)
     if network.config.num_labels != 1:
         raise ValueError(f"num_labels={network.config.num_labels}: a reward model has 1")
     if _is_encoder(model) or is_encoder_decoder(model):

@@ -14,10 +14,9 @@ from trl.data.records import Rollout
 from trl.environment.base_environment import TextEnvironment
 from trl.environment.chat_environment import ChatEnvironment
 from trl.environment.turns import SampledTurns
-from trl.generation.sampling_mode import base_model
 from trl.generation.stopping import end_tokens
 from trl.models.prepare import context_length
-from trl.models.scoring import backbone
+from trl.models.unwrap import below_peft
 from trl.rollout.rewards import Rewards
 
 
@@ -66,7 +65,7 @@ class Played:
 
 def end_ids(trainer: Any) -> list[int]:
     """The tokens that end a turn of the model."""
-    return list(end_tokens(trainer.sampling_params(0), base_model(trainer.model), trainer.processing_class))
+    return list(end_tokens(trainer.sampling_params(0), below_peft(trainer.model), trainer.processing_class))
 
 
 def check_text_environment(environment: TextEnvironment, config: Any, tokenizer: Any, reward_funcs: Any) -> None:
@@ -100,7 +99,7 @@ def play(
     rank = trainer.args.process_index
     places = range(rank * len(rows), (rank + 1) * len(rows)) if places is None else places
     seeds = [seed * 2**20 + place * group + i for place in places for i in range(group)]
-    turns = SampledTurns(trainer.sampler, trainer.sampling_params(seed), context_length(backbone(trainer.model)))
+    turns = SampledTurns(trainer.sampler, trainer.sampling_params(seed), context_length(trainer.model))
     return trainer.environment.rollout(own, turns, seeds, trainer.args.max_completion_length)
 
 

@@ -23,7 +23,8 @@ from trl.data.records import Branch, TokenTree
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll
 from trl.models.prepare import is_peft_model
-from trl.models.scoring import is_encoder_decoder, logits_and_labels, score
+from trl.models.scoring import logits_and_labels, score
+from trl.models.unwrap import is_encoder_decoder
 from trl.models.wrapped import within_forward
 from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
 from trl.trainer.objective import ObjectiveTrainer

@@ -15,7 +15,8 @@ from trl.data.records import Branch, TokenTree
 from trl.data.tokenize import tokenize_unpaired
 from trl.losses.kto import unpaired_loss
 from trl.losses.loss_sum import LossSum
-from trl.models.scoring import is_encoder_decoder, quietly, score
+from trl.models.scoring import quietly, score
+from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import as_config
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.objective import ObjectiveTrainer, pieces_of

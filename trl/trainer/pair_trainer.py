@@ -18,7 +18,8 @@ from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import preference_loss
 from trl.models.head import log_collision, mean_logits, token_logprobs
-from trl.models.scoring import is_encoder_decoder, quietly, score, scored_states
+from trl.models.scoring import quietly, score, scored_states
+from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.dpo_config import PairConfig
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import answer_length, each_dataset, equip

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from trl.models.reference import unwrap
+from trl.models.unwrap import below_accelerate
 
 PREFIX = "checkpoint-"
 SHARED, OWN = "trainer_state.pt", "random_state-{rank}.pt"
@@ -65,7 +65,7 @@ def restore(trainer: Any, state: Mapping[str, Any]) -> None:
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    return {name: p.detach() for name, p in below_accelerate(model).named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def fingerprint(model: nn.Module | None) -> list[float] | None:
     if model is None:
         return None
     with torch.no_grad():
-        return [float(p.double().sum()) for p in unwrap(model).parameters()]
+        return [float(p.double().sum()) for p in below_accelerate(model).parameters()]
 
 
 def same_model(one: list[float] | None, other: list[float] | None) -> bool:
@@ -125,7 +125,7 @@ def save_state(trainer: Any, directory: str | os.PathLike[str]) -> None:
         _write(beside / OWN.format(rank=accelerator.process_index), random_state())
         if accelerator.is_main_process:
             _write(beside / SHARED, state_of(trainer))
-            model: Any = unwrap(trainer.model)
+            model: Any = below_accelerate(trainer.model)
             model.save_pretrained(beside)
             trainer.tokenizer.save_pretrained(beside)
     except OSError as error:

@@ -14,8 +14,7 @@ from trl.environment.turns import SampledTurns
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.models.prepare import context_length
-from trl.models.reference import unwrap
-from trl.models.scoring import backbone
+from trl.models.unwrap import below_accelerate, below_value_head
 from trl.rollout.episodes import check_text_environment
 from trl.trainer.ppo_generation import end_tokens
 
@@ -37,7 +36,7 @@ def play(trainer: Any, rows: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]
 
     rows: with `prompt` and `prompt_ids`.
     """
-    policy, environment = unwrap(trainer.model), trainer.environment
+    policy, environment = below_accelerate(trainer.model), trainer.environment
     params = sampling_params(policy, kwargs)
     if params is None:
         raise ValueError("generation_kwargs: the turns of an environment are sampled, and only `generate` knows these")
@@ -45,7 +44,7 @@ def play(trainer: Any, rows: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]
         environment.bind(trainer.tokenizer, sorted(end_tokens(policy, trainer.tokenizer, kwargs)))
     sampler = make_sampler(policy, trainer.tokenizer, max_rows=len(rows))
     first = int(torch.randint(2**62, ()))
-    turns = SampledTurns(sampler, params, context_length(backbone(policy)))
+    turns = SampledTurns(sampler, params, context_length(below_value_head(policy)))
     seeds = range(first, first + len(rows))
     rollout: Rollout = environment.rollout(rows, turns, seeds, trainer.config.max_new_tokens)
     return rollout

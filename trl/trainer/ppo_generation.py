@@ -11,12 +11,12 @@ from torch import Tensor
 from trl.generation.choose import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.legacy.ppo_padded import padded_pair
-from trl.models.scoring import backbone
+from trl.models.unwrap import below_value_head
 
 
 def end_tokens(model: Any, tokenizer: Any, kwargs: Mapping[str, Any]) -> set[int]:
     """The ids that end a response: `eos_token_id` of the keywords, else the model's and the tokenizer's."""
-    config = getattr(backbone(model), "generation_config", None)
+    config = getattr(below_value_head(model), "generation_config", None)
     own = [getattr(config, "eos_token_id", None), tokenizer.eos_token_id]
     ends: set[int] = set()
     for each in [kwargs["eos_token_id"]] if "eos_token_id" in kwargs else own:

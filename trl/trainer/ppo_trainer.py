@@ -22,7 +22,8 @@ from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
-from trl.models.reference import Reference, unwrap
+from trl.models.reference import Reference
+from trl.models.unwrap import below_accelerate
 from trl.models.wrapped import equalise
 from trl.rewards.named import RewardSource
 from trl.rollout.measure import (
@@ -146,7 +147,7 @@ class PPOTrainer(BaseTrainer):
         self, dataset: torch.utils.data.Dataset | Dataset, data_collator: Callable[[list[Any]], Any] | None = None
     ) -> torch.utils.data.DataLoader:
         """A loader of whole, shuffled batches; not yet under accelerate."""
-        return ppo_setup.make_dataloader(dataset, data_collator, unwrap(self.model), self.config)
+        return ppo_setup.make_dataloader(dataset, data_collator, below_accelerate(self.model), self.config)
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
@@ -184,13 +185,13 @@ class PPOTrainer(BaseTrainer):
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0][None] if single else responses
 
-        policy = unwrap(self.model)
+        policy = below_accelerate(self.model)
         with without_dropout(policy):
             response = responses_of(policy)
         if not generate_ref_response:
             return response
         with self.reference.model() as reference:
-            return response, responses_of(unwrap(reference or policy))
+            return response, responses_of(below_accelerate(reference or policy))
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class PPOTrainer(BaseTrainer):
             self.config.batch_size, queries, responses, scores, response_masks
         )
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
-        config: Any = unwrap(self.model).config
+        config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
         samples = samples_of(queries, responses, response_masks, start)
         memory = kept_memory(self.current_device)
@@ -254,7 +255,7 @@ class PPOTrainer(BaseTrainer):
         """Scores as the step learns from them: EOS trick, best-so-far push, scaling, normalising, clipping."""
         config = self.config
         if config.missing_eos_penalty is not None:
-            ends = ppo_generation.end_tokens(unwrap(self.model), self.tokenizer, {})
+            ends = ppo_generation.end_tokens(below_accelerate(self.model), self.tokenizer, {})
             ends |= set(ppo_setup.stop_tokens(config, self.tokenizer))
             ended = torch.tensor([len(row) > 0 and int(row[-1]) in ends for row in responses], device=scores_B.device)
             scores_B = torch.where(ended, scores_B, -config.missing_eos_penalty)

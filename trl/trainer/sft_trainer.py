@@ -16,7 +16,8 @@ from trl.legacy.collators import DataCollatorForCompletionOnlyLM
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import dft, nll
 from trl.models.prepare import activate_neftune
-from trl.models.scoring import is_encoder_decoder, logits_and_labels, score
+from trl.models.scoring import logits_and_labels, score
+from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import as_config, older_style, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.preparation import each_dataset, equip, fitting_length
