@@ -142,10 +142,10 @@ def test_tools_are_spelled_out_for_a_template_that_knows_none() -> None:
 
 
 def test_a_template_that_changes_what_it_has_rendered() -> None:
-    with pytest.raises(
-        ValueError, match=r"row 0 of the train data set: .* before message 1 .*from character 0: '1 mes"
-    ):
-        learned(byte_tokenizer(COUNTING), DIALOGUE)
+    tokenizer = byte_tokenizer(COUNTING)
+    assert learned(tokenizer, DIALOGUE) == ["yo<|im_end|>", "bye<|im_end|>"]
+    _, report = tokenize_supervised([{"messages": DIALOGUE}], tokenizer, assistant_only_loss=True)
+    assert report.rewritten == 1
 
 
 def test_a_template_that_forbids_a_role() -> None:
@@ -171,15 +171,17 @@ def test_template_arguments_of_the_call_and_of_the_row() -> None:
 
 def test_split_shares_the_prompt_and_ends_at_the_stop_token() -> None:
     template = ChatTemplate(byte_tokenizer())
-    prompt, answers, rewritten = template.split([USER], [[YO], [BYE]])
+    prompt, answers, rewritten, spans = template.split([USER], [[YO], [BYE]])
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert answers == ["yo<|im_end|>", "bye<|im_end|>"]
+    assert spans == [[(0, 12)], [(0, 13)]]
     assert not rewritten
 
 
 def test_split_where_answers_do_not_continue_the_generation_prompt() -> None:
     plain = THINKING.replace("{{ '<think>\n\n</think>\n\n' + content }}", "{{ content }}")
-    prompt, answers, rewritten = ChatTemplate(byte_tokenizer(plain)).split([USER], [[{**YO, "content": "<b>"}], [BYE]])
+    template = ChatTemplate(byte_tokenizer(plain))
+    prompt, answers, rewritten, _ = template.split([USER], [[{**YO, "content": "<b>"}], [BYE]])
     assert prompt.endswith("<|im_start|>assistant\n")
     assert answers == ["<b><|im_end|>", "bye<|im_end|>"]
     assert rewritten
@@ -187,11 +189,15 @@ def test_split_where_answers_do_not_continue_the_generation_prompt() -> None:
 
 def test_split_continues_an_answer_that_the_prompt_begins() -> None:
     begun = {"role": "assistant", "content": "Sure, "}
-    prompt, answers, _ = ChatTemplate(byte_tokenizer()).split([USER, begun], [[YO]])
+    prompt, answers, _, _ = ChatTemplate(byte_tokenizer()).split([USER, begun], [[YO]])
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nSure, "
     assert answers == ["yo<|im_end|>"]
 
 
 def test_split_with_a_template_that_changes_what_it_has_rendered() -> None:
-    with pytest.raises(ValueError, match="renders what stands before message 1 in another way"):
-        ChatTemplate(byte_tokenizer(COUNTING)).split([USER], [[YO], [BYE]])
+    split = ChatTemplate(byte_tokenizer(COUNTING)).split([USER], [[YO], [BYE]])
+    assert split.prompt == "2 messages\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert split.answers == ["yo<|im_end|>", "bye<|im_end|>"]
+    assert split.rewritten
+    with pytest.raises(ValueError, match="renders the prompt in another way under each answer .from character 0: '2 m"):
+        ChatTemplate(byte_tokenizer(COUNTING)).split([USER], [[YO], [BYE, MORE, BYE]])

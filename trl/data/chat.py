@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,12 +14,20 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl.data.encode import Span, common_prefix, unwrap_tokenizer
+from trl.data.messages import (
+    Message,
+    Messages,
+    TemplateHabits,
+    is_learned,
+    read_tools,
+    spell_calls,
+    spell_tools,
+    without_nones,
+)
+from trl.data.rendering import Reader, Reading
 
-Message = dict[str, Any]
-Messages = list[Message]
-
-MARK = "\ue000content\ue001"
-"""put in place of a message's content to find it in the rendering; its private-use ends occur in no text"""
+_ROW_TEMPLATES = 16
+"""templates with a row's own arguments that are kept"""
 
 
 class Rendered(NamedTuple):
@@ -27,7 +36,9 @@ class Rendered(NamedTuple):
     prompt: str
     answers: list[str]
     rewritten: bool
-    """the answers do not continue the generation prompt to the letter"""
+    """when the model answers, it sees the prompt in another way than here"""
+    spans: list[list[Span]]
+    """for each answer its characters that the assistant says: not what tools or users do"""
 
 
 class Conversation(NamedTuple):
@@ -36,36 +47,28 @@ class Conversation(NamedTuple):
     text: str
     spans: list[Span]
     rewritten: bool
-    """some turn is rendered in another way in the midst of a conversation than at its end"""
-
-
-def without_nones(value: Any) -> Any:
-    """The value without dict entries that are None at any depth: Arrow fills them in where rows have different keys."""
-    if isinstance(value, Mapping):
-        return {k: without_nones(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [without_nones(v) for v in value]
-    return value
-
-
-def read_tools(tools: Any) -> list[Any] | None:
-    """A row's tools (a list of JSON schemas or functions, or the list as JSON text); None when there are none."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"column 'tools' is text but not JSON: {error}") from None
-    if tools is not None and not isinstance(tools, list | tuple):
-        raise ValueError(f"column 'tools' should be a list of tools, got {type(tools)}")
-    return [tool if callable(tool) else without_nones(tool) for tool in tools] if tools else None
+    """when the model answers, it sees what stands before in another way than here"""
 
 
 class ChatTemplate:
-    """Renders conversations; `kwargs` go to the template."""
+    """Renders conversations.
 
-    def __init__(self, processing_class: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+    `kwargs` go to the template. `ends`: ids of the model's end tokens, from its generation config; the tokenizer's EOS
+    and what the template prints after an assistant's turn end turns as well. `keep_nulls`: a None inside a tool call
+    was said by the row; otherwise Arrow may have filled it in, and it is dropped.
+    """
+
+    def __init__(
+        self,
+        processing_class: Any,
+        kwargs: Mapping[str, Any] | None = None,
+        ends: Sequence[int] = (),
+        keep_nulls: bool = False,
+    ) -> None:
         self.tokenizer: PreTrainedTokenizerBase = unwrap_tokenizer(processing_class)
         self.kwargs = dict(kwargs or {})
+        self.ends, self.keep_nulls = tuple(ends), keep_nulls
+        self._of_rows: dict[str, ChatTemplate] = {}
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "the rows are conversations but the tokenizer has no chat template: set `tokenizer.chat_template`, "
@@ -75,7 +78,15 @@ class ChatTemplate:
     def of_row(self, row: Mapping[str, Any]) -> ChatTemplate:
         """The template with the row's own `chat_template_kwargs`."""
         own = without_nones(row.get("chat_template_kwargs") or {})
-        return ChatTemplate(self.tokenizer, {**self.kwargs, **own}) if own else self
+        if not own:
+            return self
+        key = json.dumps(own, sort_keys=True, default=repr)
+        if key not in self._of_rows:
+            if len(self._of_rows) >= _ROW_TEMPLATES:
+                self._of_rows.clear()
+            made = ChatTemplate(self.tokenizer, {**self.kwargs, **own}, self.ends, self.keep_nulls)
+            self._of_rows[key] = made
+        return self._of_rows[key]
 
     @cached_property
     def _specials(self) -> tuple[str, ...]:
@@ -87,36 +98,81 @@ class ChatTemplate:
         template = self.tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
-    def needs_spelling(self, messages: Messages, tools: Sequence[Any] | None) -> bool:
-        """Whether tools or calls are there that the template says nothing about."""
-        calls = any(message.get("tool_calls") for message in messages)
-        return bool(tools and "tools" not in self._source) or bool(calls and "tool_calls" not in self._source)
+    @cached_property
+    def _habits(self) -> TemplateHabits:
+        return TemplateHabits(self._raw, self._source)
 
-    def render(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, open_turn: bool = False, **kwargs: Any
+    @cached_property
+    def _reader(self) -> Reader:
+        ends = [str(self.tokenizer.decode([end])) for end in self.ends]
+        ends.append(str(self.tokenizer.eos_token or ""))
+        return Reader(self._raw, lambda messages: self._ready(messages, None)[0], self._specials, ends)
+
+    @property
+    def end_texts(self) -> tuple[str, ...]:
+        """The texts that end an assistant's turn: of the model's end tokens, and what the template prints there."""
+        return self._reader.ends
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that can end an assistant's turn, by the model, the tokenizer or the template."""
+        known = self.tokenizer.convert_tokens_to_ids([text for text in self.end_texts if text in self._specials])
+        eos = self.tokenizer.eos_token_id
+        return frozenset([*self.ends, *known, *([] if eos is None else [eos])])
+
+    def needs_spelling(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
+        """Whether there are tools or calls that the template does not know, so that we write them out."""
+        calls = any(message.get("tool_calls") for message in messages)
+        return bool(tools and self._habits.spells_tools) or bool(calls and self._habits.spells_calls)
+
+    def _ready(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, met: Counter[str] | None = None
+    ) -> tuple[Messages, list[Any] | None]:
+        """Messages and tools as the template can print them; `met` counts what was changed."""
+        plain = self._habits.ready(messages, Counter() if met is None else met, self.keep_nulls)
+        if self._habits.spells_calls:
+            plain = spell_calls(plain)
+        if tools and self._habits.spells_tools:
+            return spell_tools(plain, tools, with_calls=self._habits.spells_calls), None
+        return plain, list(tools) if tools else None
+
+    def _raw(
+        self, messages: Messages, tools: Sequence[Any] | None = None, open_turn: bool = False, **kwargs: Any
     ) -> str:
-        """The template's text; `open_turn` adds the generation prompt."""
-        plain: Messages = without_nones(list(messages))
-        if self.needs_spelling(plain, tools):
-            plain, tools = spell_tools(plain, tools), None
         try:
             text = self.tokenizer.apply_chat_template(
-                plain,
+                messages,
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=open_turn,
                 **{**self.kwargs, **kwargs},
             )
-        except (TemplateError, TypeError) as error:
-            roles = ", ".join(str(message.get("role")) for message in plain)
+        except (TemplateError, TypeError, AttributeError, LookupError) as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(f"the chat template cannot render the roles {roles}: {error}") from error
         return str(text)
 
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, open_turn: bool = False, **kwargs: Any
+    ) -> str:
+        """The template's text; `open_turn` adds the generation prompt."""
+        plain, known = self._ready(messages, tools)
+        return self._raw(plain, known, open_turn, **kwargs)
+
+    def read(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Reading:
+        """The conversation's text and whose its characters are."""
+        met: Counter[str] = Counter()
+        plain, known = self._ready(messages, tools, met)
+        reading = self._reader.read(plain, known, self._raw(plain, known))
+        reading.met, reading.spelled = met, self.needs_spelling(messages, tools)
+        return reading.counted_from(len(plain) - len(messages))
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         """The text that the model continues: a new assistant turn, or the last one when that is the assistant's."""
-        if messages and messages[-1]["role"] == "assistant":
-            return self.render(messages, tools, continue_final_message=True)
-        return self.render(messages, tools, open_turn=True)
+        if not messages or messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+            return self.render(messages, tools, open_turn=True)
+        reading = self.read(messages, tools)
+        return reading.text[: reading.end_of_content(len(messages) - 1)]
 
     def split(
         self, prompt: Messages, answers: Sequence[Messages], tools: Sequence[Any] | None = None, trim: bool = True
@@ -125,100 +181,63 @@ class ChatTemplate:
 
         `trim`: an answer ends at its stop token, without the blanks that the template puts after it.
         """
-        end = self._without_tail if trim else str
-        opened = self.prompt(prompt, tools)
-        whole = [self.render(_joined(prompt, answer), tools) for answer in answers]
-        if all(text.startswith(opened) for text in whole):
-            return Rendered(opened, [end(text[len(opened) :]) for text in whole], rewritten=False)
-        closed = self.render(prompt, tools)
-        for text in whole:
-            if not text.startswith(closed):
-                raise self._changed(closed, text, len(prompt))
+        whole = [_joined(prompt, answer) for answer in answers]
+        readings = [self.read(messages, tools) for messages in whole]
+        firsts = [len(messages) - len(answer) for messages, answer in zip(whole, answers, strict=True)]
+        begun = len(prompt[-1]["content"]) if any(first < len(prompt) for first in firsts) else 0
         cuts = []
-        for answer, text in zip(answers, whole, strict=True):
-            marked = self.render(_joined(prompt, _marked(answer, 0)), tools)
-            cuts.append(min(common_prefix(opened, text), common_prefix(marked, text)))
-        cut = max(min(cuts), len(closed))
-        return Rendered(whole[0][:cut], [end(text[cut:]) for text in whole], rewritten=True)
+        for reading, messages, first in zip(readings, whole, firsts, strict=True):
+            if first < len(prompt):
+                cuts.append(reading.end_of_content(first, begun))
+            elif first < len(messages) and messages[first]["role"] == "assistant":
+                cuts.append(reading.start_of(first))
+            else:
+                cuts.append(common_prefix(self.render(prompt, tools), reading.text))
+        cut = min(cuts)
+        for reading in readings[1:]:
+            shared = common_prefix(readings[0].text[:cut], reading.text)
+            if shared < cut:
+                raise ValueError(
+                    "the chat template renders the prompt in another way under each answer (from character "
+                    f"{shared}: {readings[0].text[shared : shared + 30]!r} and {reading.text[shared : shared + 30]!r})"
+                )
+        texts, spans = [], []
+        for reading, messages, first in zip(readings, whole, firsts, strict=True):
+            text = reading.text[cut:]
+            texts.append(self._reader.without_tail(text) if trim else text)
+            said = reading.spans(i for i in range(first, len(messages)) if is_learned(messages[i]))
+            spans.append([(max(start - cut, 0), min(end - cut, len(texts[-1]))) for start, end in said])
+        return Rendered(readings[0].text[:cut], texts, any(reading.rewritten for reading in readings), spans)
 
     def conversation(self, messages: Messages, tools: Sequence[Any] | None = None, first: int = 0) -> Conversation:
         """The text, and the spans of the assistant's turns from message `first` on.
 
-        By the template's own `{% generation %}` marks where it has them; otherwise by rendering the conversation up to
-        each turn. A template that renders earlier messages in another way once later ones follow: ValueError.
+        By the template's own `{% generation %}` marks where it has them, otherwise as `read` finds them. Messages with
+        `weight: 0` are not among them.
         """
-        if re.search(r"\{%-?\s*generation\s*-?%\}", self._source) and first == 0:
-            return self._by_generation_marks(messages, tools)
-        text = self.render(messages, tools)
-        spans: list[Span] = []
-        rewritten = False
-        for index, message in enumerate(messages):
-            if message.get("role") != "assistant" or index < first:
-                continue
-            start = self._turn_start(messages, tools, index, text)
-            end, changed = self._turn_end(messages, tools, index, text)
-            if end < start or (spans and start < spans[-1][1]):
-                raise self._changed("", text, index)
-            end = start + len(self._without_tail(text[start:end]))
-            spans.append((start, end))
-            rewritten = rewritten or changed
-        return Conversation(text, spans, rewritten)
+        learned = [i for i, m in enumerate(messages) if is_learned(m) and i >= first and m.get("role") == "assistant"]
+        by_marks = None
+        if re.search(r"\{%-?\s*generation\s*-?%\}", self._source):
+            by_marks = self._by_generation_marks(messages, tools)
+            if len(learned) == sum(m.get("role") == "assistant" for m in messages):
+                return by_marks
+        reading = self.read(messages, tools)
+        spans = reading.spans(learned)
+        if by_marks is not None:
+            spans = [(a, b) for a, b in by_marks.spans if any(start <= a < end for start, end in spans)]
+        return Conversation(reading.text, spans, reading.rewritten)
 
     def _by_generation_marks(self, messages: Messages, tools: Sequence[Any] | None) -> Conversation:
-        plain = without_nones(messages)
-        if self.needs_spelling(plain, tools):
-            plain, tools = spell_tools(plain, tools), None
+        plain, known = self._ready(messages, tools)
         rendered: Any = render_jinja_template(  # annotated as text, gives texts and spans
             conversations=[plain],
-            tools=list(tools) if tools else None,
-            chat_template=self.tokenizer.get_chat_template(None, list(tools) if tools else None),
+            tools=known,
+            chat_template=self.tokenizer.get_chat_template(None, known),
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **self.kwargs},
         )
         texts, spans = rendered
         return Conversation(texts[0], [(int(start), int(end)) for start, end in spans[0]], rewritten=False)
-
-    def _turn_start(self, messages: Messages, tools: Sequence[Any] | None, index: int, text: str) -> int:
-        """Where message `index` begins to be the assistant's words: after what would prompt the model for them."""
-        if index == 0:
-            return common_prefix(self.render(_marked(messages, 0), tools), text)
-        opened = self.render(messages[:index], tools, open_turn=True)
-        if text.startswith(opened):
-            return len(opened)
-        closed = self.render(messages[:index], tools)
-        if not text.startswith(closed):
-            raise self._changed(closed, text, index)
-        marked = self.render(_marked(messages, index), tools)
-        return max(len(closed), min(common_prefix(opened, text), common_prefix(marked, text)))
-
-    def _turn_end(self, messages: Messages, tools: Sequence[Any] | None, index: int, text: str) -> tuple[int, bool]:
-        """Where the turn of message `index` ends, and whether the template rewrites it when others follow."""
-        until = self.render(messages[: index + 1], tools)
-        if text.startswith(until):
-            return len(until), False
-        in_place = self.render(_marked(messages, index), tools)
-        at_end = self.render(_marked(messages[: index + 1], index), tools)
-        if MARK[-1] not in in_place or MARK[-1] not in at_end:
-            raise self._changed(until, text, index)
-        after = in_place[in_place.rindex(MARK[-1]) + 1 :]
-        if not text.endswith(after):
-            raise self._changed(until, text, index)
-        end = len(text) - len(after)
-        tail = at_end[at_end.rindex(MARK[-1]) + 1 :]
-        return end + (len(tail) if after.startswith(tail) else 0), True
-
-    def _without_tail(self, text: str) -> str:
-        """The text without the blanks that follow its stop token: nothing is sampled after that."""
-        stripped = text.rstrip()
-        return stripped if stripped.endswith(self._specials) else text
-
-    def _changed(self, expected: str, text: str, index: int) -> ValueError:
-        at = common_prefix(expected, text)
-        return ValueError(
-            f"the chat template renders what stands before message {index} in another way once later messages follow "
-            f"(from character {at}: {expected[at : at + 30]!r} became {text[at : at + 30]!r}), so the assistant's "
-            "tokens cannot be told apart: mark them with {% generation %} in the template, or train on the whole text"
-        )
 
 
 def _joined(prompt: Messages, answer: Messages) -> Messages:
@@ -231,33 +250,13 @@ def _joined(prompt: Messages, answer: Messages) -> Messages:
     return [*prompt[:-1], {**answer[0], "content": begun + rest}, *answer[1:]]
 
 
-def _marked(messages: Messages, index: int) -> Messages:
-    """The conversation with the content of message `index` replaced by the mark."""
-    content: Any = MARK
-    if isinstance(messages[index].get("content"), list):
-        content = [{"type": "text", "text": MARK}]
-    return [*messages[:index], {**messages[index], "content": content}, *messages[index + 1 :]]
-
-
-def spell_tools(messages: Sequence[Message], tools: Sequence[Any] | None) -> Messages:
-    """The conversation with tools listed in its system message and calls as `<tool_call>` text, in Hermes' manner."""
-    spelled: Messages = []
-    for message in messages:
-        plain = {key: value for key, value in message.items() if key != "tool_calls"}
-        calls = [json.dumps(call.get("function", call)) for call in message.get("tool_calls") or []]
-        texts = [plain.get("content") or "", *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
-        spelled.append({**plain, "content": "\n".join(filter(None, texts))} if calls else plain)
-    if tools:
-        from transformers.utils.chat_template_utils import get_json_schema
-
-        schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
-        listed = "\n".join(json.dumps(schema) for schema in schemas)
-        notice = (
-            f"You may call these functions:\n<tools>\n{listed}\n</tools>\nCall one with a JSON object in "
-            '<tool_call></tool_call>: {"name": ..., "arguments": ...}.'
-        )
-        if spelled and spelled[0].get("role") == "system":
-            notice = f"{spelled[0].get('content') or ''}\n\n{notice}"
-            spelled = spelled[1:]
-        spelled.insert(0, {"role": "system", "content": notice})
-    return spelled
+__all__ = [
+    "ChatTemplate",
+    "Conversation",
+    "Message",
+    "Messages",
+    "Rendered",
+    "read_tools",
+    "spell_tools",
+    "without_nones",
+]

@@ -1,0 +1,227 @@
+"""Messages as rows hold them, made ready for a chat template: arguments, text parts, nulls, weights, tools."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+Message = dict[str, Any]
+Messages = list[Message]
+Render = Callable[..., str]
+"""`render(messages, tools=None, open_turn=False)`: the template's text; ValueError where the template refuses"""
+
+PROBE_ID = "zqcall000"
+PROBE_TOOL = "zqtool"
+PROBE_TOOLS = [{"type": "function", "function": {"name": PROBE_TOOL, "description": "Look.", "parameters": {}}}]
+"""the tool that probes offer; Mistral's templates want call ids of nine letters"""
+
+_DECODED = "arguments as JSON text"
+_JOINED = "lists of text parts"
+_WEIGHTS = ("weight", "train", "trainable", "training", "learn", "loss")
+"""fields of a message that say whether it is learned (OpenAI, Mistral: weight; axolotl: train; ms-swift: loss)"""
+_LIKE_A_WEIGHT = re.compile(r"(^|_)(weight|train|training|trainable|learn|loss|mask|masked)($|_)", re.IGNORECASE)
+
+
+def without_nones(value: Any) -> Any:
+    """The value without dict entries that are None at any depth: Arrow fills them in where rows have different keys."""
+    if isinstance(value, Mapping):
+        return {k: without_nones(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [without_nones(v) for v in value]
+    return value
+
+
+def read_tools(tools: Any, keep_nulls: bool = False) -> list[Any] | None:
+    """A row's tools (a list of JSON schemas or functions, or the list as JSON text); None when there are none."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column 'tools' is text but not JSON: {error}") from None
+        keep_nulls = True  # Arrow fills nothing into a text
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise ValueError(f"column 'tools' should be a list of tools, got {type(tools)}")
+    return [tool if callable(tool) or keep_nulls else without_nones(tool) for tool in tools] if tools else None
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether the row wants this message to be learned: `weight: 0` and `train: false` say no.
+
+    ValueError: a weight between 0 and 1, or a field that seems to mean the same and is not known.
+    """
+    for field, value in message.items():
+        if field in _WEIGHTS and value is not None:
+            if value not in (0, 1):
+                raise ValueError(f"a message has {field}={value!r}: 1 (learn it) and 0 (do not) are known")
+            if not value:
+                return False
+        elif isinstance(value, bool | int | float) and 0 <= value <= 1 and _LIKE_A_WEIGHT.search(field):
+            raise ValueError(
+                f"a message has the field {field}={value!r}, which seems to say whether it is learned; write "
+                "`weight: 0` for a message that is not, or remove the field"
+            )
+    return True
+
+
+class TemplateHabits:
+    """How a chat template wants its messages: found out once by rendering short conversations."""
+
+    def __init__(self, render: Render, source: str) -> None:
+        self._render = render
+        self.spells_tools = not re.search(r"\btools\b", source)
+        """the template does not know `tools`, so we list them in the system message"""
+        self.spells_calls = "tool_calls" not in source
+        """the template does not know `tool_calls`, so we write them into the content"""
+        self._forms: dict[tuple[str, bool], bool] = {}
+
+    def _try(self, messages: Messages) -> str:
+        try:
+            return self._render(messages)
+        except ValueError:
+            return ""
+
+    def _prints(self, role: str, parts: bool) -> bool:
+        """Whether the template prints the content of that role when it is a text, or a list of text parts."""
+        if (role, parts) not in self._forms:
+            texts = ("zqone", "zqtwo")
+            content: Any = [{"type": "text", "text": text} for text in texts] if parts else " ".join(texts)
+            before = [] if role in ("system", "developer", "user") else [{"role": "user", "content": "x"}]
+            after = [{"role": "user", "content": "x"}] if role in ("system", "developer") else []
+            if parts:  # a template that reads parts may read nothing else
+                before, after = _wrapped(before), _wrapped(after)
+            text = self._try([*before, {"role": role, "content": content}, *after])
+            self._forms[role, parts] = all(t in text for t in texts) and "'text':" not in text
+        return self._forms[role, parts]
+
+    def reads_parts(self, role: str) -> bool:
+        """Whether lists of text parts of that role can be handed on as they are."""
+        return self._prints(role, parts=True)
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template prints text parts only, no plain text."""
+        return not self._prints("user", parts=False) and self._prints("user", parts=True)
+
+    @cached_property
+    def _call_form(self) -> tuple[bool, Message]:
+        """Whether arguments are handed on as JSON text, and what stands for the content of a turn of calls alone."""
+        contents: list[Message] = [{}, {"content": ""}, {"content": None}]
+        for as_text in (False, True):
+            for content in contents:
+                text = self._try(self._probe(as_text, content))
+                printed = all(word in text for word in (PROBE_TOOL, "zqkey", "zqvalue")) and "{'" not in text
+                if printed and "None" not in text:
+                    return as_text, content
+        return False, {}
+
+    @staticmethod
+    def _probe(as_text: bool, content: Message) -> Messages:
+        arguments: Any = {"zqkey": "zqvalue"}
+        function = {"name": PROBE_TOOL, "arguments": json.dumps(arguments) if as_text else arguments}
+        calls = [{"type": "function", "id": PROBE_ID, "function": function}]
+        return [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls, **content}]
+
+    def ready(self, messages: Sequence[Message], met: Counter[str], keep_nulls: bool = False) -> Messages:
+        """The messages as the template can print them; `met` counts what was decoded and joined.
+
+        keep_nulls: a None inside tool calls was said by the row, not filled in by Arrow.
+        """
+        made = []
+        for index, message in enumerate(messages):
+            new = {k: v for k, v in message.items() if v is not None and k not in _WEIGHTS}
+            calls = new.pop("tool_calls", None)
+            new = new if keep_nulls else without_nones(new)
+            if isinstance(new.get("content"), list | tuple):
+                new["content"] = self._content(new, index, met)
+            elif isinstance(new.get("content"), str) and self.wants_parts:
+                new["content"] = [{"type": "text", "text": new["content"]}]
+            if calls:
+                as_text, content = (False, {}) if self.spells_calls else self._call_form
+                new["tool_calls"] = [_decoded(c, as_text, keep_nulls, met) for c in calls]
+                if not new.get("content"):
+                    new = {**{k: v for k, v in new.items() if k != "content"}, **content}
+            made.append(new)
+        return made
+
+    def _content(self, message: Message, index: int, met: Counter[str]) -> Any:
+        texts = []
+        for part in message["content"]:
+            kind = "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, Mapping) else None
+            text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+            if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+                raise ValueError(
+                    f"message {index} has a part of kind {kind or type(part).__name__!r} in its content: only parts "
+                    "of kind 'text' can be trained here"
+                )
+            texts.append(text)
+        if self.reads_parts(str(message["role"])):
+            return [{"type": "text", "text": text} for text in texts]
+        met[_JOINED] += 1
+        return "\n".join(texts)
+
+
+def _wrapped(messages: Messages) -> Messages:
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+def _decoded(call: Any, as_text: bool, keep_nulls: bool, met: Counter[str]) -> Any:
+    """A tool call whose arguments are a dict (`as_text`: JSON text), whatever the row gave."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {
+            **without_nones({k: v for k, v in call.items() if k != "function"}),
+            "function": _decoded(call["function"], as_text, keep_nulls, met),
+        }
+    call = {k: v if k == "arguments" and keep_nulls else without_nones(v) for k, v in call.items() if v is not None}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and not as_text:
+        try:
+            parsed = json.loads(arguments)
+        except json.JSONDecodeError:
+            return call
+        if isinstance(parsed, dict):
+            met[_DECODED] += 1
+            return {**call, "arguments": parsed}
+    elif as_text and arguments is not None and not isinstance(arguments, str):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return call
+
+
+def spell_calls(messages: Sequence[Message]) -> Messages:
+    """The conversation with calls written into the content as `<tool_call>` text, in Hermes' manner."""
+    spelled: Messages = []
+    for message in messages:
+        plain = {key: value for key, value in message.items() if key != "tool_calls"}
+        calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or []]
+        content: Any = plain.get("content") or ""
+        texts = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
+        if isinstance(content, list):
+            content = [*content, *({"type": "text", "text": text} for text in texts)]
+        else:
+            content = "\n".join(filter(None, [content, *texts]))
+        spelled.append({**plain, "content": content} if calls else plain)
+    return spelled
+
+
+def spell_tools(messages: Sequence[Message], tools: Sequence[Any], with_calls: bool = True) -> Messages:
+    """The conversation with tools listed in its system message; `with_calls`: and how they are called."""
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+    listed = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
+    notice = f"You may call these functions:\n<tools>\n{listed}\n</tools>"
+    if with_calls:
+        notice += '\nCall one with a JSON object in <tool_call></tool_call>: {"name": ..., "arguments": ...}.'
+    spelled = list(messages)
+    if spelled and spelled[0].get("role") == "system":
+        own = spelled[0].get("content") or ""
+        if isinstance(own, list):
+            own = [*own, {"type": "text", "text": f"\n\n{notice}"}]
+            return [{**spelled[0], "content": own}, *spelled[1:]]
+        return [{**spelled[0], "content": f"{own}\n\n{notice}"}, *spelled[1:]]
+    return [{"role": "system", "content": notice}, *spelled]
