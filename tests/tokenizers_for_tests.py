@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -128,6 +129,56 @@ def byte_tokenizer(
         model_max_length=2048,
         chat_template=chat_template,
     )
+
+
+_IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_COMMAND = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "SYSTEM_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN"]
+_COMMAND += ["START_RESPONSE", "END_RESPONSE", "START_ACTION", "END_ACTION", "START_THINKING", "END_THINKING"]
+_DEEPSEEK = ["begin▁of▁sentence", "end▁of▁sentence", "User", "Assistant"]
+_DEEPSEEK += [f"tool▁{part}▁{edge}" for part in ("call", "calls", "output", "outputs") for edge in ("begin", "end")]
+STYLES: dict[str, tuple[str | None, str, list[str], list[str]]] = {  # BOS, EOS, end tokens of the model, specials
+    "handwritten_chatml": (None, "<|im_end|>", [], _IM),
+    "handwritten_command": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", [], [f"<|{name}|>" for name in _COMMAND]),
+    "handwritten_deepseek": (
+        "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", [], [f"<｜{name}｜>" for name in [*_DEEPSEEK, "tool▁sep"]]
+    ),
+    "handwritten_gemma": ("<bos>", "<eos>", ["<eos>", "<end_of_turn>"], ["<start_of_turn>", "<end_of_turn>"]),
+    "handwritten_glm": (
+        None, "<|endoftext|>", ["<|endoftext|>", "<|user|>", "<|observation|>"],
+        ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+    ),
+    "handwritten_gpt_oss": (
+        "<|startoftext|>", "<|return|>", ["<|return|>", "<|endoftext|>", "<|call|>"],
+        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|endoftext|>"],
+    ),
+    "handwritten_granite": (
+        "<|end_of_text|>", "<|end_of_text|>", [], ["<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]
+    ),
+    "handwritten_lfm2": ("<|startoftext|>", "<|im_end|>", [], [*_IM, "<|tool_list_start|>", "<|tool_list_end|>"]),
+    "handwritten_llama3": (
+        "<|begin_of_text|>", "<|eot_id|>", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+        ["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>", "<|eom_id|>"],
+    ),
+    "handwritten_phi3": (
+        "<s>", "<|endoftext|>", ["<|endoftext|>", "<|end|>", "<|assistant|>"],
+        ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    ),
+    "mistral_nemo": (
+        "<s>", "</s>", [],
+        ["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+    ),
+    "qwen3": (None, "<|im_end|>", ["<|im_end|>", "<|endoftext|>"], _IM),
+}  # fmt: skip
+
+
+def styled_tokenizer(style: str) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """A byte a token with the template and the special tokens of a model family, and the model's end tokens."""
+    bos, eos, ends, specials = STYLES[style]
+    template = (Path(__file__).parent / "data" / "templates" / f"{style}.jinja").read_text(encoding="utf-8")
+    tokenizer = byte_tokenizer(template.removesuffix("\n"), eos=None)
+    tokenizer.add_special_tokens({"eos_token": eos} | ({"bos_token": bos} if bos else {}))
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*ends, *specials} - {eos, bos})})
+    return tokenizer, [tokenizer.convert_tokens_to_ids(end) for end in ends]
 
 
 def metaspace_tokenizer(chat_template: str | None = LLAMA2) -> PreTrainedTokenizerFast:

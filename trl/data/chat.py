@@ -139,8 +139,12 @@ class ChatTemplate:
     def _raw(
         self, messages: Messages, tools: Sequence[Any] | None = None, open_turn: bool = False, **kwargs: Any
     ) -> str:
+        if any("content" in message and message["content"] is None for message in messages):
+            render = self._with_nones  # `apply_chat_template` drops them
+        else:
+            render = self.tokenizer.apply_chat_template
         try:
-            text = self.tokenizer.apply_chat_template(
+            text = render(
                 messages,
                 tools=list(tools) if tools else None,
                 tokenize=False,
@@ -151,6 +155,12 @@ class ChatTemplate:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(f"the chat template cannot render the roles {roles}: {error}") from error
         return str(text)
+
+    def _with_nones(self, messages: Messages, tools: list[Any] | None, tokenize: bool, **kwargs: Any) -> str:
+        template = self.tokenizer.get_chat_template(None, tools)
+        options = {**self.tokenizer.special_tokens_map, **kwargs}
+        texts: Any = render_jinja_template(conversations=[messages], tools=tools, chat_template=template, **options)[0]
+        return str(texts[0])
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, open_turn: bool = False, **kwargs: Any

@@ -72,6 +72,7 @@ class TemplateHabits:
 
     def __init__(self, render: Render, source: str) -> None:
         self._render = render
+        source = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)
         self.spells_tools = not re.search(r"\btools\b", source)
         """the template does not know `tools`, so we list them in the system message"""
         self.spells_calls = "tool_calls" not in source

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from trl.data.encode import Span, common_prefix
 from trl.data.messages import PROBE_ID, PROBE_TOOL, PROBE_TOOLS, Message, Messages, Render
 
-TEXT_FIELDS = ("reasoning_content", "reasoning", "thinking", "thoughts", "refusal", "content")
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+TEXT_FIELDS = (*THOUGHT_FIELDS, "refusal", "content")
 """fields of a message that hold what is said"""
 _THOUGHTS = re.compile(r"(</?think(?:ing)?>|</?thought>|</?reasoning>|\[/?THINK\]|</?seed:think>)")
 """tags at which templates cut a content"""
@@ -389,8 +390,8 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _say(*roles: str, thought: str = "") -> Messages:
-    """A short conversation; `call` is an assistant's turn that calls a tool."""
+def _say(*roles: str, thought: str | None = None) -> Messages:
+    """A short conversation; `call` is an assistant's turn that calls a tool; `thought`: the field with thoughts."""
     said: Messages = []
     for number, role in enumerate(roles):
         if role == "call":
@@ -400,7 +401,12 @@ def _say(*roles: str, thought: str = "") -> Messages:
         elif role == "tool":
             said.append({"role": "tool", "name": PROBE_TOOL, "tool_call_id": PROBE_ID, "content": f"zqtold{number}"})
         else:
-            said.append({"role": role, "content": (thought if role == "assistant" else "") + f"zqsaid{number}"})
+            message = {"role": role, "content": f"zqsaid{number}"}
+            if role == "assistant" and thought == "content":
+                message["content"] = f"<think>\nzqthought\n</think>\n\n{message['content']}"
+            elif role == "assistant" and thought is not None:
+                message[thought] = "zqthought"
+            said.append(message)
     return said
 
 
@@ -459,6 +465,9 @@ class Reader:
             return fitting
         places = self._by_marks(messages, tools, text, parts)
         if places is None:
+            for part in parts:
+                if _is_blank(part.text) and messages[part.message]["role"] == "assistant":
+                    raise _not_found(part)
             return locate_in_order(text, parts)
         skeleton = _skeleton(text, places)
         if skeleton is not None and skeleton.fit(parts, text) == places:
@@ -587,24 +596,34 @@ class Reader:
         return (closed.tail, opened.tail) if closed and opened else ("", "")
 
     @cached_property
+    def _user_end(self) -> str:
+        """What closes a user's message, whatever follows."""
+        closed, opened = self._user_tails
+        return opened[: _shared_start(opened, closed)]
+
+    @cached_property
     def _prompt(self) -> str:
         """The generation prompt."""
-        closed, opened = self._user_tails
-        return opened[_shared_start(opened, closed) :]
+        return self._user_tails[1][len(self._user_end) :]
 
     @cached_property
     def _header(self) -> str:
         """What opens every assistant's turn: the generation prompt, or the start of it that history has too."""
-        closed, opened = self._user_tails
+        opened = self._user_tails[1]
         if self._history is None or not opened:
             return ""
         size = min(_shared_start(opened, self._history.before(1)), _shared_start(opened, self._history.before(3)))
-        return opened[_shared_start(opened, closed) : size]
+        return opened[len(self._user_end) : size]
 
     @cached_property
     def _user_header(self) -> str:
-        """What stands before a user's message in the midst of a conversation."""
-        return _shared_end(self._history.before(2), self._history.before(0)) if self._history else ""
+        """What stands before a user's message in the midst of a conversation, after what closes the turn before."""
+        if self._history is None:
+            return ""
+        gap, end = self._history.before(2), self._user_end
+        if end.strip() and gap.startswith(end):  # one closing for all roles
+            return gap[len(end) :]
+        return _shared_end(gap, self._history.before(0))
 
     @cached_property
     def _role_headers(self) -> dict[str, list[re.Pattern[str]]]:
@@ -664,13 +683,16 @@ class Reader:
         found += ["tools"] if tools else []
         before = [m for m in messages[: asked[-1]] if m["role"] == "assistant"]
         found += ["calls"] if any(m.get("tool_calls") for m in before) else []
-        thinks = any(m.get(name) for m in before for name in TEXT_FIELDS[:4])
-        thinks = thinks or any(isinstance(m.get("content"), str) and _THOUGHTS.search(m["content"]) for m in before)
-        found += ["thoughts"] if thinks else []
+        found += [name for name in THOUGHT_FIELDS if any(m.get(name) for m in before)]
+        tagged = any(isinstance(m.get("content"), str) and _THOUGHTS.search(m["content"]) for m in before)
+        found += ["content"] if tagged else []
         return any(self.rewrites(feature) for feature in found)
 
     def rewrites(self, feature: str) -> bool:
-        """Whether the template renders conversations with the feature in another way once more messages follow."""
+        """Whether the template renders conversations with the feature in another way once more messages follow.
+
+        plain | turns | system | tools | calls, or the field that holds thoughts.
+        """
         if feature not in self._rewritten:
             cases: dict[str, tuple[Messages, int]] = {
                 "plain": (_say("user", "assistant"), 1),
@@ -678,9 +700,9 @@ class Reader:
                 "system": (_say("system", "user", "assistant", "user", "assistant"), 3),
                 "tools": (_say("user", "assistant", "user", "assistant"), 2),
                 "calls": (_say("user", "call", "tool", "assistant", "user", "assistant"), 4),
-                "thoughts": (_say("user", "assistant", "user", "assistant", thought="<think>\nzq\n</think>\n\n"), 2),
             }
-            messages, cut = cases[feature]
+            thinking = _say("user", "assistant", "user", "assistant", thought=feature), 2
+            messages, cut = cases.get(feature, thinking)
             tools = PROBE_TOOLS if feature == "tools" else None
             whole, part = self._probe(messages, tools), self._probe(messages[:cut], tools)
             changed = bool(whole and part and not whole.text.startswith(part.text[: part.spans[-1][1]]))
