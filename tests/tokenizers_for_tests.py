@@ -165,7 +165,8 @@ STYLES: dict[str, tuple[str | None, str, list[str], list[str]]] = {  # BOS, EOS,
     ),
     "mistral_nemo": (
         "<s>", "</s>", [],
-        ["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+        ["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
+         "[/TOOL_RESULTS]"],
     ),
     "qwen3": (None, "<|im_end|>", ["<|im_end|>", "<|endoftext|>"], _IM),
 }  # fmt: skip

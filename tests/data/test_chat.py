@@ -195,9 +195,17 @@ def test_split_continues_an_answer_that_the_prompt_begins() -> None:
 
 
 def test_split_with_a_template_that_changes_what_it_has_rendered() -> None:
-    split = ChatTemplate(byte_tokenizer(COUNTING)).split([USER], [[YO], [BYE]])
-    assert split.prompt == "2 messages\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert split.answers == ["yo<|im_end|>", "bye<|im_end|>"]
+    # the prompt is the one that the model is prompted with, whatever becomes of it later
+    split = ChatTemplate(byte_tokenizer(COUNTING)).split([USER], [[YO], [BYE, MORE, BYE]])
+    assert split.prompt == "1 messages\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert split.answers[0] == "yo<|im_end|>"
+    assert split.answers[1].startswith("bye<|im_end|>\n<|im_start|>user\nmore")
     assert split.rewritten
-    with pytest.raises(ValueError, match="renders the prompt in another way under each answer .from character 0: '2 m"):
-        ChatTemplate(byte_tokenizer(COUNTING)).split([USER], [[YO], [BYE, MORE, BYE]])
+
+
+def test_split_where_prompts_differ_and_the_answers_are_not_prompted_for() -> None:
+    thinks = COUNTING.removesuffix("{% endif %}") + "<think>\n{% endif %}"
+    with pytest.raises(
+        ValueError, match=r"renders the prompt in another way under each answer .from character 0: '2 m"
+    ):
+        ChatTemplate(byte_tokenizer(thinks)).split([USER], [[YO], [BYE, MORE, BYE]])

@@ -1,13 +1,15 @@
 """One rendering tells whose the characters are: twelve styles of template, and whatever is said in them."""
 
 import json
+import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import STYLES, styled_tokenizer
+from tokenizers_for_tests import CHATML, STYLES, byte_tokenizer, styled_tokenizer
 
 from trl.data.chat import ChatTemplate
 
@@ -173,9 +175,9 @@ def said_by_the_assistant(pieces: list[tuple[bool, str]]) -> list[tuple[int, int
 
 
 BITS = st.sampled_from(
-    ["a", "user", "assistant", "Oak.", " ", "\n", "\t", '"', "\\", "{", "}", "ö", "木", "\ue000", "\u200b", "<|im_end|>",
-     "<|im_start|>assistant\n", "<|end|>", "<|start|>assistant", "[/INST]", "</s>", "<end_of_turn>\n", "<tool_call>",
-     "</tool_call>", "<tool_response>", "<b>", "</b>", "\n<|assistant|>\n", "{{ x }}", "<|eot_id|>", "zqsaid1"]
+    ["a", "user", "assistant", "Oak.", " ", "\n", "\t", '"', "\\", "{", "}", "ö", "木", "\ue000", "\u200b", "{{ x }}",
+     "<|im_end|>", "<|im_start|>assistant\n", "<|end|>", "<|start|>assistant", "[/INST]", "</s>", "<end_of_turn>\n",
+     "<|eot_id|>", "\n<|assistant|>\n", "<tool_call>", "</tool_call>", "<tool_response>", "<b>", "</b>", "zqsaid1"]
 )  # fmt: skip
 SAID = st.lists(BITS, max_size=5).map("".join) | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
@@ -199,11 +201,12 @@ def test_exactly_what_the_assistant_says_is_found_or_the_row_is_refused(
         pieces = pieces[:-2]
     messages = [m for question, answer in turns for m in (user(question), assistant(answer))]
     private = any(c >= "\U00100000" for pair in turns for said in pair for c in said)
-    try:
+    with pytest.raises(ValueError, match="mark them with") if private else nullcontext():
         reading = template_of(style).read(messages)
-    except ValueError as error:
-        assert private
-        assert "mark them with {% generation %} in the template, or train on the whole text" in str(error)
+        if private:  # found all the same, without marks
+            assert reading.spans() == said_by_the_assistant(pieces)
+            raise ValueError("mark them with")
+    if private:
         return
     assert reading.text == "".join(piece for _, piece in pieces)
     assert reading.spans() == said_by_the_assistant(pieces)
@@ -243,6 +246,226 @@ def test_one_template_is_rendered_once_a_row(monkeypatch: pytest.MonkeyPatch) ->
     for row in rows:
         template.conversation(row)
     assert count == 50
+
+
+# --- the cases that people met ---------------------------------------------------------------------------------------
+
+
+def learned(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None) -> list[str]:
+    text, spans, _ = template.conversation(messages, tools)
+    return [text[start:end] for start, end in spans]
+
+
+INNER_END = (  # in the manner of gpt-oss: inner turns close with one token, the last one with another
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}[{{ m.tool_calls[0].function.name }}]{% endif %}"
+    "{% if loop.last and m.role == 'assistant' %}<|endoftext|>{% else %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TREES = [user("A tree?"), assistant("Oak."), user("Rain?"), assistant("I look.", tool_calls=call()), user("And?")]
+
+
+@pytest.mark.parametrize("eos", ["<|endoftext|>", "<|im_end|>"])
+def test_every_turn_is_learned_with_its_own_end(eos: str) -> None:
+    template = ChatTemplate(byte_tokenizer(INNER_END, eos=eos))
+    assert learned(template, [*TREES, assistant("Elm.")]) == [
+        "Oak.<|im_end|>", "I look.[rain]<|im_end|>", "Elm.<|endoftext|>"
+    ]  # fmt: skip
+    ends = template.tokenizer.convert_ids_to_tokens(sorted(template.end_ids))
+    assert ends == ["<|im_end|>", "<|endoftext|>"]
+
+
+SYSTEM_LAST = (  # in the manner of Mistral v0.3: the system message stands in the last user turn
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<s>"
+    "{% if loop.index0 == ns.last and s %}{{ s }}\n\n{% endif %}{{ m.content }}<|im_start|>"
+    "{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_what_later_messages_move_does_not_hinder_and_is_said() -> None:
+    template = ChatTemplate(byte_tokenizer(SYSTEM_LAST))
+    dialogue = [user("A tree?"), assistant("Oak."), user("Another?"), assistant("Elm.")]
+    assert learned(template, [system(), *dialogue]) == ["Oak.<|im_end|>", "Elm.<|im_end|>"]
+    assert template.read([system(), *dialogue]).rewritten
+    assert not template.read(dialogue).rewritten
+    assert not template.read([system(), *dialogue[:2]]).rewritten
+
+
+def test_the_next_role_ends_a_turn_where_it_is_an_end_token_of_the_model() -> None:
+    tokenizer, ends = styled_tokenizer("handwritten_glm")
+    dialogue = [user("A tree?"), assistant("Oak."), user("Rain?"), assistant(tool_calls=call()), told("no")]
+    dialogue += [assistant("No.")]
+    answers = ["\nOak.", "</tool_call>", "\nNo."]  # of the last one the template prints no end
+    for ends_known, markers in ((ends, ["<|user|>", "<|observation|>", ""]), ([], ["", "", ""])):
+        texts = learned(ChatTemplate(tokenizer, ends=ends_known), dialogue)
+        tails = [answer + marker for answer, marker in zip(answers, markers, strict=True)]
+        assert [text[-len(tail) :] for text, tail in zip(texts, tails, strict=True)] == tails
+
+
+def test_end_tokens_are_those_of_the_model_the_tokenizer_and_the_template() -> None:
+    tokenizer, _ = styled_tokenizer("handwritten_gemma")
+    template = ChatTemplate(tokenizer)
+    assert tokenizer.eos_token == "<eos>"
+    assert sorted(tokenizer.convert_ids_to_tokens(template.end_ids)) == ["<end_of_turn>", "<eos>"]
+    assert learned(template, [user("hi"), assistant("yo"), user("hi"), assistant("yo")]) == ["yo<end_of_turn>"] * 2
+
+
+@pytest.mark.parametrize(
+    ("style", "field", "printed"),
+    [
+        ("handwritten_chatml", "reasoning_content", False),
+        ("handwritten_gpt_oss", "thinking", True),
+        ("handwritten_gpt_oss", "reasoning_content", True),
+        ("qwen3", "reasoning", True),
+        ("handwritten_command", "reasoning_content", False),
+    ],
+)
+def test_fields_that_the_template_does_not_print_are_counted(style: str, field: str, printed: bool) -> None:
+    reading = template_of(style).read([user("A tree?"), assistant("Oak.", **{field: "Hm, trees."})])
+    assert reading.unprinted == ({} if printed else {f"assistant's {field}": 1})
+    assert ("Hm, trees." in bracketed(reading.text, reading.spans())) == printed
+
+
+def test_tool_results_and_cut_thoughts_that_are_not_printed_are_counted() -> None:
+    dialogue = [user("Rain?"), assistant(tool_calls=call()), told("no"), assistant("<think>\nHm\n</think>\n\nDry.")]
+    assert template_of("handwritten_phi3").read(dialogue).unprinted == {"tool's content": 1}
+    reading = template_of("handwritten_deepseek").read([user("Rain?"), dialogue[-1], user("Sure?"), assistant("Yes.")])
+    assert reading.unprinted == {"assistant's content": 1}
+
+
+def test_thinking_and_calls_in_one_turn() -> None:
+    dialogue = [user("Rain?"), assistant(tool_calls=call(), thinking="I look."), told("no")]
+    template = template_of("handwritten_gpt_oss")
+    assert learned(template, [*dialogue, assistant(tool_calls=call("Ulm"), thinking="Once more.")], TOOLS) == [
+        "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant to=functions.rain<|channel|>commentary json"
+        '<|message|>{"town": "Köln"}<|call|>',
+        "<|channel|>analysis<|message|>Once more.<|end|><|start|>assistant to=functions.rain<|channel|>commentary json"
+        '<|message|>{"town": "Ulm"}<|call|>',
+    ]
+    with pytest.raises(ValueError, match="Cannot pass both content and thinking"):
+        learned(template, [user("Rain?"), assistant("Hm", tool_calls=call(), thinking="I look.")], TOOLS)
+
+
+@pytest.mark.parametrize("style", ["qwen3", "mistral_nemo", "handwritten_deepseek", "handwritten_llama3"])
+def test_an_answer_is_the_assistants_but_for_the_tools_results_in_it(style: str) -> None:
+    answer = [assistant(tool_calls=call()), told("SECRET"), assistant("It stays dry.")]
+    split = template_of(style).split([system(), user("Rain?")], [answer, [assistant("No.")]], TOOLS)
+    texts = [[text[a:b] for a, b in spans] for text, spans in zip(split.answers, split.spans, strict=True)]
+    assert "SECRET" in split.answers[0]
+    assert len(texts[0]) == 2
+    assert "Köln" in texts[0][0]
+    assert "It stays dry." in texts[0][1]
+    assert "SECRET" not in "".join(texts[0])
+    assert texts[1] == [split.answers[1]]
+    assert split.prompt == template_of(style).prompt([system(), user("Rain?")], TOOLS)
+
+
+@pytest.mark.parametrize(
+    "style", [style for style in STYLES if style not in ("handwritten_gpt_oss", "handwritten_glm")]
+)
+def test_a_prompt_ends_where_the_answer_begins(style: str) -> None:
+    template = template_of(style)
+    prompt, answer = [user("A tree?"), assistant("Oak."), user("Another?")], [assistant("Elm, I say.")]
+    split = template.split(prompt, [answer])
+    assert split.prompt == template.prompt(prompt)
+    assert split.prompt + split.answers[0] == template.read([*prompt, *answer]).text.rstrip("\n")
+    begun = [*prompt, assistant("Elm,")]
+    opened = template.prompt(begun)
+    assert opened.endswith("Elm,")
+    continued = template.split(begun, [[assistant(" I say.")]])
+    assert continued.prompt == opened
+    assert continued.prompt + continued.answers[0] == split.prompt + split.answers[0]
+
+
+ESCAPED = CHATML.replace("message['content']", "message['content'] | e")
+UPPER = CHATML.replace("message['content']", "message['content'] | upper")
+CUT = CHATML.replace("message['content']", "message['content'][:8]")
+LETTERS = CHATML.replace("message['content']", "message['content'] | list | join('')")
+TWICE = CHATML + "{{ messages[-1].content }}"
+BACKWARDS = CHATML.replace("in messages %", "in messages | reverse %")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (ESCAPED, ["&lt;b&gt;&amp;<|im_end|>", "bye<|im_end|>"]),
+        (UPPER, ["<B>&<|im_end|>", "BYE<|im_end|>"]),
+        (CUT, ["<b>&<|im_end|>", "bye<|im_end|>"]),
+        (LETTERS, ["<b>&<|im_end|>", "bye<|im_end|>"]),
+        (BACKWARDS, ["<b>&<|im_end|>", "bye<|im_end|>"]),
+        (TWICE, ["<b>&<|im_end|>", "bye<|im_end|>"]),
+    ],
+    ids=["escaped", "upper", "cut", "letter by letter", "backwards", "twice"],
+)
+def test_templates_that_change_what_is_said(template: str, expected: list[str]) -> None:
+    chat = ChatTemplate(byte_tokenizer(template))
+    dialogue = [user("hi there"), assistant("<b>&"), user("more"), assistant("bye")]
+    assert sorted(learned(chat, dialogue)) == sorted(expected)
+
+
+NO_MARKS = CHATML.replace(  # refuses every letter that it does not know
+    "{% for message in messages %}",
+    "{% for message in messages %}{% for c in message.content %}"
+    "{% if c > 'z' %}{{ raise_exception('letter') }}{% endif %}{% endfor %}",
+)
+
+
+def test_contents_are_located_in_order_where_marks_do_not_survive() -> None:
+    chat = ChatTemplate(byte_tokenizer(NO_MARKS))
+    assert learned(chat, [user("A tree?"), assistant("Oak."), user("Oak.?"), assistant(" Oak. ")]) == [
+        "Oak.<|im_end|>", " Oak. <|im_end|>"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"content of message 1 \('assistant'\) cannot be found .* once and in order"):
+        learned(chat, [user("A tree?"), assistant("assistant"), user("hm")])
+    with pytest.raises(ValueError, match=r"content of message 1 \(''\) cannot be found"):
+        learned(chat, [user("A tree?"), assistant("")])
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_template_arguments_that_change_the_opening_of_a_turn(thinking: bool) -> None:
+    tokenizer, ends = styled_tokenizer("qwen3")
+    template = ChatTemplate(tokenizer, {"enable_thinking": thinking}, ends)
+    dialogue = [user("A tree?"), assistant("Oak."), user("Another?"), assistant("Elm.")]
+    opening = "<think>\n\n</think>\n\n"  # printed before the last answer; without thinking the prompt has it
+    last = f"{opening if thinking else ''}Elm.<|im_end|>"
+    assert learned(template, dialogue) == ["Oak.<|im_end|>", last]
+    assert template.prompt(dialogue[:3]).endswith("assistant\n" if thinking else opening)
+    assert template.split(dialogue[:3], [dialogue[3:]]).answers == [last]
+
+
+def test_a_template_with_what_it_has_learned_can_be_sent_to_another_process() -> None:
+    template = template_of("qwen3")
+    dialogue = [user("A tree?"), assistant("Oak.")]
+    assert learned(pickle.loads(pickle.dumps(template)), dialogue) == learned(template, dialogue)
+
+
+def test_rows_with_arguments_of_their_own_share_what_was_learned_about_the_template() -> None:
+    template = template_of("qwen3")
+    own = template.of_row({"chat_template_kwargs": {"enable_thinking": False}})
+    assert own is template.of_row({"chat_template_kwargs": {"enable_thinking": False, "other": None}})
+    assert own is not template.of_row({"chat_template_kwargs": {"enable_thinking": True}})
+    assert template.of_row({"chat_template_kwargs": None}) is template
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "ipython", "observation"])
+def test_whoever_tells_the_result_it_is_not_learned(role: str) -> None:
+    dialogue = [user("Rain?"), assistant("I look."), {"role": role, "content": "no"}, assistant("Dry.")]
+    assert learned(template_of("handwritten_lfm2"), dialogue) == ["I look.<|im_end|>", "Dry.<|im_end|>"]
+
+
+@pytest.mark.parametrize("result", ["no", {"rain": False}, ["no"], [{"rain": 1}], 7, ""])
+@pytest.mark.parametrize("style", ["handwritten_llama3", "handwritten_lfm2", "mistral_nemo"])
+def test_results_of_any_kind_are_not_learned(style: str, result: Any) -> None:
+    dialogue = [user("Rain?"), assistant(tool_calls=call()), told("x") | {"content": result}, assistant("Dry.")]
+    template = template_of(style)
+    texts = learned(template, dialogue)
+    assert len(texts) == 2
+    assert "Köln" in texts[0]
+    assert "Dry." in texts[1]
+    assert "rain" not in texts[1]
+    assert "TOOL_RESULTS" not in "".join(texts)
 
 
 if __name__ == "__main__":

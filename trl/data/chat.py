@@ -106,7 +106,7 @@ class ChatTemplate:
     def _reader(self) -> Reader:
         ends = [str(self.tokenizer.decode([end])) for end in self.ends]
         ends.append(str(self.tokenizer.eos_token or ""))
-        return Reader(self._raw, lambda messages: self._ready(messages, None)[0], self._specials, ends)
+        return Reader(self._raw, self._ready_alone, self._specials, ends)
 
     @property
     def end_texts(self) -> tuple[str, ...]:
@@ -135,6 +135,9 @@ class ChatTemplate:
         if tools and self._habits.spells_tools:
             return spell_tools(plain, tools, with_calls=self._habits.spells_calls), None
         return plain, list(tools) if tools else None
+
+    def _ready_alone(self, messages: Messages) -> Messages:
+        return self._ready(messages, None)[0]
 
     def _raw(
         self, messages: Messages, tools: Sequence[Any] | None = None, open_turn: bool = False, **kwargs: Any
@@ -187,37 +190,54 @@ class ChatTemplate:
     def split(
         self, prompt: Messages, answers: Sequence[Messages], tools: Sequence[Any] | None = None, trim: bool = True
     ) -> Rendered:
-        """The prompt's text and each answer's, so that prompt + answer is the rendering of the whole conversation.
+        """The prompt's text and each answer's: prompt + answer is the rendering of the whole conversation.
 
-        `trim`: an answer ends at its stop token, without the blanks that the template puts after it.
+        Where the template renders the prompt in another way once it is answered, the prompt is the text that the model
+        is prompted with. `trim`: an answer ends at its stop token, without the blanks that the template puts after it.
         """
+        opened = self.prompt(prompt, tools)
         whole = [_joined(prompt, answer) for answer in answers]
         readings = [self.read(messages, tools) for messages in whole]
         firsts = [len(messages) - len(answer) for messages, answer in zip(whole, answers, strict=True)]
-        begun = len(prompt[-1]["content"]) if any(first < len(prompt) for first in firsts) else 0
-        cuts = []
-        for reading, messages, first in zip(readings, whole, firsts, strict=True):
-            if first < len(prompt):
-                cuts.append(reading.end_of_content(first, begun))
-            elif first < len(messages) and messages[first]["role"] == "assistant":
-                cuts.append(reading.start_of(first))
-            else:
-                cuts.append(common_prefix(self.render(prompt, tools), reading.text))
-        cut = min(cuts)
-        for reading in readings[1:]:
-            shared = common_prefix(readings[0].text[:cut], reading.text)
-            if shared < cut:
-                raise ValueError(
-                    "the chat template renders the prompt in another way under each answer (from character "
-                    f"{shared}: {readings[0].text[shared : shared + 30]!r} and {reading.text[shared : shared + 30]!r})"
-                )
+        begins = [self._begin(*one, prompt, tools) for one in zip(readings, whole, firsts, strict=True)]
+        cuts = [cut for cut, _ in begins]
+        begun, rewritten = opened, any(reading.rewritten for reading in readings)
+        if any(reading.text[:cut] != opened for reading, cut in zip(readings, cuts, strict=True)):
+            rewritten = True
+            if not all(prompted for _, prompted in begins):
+                cuts = [min(cuts)] * len(cuts)
+                begun = readings[0].text[: cuts[0]]
+                self._check_shared(begun, readings)
         texts, spans = [], []
-        for reading, messages, first in zip(readings, whole, firsts, strict=True):
+        for reading, messages, first, cut in zip(readings, whole, firsts, cuts, strict=True):
             text = reading.text[cut:]
             texts.append(self._reader.without_tail(text) if trim else text)
             said = reading.spans(i for i in range(first, len(messages)) if is_learned(messages[i]))
             spans.append([(max(start - cut, 0), min(end - cut, len(texts[-1]))) for start, end in said])
-        return Rendered(readings[0].text[:cut], texts, any(reading.rewritten for reading in readings), spans)
+        return Rendered(begun, texts, rewritten, spans)
+
+    def _begin(
+        self, reading: Reading, messages: Messages, first: int, prompt: Messages, tools: Sequence[Any] | None
+    ) -> tuple[int, bool]:
+        """Where the answer begins whose first message is `first`, and whether the model was prompted for it so."""
+        if first < len(prompt):  # it continues the prompt's last message
+            return reading.end_of_content(first, len(prompt[-1]["content"])), True
+        if first == len(messages):
+            raise ValueError("the answer has no message")
+        if messages[first]["role"] == "assistant":
+            turn = reading.turn(first)
+            return turn.start, turn.prompted
+        return common_prefix(self.render(prompt, tools), reading.text), False
+
+    @staticmethod
+    def _check_shared(prompt: str, readings: Sequence[Reading]) -> None:
+        for text in (reading.text for reading in readings):
+            shared = common_prefix(prompt, text)
+            if shared < len(prompt):
+                raise ValueError(
+                    "the chat template renders the prompt in another way under each answer (from character "
+                    f"{shared}: {prompt[shared : shared + 30]!r} and {text[shared : shared + 30]!r})"
+                )
 
     def conversation(self, messages: Messages, tools: Sequence[Any] | None = None, first: int = 0) -> Conversation:
         """The text, and the spans of the assistant's turns from message `first` on.

@@ -19,6 +19,7 @@ PROBE_TOOL = "zqtool"
 PROBE_TOOLS = [{"type": "function", "function": {"name": PROBE_TOOL, "description": "Look.", "parameters": {}}}]
 """the tool that probes offer; Mistral's templates want call ids of nine letters"""
 
+_SPEAKERS = ("system", "developer", "user", "assistant")
 _DECODED = "arguments as JSON text"
 _JOINED = "lists of text parts"
 _WEIGHTS = ("weight", "train", "trainable", "training", "learn", "loss")
@@ -149,17 +150,21 @@ class TemplateHabits:
         return made
 
     def _content(self, message: Message, index: int, met: Counter[str]) -> Any:
-        texts = []
+        """A list of text parts as the template reads it; ValueError for other parts."""
+        role, texts = str(message["role"]), []
         for part in message["content"]:
-            kind = "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, Mapping) else None
-            text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
-            if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            own = {"text": part} if isinstance(part, str) else part if isinstance(part, Mapping) else {}
+            kind = own.get("type") or ("text" if "text" in own else type(part).__name__)
+            if kind in ("text", "input_text", "output_text") and isinstance(own.get("text"), str):
+                texts.append(own["text"])
+            elif role in _SPEAKERS or own.get("type"):
                 raise ValueError(
-                    f"message {index} has a part of kind {kind or type(part).__name__!r} in its content: only parts "
-                    "of kind 'text' can be trained here"
+                    f"message {index} has a part of kind {kind!r} in its content: only parts of kind 'text' can be "
+                    "trained here"
                 )
-            texts.append(text)
-        if self.reads_parts(str(message["role"])):
+            else:
+                return message["content"]  # a tool's result that is a list
+        if self.reads_parts(role):
             return [{"type": "text", "text": text} for text in texts]
         met[_JOINED] += 1
         return "\n".join(texts)
@@ -199,13 +204,14 @@ def spell_calls(messages: Sequence[Message]) -> Messages:
     for message in messages:
         plain = {key: value for key, value in message.items() if key != "tool_calls"}
         calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or []]
-        content: Any = plain.get("content") or ""
-        texts = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
-        if isinstance(content, list):
-            content = [*content, *({"type": "text", "text": text} for text in texts)]
-        else:
-            content = "\n".join(filter(None, [content, *texts]))
-        spelled.append({**plain, "content": content} if calls else plain)
+        if calls:
+            texts = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
+            said = plain.get("content") or ""
+            if isinstance(said, list):
+                plain["content"] = [*said, *({"type": "text", "text": text} for text in texts)]
+            else:
+                plain["content"] = "\n".join(filter(None, [said, *texts]))
+        spelled.append(plain)
     return spelled
 
 

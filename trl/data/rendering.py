@@ -94,11 +94,11 @@ class Reading:
             self.parts = [part._replace(message=part.message - shift) for part in self.parts]
         return self
 
-    def start_of(self, message: int) -> int:
-        """Where the assistant's turn in that message begins."""
+    def turn(self, message: int) -> Turn:
+        """The assistant's turn in that message."""
         for turn in self.turns:
             if turn.message == message:
-                return turn.start
+                return turn
         raise ValueError(f"the chat template prints nothing of message {message}, so it is not known where it begins")
 
     def end_of_content(self, message: int, length: int | None = None) -> int:
@@ -107,7 +107,7 @@ class Reading:
             p for p in self.places if self.parts[p.part].message == message and self.parts[p.part].field == "content"
         ]
         if not mine:
-            return self.start_of(message)
+            return self.turn(message).start
         if length is None:
             return max(place.end for place in mine)
         for place in mine:
@@ -504,29 +504,42 @@ class Reader:
                 )
             before = runs[number - 1][1][-1] if number else None
             after = runs[number + 1][1][0] if number + 1 < len(runs) else None
-            start, prompted = self._start(messages, parts, before, run[0].start, text)
+            start, prompted = self._start(messages, parts, before, message, run[0].start, text)
             end = self._end(messages, parts, max(place.end for place in run), after, message, text)
             turns[message] = Turn(message, start, max(start, end), prompted)
         return sorted(turns.values())
 
     def _start(
-        self, messages: Messages, parts: Sequence[Part], before: Place | None, content: int, text: str
+        self, messages: Messages, parts: Sequence[Part], before: Place | None, message: int, content: int, text: str
     ) -> tuple[int, bool]:
-        """Where a turn begins whose content does at `content`, and whether it was prompted for in these words."""
+        """Where the turn of a message begins whose content does at `content`, and whether it was prompted for so."""
         at = before.end if before else 0
-        opening = self._openings.get(str(messages[parts[before.part].message]["role"])) if before else None
-        if before is not None and opening is not None:
-            said = text[before.start : at].rstrip()
-            for edge in range(at, before.start + len(said) - 1, -1):  # blanks can be the content's or the template's
-                match = opening.match(text, edge)
-                if match:
-                    return match.end(), True
-        blanks = re.compile(r"\s*").match(text, content)
+        opening = self._opening(str(messages[parts[before.part].message]["role"])) if before else None
+        opened = self._opened(opening, before, text) if before and opening else None
+        skips = before is not None and not 0 <= message - parts[before.part].message <= 1  # of others no word is found
+        if opened is not None and (not skips or opened >= content):
+            return opened, True
+        said = text[content:]
+        blanks = len(said) - len(said.lstrip())
         for header in filter(None, (self._prompt, self._header)):
-            found = text.rfind(header, at, blanks.end() if blanks else content)
+            found = text.rfind(header, at, content + blanks)
             if found >= 0:
                 return found + len(header), header == self._prompt
         return content, opening is None
+
+    def _opening(self, role: str) -> re.Pattern[str] | None:
+        role = "system" if role == "developer" else role
+        return self._openings.get(role if role in ("system", "user", "assistant") else "tool")
+
+    @staticmethod
+    def _opened(opening: re.Pattern[str], before: Place, text: str) -> int | None:
+        """Where the opening ends that follows what was said before; blanks can be the content's or the template's."""
+        said = text[before.start : before.end].rstrip()
+        for edge in range(before.end, before.start + len(said) - 1, -1):
+            match = opening.match(text, edge)
+            if match:
+                return match.end()
+        return None
 
     def _end(
         self, messages: Messages, parts: Sequence[Part], said: int, after: Place | None, message: int, text: str
