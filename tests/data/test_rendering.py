@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -421,6 +422,19 @@ def test_contents_are_located_in_order_where_marks_do_not_survive() -> None:
         learned(chat, [user("A tree?"), assistant("assistant"), user("hm")])
     with pytest.raises(ValueError, match=r"content of message 1 \(''\) cannot be found"):
         learned(chat, [user("A tree?"), assistant("")])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [" " * 50_000 + "a" + "\n" * 50_000, "<a>" * 20_000 + "x" + "</a>" * 20_000, "<" * 50_000, "a b " * 30_000],
+    ids=["blanks", "tags", "open", "text"],
+)
+def test_long_contents_take_no_longer_than_they_are_long(content: str) -> None:
+    dialogue = [user(content), assistant(content), user(content + "b"), assistant(content + "c")]
+    began = time.process_time()
+    texts = learned(template_of("handwritten_lfm2"), dialogue)
+    assert time.process_time() - began < 2
+    assert texts == [content + "<|im_end|>", content + "c<|im_end|>"]
 
 
 @pytest.mark.parametrize("thinking", [True, False])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -29,6 +29,8 @@ _THOUGHTS = re.compile(r"(</?think(?:ing)?>|</?thought>|</?reasoning>|\[/?THINK\
 _FIRST_MARK = 0x100000
 _MARKS = re.compile("[\U00100000-\U0010fffd]")
 _MOST_PARTS = (0x10FFFD - _FIRST_MARK) // 2
+_OPENING_TAG = re.compile(r"<[^<>\s]+>\s*")
+_CLOSING_TAG = re.compile(r"</[^<>\s]+>")
 _TOKENISH = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 """what looks like a special token: a boundary does not fall inside it"""
 _SHAPES = 256
@@ -190,7 +192,7 @@ def _marked(messages: Sequence[Message], with_blanks: bool) -> Messages:
 
     def visit(index: int, name: str, text: str) -> str:
         nonlocal count
-        if _MARKS.search(text) or count >= _MOST_PARTS - len(text):
+        if _MARKS.search(text):
             raise _Unmarkable
         out, offset = [], 0
         for said, piece in _segments(name, text):
@@ -200,6 +202,8 @@ def _marked(messages: Sequence[Message], with_blanks: bool) -> Messages:
             if not marked:
                 out.append(piece)
                 continue
+            if count == _MOST_PARTS:
+                raise _Unmarkable
             first, last = chr(_FIRST_MARK + 2 * count), chr(_FIRST_MARK + 2 * count + 1)
             count += 1
             if blank:
@@ -215,13 +219,15 @@ def _marked(messages: Sequence[Message], with_blanks: bool) -> Messages:
 
 def _core(text: str) -> Span:
     """The text without blanks, opening tags and closing tags at its edges; never empty."""
-    match = re.match(r"\s*(?:<[^<>\s]+>\s*)*", text)
-    start = match.end() if match else 0
-    tail = re.search(r"(?:\s*</[^<>\s]+>)*\s*$", text[start:])
-    end = start + tail.start() if tail else len(text)
-    if start < end:
-        return start, end
-    return len(text) - len(text.lstrip()), len(text.rstrip())
+    start, end = first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+    while tag := _OPENING_TAG.match(text, start, end):
+        start = tag.end()
+    while text.endswith(">", start, end):
+        at = text.rfind("</", start, end)
+        if at < 0 or not _CLOSING_TAG.fullmatch(text, at, end):
+            break
+        end = start + len(text[start:at].rstrip())
+    return (start, end) if start < end else (first, last)
 
 
 class _Unmarkable(Exception):
@@ -282,15 +288,14 @@ def _grown(text: str, start: int, end: int, said: str, core: Span, index: int) -
 # --- the pieces that a template prints between the contents ----------------------------------------------------------
 
 
-def _forms(text: str) -> list[tuple[str, int]]:
+def _forms(text: str) -> Iterator[tuple[str, int]]:
     """How a template may print a text, and how many characters at its start are missing then."""
-    lead = len(text) - len(text.lstrip())
-    forms = [(text, 0)]
+    yield text, 0
     stripped = text.strip()
     if len(stripped) < len(text):
-        forms += [(stripped, lead), (text.lstrip(), lead), (text.rstrip(), 0)]
-    escaped = json.dumps(text, ensure_ascii=False)[1:-1]
-    return forms if escaped == text else [*forms, (escaped, 0)]
+        lead = len(text) - len(text.lstrip())
+        yield from ((stripped, lead), (text.lstrip(), lead), (text.rstrip(), 0))
+    yield json.dumps(text, ensure_ascii=False)[1:-1], 0
 
 
 class _Skeleton(NamedTuple):
