@@ -219,8 +219,8 @@ class SupervisedJob:
                 flag = RowFlag.SPELLED_TOOLS if template.needs_spelling(messages, tools) else NO_FLAGS
                 flag |= RowFlag.EMPTY_COMPLETION if says_nothing(messages) else flag
                 if self.assistant_only:
-                    text, row_spans, rewritten = template.conversation(messages, tools, first)
-                    flag |= RowFlag.REWRITTEN if rewritten else flag
+                    text, row_spans, reading = template.conversation(messages, tools, first)
+                    flag |= RowFlag.REWRITTEN if reading.rewritten else flag
                 else:
                     text = template.render(messages, tools)
                     row_spans = [(0, len(text))]
