@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from trl import DataCollatorForCompletionOnlyLM, SFTConfig, SFTTrainer
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.legacy.collators import ConstantLengthDataset
+from trl.legacy.constant_length import ConstantLengthDataset
 from trl.trainer.sft_trainer import PackingCollator
 
 pytestmark = pytest.mark.filterwarnings(

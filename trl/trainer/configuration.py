@@ -163,6 +163,36 @@ class OfflineConfig(PostTrainingConfig):
         return None if self.padding_free and self.neftune_noise_alpha is None else "padded"
 
 
+@dataclass
+class PreferenceConfig(OfflineConfig):
+    """Lengths, the scale of the rewards, and what is done to the policy."""
+
+    learning_rate: float = field(default=1e-6)
+    """initial learning rate"""
+    beta: float = field(default=0.1)
+    """scale of the log-ratios: the smaller, the further the policy may move"""
+    max_length: int | None = field(default=1024)
+    """longest prompt + completion in tokens; None: never cut"""
+    max_prompt_length: int | None = field(default=None)
+    """longest prompt in tokens"""
+    max_completion_length: int | None = field(default=None)
+    """longest completion in tokens"""
+    truncation_mode: str = field(default="keep_start")
+    """which end of a long prompt stays: keep_start or keep_end"""
+    disable_dropout: bool = field(default=True)
+    """train without dropout"""
+    pad_token: str | None = field(default=None)
+    """padding token, where it is not the tokenizer's own"""
+
+    def validate(self) -> None:
+        super().validate()
+        choose(self, "truncation_mode", ("keep_start", "keep_end"))
+        require(self, "beta", self.beta >= 0, "give a scale >= 0")
+        for name in ("max_length", "max_prompt_length", "max_completion_length"):
+            value = getattr(self, name)
+            require(self, name, value is None or value > 0, "give a length > 0, or None")
+
+
 def processing_class_of(processing_class: Any, tokenizer: Any) -> Any:
     """The tokenizer under either of its two names; both at once is a ValueError."""
     if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:

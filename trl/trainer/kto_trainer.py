@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,21 +14,38 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.data.tokenize import tokenize_unpaired
-from trl.losses.kto import unpaired_loss
+from trl.losses.kto import UNPAIRED_LOSSES, unpaired_loss
 from trl.losses.loss_sum import LossSum
 from trl.models.scoring import quietly, score
 from trl.models.unwrap import is_encoder_decoder
-from trl.trainer.configuration import as_config
-from trl.trainer.kto_config import KTOConfig
+from trl.trainer.configuration import PreferenceConfig, as_config, choose, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import answer_length, each_dataset, equip, no_collator
-from trl.trainer.references import ReferenceColumns, make_reference
-from trl.trainer.reward_shift import RewardShift
+from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_reference
+from trl.trainer.statistics import RewardShift
 
 REFERENCE_COLUMNS = ("reference_logps", "reference_kl_logps")
 """of each completion, and of the mismatched one where the loss has a KL"""
 MISMATCHED = "mismatched_ids"
 """column with another row's completion, for the KL estimate"""
+
+
+@dataclass
+class KTOConfig(PreferenceConfig, ReferenceConfig):
+    """`TrainingArguments` and what KTO adds."""
+
+    loss_type: str = field(default="kto")
+    """kto, bco or apo_zero_unpaired"""
+    desirable_weight: float = field(default=1.0)
+    """weight of the desirable completions' loss"""
+    undesirable_weight: float = field(default=1.0)
+    """weight of the undesirable completions' loss"""
+
+    def validate(self) -> None:
+        super().validate()
+        choose(self, "loss_type", UNPAIRED_LOSSES)
+        for name in ("desirable_weight", "undesirable_weight"):
+            require(self, name, getattr(self, name) >= 0, "give a number >= 0")
 
 
 def with_mismatched(dataset: Any, name: str) -> Any:

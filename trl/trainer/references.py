@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +15,39 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCal
 from trl.models.prepare import disable_dropout_in_model, is_peft_model, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import quietly
+from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer
+
+
+@dataclass
+class ReferenceConfig(OfflineConfig):
+    """Where the reference comes from, and whether it moves."""
+
+    precompute_ref_log_probs: bool = field(default=False)
+    """compute the reference's log-probabilities once, before training; no second model is kept then"""
+    precompute_ref_batch_size: int | None = field(default=None)
+    """batch size for that; None: the larger one of training and evaluation"""
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(default=None)
+    """keywords of `from_pretrained` for a reference given by name"""
+    sync_ref_model: bool = field(default=False)
+    """TR-DPO: move the reference towards the policy every `ref_model_sync_steps`"""
+    ref_model_mixup_alpha: float = field(default=0.6)
+    """TR-DPO: share of the policy in the new reference"""
+    ref_model_sync_steps: int = field(default=512)
+    """TR-DPO: optimizer steps between two moves"""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "give a share in (0, 1]")
+        require(self, "ref_model_sync_steps", self.ref_model_sync_steps > 0, "give a number of steps > 0")
+        sync = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+        refuse_unused(self, sync, self.sync_ref_model, "sync_ref_model=True")
+        batch, precomputes = self.precompute_ref_batch_size, self.precompute_ref_log_probs
+        require(self, "precompute_ref_batch_size", batch is None or batch > 0, "give a number of rows > 0, or None")
+        refuse_unused(self, ("precompute_ref_batch_size",), precomputes, "precompute_ref_log_probs=True")
+        require(
+            self, "sync_ref_model", not (self.sync_ref_model and precomputes), "a precomputed reference cannot move"
+        )
 
 
 class SyncReference(TrainerCallback):

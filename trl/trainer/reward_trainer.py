@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
@@ -15,12 +18,36 @@ from trl.losses.loss_sum import LossSum
 from trl.losses.reward import bradley_terry
 from trl.models.prepare import context_length
 from trl.models.scoring import rewards
-from trl.trainer.configuration import as_config, with_keywords
+from trl.trainer.configuration import OfflineConfig, as_config, require, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
 from trl.trainer.preparation import each_dataset, equip, label_count, labelled
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.statistics import compute_accuracy
+
+
+@dataclass
+class RewardConfig(OfflineConfig):
+    """`TrainingArguments` and what a Bradley-Terry reward model adds."""
+
+    learning_rate: float = field(default=1e-4)
+    """initial learning rate"""
+    max_length: int | None = field(default=None)
+    """longest prompt + completion in tokens; None: 1024, or the model's context where that is shorter"""
+    center_rewards_coefficient: float | None = field(default=None)
+    """weight of (chosen + rejected)^2, which keeps the rewards around 0"""
+    disable_dropout: bool = field(default=True)
+    """train without dropout"""
+    eos_token: str | None = field(default=None)
+    """token that ends a completion, where it is not the tokenizer's own"""
+    pad_token: str | None = field(default=None)
+    """padding token, where it is not the tokenizer's own"""
+    chat_template_path: str | None = field(default=None)
+    """file with a Jinja chat template for the tokenizer"""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "max_length", self.max_length is None or self.max_length > 1, "give a length > 1, or None")
+        center = self.center_rewards_coefficient
+        require(self, "center_rewards_coefficient", center is None or center >= 0, "give a weight >= 0, or None")
 
 
 class RewardTrainer(ObjectiveTrainer):
@@ -144,3 +171,15 @@ def _length(config: RewardConfig, model: nn.Module | None) -> int:
     if limit is not None and length > limit:
         raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
     return length
+
+
+def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]:
+    """`{"accuracy"}`: how often the larger of the predictions [B, 2] stands where the label [B] says."""
+    predictions, labels = (np.asarray(part) for part in eval_pred)
+    equal = int((predictions[:, 0] == predictions[:, 1]).sum())
+    if equal > 0:
+        warnings.warn(
+            f"There are {equal} out of {len(predictions)} instances where the predictions for both options are equal. "
+            "As a consequence the accuracy can be misleading."
+        )
+    return {"accuracy": float((np.argmax(predictions, axis=1) == labels).mean())}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -70,6 +70,38 @@ class RunningMoments:
         return mean.item(), _unbiased_std(variance, count, alone=0.0).item()
 
 
+class RewardShift:
+    """`delta` of arXiv:2404.04656, eq. 9: constant within an optimizer step, so micro-batches do not change it."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0.0
+        self._pending: list[Tensor] = []
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+    def add(self, rewards_B: Tensor) -> None:
+        """Remember the rewards of a micro-batch for the next step."""
+        self._pending.append(rewards_B.detach().flatten())
+
+    def close_step(self, accelerator: Accelerator) -> None:
+        """Take what was added since the last call, from all ranks, into the mean."""
+        if not self._pending:
+            return
+        rewards = torch.cat(self._pending).cpu().double()  # MPS has no float64
+        sums = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))]).to(torch.float32)
+        total, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        self.total, self.count = self.total + total, self.count + count
+        self._pending = []
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count, "pending": [x.cpu() for x in self._pending]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.total, self.count, self._pending = state["total"], state["count"], list(state["pending"])
+
+
 class PerPromptStatTracker:
     """Advantages of rewards against the recent rewards of their own prompt (DDPO, arXiv:2305.13301)."""
 
@@ -98,18 +130,6 @@ class PerPromptStatTracker:
             prompt: {"mean": float(np.mean(recent)), "std": float(np.std(recent)), "count": len(recent)}
             for prompt, recent in self.stats.items()
         }
-
-
-def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]:
-    """`{"accuracy"}`: how often the larger of the predictions [B, 2] stands where the label [B] says."""
-    predictions, labels = (np.asarray(part) for part in eval_pred)
-    equal = int((predictions[:, 0] == predictions[:, 1]).sum())
-    if equal > 0:
-        warnings.warn(
-            f"There are {equal} out of {len(predictions)} instances where the predictions for both options are equal. "
-            "As a consequence the accuracy can be misleading."
-        )
-    return {"accuracy": float((np.argmax(predictions, axis=1) == labels).mean())}
 
 
 def exact_div(a: int, b: int, a_str: str, b_str: str, custom_error_message: str = "") -> int:
