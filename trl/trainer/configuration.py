@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
+from trl.data.encode import TRUNCATION_MODES
 from trl.models.scoring import Path
 
 Config = TypeVar("Config", bound="PostTrainingConfig")
@@ -50,6 +51,10 @@ class PostTrainingConfig(TrainingArguments):
                 setattr(self, newer, getattr(self, older))
         super().__post_init__()
         self.validate()
+
+    def token_settings(self) -> dict[str, str | None]:
+        """The config's `eos_token`, `pad_token` and `chat_template_path`: those of them that it has."""
+        return {}
 
     def validate(self) -> None:
         """Raise a ValueError that names the field, its value and the way out. Subclasses extend it."""
@@ -184,9 +189,12 @@ class PreferenceConfig(OfflineConfig):
     pad_token: str | None = field(default=None)
     """padding token, where it is not the tokenizer's own"""
 
+    def token_settings(self) -> dict[str, str | None]:
+        return {"pad_token": self.pad_token}
+
     def validate(self) -> None:
         super().validate()
-        choose(self, "truncation_mode", ("keep_start", "keep_end"))
+        choose(self, "truncation_mode", TRUNCATION_MODES)
         require(self, "beta", self.beta >= 0, "give a scale >= 0")
         for name in ("max_length", "max_prompt_length", "max_completion_length"):
             value = getattr(self, name)

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.packing import pack
+from trl.data.prompt_rows import CompletionsJob
 from trl.data.records import Branch, TokenTree
-from trl.data.tokenize import tokenize_unpaired
+from trl.data.tokenize import tokenize
 from trl.losses.kto import UNPAIRED_LOSSES, unpaired_loss
 from trl.losses.loss_sum import LossSum
 from trl.models.scoring import quietly, score
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, as_config, choose, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import answer_length, each_dataset, equip, no_collator
+from trl.trainer.preparation import answer_limits, each_dataset, prepare, refuse_collator
 from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_reference
 from trl.trainer.statistics import RewardShift
 
@@ -113,11 +114,11 @@ class KTOTrainer(ObjectiveTrainer):
         model_init: Callable[..., nn.Module] | None = None,
         **kwargs: Any,
     ):
-        no_collator(self, data_collator)
+        refuse_collator(self, data_collator)
         if compute_metrics is not None:
             raise ValueError("compute_metrics: completions without a pair give nothing to compare; leave it out")
         config = as_config(args, KTOConfig)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -152,21 +153,13 @@ class KTOTrainer(ObjectiveTrainer):
         train_dataset: Any, eval_dataset: Any, tokenizer: Any, config: KTOConfig, model: nn.Module | None
     ) -> dict[str, Any]:
         encoder_decoder = model is not None and is_encoder_decoder(model)
-        length = answer_length(config, model, encoder_decoder)
+        limits = answer_limits(config, model, encoder_decoder)
+        job = CompletionsJob(
+            tokenizer=tokenizer, limits=limits, keep=REFERENCE_COLUMNS, is_encoder_decoder=encoder_decoder
+        )
 
         def tokenised(dataset: Any, name: str) -> Any:
-            rows = tokenize_unpaired(
-                dataset,
-                tokenizer,
-                max_length=length,
-                max_prompt_length=config.max_prompt_length,
-                max_completion_length=config.max_completion_length,
-                truncation_mode=config.truncation_mode,
-                is_encoder_decoder=encoder_decoder,
-                keep=REFERENCE_COLUMNS,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
+            rows = tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
             return with_mismatched(rows, name) if config.loss_type == "kto" else rows
 
         return {

@@ -15,7 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.batches import pair_columns, pair_rows_of_padded, pair_tree
 from trl.data.packing import pack
-from trl.data.tokenize import tokenize_preference
+from trl.data.prompt_rows import PairsJob
+from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
 from trl.import_utils import is_wandb_available
@@ -29,7 +30,7 @@ from trl.models.scoring import quietly, score, scored_states
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import answer_length, each_dataset, equip
+from trl.trainer.preparation import answer_limits, each_dataset, prepare
 from trl.trainer.statistics import RewardShift
 
 
@@ -102,7 +103,7 @@ class PairTrainer(ObjectiveTrainer):
         **kwargs: Any,
     ):
         _check_wandb(config)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -116,21 +117,11 @@ class PairTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
         encoder_decoder = encoder_decoder if model is None else is_encoder_decoder(model)
-        length = answer_length(config, model, encoder_decoder)
+        limits = answer_limits(config, model, encoder_decoder)
+        job = PairsJob(tokenizer=tokenizer, limits=limits, add_bos=add_bos, is_encoder_decoder=encoder_decoder)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_preference(
-                dataset,
-                tokenizer,
-                max_length=length,
-                max_prompt_length=config.max_prompt_length,
-                max_completion_length=config.max_completion_length,
-                truncation_mode=config.truncation_mode,
-                add_bos=add_bos,
-                is_encoder_decoder=encoder_decoder,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,

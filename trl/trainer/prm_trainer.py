@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, TrainingArguments
 
+from trl.data.encode import Limits
 from trl.data.packing import pack
+from trl.data.prompt_rows import StepwiseJob
 from trl.data.records import Branch, TokenTree
-from trl.data.tokenize import tokenize_stepwise
+from trl.data.tokenize import tokenize
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import stepwise_cross_entropy
 from trl.models.scoring import scores_at
 from trl.trainer.configuration import OfflineConfig, as_config, require
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, equip, fitting_length, label_count, labelled, no_collator
+from trl.trainer.preparation import each_dataset, fitting_length, label_count, label_kwargs, prepare, refuse_collator
 
 
 @dataclass
@@ -87,9 +89,9 @@ class PRMTrainer(ObjectiveTrainer):
         tokenizer: Any = None,
         **kwargs: Any,
     ):
-        no_collator(self, data_collator)
+        refuse_collator(self, data_collator)
         config = as_config(args, PRMConfig)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -99,24 +101,20 @@ class PRMTrainer(ObjectiveTrainer):
             peft_config=peft_config,
             auto_class=AutoModelForTokenClassification,
             dropout=not config.disable_dropout,
-            init_kwargs=labelled(config, model, 2),
+            init_kwargs=label_kwargs(config, model, 2),
         )
         if model is not None and label_count(model) != 2:
             raise ValueError(f"num_labels={label_count(model)}: a process reward model has 2, wrong and right")
-        length = fitting_length(config, model)
+        limits = Limits(fitting_length(config, model), config.max_prompt_length, config.max_completion_length)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_stepwise(
-                dataset,
-                tokenizer,
+            job = StepwiseJob(
+                tokenizer=tokenizer,
+                limits=limits,
                 step_separator=config.step_separator,
                 train_on_last_step_only=config.train_on_last_step_only and name == "train",
-                max_length=length,
-                max_prompt_length=config.max_prompt_length,
-                max_completion_length=config.max_completion_length,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
+            )
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,

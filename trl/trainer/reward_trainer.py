@@ -13,7 +13,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from trl.data.tokenize import tokenize_preference
+from trl.data.encode import Limits
+from trl.data.prompt_rows import PairsJob
+from trl.data.tokenize import tokenize
 from trl.losses.loss_sum import LossSum
 from trl.losses.reward import bradley_terry
 from trl.models.prepare import context_length
@@ -21,7 +23,7 @@ from trl.models.scoring import rewards
 from trl.trainer.configuration import OfflineConfig, as_config, require, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
-from trl.trainer.preparation import each_dataset, equip, label_count, labelled
+from trl.trainer.preparation import each_dataset, label_count, label_kwargs, prepare
 
 
 @dataclass
@@ -42,6 +44,11 @@ class RewardConfig(OfflineConfig):
     """padding token, where it is not the tokenizer's own"""
     chat_template_path: str | None = field(default=None)
     """file with a Jinja chat template for the tokenizer"""
+
+    def token_settings(self) -> dict[str, str | None]:
+        return {
+            "eos_token": self.eos_token, "pad_token": self.pad_token, "chat_template_path": self.chat_template_path,
+        }  # fmt: skip
 
     def validate(self) -> None:
         super().validate()
@@ -80,7 +87,7 @@ class RewardTrainer(ObjectiveTrainer):
         quantization_config: Any = None,
     ):
         config = self._config(args, max_length)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -90,15 +97,13 @@ class RewardTrainer(ObjectiveTrainer):
             peft_config=peft_config,
             auto_class=AutoModelForSequenceClassification,
             dropout=not config.disable_dropout,
-            init_kwargs=labelled(config, model, 1),
+            init_kwargs=label_kwargs(config, model, 1),
             quantization_config=quantization_config,
         )
-        length = _length(config, model)
+        job = PairsJob(tokenizer=tokenizer, limits=Limits(_length(config, model)))
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_preference(
-                dataset, tokenizer, max_length=length, num_proc=config.dataset_num_proc, name=name
-            )[0]
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,

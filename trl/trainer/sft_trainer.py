@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.batches import rows_of_padded, sequence_trees
+from trl.data.encode import TRUNCATION_MODES, Limits
 from trl.data.formats import column_names
 from trl.data.packed_dataset import pack_dataset
 from trl.data.packing import pack
-from trl.data.tokenize import has_rows, supervised_row, tokenize_supervised
+from trl.data.supervised_rows import SupervisedJob, supervised_row
+from trl.data.tokenize import has_rows, tokenize
 from trl.legacy.collators import DataCollatorForCompletionOnlyLM
 from trl.legacy.constant_length import ConstantLengthDataset
 from trl.losses.loss_sum import LossSum
@@ -33,7 +35,7 @@ from trl.trainer.configuration import (
     with_keywords,
 )
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, equip, fitting_length
+from trl.trainer.preparation import each_dataset, fitting_length, prepare
 
 PACKING_STRATEGIES = ("bfd", "wrapped", "constant_length")
 DATASET_KWARGS = ("add_special_tokens", "append_concat_token", "skip_prepare_dataset")
@@ -83,9 +85,14 @@ class SFTConfig(OfflineConfig):
     chars_per_token: float = field(default=3.6)
     """constant_length only: characters a token, to size the buffer"""
 
+    def token_settings(self) -> dict[str, str | None]:
+        return {
+            "eos_token": self.eos_token, "pad_token": self.pad_token, "chat_template_path": self.chat_template_path,
+        }  # fmt: skip
+
     def validate(self) -> None:
         super().validate()
-        choose(self, "truncation_mode", ("keep_start", "keep_end"))
+        choose(self, "truncation_mode", TRUNCATION_MODES)
         choose(self, "loss_type", LOSSES)
         choose(self, "packing_strategy", PACKING_STRATEGIES)
         require(self, "max_length", self.max_length is None or self.max_length > 1, "give a length > 1, or None")
@@ -161,20 +168,18 @@ class SupervisedData:
         closes = self.options["append_concat_token"] and not isinstance(
             self.data_collator, DataCollatorForCompletionOnlyLM
         )
-        return tokenize_supervised(
-            dataset,
-            self.tokenizer,
+        job = SupervisedJob(
+            tokenizer=self.tokenizer,
+            limits=Limits(max_length, truncation_mode=config.truncation_mode),
             text_field=config.dataset_text_field,
             completion_only_loss=config.completion_only_loss,
             assistant_only_loss=config.assistant_only_loss,
-            max_length=max_length,
-            truncation_mode=config.truncation_mode,
             add_eos=closes,
             add_special_tokens=self.options["add_special_tokens"],
             formatting_func=self.formatting_func,
-            num_proc=config.dataset_num_proc,
-            batch_size=config.dataset_batch_size,
-            name=name,
+        )
+        return tokenize(
+            dataset, job, name=name, num_proc=config.dataset_num_proc, batch_size=config.dataset_batch_size
         )[0]
 
     def _check_named(self, dataset: Any, name: str) -> None:
@@ -290,7 +295,7 @@ class SFTTrainer(ObjectiveTrainer):
         config = with_keywords(as_config(args, SFTConfig), given)
         _warn(config, infinite, dataset_text_field, formatting_func)
         _check_collator(config, data_collator)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
