@@ -8,40 +8,18 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from trl.cli.main import Training
+
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 OWN_KEYS = ("model", "data", "eval_data", "rewards", "lora_rank")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training command: which trainer, which config, and whether it is told what to reward."""
-
-    trainer: str
-    config: str
-    rewards: bool = False
-    task: str = "CAUSAL_LM"
-
-
-JOBS = {
-    "sft": Job("SFTTrainer", "SFTConfig"),
-    "reward": Job("RewardTrainer", "RewardConfig", task="SEQ_CLS"),
-    "prm": Job("PRMTrainer", "PRMConfig", task="TOKEN_CLS"),
-    "dpo": Job("DPOTrainer", "DPOConfig"),
-    "orpo": Job("ORPOTrainer", "ORPOConfig"),
-    "cpo": Job("CPOTrainer", "CPOConfig"),
-    "simpo": Job("SimPOTrainer", "SimPOConfig"),
-    "kto": Job("KTOTrainer", "KTOConfig"),
-    "grpo": Job("GRPOTrainer", "GRPOConfig", rewards=True),
-    "rloo": Job("RLOOTrainer", "RLOOConfig", rewards=True),
-}
 
 
 def rows_of(source: str, what: str) -> Any:
@@ -115,7 +93,9 @@ def settings_of(config_class: type, given: dict[str, Any], words: Sequence[str])
     values = {**from_yaml, **fields_on(words, config_class)}
     unknown = sorted(set(values) - set(types))
     if unknown:
-        raise ValueError(f"{unknown[0]}: {config_class.__name__} has no such field (`--fields` lists what there is)")
+        raise ValueError(
+            f"{unknown[0]}: {config_class.__name__} has no such field (`--fields` lists those that it has)"
+        )
     return config_class(**values)
 
 
@@ -155,7 +135,7 @@ def lora(rank: int, task: str) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
 
 
-def train(job: Job, config: Path | None, line: dict[str, Any], words: Sequence[str]) -> str:
+def train(job: Training, config: Path | None, line: dict[str, Any], words: Sequence[str]) -> str:
     """Run the job; the folder of the trained model."""
     import yaml
 
@@ -193,9 +173,8 @@ def train(job: Job, config: Path | None, line: dict[str, Any], words: Sequence[s
     return str(settings.output_dir)
 
 
-def command_of(name: str) -> Callable[..., None]:
-    """The command `trl NAME`."""
-    job = JOBS[name]
+def command_of(job: Training) -> Callable[..., None]:
+    """The function behind the command; its parameters are the options, its docstring the help."""
 
     def command(
         context: typer.Context,
@@ -221,6 +200,3 @@ def command_of(name: str) -> Callable[..., None]:
 
     command.__doc__ = f"Train with {job.trainer}. Any field of {job.config} goes on the line: --learning_rate 1e-5."
     return command
-
-
-sft, reward, prm, dpo, orpo, cpo, simpo, kto, grpo, rloo = (command_of(name) for name in JOBS)

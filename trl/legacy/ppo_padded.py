@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from trl.core import logprobs_from_logits
+from trl.legacy.core import logprobs_from_logits
 from trl.models.scoring import takes_positions
 
 
