@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from trl.import_utils import is_peft_available
-from trl.legacy.dpo_padded import concatenated_forward, concatenated_inputs, get_batch_logps
-from trl.legacy.joint_pairs import build_tokenized_answer, tokenize_row
-from trl.losses.pairs import F_DIVERGENCES, PairLogps
-from trl.losses.preference import PAIR_LOSSES, WHOLE_BATCH, pair_options
+from trl.legacy import dpo
+from trl.losses.pairs import F_DIVERGENCES
+from trl.losses.preference import PAIR_LOSSES, WHOLE_BATCH
 from trl.models.prepare import context_length
 from trl.models.reference import Reference
 from trl.models.scoring import score
@@ -229,6 +228,34 @@ class DPOTrainer(PairTrainer):
     def prepare_evaluation(self, eval_dataset: Any) -> Any:
         return self._ahead.evaluation(eval_dataset)
 
+    # -- methods of release 0.7.7, on padded batches and plain numbers -----------------------------
+
+    concatenated_inputs = staticmethod(dpo.concatenated_inputs)
+    get_batch_logps = staticmethod(dpo.get_batch_logps)
+
+    def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:
+        """Tokenise prompt + answer as one text, and split it."""
+        return dpo.build_tokenized_answer(self.processing_class, prompt, answer)
+
+    def tokenize_row(self, feature: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
+        """One pair as the padded columns `chosen_*`, `rejected_*`, `prompt_*`."""
+        return dpo.tokenize_row(
+            feature,
+            self.processing_class,
+            max_length=self.args.max_length or 512,
+            max_prompt_length=self.args.max_prompt_length or 128,
+            max_target_length=self.args.max_completion_length or 128,
+            truncation_mode=self.args.truncation_mode,
+            label_pad_token_id=self.label_pad_token_id,
+            is_encoder_decoder=self._encoder_decoder,
+            model=model,
+        )
+
+    def concatenated_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` of a padded batch, whole logits included."""
+        padding = self.processing_class.pad_token_id if self.padding_value is None else self.padding_value
+        return dpo.concatenated_forward(model, batch, self.label_pad_token_id, padding)
+
     @torch.no_grad()
     def compute_reference_log_probs(self, padded_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of a padded batch's chosen and rejected. [pairs] each"""
@@ -239,34 +266,6 @@ class DPOTrainer(PairTrainer):
                 )
             return self.concatenated_forward(reference, padded_batch)[:2]
 
-    # -- the older methods, on padded batches and plain numbers -------------------------------
-
-    concatenated_inputs = staticmethod(concatenated_inputs)
-    get_batch_logps = staticmethod(get_batch_logps)
-
-    def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:
-        """Tokenise prompt + answer as one text, and split it."""
-        return build_tokenized_answer(self.processing_class, prompt, answer)
-
-    def tokenize_row(self, feature: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
-        """One pair as the padded columns `chosen_*`, `rejected_*`, `prompt_*`."""
-        return tokenize_row(
-            feature,
-            self.processing_class,
-            max_length=self.args.max_length or 512,
-            max_prompt_length=self.args.max_prompt_length or 128,
-            max_target_length=self.args.max_completion_length or 128,
-            truncation_mode=self.args.truncation_mode,
-            label_pad_token_id=self.label_pad_token_id,
-            is_encoder_decoder=getattr(self.model.config, "is_encoder_decoder", False),
-            model=model,
-        )
-
-    def concatenated_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` of a padded batch, whole logits included."""
-        padding = self.processing_class.pad_token_id if self.padding_value is None else self.padding_value
-        return concatenated_forward(model, batch, self.label_pad_token_id, padding)
-
     def dpo_loss(
         self,
         policy_chosen_logps: Tensor,
@@ -276,28 +275,17 @@ class DPOTrainer(PairTrainer):
         reference_free: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(losses, chosen_rewards, rejected_rewards)` of summed log-probabilities."""
-        references = (None, None) if reference_free else (reference_chosen_logps, reference_rejected_logps)
-        pair = PairLogps(policy_chosen_logps, policy_rejected_logps, *references)
-        options = self.loss_options({})
-        losses = policy_chosen_logps.new_zeros(())
-        for name, weight in self.losses.items():
-            own = {key: value for key, value in options.items() if key in pair_options(name)}
-            losses = losses + weight * PAIR_LOSSES[name](pair, **own)
-        chosen = self.args.beta * (policy_chosen_logps - reference_chosen_logps).detach()
-        rejected = self.args.beta * (policy_rejected_logps - reference_rejected_logps).detach()
-        return losses, chosen, rejected
+        policy, reference = (
+            (policy_chosen_logps, policy_rejected_logps),
+            (reference_chosen_logps, reference_rejected_logps),
+        )
+        return dpo.pair_losses(policy, reference, self.losses, self.loss_options({}), reference_free)
 
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's mean loss and metrics; `batch` is one of the trainer's own."""
-        result = self.objective(model, batch)
-        prefix = "eval_" if train_eval == "eval" else ""
-        means = {}
-        for name, value in result.metrics.items():
-            total, count = value if isinstance(value, tuple) else (value, result.count)
-            means[prefix + name] = total / count
-        return result.mean, means
+        return dpo.mean_metrics(self.objective(model, batch), "eval_" if train_eval == "eval" else "")
 
     def store_metrics(self, metrics: Mapping[str, float], train_eval: str = "train") -> None:
         """Add to the metrics that the next log shows as their mean."""
