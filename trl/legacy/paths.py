@@ -32,6 +32,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "data.truncation": ("data.encode",),
     "environment.plain_generate": ("generation.plain_generate",),
     "environment.stopping": ("generation.stop_criteria",),
+    "losses.reference_free": ("losses.preference",),
+    "losses.reward": ("losses.supervised",),
     "models.gradient_place": ("kernels.grad_in_place",),
     "models.last_layer": ("kernels.last_layer",),
     "models.layout": ("kernels.tree_layout",),

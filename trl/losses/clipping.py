@@ -108,25 +108,5 @@ def sapo(
     return Surrogate(loss, never, never)
 
 
-def no_clip(log_ratio: Tensor, logprobs_BT: Tensor, advantages: Tensor) -> Surrogate:
-    """`-w A`: the importance-weighted policy gradient, unbounded."""
-    loss = -log_ratio.exp() * advantages
-    never = torch.zeros_like(loss, dtype=torch.bool)
-    return Surrogate(loss, never, never)
-
-
-def reinforce(log_ratio: Tensor, logprobs_BT: Tensor, advantages: Tensor) -> Surrogate:
-    """`-A log p`: REINFORCE, blind to the ratio."""
-    loss = -advantages * logprobs_BT
-    never = torch.zeros_like(loss, dtype=torch.bool)
-    return Surrogate(loss, never, never)
-
-
-CLIP_RULES: dict[str, Callable[..., Surrogate]] = {
-    "clip": clip,
-    "cispo": cispo,
-    "sapo": sapo,
-    "none": no_clip,
-    "reinforce": reinforce,
-}
+CLIP_RULES: dict[str, Callable[..., Surrogate]] = {"clip": clip, "cispo": cispo, "sapo": sapo}
 """the keyword-only parameters of a rule are its options"""

@@ -1,4 +1,4 @@
-"""What a pairwise objective is given: summed log-probabilities of chosen and rejected, and what may be done to them."""
+"""The input of pairwise objectives: summed log-probabilities of chosen and rejected, and changes to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 class PairLogps:
     """Log-probabilities of B preference pairs, each summed over its completion. All [B].
 
-    Without a reference the log-ratios are the policy's log-probabilities themselves (the seed's `reference_free`).
+    Without a reference the log-ratios are the policy's log-probabilities themselves (`reference_free` of DPO).
     """
 
     chosen_B: Tensor

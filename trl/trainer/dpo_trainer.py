@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from trl.import_utils import is_peft_available
 from trl.legacy import dpo
 from trl.losses.pairs import F_DIVERGENCES
-from trl.losses.preference import PAIR_LOSSES, WHOLE_BATCH
+from trl.losses.preference import PAIR_LOSSES, WHOLE_BATCH, pair_options
 from trl.models.prepare import context_length
 from trl.models.reference import Reference
 from trl.models.scoring import score
@@ -25,6 +25,7 @@ from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_refer
 WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo")
 """losses that have trainers of their own"""
 DPO_LOSSES = tuple(name for name in PAIR_LOSSES if name not in WITHOUT_REFERENCE)
+DISCOPOP_TAU: float = pair_options("discopop")["discopop_tau"]
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 
 
@@ -46,7 +47,7 @@ class DPOConfig(PairConfig, ReferenceConfig):
     """LD-DPO: weight in [0, 1] of the tokens beyond the shorter completion's length"""
     use_weighting: bool = field(default=False)
     """WPO: weigh each pair by how likely the policy is to have sampled it"""
-    discopop_tau: float = field(default=0.05)
+    discopop_tau: float = field(default=DISCOPOP_TAU)
     """temperature of discopop's modulation"""
     ipo_average_log_prob: bool = field(default=False)
     """ipo on log-probabilities per token instead of their sum"""
@@ -64,7 +65,7 @@ class DPOConfig(PairConfig, ReferenceConfig):
         return losses
 
     def options(self) -> dict[str, Any]:
-        tau = self.discopop_tau if self.discopop_tau != 0.05 else None
+        tau = None if self.discopop_tau == DISCOPOP_TAU else self.discopop_tau
         return {**super().options(), "average": self.ipo_average_log_prob, "discopop_tau": tau}
 
     def validate(self) -> None:

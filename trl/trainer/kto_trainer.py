@@ -15,7 +15,7 @@ from trl.data.packing import pack
 from trl.data.prompt_rows import CompletionsJob
 from trl.data.records import Branch, TokenTree
 from trl.data.tokenize import tokenize
-from trl.losses.kto import UNPAIRED_LOSSES, unpaired_loss
+from trl.losses.kto import UNPAIRED_LOSSES, mismatched_kl, unpaired_loss
 from trl.losses.loss_sum import LossSum
 from trl.models.scoring import quietly, score
 from trl.models.unwrap import is_encoder_decoder
@@ -227,7 +227,7 @@ class KTOTrainer(ObjectiveTrainer):
                 totals += torch.stack([log_ratio_B.sum(), log_ratio_B.new_tensor(len(log_ratio_B))])
         total, rows = self.accelerator.reduce(totals, "sum").unbind()
         for batch in batches:
-            batch["kl"] = (total / rows.clamp(min=1)).clamp(min=0)
+            batch["kl"] = mismatched_kl(total, rows)
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         if "kl" not in batch:  # evaluation: the estimate is this batch's, over all ranks

@@ -20,6 +20,7 @@ from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
 from trl.import_utils import is_wandb_available
+from trl.losses.kto import mismatched_kl
 from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import check_pair_options, preference_loss
@@ -168,8 +169,7 @@ class PairTrainer(ObjectiveTrainer):
             totals += torch.stack([pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), pairs])
         chosen, rejected, pairs = self.accelerator.reduce(totals, "sum").unbind()
         for batch in batches:
-            batch["kl_chosen"] = (chosen / pairs.clamp(min=1)).clamp(min=0)
-            batch["kl_rejected"] = (rejected / pairs.clamp(min=1)).clamp(min=0)
+            batch["kl_chosen"], batch["kl_rejected"] = mismatched_kl(chosen, pairs), mismatched_kl(rejected, pairs)
 
     def count(self, batch: dict[str, Any]) -> int:
         return batch["packed"].rows // 2

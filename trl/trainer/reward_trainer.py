@@ -17,7 +17,7 @@ from trl.data.encode import Limits
 from trl.data.prompt_rows import PairsJob
 from trl.data.tokenize import tokenize
 from trl.losses.loss_sum import LossSum
-from trl.losses.reward import bradley_terry
+from trl.losses.supervised import bradley_terry
 from trl.models.prepare import context_length
 from trl.models.scoring import rewards
 from trl.trainer.configuration import OfflineConfig, as_config, require, with_keywords
