@@ -151,7 +151,7 @@ class OfflineConfig(PostTrainingConfig):
     """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
     max_tokens_per_microbatch: int | None = field(default=None)
     """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same. None: do
-    not, but for a single process on the CPU, which takes 1,024 at a time (a large number undoes that)"""
+    not, but for a single process on the CPU, which takes 1,536 at a time (a large number undoes that)"""
 
     def validate(self) -> None:
         super().validate()
