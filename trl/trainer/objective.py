@@ -7,6 +7,7 @@ import os
 import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trl.kernels.grad_in_place import in_place
 from trl.kernels.malloc import kept_memory
 from trl.losses.loss_sum import LossSum
 from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
+from trl.models.scoring import quietly
 from trl.models.wrapped import within_forward
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 
@@ -278,7 +280,8 @@ class ObjectiveTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self._tallies["eval"] = Tally()
-        output = super().evaluation_loop(*args, **kwargs)
+        with quietly(self.model) if self.is_in_train else nullcontext():  # the training flags come back
+            output = super().evaluation_loop(*args, **kwargs)
         means = self._tallies["eval"].means(self)
         for name, value in means.items():  # what `compute_metrics` gave stays, but a mean of batch means is no loss
             key = f"{prefix}_{name}"
