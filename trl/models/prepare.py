@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from trl.import_utils import is_bitsandbytes_available
-from trl.models.checkpoints import HUB_ARGUMENTS
 from trl.models.peft_support import (
     find_adapter,
     is_peft_model,
@@ -23,6 +22,7 @@ from trl.models.peft_support import (
     wrap_peft,
 )
 from trl.models.unwrap import below_value_head
+from trl.models.weight_files import HUB_ARGUMENTS
 
 __all__ = [
     "activate_neftune",

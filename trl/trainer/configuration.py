@@ -65,6 +65,24 @@ class PostTrainingConfig(TrainingArguments):
         if self.dataset_num_proc is not None:
             require(self, "dataset_num_proc", self.dataset_num_proc >= 1, "give a number of processes >= 1, or None")
 
+    @property
+    def token_budget(self) -> int | None:
+        """The number of tokens that a forward pass of training may have at most; None: no limit was asked for."""
+        return None
+
+    def cuts_unasked(self) -> bool:
+        """Whether a batch may be cut into several forward passes where no budget is given."""
+        return False
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the reference model follows the policy."""
+        return False
+
+    def fixed_fields(self) -> tuple[str, ...]:
+        """Names of the fields that must be as they were when a run resumes from a checkpoint."""
+        return ()
+
 
 def _json(name: str, text: str) -> Any:
     try:
@@ -158,8 +176,11 @@ class OfflineConfig(PostTrainingConfig):
         budget = self.max_tokens_per_microbatch
         require(self, "max_tokens_per_microbatch", budget is None or budget > 0, "give a number of tokens, or None")
 
+    @property
+    def token_budget(self) -> int | None:
+        return self.max_tokens_per_microbatch
+
     def cuts_unasked(self) -> bool:
-        """Whether a batch may be cut into several forward passes where no budget is given."""
         return self.path is None
 
     @property

@@ -197,7 +197,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
             self.evaluate(self.eval_dataset)
             self.model.train()
         if self.args.logging_strategy == "steps" and step % max(1, int(self.args.logging_steps)) == 0:
-            means = self._tallies["train"].means(self)
+            means = self._tallies["train"].means(self.accelerator)
             self.log({"loss": means.pop("loss"), "learning_rate": self.lr_scheduler.get_last_lr()[0]})
         if self.args.save_strategy == "steps" and step % max(1, int(self.args.save_steps)) == 0:
             self.save_model(f"{self.args.output_dir}/checkpoint-{step}")

@@ -36,6 +36,10 @@ class ReferenceConfig(OfflineConfig):
     ref_model_sync_steps: int = field(default=512)
     """TR-DPO: optimizer steps between two moves"""
 
+    @property
+    def moves_reference(self) -> bool:
+        return self.sync_ref_model
+
     def validate(self) -> None:
         super().validate()
         require(self, "ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "give a share in (0, 1]")

@@ -97,6 +97,9 @@ class RolloutConfig(PostTrainingConfig):
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
             )
 
+    def fixed_fields(self) -> tuple[str, ...]:
+        return (*super().fixed_fields(), "num_generations", "num_iterations")
+
     @property
     def reshapes(self) -> bool:
         """Whether completions are drawn from another distribution than the policy at `temperature`."""

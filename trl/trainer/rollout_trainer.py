@@ -136,7 +136,7 @@ class RolloutTrainer(ObjectiveTrainer):
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = self.accelerator.prepare_model(given, evaluation_mode=True)
         reference = Reference(self.model, given)
-        if getattr(config, "sync_ref_model", False):
+        if config.moves_reference:
             if reference.frozen is None:
                 raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
             self.add_callback(SyncReference(reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
@@ -379,7 +379,7 @@ class RolloutTrainer(ObjectiveTrainer):
         """Collective: every rank's half-used rollout."""
         mine = [dict(vars(self.rollouts.state))]
         state: dict[str, Any] = {"rollouts": gather_object(mine) if self.args.world_size > 1 else mine}
-        if getattr(self.args, "sync_ref_model", False) and self.reference is not None and self.reference.frozen:
+        if self.args.moves_reference and self.reference is not None and self.reference.frozen:
             state["reference"] = self.reference.frozen.state_dict()
         return state
 

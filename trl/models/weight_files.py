@@ -1,4 +1,4 @@
-"""Folders of weights: saving without ever leaving half a file, and reading back a few tensors of a big checkpoint."""
+"""Folders of weights: they are saved whole or not at all; a few tensors of a big one can be read alone."""
 
 import errno
 import json
@@ -23,6 +23,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
+SAVING, FORMER = ".saving-", ".former-"
+"""prefixes of hidden names: what is still being written, and what was there before"""
+
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """keywords of `from_pretrained` that say where a file is, so that every file is looked for in the same place"""
 
@@ -45,11 +48,56 @@ def is_disk_error(error: BaseException | None) -> bool:
     return error is not None and any(word in str(error) for word in words)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file or a folder's list of files is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until a folder and everything in it is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def hidden(target: Path, prefix: str) -> Path:
+    """The folder beside `target` with the same name after a prefix such as `.saving-`."""
+    return target.with_name(f"{prefix}{target.name}")
+
+
+def put_in_place(beside: Path, target: Path) -> None:
+    """Rename a finished folder to `target`. If the process is killed, the old or the new folder is there, whole.
+
+    The old folder is called `.former-NAME` for a moment; `undo_rename` gives it its name back.
+    """
+    flush_folder(beside)
+    former = hidden(target, FORMER)
+    if target.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        os.rename(target, former)
+    os.rename(beside, target)
+    flush(target.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def undo_rename(target: Path) -> None:
+    """Give a folder its name back if `put_in_place` was killed between its two renames."""
+    former = hidden(target, FORMER)
+    if former.exists() and not target.exists():
+        os.rename(former, target)
+
+
 @contextmanager
 def writing(directory: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to write in, whose files are renamed into `directory` once all of them are written.
+    """A folder to write in, whose files are renamed into `directory` once all of them are on the disk.
 
     `replaces`: glob patterns of the files that hold weights. If any is written, those of an earlier save are removed.
+    At every moment `directory` loads as it was before or as it is afterwards, also where weights have several files.
     OSError names the folder if the disk is full or not writable; `directory` is then as it was before.
     """
     target = Path(directory)
@@ -59,8 +107,9 @@ def writing(directory: str | os.PathLike[str], replaces: Sequence[str] = ()) -> 
     beside: Path | None = None
     try:
         target.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))  # inside: a rename never leaves the disk
+        beside = Path(tempfile.mkdtemp(prefix=SAVING, dir=target))  # inside: a rename never leaves the disk
         yield beside
+        flush_folder(beside)
         _move(beside, target, replaces)
     except (OSError, RuntimeError, SafetensorError) as error:
         if not isinstance(error, OSError | SafetensorError) and not is_disk_error(error):
@@ -75,16 +124,46 @@ def writing(directory: str | os.PathLike[str], replaces: Sequence[str] = ()) -> 
 
 
 def _move(source: Path, target: Path, replaces: Sequence[str]) -> None:
-    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    """Rename the files of `source` into `target`, an index of shards after its shards."""
+    files = sorted((file.relative_to(source) for file in source.rglob("*") if file.is_file()), key=_is_index)
+    for index in filter(_is_index, files):
+        _keep_old_shards(target / index)
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)
-    if not any(file.match(pattern) for file in files for pattern in replaces):
-        return  # another rank wrote the weights
-    for pattern in replaces:
-        for stale in target.glob(pattern):
-            if stale.relative_to(target) not in files:
-                stale.unlink(missing_ok=True)
+    for kept in filter(Path.is_file, target.glob(f"{FORMER}*")):
+        kept.unlink()
+    if any(file.match(pattern) for file in files for pattern in replaces):  # else another rank wrote the weights
+        stale = {old for pattern in replaces for old in target.glob(pattern) if old.relative_to(target) not in files}
+        for old in sorted(stale, key=_is_index, reverse=True):
+            old.unlink(missing_ok=True)
+    flush(target)
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.endswith(".index.json")
+
+
+def _keep_old_shards(index: Path) -> None:
+    """Let an index name its shards by second names, under which they stay when files of the same names replace them."""
+    if not index.exists():
+        return
+    table = json.loads(index.read_text(encoding="utf-8"))
+    for shard in set(table["weight_map"].values()):
+        kept = index.with_name(f"{FORMER}{shard}")
+        if shard.startswith(FORMER) or not (index.parent / shard).exists():
+            continue
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(index.parent / shard, kept)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(index.parent / shard, kept)
+    names = table["weight_map"].items()
+    table["weight_map"] = {key: shard if shard.startswith(FORMER) else f"{FORMER}{shard}" for key, shard in names}
+    beside = index.with_name(f"{FORMER}{index.name}")
+    beside.write_text(json.dumps(table), encoding="utf-8")
+    flush(beside)
+    os.replace(beside, index)
 
 
 def find_file(source: str, name: str, **where: Any) -> str | None:
