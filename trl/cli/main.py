@@ -23,7 +23,7 @@ class Training:
     rewards: bool = False
     """the trainer takes reward functions"""
     task: str = "CAUSAL_LM"
-    """what an adapter is told of the model"""
+    """`task_type` of the LoRA config"""
 
     @property
     def config(self) -> str:
@@ -56,12 +56,12 @@ COMMANDS: dict[str, Training | Other] = {
 INTERRUPTED = 130
 BAD_INPUT = 2
 SPEAK_FOR_THEMSELVES = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
-"""errors whose text is written for users; others are named by their type too"""
+"""errors whose text is written for users; for others the type is printed too"""
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 UsageError: Any = typer.BadParameter.__base__
-"""of the click that typer brings along, which is not always the installed one"""
+"""the class of typer's own copy of click, which may differ from the installed click"""
 
 
 def load_command(name: str) -> Any:
@@ -95,7 +95,7 @@ class LazyGroup(TyperGroup):
 def root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes anywhere in the line."),
 ) -> None:
-    """Post-training of language models: one command a job."""
+    """Post-training of language models: one command for each job."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

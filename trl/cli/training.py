@@ -77,7 +77,7 @@ def _value(words: list[str], annotation: str) -> Any:
 
 
 def _plain(word: Any) -> Any:
-    """A word as JSON would read it (numbers, true, false, null, lists, objects), 1e-5 included; else itself."""
+    """A word read as JSON (a number such as 1e-5, true, false, null, a list, an object); else the word itself."""
     if not isinstance(word, str):
         return word
     try:
@@ -87,7 +87,7 @@ def _plain(word: Any) -> Any:
 
 
 def settings_of(config_class: type, given: dict[str, Any], words: Sequence[str]) -> Any:
-    """The config from YAML values and the line's; the line wins, and an unknown field is a ValueError."""
+    """The config from the YAML file and the command line, which wins; an unknown field is a ValueError."""
     types = {entry.name: str(entry.type) for entry in fields(config_class) if entry.init}
     from_yaml = {k: v if types.get(k) in ("str", "str | None") else _plain(v) for k, v in given.items()}
     values = {**from_yaml, **fields_on(words, config_class)}
@@ -136,7 +136,7 @@ def lora(rank: int, task: str) -> Any:
 
 
 def train(job: Training, config: Path | None, line: dict[str, Any], words: Sequence[str]) -> str:
-    """Run the job; the folder of the trained model."""
+    """Run the job and return the folder of the trained model."""
     import yaml
 
     import trl
@@ -174,7 +174,7 @@ def train(job: Training, config: Path | None, line: dict[str, Any], words: Seque
 
 
 def command_of(job: Training) -> Callable[..., None]:
-    """The function behind the command; its parameters are the options, its docstring the help."""
+    """The function that runs the command; its parameters are the options, its docstring the help."""
 
     def command(
         context: typer.Context,

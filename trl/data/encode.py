@@ -28,7 +28,7 @@ def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 class TextEncoder:
     """Batched tokenisation without special tokens, and the special tokens that belong around a row.
 
-    `add_bos`: None does what the tokenizer does by itself, True puts BOS first if the tokenizer has one, False never.
+    `add_bos`: None does as the tokenizer does, True puts BOS first if the tokenizer has one, False never.
     """
 
     def __init__(self, processing_class: Any, add_bos: bool | None = None) -> None:
@@ -47,7 +47,7 @@ class TextEncoder:
 
     @cached_property
     def _own_specials(self) -> tuple[Ids, Ids]:
-        """What the tokenizer puts before and after a text by itself."""
+        """The special tokens that the tokenizer puts before and after a text."""
         plain = self.encode(["x"])[0]
         whole = list(self.tokenizer("x", verbose=False)["input_ids"])
         for start in range(len(whole) - len(plain) + 1):
@@ -75,7 +75,7 @@ class TextEncoder:
 
     @cached_property
     def source_tail(self) -> Ids:
-        """Tokens that the tokenizer puts after an encoder's input by itself (T5: EOS)."""
+        """Tokens that the tokenizer puts after an encoder's input (T5: EOS)."""
         return self._own_specials[1]
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -130,12 +130,12 @@ class TextEncoder:
         (anchor,) = self.encode([self._anchor])
         continued = []
         for text, ids in zip(texts, self.encode([self._anchor + text for text in texts]), strict=True):
-            merged = ids[: len(anchor)] != anchor  # the anchor is no token of its own before this text
+            merged = ids[: len(anchor)] != anchor  # before this text the anchor merges with the next token
             continued.append(self.encode([text])[0] if merged else ids[len(anchor) :])
         return continued
 
     def open_row(self, ids: Ids) -> tuple[Ids, bool]:
-        """The ids with what opens a row before them, and whether they had brought it themselves."""
+        """The ids with the tokens that open a row, and whether the ids began with them already."""
         if not self.head:
             return ids, False
         if ids[: len(self.head)] == self.head:

@@ -1,4 +1,4 @@
-"""Rows with a prompt of their own: preferences, single judged answers, bare prompts and judged steps."""
+"""Jobs for rows with a prompt: preference pairs, labelled completions, prompts alone, solutions with labelled steps."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ PAIR_NUMBERS = (
 
 @dataclass(kw_only=True)
 class _PromptJob(RowJob):
-    """What all jobs with prompts have in common."""
+    """The base of the jobs with prompts."""
 
     def _opened(self, ids: Ids) -> tuple[Ids, RowFlag]:
-        """Prompt ids with one BOS at their start where one belongs; a chat template has put its own."""
+        """Prompt ids with one BOS at their start, where one belongs; a chat template writes its BOS itself."""
         single = self.encoder.without_double_bos(ids)
         double = len(single) < len(ids)
         if not self.format.conversational:
@@ -107,7 +107,7 @@ class _AnswersJob(_PromptJob):
         return self.rendered(row, prompt, [messages_of(row, answer) for answer in self.answers])
 
     def _apart(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
-        """Prompt and answers tokenised each by itself, as at generation time."""
+        """Prompt and answers are tokenised separately, as at generation time."""
         texts = []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
@@ -124,7 +124,7 @@ class _AnswersJob(_PromptJob):
         return answered
 
     def _whole(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
-        """Answers that hold the prompt: tokenised whole, the prompt is what their tokens share."""
+        """Answers that include the prompt are tokenised as a whole; the tokens that they share are the prompt."""
         texts: list[str] = []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):

@@ -1,4 +1,4 @@
-"""Rows for imitation: `input_ids` and a `loss_mask` that is 1 on the tokens to learn."""
+"""The job for supervised rows: it makes `input_ids` and a `loss_mask` that is 1 on the tokens to learn."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tokenised_mask(row: Mapping[str, Any], completion_only: bool | None = None, 
     """The loss mask of a row that is tokenised already.
 
     From `loss_mask`, else `labels` (-100 = not learned), else `completion_mask` (unless `completion_only` is False) and
-    `assistant_masks` (if `assistant_only`), else every token. Wants that the row cannot meet are ValueErrors.
+    `assistant_masks` (if `assistant_only`), else every token. A wish that the row cannot meet is a ValueError.
     """
     ids = ids_of(row, "input_ids")
     if row.get("loss_mask") is not None:

@@ -1,6 +1,6 @@
-"""Old import paths: a module that has moved is still found under the name that it had before.
+"""Old import paths: a module that has moved can still be imported by its old name.
 
-Each such path opens a window: a module without code of its own, whose names are read from where they live now.
+At each old path stands a window: a module without code, which reads its names from the modules that have them today.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 """path below `trl` before -> where its names live now, looked through in this order"""
 
 RENAMED: dict[str, str] = {}
-"""a name in one of these modules before -> today"""
+"""old name in one of these modules -> today's name"""
 
 IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digits": "digits.modeling_digits"}
 """modules that a source checkout has in `examples/digits/` and an installed package lacks"""
@@ -91,7 +91,7 @@ class Window(ModuleType):
         self.__dict__["_homes"] = homes
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what inspects all modules loads none of them
+        if name.startswith("__"):  # code that inspects all modules must not load them
             raise AttributeError(name)
         for home in self._homes:
             found = _example(home, self.__name__) if home in IN_EXAMPLES.values() else importlib.import_module(home)

@@ -23,7 +23,7 @@ def _count_mean_std(values: Tensor, dim: int, unbiased: bool = True) -> tuple[Te
 
 
 def _divide(centred: Tensor, std: Tensor, eps: float) -> Tensor:
-    """`centred / (std + eps)`; where nothing varies there is nothing to prefer: 0, also at eps 0."""
+    """`centred / (std + eps)`; 0 where the values do not vary, also at eps 0."""
     return torch.where(std > 0, centred / (std + eps).clamp(min=torch.finfo(std.dtype).tiny), 0.0)
 
 

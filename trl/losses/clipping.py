@@ -1,4 +1,4 @@
-"""How a policy's change is measured and bounded: importance ratios and clip rules, each a small function."""
+"""Importance ratios, which measure how far a policy has moved, and clip rules, which bound it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -37,7 +37,7 @@ RATIO_LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class Surrogate(NamedTuple):
-    """A loss per token, and where its gradient is cut because the ratio ran too low or too high."""
+    """A loss per token, and the tokens whose gradient is cut because the ratio is too low or too high."""
 
     loss_BT: Tensor
     low_BT: Tensor

@@ -1,4 +1,4 @@
-"""Objectives of distillation: divergences between a teacher's and a student's distributions over the vocabulary."""
+"""Divergences between a teacher's and a student's distributions over the vocabulary, for distillation."""
 
 from math import log, log1p
 

@@ -57,7 +57,7 @@ def unpaired_loss(
     undesirable_weight: float = 1.0,
     **state: Tensor | float,
 ) -> LossSum:
-    """The objective `name` summed over the completions; desirable and other ones have weights of their own.
+    """The objective `name` summed over the completions; desirable and other ones have separate weights.
 
     log_ratio_B: `log policy - log reference` of each completion. state: `kl` for kto, `delta` for bco.
     """

@@ -94,7 +94,7 @@ def wpo_weights(
     chosen_collision_BT: Tensor | None = None,
     rejected_collision_BT: Tensor | None = None,
 ) -> Tensor:
-    """How much of an on-policy sample each pair looks like: the weight of its loss, in (0, 1], detached. [B]
+    """The weight of each pair's loss: how likely it is that the policy sampled the pair. In (0, 1], detached. [B]
 
     Product of the two completions' mean-token probabilities (arXiv:2406.11827), capped at 1. With
     `collision = log sum_v p(v)^2` of each position it is the paper's sampled alignment: a sample as
@@ -141,7 +141,7 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def apply_divergence(pair: PairLogps, name: str, alpha: float = 0.5) -> PairLogps:
-    """The pair as an objective regularised by another f-divergence sees it: f'(ratio) in place of each log-ratio.
+    """The pair with f'(ratio) in place of each log-ratio, for an objective that is regularised by another f-divergence.
 
     `alpha` is read by `alpha_divergence` alone; towards 0 it becomes `reverse_kl`, at 1 `forward_kl` up to a constant.
     """

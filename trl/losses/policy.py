@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 LOG_RATIO_LIMIT = 20.0
-"""`exp` of more would only overflow: log-ratios are cut here, gradient included"""
+"""log-ratios are clamped to +- this, and have no gradient beyond it: `exp` of more would overflow"""
 
 
 def policy_loss(

@@ -224,10 +224,10 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 }
 
 REFERENCE_FREE = frozenset({"sft", "orpo", "cpo", "simpo", "alphapo"})
-"""objectives that never look at the reference, so none has to be computed"""
+"""objectives that do not use the reference, so it is not computed for them"""
 
 WHOLE_BATCH = frozenset({"kto_pair", "aot", "aot_unpaired"})
-"""objectives in which the pairs of one call see each other: the split into micro-batches changes them"""
+"""objectives that compare the pairs of one call: a split into micro-batches changes their value"""
 
 PER_TOKEN = frozenset({"sft", "orpo", "simpo", "alphapo"})
 """objectives on log-probabilities per token, which is also how their rewards are reported"""

@@ -1,4 +1,4 @@
-"""What the configs of all `Trainer`-based trainers share, and how older call styles become a config."""
+"""The base classes of the configs, checks of their fields, and configs made from older call styles."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ def _json(name: str, text: str) -> Any:
 
 
 def require(config: Any, name: str, holds: bool, way_out: str) -> None:
-    """ValueError `name=value: way out` unless it holds."""
+    """Raise a ValueError `name=value: way out` unless the condition holds."""
     if not holds:
         raise ValueError(f"{name}={getattr(config, name)!r}: {way_out}")
 
 
 def refuse_unused(config: Any, names: Sequence[str], used: bool, needs: str) -> None:
-    """ValueError for each of the fields that was set, unless they are used."""
+    """Raise a ValueError if one of the fields was set and they are not used."""
     defaults = {entry.name: _default(entry) for entry in fields(config)}
     for name in names:
         require(config, name, used or getattr(config, name) == defaults[name], f"it has no effect without {needs}")
@@ -132,7 +132,7 @@ def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Con
 
 
 def older_style(args: Any, config_class: type, given: Mapping[str, Any]) -> bool:
-    """Whether a trainer was called as in older releases: plain TrainingArguments, or settings as its own keywords."""
+    """Whether a trainer was called as in older releases: with plain TrainingArguments, or with settings as keywords."""
     settings = any(value is not None for value in given.values())
     return not isinstance(args, config_class) and (args is not None or settings)
 
@@ -163,13 +163,13 @@ def with_keywords(config: Config, given: Mapping[str, Any]) -> Config:
 
 @dataclass
 class OfflineConfig(PostTrainingConfig):
-    """What the trainers on a data set share."""
+    """The settings that the trainers on a data set share."""
 
     padding_free: bool = field(default=True)
     """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
     max_tokens_per_microbatch: int | None = field(default=None)
-    """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same. None: do
-    not, but for a single process on the CPU, which takes 1,536 at a time (a large number undoes that)"""
+    """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same. None: no
+    cuts, except for a single process on the CPU, which takes 1,536 at a time (a large number undoes that)"""
 
     def validate(self) -> None:
         super().validate()
@@ -191,7 +191,7 @@ class OfflineConfig(PostTrainingConfig):
 
 @dataclass
 class PreferenceConfig(OfflineConfig):
-    """Lengths, the scale of the rewards, and what is done to the policy."""
+    """The settings that the preference trainers share, on pairs or on single completions."""
 
     learning_rate: float = field(default=1e-6)
     """initial learning rate"""

@@ -1,4 +1,4 @@
-"""Direct preference optimisation, its relatives with a reference, and those without: ORPO, CPO, SimPO."""
+"""Direct preference optimisation and its relatives: with a reference (DPO) and without one (ORPO, CPO, SimPO)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trl.trainer.pair_trainer import PairConfig, PairTrainer
 from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_reference
 
 WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo")
-"""losses that have trainers of their own"""
+"""losses that have other trainers"""
 DPO_LOSSES = tuple(name for name in PAIR_LOSSES if name not in WITHOUT_REFERENCE)
 DISCOPOP_TAU: float = pair_options("discopop")["discopop_tau"]
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
@@ -31,7 +31,7 @@ REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 
 @dataclass
 class DPOConfig(PairConfig, ReferenceConfig):
-    """`TrainingArguments` and what direct preference optimisation adds."""
+    """`TrainingArguments` with the settings of direct preference optimisation."""
 
     loss_type: str | list[str] = field(default="sigmoid")
     """one pairwise loss, or several to be added"""
@@ -194,7 +194,7 @@ class DPOTrainer(PairTrainer):
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference as a model of its own; None where it is the policy without its adapter."""
+        """The reference, if it is a separate model; None if it is the policy without its adapter."""
         return self.reference.frozen
 
     def extra_state(self) -> dict[str, Any]:
@@ -295,7 +295,7 @@ class DPOTrainer(PairTrainer):
 
 
 def _encoder_decoder(model: Any, given: bool | None) -> bool | None:
-    """What the model says of itself, else what was given; a contradiction is a ValueError."""
+    """Whether the model is an encoder-decoder: by its config, else as given; a contradiction is a ValueError."""
     actual = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
     if given is not None and actual is not None and bool(actual) != given:
         raise ValueError(f"is_encoder_decoder={given}: the model says {bool(actual)}; leave the argument out")
@@ -305,7 +305,7 @@ def _encoder_decoder(model: Any, given: bool | None) -> bool | None:
 def _older_defaults(given: Mapping[str, Any], model: Any, encoder_decoder: bool, warns: bool) -> dict[str, Any]:
     """The lengths and the truncation of a trainer that is given no `DPOConfig`.
 
-    A prompt is cut only where prompt and answer together are too long, so it has no length of its own by default.
+    A prompt is cut only where prompt and answer together are too long, so by default the prompt has no limit.
     """
     limit = context_length(model) if isinstance(model, nn.Module) else None
     defaults = {"max_length": min(512, limit or 512)}
@@ -323,7 +323,7 @@ def _older_defaults(given: Mapping[str, Any], model: Any, encoder_decoder: bool,
 
 
 def _check(config: DPOConfig, model: Any, ref_model: Any, peft_config: Any, encoder_decoder: bool | None) -> None:
-    """The refusals of older releases, in their order and words."""
+    """Raise the errors of older releases, in their order and with their texts."""
     kwargs = {"model": (model, config.model_init_kwargs), "ref_model": (ref_model, config.ref_model_init_kwargs)}
     for which, (given, init_kwargs) in kwargs.items():
         if init_kwargs is not None and not isinstance(given, str):
@@ -418,7 +418,7 @@ class SimPOConfig(PairConfig):
     gamma: float = field(default=0.5)
     """target margin"""
     alpha: float | None = field(default=None)
-    """AlphaPO's reward shape; None: SimPO's own, its limit at 0"""
+    """AlphaPO's exponent of the reward; None: SimPO, which is the limit at 0"""
 
     def losses(self) -> dict[str, float]:
         return {"simpo" if self.alpha is None else "alphapo": 1.0}

@@ -1,4 +1,4 @@
-"""Unpaired preference optimisation: KTO, BCO and APO-zero on completions that are good or not."""
+"""Unpaired preference optimisation (KTO, BCO, APO-zero): each completion is labelled good or bad."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_refer
 from trl.trainer.statistics import RewardShift
 
 REFERENCE_COLUMNS = ("reference_logps", "reference_kl_logps")
-"""of each completion, and of the mismatched one where the loss has a KL"""
+"""the reference's log-probabilities of the completion; for the KL of the loss also of a mismatched one"""
 MISMATCHED = "mismatched_ids"
 """column with another row's completion, for the KL estimate"""
 
@@ -68,7 +68,7 @@ def with_mismatched(dataset: Any, name: str) -> Any:
 
 
 class UnpairedCollator:
-    """Tokenised rows as one tree each; beside it the trees that also hold the mismatched completion."""
+    """Makes one token tree per row; where the loss has a KL, also trees with the mismatched completion."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         def packed(*columns: str) -> Any:
@@ -169,7 +169,7 @@ class KTOTrainer(ObjectiveTrainer):
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference as a model of its own; None where it is the policy without its adapter."""
+        """The reference, if it is a separate model; None if it is the policy without its adapter."""
         return self.reference.frozen
 
     def extra_state(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class KTOTrainer(ObjectiveTrainer):
 
     @torch.no_grad()
     def _measure(self, batches: list[dict[str, Any]]) -> None:
-        """Put the reference's numbers and the KL estimate of all these batches, over all ranks, into each of them."""
+        """Write into each batch the reference's numbers and the KL estimate over all these batches and all ranks."""
         totals = torch.zeros(2, device=self.args.device)
         for batch in batches:
             batch.update({name: value.to(self.args.device) for name, value in batch.items()})

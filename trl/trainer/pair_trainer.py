@@ -1,4 +1,4 @@
-"""What every trainer on chosen/rejected pairs shares: rows to token trees, log-probabilities to a table of losses."""
+"""The base of the trainers on chosen/rejected pairs: it makes token trees of rows, and losses of log-probabilities."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from trl.trainer.statistics import RewardShift
 
 @dataclass
 class PairConfig(PreferenceConfig):
-    """What every trainer on chosen/rejected pairs shares."""
+    """The settings that all trainers on chosen/rejected pairs share."""
 
     label_smoothing: float = field(default=0.0)
     """probability that a label is flipped"""
@@ -66,11 +66,11 @@ NUMBERS = {
     "ref_chosen_logps": "reference_chosen_logps",
     "ref_rejected_logps": "reference_rejected_logps",
 }
-"""columns of pair rows that are one number each, and their names in a batch"""
+"""columns of pair rows that hold one number, and their names in a batch"""
 
 
 class PairCollator:
-    """Tokenised pairs, or what another collator made of them, as token trees that share their prompt."""
+    """Makes token trees that share their prompt, of tokenised pairs or of the batch of another collator."""
 
     def __init__(self, inner: Callable[[Any], Mapping[str, Any]] | None = None):
         self.inner = inner
@@ -179,14 +179,14 @@ class PairTrainer(ObjectiveTrainer):
         return None, None
 
     def loss_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What the losses read besides the pair."""
+        """The options of the losses: those of the config, and numbers that this trainer measures."""
         state = {name: batch[name] for name in ("kl_chosen", "kl_rejected") if name in batch}
         if self.shift is not None:
             state["delta"] = self.shift.value
         return {**state, "beta": self.args.beta, **{k: v for k, v in self.args.options().items() if v is not None}}
 
     def divergence(self) -> dict[str, Any]:
-        """How distance to the reference is measured, where that is a choice."""
+        """Which divergence measures the distance to the reference; empty where there is no choice."""
         return {}
 
     def sums(self, logprobs_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:

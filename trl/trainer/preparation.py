@@ -72,7 +72,7 @@ def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) ->
 
 
 def fitting_length(config: Any, model: nn.Module | None) -> int | None:
-    """`config.max_length`, or the model's context where that is shorter and the length is only the default's."""
+    """`config.max_length`; if it is the default and the model's context is shorter, the length of that context."""
     limit = None if model is None else context_length(model)
     length = config.max_length
     if limit is None or length is None or length <= limit:
@@ -149,7 +149,7 @@ def prepare_model(
     init_kwargs: dict[str, Any] | None = None,
     quantization_config: Any = None,
 ) -> nn.Module:
-    """Load by name, wrap for PEFT, switch dropout off where asked, and hold the tokenizer against the model."""
+    """Load a model by name, wrap it for PEFT, switch dropout off if asked, and check it against the tokenizer."""
     kwargs: Any = config.model_init_kwargs if init_kwargs is None else init_kwargs
     if quantization_config is not None:
         if not isinstance(model, str):

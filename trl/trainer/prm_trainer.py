@@ -25,7 +25,7 @@ from trl.trainer.preparation import each_dataset, fitting_length, label_count, l
 
 @dataclass
 class PRMConfig(OfflineConfig):
-    """`TrainingArguments` and what a reward model of single steps adds."""
+    """`TrainingArguments` with the settings of a process reward model."""
 
     learning_rate: float = field(default=1e-5)
     """initial learning rate"""
@@ -51,7 +51,7 @@ class PRMConfig(OfflineConfig):
 
 
 class StepCollator:
-    """Tokenised rows laid end to end, with the packed index and the label of each step's end."""
+    """Packs tokenised rows, and lists the packed index and the label of each step's last token."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         packed = pack([TokenTree([], [Branch(row["input_ids"])]) for row in rows])

@@ -1,4 +1,4 @@
-"""The reference of a trainer on a data set: where it comes from, how it moves, and what it says ahead of time."""
+"""The reference model of an offline trainer: how it is made, follows the policy, or is computed before training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trl.trainer.objective import ObjectiveTrainer
 
 @dataclass
 class ReferenceConfig(OfflineConfig):
-    """Where the reference comes from, and whether it moves."""
+    """The settings of the reference model."""
 
     precompute_ref_log_probs: bool = field(default=False)
     """compute the reference's log-probabilities once, before training; no second model is kept then"""
@@ -55,7 +55,7 @@ class ReferenceConfig(OfflineConfig):
 
 
 class SyncReference(TrainerCallback):
-    """TR-DPO: every so many optimizer steps the reference moves towards the policy."""
+    """TR-DPO: moves the reference towards the policy every `steps` optimizer steps."""
 
     def __init__(self, reference: Reference, alpha: float, steps: int):
         self.reference, self.alpha, self.steps = reference, alpha, steps
@@ -73,10 +73,10 @@ def make_reference(
     absent: bool = False,
     encoder_decoder: bool = False,
 ) -> Reference:
-    """The model given; else, in this order, none where rows bring its numbers or they are computed ahead, the policy
-    without its adapter, a frozen copy.
+    """The reference: the model given; else none if the rows bring its numbers or if they are computed before training;
+    else the policy without its adapter, or a frozen copy of the policy.
 
-    absent: the objective has no reference.
+    absent: the objective uses no reference.
     """
     config = trainer.args
     if absent:
@@ -96,7 +96,9 @@ def make_reference(
         reference = Reference(trainer.model, given)
     if config.sync_ref_model:
         if reference.frozen is None:
-            raise ValueError("sync_ref_model=True: the reference is no model of its own and cannot move: give one")
+            raise ValueError(
+                "sync_ref_model=True: the reference is no model of its own and cannot move: give one"
+            )
         trainer.add_callback(SyncReference(reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
     return reference
 
@@ -113,9 +115,9 @@ def _all_have(trainer: ObjectiveTrainer, columns: Sequence[str]) -> bool:
 
 
 class ReferenceColumns:
-    """The reference's numbers as columns of the data, each row scored once and without gradient, on all ranks.
+    """Computes the reference's numbers as columns of the data: each row once, without gradient, on all ranks.
 
-    Without a reference model of its own the policy stands for it, as it is before the first optimizer step.
+    If there is no separate reference model, the policy before the first optimizer step is the reference.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ from trl.trainer.preparation import each_dataset, label_count, label_kwargs, pre
 
 @dataclass
 class RewardConfig(OfflineConfig):
-    """`TrainingArguments` and what a Bradley-Terry reward model adds."""
+    """`TrainingArguments` with the settings of a Bradley-Terry reward model."""
 
     learning_rate: float = field(default=1e-4)
     """initial learning rate"""
@@ -168,7 +168,7 @@ class RewardTrainer(ObjectiveTrainer):
 
 
 def _length(config: RewardConfig, model: nn.Module | None) -> int:
-    """The longest sequence: what is set, or 1024, or fewer where the model has fewer positions."""
+    """The longest sequence: as in the config; by default 1024, or the model's context if that is shorter."""
     limit = None if model is None else context_length(model)
     if model is not None and label_count(model) != 1:
         raise ValueError(f"num_labels={label_count(model)}: a reward model has 1; load it with num_labels=1")
@@ -179,7 +179,7 @@ def _length(config: RewardConfig, model: nn.Module | None) -> int:
 
 
 def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]:
-    """`{"accuracy"}`: how often the larger of the predictions [B, 2] stands where the label [B] says."""
+    """`{"accuracy"}`: how often the label [B] is the index of the larger prediction [B, 2]."""
     predictions, labels = (np.asarray(part) for part in eval_pred)
     equal = int((predictions[:, 0] == predictions[:, 1]).sum())
     if equal > 0:

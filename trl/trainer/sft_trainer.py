@@ -1,4 +1,4 @@
-"""Supervised fine-tuning."""
+"""Supervised fine-tuning: its config, the preparation of its data, and its trainer."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from trl.trainer.preparation import each_dataset, fitting_length, prepare
 PACKING_STRATEGIES = ("bfd", "wrapped", "constant_length")
 DATASET_KWARGS = ("add_special_tokens", "append_concat_token", "skip_prepare_dataset")
 ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "completion", "input_ids"}
-"""columns that say by themselves what a row is"""
+"""each of these columns alone shows what a row is"""
 LOSSES: dict[str, Callable[[Tensor, Tensor], LossSum]] = {"nll": nll, "dft": dft}
 
 
 @dataclass
 class SFTConfig(OfflineConfig):
-    """`TrainingArguments` and what supervised fine-tuning adds."""
+    """`TrainingArguments` with the settings of supervised fine-tuning."""
 
     learning_rate: float = field(default=2e-5)
     """initial learning rate"""
@@ -83,7 +83,7 @@ class SFTConfig(OfflineConfig):
     num_of_sequences: int = field(default=1024)
     """constant_length only: sequences that the buffer holds"""
     chars_per_token: float = field(default=3.6)
-    """constant_length only: characters a token, to size the buffer"""
+    """constant_length only: estimated characters per token, from which the size of the buffer follows"""
 
     def token_settings(self) -> dict[str, str | None]:
         return {
@@ -125,7 +125,7 @@ class SupervisedData:
     formatting_func: Callable[..., Any] | None
     data_collator: Any
     unnamed: bool
-    """older call style without `dataset_text_field`"""
+    """whether the call has the older style and no `dataset_text_field`"""
     options: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ class SupervisedData:
         )[0]
 
     def _check_named(self, dataset: Any, name: str) -> None:
-        """The words of older releases where nothing says what a row is."""
+        """Raise the error of older releases if no column shows what a row is."""
         if self.unnamed and self.formatting_func is None and not ROW_COLUMNS & set(column_names(dataset, name)):
             raise ValueError(
                 "You passed `packing=False` to the SFTTrainer, but you didn't pass a `dataset_text_field` or "
@@ -223,7 +223,7 @@ class SupervisedData:
 
 
 class PackingCollator:
-    """Tokenised rows, or what another collator made of them, as one packed batch without padding."""
+    """Packs tokenised rows, or the batch of another collator, into one batch without padding."""
 
     def __init__(self, inner: Callable[[Any], Mapping[str, Any]] | None = None):
         self.inner = inner
@@ -344,7 +344,7 @@ class SFTTrainer(ObjectiveTrainer):
         return LOSSES[self.args.loss_type](score(model, packed, path=self.args.path).logprobs_BT, packed.mask_BT)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
-        """Whole logits only where `compute_metrics` asks for them. [B, L, V] and labels [B, L]"""
+        """The loss; with `compute_metrics` also the logits of all positions [B, L, V] and the labels [B, L]."""
         result = self.objective(model, inputs)
         if self.compute_metrics is None:
             return result, None, None
@@ -354,7 +354,7 @@ class SFTTrainer(ObjectiveTrainer):
 def _warn(config: SFTConfig, infinite: Any, text_field: str | None, formatting_func: Any) -> None:
     if infinite is not None:
         warnings.warn(
-            "`infinite` is deprecated: with `max_steps` > 0 the data starts again by itself",
+            "`infinite` is deprecated: with `max_steps` > 0 the data are repeated anyway",
             FutureWarning,
             stacklevel=3,
         )

@@ -30,7 +30,7 @@ class AdaptiveKLController:
 
 
 class FixedKLController:
-    """A KL coefficient that stays."""
+    """A KL coefficient that does not change."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
@@ -40,7 +40,7 @@ class FixedKLController:
 
 
 def _unbiased_std(variance: Tensor, count: float, alone: float) -> Tensor:
-    """`alone` for a single value, which has none."""
+    """The unbiased standard deviation; `alone` for a single value, which has none."""
     return (variance * count / (count - 1)).sqrt() if count > 1 else torch.full_like(variance, alone)
 
 
@@ -71,7 +71,10 @@ class RunningMoments:
 
 
 class RewardShift:
-    """`delta` of arXiv:2404.04656, eq. 9: constant within an optimizer step, so micro-batches do not change it."""
+    """BCO's reward shift: the running mean of all implicit rewards, `delta` in eq. 9 of arXiv:2404.04656.
+
+    It is constant within an optimizer step, so micro-batches do not change it.
+    """
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0.0
