@@ -24,11 +24,12 @@ from transformers import (
 QUESTIONS = ["what is one plus one", "name a color", "is it good", "say hello", "count to two", "how are you"]
 ANSWERS = ["it is two", "blue is one", "yes it is", "hello to you", "one and two", "fine and you"]
 
-TEXTS = [{"text": f"### Human: {q} ### Assistant: {a}"} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
+PAIRED = list(zip(QUESTIONS, ANSWERS, strict=True))
+
+TEXTS = [{"text": f"### Human: {q} ### Assistant: {a}"} for q, a in PAIRED]
 PROMPTS = [{"prompt": f"{q}? "} for q in QUESTIONS]
-COMPLETED = [{"prompt": f"{q}? ", "completion": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
-PAIRS = [row | {"chosen": row["completion"], "rejected": "no"} for row in COMPLETED]
-PAIRS = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in PAIRS]
+COMPLETED = [{"prompt": f"{q}? ", "completion": a} for q, a in PAIRED]
+PAIRS = [{"prompt": f"{q}? ", "chosen": a, "rejected": "no"} for q, a in PAIRED]
 UNPAIRED = [row | {"label": i % 2 == 0} for i, row in enumerate(COMPLETED)]
 STEPS = [
     row | {"completions": ["first this", "then that"], "labels": [True, i % 2 == 0]} for i, row in enumerate(PROMPTS)
@@ -39,9 +40,10 @@ def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-MESSAGES = [{"messages": _turns(q, a)} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
-CHAT_PROMPTS = [{"prompt": _turns(q, a)[:1], "solution": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
-CHAT_PAIRS = [{"chosen": _turns(q, a), "rejected": _turns(q, "no")} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
+MESSAGES = [{"messages": _turns(q, a)} for q, a in PAIRED]
+CHAT_PROMPTS = [{"prompt": _turns(q, a)[:1], "solution": a} for q, a in PAIRED]
+CHAT_COMPLETED = [{"prompt": _turns(q, a)[:1], "completion": _turns(q, a)[1:]} for q, a in PAIRED]
+CHAT_PAIRS = [{"chosen": _turns(q, a), "rejected": _turns(q, "no")} for q, a in PAIRED]
 
 
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:

@@ -29,7 +29,7 @@ tiny.folder(training_args.teacher_model_name_or_path)
 training_args.model_init_kwargs = {"revision": model_args.model_revision}
 training_args.teacher_model_init_kwargs = {"revision": "main"}
 tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, padding_side="left")
-dataset = load_dataset(tiny.data(script_args.dataset_name, tiny.MESSAGES))
+dataset = load_dataset(tiny.data(script_args.dataset_name, tiny.CHAT_COMPLETED))
 trainer = GKDTrainer(
     model=model_args.model_name_or_path, teacher_model=training_args.teacher_model_name_or_path, args=training_args,
     train_dataset=dataset["train"], eval_dataset=dataset["test"], processing_class=tokenizer,

@@ -12,7 +12,10 @@ from trl import GRPOConfig, GRPOTrainer
 class EntropyGRPOTrainer(GRPOTrainer):
     """GRPO whose loss comes from this class."""
 
+    called = False
+
     def _compute_loss(self, model, inputs):
+        self.called = True
         input_ids = inputs["completion_ids"]
         logits = model(input_ids=input_ids, attention_mask=inputs["completion_mask"]).logits
         return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
@@ -27,3 +30,4 @@ trainer = EntropyGRPOTrainer(
     train_dataset=Dataset.from_list(tiny.PROMPTS),
 )  # fmt: skip
 trainer.train()
+assert trainer.called, "_compute_loss was not called"

@@ -20,7 +20,7 @@ script_args, training_args, model_args = parser.parse_args_and_config()
 tiny.folder(model_args.model_name_or_path)
 tiny.folder(training_args.teacher_model_name_or_path)
 training_args.model_init_kwargs = {"quantization_config": get_quantization_config(model_args)}
-dataset = load_dataset(tiny.data(script_args.dataset_name, tiny.MESSAGES))
+dataset = load_dataset(tiny.data(script_args.dataset_name, tiny.CHAT_COMPLETED))
 trainer = GKDTrainer(
     model=model_args.model_name_or_path, teacher_model=training_args.teacher_model_name_or_path, args=training_args,
     train_dataset=dataset["train"], eval_dataset=dataset["test"],
