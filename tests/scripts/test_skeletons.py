@@ -98,6 +98,12 @@ RAISES: dict[str, str] = {
 }
 """scripts whose right outcome is an error that names the way out: what it has to match, as `Type: text`"""
 
+SUBJECTS = (
+    "parsers", "command line", "names and modules", "older trainers", "callbacks, chat and rewards", "overrides",
+    "settings",
+)  # fmt: skip
+"""what a skeleton is mainly about"""
+
 ROWS = """
 ModelConfig; get_peft_config; ScriptArguments; get_quantization_config; option --no_remove_unused_columns; TrlParser;
 trainer argument quantization_config; parse:GRPO family; LogCompletionsCallback; DatasetMixtureConfig;
@@ -170,6 +176,13 @@ def test_runs_unchanged(script, place, capsys):
         assert re.match(RAISES[script.stem], error), error or "no error"
     else:
         assert error == ""
+
+
+def test_first_lines_say_release_kind_and_subject():
+    kinds = "official example|documentation|course|third party"
+    subjects = "|".join(SUBJECTS)
+    for script in SKELETONS:
+        assert re.fullmatch(rf"Release [\d.x-]+, ({kinds}): ({subjects})\.", parts_of(script)[0]), script.stem
 
 
 def test_every_row_has_a_skeleton():

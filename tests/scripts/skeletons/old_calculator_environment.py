@@ -1,4 +1,4 @@
-"""Release 0.7, official example, deliverable 4.
+"""Release 0.7, official example: older trainers.
 
 Rows: none.
 """

@@ -1,4 +1,4 @@
-"""Release 0.5-0.7.7, official example, deliverable 3.
+"""Release 0.5-0.7.7, official example: names and modules.
 
 Rows: none.
 """

@@ -1,4 +1,4 @@
-"""Release 0.5-0.11, third party, deliverable 6.
+"""Release 0.5-0.11, third party: overrides.
 
 Rows: none.
 """

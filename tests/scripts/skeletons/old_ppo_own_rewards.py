@@ -1,4 +1,4 @@
-"""Release 0.4-0.7.7, third party, deliverable 6.
+"""Release 0.4-0.7.7, third party: overrides.
 
 Rows: none.
 """

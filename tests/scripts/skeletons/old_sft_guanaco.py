@@ -1,4 +1,4 @@
-"""Release 0.5-0.7.7, official example, deliverable 1.
+"""Release 0.5-0.7.7, official example: parsers.
 
 Rows: none.
 

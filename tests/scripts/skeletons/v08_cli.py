@@ -1,4 +1,4 @@
-"""Release 0.8-0.11, documentation, deliverable 2.
+"""Release 0.8-0.11, documentation: command line.
 
 Rows: none.
 """

@@ -1,4 +1,4 @@
-"""Release 0.8-0.11, official example, deliverable 5.
+"""Release 0.8-0.11, official example: callbacks, chat and rewards.
 
 Rows: setup_chat_format; ModelConfig; get_peft_config; option --no_remove_unused_columns.
 

@@ -1,4 +1,4 @@
-"""Release 0.11, documentation, deliverable 3.
+"""Release 0.11, documentation: names and modules.
 
 Rows: trainer NashMD.
 """

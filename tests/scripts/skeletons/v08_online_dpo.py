@@ -1,4 +1,4 @@
-"""Release 0.11, documentation, deliverable 4.
+"""Release 0.11, documentation: older trainers.
 
 Rows: OnlineDPOTrainer(reward_model=); OnlineDPOConfig.max_new_tokens; OnlineDPOConfig.reward_model_path.
 """

@@ -1,4 +1,4 @@
-"""Release 0.9-0.11, official example, deliverable 4.
+"""Release 0.9-0.11, official example: older trainers.
 
 Rows: PPOv2Config; PPOv2Trainer; SIMPLE_CHAT_TEMPLATE; ModelConfig.
 

@@ -1,4 +1,4 @@
-"""Release 0.9-0.11, official example, deliverable 4.
+"""Release 0.9-0.11, official example: older trainers.
 
 Rows: RLOO of 0.9-0.16 (config=, policy=, reward_model=); SIMPLE_CHAT_TEMPLATE; ModelConfig.
 

@@ -1,4 +1,4 @@
-"""Release 0.9-0.11, official example, deliverable 1.
+"""Release 0.9-0.11, official example: parsers.
 
 Rows: ModelConfig; TrlParser; trl.commands.cli_utils; get_peft_config; get_quantization_config; get_kbit_device_map;
 RichProgressCallback.

@@ -1,4 +1,4 @@
-"""Release 0.9-0.11, course, deliverable 7.
+"""Release 0.9-0.11, course: settings.
 
 Rows: SFTConfig.max_seq_length; SFTConfig.warmup_ratio.
 """

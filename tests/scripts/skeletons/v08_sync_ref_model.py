@@ -1,4 +1,4 @@
-"""Release 0.9-0.11, third party, deliverable 5.
+"""Release 0.9-0.11, third party: callbacks, chat and rewards.
 
 Rows: SyncRefModelCallback.
 """

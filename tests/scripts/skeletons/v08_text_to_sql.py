@@ -1,4 +1,4 @@
-"""Release 0.8, course, deliverable 5.
+"""Release 0.8, course: callbacks, chat and rewards.
 
 Rows: 0.8 style packing=True on messages; setup_chat_format.
 """

@@ -1,4 +1,4 @@
-"""Release 0.21-0.28, documentation, deliverable 5.
+"""Release 0.21-0.28, documentation: callbacks, chat and rewards.
 
 Rows: BEMACallback.
 """

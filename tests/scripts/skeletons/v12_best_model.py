@@ -1,4 +1,4 @@
-"""Release 0.20-0.28, third party, deliverable 5.
+"""Release 0.20-0.28, third party: callbacks, chat and rewards.
 
 Rows: metric eval_mean_token_accuracy.
 """

@@ -1,4 +1,4 @@
-"""Release 0.12-0.28, third party, deliverable 3.
+"""Release 0.12-0.28, third party: names and modules.
 
 Rows: none.
 """

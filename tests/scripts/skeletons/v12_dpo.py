@@ -1,4 +1,4 @@
-"""Release 0.12-0.28, official example, deliverable 1.
+"""Release 0.12-0.28, official example: parsers.
 
 Rows: ScriptArguments; ModelConfig; TrlParser; get_peft_config; get_quantization_config; get_kbit_device_map;
 parse:DPOConfig.loss_type; option --no_remove_unused_columns.

@@ -1,4 +1,4 @@
-"""Release 0.12-0.28, course, deliverable 7.
+"""Release 0.12-0.28, course: settings.
 
 Rows: DPOConfig.warmup_ratio.
 """

@@ -1,4 +1,4 @@
-"""Release 0.12-0.28, official example, deliverable 4.
+"""Release 0.12-0.28, official example: older trainers.
 
 Rows: GKDConfig.max_new_tokens; GKDConfig.seq_kd; teacher given by both argument and config; LogCompletionsCallback;
 ScriptArguments; ModelConfig; TrlParser; get_peft_config.

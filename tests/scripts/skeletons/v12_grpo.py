@@ -1,4 +1,4 @@
-"""Release 0.14-0.23, official example, deliverable 1.
+"""Release 0.14-0.23, official example: parsers.
 
 Rows: parse:GRPO family; TrlParser; ScriptArguments; ModelConfig; get_peft_config; GRPOConfig.vllm_mode.
 

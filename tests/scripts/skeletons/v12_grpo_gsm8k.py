@@ -1,4 +1,4 @@
-"""Release 0.14-0.28, third party, deliverable 7.
+"""Release 0.14-0.28, third party: settings.
 
 Rows: GRPOConfig.warmup_ratio.
 """

@@ -1,4 +1,4 @@
-"""Release 0.20-0.28, documentation, deliverable 7.
+"""Release 0.20-0.28, documentation: settings.
 
 Rows: GRPOConfig.use_transformers_paged; GRPOConfig.cast_lm_head_to_fp32.
 """

@@ -1,4 +1,4 @@
-"""Release 0.18-0.28, documentation, deliverable 7.
+"""Release 0.18-0.28, documentation: settings.
 
 Rows: use_vllm=True; GRPOConfig.vllm_mode.
 """

@@ -1,4 +1,4 @@
-"""Release 0.15-0.28, third party, deliverable 1.
+"""Release 0.15-0.28, third party: parsers.
 
 Rows: parse:GRPO family; TrlParser; ScriptArguments; ModelConfig; get_peft_config; GRPOConfig.warmup_ratio.
 

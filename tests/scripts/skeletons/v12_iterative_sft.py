@@ -1,4 +1,4 @@
-"""Release 0.17-0.24, documentation, deliverable 4.
+"""Release 0.17-0.24, documentation: older trainers.
 
 Rows: IterativeSFTConfig.
 """

@@ -1,4 +1,4 @@
-"""Release 0.12-0.24, official example, deliverable 4.
+"""Release 0.12-0.24, official example: older trainers.
 
 Rows: OnlineDPOConfig.max_new_tokens; OnlineDPOConfig.reward_model_path; LogCompletionsCallback; SIMPLE_CHAT_TEMPLATE;
 ScriptArguments; ModelConfig; TrlParser; get_quantization_config.

@@ -1,4 +1,4 @@
-"""Release 0.12, official example, deliverable 4.
+"""Release 0.12, official example: older trainers.
 
 Rows: PPO of 0.12+; SIMPLE_CHAT_TEMPLATE; ScriptArguments; ModelConfig; get_quantization_config; get_kbit_device_map.
 

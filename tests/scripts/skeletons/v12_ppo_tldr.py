@@ -1,4 +1,4 @@
-"""Release 0.15-0.24, official example, deliverable 4.
+"""Release 0.15-0.24, official example: older trainers.
 
 Rows: PPO of 0.12+; ModelConfig; ScriptArguments; get_peft_config.
 

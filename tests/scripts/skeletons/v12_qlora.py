@@ -1,4 +1,4 @@
-"""Release 0.20-0.28, course, deliverable 7.
+"""Release 0.20-0.28, course: settings.
 
 Rows: SFTConfig.warmup_ratio; get_quantization_config; get_peft_config; ModelConfig.
 

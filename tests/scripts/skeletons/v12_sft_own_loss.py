@@ -1,4 +1,4 @@
-"""Release 0.12-0.28, third party, deliverable 6.
+"""Release 0.12-0.28, third party: overrides.
 
 Rows: compute_loss(model, inputs) on model(**inputs).
 """

@@ -1,4 +1,4 @@
-"""Release 0.12-0.19, course, deliverable 5.
+"""Release 0.12-0.19, course: callbacks, chat and rewards.
 
 Rows: setup_chat_format; SFTConfig.use_mps_device.
 """

@@ -1,4 +1,4 @@
-"""Release 1.x, documentation, deliverable 2.
+"""Release 1.x, documentation: command line.
 
 Rows: none.
 """

@@ -1,8 +1,9 @@
-"""Release 1.x, documentation, deliverable 2.
+"""Release 1.x, documentation: command line.
 
 Rows: ModelConfig; DatasetMixtureConfig; get_dataset; SFTConfig.warmup_ratio.
 """
 
+import os
 from pathlib import Path
 
 import tiny
@@ -24,3 +25,4 @@ output_dir: from-yaml
 """)
 tiny.shell("trl sft --config sft_config.yaml --output_dir from-line --packing true --max_length 64")
 assert Path("from-line").is_dir()
+assert os.environ["TRL_SKELETON"] == "1"

@@ -1,4 +1,4 @@
-"""Release 1.x, official example, deliverable 3.
+"""Release 1.x, official example: names and modules.
 
 Rows: trl.experimental.cpo; trl.experimental.orpo; ScriptArguments; ModelConfig; get_peft_config;
 option --no_remove_unused_columns.

@@ -1,4 +1,4 @@
-"""Release 1.x, official example, deliverable 3.
+"""Release 1.x, official example: names and modules.
 
 Rows: trl.experimental.distillation; DistillationConfig.teacher_model_revision;
 teacher given by both argument and config; ScriptArguments; ModelConfig; TrlParser.

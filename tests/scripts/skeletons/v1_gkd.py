@@ -1,4 +1,4 @@
-"""Release 1.x, official example, deliverable 3.
+"""Release 1.x, official example: names and modules.
 
 Rows: trl.experimental.gkd; teacher given by both argument and config; GKDConfig.max_new_tokens; ScriptArguments;
 ModelConfig; TrlParser; get_quantization_config; LogCompletionsCallback.

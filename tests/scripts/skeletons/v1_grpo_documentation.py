@@ -1,4 +1,4 @@
-"""Release 1.x, documentation, deliverable 3.
+"""Release 1.x, documentation: names and modules.
 
 Rows: none.
 """

@@ -1,4 +1,4 @@
-"""Release 1.x, official example, deliverable 4.
+"""Release 1.x, official example: older trainers.
 
 Rows: trl.experimental.ppo; PPO of 0.12+; ScriptArguments; ModelConfig; get_peft_config; get_quantization_config;
 get_kbit_device_map.

@@ -1,4 +1,4 @@
-"""Release 1.x, official example, deliverable 3.
+"""Release 1.x, official example: names and modules.
 
 Rows: trl.experimental.prm; ScriptArguments; ModelConfig; get_peft_config; get_kbit_device_map.
 

@@ -1,4 +1,4 @@
-"""Release 1.x, official example, deliverable 1.
+"""Release 1.x, official example: parsers.
 
 Rows: ModelConfig; ScriptArguments; TrlParser; DatasetMixtureConfig; get_dataset; get_peft_config;
 get_quantization_config; trainer argument quantization_config; field trust_remote_code.

@@ -1,4 +1,4 @@
-"""Release 1.x, third party, deliverable 7.
+"""Release 1.x, third party: settings.
 
 Rows: use_vllm=True; GRPOConfig.vllm_mode; GRPOConfig.vllm_enable_sleep_mode; RLOOConfig.vllm_mode;
 RLOOConfig.vllm_gpu_memory_utilization.

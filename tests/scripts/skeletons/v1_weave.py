@@ -1,4 +1,4 @@
-"""Release 1.x, documentation, deliverable 5.
+"""Release 1.x, documentation: callbacks, chat and rewards.
 
 Rows: WeaveCallback.
 """
