@@ -65,14 +65,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.sft_config": ("trainer.sft_trainer",),
     "trainer.sft_data": ("trainer.sft_trainer",),
     "trainer.training_configs": ("trainer.reward_trainer",),
-    "trainer.utils": (
-        "legacy.collators",
-        "legacy.constant_length",
-        "models.prepare",
-        "trainer.base",
-        "trainer.reward_trainer",
-        "trainer.statistics",
-    ),
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 

@@ -96,9 +96,7 @@ def make_reference(
         reference = Reference(trainer.model, given)
     if config.sync_ref_model:
         if reference.frozen is None:
-            raise ValueError(
-                "sync_ref_model=True: the reference is no model of its own and cannot move: give one"
-            )
+            raise ValueError("sync_ref_model=True: the reference is no model of its own and cannot move: give one")
         trainer.add_callback(SyncReference(reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
     return reference
 
