@@ -68,6 +68,12 @@ class DPOConfig(PairConfig, ReferenceConfig):
         tau = None if self.discopop_tau == DISCOPOP_TAU else self.discopop_tau
         return {**super().options(), "average": self.ipo_average_log_prob, "discopop_tau": tau}
 
+    def excess_weight(self) -> float:
+        return 1.0 if self.ld_alpha is None else self.ld_alpha
+
+    def weighs_pairs(self) -> bool:
+        return self.use_weighting
+
     def validate(self) -> None:
         require(self, "loss_type", bool(self.loss_type), f"choose among {list(DPO_LOSSES)}")
         for name in self.losses():
@@ -186,7 +192,6 @@ class DPOTrainer(PairTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             compute_metrics=compute_metrics,
         )
-        self.ld_alpha, self.weighs = 1.0 if config.ld_alpha is None else config.ld_alpha, config.use_weighting
         self.reference = make_reference(
             self, ref_model, REFERENCE_COLUMNS, absent=config.reference_free, encoder_decoder=self._encoder_decoder
         )

@@ -52,6 +52,14 @@ class PairConfig(PreferenceConfig):
         """The losses' own options, by their names in `losses.preference`."""
         return {"label_smoothing": self.label_smoothing or None}
 
+    def excess_weight(self) -> float:
+        """The weight of the tokens beyond the shorter completion's length (LD-DPO)."""
+        return 1.0
+
+    def weighs_pairs(self) -> bool:
+        """Whether each pair has a weight: how likely it is that the policy sampled it (WPO)."""
+        return False
+
     def validate(self) -> None:
         super().validate()
         require(self, "label_smoothing", 0 <= self.label_smoothing <= 0.5, "a probability of at most 0.5")
@@ -135,7 +143,7 @@ class PairTrainer(ObjectiveTrainer):
             **kwargs,
         )
         self._path, self._encoder_decoder = config.path, encoder_decoder
-        self.losses, self.ld_alpha, self.weighs = config.losses(), 1.0, False
+        self.losses, self._excess, self._weighs = config.losses(), config.excess_weight(), config.weighs_pairs()
         self.shift = RewardShift() if "bco_pair" in self.losses else None
         self.reference: Reference | None = None
 
@@ -191,7 +199,7 @@ class PairTrainer(ObjectiveTrainer):
 
     def sums(self, logprobs_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities summed over chosen and over rejected. [pairs] each"""
-        return sum_pairs(logprobs_BT[0::2], logprobs_BT[1::2], mask_BT[0::2], mask_BT[1::2], self.ld_alpha)
+        return sum_pairs(logprobs_BT[0::2], logprobs_BT[1::2], mask_BT[0::2], mask_BT[1::2], self._excess)
 
     # -- the objective ------------------------------------------------------------------------
 
@@ -210,7 +218,7 @@ class PairTrainer(ObjectiveTrainer):
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B]))
         weight_B = None
-        if self.weighs:
+        if self._weighs:
             weight_B = _wpo(logprobs_BT, mask_BT, packed.spread(log_collision(head, states_SD)))
         result = preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
         logits_BT = packed.spread(mean_logits(head, states_SD.detach()))
