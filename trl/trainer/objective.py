@@ -213,6 +213,9 @@ class ObjectiveTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end, where `Trainer` would make a step
+            self.control.should_training_stop = True
+            num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.count(piece) for piece in pieces_of(batches)]
         local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
