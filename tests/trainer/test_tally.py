@@ -49,14 +49,10 @@ class Device(TorchDispatchMode):
         given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
         there = any(each.device.type == "meta" for each in given)
         name = function.overloadpacket.__name__
-        if (
-            there
-            and name in ("_local_scalar_dense", "_to_copy")
-            and kwargs.get("device", torch.device("cpu")).type == "cpu"
-        ):
-            if name == "_local_scalar_dense" or "device" in kwargs:
-                self.reads.append(name)
-                return 1.0 if name == "_local_scalar_dense" else torch.ones_like(given[0], device="cpu")
+        to_host = kwargs.get("device", torch.device("meta")).type == "cpu"
+        if there and (name == "_local_scalar_dense" or (name == "_to_copy" and to_host)):
+            self.reads.append(name)
+            return 1.0 if name == "_local_scalar_dense" else torch.ones_like(given[0], device="cpu")
         result = function(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.device.type == "meta":
             self.dtypes.add(result.dtype)
