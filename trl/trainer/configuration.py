@@ -74,9 +74,10 @@ class PostTrainingConfig(TrainingArguments):
         """Whether the reference model follows the policy."""
         return False
 
-    def fixed_fields(self) -> tuple[str, ...]:
-        """Names of the fields that must be as they were when a run resumes from a checkpoint."""
-        return ()
+    def place_in_data(self) -> dict[str, Any]:
+        """What the place in the data depends on: it must be as it was when a run resumes from a checkpoint."""
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return {} if self.auto_find_batch_size else {"rows in an optimizer step": rows}
 
 
 def _json(name: str, text: str) -> Any:

@@ -161,16 +161,8 @@ class ObjectiveTrainer(Trainer):
 
     def describe_run(self) -> Run:
         """What a checkpoint of this run is compared with when a later run resumes from it."""
-        args = self.args
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        fixed: dict[str, Any] = {} if args.auto_find_batch_size else {"rows in an optimizer step": rows}
-        return describe_run(
-            type(self).__name__,
-            self.model,
-            args.to_dict(),
-            fixed={**fixed, **{name: getattr(args, name) for name in args.fixed_fields()}},
-            dataset=self.train_dataset,
-        )
+        args, name = self.args, type(self).__name__
+        return describe_run(name, self.model, args.to_dict(), fixed=args.place_in_data(), dataset=self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self.prepare_data()
