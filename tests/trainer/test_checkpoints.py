@@ -221,7 +221,7 @@ def test_what_is_kept(tmp_path):
 def test_killed_at_any_operation_of_a_save(whole, kind, tmp_path):
     """C3, C6, C7, C14, C17: wherever a run ends, the next one takes it up and ends with the same weights."""
     end = whole(kind)[1]
-    for operation in (1, 2, 3, 5, 8, 12, 17, 23, 30, 44, 60):
+    for operation in (1, 2, 4, 7, 12, 20, 33, 54):
         folder = tmp_path / str(operation)
 
         def go(folder=folder):
@@ -240,7 +240,7 @@ def test_a_second_run_killed_while_it_overwrites(run, kind, tmp_path):
     """C26: a folder is the first run's or the second's, never one's weights with the other's optimizer."""
     folder, _, _, before = run(kind)
     first = read_manifest(before)["files"]
-    for operation in range(1, 60, 4):
+    for operation in range(1, 60, 7):
         mine = tmp_path / str(operation)
         shutil.copytree(folder, mine)
         for number in (1, 2, 4):
