@@ -37,6 +37,7 @@ from trl.trainer.checkpoints import (
     read_state,
     write_state,
 )
+from trl.trainer.configuration import PostTrainingConfig, as_config
 from trl.trainer.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ class ObjectiveTrainer(Trainer):
         """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
 
     def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
-        if kwargs.get("args") is not None:
-            kwargs["args"] = _own_settings(kwargs["args"])
+        kwargs["args"] = _own_settings(kwargs.get("args"))
         super().__init__(*args, processing_class=processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -278,10 +278,10 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _own_settings(args: TrainingArguments) -> TrainingArguments:
+def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     """A copy of the caller's settings, with what these trainers need."""
-    own = copy.copy(args)
-    own.accelerator_config = copy.copy(args.accelerator_config)
+    own = copy.copy(as_config(args, PostTrainingConfig))
+    own.accelerator_config = copy.copy(own.accelerator_config)
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
     if own.accelerator_config.dispatch_batches is None:
         own.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
