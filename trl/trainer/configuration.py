@@ -40,8 +40,8 @@ class PostTrainingConfig(TrainingArguments):
             self.evaluation_strategy = None
         if self.bf16 is None:
             self.bf16 = bool(not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-        for name in ("model_init_kwargs", "ref_model_init_kwargs", "dataset_kwargs"):  # JSON from a command line
-            if isinstance(value := getattr(self, name, None), str):
+        for name in self.json_fields():  # JSON from a command line
+            if isinstance(value := getattr(self, name), str):
                 setattr(self, name, _json(name, value))
         for older, newer in (  # both spellings of transformers, without its warning about the older one
             ("gradient_checkpointing", "activation_checkpointing"),
@@ -51,6 +51,10 @@ class PostTrainingConfig(TrainingArguments):
                 setattr(self, newer, getattr(self, older))
         super().__post_init__()
         self.validate()
+
+    def json_fields(self) -> tuple[str, ...]:
+        """Names of the fields that hold dicts and may be given as JSON text."""
+        return ("model_init_kwargs",)
 
     def token_settings(self) -> dict[str, str | None]:
         """The config's `eos_token`, `pad_token` and `chat_template_path`: those of them that it has."""
@@ -79,9 +83,10 @@ class PostTrainingConfig(TrainingArguments):
         """Whether the reference model follows the policy."""
         return False
 
-    def fixed_fields(self) -> tuple[str, ...]:
-        """Names of the fields that must be as they were when a run resumes from a checkpoint."""
-        return ()
+    def place_in_data(self) -> dict[str, Any]:
+        """What the place in the data depends on: it must be as it was when a run resumes from a checkpoint."""
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return {} if self.auto_find_batch_size else {"rows in an optimizer step": rows}
 
 
 def _json(name: str, text: str) -> Any:

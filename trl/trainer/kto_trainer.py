@@ -173,8 +173,12 @@ class KTOTrainer(ObjectiveTrainer):
         return self.reference.frozen
 
     def extra_state(self) -> dict[str, Any]:
+        """Collective: rewards that wait for the next step are taken into the mean of all ranks."""
         moved = {"reference": self.reference.state()} if self.args.sync_ref_model else {}
-        return moved if self.shift is None else {**moved, "shift": self.shift.state()}
+        if self.shift is None:
+            return moved
+        self.shift.close_step(self.accelerator)
+        return {**moved, "shift": self.shift.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if self.shift is not None:

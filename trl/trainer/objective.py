@@ -39,6 +39,7 @@ from trl.trainer.checkpoints import (
     read_state,
     write_state,
 )
+from trl.trainer.configuration import PostTrainingConfig, as_config
 from trl.trainer.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,7 @@ class ObjectiveTrainer(Trainer):
         """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
 
     def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
-        if kwargs.get("args") is not None:
-            kwargs["args"] = _own_settings(kwargs["args"])
+        kwargs["args"] = _own_settings(kwargs.get("args"))
         super().__init__(*args, processing_class=processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -163,16 +163,8 @@ class ObjectiveTrainer(Trainer):
 
     def describe_run(self) -> Run:
         """What a checkpoint of this run is compared with when a later run resumes from it."""
-        args = self.args
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        fixed: dict[str, Any] = {} if args.auto_find_batch_size else {"rows in an optimizer step": rows}
-        return describe_run(
-            type(self).__name__,
-            self.model,
-            args.to_dict(),
-            fixed={**fixed, **{name: getattr(args, name) for name in args.fixed_fields()}},
-            dataset=self.train_dataset,
-        )
+        args, name = self.args, type(self).__name__
+        return describe_run(name, self.model, args.to_dict(), fixed=args.place_in_data(), dataset=self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self.prepare_data()
@@ -215,6 +207,9 @@ class ObjectiveTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end, where `Trainer` would make a step
+            self.control.should_training_stop = True
+            num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.count(piece) for piece in pieces_of(batches)]
         local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
@@ -286,10 +281,10 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _own_settings(args: TrainingArguments) -> TrainingArguments:
+def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     """A copy of the caller's settings, with what these trainers need."""
-    own = copy.copy(args)
-    own.accelerator_config = copy.copy(args.accelerator_config)
+    own = copy.copy(as_config(args, PostTrainingConfig))
+    own.accelerator_config = copy.copy(own.accelerator_config)
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
     if own.accelerator_config.dispatch_batches is None:
         own.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again

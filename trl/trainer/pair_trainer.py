@@ -148,7 +148,11 @@ class PairTrainer(ObjectiveTrainer):
         self.reference: Reference | None = None
 
     def extra_state(self) -> dict[str, Any]:
-        return {} if self.shift is None else {"shift": self.shift.state()}
+        """Collective: rewards that wait for the next step are taken into the mean of all ranks."""
+        if self.shift is None:
+            return {}
+        self.shift.close_step(self.accelerator)
+        return {"shift": self.shift.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if self.shift is not None:

@@ -36,6 +36,9 @@ class ReferenceConfig(OfflineConfig):
     ref_model_sync_steps: int = field(default=512)
     """TR-DPO: optimizer steps between two moves"""
 
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "ref_model_init_kwargs")
+
     @property
     def moves_reference(self) -> bool:
         return self.sync_ref_model

@@ -97,8 +97,9 @@ class RolloutConfig(PostTrainingConfig):
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
             )
 
-    def fixed_fields(self) -> tuple[str, ...]:
-        return (*super().fixed_fields(), "num_generations", "num_iterations")
+    def place_in_data(self) -> dict[str, Any]:
+        """Nothing: prompts are counted, and a half-used rollout is compared with the settings that made it."""
+        return {}
 
     @property
     def reshapes(self) -> bool:

@@ -85,6 +85,9 @@ class SFTConfig(OfflineConfig):
     chars_per_token: float = field(default=3.6)
     """constant_length only: estimated characters per token, from which the size of the buffer follows"""
 
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "dataset_kwargs")
+
     def token_settings(self) -> dict[str, str | None]:
         return {
             "eos_token": self.eos_token, "pad_token": self.pad_token, "chat_template_path": self.chat_template_path,
