@@ -447,5 +447,5 @@ def test_rollout_records(make):
 
 
 def test_exports():
-    assert StringStoppingCriteria.__module__ == "trl.generation.stop_criteria"
+    assert StringStoppingCriteria.__module__ == "trl.generation.stopping"
     assert re.match("trl.environment", TextEnvironment.__module__)

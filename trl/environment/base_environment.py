@@ -18,7 +18,7 @@ from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import ToolCalls
 from trl.environment.turns import ModelTurns, SampledTurns, Turns
 from trl.generation.sampler import Sampler
-from trl.generation.stop_criteria import StringStoppingCriteria
+from trl.generation.stopping import StringStoppingCriteria
 from trl.models.unwrap import below_value_head, is_encoder_decoder
 
 __all__ = ["StringStoppingCriteria", "TextEnvironment", "TextHistory"]

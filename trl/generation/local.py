@@ -18,7 +18,7 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.sampling_mode import sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft, below_value_head
+from trl.models.unwrap import below_value_head
 
 _STEPS_WORTH_PACKING = 8
 Queue = deque[tuple[Prompt, Row]]
@@ -52,7 +52,7 @@ class LocalSampler:
         """`n` completions of each prompt, in the order of the prompts."""
         device = next(self.model.parameters()).device
         groups = make_rows(prompts, params, n, context_length(self.model))
-        ends = end_tokens(params, below_peft(self.model), self.tokenizer)
+        ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
         with sampling_mode(self.model, kv_attention.NAME), packed_weights(self.model) if packs else nullcontext():

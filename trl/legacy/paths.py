@@ -32,7 +32,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "environment.own_environment": ("environment.episodes",),
     "environment.plain_generate": ("generation.plain_generate",),
     "environment.rollout": ("environment.episodes",),
-    "environment.stopping": ("generation.stop_criteria",),
+    "environment.stopping": ("generation.stopping",),
     "environment.tool_text": ("environment.tool_calls",),
     "environment.turn_loop": ("environment.episodes",),
     "models.gradient_place": ("kernels.grad_in_place",),
@@ -48,6 +48,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.environment_rollouts": ("rollout.episodes",),
     "trainer.experience": ("rollout.measure",),
     "trainer.heap": ("kernels.malloc",),
+    "trainer.ppo_generation": ("generation.plain_generate", "generation.stopping"),
     "trainer.ppo_padded": ("legacy.ppo_padded",),
     "trainer.prompt_stream": ("rollout.prompts",),
     "trainer.rollout_report": ("rollout.report",),
@@ -56,7 +57,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"up_to_end": "until_end"}
 """a name in one of these modules before -> today"""
 
 IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digits": "digits.modeling_digits"}

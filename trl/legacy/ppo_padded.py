@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from trl.core import logprobs_from_logits
+from trl.generation.plain_generate import padded, padded_pair
 from trl.models.scoring import takes_positions
 
-
-def padded(rows: Sequence[Tensor], value: float, side: str) -> Tensor:
-    """1-d tensors as rows of one, padded on `side`. [B, L]"""
-    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
-
-
-def padded_pair(rows: Sequence[Tensor], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), [B, L] each."""
-    return padded(rows, pad_token_id, side), padded([torch.ones_like(row) for row in rows], 0, side)
+__all__ = [
+    "causal_inputs",
+    "encoder_decoder_inputs",
+    "forward_chunk",
+    "padded",
+    "padded_pair",
+    "response_mask",
+]
 
 
 def causal_inputs(queries: Sequence[Tensor], responses: Sequence[Tensor], pad: int, side: str) -> dict[str, Tensor]:

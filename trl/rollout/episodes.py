@@ -16,7 +16,6 @@ from trl.environment.episodes import Environment
 from trl.environment.turns import SampledTurns
 from trl.generation.stopping import end_tokens
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft
 from trl.rollout.rewards import Rewards
 
 
@@ -62,7 +61,7 @@ class Played:
 
 def end_ids(trainer: Any) -> list[int]:
     """The tokens that end a turn of the model."""
-    return list(end_tokens(trainer.sampling_params(0), below_peft(trainer.model), trainer.processing_class))
+    return list(end_tokens(trainer.model, trainer.processing_class, trainer.sampling_params(0).stop_token_ids))
 
 
 def play(

@@ -11,10 +11,10 @@ from trl.data.records import Rollout
 from trl.environment.episodes import Environment
 from trl.environment.turns import SampledTurns
 from trl.generation import make_sampler
-from trl.generation.generate_kwargs import sampling_params
+from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
+from trl.generation.stopping import end_tokens
 from trl.models.prepare import context_length
 from trl.models.unwrap import below_accelerate, below_value_head
-from trl.trainer.ppo_generation import end_tokens
 
 
 def check_environment(trainer: Any, environment: Any, reward_funcs: Any) -> None:
@@ -39,7 +39,8 @@ def play(trainer: Any, rows: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]
     if params is None:
         raise ValueError("generation_kwargs: the turns of an environment are sampled, and only `generate` knows these")
     if isinstance(environment, Environment):
-        environment = environment.for_policy(trainer.tokenizer, sorted(end_tokens(policy, trainer.tokenizer, kwargs)))
+        ends = end_tokens(policy, trainer.tokenizer, asked_end_tokens(kwargs))
+        environment = environment.for_policy(trainer.tokenizer, ends)
     sampler = make_sampler(policy, trainer.tokenizer, max_rows=len(rows))
     first = int(torch.randint(2**62, ()))
     turns = SampledTurns(sampler, params, context_length(below_value_head(policy)))
