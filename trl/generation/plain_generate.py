@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from trl.generation.choose import make_sampler
+from trl.generation import make_sampler
 from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
 from trl.generation.stopping import StringStoppingCriteria, end_tokens, until_end
 from trl.models.unwrap import is_encoder_decoder
