@@ -181,7 +181,7 @@ class TextEnvironment(Environment):
     # --- one turn -------------------------------------------------------------------------------------------------
 
     def step(self, history: TextHistory) -> TextHistory:
-        """Answer the last segment: end the episode, or append what its tool call gives."""
+        """Answer the last segment: end the episode, or append the answer to its tool call."""
         self.tasks_end_check([history])
         if not history.completed:
             calls = ToolCalls(self.tool_timeout, self.tool_workers)
@@ -196,9 +196,9 @@ class TextEnvironment(Environment):
         return self.call_tool(history.last_text_segment, {**self.tools, **own.tools})
 
     def call_tool(self, text: str, tools: Mapping[str, Tool] | None = None) -> str:
-        """The answer to the tool call in `text`. What goes wrong is said in words that the model reads.
+        """The answer to the tool call in `text`. Errors become text that the model reads.
 
-        tools: by name, instead of the environment's own.
+        tools: by name; None: those of the environment.
         """
         tools = self.tools if tools is None else tools
         name, query = self.parse_tool_call(text)
@@ -231,7 +231,7 @@ class TextEnvironment(Environment):
     # --- the end --------------------------------------------------------------------------------------------------
 
     def compute_reward(self, histories: list[TextHistory], **reward_kwargs: Any) -> list[TextHistory]:
-        """Set every episode's reward: what `reward_fn` gives for its last segment, and what its turns brought."""
+        """Set every episode's reward: `reward_fn` of its last segment plus the rewards of its turns."""
         if self.reward_fn is None and not self.gives_rewards:
             raise ValueError("reward_fn=None: no rewards can be computed; pass a function of the last text segments")
         rewards: Sequence[Any] = [0.0] * len(histories)
@@ -254,7 +254,7 @@ class TextEnvironment(Environment):
         return histories
 
     def task_end_check(self, history: TextHistory, model_turn: bool = True) -> tuple[bool, bool]:
-        """`(truncated, ended)`, by the history's own tokens and text."""
+        """`(truncated, ended)` of this history."""
         if history.completed:
             return False, False
         if self.max_length is not None and len(history.tokens) > self.max_length:
@@ -302,12 +302,12 @@ def _named(tools: Mapping[str, Tool] | Sequence[Tool] | None) -> dict[str, Tool]
         return dict(tools)
     named = {type(tool).__name__: tool for tool in tools}
     if len(named) < len(tools):
-        raise ValueError("tools: several of one class would go by the same name; pass a dict of tools by name")
+        raise ValueError("tools: several have the same class and would get the same name; pass a dict of tools by name")
     return named
 
 
 def _is_column(values: Any, rows: int) -> bool:
-    """Whether these are a value for each row."""
+    """Whether `values` holds one value for each row."""
     return (
         hasattr(values, "__getitem__")
         and hasattr(values, "__len__")

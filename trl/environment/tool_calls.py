@@ -110,7 +110,7 @@ class ToolCalls:
         return len(self._waiting) + len(self._running)
 
     def start(self, row: int, answer: Answer) -> None:
-        """Ask for the answer to `row`."""
+        """Start the call whose answer `row` waits for, or queue it if all workers are busy."""
         self._waiting.append((row, answer))
         if self.timeout is not None:
             self._fill_workers()

@@ -1,4 +1,4 @@
-"""The local engine: samples with the trainer's own model, weights, precision and adapters."""
+"""The local engine: samples with the trainer's own model, in its precision and with its adapters."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ Queue = deque[tuple[Prompt, Row]]
 class LocalSampler:
     """Samples with a causal language model, a PEFT model (its active adapter) or a value-head wrapper of either.
 
-    A prompt is read once for all its completions; finished rows leave, and waiting ones take their places. A model
+    A prompt is read once for all its completions; waiting rows take the places of finished ones. A model
     whose attention cannot be replaced raises `NotLocal`: `make_sampler` then takes `TransformersSampler`.
-    Runs on the model's device by the same code everywhere; measured and tested on the CPU only.
+    It runs the same code on every device; it is measured and tested on the CPU only.
 
     max_rows: completions in progress at a time; bounds the memory for keys and values.
     max_prefill_tokens: prompt tokens in one forward pass.
@@ -73,7 +73,7 @@ class LocalSampler:
                 _drop_finished(running, engine)
 
     def _worth_filling(self, waiting: int, running: int) -> bool:
-        """Reading prompts in twos and threes is slow: wait until an eighth of the rows is free."""
+        """Reading few prompts at a time is slow: waiting rows start once an eighth of the rows is free."""
         return self.max_rows - running >= min(waiting, max(1, self.max_rows // 8))
 
     def _admit(self, queue: Queue, running: list[Row], stepper: Stepper, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""Reward functions that a config or the command line can name, and what else a name may mean."""
+"""Finds the reward function that a name in a config or on the command line stands for."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _imported(name: str, module: str, function: str) -> RewardFunction:
 
 
 def of_model(model: PreTrainedModel, tokenizer: Any, device: torch.device | str) -> RewardModel:
-    """A reward model as a reward function; without a tokenizer, that of the folder it came from."""
+    """A reward model as a reward function; tokenizer None: the one in the model's folder."""
     tokenizer = load_tokenizer(tokenizer if tokenizer is not None else model.config._name_or_path)
     return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, max_length=context_length(model))
 
@@ -69,7 +69,7 @@ def reward_panel(
     timeout: float | Sequence[float | None] | None = None,
     device: torch.device | str = "cpu",
 ) -> RewardPanel:
-    """Functions, names, reward models and their folders as one panel; `tokenizers`: of the models, one each or one."""
+    """One panel of functions, names, reward models and folders. `tokenizers`: of the models, one each or for all."""
     listed = list(functions) if isinstance(functions, list | tuple) else [functions]
     given = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
     if len(given) != len(listed):

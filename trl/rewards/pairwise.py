@@ -1,4 +1,4 @@
-"""Judges of pairs as reward functions."""
+"""Turns judges of pairs into reward functions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Judge = Callable[[list[Any], list[list[Any]]], Sequence[int]]
 
 
 def pairwise(judge: Judge | Any) -> Callable[..., list[float | None]]:
-    """A reward function on groups of two: 1 for the better one, 0 for the other, None for both where undecided.
+    """A reward function on groups of two: 1 for the better completion, 0 for the other, None for both if undecided.
 
-    judge: such a function, or an object whose method `judge` is one.
+    judge: a function of the type `Judge`, or an object whose method `judge` is one.
     """
     decide = getattr(judge, "judge", judge)
     if not callable(decide):
