@@ -302,7 +302,7 @@ def _named(tools: Mapping[str, Tool] | Sequence[Tool] | None) -> dict[str, Tool]
         return dict(tools)
     named = {type(tool).__name__: tool for tool in tools}
     if len(named) < len(tools):
-        raise ValueError("tools: several have the same class and would get the same name; pass a dict of tools by name")
+        raise ValueError("tools: several of one class would get the same name; pass a dict of tools by name")
     return named
 
 

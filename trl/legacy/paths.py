@@ -44,6 +44,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.rotary": ("kernels.rotary",),
     "models.stand_in": ("kernels.swapped_forward",),
     "models.tree_attention": ("kernels.tree_attention",),
+    "rewards.pairwise": ("rewards.named",),
     "trainer.dpo_padded": ("legacy.dpo_padded",),
     "trainer.environment_rollouts": ("rollout.episodes",),
     "trainer.experience": ("rollout.measure",),
