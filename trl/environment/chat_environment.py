@@ -68,21 +68,26 @@ class ChatEnvironment(Environment):
             raise ValueError("tools: give at least one function, or an environment_factory with public methods")
         shared = set(self.tools) & set(own)
         if shared or len(self.tools) < len(tools):
-            raise ValueError(f"tools: several go by the same name ({', '.join(sorted(shared)) or 'functions'})")
+            raise ValueError(f"tools: several have the same name ({', '.join(sorted(shared)) or 'functions'})")
         self.end_ids = end_ids
         eos = getattr(tokenizer, "eos_token_id", None)
-        self.renderer = None if tokenizer is None else self._renderer([] if eos is None else [eos])
+        self.renderer: Any = None if tokenizer is None else self._renderer([] if eos is None else [eos])
 
     def _renderer(self, end_ids: Sequence[int]) -> AnswerRenderer:
         template = ChatTemplate(self.tokenizer, self.template_kwargs)
         return AnswerRenderer(template, end_ids if self.end_ids is None else self.end_ids, self.schemas)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can play as it is."""
+        return self.renderer is not None
+
     def for_policy(self, tokenizer: Any, end_ids: Sequence[int]) -> Self:
         """This environment if it has a tokenizer and its `end_ids`, else a copy that has those of the policy."""
-        ready = super().for_policy(tokenizer, end_ids)
-        if ready is self and self.end_ids is not None:
+        if self.is_ready and self.end_ids is not None:
             return self
-        ready = copy.copy(self) if ready is self else ready
+        ready = copy.copy(self)
+        ready.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
         ready.renderer = ready._renderer(end_ids)
         return ready
 
@@ -115,7 +120,6 @@ class ChatEnvironment(Environment):
     # --- the loop's steps -----------------------------------------------------------------------------------------
 
     def _open(self, row: Mapping[str, Any], said: str, ids: Sequence[int] | None) -> TextHistory:
-        assert self.renderer is not None
         prompt = row.get("prompt")
         if not isinstance(prompt, Sequence) or isinstance(prompt, str):
             raise ValueError("prompt: tools need conversations; give a list of messages in each row")
@@ -126,7 +130,6 @@ class ChatEnvironment(Environment):
         return TextHistory(text, torch.tensor(tokens[encoder.drop_double_bos(tokens) :]), system=True)
 
     def _read_turn(self, episode: Episode) -> list[Callable[[], str]]:
-        assert self.renderer is not None
         history = episode.history
         tokens = history.tokens[slice(*history.token_spans[-1])]
         closed = int(tokens[-1]) in self.renderer.ends
@@ -161,7 +164,6 @@ class ChatEnvironment(Environment):
 
     def _hear(self, episode: Episode) -> None:
         """Append the tools' answers as the template renders them."""
-        assert self.renderer is not None
         history = episode.history
         names = [call["function"]["name"] for call in episode.messages[-1]["tool_calls"]]
         answers = [Answer(*answer) for answer in zip(names, episode.answers, strict=True)]
@@ -181,8 +183,8 @@ class AnswerRenderer:
     """Renders tools' answers and a new generation prompt, as text and tokens that follow an assistant's turn.
 
     The template renders a stand-in conversation with and without the answers; only the difference is tokenised and
-    appended. So nothing that the model has seen or said is rendered or tokenised again. A check at construction makes
-    sure that the template would render the whole conversation in the same way; for other templates it is a ValueError.
+    appended. So nothing that the model has seen or said is rendered or tokenised again. The constructor
+    checks that the template would render a whole conversation in the same way; other templates are a ValueError.
 
     ends: the tokens that can end a turn.
     """
@@ -265,9 +267,7 @@ def _with_said(messages: Messages, said: str) -> Messages:
     if not said:
         return messages
     if not messages or messages[-1].get("role") != "user":
-        raise ValueError(
-            "prompt: reset() says something, which belongs to the last message, and that is not the user's"
-        )
+        raise ValueError("prompt: what reset() returns is added to the last message, which is not the user's")
     content = messages[-1]["content"]
     more = content + said if isinstance(content, str) else [*content, {"type": "text", "text": said}]
     return [*messages[:-1], {**messages[-1], "content": more}]

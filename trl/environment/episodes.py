@@ -92,12 +92,17 @@ class Environment:
         if known is not None and known is not tokenizer and known.get_vocab() != tokenizer.get_vocab():
             raise ValueError("environment: its tokenizer has another vocabulary than the trainer's; give them the same")
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can play as it is."""
+        return self.tokenizer is not None
+
     def for_policy(self, tokenizer: Any, end_ids: Sequence[int]) -> Self:
         """An environment that is ready to play: this one if it has a tokenizer, else a copy that has this one.
 
         end_ids: the tokens that end a turn of the policy.
         """
-        if self.tokenizer is not None:
+        if self.is_ready:
             return self
         ready = copy.copy(self)
         ready.tokenizer = tokenizer
@@ -122,7 +127,7 @@ class Environment:
     def turn_reward(self, history: TextHistory) -> float:
         """The reward of the model's last turn and the answers to it. Subclasses may compute their own.
 
-        This one is what the `reward` of the row's own environment has grown by.
+        Here it is the growth of `reward` in the row's own environment.
         """
         own = Episode.of(history).own
         return 0.0 if own is None else own.new_reward()
@@ -131,7 +136,7 @@ class Environment:
 
     def _begin(self, index: int, seed: int, row: Mapping[str, Any], ids: Sequence[int] | None = None) -> Episode:
         """ids: of the prompt, where they are known."""
-        if self.tokenizer is None:
+        if not self.is_ready:
             raise ValueError(
                 "tokenizer=None: an environment needs one to play; construct it with one, or take "
                 "`environment.for_policy(tokenizer, end_ids)`"

@@ -43,10 +43,10 @@ def name_of(function: RewardFunction) -> str:
 class RewardPanel:
     """Reward functions that judge the same completions.
 
-    A function raises a `RewardError` with its name if it fails, or gives the wrong number of values, or a value that is
-    neither None nor a finite number. One that times out counts as if it had returned None for every completion; an
-    async function is then cancelled, any other keeps running on its thread. Functions without a time-out run one after
-    the other on the caller's thread; async ones run on threads at the same time.
+    A `RewardError` names a function that fails, gives the wrong number of values, or a value that is neither None nor a
+    finite number. One that times out counts as if it had returned None for every completion; an async function is then
+    cancelled, any other keeps running on its thread. Functions without a time-out run one after the other on the
+    caller's thread; async ones run on threads at the same time.
 
     timeout: seconds, for all or one each; None waits.
     """

@@ -36,7 +36,7 @@ def varied_sentiment(text: str) -> float:
 
 
 def sentiment_reward(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """A reward function: `varied_sentiment` of each prompt with its completion; in conversations of the reply alone."""
+    """A reward function: `varied_sentiment` of each prompt and completion; in a conversation, of the reply alone."""
     return [
         varied_sentiment(prompt + text_of(completion) if isinstance(prompt, str) else text_of(completion))
         for prompt, completion in zip(prompts, completions, strict=True)
