@@ -29,9 +29,11 @@ def test_an_encoder_reads_a_query_in_a_batch_as_it_reads_it_alone():
     assert [ids.tolist() for ids in without_start] == [ids[1:].tolist() for ids in together]
 
 
-def test_only_one_response_for_each_query():
+@pytest.mark.parametrize("generate", [respond, generate_padded, plain_generate])
+def test_only_one_response_for_each_query(generate):
+    arguments = {respond: (2, {"num_return_sequences": 2}), plain_generate: ({"num_return_sequences": 2}, ())}
     with pytest.raises(ValueError, match="num_return_sequences"):
-        respond(bart(), word_tokenizer(), QUERIES, 2, {"num_return_sequences": 2})
+        generate(bart(), word_tokenizer(), QUERIES, *arguments.get(generate, ({"num_return_sequences": 2},)))
 
 
 @pytest.mark.parametrize(

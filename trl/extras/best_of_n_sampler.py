@@ -140,7 +140,8 @@ class BestOfNSampler:
     def _generate(self, query: list[int], length: int, kwargs: dict[str, Any]) -> list[list[int]]:
         """Answers by the model's own `generate`, for keywords that the samplers do not know."""
         queries = [torch.tensor(query, device=self._device)] * self.sample_size
-        answers = generate_padded(self.model, self.tokenizer, queries, {**kwargs, "max_new_tokens": length})
+        asked = {**kwargs, "max_new_tokens": length}
+        answers = generate_padded(self.model, self.tokenizer, queries, asked, several=True)
         return [answer.tolist() for answer in answers]
 
     @property

@@ -23,7 +23,6 @@ def respond(
     """A response to each query, `batch_size` at a time. `generate` samples what no sampler can."""
     params = None if is_encoder_decoder(model) else sampling_params(model, kwargs)
     if params is None:
-        _refuse_several(kwargs)
         parts = [generate_padded(model, tokenizer, part, kwargs) for part in _batches(queries, batch_size)]
         return [response for part in parts for response in part]
     sampler = make_sampler(model, tokenizer, max_rows=batch_size)
@@ -61,7 +60,6 @@ def plain_generate(
     pad_to_multiple_of: int | None = None,
 ) -> list[Tensor]:
     """`generate_padded` for any number of queries, without the start token of an encoder-decoder."""
-    _refuse_several(generation_kwargs)
     start = int(is_encoder_decoder(model))
     return [
         response[start:]
@@ -78,12 +76,17 @@ def generate_padded(
     kwargs: Mapping[str, Any],
     stop_strings: Sequence[str] = (),
     pad_to_multiple_of: int | None = None,
+    *,
+    several: bool = False,
 ) -> list[Tensor]:
     """What one call of `model.generate` adds to each query, up to its first stop string or end token. B x [T]
 
     Queries are padded on the left, those of an encoder on the right. The stop string or end token belongs to the
     response; an encoder-decoder's response begins with the start token.
+    several: `num_return_sequences` may be above 1; the responses to a query then follow each other.
     """
+    if not several and kwargs.get("num_return_sequences", 1) != 1:
+        raise ValueError("num_return_sequences: one response for each query; repeat the query for more")
     encodes = is_encoder_decoder(model)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     given = dict(kwargs) if padding is None else {"pad_token_id": padding, **kwargs}
@@ -117,8 +120,3 @@ def padded_pair(
 
 def _batches(queries: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
     return [queries[start : start + size] for start in range(0, len(queries), size)]
-
-
-def _refuse_several(kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("num_return_sequences", 1) != 1:
-        raise ValueError("num_return_sequences: one response for each query; repeat the query for more")
