@@ -12,17 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from trl.core import logprobs_from_logits
-from trl.generation.plain_generate import padded, padded_pair
+from trl.generation.plain_generate import padded as padded
+from trl.generation.plain_generate import padded_pair
 from trl.models.scoring import takes_positions
-
-__all__ = [
-    "causal_inputs",
-    "encoder_decoder_inputs",
-    "forward_chunk",
-    "padded",
-    "padded_pair",
-    "response_mask",
-]
 
 
 def causal_inputs(queries: Sequence[Tensor], responses: Sequence[Tensor], pad: int, side: str) -> dict[str, Tensor]:
