@@ -11,9 +11,11 @@ from trl.legacy.paths import MOVED
 MODULES = (Path(__file__).parent / "old_modules.txt").read_text(encoding="utf-8").splitlines()
 """`module: its public names`, as they were before the rooms `kernels`, `legacy`, `quickstart` and `rollout` existed"""
 GONE: dict[str, set[str]] = {
-    "trl.data.mapping": {"map_rows"},  # a part of `tokenize`
-    "trl.trainer.eval_samples": {"log_samples", "random_prompts", "sampled_texts"},  # methods of PairTrainer now
+    "trl.data.mapping": {"map_rows"},
+    "trl.environment.turn_loop": {"take_turns"},
     "trl.trainer.ddpo_files": {"checkpoint_number", "latest_checkpoint"},
+    "trl.trainer.environment_rollouts": {"check_text_environment"},
+    "trl.trainer.eval_samples": {"log_samples", "random_prompts", "sampled_texts"},
     "trl.trainer.ppo_checkpoint": {
         "find_checkpoint",
         "fingerprint",

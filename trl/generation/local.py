@@ -1,4 +1,4 @@
-"""The local engine: samples with the trainer's own model, weights, precision and adapters."""
+"""The local engine: samples with the trainer's own model, in its precision and with its adapters."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.sampling_mode import sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft, below_value_head
+from trl.models.unwrap import below_value_head
 
 _STEPS_WORTH_PACKING = 8
 Queue = deque[tuple[Prompt, Row]]
@@ -27,9 +27,9 @@ Queue = deque[tuple[Prompt, Row]]
 class LocalSampler:
     """Samples with a causal language model, a PEFT model (its active adapter) or a value-head wrapper of either.
 
-    A prompt is read once for all its completions; finished rows leave, and waiting ones take their places. A model
+    A prompt is read once for all its completions; waiting rows take the places of finished ones. A model
     whose attention cannot be replaced raises `NotLocal`: `make_sampler` then takes `TransformersSampler`.
-    Runs on the model's device by the same code everywhere; measured and tested on the CPU only.
+    It runs the same code on every device; it is measured and tested on the CPU only.
 
     max_rows: completions in progress at a time; bounds the memory for keys and values.
     max_prefill_tokens: prompt tokens in one forward pass.
@@ -52,7 +52,7 @@ class LocalSampler:
         """`n` completions of each prompt, in the order of the prompts."""
         device = next(self.model.parameters()).device
         groups = make_rows(prompts, params, n, context_length(self.model))
-        ends = end_tokens(params, below_peft(self.model), self.tokenizer)
+        ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
         with sampling_mode(self.model, kv_attention.NAME), packed_weights(self.model) if packs else nullcontext():
@@ -73,7 +73,7 @@ class LocalSampler:
                 _drop_finished(running, engine)
 
     def _worth_filling(self, waiting: int, running: int) -> bool:
-        """Reading prompts in twos and threes is slow: wait until an eighth of the rows is free."""
+        """Reading few prompts at a time is slow: waiting rows start once an eighth of the rows is free."""
         return self.max_rows - running >= min(waiting, max(1, self.max_rows // 8))
 
     def _admit(self, queue: Queue, running: list[Row], stepper: Stepper, engine: Engine) -> None:

@@ -30,8 +30,13 @@ MOVED: dict[str, tuple[str, ...]] = {
     "data.mapping": ("data.row_job", "data.tokenize"),
     "data.pairs": ("legacy.dpo", "data.batches"),
     "data.truncation": ("data.encode",),
+    "environment.answer_renderer": ("environment.chat_environment",),
+    "environment.own_environment": ("environment.episodes",),
     "environment.plain_generate": ("generation.plain_generate",),
-    "environment.stopping": ("generation.stop_criteria",),
+    "environment.rollout": ("environment.episodes",),
+    "environment.stopping": ("generation.stopping",),
+    "environment.tool_text": ("environment.tool_calls",),
+    "environment.turn_loop": ("environment.episodes",),
     "losses.reference_free": ("losses.preference",),
     "losses.reward": ("losses.supervised",),
     "models.checkpoints": ("models.weight_files",),
@@ -44,6 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.rotary": ("kernels.rotary",),
     "models.stand_in": ("kernels.swapped_forward",),
     "models.tree_attention": ("kernels.tree_attention",),
+    "rewards.pairwise": ("rewards.named",),
     "trainer.ddpo_files": ("trainer.ddpo_setup",),
     "trainer.dpo_config": ("trainer.dpo_trainer", "trainer.pair_trainer"),
     "trainer.dpo_padded": ("legacy.dpo",),
@@ -53,6 +59,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.heap": ("kernels.malloc",),
     "trainer.kto_config": ("trainer.kto_trainer",),
     "trainer.ppo_checkpoint": ("trainer.checkpoints",),
+    "trainer.ppo_generation": ("generation.plain_generate", "generation.stopping"),
     "trainer.ppo_padded": ("legacy.ppo_padded",),
     "trainer.preference_config": ("trainer.configuration", "trainer.references"),
     "trainer.prm_config": ("trainer.prm_trainer",),
@@ -68,7 +75,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"up_to_end": "until_end"}
 """old name in one of these modules -> today's name"""
 
 IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digits": "digits.modeling_digits"}

@@ -10,20 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from trl.generation.plain_generate import padded as padded
+from trl.generation.plain_generate import padded_pair
 from trl.legacy.core import logprobs_from_logits
 from trl.models.scoring import takes_positions
-
-
-def padded(rows: Sequence[Tensor], value: float, side: str) -> Tensor:
-    """1-d tensors as rows of one, padded on `side`. [B, L]"""
-    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
-
-
-def padded_pair(rows: Sequence[Tensor], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), [B, L] each."""
-    return padded(rows, pad_token_id, side), padded([torch.ones_like(row) for row in rows], 0, side)
 
 
 def causal_inputs(queries: Sequence[Tensor], responses: Sequence[Tensor], pad: int, side: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from trl.losses.loss_sum import Aggregation, LossSum
 from trl.losses.pairs import PairLogps, sum_pairs
 from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair_options, preference_loss
 from trl.models.scoring import score
-from trl.rewards.pairwise import Judge, pairwise
+from trl.rewards.named import Judge, pairwise
 from trl.rollout.loader import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import choose, require

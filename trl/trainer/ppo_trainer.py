@@ -18,6 +18,8 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, set_seed, stats_to_np
 from trl.data.microbatches import unasked_budget
+from trl.generation.plain_generate import respond_at_lengths
+from trl.generation.stopping import end_tokens
 from trl.kernels.grad_in_place import in_place
 from trl.kernels.malloc import kept_memory
 from trl.legacy import ppo_padded
@@ -40,7 +42,7 @@ from trl.rollout.measure import (
     pack_samples,
     ppo_batch,
 )
-from trl.trainer import checkpoints, ppo_generation, ppo_loop, ppo_setup, ppo_statistics
+from trl.trainer import checkpoints, ppo_loop, ppo_setup, ppo_statistics
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import processing_class_of
 from trl.trainer.model_card import PPO_CARD, write_model_card
@@ -185,7 +187,7 @@ class PPOTrainer(BaseTrainer):
         queries = [query.to(self.current_device) for query in queries]
 
         def responses_of(model: Any) -> Any:
-            responses = ppo_generation.respond_at_lengths(
+            responses = respond_at_lengths(
                 model, self.tokenizer, queries, batch_size, length_sampler, generation_kwargs
             )
             if return_prompt and not self.is_encoder_decoder:
@@ -262,8 +264,7 @@ class PPOTrainer(BaseTrainer):
         """Scores as the step learns from them: EOS trick, best-so-far push, scaling, normalising, clipping."""
         config = self.config
         if config.missing_eos_penalty is not None:
-            ends = ppo_generation.end_tokens(below_accelerate(self.model), self.tokenizer, {})
-            ends |= set(ppo_setup.stop_tokens(config, self.tokenizer))
+            ends = {*end_tokens(self.model, self.tokenizer), *ppo_setup.stop_tokens(config, self.tokenizer)}
             ended = torch.tensor([len(row) > 0 and int(row[-1]) in ends for row in responses], device=scores_B.device)
             scores_B = torch.where(ended, scores_B, -config.missing_eos_penalty)
         self._push_if_best(scores_B)
