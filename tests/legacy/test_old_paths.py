@@ -10,7 +10,7 @@ from trl.legacy.paths import MOVED
 
 MODULES = (Path(__file__).parent / "old_modules.txt").read_text(encoding="utf-8").splitlines()
 """`module: its public names`, as they were before the rooms `kernels`, `legacy`, `quickstart` and `rollout` existed"""
-GONE: dict[str, set[str]] = {}
+GONE: dict[str, set[str]] = {"trl.generation.sampling_mode": {"sampling_mode"}}
 """names of moved modules that nothing called and that nobody was told of"""
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trl.generation.choose import make_sampler
+from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.generation.plain_generate import plain_generate
 from trl.generation.sampler import Sampler, SamplingParams

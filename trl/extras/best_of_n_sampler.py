@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl.core import set_seed
-from trl.generation.choose import make_sampler
+from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.generation.sampler import SamplingParams
 from trl.models.modeling_base import PreTrainedModelWrapper

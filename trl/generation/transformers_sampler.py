@@ -20,10 +20,10 @@ from transformers import (
 from trl.data.records import Completion
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import learns_prompt, sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft, below_value_head
+from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt
 
 
 class TransformersSampler:
@@ -45,14 +45,14 @@ class TransformersSampler:
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""
         base = below_peft(self.model)
-        encodes = bool(base.config.is_encoder_decoder)
+        encodes = is_encoder_decoder(self.model)
         context = None if encodes else context_length(self.model)
         groups = make_rows(prompts, params, n, context)
         device = next(self.model.parameters()).device
         ends = end_tokens(params, base, self.tokenizer)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
-        with sampling_mode(self.model), _PlainConfig(base):
+        with eval_no_grad(self.model), _PlainConfig(base):
             for rows in self._batches(by_length, context):
                 self._generate(rows, stepper, encodes, device)
         return [[row.completion() for row in group] for group in groups]

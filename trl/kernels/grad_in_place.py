@@ -1,13 +1,12 @@
-"""Gradients of embeddings and heads, summed where they end: in `weight.grad`.
+"""Gradients of embeddings and heads, summed in `weight.grad` without a tensor in between.
 
-Autograd fills fresh memory with zeros for each such gradient, writes into it and adds it to `weight.grad`: for a
-vocabulary of 32,000 the system's fresh pages alone take longer than the sums. Within `in_place` the two functions that
-know better, the head's and `lookup`, add to `weight.grad` themselves, and its memory is kept from step to step.
+Autograd fills fresh memory with zeros for each such gradient, writes into it and adds it to `weight.grad`. For a
+vocabulary of 32,000 the system's fresh pages alone take longer than the sums. Within `in_place` the head and the
+embedding add to `weight.grad` themselves, and its memory is kept from step to step.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,14 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trl.kernels.swapped_forward import stand_in
-
 _kept: ContextVar[WeakIdKeyDictionary | None] = ContextVar("kept_gradients", default=None)
-UNSHARED = 3
-"""references to a tensor that only our dictionary, a local variable and the question itself hold"""
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 
 
 @contextmanager
@@ -31,7 +26,7 @@ def in_place(device: torch.device, processes: int) -> Iterator[None]:
     """Within it, gradients of embeddings and heads go straight to `weight.grad`: on the CPU, in a single process.
 
     For loops that call `backward()`: `torch.autograd.grad` would not see these gradients, nor would the hooks by which
-    processes exchange theirs. A step's gradient overwrites the one before, unless somebody still holds that.
+    processes exchange theirs. A step's gradient overwrites the last one, unless somebody still holds its memory.
     """
     token = _kept.set(WeakIdKeyDictionary() if device.type == "cpu" and processes == 1 else None)
     try:
@@ -40,24 +35,41 @@ def in_place(device: torch.device, processes: int) -> Iterator[None]:
         _kept.reset(token)
 
 
+class Memory:
+    """The memory of a weight's gradient, kept from step to step."""
+
+    def __init__(self, like: Tensor):
+        self.tensor = torch.empty_like(like, requires_grad=False)
+        self._storage = self.tensor.untyped_storage()._cdata
+        self._alone = self._uses()
+
+    def is_held(self) -> bool:
+        """Whether another tensor or array uses it: a gradient, a view of it; True where torch cannot say."""
+        return _use_count is None or self._uses() > self._alone
+
+    def _uses(self) -> int:
+        return 0 if _use_count is None else int(_use_count(self._storage))
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the gradient of a weight is summed."""
 
     weight: nn.Parameter
     kept: WeakIdKeyDictionary
+    """the `Memory` of each weight"""
 
     def gradient(self) -> Tensor:
         """`weight.grad`; zeros where it was None."""
         return self.uninitialised() if self.weight.grad is not None else self.uninitialised().zero_()
 
     def uninitialised(self) -> Tensor:
-        """`weight.grad`; memory with anything in it where it was None."""
+        """`weight.grad`; where it was None, memory that holds any numbers."""
         if self.weight.grad is None:
-            buffer = self.kept.get(self.weight)
-            if buffer is None or sys.getrefcount(buffer) > UNSHARED:
-                self.kept[self.weight] = buffer = torch.empty_like(self.weight, requires_grad=False)
-            self.weight.grad = buffer
+            memory = self.kept.get(self.weight)
+            if memory is None or memory.is_held():
+                self.kept[self.weight] = memory = Memory(self.weight)
+            self.weight.grad = memory.tensor.detach()
         return self.weight.grad
 
 
@@ -69,35 +81,3 @@ def place_of(weight: Tensor) -> Place | None:
     if kept is None or not takes or watched or not isinstance(weight, nn.Parameter) or weight.device.type != "cpu":
         return None
     return Place(weight, kept)
-
-
-class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight_VD: Tensor, ids: Tensor, padding: int | None, place: Place) -> Tensor:
-        ctx.ids, ctx.padding, ctx.place = ids, padding, place
-        return weight_VD[ids]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        ids_N, grad_ND = ctx.ids.flatten(), grad.flatten(0, -2)
-        if ctx.padding is not None:
-            learned = ids_N != ctx.padding
-            ids_N, grad_ND = ids_N[learned], grad_ND[learned]
-        ctx.place.gradient().index_add_(0, ids_N, grad_ND)
-        return None, None, None, None
-
-
-@contextmanager
-def lookup(embedding: Any) -> Iterator[None]:
-    """Within it a plain `nn.Embedding` that learns adds its gradient in place, where that is allowed."""
-    place = place_of(embedding.weight) if type(embedding) is nn.Embedding else None
-    if place is None or embedding.max_norm or embedding.scale_grad_by_freq or embedding.sparse:
-        yield
-        return
-
-    def forward(ids: Tensor) -> Tensor:
-        return _Lookup.apply(embedding.weight, ids, embedding.padding_idx, place)  # type: ignore[no-any-return]
-
-    with stand_in(embedding, forward):
-        yield

@@ -30,15 +30,18 @@ MOVED: dict[str, tuple[str, ...]] = {
     "data.pairs": ("legacy.joint_pairs", "data.batches"),
     "environment.plain_generate": ("generation.plain_generate",),
     "environment.stopping": ("generation.stop_criteria",),
-    "models.gradient_place": ("kernels.grad_in_place",),
-    "models.last_layer": ("kernels.last_layer",),
-    "models.layout": ("kernels.tree_layout",),
+    "generation.choose": ("generation.local",),
+    "generation.sampling_mode": ("models.unwrap",),
+    "models.gradient_place": ("kernels.grad_in_place", "kernels.layers"),
+    "models.last_layer": ("kernels.layers",),
+    "models.layout": ("kernels.tree_attention",),
     "models.linear_logprobs": ("kernels.head_tiles",),
-    "models.norms": ("kernels.norms",),
+    "models.norms": ("kernels.layers",),
     "models.onednn": ("kernels.onednn",),
-    "models.rotary": ("kernels.rotary",),
-    "models.stand_in": ("kernels.swapped_forward",),
+    "models.rotary": ("kernels.layers",),
+    "models.stand_in": ("kernels.layers",),
     "models.tree_attention": ("kernels.tree_attention",),
+    "models.wrapped": ("models.forward", "models.prepare"),
     "trainer.dpo_padded": ("legacy.dpo_padded",),
     "trainer.environment_rollouts": ("rollout.episodes",),
     "trainer.experience": ("rollout.measure",),
@@ -51,7 +54,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"only_at": "computed_at", "stand_in": "swapped_forward", "base_model": "below_peft"}
 """a name in one of these modules before -> today"""
 
 IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digits": "digits.modeling_digits"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from trl.core import logprobs_from_logits
-from trl.models.scoring import takes_positions
+from trl.models.unwrap import accepts
 
 
 def padded(rows: Sequence[Tensor], value: float, side: str) -> Tensor:
@@ -76,7 +76,9 @@ def forward_chunk(
     """(log-probabilities [B, L - 1], logits [B, L - 1, V], values [B, L - 1]) of padded inputs."""
     columns: dict[str, Any] = dict(inputs)
     attention = inputs["attention_mask"]
-    if not is_encoder_decoder and takes_positions(model):  # real tokens must not see how much padding is left of them
+    if not is_encoder_decoder and accepts(
+        model, "position_ids"
+    ):  # real tokens must not see how much padding is left of them
         columns["position_ids"] = (attention.cumsum(1) - attention) * attention
     logits, _, values = model(**columns)
     logits = logits[:, :-1] / temperature

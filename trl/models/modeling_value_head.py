@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from transformers.utils import WEIGHTS_NAME
 
 from trl.models.checkpoints import belongs
 from trl.models.modeling_base import PreTrainedModelWrapper
+from trl.models.unwrap import accepts
 
 
 class ValueHead(nn.Module):
@@ -34,8 +34,7 @@ class ValueHead(nn.Module):
 
 def _cache_name(model: Any) -> str:
     """What a model's forward calls the keys and values of earlier tokens: transformers 5.24 renamed them."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in inspect.signature(type(inner).forward).parameters else "past_key_values"
+    return "cache" if accepts(model, "cache") else "past_key_values"
 
 
 def _head_width(config: Any) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from itertools import chain
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.import_utils import is_bitsandbytes_available
 from trl.models.checkpoints import HUB_ARGUMENTS
@@ -32,6 +35,7 @@ __all__ = [
     "disable_dropout_in_model",
     "enable_gradient_checkpointing",
     "ensure_pad_token",
+    "equalise",
     "is_peft_model",
     "is_quantized",
     "load_model",
@@ -234,3 +238,20 @@ def activate_neftune(model: nn.Module, alpha: float) -> RemovableHandle:
     handle = embeddings.register_forward_hook(neftune_post_forward_hook)
     model.neftune_hook_handle = handle
     return handle
+
+
+@torch.no_grad()
+def equalise(model: nn.Module) -> None:
+    """Give every process the weights of the first one, before a reference is copied from them: DDP would do it later.
+
+    Collective. Processes differ where a model was initialised without a seed. Sharded and unmaterialised weights stay.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or is_deepspeed_zero3_enabled():
+        return
+    device = PartialState().device
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_meta or type(tensor.data) is not Tensor:
+            continue
+        first = tensor.data.to(device)
+        torch.distributed.broadcast(first, 0)
+        tensor.data.copy_(first)

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
-from trl.models.scoring import Path
-
 Config = TypeVar("Config", bound="PostTrainingConfig")
 
 
@@ -32,6 +30,11 @@ class PostTrainingConfig(TrainingArguments):
     """processes that tokenise the data"""
     evaluation_strategy: str | None = field(default=None)
     """older spelling of `eval_strategy`"""
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether every forward pass pads its rows."""
+        return False
 
     def __post_init__(self) -> None:
         if self.evaluation_strategy is not None:
@@ -155,12 +158,12 @@ class OfflineConfig(PostTrainingConfig):
 
     def cuts_unasked(self) -> bool:
         """Whether a batch may be cut into several forward passes where no budget is given."""
-        return self.path is None
+        return not self.pads_rows
 
     @property
-    def path(self) -> Path | None:
-        """How batches are scored: padded with NEFTune too, whose noise depends on the width of a row."""
-        return None if self.padding_free and self.neftune_noise_alpha is None else "padded"
+    def pads_rows(self) -> bool:
+        """Whether every forward pass pads its rows; with NEFTune too, whose noise depends on the width of a row."""
+        return not self.padding_free or self.neftune_noise_alpha is not None
 
 
 def processing_class_of(processing_class: Any, tokenizer: Any) -> Any:

@@ -130,7 +130,7 @@ class DPOTrainer(PairTrainer):
 
     def _scored(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         packed = batch["packed"]
-        return self.sums(score(model, packed, path=self._path).logprobs_BT, packed.mask_BT)
+        return self.sums(score(model, packed).logprobs_BT, packed.mask_BT)
 
     def reference_sums(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         if self.args.reference_free:
@@ -180,7 +180,7 @@ class DPOTrainer(PairTrainer):
             max_target_length=self.args.max_completion_length or 128,
             truncation_mode=self.args.truncation_mode,
             label_pad_token_id=self.label_pad_token_id,
-            is_encoder_decoder=getattr(self.model.config, "is_encoder_decoder", False),
+            is_encoder_decoder=self._encoder_decoder,
             model=model,
         )
 

@@ -22,8 +22,9 @@ from trl.kernels.grad_in_place import in_place
 from trl.kernels.malloc import kept_memory
 from trl.losses.loss_sum import LossSum
 from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
-from trl.models.wrapped import within_forward
+from trl.models.forward import rows_padded, within_forward
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
+from trl.trainer.configuration import PostTrainingConfig
 
 EXTRA_STATE = "extra_state.pt"
 
@@ -139,6 +140,7 @@ class ObjectiveTrainer(Trainer):
                 "and DeepSpeed do not allow; leave it out"
             )
         self._tallies = {"train": Tally(), "eval": Tally()}
+        self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
 
     def prepare_data(self) -> None:
         """Called before training data are read, and before a checkpoint replaces the policy."""
@@ -208,7 +210,8 @@ class ObjectiveTrainer(Trainer):
             if os.path.exists(path):
                 self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
         try:
-            with kept_memory(self.args.device), in_place(self.args.device, self.args.world_size):
+            memory, gradients = kept_memory(self.args.device), in_place(self.args.device, self.args.world_size)
+            with memory, gradients, rows_padded(self.pads_rows):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         except (OSError, RuntimeError) as error:
             if not is_disk_error(error):
@@ -251,7 +254,8 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        result = within_forward(model, lambda inner: self.objective(inner, inputs))
+        with rows_padded(self.pads_rows):
+            result = within_forward(model, lambda inner: self.objective(inner, inputs))
         self._tallies["train" if model.training else "eval"].add_loss(result)
         if num_items_in_batch is None:
             loss = result.mean
@@ -270,7 +274,7 @@ class ObjectiveTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), rows_padded(self.pads_rows):
             result, logits, labels = self.predictions(model, {**inputs})
         self._tallies["eval"].add_loss(result)
         return result.mean.detach(), *((None, None) if prediction_loss_only else (logits, labels))
@@ -278,7 +282,8 @@ class ObjectiveTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self._tallies["eval"] = Tally()
-        output = super().evaluation_loop(*args, **kwargs)
+        with rows_padded(self.pads_rows):
+            output = super().evaluation_loop(*args, **kwargs)
         means = self._tallies["eval"].means(self)
         for name, value in means.items():  # what `compute_metrics` gave stays, but a mean of batch means is no loss
             key = f"{prefix}_{name}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl.generation.choose import make_sampler
+from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.legacy.ppo_padded import padded_pair
 from trl.models.unwrap import below_value_head

@@ -67,6 +67,10 @@ class RolloutConfig(PostTrainingConfig):
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet"""
 
+    @property
+    def pads_rows(self) -> bool:
+        return not self.padding_free
+
     def validate(self) -> None:
         super().validate()
         require(self, "use_vllm", not self.use_vllm, "vLLM is not supported yet; the local sampler needs no settings")

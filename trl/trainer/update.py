@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,19 +11,6 @@ from torch import Tensor, nn
 from trl.losses.loss_sum import LossSum
 
 Piece = TypeVar("Piece")
-
-
-@contextmanager
-def without_dropout(*models: nn.Module) -> Iterator[None]:
-    """Eval mode, in which layers that checkpoint their activations still do; the training flags come back."""
-    before = {module: module.training for model in models for module in model.modules()}
-    for module in before:
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 class Meters:
