@@ -7,9 +7,12 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, PhiConfig, Qwen3Config
-from trl.kernels.layers import fused_rotary, rotate
 
+from trl.data.packing import pack
+from trl.data.records import Branch, TokenTree
 from trl.kernels import layers
+from trl.kernels.layers import fused_rotary, rotate
+from trl.models.scoring import score
 
 
 def test_by_hand():

@@ -291,9 +291,9 @@ def precision_of(model: nn.Module) -> str:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     if dtype == torch.float32:
-        backend: Any = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
-        setting = backend.matmul.fp32_precision
-        setting = torch.backends.fp32_precision if setting == "none" else setting
+        backends: Any = torch.backends
+        own = (backends.cuda if kind == "cuda" else backends.mkldnn).matmul.fp32_precision
+        setting = backends.fp32_precision if own == "none" else own
         return "tf32" if setting in ("tf32", "bf16") else "float32"
     name = str(dtype).removeprefix("torch.")
     return name if name in TOLERANCES else "bfloat16"

@@ -39,9 +39,10 @@ class Head:
     """None: the module is called, with its hooks"""
 
     @property
-    def is_linear(self) -> bool:
-        """Whether the module computes `nn.Linear`: so do the classes that FSDP makes of it, but no adapter does."""
-        return isinstance(self.module, nn.Linear) and type(self.module).forward is nn.Linear.forward
+    def linear(self) -> nn.Linear | None:
+        """The module if it computes `nn.Linear`: the classes that FSDP makes of it do, an adapter around it does not."""
+        plain = isinstance(self.module, nn.Linear) and type(self.module).forward is nn.Linear.forward
+        return self.module if plain else None  # type: ignore[return-value]
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """[S, V] in float32."""
@@ -107,8 +108,7 @@ def token_logprobs(
     head: Head, hidden_SD: Tensor, target_S: Tensor, *, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
     """log p of the targets (differentiable) and entropies (detached; zeros unless asked for). [S], [S] float32"""
-    if head.is_linear:
-        module = head.module
+    if (module := head.linear) is not None:
         return LinearLogprobs.apply(  # type: ignore[no-any-return]
             hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled(),
             place_of(module.weight),
@@ -120,9 +120,9 @@ def token_logprobs(
 def mean_logits(head: Head, hidden_SD: Tensor) -> Tensor:
     """Mean of each position's logits over the vocabulary, detached. [S]"""
     with torch.no_grad():
-        if head.is_linear and head.softcap is None:
-            bias = 0.0 if head.module.bias is None else head.module.bias.float().mean()
-            return (hidden_SD.float() @ head.module.weight.float().mean(0) + bias) * head.scale
+        if (module := head.linear) is not None and head.softcap is None:
+            bias = 0.0 if module.bias is None else module.bias.float().mean()
+            return (hidden_SD.float() @ module.weight.float().mean(0) + bias) * head.scale
         return map_logits(head, hidden_SD, lambda logits: (logits.mean(-1),))[0]
 
 
