@@ -34,6 +34,7 @@ from trl.models.unwrap import (
     below_value_head,
     is_encoder_decoder,
     is_sharded,
+    learns_prompt,
 )
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def _pass(
         elif plan.packed:
             states_SD = hidden[0].index_select(0, index_S)
         else:
-            states_SD = hidden[row_S, packed.position_N[index_S]]
+            states_SD = hidden[row_S, packed.position_N[index_S] + virtual_tokens(packed, hidden)]
         result = function(states_SD)
         parts[:] = [result] if isinstance(result, Tensor) else result
         return _as_output(parts, hidden) if torch.is_grad_enabled() else hidden[..., :1]
@@ -197,7 +198,8 @@ def padded_inputs(packed: PackedBatch, pad_token_id: int = 0) -> dict[str, Tenso
 def padded_inputs_of(model: nn.Module, packed: PackedBatch) -> dict[str, Any]:
     """The rows padded, as keywords that this model takes. [B, L]"""
     inputs = padded_inputs(packed, _pad_token(model))
-    if is_encoder(model) or not accepts(model, "position_ids"):  # encoders count positions in their own ways
+    counts_itself = is_encoder(model) or learns_prompt(model)  # PEFT shifts the positions by its virtual tokens
+    if counts_itself or not accepts(model, "position_ids"):
         inputs.pop("position_ids")
     return inputs if is_encoder(model) else {**inputs, "use_cache": False}
 
@@ -346,6 +348,11 @@ def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Forwa
     return plan if longest <= plan.reach else note(model, _probe(below_accelerate(model), module, longest))
 
 
+def virtual_tokens(packed: PackedBatch, rows_BL: Tensor) -> int:
+    """How many tokens a PEFT adapter has put before each padded row of a model's states or logits, [B, L, ...]."""
+    return rows_BL.shape[1] - _longest_row(packed)
+
+
 def _longest_row(packed: PackedBatch) -> int:
     lengths: list[int] = []
     for start, end, parent in packed.segments:
@@ -401,12 +408,14 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
     """Whether packed rows give the states that padded rows give, with the last layer narrowed or whole."""
     network = below_value_head(model)
     known, (packed, reach) = plan_of(model), probe_rows(network, longest)
+    switched_off, _ = adapter_state(network)
+    shares_prompts = switched_off or not learns_prompt(network)  # else virtual tokens stand before each row
     with eval_no_grad(model):
         try:
             expected_SD, precision = _measured(model, module, packed, PADDED)
             enable_tree_attention(network)
             tolerance = TOLERANCES[precision].states * float(expected_SD.abs().max())
-            for narrow in (True, False):
+            for narrow in (True, False) if shares_prompts else ():
                 plan = replace(known, packed=True, narrow=narrow, reach=reach)
                 if _computes(model, module, packed, plan, expected_SD, tolerance):
                     return plan

@@ -40,7 +40,7 @@ class Head:
 
     @property
     def linear(self) -> nn.Linear | None:
-        """The module if it computes `nn.Linear`: the classes that FSDP makes of it do, an adapter around it does not."""
+        """The module if it computes `nn.Linear`, as the classes that FSDP makes of it do; an adapter does not."""
         plain = isinstance(self.module, nn.Linear) and type(self.module).forward is nn.Linear.forward
         return self.module if plain else None  # type: ignore[return-value]
 

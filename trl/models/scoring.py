@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.data.records import PackedBatch
-from trl.models.forward import encoder_decoder_inputs, in_head, in_module, is_encoder, padded_inputs_of
+from trl.models.forward import encoder_decoder_inputs, in_head, in_module, is_encoder, padded_inputs_of, virtual_tokens
 from trl.models.head import Head, logprobs_and_entropy, token_logprobs
 from trl.models.unwrap import below_accelerate, below_peft, below_value_head, is_encoder_decoder
 
@@ -64,7 +64,8 @@ def logits_and_labels(model: nn.Module, packed: PackedBatch) -> tuple[Tensor, Te
     if is_encoder_decoder(model):
         logits, place = model(**encoder_decoder_inputs(model, packed)).logits, packed.slot_S
     else:
-        logits, place = model(**padded_inputs_of(model, packed)).logits, packed.position_N[packed.scored_S] + 1
+        logits = model(**padded_inputs_of(model, packed)).logits
+        place = packed.position_N[packed.scored_S] + 1 + virtual_tokens(packed, logits)
     labels = torch.full(logits.shape[:2], -100, device=logits.device)
     labels[packed.row_S, place] = packed.target_S
     return logits, labels
