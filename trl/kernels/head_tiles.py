@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trl.kernels.grad_in_place import Place
+from trl.kernels.step_memory import Place
 
 CACHED_TILE = 2**18
 """logits that exist at a time on a CPU, whose cache holds them (1 MiB)"""

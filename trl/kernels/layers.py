@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trl.data.records import PackedBatch
-from trl.kernels.grad_in_place import Place, place_of
+from trl.kernels.step_memory import Place, place_of
 from trl.kernels.tree_attention import TreeLayout
 
 WORTH_IT = 0.9

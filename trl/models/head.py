@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trl.kernels.grad_in_place import place_of
 from trl.kernels.head_tiles import LinearLogprobs
+from trl.kernels.step_memory import place_of
 
 CHUNK_ELEMENTS = 3 * 2**21
 """logits that exist at a time (24 MiB in float32: glibc takes larger blocks from the system anew each time)"""

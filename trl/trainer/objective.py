@@ -18,8 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.microbatches import BudgetCollator, unasked_budget
-from trl.kernels.grad_in_place import in_place
-from trl.kernels.malloc import kept_memory
+from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import LossSum
 from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
 from trl.models.forward import rows_padded, within_forward

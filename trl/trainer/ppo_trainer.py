@@ -15,8 +15,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, set_seed, stats_to_np
 from trl.data.microbatches import unasked_budget
-from trl.kernels.grad_in_place import in_place
-from trl.kernels.malloc import kept_memory
+from trl.kernels.step_memory import in_place, kept_memory
 from trl.legacy import ppo_padded
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES

@@ -1,16 +1,20 @@
-"""Gradients of embeddings and heads, summed in `weight.grad` without a tensor in between.
+"""Memory that a training loop on the CPU keeps from step to step: the largest gradients, and what was freed.
 
-Autograd fills fresh memory with zeros for each such gradient, writes into it and adds it to `weight.grad`. For a
-vocabulary of 32,000 the system's fresh pages alone take longer than the sums. Within `in_place` the head and the
-embedding add to `weight.grad` themselves, and its memory is kept from step to step.
+Gradients of embeddings and heads are summed in `weight.grad`, without a tensor in between. Autograd fills fresh memory
+with zeros for each of them, writes into it and adds it to `weight.grad`; for a vocabulary of 32,000 the system's fresh
+pages alone take longer than the sums. Within `in_place` the head and the embedding add to `weight.grad` themselves.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,3 +85,40 @@ def place_of(weight: Tensor) -> Place | None:
     if kept is None or not takes or watched or not isinstance(weight, nn.Parameter) or weight.device.type != "cpu":
         return None
     return Place(weight, kept)
+
+
+# -- freed memory -----------------------------------------------------------------------------
+
+# parameters of `mallopt`, from glibc's malloc.h, and the values that its thresholds reach after a few large tensors
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+LARGEST_IN_HEAP, TRIMMED_BEYOND = 2**25, 2**26
+KEPT = 2**30
+
+
+@cache
+def _mallopt() -> Any:
+    """glibc's `mallopt`; None with another C library, and where the environment has set the allocator up."""
+    set_up = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
+    if sys.platform != "linux" or set_up or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        return None
+    return getattr(ctypes.CDLL(None), "mallopt", None)
+
+
+@contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Within it glibc keeps freed memory for the next tensor instead of giving it back to the system.
+
+    A fresh page costs more than most of what is done with it: without this a step of DPO takes about 5 % more time.
+    Tensors above 32 MiB still come from the system, because aligned blocks of that size would make glibc's heap grow
+    with every step. Nothing changes for other devices, C libraries and allocators.
+    """
+    mallopt = _mallopt() if device.type == "cpu" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, LARGEST_IN_HEAP)
+    mallopt(TRIM_THRESHOLD, KEPT)
+    try:
+        yield
+    finally:
+        mallopt(TRIM_THRESHOLD, TRIMMED_BEYOND)

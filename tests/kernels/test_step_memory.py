@@ -9,8 +9,8 @@ from torch import nn
 
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.kernels.grad_in_place import in_place, place_of
 from trl.kernels.layers import lookup
+from trl.kernels.step_memory import in_place, place_of
 from trl.models.scoring import score
 
 CPU = torch.device("cpu")
