@@ -65,7 +65,7 @@ def segment_attention(
 ) -> Tensor:
     """Attention of the packed row [1, H, N, D], a segment at a time.
 
-    Each tensor is split once: a slice per segment would fill a full-size gradient per segment.
+    Each tensor is split once, because a slice for each segment would cost a gradient of full size each.
     """
     queries, keys, values = (list(x.split(layout.sizes, dim=2)) for x in (query, key, value))
     outputs = []
@@ -87,7 +87,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def flex_tree_attention(
     layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, scale: float | None
 ) -> Tensor:
-    """The same on CUDA in one kernel: FlexAttention over the blocks of the tree's mask."""
+    """`segment_attention` on CUDA in one kernel: FlexAttention over the blocks of the tree's mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def make() -> Any:

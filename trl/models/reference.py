@@ -50,11 +50,11 @@ class Reference:
             yield model
 
     def state(self) -> dict[str, Any]:
-        """The weights of a reference that is a model of its own: what a checkpoint needs once it has moved."""
+        """The weights of a separate reference model, which a checkpoint needs because they may have moved."""
         return {} if self.frozen is None else below_accelerate(self.frozen).state_dict()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Load what `state` returned."""
         if self.frozen is not None:
             below_accelerate(self.frozen).load_state_dict(state)
 
