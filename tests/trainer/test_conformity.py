@@ -55,7 +55,7 @@ def test_padding_free_false_reaches_every_pass(name, tmp_path, monkeypatch):
 
     more = {"eval_strategy": "steps", "eval_steps": 1}
     if hasattr(getattr(trl, CASES[name].config)(str(tmp_path)), "precompute_ref_log_probs"):
-        more["precompute_ref_log_probs"] = True
+        more["precompute_ref_log_probs"] = not CASES[name].settings.get("sync_ref_model")
     trainer = build(name, tmp_path, padding_free=False, max_steps=1, **more)
     monkeypatch.setattr(forward, "fast", refuse)
     trainer.train()

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from trl.data.packing import pack
@@ -31,6 +30,7 @@ from trl.models.unwrap import (
     accepts,
     adapter_state,
     below_accelerate,
+    below_processes,
     below_value_head,
     is_encoder_decoder,
     is_sharded,
@@ -155,7 +155,7 @@ def within_forward(model: nn.Module, function: Callable[[nn.Module], LossSum]) -
     DDP takes a parameter that the output of its forward does not reach for unused and reduces it too early. Inside, it
     sees what is really computed.
     """
-    inner: Any = extract_model_from_parallel(model)
+    inner = below_processes(model)
     if inner is model:
         return function(model)
     results: list[LossSum] = []

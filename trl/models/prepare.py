@@ -197,7 +197,7 @@ def context_length(model: nn.Module) -> int | None:
 def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
     """Recompute activations in the backward pass; ValueError for an architecture that cannot.
 
-    Reentrant checkpoints need an input with a gradient. Frozen embeddings give none, so their output is set to have one.
+    Reentrant checkpoints need an input with a gradient: the output of frozen embeddings is set to have one.
     """
     inner = below_value_head(model)
     if not getattr(inner, "supports_gradient_checkpointing", False):

@@ -26,6 +26,11 @@ def below_accelerate(model: nn.Module) -> Any:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
+def below_processes(model: nn.Module) -> Any:
+    """The model below DDP, FSDP or DeepSpeed; one that `torch.compile` made stays compiled."""
+    return extract_model_from_parallel(model)
+
+
 def below_value_head(model: nn.Module) -> Any:
     """The PEFT model or the transformers model."""
     model = below_accelerate(model)
