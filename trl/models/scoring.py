@@ -37,23 +37,20 @@ def score(
     differentiable, at the price of a second pass through the head.
     """
     v_head = below_accelerate(model).v_head if values else None
+    names = ["logprobs_BT"] + ["entropy_BT"] * (entropy or entropy_gradient) + ["values_BT"] * values
 
     def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
         if entropy_gradient:
-            found = [*logprobs_and_entropy(head, states_SD, packed.target_S, temperature)]
+            found = logprobs_and_entropy(head, states_SD, packed.target_S, temperature)
         else:
-            found = [*token_logprobs(head, states_SD, packed.target_S, temperature=temperature, entropy=entropy)]
+            found = token_logprobs(head, states_SD, packed.target_S, temperature=temperature, entropy=entropy)
+        columns = dict(zip(("logprobs_BT", "entropy_BT"), found, strict=True))
         if v_head is not None:
-            found.append(v_head(states_SD[None]).float().squeeze(0).squeeze(-1))
-        return found
+            columns["values_BT"] = v_head(states_SD[None]).float().squeeze(0).squeeze(-1)
+        return [columns[name] for name in names]
 
-    logprobs_S, entropy_S, *values_S = in_head(model, packed, measure)
-    wanted = entropy or entropy_gradient
-    return Scores(
-        packed.spread(logprobs_S),
-        packed.spread(entropy_S) if wanted else None,
-        packed.spread(values_S[0]) if values else None,
-    )
+    columns_S = in_head(model, packed, measure)
+    return Scores(**{name: packed.spread(column_S) for name, column_S in zip(names, columns_S, strict=True)})
 
 
 def logits_and_labels(model: nn.Module, packed: PackedBatch) -> tuple[Tensor, Tensor]:
