@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from conformity import CASES, build, history
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, LlamaConfig
 
 from trl.models.forward import plan_of
 
@@ -24,12 +24,17 @@ CONFIGS = {
 }
 
 
-RUNS = (("sft", "plain"), ("dpo-sigmoid", "plain"), ("sft", "tied"), ("dpo-sigmoid", "tied"), ("sft", "soft-cap"))
+RUNS = (
+    ("sft", "plain"), ("dpo-sigmoid", "plain"), ("kto", "plain"), ("reward", "reward"),
+    ("sft", "tied"), ("dpo-sigmoid", "tied"), ("sft", "soft-cap"),
+)  # fmt: skip
 
 
 def seeded(kind: str) -> torch.nn.Module:
     """The same model on every rank."""
     torch.manual_seed(0)
+    if kind == "reward":
+        return AutoModelForSequenceClassification.from_config(LlamaConfig(**SIZES, num_labels=1))
     return AutoModelForCausalLM.from_config(CONFIGS[kind])
 
 
