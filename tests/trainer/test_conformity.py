@@ -12,6 +12,7 @@ from conformity import CASES, build, history, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import trl
+from trl.models import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 NOT_SETTINGS = {"distributed_state", "__cached__setup_devices"}
@@ -48,6 +49,20 @@ def test_packed_equals_padded(name, tmp_path):
         trainer.train()
         seen.append((history(trainer, "loss")[0], history(trainer, "grad_norm")[0]))
     assert seen[1] == pytest.approx(seen[0], rel=1e-5, abs=1e-6)
+
+
+@every_trainer
+def test_padding_free_false_reaches_every_pass(name, tmp_path, monkeypatch):
+    def refuse(*how):
+        raise AssertionError("rows were packed")
+
+    more = {"eval_strategy": "steps", "eval_steps": 1}
+    if hasattr(getattr(trl, CASES[name].config)(str(tmp_path)), "precompute_ref_log_probs"):
+        more["precompute_ref_log_probs"] = not CASES[name].settings.get("sync_ref_model")
+    trainer = build(name, tmp_path, padding_free=False, max_steps=1, **more)
+    monkeypatch.setattr(forward, "fast", refuse)
+    trainer.train()
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
 
 
 @every_trainer

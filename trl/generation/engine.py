@@ -8,13 +8,13 @@ from torch import Tensor
 
 from trl.generation.kv_attention import Decode, Layout, Prefill
 from trl.generation.kv_cache import Prompt, Prompts, Suffixes
-from trl.generation.sampling_mode import accepts
+from trl.models.unwrap import accepts
 
 
 class Engine:
     """The cache of one sampling run. Row slots are 0 .. R-1; a slot that is freed is taken by the last row.
 
-    To be used within `sampling_mode(model, kv_attention.NAME)`.
+    To be used within `eval_no_grad(model)` and `cached_attention(model)`.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:

@@ -4,13 +4,14 @@ Shape letters: X prompt slot times key/value head (or row times head), M queries
 J query heads of each key/value head, D head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from trl.generation.filters import log_partition
 from trl.generation.kv_cache import PromptBlock, Prompts, Suffixes
@@ -51,6 +52,37 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
+
+
+@contextmanager
+def cached_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Within it the model computes its attention by the sampler's cache; its own implementation comes back."""
+    configs = _configs(model)
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def _configs(model: torch.nn.Module) -> list[Any]:
+    """Every configuration that names an attention implementation, parents before children."""
+    found: dict[int, Any] = {}
+
+    def visit(config: Any) -> None:
+        if id(config) not in found:
+            found[id(config)] = config
+            for name in getattr(config, "sub_configs", {}):
+                if getattr(config, name, None) is not None:
+                    visit(getattr(config, name))
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            visit(module.config)
+    return list(found.values())
 
 
 @dataclass(slots=True)

@@ -1,5 +1,6 @@
 """The local engine: samples with the trainer's own model, in its precision and with its adapters."""
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -8,20 +9,33 @@ from typing import Any
 import torch
 
 from trl.data.records import Completion
-from trl.generation import kv_attention
 from trl.generation.engine import Engine
+from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
 from trl.generation.packed_weights import packed_weights
-from trl.generation.probe import refuse_unsuitable
+from trl.generation.probe import NotLocal, refuse_unsuitable
 from trl.generation.rows import Row, Stepper, make_rows
-from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import sampling_mode
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.generation.transformers_sampler import TransformersSampler
+from trl.models.forward import eval_no_grad, plan_of
 from trl.models.prepare import context_length
 from trl.models.unwrap import below_value_head
 
+logger = logging.getLogger(__name__)
 _STEPS_WORTH_PACKING = 8
 Queue = deque[tuple[Prompt, Row]]
+
+
+def make_sampler(model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> Sampler:
+    """The local engine where it computes what the model computes; else `model.generate`, which is said once a model."""
+    is_new = plan_of(model).samples_locally is None
+    try:
+        return LocalSampler(model, tokenizer, max_rows=max_rows)
+    except NotLocal as error:
+        if is_new:
+            logger.warning("%s. It samples by its own `generate`, which is slower.", error)
+    return TransformersSampler(model, tokenizer, max_rows=max_rows)
 
 
 class LocalSampler:
@@ -55,7 +69,8 @@ class LocalSampler:
         ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
-        with sampling_mode(self.model, kv_attention.NAME), packed_weights(self.model) if packs else nullcontext():
+        weights = packed_weights(self.model) if packs else nullcontext()
+        with eval_no_grad(self.model), cached_attention(self.model), weights:
             self._run(groups, stepper, Engine(self.model, device))
         return [[row.completion() for row in group] for group in groups]
 

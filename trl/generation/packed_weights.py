@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trl.kernels.layers import swapped_forward
 from trl.kernels.onednn import laid_out, rows_times, suits
-from trl.kernels.swapped_forward import stand_in
 from trl.models.unwrap import below_peft
 
 _LARGE = 2**16
@@ -35,7 +35,7 @@ def packed_weights(model: Any) -> Iterator[None]:
             mine = type(module) is nn.Linear and "forward" not in vars(module) and suits(module.weight, _LARGE)
             if mine and room >= module.weight.numel():
                 room -= module.weight.numel()
-                stack.enter_context(stand_in(module, _forward(module)))
+                stack.enter_context(swapped_forward(module, _forward(module)))
         yield
 
 

@@ -20,10 +20,10 @@ from transformers import (
 from trl.data.records import Completion
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import learns_prompt, sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder
+from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt
 
 
 class TransformersSampler:
@@ -52,7 +52,7 @@ class TransformersSampler:
         ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
-        with sampling_mode(self.model), _PlainConfig(base):
+        with eval_no_grad(self.model), _PlainConfig(base):
             for rows in self._batches(by_length, context):
                 self._generate(rows, stepper, encodes, device)
         return [[row.completion() for row in group] for group in groups]

@@ -13,6 +13,7 @@ from trl.legacy.collators import pad_to_length
 from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps
 from trl.losses.preference import PAIR_LOSSES, pair_options
+from trl.models.unwrap import is_encoder_decoder
 
 Encoded = dict[str, Ids]
 
@@ -190,7 +191,7 @@ def concatenated_forward(
     model: nn.Module, batch: Mapping[str, Any], label_pad_token_id: int = -100, padding_value: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` with one forward of both sides."""
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    encoder_decoder = is_encoder_decoder(model)
     device = next(model.parameters()).device
     joined = concatenated_inputs(batch, encoder_decoder, label_pad_token_id, padding_value, device)
     labels = joined["concatenated_labels"]

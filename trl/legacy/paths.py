@@ -37,18 +37,21 @@ MOVED: dict[str, tuple[str, ...]] = {
     "environment.stopping": ("generation.stopping",),
     "environment.tool_text": ("environment.tool_calls",),
     "environment.turn_loop": ("environment.episodes",),
+    "generation.choose": ("generation.local",),
+    "generation.sampling_mode": ("models.unwrap",),
     "losses.reference_free": ("losses.preference",),
     "losses.reward": ("losses.supervised",),
     "models.checkpoints": ("models.weight_files",),
-    "models.gradient_place": ("kernels.grad_in_place",),
-    "models.last_layer": ("kernels.last_layer",),
-    "models.layout": ("kernels.tree_layout",),
+    "models.gradient_place": ("kernels.step_memory", "kernels.layers"),
+    "models.last_layer": ("kernels.layers",),
+    "models.layout": ("kernels.tree_attention",),
     "models.linear_logprobs": ("kernels.head_tiles",),
-    "models.norms": ("kernels.norms",),
+    "models.norms": ("kernels.layers",),
     "models.onednn": ("kernels.onednn",),
-    "models.rotary": ("kernels.rotary",),
-    "models.stand_in": ("kernels.swapped_forward",),
+    "models.rotary": ("kernels.layers",),
+    "models.stand_in": ("kernels.layers",),
     "models.tree_attention": ("kernels.tree_attention",),
+    "models.wrapped": ("models.forward", "models.prepare"),
     "rewards.pairwise": ("rewards.named",),
     "trainer.ddpo_files": ("trainer.ddpo_setup",),
     "trainer.dpo_config": ("trainer.dpo_trainer", "trainer.pair_trainer"),
@@ -56,7 +59,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.environment_rollouts": ("rollout.episodes",),
     "trainer.eval_samples": ("trainer.pair_trainer",),
     "trainer.experience": ("rollout.measure",),
-    "trainer.heap": ("kernels.malloc",),
+    "trainer.heap": ("kernels.step_memory",),
     "trainer.kto_config": ("trainer.kto_trainer",),
     "trainer.ppo_checkpoint": ("trainer.checkpoints",),
     "trainer.ppo_generation": ("generation.plain_generate", "generation.stopping"),
@@ -75,7 +78,12 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 
-RENAMED: dict[str, str] = {"up_to_end": "until_end"}
+RENAMED: dict[str, str] = {
+    "base_model": "below_peft",
+    "only_at": "computed_at",
+    "stand_in": "swapped_forward",
+    "up_to_end": "until_end",
+}
 """old name in one of these modules -> today's name"""
 
 IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digits": "digits.modeling_digits"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl.generation.plain_generate import padded as padded
 from trl.generation.plain_generate import padded_pair
 from trl.legacy.core import logprobs_from_logits
-from trl.models.scoring import takes_positions
+from trl.models.unwrap import accepts
 
 
 def causal_inputs(queries: Sequence[Tensor], responses: Sequence[Tensor], pad: int, side: str) -> dict[str, Tensor]:
@@ -67,7 +67,9 @@ def forward_chunk(
     """(log-probabilities [B, L - 1], logits [B, L - 1, V], values [B, L - 1]) of padded inputs."""
     columns: dict[str, Any] = dict(inputs)
     attention = inputs["attention_mask"]
-    if not is_encoder_decoder and takes_positions(model):  # real tokens must not see how much padding is left of them
+    if not is_encoder_decoder and accepts(
+        model, "position_ids"
+    ):  # real tokens must not see how much padding is left of them
         columns["position_ids"] = (attention.cumsum(1) - attention) * attention
     logits, _, values = model(**columns)
     logits = logits[:, :-1] / temperature

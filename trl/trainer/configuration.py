@@ -12,7 +12,6 @@ import torch
 from transformers import TrainingArguments
 
 from trl.data.encode import TRUNCATION_MODES
-from trl.models.scoring import Path
 
 Config = TypeVar("Config", bound="PostTrainingConfig")
 
@@ -33,6 +32,11 @@ class PostTrainingConfig(TrainingArguments):
     """processes that tokenise the data"""
     evaluation_strategy: str | None = field(default=None)
     """older spelling of `eval_strategy`"""
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether every forward pass pads its rows."""
+        return False
 
     def __post_init__(self) -> None:
         if self.evaluation_strategy is not None:
@@ -186,12 +190,12 @@ class OfflineConfig(PostTrainingConfig):
         return self.max_tokens_per_microbatch
 
     def cuts_unasked(self) -> bool:
-        return self.path is None
+        return not self.pads_rows
 
     @property
-    def path(self) -> Path | None:
-        """How batches are scored: padded with NEFTune too, whose noise depends on the width of a row."""
-        return None if self.padding_free and self.neftune_noise_alpha is None else "padded"
+    def pads_rows(self) -> bool:
+        """Whether every forward pass pads its rows; with NEFTune too, whose noise depends on the width of a row."""
+        return not self.padding_free or self.neftune_noise_alpha is not None
 
 
 @dataclass

@@ -213,7 +213,7 @@ class DPOTrainer(PairTrainer):
 
     def _scored(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         packed = batch["packed"]
-        return self.sums(score(model, packed, path=self._path).logprobs_BT, packed.mask_BT)
+        return self.sums(score(model, packed).logprobs_BT, packed.mask_BT)
 
     def reference_sums(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         if self.args.reference_free:

@@ -22,10 +22,10 @@ from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll
+from trl.models.forward import rows_padded, within_forward
 from trl.models.prepare import is_peft_model
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
-from trl.models.wrapped import within_forward
 from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.update import leave_zeros, optimizer_step
@@ -176,16 +176,17 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         leave_zeros(self.model.parameters())
 
     def _update(self, pieces: list[dict[str, Any]]) -> None:
-        means = optimizer_step(
-            self.accelerator,
-            [self.model],
-            self.optimizer,
-            pieces,
-            lambda piece: within_forward(self.model, lambda inner: self.objective(inner, piece)),
-            self.count,
-            parameters=list(self.model.parameters()),
-            max_grad_norm=self.args.max_grad_norm or None,
-        )
+        with rows_padded(self.pads_rows):
+            means = optimizer_step(
+                self.accelerator,
+                [self.model],
+                self.optimizer,
+                pieces,
+                lambda piece: within_forward(self.model, lambda inner: self.objective(inner, piece)),
+                self.count,
+                parameters=list(self.model.parameters()),
+                max_grad_norm=self.args.max_grad_norm or None,
+            )
         self.lr_scheduler.step()
         self.state.global_step += 1
         self.record("loss", means["loss"])

@@ -17,7 +17,8 @@ from trl.data.records import Branch, TokenTree
 from trl.data.tokenize import tokenize
 from trl.losses.kto import UNPAIRED_LOSSES, mismatched_kl, unpaired_loss
 from trl.losses.loss_sum import LossSum
-from trl.models.scoring import quietly, score
+from trl.models.forward import eval_no_grad
+from trl.models.scoring import score
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, as_config, choose, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
@@ -142,7 +143,6 @@ class KTOTrainer(ObjectiveTrainer):
             **self._datasets(train_dataset, eval_dataset, tokenizer, config, model),
             **kwargs,
         )
-        self._path = config.path
         self.shift = RewardShift() if config.loss_type == "bco" else None
         self._columns = REFERENCE_COLUMNS if config.loss_type == "kto" else REFERENCE_COLUMNS[:1]
         self.reference = make_reference(self, ref_model, self._columns)
@@ -198,7 +198,7 @@ class KTOTrainer(ObjectiveTrainer):
         return batch["packed"].rows
 
     def _sums(self, model: nn.Module, packed: Any) -> Tensor:
-        return score(model, packed, path=self._path).logprobs_BT.sum(-1)
+        return score(model, packed).logprobs_BT.sum(-1)
 
     def _reference_sums(self, reference: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The reference's log-probabilities of each completion, and of the mismatched one. [B] each"""
@@ -226,7 +226,7 @@ class KTOTrainer(ObjectiveTrainer):
                     sums = self._reference_sums(reference, batch)
                 batch.update(zip(self._columns, sums, strict=True))
             if "mismatched" in batch:
-                with quietly(self.model):
+                with eval_no_grad(self.model):
                     log_ratio_B = self._sums(self.model, batch["mismatched"]) - batch[REFERENCE_COLUMNS[1]]
                 totals += torch.stack([log_ratio_B.sum(), log_ratio_B.new_tensor(len(log_ratio_B))])
         total, rows = self.accelerator.reduce(totals, "sum").unbind()

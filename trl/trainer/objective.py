@@ -19,12 +19,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.microbatches import BudgetCollator, unasked_budget
-from trl.kernels.grad_in_place import in_place
-from trl.kernels.malloc import kept_memory
+from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import LossSum
-from trl.models.scoring import quietly
+from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
-from trl.models.wrapped import within_forward
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 from trl.trainer.checkpoints import (
     Checkpoint,
@@ -95,6 +93,7 @@ class ObjectiveTrainer(Trainer):
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
         self._seal = SealCheckpoints()
         self.add_callback(self._seal)
+        self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
 
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""
@@ -179,7 +178,8 @@ class ObjectiveTrainer(Trainer):
         self.remove_callback(self._seal)
         self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
         try:
-            with kept_memory(self.args.device), in_place(self.args.device, self.args.world_size):
+            memory, gradients = kept_memory(self.args.device), in_place(self.args.device, self.args.world_size)
+            with memory, gradients, rows_padded(self.pads_rows):
                 return super().train(None if found is None else str(found.folder), *args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not isinstance(error, SafetensorError) and not is_disk_error(error):
@@ -232,7 +232,8 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        result = within_forward(model, lambda inner: self.objective(inner, inputs))
+        with rows_padded(self.pads_rows):
+            result = within_forward(model, lambda inner: self.objective(inner, inputs))
         self._tallies["train" if model.training else "eval"].add_loss(result)
         if num_items_in_batch is None:
             loss = result.mean
@@ -251,7 +252,7 @@ class ObjectiveTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), rows_padded(self.pads_rows):
             result, logits, labels = self.predictions(model, {**inputs})
         self._tallies["eval"].add_loss(result)
         return result.mean.detach(), *((None, None) if prediction_loss_only else (logits, labels))
@@ -260,7 +261,8 @@ class ObjectiveTrainer(Trainer):
         given = inspect.signature(super().evaluation_loop).bind(*args, **kwargs)
         given.apply_defaults()
         tally = self._tallies["eval"] = Tally(self.args.device)
-        with quietly(self.model) if self.is_in_train else nullcontext():  # the training flags come back
+        flags = eval_no_grad(self.model) if self.is_in_train else nullcontext()  # the training flags come back
+        with flags, rows_padded(self.pads_rows):
             output = super().evaluation_loop(*args, **kwargs)
         for name, value in tally.means(self.accelerator).items():
             # what `compute_metrics` gave stays, but a mean of batch means is no loss

@@ -24,10 +24,11 @@ from trl.losses.kto import mismatched_kl
 from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import check_pair_options, preference_loss
-from trl.models.head import log_collision, mean_logits, token_logprobs
+from trl.models.forward import eval_no_grad, in_head
+from trl.models.head import Head, log_collision, mean_logits, token_logprobs
 from trl.models.prepare import context_length
 from trl.models.reference import Reference
-from trl.models.scoring import quietly, score, scored_states
+from trl.models.scoring import score
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
@@ -142,7 +143,7 @@ class PairTrainer(ObjectiveTrainer):
             model_init=model_init,
             **kwargs,
         )
-        self._path, self._encoder_decoder = config.path, encoder_decoder
+        self._encoder_decoder = encoder_decoder
         self.losses, self._excess, self._weighs = config.losses(), config.excess_weight(), config.weighs_pairs()
         self.shift = RewardShift() if "bco_pair" in self.losses else None
         self.reference: Reference | None = None
@@ -174,8 +175,8 @@ class PairTrainer(ObjectiveTrainer):
         totals = torch.zeros(3, device=self.args.device)
         for batch in batches:
             batch["packed"] = packed = batch["packed"].to(self.args.device)
-            with quietly(self.model):
-                sums = self.sums(score(self.model, packed, path=self._path).logprobs_BT, packed.mask_BT)
+            with eval_no_grad(self.model):
+                sums = self.sums(score(self.model, packed).logprobs_BT, packed.mask_BT)
             pair = PairLogps(*sums, *self.reference_sums(batch))
             pairs = totals.new_tensor(self.count(batch))
             totals += torch.stack([pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), pairs])
@@ -215,17 +216,19 @@ class PairTrainer(ObjectiveTrainer):
             self._whole_step_kl([batch])
         packed = batch["packed"]
         mask_BT = packed.mask_BT
-        head, states_SD = scored_states(model, packed, self._path)
-        logprobs_BT = packed.spread(token_logprobs(head, states_SD, packed.target_S)[0])
+
+        def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
+            logprobs_S, _ = token_logprobs(head, states_SD, packed.target_S)
+            collision = [log_collision(head, states_SD)] if self._weighs else []
+            return [logprobs_S, mean_logits(head, states_SD.detach()), *collision]
+
+        logprobs_BT, logits_BT, *collision_BT = (packed.spread(numbers) for numbers in in_head(model, packed, measure))
         sums, tokens = self.sums(logprobs_BT, mask_BT), (mask_BT[0::2].sum(-1), mask_BT[1::2].sum(-1))
         pair = PairLogps(*sums, *self.reference_sums(batch), *tokens)
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B]))
-        weight_B = None
-        if self._weighs:
-            weight_B = _wpo(logprobs_BT, mask_BT, packed.spread(log_collision(head, states_SD)))
+        weight_B = _wpo(logprobs_BT, mask_BT, *collision_BT) if self._weighs else None
         result = preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
-        logits_BT = packed.spread(mean_logits(head, states_SD.detach()))
         for side, name in enumerate(("chosen", "rejected")):
             result.metrics[f"logits/{name}"] = (logits_BT[side::2].sum(), mask_BT[side::2].sum())
         return result, pair

@@ -20,16 +20,16 @@ from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, set_
 from trl.data.microbatches import unasked_budget
 from trl.generation.plain_generate import respond_at_lengths
 from trl.generation.stopping import end_tokens
-from trl.kernels.grad_in_place import in_place
-from trl.kernels.malloc import kept_memory
+from trl.kernels.step_memory import in_place, kept_memory
 from trl.legacy import ppo_padded
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
+from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
+from trl.models.prepare import equalise
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate
-from trl.models.wrapped import equalise
 from trl.rewards.named import RewardSource
 from trl.rollout.measure import (
     PACKED_TOKENS,
@@ -52,7 +52,7 @@ from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
 from trl.trainer.ppo_objective import terms
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
 from trl.trainer.tally import Tally
-from trl.trainer.update import leave_zeros, optimizer_step, without_dropout
+from trl.trainer.update import leave_zeros, optimizer_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -195,7 +195,7 @@ class PPOTrainer(BaseTrainer):
             return responses[0][None] if single else responses
 
         policy = below_accelerate(self.model)
-        with without_dropout(policy):
+        with eval_mode(policy, checkpointing=True):
             response = responses_of(policy)
         if not generate_ref_response:
             return response
@@ -226,7 +226,7 @@ class PPOTrainer(BaseTrainer):
         samples = samples_of(queries, responses, response_masks, start)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes)
-        with without_dropout(*self.actor.models), self.accelerator.autocast(), memory, gradients:
+        with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
             measured = self._measure(samples)
             clock.lap("forward_pass")
             penalty_BT = -self.kl_ctl.value * measured.kl_BT
@@ -388,7 +388,7 @@ class PPOTrainer(BaseTrainer):
         [B, L - 1], [B, L - 1, V], [B, L - 1], [B, L - 1]: position p is about token p + 1. Without dropout.
         """
         columns = []
-        with without_dropout(model):
+        with eval_mode(model, checkpointing=True):
             for start in range(0, len(queries), self.config.mini_batch_size):
                 rows = slice(start, start + self.config.mini_batch_size)
                 inputs = {name: column[rows] for name, column in model_inputs.items()}

@@ -132,7 +132,7 @@ class PRMTrainer(ObjectiveTrainer):
 
     def _logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Two logits for each labelled step. [steps, 2]"""
-        return scores_at(model, batch["packed"], batch["step_index"], batch["step_row"], self.args.path)
+        return scores_at(model, batch["packed"], batch["step_index"], batch["step_row"])
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         return stepwise_cross_entropy(self._logits(model, batch), batch["step_label"])

@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
+from trl.models.forward import eval_no_grad, rows_padded
 from trl.models.prepare import disable_dropout_in_model, is_peft_model, load_model
 from trl.models.reference import Reference
-from trl.models.scoring import quietly
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer
 
@@ -166,7 +166,7 @@ class ReferenceColumns:
                     "reference is kept: give them to the constructor, or a `ref_model`"
                 )
             model = self.trainer.model if reference is None else reference
-            with quietly(model):
+            with eval_no_grad(model), rows_padded(self.trainer.pads_rows):
                 columns = self._scored(model, dataset)
         for column, values in zip(self.names, columns, strict=True):
             dataset = dataset.add_column(column, values)

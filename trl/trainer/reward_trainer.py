@@ -140,7 +140,7 @@ class RewardTrainer(ObjectiveTrainer):
 
     def _rewards(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Rewards of chosen and rejected, [pairs, 2]."""
-        return rewards(model, batch["packed"], path=self.args.path).view(-1, 2)
+        return rewards(model, batch["packed"]).view(-1, 2)
 
     def _loss(self, rewards_P2: Tensor, batch: dict[str, Any]) -> LossSum:
         center = self.args.center_rewards_coefficient or 0.0

@@ -70,6 +70,10 @@ class RolloutConfig(PostTrainingConfig):
     def token_settings(self) -> dict[str, str | None]:
         return {"pad_token": self.pad_token}
 
+    @property
+    def pads_rows(self) -> bool:
+        return not self.padding_free
+
     def validate(self) -> None:
         super().validate()
         require(self, "use_vllm", not self.use_vllm, "vLLM is not supported yet; the local sampler needs no settings")

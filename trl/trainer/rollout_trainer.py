@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -22,6 +22,7 @@ from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
 from trl.losses.loss_sum import Aggregation, LossSum
+from trl.models.forward import rows_padded
 from trl.models.prepare import context_length, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
@@ -117,7 +118,6 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ValueError(
                 "the weights are sharded (FSDP, DeepSpeed ZeRO-3), and the sampler needs them whole: train with DDP"
             )
-        self._path: Literal["padded"] | None = None if config.padding_free else "padded"
         self.rollout_func, self.sampler = rollout_func, make_sampler(self.model, tokenizer)
         self.environment = played.prepare(self, reward_funcs)
         self.rewards: RolloutRewards | None = None
@@ -329,7 +329,8 @@ class RolloutTrainer(ObjectiveTrainer):
         for start in range(0, len(rollout), size):
             branches = [Branch(ids) for ids in rollout.completions[start : start + size]]
             packed = pack(prompt_trees(rollout.prompts[start : start + size], branches)).to(self.args.device)
-            pieces.append(score(model, packed, temperature=self.args.temperature, entropy=entropy, path=self._path))
+            with rows_padded(self.pads_rows):
+                pieces.append(score(model, packed, temperature=self.args.temperature, entropy=entropy))
 
         def joined(parts: list[Tensor]) -> Tensor:
             return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]).cpu()
@@ -346,7 +347,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
         budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
-        if budget is None or self._path is not None:
+        if budget is None or self.pads_rows:
             return self._collate(rows)
         return collated(self._collate, rows.in_pieces(budget))
 

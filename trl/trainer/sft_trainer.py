@@ -344,7 +344,7 @@ class SFTTrainer(ObjectiveTrainer):
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         packed = batch["packed"]
-        return LOSSES[self.args.loss_type](score(model, packed, path=self.args.path).logprobs_BT, packed.mask_BT)
+        return LOSSES[self.args.loss_type](score(model, packed).logprobs_BT, packed.mask_BT)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """The loss; with `compute_metrics` also the logits of all positions [B, L, V] and the labels [B, L]."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -13,19 +13,6 @@ from trl.losses.loss_sum import LossSum
 from trl.trainer.tally import Tally
 
 Piece = TypeVar("Piece")
-
-
-@contextmanager
-def without_dropout(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, but for layers that checkpoint their activations, which they do in training mode only."""
-    before = {module: module.training for model in models for module in model.modules()}
-    for module in before:
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def optimizer_step(
