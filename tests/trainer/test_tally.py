@@ -3,9 +3,11 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from conformity import build
 from process_group import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from transformers import TrainerCallback
 
 from trl.losses.loss_sum import LossSum
 from trl.trainer.tally import Tally
@@ -110,3 +112,29 @@ def test_an_optimizer_step_leaves_accelerate_as_it_is(accumulation):
     assert accelerator.gradient_accumulation_steps == accumulation
     assert (accelerator.step, dict(accelerator.gradient_state.plugin_kwargs)) == (steps, kept)
     assert accelerator.sync_gradients
+
+
+def test_training_metrics_come_with_the_log_of_training_steps(tmp_path):
+    """A user's log of a "loss" amid two logs of the loop took them before."""
+
+    class Logs(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                trainer.log({"loss": 7.0})
+
+    trainer = build("dpo-sigmoid", tmp_path, max_steps=2, logging_steps=2)
+    trainer.add_callback(Logs())
+    trainer.train()
+    users, loops, *_ = trainer.state.log_history
+    assert users["loss"] == 7.0
+    assert "rewards/margins" not in users
+    assert "rewards/margins" in loops
+
+
+def test_the_prefix_of_an_evaluation_by_its_place(tmp_path):
+    trainer = build("dpo-sigmoid", tmp_path)
+    loader = trainer.get_eval_dataloader()
+    by_place = trainer.evaluation_loop(loader, "x", None, None, "mine").metrics
+    by_name = trainer.evaluation_loop(loader, "x", metric_key_prefix="mine").metrics
+    assert by_place["mine_rewards/margins"] == by_name["mine_rewards/margins"]
+    assert "eval_rewards/margins" in trainer.evaluation_loop(loader, "x").metrics

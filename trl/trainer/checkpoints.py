@@ -302,7 +302,8 @@ def clean_up(output_dir: str | os.PathLike[str], prefix: str = PREFIX) -> None:
             else:
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(former, target)
-        for pattern in (f"{SAVING}*", f"*/{SAVING}*", f"{REMOVING}*"):
+        own = (f"{SAVING}*", f"{REMOVING}*", f"{prefix}*/{SAVING}*", f"rollouts/{SAVING}*")  # no other run's below
+        for pattern in own:
             for left in root.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True)
     processes.wait_for_everyone()
