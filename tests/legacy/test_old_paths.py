@@ -10,7 +10,20 @@ from trl.legacy.paths import MOVED
 
 MODULES = (Path(__file__).parent / "old_modules.txt").read_text(encoding="utf-8").splitlines()
 """`module: its public names`, as they were before the rooms `kernels`, `legacy`, `quickstart` and `rollout` existed"""
-GONE: dict[str, set[str]] = {}
+GONE: dict[str, set[str]] = {
+    "trl.data.mapping": {"map_rows"},  # a part of `tokenize`
+    "trl.trainer.eval_samples": {"log_samples", "random_prompts", "sampled_texts"},  # methods of PairTrainer now
+    "trl.trainer.ddpo_files": {"checkpoint_number", "latest_checkpoint"},
+    "trl.trainer.ppo_checkpoint": {
+        "find_checkpoint",
+        "fingerprint",
+        "load_state",
+        "restore",
+        "same_model",
+        "save_state",
+        "state_of",
+    },
+}
 """names of moved modules that nothing called and that nobody was told of"""
 
 

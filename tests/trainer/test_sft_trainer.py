@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from trl import DataCollatorForCompletionOnlyLM, SFTConfig, SFTTrainer
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.legacy.collators import ConstantLengthDataset
+from trl.legacy.constant_length import ConstantLengthDataset
 from trl.trainer.sft_trainer import PackingCollator
 
 pytestmark = pytest.mark.filterwarnings(
@@ -403,6 +403,16 @@ def test_eos_pad_and_template_of_the_config(tmp_path):
         trainer_of(config(tmp_path, eos_token="<nothing>"), processing_class=word_tokenizer())
     with pytest.raises(ValueError, match=r"chat_template_path=.*give a file"):
         trainer_of(config(tmp_path, chat_template_path=str(tmp_path / "none")), processing_class=word_tokenizer())
+
+
+def test_tokens_of_the_config_help_the_tokenizer_that_lacks_them(tmp_path):
+    bare = word_tokenizer()
+    bare.pad_token = bare.eos_token = None
+    with pytest.raises(ValueError, match="neither a pad token nor an EOS token"):
+        trainer_of(config(tmp_path), processing_class=bare)
+    trainer = trainer_of(config(tmp_path, eos_token="yes", pad_token="mat"), processing_class=bare)
+    assert trainer.train_dataset[0]["input_ids"][-1] == bare.convert_tokens_to_ids("yes")
+    assert bare.pad_token == "mat"
 
 
 def test_encoder_decoders_are_sent_elsewhere(tmp_path):

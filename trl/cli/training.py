@@ -8,40 +8,18 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from trl.cli.main import Training
+
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 OWN_KEYS = ("model", "data", "eval_data", "rewards", "lora_rank")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training command: which trainer, which config, and whether it is told what to reward."""
-
-    trainer: str
-    config: str
-    rewards: bool = False
-    task: str = "CAUSAL_LM"
-
-
-JOBS = {
-    "sft": Job("SFTTrainer", "SFTConfig"),
-    "reward": Job("RewardTrainer", "RewardConfig", task="SEQ_CLS"),
-    "prm": Job("PRMTrainer", "PRMConfig", task="TOKEN_CLS"),
-    "dpo": Job("DPOTrainer", "DPOConfig"),
-    "orpo": Job("ORPOTrainer", "ORPOConfig"),
-    "cpo": Job("CPOTrainer", "CPOConfig"),
-    "simpo": Job("SimPOTrainer", "SimPOConfig"),
-    "kto": Job("KTOTrainer", "KTOConfig"),
-    "grpo": Job("GRPOTrainer", "GRPOConfig", rewards=True),
-    "rloo": Job("RLOOTrainer", "RLOOConfig", rewards=True),
-}
 
 
 def rows_of(source: str, what: str) -> Any:
@@ -99,7 +77,7 @@ def _value(words: list[str], annotation: str) -> Any:
 
 
 def _plain(word: Any) -> Any:
-    """A word as JSON would read it (numbers, true, false, null, lists, objects), 1e-5 included; else itself."""
+    """A word read as JSON (a number such as 1e-5, true, false, null, a list, an object); else the word itself."""
     if not isinstance(word, str):
         return word
     try:
@@ -109,13 +87,15 @@ def _plain(word: Any) -> Any:
 
 
 def settings_of(config_class: type, given: dict[str, Any], words: Sequence[str]) -> Any:
-    """The config from YAML values and the line's; the line wins, and an unknown field is a ValueError."""
+    """The config from the YAML file and the command line, which wins; an unknown field is a ValueError."""
     types = {entry.name: str(entry.type) for entry in fields(config_class) if entry.init}
     from_yaml = {k: v if types.get(k) in ("str", "str | None") else _plain(v) for k, v in given.items()}
     values = {**from_yaml, **fields_on(words, config_class)}
     unknown = sorted(set(values) - set(types))
     if unknown:
-        raise ValueError(f"{unknown[0]}: {config_class.__name__} has no such field (`--fields` lists what there is)")
+        raise ValueError(
+            f"{unknown[0]}: {config_class.__name__} has no such field (`--fields` lists those that it has)"
+        )
     return config_class(**values)
 
 
@@ -155,8 +135,8 @@ def lora(rank: int, task: str) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
 
 
-def train(job: Job, config: Path | None, line: dict[str, Any], words: Sequence[str]) -> str:
-    """Run the job; the folder of the trained model."""
+def train(job: Training, config: Path | None, line: dict[str, Any], words: Sequence[str]) -> str:
+    """Run the job and return the folder of the trained model."""
     import yaml
 
     import trl
@@ -193,9 +173,8 @@ def train(job: Job, config: Path | None, line: dict[str, Any], words: Sequence[s
     return str(settings.output_dir)
 
 
-def command_of(name: str) -> Callable[..., None]:
-    """The command `trl NAME`."""
-    job = JOBS[name]
+def command_of(job: Training) -> Callable[..., None]:
+    """The function that runs the command; its parameters are the options, its docstring the help."""
 
     def command(
         context: typer.Context,
@@ -221,6 +200,3 @@ def command_of(name: str) -> Callable[..., None]:
 
     command.__doc__ = f"Train with {job.trainer}. Any field of {job.config} goes on the line: --learning_rate 1e-5."
     return command
-
-
-sft, reward, prm, dpo, orpo, cpo, simpo, kto, grpo, rloo = (command_of(name) for name in JOBS)

@@ -1,4 +1,4 @@
-"""Conversations to text by the tokenizer's chat template, and which characters of it the assistant says."""
+"""Renders conversations by the tokenizer's chat template, and finds the characters that the assistant says."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _LIKE_A_WEIGHT = re.compile(r"(^|_)(weight|train|training|trainable|learn|loss|m
 
 
 def without_nones(value: Any) -> Any:
-    """The value without dict entries that are None at any depth: Arrow fills them in where rows have different keys."""
+    """The value without dict entries that are None, at any depth: Arrow adds them where rows have different keys."""
     if isinstance(value, Mapping):
         return {k: without_nones(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):

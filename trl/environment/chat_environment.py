@@ -131,7 +131,7 @@ class ChatEnvironment:
             messages = _told(messages, own.reset(row))
         text = self.template.of_row(dict(row)).prompt(messages, self.schemas)
         (ids,) = self.encoder.encode([text])
-        history = TextHistory(text, torch.tensor(ids[self.encoder.drop_double_bos(ids) :]), system=True)
+        history = TextHistory(text, torch.tensor(self.encoder.without_double_bos(ids)), system=True)
         history.environment = own
         return _Talk(history, self.tools if own is None else {**self.tools, **own.tools})
 

@@ -1,6 +1,6 @@
-"""Old import paths: a module that has moved is still found under the name that it had before.
+"""Old import paths: a module that has moved can still be imported by its old name.
 
-Each such path opens a window: a module without code of its own, whose names are read from where they live now.
+At each old path stands a window: a module without code, which reads its names from the modules that have them today.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cli.stages": ("quickstart.stage_imitate_reward",),
     "data.collators": ("legacy.collators",),
     "data.constant_length": ("legacy.constant_length",),
-    "data.pairs": ("legacy.joint_pairs", "data.batches"),
+    "data.mapping": ("data.row_job", "data.tokenize"),
+    "data.pairs": ("legacy.dpo", "data.batches"),
+    "data.truncation": ("data.encode",),
     "environment.plain_generate": ("generation.plain_generate",),
     "environment.stopping": ("generation.stop_criteria",),
+    "losses.reference_free": ("losses.preference",),
+    "losses.reward": ("losses.supervised",),
+    "models.checkpoints": ("models.weight_files",),
     "models.gradient_place": ("kernels.grad_in_place",),
     "models.last_layer": ("kernels.last_layer",),
     "models.layout": ("kernels.tree_layout",),
@@ -39,20 +44,40 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.rotary": ("kernels.rotary",),
     "models.stand_in": ("kernels.swapped_forward",),
     "models.tree_attention": ("kernels.tree_attention",),
-    "trainer.dpo_padded": ("legacy.dpo_padded",),
+    "trainer.ddpo_files": ("trainer.ddpo_setup",),
+    "trainer.dpo_config": ("trainer.dpo_trainer", "trainer.pair_trainer"),
+    "trainer.dpo_padded": ("legacy.dpo",),
     "trainer.environment_rollouts": ("rollout.episodes",),
+    "trainer.eval_samples": ("trainer.pair_trainer",),
     "trainer.experience": ("rollout.measure",),
     "trainer.heap": ("kernels.malloc",),
+    "trainer.kto_config": ("trainer.kto_trainer",),
+    "trainer.ppo_checkpoint": ("trainer.checkpoints",),
     "trainer.ppo_padded": ("legacy.ppo_padded",),
+    "trainer.preference_config": ("trainer.configuration", "trainer.references"),
+    "trainer.prm_config": ("trainer.prm_trainer",),
     "trainer.prompt_stream": ("rollout.prompts",),
+    "trainer.reward_config": ("trainer.reward_trainer",),
+    "trainer.reward_shift": ("trainer.statistics",),
     "trainer.rollout_report": ("rollout.report",),
     "trainer.rollout_rewards": ("rollout.rewards",),
     "trainer.rollouts": ("rollout.loader",),
+    "trainer.sft_config": ("trainer.sft_trainer",),
+    "trainer.sft_data": ("trainer.sft_trainer",),
+    "trainer.training_configs": ("trainer.reward_trainer",),
+    "trainer.utils": (
+        "legacy.collators",
+        "legacy.constant_length",
+        "models.prepare",
+        "trainer.base",
+        "trainer.reward_trainer",
+        "trainer.statistics",
+    ),
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 
 RENAMED: dict[str, str] = {}
-"""a name in one of these modules before -> today"""
+"""old name in one of these modules -> today's name"""
 
 IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digits": "digits.modeling_digits"}
 """modules that a source checkout has in `examples/digits/` and an installed package lacks"""
@@ -66,7 +91,7 @@ class Window(ModuleType):
         self.__dict__["_homes"] = homes
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what inspects all modules loads none of them
+        if name.startswith("__"):  # code that inspects all modules must not load them
             raise AttributeError(name)
         for home in self._homes:
             found = _example(home, self.__name__) if home in IN_EXAMPLES.values() else importlib.import_module(home)

@@ -1,4 +1,4 @@
-"""The seed's padded tensors, for scripts that call the pieces of a PPO step themselves. `PPOTrainer.step` is packed.
+"""The padded tensors of release 0.7.7, for scripts that call the parts of a PPO step. `PPOTrainer.step` packs its rows.
 
 Shape letters: B rows, L tokens of the longest row (query and response), V vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from trl.core import logprobs_from_logits
+from trl.legacy.core import logprobs_from_logits
 from trl.models.scoring import takes_positions
 
 
@@ -55,7 +55,7 @@ def response_mask(
 ) -> Tensor:
     """1 where a position predicts a token of the response. [B, L - 1]
 
-    Position p predicts token p + 1. Encoder-decoders: from the second prediction on, as the seed has it.
+    Position p predicts token p + 1. Encoder-decoders: from the second prediction on, as in release 0.7.7.
     """
     mask_BL = torch.zeros_like(attention_BL[:, 1:])
     for row, (query, response) in enumerate(zip(queries, responses, strict=True)):

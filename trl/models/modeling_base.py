@@ -18,7 +18,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import WEIGHTS_NAME
 
 from trl.import_utils import is_npu_available, is_xpu_available
-from trl.models.checkpoints import HUB_ARGUMENTS, WEIGHT_FILES, belongs, holds_other_modules, read_modules, writing
 from trl.models.peft_support import (
     KBIT_ARGUMENTS,
     PEFT_ARCHITECTURES,
@@ -29,6 +28,7 @@ from trl.models.peft_support import (
     reward_head_weights,
 )
 from trl.models.prepare import load_model, modern_init_kwargs
+from trl.models.weight_files import HUB_ARGUMENTS, WEIGHT_FILES, belongs, holds_other_modules, read_modules, writing
 
 LAYER_PATTERNS = [
     "transformer.h.{layer}",

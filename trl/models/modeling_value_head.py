@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import WEIGHTS_NAME
 
-from trl.models.checkpoints import belongs
 from trl.models.modeling_base import PreTrainedModelWrapper
+from trl.models.weight_files import belongs
 
 
 class ValueHead(nn.Module):

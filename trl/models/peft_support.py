@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trl.import_utils import is_peft_available
-from trl.models.checkpoints import find_file
+from trl.models.weight_files import find_file
 
 if is_peft_available():
     from peft import (

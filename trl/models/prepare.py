@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from trl.import_utils import is_bitsandbytes_available
-from trl.models.checkpoints import HUB_ARGUMENTS
 from trl.models.peft_support import (
     find_adapter,
     is_peft_model,
@@ -23,6 +22,7 @@ from trl.models.peft_support import (
     wrap_peft,
 )
 from trl.models.unwrap import below_value_head
+from trl.models.weight_files import HUB_ARGUMENTS
 
 __all__ = [
     "activate_neftune",
@@ -38,6 +38,7 @@ __all__ = [
     "load_tokenizer",
     "neftune_post_forward_hook",
     "peft_module_casting_to_bf16",
+    "read_tokenizer",
     "wrap_peft",
 ]
 
@@ -122,6 +123,14 @@ def load_tokenizer(
     **kwargs: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, Hub name or object, with a padding token (`ensure_pad_token`)."""
+    tokenizer = read_tokenizer(name_or_tokenizer, **kwargs)
+    if padding_side is not None:
+        tokenizer.padding_side = padding_side
+    return ensure_pad_token(tokenizer)
+
+
+def read_tokenizer(name_or_tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase, **kwargs: Any) -> Any:
+    """The tokenizer of a folder, Hub name or object, as it is; `kwargs` go to `from_pretrained`."""
     tokenizer: Any = name_or_tokenizer
     if isinstance(name_or_tokenizer, str | os.PathLike):
         try:
@@ -134,9 +143,7 @@ def load_tokenizer(
             ) from error
     elif kwargs:
         raise ValueError(f"{', '.join(kwargs)} cannot change a tokenizer that is loaded already")
-    if padding_side is not None:
-        tokenizer.padding_side = padding_side
-    return ensure_pad_token(tokenizer)
+    return tokenizer
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl.data.microbatches import balanced_pieces
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch
-from trl.losses.advantages import generalized_advantages
+from trl.losses.advantages import generalized_advantages, whiten
 from trl.losses.kl import KL_PENALTIES, full
 from trl.losses.loss_sum import LossSum
 from trl.models.head import chunk_rows
@@ -206,9 +206,7 @@ def whitened(accelerator: Any, values_BT: Tensor, mask_BT: Tensor, shift_mean: b
     mean, variance, count = get_global_statistics(accelerator, values_BT, mask_BT, device=values_BT.device)
     if count < 1:
         raise ValueError("no token of the batch counts: all responses are empty or masked out")
-    unbiased = variance * count / (count - 1).clamp(min=1)
-    scaled = (values_BT - mean) * torch.rsqrt(unbiased + 1e-8)
-    return scaled if shift_mean else scaled + mean
+    return whiten(values_BT, (mean, variance, count), shift_mean=shift_mean)
 
 
 def steps_of(mask_BT: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fine-tuning a step at a time, on data that the caller brings."""
+"""Fine-tuning by single calls of `step`, on data that the caller brings."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
             self.evaluate(self.eval_dataset)
             self.model.train()
         if self.args.logging_strategy == "steps" and step % max(1, int(self.args.logging_steps)) == 0:
-            means = self._tallies["train"].means(self)
+            means = self._tallies["train"].means(self.accelerator)
             self.log({"loss": means.pop("loss"), "learning_rate": self.lr_scheduler.get_last_lr()[0]})
         if self.args.save_strategy == "steps" and step % max(1, int(self.args.save_steps)) == 0:
             self.save_model(f"{self.args.output_dir}/checkpoint-{step}")
@@ -246,7 +246,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         return nll(score(model, packed).logprobs_BT, packed.mask_BT)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
-        """Whole logits only where `compute_metrics` asks for them. [B, L, V] and labels [B, L]"""
+        """The loss; with `compute_metrics` also the logits of all positions [B, L, V] and the labels [B, L]."""
         result = self.objective(model, inputs)
         if self.compute_metrics is None:
             return result, None, None

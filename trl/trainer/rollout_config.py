@@ -67,6 +67,9 @@ class RolloutConfig(PostTrainingConfig):
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet"""
 
+    def token_settings(self) -> dict[str, str | None]:
+        return {"pad_token": self.pad_token}
+
     def validate(self) -> None:
         super().validate()
         require(self, "use_vllm", not self.use_vllm, "vLLM is not supported yet; the local sampler needs no settings")
@@ -93,6 +96,9 @@ class RolloutConfig(PostTrainingConfig):
             require(
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
             )
+
+    def fixed_fields(self) -> tuple[str, ...]:
+        return (*super().fixed_fields(), "num_generations", "num_iterations")
 
     @property
     def reshapes(self) -> bool:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from trl.data.encode import Limits
 from trl.data.microbatches import collated, unasked_budget
 from trl.data.packing import pack
+from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Branch, Rollout
-from trl.data.tokenize import tokenize_prompts
+from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
 from trl.losses.loss_sum import Aggregation, LossSum
@@ -79,11 +81,7 @@ class RolloutTrainer(ObjectiveTrainer):
         if isinstance(model, str):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
             model = load_model(model, AutoModelForCausalLM, config.model_init_kwargs)  # type: ignore[arg-type]
-        tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
-        if config.pad_token is not None:
-            if tokenizer.convert_tokens_to_ids(config.pad_token) in (None, tokenizer.unk_token_id):
-                raise ValueError(f"pad_token={config.pad_token!r}: not in the tokenizer's vocabulary; choose another")
-            tokenizer.pad_token = config.pad_token
+        tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model, config)
         model = prepare_model(
             model,
             config,
@@ -95,16 +93,15 @@ class RolloutTrainer(ObjectiveTrainer):
             init_kwargs={},
         )
 
+        job = PromptsJob(
+            tokenizer=tokenizer,
+            limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
+            template_kwargs=config.chat_template_kwargs,
+            context_length=context_length(model),
+        )
+
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_prompts(
-                dataset,
-                tokenizer,
-                max_prompt_length=config.max_prompt_length,
-                context_length=context_length(model),
-                template_kwargs=config.chat_template_kwargs,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
@@ -139,7 +136,7 @@ class RolloutTrainer(ObjectiveTrainer):
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = self.accelerator.prepare_model(given, evaluation_mode=True)
         reference = Reference(self.model, given)
-        if getattr(config, "sync_ref_model", False):
+        if config.moves_reference:
             if reference.frozen is None:
                 raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
             self.add_callback(SyncReference(reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
@@ -382,7 +379,7 @@ class RolloutTrainer(ObjectiveTrainer):
         """Collective: every rank's half-used rollout."""
         mine = [dict(vars(self.rollouts.state))]
         state: dict[str, Any] = {"rollouts": gather_object(mine) if self.args.world_size > 1 else mine}
-        if getattr(self.args, "sync_ref_model", False) and self.reference is not None and self.reference.frozen:
+        if self.args.moves_reference and self.reference is not None and self.reference.frozen:
             state["reference"] = self.reference.frozen.state_dict()
         return state
 
