@@ -313,6 +313,14 @@ def test_end_tokens_are_those_of_the_model_the_tokenizer_and_the_template() -> N
     assert learned(template, [user("hi"), assistant("yo"), user("hi"), assistant("yo")]) == ["yo<end_of_turn>"] * 2
 
 
+def test_end_tokens_of_a_model_that_the_tokenizer_does_not_know_end_nothing() -> None:
+    tokenizer = byte_tokenizer()
+    strangers = [tokenizer.convert_tokens_to_ids("y"), 50_256]  # a letter, and an id beyond the vocabulary
+    template = ChatTemplate(tokenizer, ends=strangers)
+    assert template.end_ids == {tokenizer.eos_token_id}
+    assert learned(template, [user("hi"), assistant("yo"), user("hi")]) == ["yo<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("style", "field", "printed"),
     [

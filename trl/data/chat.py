@@ -53,8 +53,8 @@ class Conversation(NamedTuple):
 class ChatTemplate:
     """Renders conversations.
 
-    `kwargs` go to the template. `ends`: ids of the model's end tokens, from its generation config; the tokenizer's EOS
-    and what the template prints after an assistant's turn end turns as well. `keep_nulls`: a None inside a tool call
+    `kwargs` go to the template. `ends`: ids of the model's end tokens (special ones), from its generation config; the
+    tokenizer's EOS and what the template prints after an assistant's turn end turns as well. `keep_nulls`: a None inside a tool call
     was said by the row; otherwise Arrow may have filled it in, and it is dropped.
     """
 
@@ -104,7 +104,8 @@ class ChatTemplate:
 
     @cached_property
     def _reader(self) -> Reader:
-        ends = [str(self.tokenizer.decode([end])) for end in self.ends]
+        known = self.tokenizer.added_tokens_decoder  # a model's end token that is none of the tokenizer's is left out
+        ends = [known[end].content for end in self.ends if end in known and known[end].special]
         ends.append(str(self.tokenizer.eos_token or ""))
         return Reader(self._raw, self._ready_alone, self._specials, ends)
 
@@ -116,9 +117,11 @@ class ChatTemplate:
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """The tokens that can end an assistant's turn, by the model, the tokenizer or the template."""
-        known = self.tokenizer.convert_tokens_to_ids([text for text in self.end_texts if text in self._specials])
+        known = {token.content: end for end, token in self.tokenizer.added_tokens_decoder.items()}
         eos = self.tokenizer.eos_token_id
-        return frozenset([*self.ends, *known, *([] if eos is None else [eos])])
+        return frozenset(
+            [known[text] for text in self.end_texts if text in known] + ([] if eos is None else [int(eos)])
+        )
 
     def needs_spelling(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
         """Whether there are tools or calls that the template does not know, so that we write them out."""
