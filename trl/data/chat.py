@@ -53,9 +53,9 @@ class Conversation(NamedTuple):
 class ChatTemplate:
     """Renders conversations.
 
-    `kwargs` go to the template. `ends`: ids of the model's end tokens (special ones), from its generation config; the
-    tokenizer's EOS and what the template prints after an assistant's turn end turns as well. `keep_nulls`: a None inside a tool call
-    was said by the row; otherwise Arrow may have filled it in, and it is dropped.
+    `kwargs` go to the template. `ends`: ids of the model's end tokens, from its generation config, of which the special
+    tokens count; the tokenizer's EOS and what the template prints after an assistant's turn end turns as well.
+    `keep_nulls`: a None inside a tool call was said by the row; otherwise Arrow may have filled it in, and it is dropped.
     """
 
     def __init__(
