@@ -171,7 +171,7 @@ def test_template_arguments_of_the_call_and_of_the_row() -> None:
 
 def test_split_shares_the_prompt_and_ends_at_the_stop_token() -> None:
     template = ChatTemplate(byte_tokenizer())
-    prompt, answers, rewritten, spans = template.split([USER], [[YO], [BYE]])
+    prompt, answers, spans, _, rewritten = template.split([USER], [[YO], [BYE]])
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert answers == ["yo<|im_end|>", "bye<|im_end|>"]
     assert spans == [[(0, 12)], [(0, 13)]]
@@ -181,7 +181,7 @@ def test_split_shares_the_prompt_and_ends_at_the_stop_token() -> None:
 def test_split_where_answers_do_not_continue_the_generation_prompt() -> None:
     plain = THINKING.replace("{{ '<think>\n\n</think>\n\n' + content }}", "{{ content }}")
     template = ChatTemplate(byte_tokenizer(plain))
-    prompt, answers, rewritten, _ = template.split([USER], [[{**YO, "content": "<b>"}], [BYE]])
+    prompt, answers, _, _, rewritten = template.split([USER], [[{**YO, "content": "<b>"}], [BYE]])
     assert prompt.endswith("<|im_start|>assistant\n")
     assert answers == ["<b><|im_end|>", "bye<|im_end|>"]
     assert rewritten
@@ -189,7 +189,7 @@ def test_split_where_answers_do_not_continue_the_generation_prompt() -> None:
 
 def test_split_continues_an_answer_that_the_prompt_begins() -> None:
     begun = {"role": "assistant", "content": "Sure, "}
-    prompt, answers, _, _ = ChatTemplate(byte_tokenizer()).split([USER, begun], [[YO]])
+    prompt, answers, *_ = ChatTemplate(byte_tokenizer()).split([USER, begun], [[YO]])
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nSure, "
     assert answers == ["yo<|im_end|>"]
 

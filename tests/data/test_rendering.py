@@ -89,7 +89,7 @@ def show(style: str) -> str:
             continue
         assert reading.text == template.render(messages, tools)
         lines.append(bracketed(reading.text, reading.spans()))
-        lines += [f"-- not printed: {what} ({count})" for what, count in sorted(reading.unprinted.items())]
+        lines += [f"-- not printed: {role}'s {name} ({n})" for (role, name), n in sorted(reading.unprinted.items())]
         lines += ["-- seen in another way when the model answers"] if reading.rewritten else []
     return "\n".join(lines) + "\n"
 
@@ -333,15 +333,15 @@ def test_end_tokens_of_a_model_that_the_tokenizer_does_not_know_end_nothing() ->
 )
 def test_fields_that_the_template_does_not_print_are_counted(style: str, field: str, printed: bool) -> None:
     reading = template_of(style).read([user("A tree?"), assistant("Oak.", **{field: "Hm, trees."})])
-    assert reading.unprinted == ({} if printed else {f"assistant's {field}": 1})
+    assert reading.unprinted == ({} if printed else {("assistant", field): 1})
     assert ("Hm, trees." in bracketed(reading.text, reading.spans())) == printed
 
 
 def test_tool_results_and_cut_thoughts_that_are_not_printed_are_counted() -> None:
     dialogue = [user("Rain?"), assistant(tool_calls=call()), told("no"), assistant("<think>\nHm\n</think>\n\nDry.")]
-    assert template_of("handwritten_phi3").read(dialogue).unprinted == {"tool's content": 1}
+    assert template_of("handwritten_phi3").read(dialogue).unprinted == {("tool", "content"): 1}
     reading = template_of("handwritten_deepseek").read([user("Rain?"), dialogue[-1], user("Sure?"), assistant("Yes.")])
-    assert reading.unprinted == {"assistant's content": 1}
+    assert reading.unprinted == {("assistant", "thoughts"): 1}
 
 
 def test_thinking_and_calls_in_one_turn() -> None:

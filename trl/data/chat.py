@@ -35,10 +35,12 @@ class Rendered(NamedTuple):
 
     prompt: str
     answers: list[str]
-    rewritten: bool
-    """when the model answers, it sees the prompt in another way than here"""
     spans: list[list[Span]]
     """for each answer its characters that the assistant says: not what tools or users do"""
+    readings: list[Reading]
+    """the whole conversations"""
+    rewritten: bool
+    """when the model answers, it sees earlier messages in another way than here"""
 
 
 class Conversation(NamedTuple):
@@ -46,8 +48,7 @@ class Conversation(NamedTuple):
 
     text: str
     spans: list[Span]
-    rewritten: bool
-    """when the model answers, it sees what stands before in another way than here"""
+    reading: Reading
 
 
 class ChatTemplate:
@@ -55,7 +56,7 @@ class ChatTemplate:
 
     `kwargs` go to the template. `ends`: ids of the model's end tokens, from its generation config, of which the special
     tokens count; the tokenizer's EOS and what the template prints after an assistant's turn end turns as well.
-    `keep_nulls`: a None inside a tool call was said by the row; otherwise Arrow may have filled it in, and it is dropped.
+    `keep_nulls`: a None inside a tool call was said by the row; otherwise Arrow may have added it and it is dropped.
     """
 
     def __init__(
@@ -175,11 +176,11 @@ class ChatTemplate:
         plain, known = self._ready(messages, tools)
         return self._raw(plain, known, open_turn, **kwargs)
 
-    def read(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Reading:
-        """The conversation's text and whose its characters are."""
+    def read(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, strict: bool = True) -> Reading:
+        """The conversation's text and whose its characters are; unless `strict`, no turns where that cannot be told."""
         met: Counter[str] = Counter()
         plain, known = self._ready(messages, tools, met)
-        reading = self._reader.read(plain, known, self._raw(plain, known))
+        reading = self._reader.read(plain, known, self._raw(plain, known), strict)
         reading.met, reading.spelled = met, self.needs_spelling(messages, tools)
         return reading.counted_from(len(plain) - len(messages))
 
@@ -217,7 +218,7 @@ class ChatTemplate:
             texts.append(self._reader.without_tail(text) if trim else text)
             said = reading.spans(i for i in range(first, len(messages)) if is_learned(messages[i]))
             spans.append([(max(start - cut, 0), min(end - cut, len(texts[-1]))) for start, end in said])
-        return Rendered(begun, texts, rewritten, spans)
+        return Rendered(begun, texts, spans, readings, rewritten)
 
     def _begin(
         self, reading: Reading, messages: Messages, first: int, prompt: Messages, tools: Sequence[Any] | None
@@ -249,18 +250,18 @@ class ChatTemplate:
         `weight: 0` are not among them.
         """
         learned = [i for i, m in enumerate(messages) if is_learned(m) and i >= first and m.get("role") == "assistant"]
-        by_marks = None
-        if re.search(r"\{%-?\s*generation\s*-?%\}", self._source):
-            by_marks = self._by_generation_marks(messages, tools)
-            if len(learned) == sum(m.get("role") == "assistant" for m in messages):
-                return by_marks
-        reading = self.read(messages, tools)
-        spans = reading.spans(learned)
-        if by_marks is not None:
-            spans = [(a, b) for a, b in by_marks.spans if any(start <= a < end for start, end in spans)]
-        return Conversation(reading.text, spans, reading.rewritten)
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", self._source):
+            reading = self.read(messages, tools)
+            return Conversation(reading.text, reading.spans(learned), reading)
+        every = len(learned) == sum(m.get("role") == "assistant" for m in messages)
+        reading = self.read(messages, tools, strict=not every)
+        marked = self._generation_marks(messages, tools)
+        wanted = reading.spans(learned)
+        spans = marked if every else [(a, b) for a, b in marked if any(start <= a < end for start, end in wanted)]
+        return Conversation(reading.text, spans, reading)
 
-    def _by_generation_marks(self, messages: Messages, tools: Sequence[Any] | None) -> Conversation:
+    def _generation_marks(self, messages: Messages, tools: Sequence[Any] | None) -> list[Span]:
+        """The spans inside the template's `{% generation %}` marks."""
         plain, known = self._ready(messages, tools)
         rendered: Any = render_jinja_template(  # annotated as text, gives texts and spans
             conversations=[plain],
@@ -269,8 +270,7 @@ class ChatTemplate:
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **self.kwargs},
         )
-        texts, spans = rendered
-        return Conversation(texts[0], [(int(start), int(end)) for start, end in spans[0]], rewritten=False)
+        return [(int(start), int(end)) for start, end in rendered[1][0]]
 
 
 def _joined(prompt: Messages, answer: Messages) -> Messages:

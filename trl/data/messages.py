@@ -19,9 +19,10 @@ PROBE_TOOL = "zqtool"
 PROBE_TOOLS = [{"type": "function", "function": {"name": PROBE_TOOL, "description": "Look.", "parameters": {}}}]
 """the tool that probes offer; Mistral's templates want call ids of nine letters"""
 
-_SPEAKERS = ("system", "developer", "user", "assistant")
-_DECODED = "arguments as JSON text"
-_JOINED = "lists of text parts"
+SPEAKERS = ("system", "developer", "user", "assistant")
+"""roles; any other tells what a tool has answered"""
+DECODED = "arguments as JSON text"
+JOINED = "lists of text parts"
 _WEIGHTS = ("weight", "train", "trainable", "training", "learn", "loss")
 """fields of a message that say whether it is learned (OpenAI, Mistral: weight; axolotl: train; ms-swift: loss)"""
 _LIKE_A_WEIGHT = re.compile(r"(^|_)(weight|train|training|trainable|learn|loss|mask|masked)($|_)", re.IGNORECASE)
@@ -157,7 +158,7 @@ class TemplateHabits:
             kind = own.get("type") or ("text" if "text" in own else type(part).__name__)
             if kind in ("text", "input_text", "output_text") and isinstance(own.get("text"), str):
                 texts.append(own["text"])
-            elif role in _SPEAKERS or own.get("type"):
+            elif role in SPEAKERS or own.get("type"):
                 raise ValueError(
                     f"message {index} has a part of kind {kind!r} in its content: only parts of kind 'text' can be "
                     "trained here"
@@ -166,7 +167,7 @@ class TemplateHabits:
                 return message["content"]  # a tool's result that is a list
         if self.reads_parts(role):
             return [{"type": "text", "text": text} for text in texts]
-        met[_JOINED] += 1
+        met[JOINED] += 1
         return "\n".join(texts)
 
 
@@ -191,7 +192,7 @@ def _decoded(call: Any, as_text: bool, keep_nulls: bool, met: Counter[str]) -> A
         except json.JSONDecodeError:
             return call
         if isinstance(parsed, dict):
-            met[_DECODED] += 1
+            met[DECODED] += 1
             return {**call, "arguments": parsed}
     elif as_text and arguments is not None and not isinstance(arguments, str):
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}

@@ -75,8 +75,8 @@ class Reading:
     turns: list[Turn]
     places: list[Place] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
-    unprinted: Counter[str] = field(default_factory=Counter)
-    """messages with a field that the template does not print, by field"""
+    unprinted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """messages with a field that the template does not print, by role and field; `thoughts`: those inside a content"""
     met: Counter[str] = field(default_factory=Counter)
     """what was decoded and joined before rendering"""
     rewritten: bool = False
@@ -453,11 +453,19 @@ class Reader:
 
     # --- one conversation ---------------------------------------------------------------------------------------------
 
-    def read(self, messages: Messages, tools: Sequence[Any] | None, text: str) -> Reading:
-        """Whose the characters of the text are, which is the rendering of the messages."""
+    def read(self, messages: Messages, tools: Sequence[Any] | None, text: str, strict: bool = True) -> Reading:
+        """Whose the characters of the text are, which is the rendering of the messages.
+
+        Where that cannot be told: ValueError, or a reading without turns unless it is `strict`.
+        """
         parts = parts_of(messages)
-        places = self.places(messages, tools, text, parts)
-        turns = self._turns(messages, parts, places, text)
+        try:
+            places = self.places(messages, tools, text, parts)
+            turns = self._turns(messages, parts, places, text)
+        except ValueError:
+            if strict:
+                raise
+            return Reading(text, [], rewritten=self._rewrites(messages, tools))
         rewritten = not all(turn.prompted for turn in turns) or self._rewrites(messages, tools)
         return Reading(text, turns, places, parts, _unprinted(messages, parts, places), rewritten=rewritten)
 
@@ -742,13 +750,13 @@ def _runs(parts: Sequence[Part], places: Sequence[Place]) -> list[tuple[int | No
     return runs
 
 
-def _unprinted(messages: Messages, parts: Sequence[Part], places: Sequence[Place]) -> Counter[str]:
+def _unprinted(messages: Messages, parts: Sequence[Part], places: Sequence[Place]) -> Counter[tuple[str, str]]:
     """Messages with a field of which something is not printed, by role and field."""
     printed = {place.part for place in places}
-    missing = {
-        (part.message, part.field) for i, part in enumerate(parts) if i not in printed and not _is_blank(part.text)
-    }
-    return Counter(f"{messages[message]['role']}'s {name}" for message, name in missing)
+    heard = {(parts[i].message, parts[i].field) for i in printed}
+    missing = {(p.message, p.field) for i, p in enumerate(parts) if i not in printed and not _is_blank(p.text)}
+    cut = {key for key in missing & heard if key[1] == "content"}  # one of several parts: what stands between tags
+    return Counter((str(messages[at]["role"]), "thoughts" if (at, name) in cut else name) for at, name in missing)
 
 
 def _is_blank(text: str) -> bool:
