@@ -10,6 +10,11 @@ def end_tokens(params: SamplingParams, model: Any, tokenizer: Any) -> tuple[int,
     """The tokens that end a completion: those asked for, or else the model's own and the tokenizer's."""
     if params.stop_token_ids is not None:
         return tuple(params.stop_token_ids)
+    return own_end_tokens(model, tokenizer)
+
+
+def own_end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The end tokens of a model, by its generation config or else its config, and the tokenizer's."""
     own = _listed(getattr(model, "generation_config", None)) or _listed(getattr(model, "config", None))
     return tuple(sorted({*own, *_listed(tokenizer)}))
 
