@@ -20,6 +20,7 @@ JOINED = CALLS.replace("ARGUMENTS", "{{ call.function.name + call.function.argum
 ITEMS = CALLS.replace(
     "ARGUMENTS", "{{ call.function.name }}{% for k, v in call.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}"
 )
+NAMELESS = CALLS.replace("ARGUMENTS", "{{ '' + call.function.arguments }}")
 PARTS_ONLY = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -50,15 +51,16 @@ def said(template: str | ChatTemplate, *messages: dict[str, Any], **options: Any
         (AS_TEXT, 'rain{"town": "Köln"}<|im_end|>'),
         (JOINED, 'rain{"town": "Köln"}<|im_end|>'),
         (ITEMS, "raintown=Köln;<|im_end|>"),
+        (NAMELESS, '{"town": "Köln"}<|im_end|>'),
         (CHATML, '<tool_call>\n{"name": "rain", "arguments": {"town": "Köln"}}\n</tool_call><|im_end|>'),
     ],
-    ids=["as JSON", "as text", "joined to text", "one by one", "spelled by us"],
+    ids=["as JSON", "as text", "joined to text", "one by one", "without the name", "spelled by us"],
 )
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
 def test_arguments_are_printed_once_whatever_the_row_gives(
     arguments: Any, template: str, expected: str, content: Any
 ) -> None:
-    if template in (AS_TEXT, JOINED) and isinstance(arguments, str) and "\\u" in arguments:
+    if template in (AS_TEXT, JOINED, NAMELESS) and isinstance(arguments, str) and "\\u" in arguments:
         expected = expected.replace("Köln", "K\\u00f6ln")  # a template that wants text gets the row's own
     assert said(template, USER, calling(arguments, **content)) == [expected]
 

@@ -116,8 +116,8 @@ class TemplateHabits:
         for as_text in (False, True):
             for content in contents:
                 text = self._try(self._probe(as_text, content))
-                printed = all(word in text for word in (PROBE_TOOL, "zqkey", "zqvalue")) and "{'" not in text
-                if printed and "None" not in text:
+                printed = "zqkey" in text and "zqvalue" in text
+                if printed and "{'" not in text and "None" not in text:
                     return as_text, content
         return False, {}
 
