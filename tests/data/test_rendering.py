@@ -184,7 +184,7 @@ SAID = st.lists(BITS, max_size=5).map("".join) | st.text(st.characters(exclude_c
 
 
 @pytest.mark.parametrize("style", PRINTED)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(SAID, SAID), min_size=1, max_size=4))
 @example([("hi", "hi"), ("hi", "hi")])
 @example([("", ""), ("", "")])
@@ -226,6 +226,42 @@ def test_thoughts_that_the_template_cuts_off_are_not_taken_for_the_answer(turns:
     if any(c >= "\U00100000" for m in messages for c in m["content"]):
         return
     reading = template_of("qwen3").read(messages)
+    assert [reading.text[a:b] for a, b in reading.spans()] == expected
+
+
+VALUES = st.recursive(
+    SAID | st.integers(-9, 9) | st.booleans(), lambda inner: st.dictionaries(SAID, inner, max_size=2), max_leaves=4
+)
+CALLED = {
+    "qwen3": '<tool_call>\n{"name": "rain", "arguments": ARGUMENTS}\n</tool_call><|im_end|>',
+    "handwritten_granite": '<|tool_call|>[{"name": "rain", "arguments": ARGUMENTS}]<|end_of_text|>',
+    "handwritten_lfm2": '<tool_call>\n{"name": "rain", "arguments": ARGUMENTS}\n</tool_call><|im_end|>',
+    "handwritten_llama3": '{"name": "rain", "parameters": ARGUMENTS}<|eot_id|>',
+    "handwritten_gpt_oss": " to=functions.rain<|channel|>commentary json<|message|>ARGUMENTS<|call|>",
+    "mistral_nemo": '[TOOL_CALLS][{"name": "rain", "arguments": ARGUMENTS, "id": "call00001"}]</s>',
+    "handwritten_deepseek": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>rain\n```json\nARGUMENTS\n```"
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>"
+    ),
+}
+
+
+@pytest.mark.parametrize("style", CALLED)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.dictionaries(SAID, VALUES, max_size=2), SAID), min_size=1, max_size=3), st.booleans())
+def test_exactly_the_calls_are_learned_whatever_is_in_them(
+    style: str, rounds: list[tuple[dict[str, Any], str]], as_text: bool
+) -> None:
+    messages, expected = [user("Rain?")], []
+    for arguments, result in rounds:
+        text = json.dumps(arguments, ensure_ascii=False)
+        if any(c >= "\U00100000" for c in text + result):
+            return
+        (one,) = call()
+        one = {**one, "function": {"name": "rain", "arguments": text if as_text else arguments}}
+        messages += [assistant(tool_calls=[one]), told(result)]
+        expected.append(CALLED[style].replace("ARGUMENTS", text))
+    reading = template_of(style).read(messages, TOOLS)
     assert [reading.text[a:b] for a, b in reading.spans()] == expected
 
 

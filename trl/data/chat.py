@@ -134,7 +134,7 @@ class ChatTemplate:
     ) -> tuple[Messages, list[Any] | None]:
         """Messages and tools as the template can print them; `met` counts what was changed."""
         plain = self._habits.ready(messages, Counter() if met is None else met, self.keep_nulls)
-        if self._habits.spells_calls:
+        if self._habits.spells_calls and any("tool_calls" in message for message in plain):
             plain = spell_calls(plain)
         if tools and self._habits.spells_tools:
             return spell_tools(plain, tools, with_calls=self._habits.spells_calls), None

@@ -137,7 +137,8 @@ class TemplateHabits:
         for index, message in enumerate(messages):
             new = {k: v for k, v in message.items() if v is not None and k not in _WEIGHTS}
             calls = new.pop("tool_calls", None)
-            new = new if keep_nulls else without_nones(new)
+            if not keep_nulls and not all(type(v) is str for v in new.values()):
+                new = without_nones(new)
             if isinstance(new.get("content"), list | tuple):
                 new["content"] = self._content(new, index, met)
             elif isinstance(new.get("content"), str) and self.wants_parts:

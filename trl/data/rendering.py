@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from trl.data.encode import Span, common_prefix
 from trl.data.messages import PROBE_ID, PROBE_TOOL, PROBE_TOOLS, Message, Messages, Render
 
+KEYS = "keys of tool_calls"
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 TEXT_FIELDS = (*THOUGHT_FIELDS, "refusal", "content")
 """fields of a message that hold what is said"""
@@ -129,7 +130,8 @@ def _visit(messages: Sequence[Message], visit: Callable[[int, str, str], str]) -
         if isinstance(value, str):
             return visit(index, "tool_calls", value)
         if isinstance(value, Mapping):
-            return {k: of_value(index, v) for k, v in value.items()}
+            keys = [visit(index, KEYS, key) if isinstance(key, str) else key for key in value]
+            return {key: of_value(index, v) for key, v in zip(keys, value.values(), strict=True)}
         return [of_value(index, v) for v in value] if isinstance(value, list | tuple) else value
 
     def of_call(index: int, call: Any) -> Any:
@@ -185,8 +187,11 @@ def parts_of(messages: Sequence[Message]) -> list[Part]:
     return parts
 
 
-def _marked(messages: Sequence[Message], with_blanks: bool) -> Messages:
-    """The messages with marks at the edges of each part, inside the blanks and tags that templates trim or look for."""
+def _marked(messages: Sequence[Message], blanks: bool = True, keys: bool = True) -> Messages:
+    """The messages with marks at the edges of each part, inside the blanks and tags that templates trim or look for.
+
+    `blanks`: empty contents are marked too; `keys`: the keys of arguments are, by which a template may sort.
+    """
     blank_at = {part.message: part.offset for part in parts_of(messages) if _is_blank(part.text)}
     count = 0
 
@@ -208,7 +213,9 @@ def _marked(messages: Sequence[Message], with_blanks: bool) -> Messages:
             count += 1
             if blank:
                 del blank_at[index]  # one mark will do
-                out.append(f"{piece}{first}{last}" if with_blanks else piece)
+                out.append(f"{piece}{first}{last}" if blanks else piece)
+            elif name == KEYS and not keys:
+                out.append(piece)
             else:
                 start, end = _core(piece)
                 out.append(f"{piece[:start]}{first}{piece[start:end]}{last}{piece[end:]}")
@@ -493,9 +500,9 @@ class Reader:
         self, messages: Messages, tools: Sequence[Any] | None, text: str, parts: Sequence[Part]
     ) -> list[Place] | None:
         """The places by a rendering with marks; None when the marks change what the template prints."""
-        for with_blanks in (True, False):
+        for blanks, keys in ((True, True), (False, True), (True, False), (False, False)):
             try:
-                rendering = self._render(_marked(messages, with_blanks), tools=tools)
+                rendering = self._render(_marked(messages, blanks, keys), tools=tools)
             except (_Unmarkable, ValueError):
                 continue
             plain, found = _unmarked(rendering, parts)
@@ -583,7 +590,7 @@ class Reader:
         try:
             ready = self._ready(messages)
             parts = parts_of(ready)
-            plain, found = _unmarked(self._render(_marked(ready, True), tools=tools, open_turn=open_turn), parts)
+            plain, found = _unmarked(self._render(_marked(ready), tools=tools, open_turn=open_turn), parts)
             if plain != self._render(ready, tools=tools, open_turn=open_turn):
                 return None
         except (ValueError, _Unmarkable):
@@ -754,7 +761,8 @@ def _unprinted(messages: Messages, parts: Sequence[Part], places: Sequence[Place
     """Messages with a field of which something is not printed, by role and field."""
     printed = {place.part for place in places}
     heard = {(parts[i].message, parts[i].field) for i in printed}
-    missing = {(p.message, p.field) for i, p in enumerate(parts) if i not in printed and not _is_blank(p.text)}
+    silent = [p for i, p in enumerate(parts) if i not in printed and p.field != KEYS and not _is_blank(p.text)]
+    missing = {(part.message, part.field) for part in silent}
     cut = {key for key in missing & heard if key[1] == "content"}  # one of several parts: what stands between tags
     return Counter((str(messages[at]["role"]), "thoughts" if (at, name) in cut else name) for at, name in missing)
 
