@@ -437,3 +437,11 @@ def test_saved_with_its_tokenizer(tmp_path):
     trainer = trainer_of(config(tmp_path))
     trainer.save_model(str(tmp_path / "saved"))
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "<eos>"
+
+
+def test_learning_tool_results_needs_completions_of_which_they_are_a_part(tmp_path):
+    for other in ({"assistant_only_loss": True}, {"completion_only_loss": False}):
+        with pytest.raises(
+            ValueError, match="learn_tool_results=True: it has no effect without the loss on completions"
+        ):
+            SFTConfig(output_dir=str(tmp_path), learn_tool_results=True, **other).validate()

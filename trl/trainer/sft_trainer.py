@@ -99,6 +99,8 @@ class SFTConfig(OfflineConfig):
         choose(self, "loss_type", LOSSES)
         choose(self, "packing_strategy", PACKING_STRATEGIES)
         require(self, "max_length", self.max_length is None or self.max_length > 1, "give a length > 1, or None")
+        parts = not self.assistant_only_loss and self.completion_only_loss is not False
+        refuse_unused(self, ("learn_tool_results",), parts, "the loss on completions alone")
         unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
         require(self, "dataset_kwargs", not unknown, f"choose among {list(DATASET_KWARGS)}")
         require(self, "dataset_batch_size", self.dataset_batch_size > 0, "give a number of rows > 0")
