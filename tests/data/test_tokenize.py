@@ -15,7 +15,7 @@ from tokenising import (
     tokenize_unpaired,
 )
 from tokenizers import processors
-from tokenizers_for_tests import CHATML, byte_tokenizer, metaspace_tokenizer, word_tokenizer
+from tokenizers_for_tests import CHATML, NO_GENERATION_PROMPT, byte_tokenizer, metaspace_tokenizer, word_tokenizer
 
 from trl.data.report import TokenizationReport
 from trl.data.supervised_rows import format_rows, supervised_row
@@ -221,8 +221,10 @@ def test_stop_tokens_that_are_never_learned_are_counted() -> None:
     rows = [{"input_ids": [5, 6, EOS], "labels": [5, 6, -100]}, {"input_ids": [5, 6]}, {"input_ids": [5, 6, EOS]}]
     report = report_of(rows)
     assert (report.stop_masked, report.missing_eos) == (1, 1)
-    # turns end with <|im_end|>, but this tokenizer's EOS is another
+    # this tokenizer's EOS is another, but the template ends turns with <|im_end|>, and that is learned
     tokenizer = byte_tokenizer(CHATML, eos="<|endoftext|>")
+    assert report_of([{"messages": [USER, YO]}], tokenizer, assistant_only_loss=True).missing_eos == 0
+    tokenizer = byte_tokenizer(NO_GENERATION_PROMPT)
     assert report_of([{"messages": [USER, YO]}], tokenizer, assistant_only_loss=True).missing_eos == 1
 
 

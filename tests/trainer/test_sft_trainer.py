@@ -478,3 +478,11 @@ def test_a_kept_gradient_is_never_overwritten(way, clipped, tmp_path):
     assert len(keeper.kept) == 3 * len(names)
     for name, kept, copy in keeper.kept:
         assert torch.equal(kept.flatten(), copy.flatten()), name
+
+
+def test_learning_tool_results_needs_completions_of_which_they_are_a_part(tmp_path):
+    for other in ({"assistant_only_loss": True}, {"completion_only_loss": False}):
+        with pytest.raises(
+            ValueError, match="learn_tool_results=True: it has no effect without the loss on completions"
+        ):
+            SFTConfig(output_dir=str(tmp_path), learn_tool_results=True, **other).validate()

@@ -134,6 +134,21 @@ class TextEncoder:
             continued.append(self.encode([text])[0] if merged else ids[len(anchor) :])
         return continued
 
+    def continuations_with_masks(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Ids, Ids]]:
+        """The ids of texts that continue another text, and masks as `encode_with_masks` makes them."""
+        continued = []
+        for ids, text, text_spans in zip(self.continuations(texts), texts, spans, strict=True):
+            if list(text_spans) == [(0, len(text))]:
+                continued.append((ids, [1] * len(ids)))
+                continue
+            anchor = self._anchor or ""
+            shifted = [(start + len(anchor), end + len(anchor)) for start, end in text_spans]
+            ((whole, mask),) = self.encode_with_masks([anchor + text], [shifted])
+            if whole[len(whole) - len(ids) :] != ids:  # the anchor merges with the text
+                ((whole, mask),) = self.encode_with_masks([text], [text_spans])
+            continued.append((ids, mask[len(mask) - len(ids) :]))
+        return continued
+
     def open_row(self, ids: Ids) -> tuple[Ids, bool]:
         """The ids with the tokens that open a row, and whether the ids began with them already."""
         if not self.head:

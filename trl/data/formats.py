@@ -154,7 +154,8 @@ def _to_chatml(message: Mapping[str, Any]) -> Row:
         return dict(message)
     role, value = str(message["from"]), message.get("value")
     if role != "function_call":
-        return {"role": _ROLES.get(role, role), "content": value}
+        kept = {key: own for key, own in message.items() if key not in ("from", "value")}  # `weight` is among them
+        return {**kept, "role": _ROLES.get(role, role), "content": value}
     try:
         calls = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:

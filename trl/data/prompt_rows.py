@@ -149,7 +149,7 @@ class _AnswersJob(_PromptJob):
         return ids + self.encoder.tail
 
     def _finish(self, one: Answered[Ids]) -> Made:
-        flags, eos = one.flags, self.encoder.eos_id
+        flags = one.flags
         before = len(one.prompt) + sum(map(len, one.answers))
         prompt, answers = self.limits.fit_answers(one.prompt, one.answers, self.pinned(one.prompt))
         if self.is_encoder_decoder and self.format.kind is not RowKind.TOKENIZED:
@@ -160,7 +160,7 @@ class _AnswersJob(_PromptJob):
             flags |= RowFlag.ANSWER_CUT if lost else RowFlag.UNLEARNED
         elif len(answers) == 2 and answers[0] == answers[1]:
             flags |= RowFlag.IDENTICAL
-        elif after >= before and self.add_eos and eos is not None and any(eos not in answer for answer in answers):
+        elif after >= before and self.add_eos and self.stops and any(map(self.stops.isdisjoint, answers)):
             flags |= RowFlag.MISSING_EOS
         columns = {"prompt_ids": prompt} | dict(zip((f"{a}_ids" for a in self.answers), answers, strict=True))
         flags |= RowFlag.TRUNCATED if after < before else flags
@@ -277,7 +277,7 @@ class PromptsJob(_PromptJob):
         if not self.format.conversational:
             return text_of(row, "prompt"), NO_FLAGS
         messages = messages_of(maybe_convert_to_chatml(row), "prompt")
-        tools, template = read_tools(row.get("tools")), self.template.of_row(row)
+        tools, template = read_tools(row.get("tools"), self.keep_nulls), self.template.of_row(row)
         spelled = RowFlag.SPELLED_TOOLS if template.needs_spelling(messages, tools) else NO_FLAGS
         return template.prompt(messages, tools), spelled
 

@@ -24,6 +24,11 @@ class RowFlag(IntFlag):
     REWRITTEN = 256
     IDENTICAL = 512
     SPELLED_TOOLS = 1024
+    UNPRINTED_THOUGHTS = 2048
+    UNPRINTED_RESULTS = 4096
+    UNPRINTED_TEXT = 8192
+    DECODED_ARGUMENTS = 16384
+    JOINED_PARTS = 32768
 
 
 NO_FLAGS = RowFlag(0)
@@ -38,6 +43,12 @@ _WORDS = {
     RowFlag.REWRITTEN: "rows have turns that the chat template renders in another way than it prompts for them",
     RowFlag.IDENTICAL: "pairs have the same chosen and rejected tokens, so they teach nothing",
     RowFlag.SPELLED_TOOLS: "rows have tools that the chat template does not know: they were spelled out as text",
+    RowFlag.UNPRINTED_THOUGHTS: "rows have reasoning that the chat template does not print",
+    RowFlag.UNPRINTED_RESULTS: "rows have results of tools that the chat template does not print",
+    RowFlag.UNPRINTED_TEXT: "rows have other contents (a system message, part of an answer) that the chat template "
+    "does not print",
+    RowFlag.DECODED_ARGUMENTS: "rows have arguments of tool calls as JSON text: they were decoded",
+    RowFlag.JOINED_PARTS: "rows have contents in parts: the chat template reads text only, so their texts were joined",
 }
 
 
@@ -62,6 +73,11 @@ class TokenizationReport:
     rewritten: int = 0
     identical: int = 0
     spelled_tools: int = 0
+    unprinted_thoughts: int = 0
+    unprinted_results: int = 0
+    unprinted_text: int = 0
+    decoded_arguments: int = 0
+    joined_parts: int = 0
     partial: bool = False
     """True when only the first rows of a stream were looked at"""
 

@@ -14,8 +14,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from datasets import List, Value
 
 from trl.data.chat import ChatTemplate, Messages, read_tools
-from trl.data.encode import Ids, Limits, TextEncoder
+from trl.data.encode import Ids, Limits, Span, TextEncoder
 from trl.data.formats import Format, RowKind, detect_format
+from trl.data.messages import DECODED, JOINED
+from trl.data.rendering import THOUGHT_FIELDS, Reading
 from trl.data.report import NO_FLAGS, RowFlag
 
 Row = dict[str, Any]
@@ -46,6 +48,8 @@ class Answered(Generic[Part]):
     prompt: Part
     answers: list[Part]
     flags: RowFlag = NO_FLAGS
+    said: list[list[Span]] = field(default_factory=list)
+    """of rendered answers the characters that the assistant says"""
 
 
 @contextmanager
@@ -110,12 +114,16 @@ class RowJob(ABC):
     limits: Limits = field(default_factory=Limits)
     add_bos: bool | None = None
     """None does as the tokenizer does, True puts BOS first wherever there is one, False never"""
+    ends: Sequence[int] = ()
+    """the model's end tokens, from its generation config"""
     template_kwargs: Mapping[str, Any] | None = None
     keep: Sequence[str] | None = ()
     """columns of the data set that stay beside the new ones; None: all"""
     format: Format = field(init=False)
     name: str = field(init=False, default="train")
     """which data set it is, for messages"""
+    keep_nulls: bool = field(init=False, default=False)
+    """the rows are a list, so a None in them was said: Arrow has filled in none"""
 
     accepts: ClassVar[tuple[RowKind, ...]]
     """formats that it reads, the preferred one first"""
@@ -139,12 +147,13 @@ class RowJob(ABC):
         """The data set, converted where that is needed, and a copy of this job for its format."""
         job = copy.copy(self)
         job.format, job.name = detect_format(dataset, self.accepts, tokenised=self.tokenised, name=name), name
+        job.keep_nulls = isinstance(dataset, list | tuple)
         return dataset, job
 
     def key(self) -> str:
         """Everything that the rows depend on, as text."""
         kwargs = sorted((self.template_kwargs or {}).items())
-        own = (type(self).__name__, self.format, self.limits, kwargs, self.options())
+        own = (type(self).__name__, self.format, self.limits, kwargs, tuple(self.ends), self.options())
         return repr(own) + self.encoder.fingerprint()
 
     @cached_property
@@ -153,7 +162,13 @@ class RowJob(ABC):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        return ChatTemplate(self.encoder.tokenizer, self.template_kwargs)
+        return ChatTemplate(self.encoder.tokenizer, self.template_kwargs, self.ends, self.keep_nulls)
+
+    @cached_property
+    def stops(self) -> frozenset[int]:
+        """The tokens of which a row should teach one: any that ends a turn, or EOS where rows are no conversations."""
+        eos = self.encoder.eos_id
+        return self.template.end_ids if self.format.conversational else frozenset([] if eos is None else [eos])
 
     def pinned(self, ids: Ids) -> int:
         """How many ids at the start stay when the start is cut: a BOS."""
@@ -167,11 +182,25 @@ class RowJob(ABC):
 
     def rendered(self, row: Row, prompt: Messages, answers: Sequence[Messages]) -> Answered[str]:
         """A prompt and its answers as the row's chat template renders them."""
-        tools, template = read_tools(row.get("tools")), self.template.of_row(row)
-        texts = template.split(prompt, answers, tools)
-        flags = RowFlag.REWRITTEN if texts.rewritten else NO_FLAGS
-        if any(map(says_nothing, answers)):
-            flags |= RowFlag.EMPTY_COMPLETION
-        if any(template.needs_spelling([*prompt, *answer], tools) for answer in answers):
-            flags |= RowFlag.SPELLED_TOOLS
-        return Answered(texts.prompt, texts.answers, flags)
+        tools = read_tools(row.get("tools"), self.keep_nulls)
+        texts = self.template.of_row(row).split(prompt, answers, tools)
+        flags = RowFlag.EMPTY_COMPLETION if any(map(says_nothing, answers)) else NO_FLAGS
+        flags |= RowFlag.REWRITTEN if texts.rewritten else flags
+        for reading in texts.readings:
+            flags |= flags_of(reading) & ~RowFlag.REWRITTEN
+        return Answered(texts.prompt, texts.answers, flags, texts.spans)
+
+
+def flags_of(reading: Reading) -> RowFlag:
+    """What happened to a conversation when it was rendered."""
+    flags = RowFlag.REWRITTEN if reading.rewritten else NO_FLAGS
+    flags |= RowFlag.SPELLED_TOOLS if reading.spelled else flags
+    flags |= RowFlag.DECODED_ARGUMENTS if reading.met[DECODED] else flags
+    flags |= RowFlag.JOINED_PARTS if reading.met[JOINED] else flags
+    for role, name in reading.unprinted:
+        if name in THOUGHT_FIELDS:
+            flags |= RowFlag.UNPRINTED_THOUGHTS
+        else:
+            told = role not in ("system", "developer", "user", "assistant")
+            flags |= RowFlag.UNPRINTED_RESULTS if told else RowFlag.UNPRINTED_TEXT
+    return flags

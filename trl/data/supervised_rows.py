@@ -21,6 +21,7 @@ from trl.data.row_job import (
     Row,
     RowJob,
     at_row,
+    flags_of,
     ids_of,
     list_of,
     messages_of,
@@ -127,6 +128,8 @@ class SupervisedJob(RowJob):
     """None learns only the completion where rows have one"""
     assistant_only_loss: bool = False
     """learn only what the assistant says in conversations, stop tokens included"""
+    learn_tool_results: bool = False
+    """learn all of a completion, what tools and users say in it too"""
     add_eos: bool = True
     add_special_tokens: bool = True
     formatting_func: Callable[[Any], Any] | None = None
@@ -140,6 +143,7 @@ class SupervisedJob(RowJob):
             self.text_field,
             self.completion_only_loss,
             self.assistant_only_loss,
+            self.learn_tool_results,
             self.add_eos,
             self.add_special_tokens,
         )
@@ -150,6 +154,7 @@ class SupervisedJob(RowJob):
             dataset = format_rows(dataset, self.formatting_func, name)
             job.text_field, job.formatting_func = "text", None
         job.format, job.name = detect_format(dataset, self.accepts, text_field=job.text_field, name=name), name
+        job.keep_nulls = isinstance(dataset, list | tuple)
         kind = job.format.kind
         if self.completion_only_loss and kind in (RowKind.TEXT, RowKind.MESSAGES):
             raise ValueError(
@@ -218,11 +223,13 @@ class SupervisedJob(RowJob):
             with at_row(index, self.name):
                 texts.append(self._texts_of(row))
         prompts = self.encoder.encode([one.prompt for one in texts])
-        answers = self.encoder.continuations([one.answers[0] for one in texts])
+        everything = self.completion_only_loss is False or self.learn_tool_results or not self.format.conversational
+        said = [[(0, len(one.answers[0]))] if everything else one.said[0] for one in texts]
+        answers = self.encoder.continuations_with_masks([one.answers[0] for one in texts], said)
         sequences = []
-        for prompt_ids, answer_ids, one in zip(prompts, answers, texts, strict=True):
+        for prompt_ids, (answer_ids, mask), one in zip(prompts, answers, texts, strict=True):
             sequence = _Sequence(prompt_ids, []) if self.format.conversational else self._opened(prompt_ids)
-            sequence.mask = [int(self.completion_only_loss is False)] * len(sequence.ids) + [1] * len(answer_ids)
+            sequence.mask = [int(self.completion_only_loss is False)] * len(sequence.ids) + mask
             sequence.ids = sequence.ids + answer_ids
             sequence.flags |= one.flags
             if not self.format.conversational:
@@ -235,16 +242,16 @@ class SupervisedJob(RowJob):
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
                 messages, first = self._messages(row)
-                tools = read_tools(row.get("tools"))
-                template = self.template.of_row(row)
-                flag = RowFlag.SPELLED_TOOLS if template.needs_spelling(messages, tools) else NO_FLAGS
-                flag |= RowFlag.EMPTY_COMPLETION if says_nothing(messages) else flag
+                tools, template = read_tools(row.get("tools"), self.keep_nulls), self.template.of_row(row)
                 if self.assistant_only_loss:
                     text, row_spans, reading = template.conversation(messages, tools, first)
-                    flag |= RowFlag.REWRITTEN if reading.rewritten else flag
                 else:
-                    text = template.render(messages, tools)
-                    row_spans = [(0, len(text))]
+                    reading = template.read(messages, tools, strict=False)
+                    text, row_spans = reading.text, [(0, len(reading.text))]
+                flag = flags_of(reading)
+                if not self.assistant_only_loss:
+                    flag &= ~RowFlag.REWRITTEN  # no turn is told apart
+                flag |= RowFlag.EMPTY_COMPLETION if says_nothing(messages) else flag
                 texts.append(text)
                 spans.append(row_spans)
                 flags.append(flag)
@@ -281,9 +288,8 @@ class SupervisedJob(RowJob):
         return Made({"input_ids": kept, "loss_mask": kept_mask}, flags, len(ids) - len(kept), len(kept), sum(kept_mask))
 
     def _stop_flag(self, ids: Ids, mask: Ids) -> RowFlag:
-        eos = self.encoder.eos_id
-        if eos is None or (not self.add_eos and not self.format.conversational):
+        if not self.stops or (not self.add_eos and not self.format.conversational):
             return NO_FLAGS
-        if any(m and i == eos for i, m in zip(ids, mask, strict=True)):
+        if any(m and i in self.stops for i, m in zip(ids, mask, strict=True)):
             return NO_FLAGS
-        return RowFlag.STOP_MASKED if eos in ids[1:] else RowFlag.MISSING_EOS
+        return RowFlag.MISSING_EOS if self.stops.isdisjoint(ids[1:]) else RowFlag.STOP_MASKED

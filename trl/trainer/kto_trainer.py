@@ -15,6 +15,7 @@ from trl.data.packing import pack
 from trl.data.prompt_rows import CompletionsJob
 from trl.data.records import Branch, TokenTree
 from trl.data.tokenize import tokenize
+from trl.generation.stopping import end_tokens
 from trl.losses.kto import UNPAIRED_LOSSES, mismatched_kl, unpaired_loss
 from trl.losses.loss_sum import LossSum
 from trl.models.forward import eval_no_grad
@@ -155,7 +156,11 @@ class KTOTrainer(ObjectiveTrainer):
         encoder_decoder = model is not None and is_encoder_decoder(model)
         limits = answer_limits(config, model, encoder_decoder)
         job = CompletionsJob(
-            tokenizer=tokenizer, limits=limits, keep=REFERENCE_COLUMNS, is_encoder_decoder=encoder_decoder
+            tokenizer=tokenizer,
+            limits=limits,
+            ends=end_tokens(model, tokenizer),
+            keep=REFERENCE_COLUMNS,
+            is_encoder_decoder=encoder_decoder,
         )
 
         def tokenised(dataset: Any, name: str) -> Any:

@@ -19,6 +19,7 @@ from trl.data.prompt_rows import PairsJob
 from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
+from trl.generation.stopping import end_tokens
 from trl.import_utils import is_wandb_available
 from trl.losses.kto import mismatched_kl
 from trl.losses.loss_sum import LossSum
@@ -128,7 +129,13 @@ class PairTrainer(ObjectiveTrainer):
         )
         encoder_decoder = encoder_decoder if model is None else is_encoder_decoder(model)
         limits = answer_limits(config, model, encoder_decoder)
-        job = PairsJob(tokenizer=tokenizer, limits=limits, add_bos=add_bos, is_encoder_decoder=encoder_decoder)
+        job = PairsJob(
+            tokenizer=tokenizer,
+            limits=limits,
+            add_bos=add_bos,
+            ends=end_tokens(model, tokenizer),
+            is_encoder_decoder=encoder_decoder,
+        )
 
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]

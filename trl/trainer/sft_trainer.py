@@ -18,6 +18,7 @@ from trl.data.packed_dataset import pack_dataset
 from trl.data.packing import pack
 from trl.data.supervised_rows import SupervisedJob, supervised_row
 from trl.data.tokenize import has_rows, tokenize
+from trl.generation.stopping import end_tokens
 from trl.legacy.collators import DataCollatorForCompletionOnlyLM
 from trl.legacy.constant_length import ConstantLengthDataset
 from trl.losses.loss_sum import LossSum
@@ -60,6 +61,8 @@ class SFTConfig(OfflineConfig):
     """learn the completion only; None: yes where rows have a prompt"""
     assistant_only_loss: bool = field(default=False)
     """learn the assistant's turns only (conversational rows)"""
+    learn_tool_results: bool = field(default=False)
+    """learn what tools and users say inside a completion too (conversational rows with a prompt)"""
     loss_type: str = field(default="nll")
     """nll, or dft (each token weighs its own probability)"""
     packing: bool = field(default=False)
@@ -99,6 +102,8 @@ class SFTConfig(OfflineConfig):
         choose(self, "loss_type", LOSSES)
         choose(self, "packing_strategy", PACKING_STRATEGIES)
         require(self, "max_length", self.max_length is None or self.max_length > 1, "give a length > 1, or None")
+        parts = not self.assistant_only_loss and self.completion_only_loss is not False
+        refuse_unused(self, ("learn_tool_results",), parts, "the loss on completions alone")
         unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
         require(self, "dataset_kwargs", not unknown, f"choose among {list(DATASET_KWARGS)}")
         require(self, "dataset_batch_size", self.dataset_batch_size > 0, "give a number of rows > 0")
@@ -111,7 +116,7 @@ class SFTConfig(OfflineConfig):
         refuse_unused(self, ("packing_strategy",), packs, "packing=True")
         stream = packs and self.packing_strategy == "constant_length"
         refuse_unused(self, ("num_of_sequences", "chars_per_token"), stream, "packing_strategy='constant_length'")
-        masks = ("completion_only_loss", "assistant_only_loss", "dataset_batch_size")
+        masks = ("completion_only_loss", "assistant_only_loss", "learn_tool_results", "dataset_batch_size")
         refuse_unused(self, masks, not stream, "another packing_strategy: constant_length learns all of a text stream")
         cuts = not packs or self.packing_strategy == "bfd" or not (self.packing and self.eval_packing in (None, True))
         refuse_unused(self, ("truncation_mode",), cuts, f"truncation: {self.packing_strategy} rows are never cut short")
@@ -127,6 +132,8 @@ class SupervisedData:
     """int, or None where rows are not packed"""
     formatting_func: Callable[..., Any] | None
     data_collator: Any
+    ends: Sequence[int]
+    """the model's end tokens"""
     unnamed: bool
     """whether the call has the older style and no `dataset_text_field`"""
     options: dict[str, Any] = field(init=False)
@@ -177,6 +184,8 @@ class SupervisedData:
             text_field=config.dataset_text_field,
             completion_only_loss=config.completion_only_loss,
             assistant_only_loss=config.assistant_only_loss,
+            learn_tool_results=config.learn_tool_results,
+            ends=self.ends,
             add_eos=closes,
             add_special_tokens=self.options["add_special_tokens"],
             formatting_func=self.formatting_func,
@@ -314,7 +323,13 @@ class SFTTrainer(ObjectiveTrainer):
         if older and max_seq_length is None:
             max_length = _default_length(tokenizer, max_length)
         data = SupervisedData(
-            tokenizer, config, max_length, formatting_func, data_collator, older and dataset_text_field is None
+            tokenizer,
+            config,
+            max_length,
+            formatting_func,
+            data_collator,
+            end_tokens(model, tokenizer),
+            unnamed=older and dataset_text_field is None,
         )
         super().__init__(
             model=model,
