@@ -94,6 +94,10 @@ SHOWN = {
     "chat_template_path": ("test_sft_trainer", "test_eos_pad_and_template_of_the_config"),
     "completion_only_loss": ("test_sft_trainer", "test_prompts_are_learned_only_when_asked_for"),
     "assistant_only_loss": ("test_sft_trainer", "test_assistant_turns_with_their_end"),
+    "learn_tool_results": (
+        "test_sft_trainer",
+        "test_tool_results_inside_a_completion_are_learned_only_when_asked_for",
+    ),
     "precompute_ref_log_probs": ("test_dpo_trainer", "test_precomputed_equals_live"),
     "precompute_ref_batch_size": ("test_dpo_trainer", "test_precomputed_equals_live"),
     "ref_model_init_kwargs": ("test_dpo_trainer", "test_a_reference_of_its_own_by_object_or_name"),

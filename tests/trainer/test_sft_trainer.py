@@ -80,6 +80,24 @@ def test_assistant_turns_with_their_end(tmp_path):
     assert np.isfinite(history(trainer, "loss")[0])
 
 
+def test_tool_results_inside_a_completion_are_learned_only_when_asked_for(tmp_path):
+    chat = byte_tokenizer()
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(chat), **size))
+    said = [("assistant", "I look."), ("tool", "no"), ("assistant", "Dry.")]
+    completion = [{"role": role, "content": text} for role, text in said]
+    rows = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": "Rain?"}]], "completion": [completion]})
+    texts_of = []
+    for asked in (False, True):
+        trainer = trainer_of(config(tmp_path, learn_tool_results=asked), rows, model, processing_class=chat)
+        texts_of.append(chat.decode([i for i in learned(trainer) if i is not None]))
+    told = "\n<|im_start|>tool\nno<|im_end|>\n<|im_start|>assistant\n"
+    assert texts_of == ["I look.<|im_end|>Dry.<|im_end|>", f"I look.<|im_end|>{told}Dry.<|im_end|>"]
+    for other in ({"assistant_only_loss": True}, {"completion_only_loss": False}):
+        with pytest.raises(ValueError, match="learn_tool_results=True: it has no effect without the loss on compl"):
+            config(tmp_path, learn_tool_results=True, **other)
+
+
 def test_tokenised_rows_keep_their_labels(tmp_path):
     rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, -100, 7]]})
     assert learned(trainer_of(config(tmp_path), rows)) == [None, None, 7]
@@ -478,11 +496,3 @@ def test_a_kept_gradient_is_never_overwritten(way, clipped, tmp_path):
     assert len(keeper.kept) == 3 * len(names)
     for name, kept, copy in keeper.kept:
         assert torch.equal(kept.flatten(), copy.flatten()), name
-
-
-def test_learning_tool_results_needs_completions_of_which_they_are_a_part(tmp_path):
-    for other in ({"assistant_only_loss": True}, {"completion_only_loss": False}):
-        with pytest.raises(
-            ValueError, match="learn_tool_results=True: it has no effect without the loss on completions"
-        ):
-            SFTConfig(output_dir=str(tmp_path), learn_tool_results=True, **other).validate()

@@ -14,10 +14,10 @@ from trl.models.unwrap import below_peft
 
 
 def end_tokens(model: Any, tokenizer: Any, asked: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The tokens that end a completion: those asked for; None: the model's own and the tokenizer's."""
+    """The tokens that end a completion: those asked for; None: those of the model, if any, and the tokenizer."""
     if asked is not None:
         return tuple(asked)
-    inner = below_peft(model)
+    inner = None if model is None else below_peft(model)
     own = _listed(getattr(inner, "generation_config", None)) or _listed(getattr(inner, "config", None))
     return tuple(sorted({*own, *_listed(tokenizer)}))
 
