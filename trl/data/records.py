@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Record = TypeVar("Record", bound="TensorRecord")
+Ids = Sequence[int] | Tensor
+"""token ids, or one number for each of them: a list or a 1-d tensor"""
 
 
 class TensorRecord:
@@ -32,8 +34,8 @@ class TensorRecord:
 class Branch:
     """One row of a batch: a token sequence that continues its tree's prompt."""
 
-    ids: Sequence[int]
-    scored: Sequence[int] | None = None
+    ids: Ids
+    scored: Ids | None = None
     """1 where the token's log-probability is wanted; None: all of them"""
 
 
@@ -41,7 +43,7 @@ class Branch:
 class TokenTree:
     """A prompt and the sequences that continue it: chosen/rejected, a group of G, or one text with an empty prompt."""
 
-    prompt: Sequence[int]
+    prompt: Ids
     branches: Sequence[Branch]
 
 
