@@ -115,9 +115,7 @@ def pack(trees: Iterable[TokenTree]) -> PackedBatch:
     ids_N = _flat(layout.parts)
     lengths = [len(branch.ids) for branch in layout.branches]
     row_C, slot_C = _places(lengths)  # C: the tokens of all branches
-    start_B, before_B, length_B = (
-        torch.tensor(x, dtype=torch.long) for x in (layout.starts, layout.befores, lengths)
-    )
+    start_B, before_B, length_B = (torch.tensor(x, dtype=torch.long) for x in (layout.starts, layout.befores, lengths))
     index_C = start_B[row_C] + slot_C
     predictor_C = torch.where(slot_C == 0, before_B[row_C], index_C - 1)
     scored_C = predictor_C >= 0

@@ -125,7 +125,7 @@ class Rollout:
     prompts: list[list[int]]
     completions: list[list[int]]
     logprobs: list[list[float]]
-    """of each completion token under the policy that sampled it; 0 where the token was not sampled"""
+    """of each completion token under the policy that sampled it; 0 where the token was not sampled; [] if unknown"""
     masks: list[list[int]]
     """1 = the policy sampled this token"""
     rewards: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The seed's padded tensors, for scripts that call the pieces of a PPO step themselves. `PPOTrainer.step` is packed.
+"""Padded tensors of release 0.7.7, for scripts that call the parts of a PPO step. `PPOTrainer.step` packs its rows.
 
 Shape letters: B rows, L tokens of the longest row (query and response), V vocabulary.
 """
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trl.core import logprobs_from_logits
 from trl.models.scoring import takes_positions
+from trl.rollout.experience import PolicyBatch
 
 
 def padded(rows: Sequence[Tensor], value: float, side: str) -> Tensor:
@@ -55,7 +56,7 @@ def response_mask(
 ) -> Tensor:
     """1 where a position predicts a token of the response. [B, L - 1]
 
-    Position p predicts token p + 1. Encoder-decoders: from the second prediction on, as the seed has it.
+    Position p predicts token p + 1. Encoder-decoders: from the second prediction on, as release 0.7.7 has it.
     """
     mask_BL = torch.zeros_like(attention_BL[:, 1:])
     for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
@@ -82,3 +83,29 @@ def forward_chunk(
     logits = logits[:, :-1] / temperature
     labels = inputs["decoder_input_ids" if is_encoder_decoder else "input_ids"][:, 1:]
     return logprobs_from_logits(logits, labels), logits, values[:, :-1]
+
+
+def as_batch(mask: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, returns: Tensor) -> PolicyBatch:
+    """Padded tensors as the record of a micro-batch; its tokens are nowhere, the model has run already. [B, T] each"""
+    nothing: Any = None
+    return PolicyBatch(
+        packed=nothing,
+        counted=mask.sum(),
+        mask_BT=mask,
+        old_logprobs_BT=old_logprobs,
+        advantages_BT=advantages,
+        values_BT=values,
+        returns_BT=returns,
+    )
+
+
+def show_tokens(tokenizer: Any, tokens: Tensor, masks: Tensor) -> None:
+    """Print tokens in two colours, by their mask."""
+    from rich import print as rich_print
+    from rich.text import Text
+
+    text = Text()
+    for token, mask in zip(tokens.tolist(), masks.tolist(), strict=True):
+        text.append(tokenizer.decode([token]), style="black on deep_sky_blue3" if mask else "black on cyan3")
+        text.append(" ")
+    rich_print(text)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trl.generation.choose import make_sampler
-from trl.generation.generate_kwargs import sampling_params
 from trl.legacy.ppo_padded import padded_pair
 from trl.models.unwrap import below_value_head
 
@@ -50,43 +48,3 @@ def generate_padded(
     if is_encoder_decoder:
         return [torch.cat([row[:1], up_to_end(row[1:], ends)]) for row in output]
     return [up_to_end(row, ends) for row in output[:, ids.shape[1] :]]
-
-
-def _chunks(queries: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
-    return [queries[start : start + size] for start in range(0, len(queries), size)]
-
-
-def respond(
-    model: Any, tokenizer: Any, queries: Sequence[Tensor], batch_size: int, kwargs: Mapping[str, Any]
-) -> list[Tensor]:
-    """A response to each query, `batch_size` at a time: by a sampler, or by `generate` for what no sampler can do."""
-    is_encoder_decoder = hasattr(model, "is_encoder_decoder")
-    params = None if is_encoder_decoder else sampling_params(model, kwargs)
-    if params is None:
-        parts = [
-            generate_padded(model, tokenizer, part, kwargs, is_encoder_decoder) for part in _chunks(queries, batch_size)
-        ]
-        return [response for part in parts for response in part]
-    sampler = make_sampler(model, tokenizer, max_rows=batch_size)
-    completions = sampler.sample([query.tolist() for query in queries], params)
-    return [
-        torch.tensor(group[0].ids, dtype=query.dtype, device=query.device)
-        for query, group in zip(queries, completions, strict=True)
-    ]
-
-
-def respond_at_lengths(
-    model: Any,
-    tokenizer: Any,
-    queries: Sequence[Tensor],
-    batch_size: int,
-    length_sampler: Callable[[], int] | None,
-    kwargs: Mapping[str, Any],
-) -> list[Tensor]:
-    """`respond`; a `length_sampler` draws `max_new_tokens` anew for every `batch_size` queries."""
-    if length_sampler is None:
-        return respond(model, tokenizer, queries, batch_size, kwargs)
-    responses: list[Tensor] = []
-    for part in _chunks(queries, batch_size):
-        responses += respond(model, tokenizer, part, batch_size, {**kwargs, "max_new_tokens": int(length_sampler())})
-    return responses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from trl.data.records import Rollout
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll
 from trl.models.scoring import score
-from trl.rollout.loader import Experience, PolicyBatch
+from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import require
-from trl.trainer.rollout_config import RewardedConfig
-from trl.trainer.rollout_trainer import RolloutTrainer
+from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
 
 
 @dataclass
@@ -44,17 +43,11 @@ class RAFTTrainer(RolloutTrainer):
     config_class = RAFTConfig
 
     def experience(
-        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+        self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
-        assert rewards is not None
         kept = best_rows(rewards.total_B(), self.args.num_generations, self.args.keep_best, self.args.min_reward)
-        experience = Experience(
-            prompts=rollout.prompts,
-            completions=rollout.completions,
-            masks=[m if keep else [0] * len(m) for m, keep in zip(rollout.masks, kept.tolist(), strict=True)],
-            logprobs=rollout.logprobs,
-            advantages=[[float(keep)] * len(ids) for keep, ids in zip(kept, rollout.completions, strict=True)],
-        )
+        experience = Experience.of(rollout, advantages=kept)
+        experience = replace(experience, mask_BT=experience.mask_BT * kept[:, None])
         self.record("kept_ratio", kept.float().sum(), len(kept))
         return experience, {"kept": kept.float().tolist()}
 
