@@ -10,7 +10,16 @@ from trl.legacy.paths import MOVED
 
 MODULES = (Path(__file__).parent / "old_modules.txt").read_text(encoding="utf-8").splitlines()
 """`module: its public names`, as they were before the rooms `kernels`, `legacy`, `quickstart` and `rollout` existed"""
-GONE: dict[str, set[str]] = {}
+GONE: dict[str, set[str]] = {
+    "trl.trainer.environment_rollouts": {"Played", "check_text_environment", "end_ids", "play"},
+    "trl.trainer.experience": {"Measured", "PPOBatch", "Sample", "pack_samples", "ppo_batch"},
+    "trl.trainer.ppo_environment": {"check_environment", "play"},
+    "trl.trainer.ppo_inputs": {"samples_of"},
+    "trl.trainer.ppo_loop": {"batches", "episodes", "prompt_of", "rollout", "run", "sampling_kwargs", "scores_of"},
+    "trl.trainer.ppo_objective": {"terms"},
+    "trl.trainer.ppo_setup": {"columns_of"},
+    "trl.trainer.rollouts": {"policy_batch", "prompt_trees"},
+}
 """names of moved modules that nothing called and that nobody was told of"""
 
 

@@ -13,7 +13,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import trl
 from trl.data.records import Rollout
+from trl.losses.loss_sum import LossSum
+from trl.models.scoring import score
 from trl.rewards.panel import RewardError
+from trl.rollout.experience import Experience
+from trl.trainer.on_policy import OnPolicyTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -97,8 +101,17 @@ def one_good_group(prompts, completions, **columns):
     return [sum(map(ord, text)) / 100 if prompt[0] in "af" else 1.0 for prompt, text in pairs]
 
 
-@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
-@pytest.mark.parametrize("settings", [{}, {"mask_truncated_completions": True, "max_completion_length": 12}])
+SKIPPING = [
+    ("GRPO", {}), ("GRPO", {"mask_truncated_completions": True, "max_completion_length": 12}),
+    ("GRPO", {"loss_type": "dr_grpo"}), ("GRPO", {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    ("GRPO", {"loss_type": "cispo"}), ("GRPO", {"loss_type": "sapo"}), ("GRPO", {"off_policy_mask_threshold": 0.1}),
+    ("GRPO", {"top_entropy_quantile": 0.5}), ("GRPO", {"advantage": "leave_one_out"}),
+    ("RLOO", {}), ("RLOO", {"mask_truncated_completions": True, "max_completion_length": 12}),
+]  # fmt: skip
+"""algorithms that do not compute rows without advantage"""
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), SKIPPING)
 def test_rows_that_cannot_matter_are_not_computed_and_the_gradient_is_the_same(
     algorithm, settings, tmp_path, monkeypatch
 ):
@@ -111,15 +124,82 @@ def test_rows_that_cannot_matter_are_not_computed_and_the_gradient_is_the_same(
         monkeypatch.setattr(
             trainer, "policy_objective", lambda m, b, i=inner, c=computed: c.append(b.packed.rows) or i(m, b)
         )
-        monkeypatch.setattr(trainer, "idle_rows_can_be_skipped", lambda s=skip: s)
-        if not skip:  # fully masked rows too
-            monkeypatch.setattr("trl.rollout.loader.any", lambda row: True, raising=False)
+        if not skip:
+            monkeypatch.setattr(trainer, "rows_with_gradient", lambda rows: torch.ones(len(rows)))
         trainer.train()
         monkeypatch.undo()
         seen[skip] = (sum(computed), history(trainer, "grad_norm")[0], trainer)
     assert seen[True][0] < seen[False][0] == 32
     assert seen[True][1] > 0
     assert seen[True][1] == pytest.approx(seen[False][1], rel=1e-5)
+
+
+def rows_of_experience(advantages):
+    """Rows of 1, 2, 3 and 4 tokens, the last one without a counted token."""
+    sizes = range(1, 5)
+    masks = [[int(n < 4)] * n for n in sizes]
+    rollout = Rollout([[1, 2]] * 4, [[2 + n] * n for n in sizes], [[-1.0] * n for n in sizes], masks)
+    return Experience.of(rollout, advantages=torch.tensor(advantages))
+
+
+def test_idle_and_masked_rows_are_counted_but_not_packed(tmp_path, monkeypatch):
+    trainer = make(tmp_path, max_completion_length=8)
+    collate, rows = trainer.rollouts.collate, rows_of_experience([0.0, 1.0, 0.0, 1.0])
+    assert collate(rows)["policy"].packed.rows == 1
+    for aggregation, count in (("token", 1 + 2 + 3), ("sequence", 3), ("constant", 4 * 8)):
+        trainer.aggregation = aggregation
+        assert collate(rows)["policy"].counted == count
+    idle = rows_of_experience([0.0] * 4)
+    assert collate(idle)["policy"].packed.rows == 0
+    monkeypatch.setattr(trainer, "least_rows", lambda: 1)  # as on several processes
+    assert collate(idle)["policy"].packed.rows == 1
+    monkeypatch.setattr(trainer, "zero_advantage_means_zero_gradient", lambda: False)
+    assert collate(idle)["policy"].packed.rows == 3
+
+
+def test_an_objective_learns_from_rows_without_advantage_unless_it_says_otherwise(tmp_path):
+    """The default of a new algorithm: nothing is left out. (Once it was, and an entropy bonus lost these rows.)"""
+
+    class Bonus(OnPolicyTrainer):
+        config_class = trl.RLOOConfig
+
+        def advantages(self, scores_BF, weights_F, kl_B):
+            return scores_BF[:, 0] - scores_BF[:, 0].mean()
+
+        def policy_objective(self, model, batch):
+            entropy_BT = score(model, batch.packed, entropy_gradient=True).entropy_BT
+            return LossSum(-entropy_BT.sum(), batch.mask_BT.sum())
+
+    settings = {"max_steps": 1, "max_completion_length": 6, "beta": 0.0, "logging_steps": 1}
+    trainer = Bonus(
+        causal_lm(), lambda completions, **_: [1.0] * len(completions), train_dataset=prompts(),
+        args=trl.RLOOConfig(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, **settings),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert history(trainer, "loss")[0] == pytest.approx(-4.6, abs=0.1)  # ln 100
+    assert history(trainer, "grad_norm")[0] > 0
+
+
+@pytest.mark.parametrize("settings", [{"entropy_coef": 0.5}, {"use_adaptive_entropy": True, "entropy_coef": 0.5}])
+def test_the_entropy_bonus_reaches_groups_of_equal_rewards(settings, tmp_path):
+    adaptive = {"entropy_target": 9.0} if "use_adaptive_entropy" in settings else {}
+    trainer = trained(
+        tmp_path, reward_funcs=lambda completions, **_: [1.0] * len(completions), max_steps=1, **settings, **adaptive
+    )
+    assert history(trainer, "loss")[0] == pytest.approx(-0.5 * 4.6, abs=0.05)
+    assert history(trainer, "grad_norm")[0] > 0
+
+
+def test_the_kl_in_the_loss_reaches_groups_of_equal_rewards(tmp_path):
+    arguments = {"ref_model": causal_lm(seed=1)}
+    rewards = {"reward_funcs": lambda completions, **_: [1.0] * len(completions), "arguments": arguments}
+    trainer = trained(tmp_path / "loss", max_steps=1, beta=0.5, **rewards)
+    assert history(trainer, "grad_norm")[0] > 0
+    rewards["arguments"] = {"ref_model": causal_lm(seed=1)}
+    assert not make(tmp_path / "loss", beta=0.5, **rewards).zero_advantage_means_zero_gradient()
+    rewards["arguments"] = {"ref_model": causal_lm(seed=1)}
+    assert make(tmp_path / "reward", beta=0.5, kl_placement="reward", **rewards).zero_advantage_means_zero_gradient()
 
 
 def test_nothing_to_learn_changes_nothing(tmp_path):
@@ -320,8 +400,8 @@ def test_dynamic_sampling_stops_at_its_cap(tmp_path):
     never = {"reward_funcs": lambda completions, **_: [0.0] * len(completions), "max_steps": 1}
     trainer = make(tmp_path, dynamic_sampling=True, dynamic_sampling_max_rounds=3, **never)
     calls = []
-    inner = trainer.sampler.sample
-    trainer.sampler.sample = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+    inner = trainer.source.draw
+    trainer.source.draw = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
     trainer.train()
     assert len(calls) == 3
     assert trainer.rollouts.state.position == 6

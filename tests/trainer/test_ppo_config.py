@@ -5,7 +5,7 @@ import sys
 import pytest
 import tyro
 
-from trl.trainer.ppo_config import PPOConfig
+from trl import PPOConfig
 
 SEED_DEFAULTS = {
     "seed": 0, "log_with": None, "task_name": None, "model_name": None, "query_dataset": None, "reward_model": None,

@@ -47,7 +47,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.ppo_padded": ("legacy.ppo_padded",),
     "trainer.prompt_stream": ("rollout.prompts",),
     "trainer.rollout_report": ("rollout.report",),
-    "trainer.rollout_rewards": ("rollout.rewards",),
+    "trainer.rollout_rewards": ("rollout.rewards", "rollout.collector"),
     "trainer.grpo_config": ("trainer.grpo_trainer", "trainer.rloo_trainer", "trainer.on_policy"),
     "trainer.ppo_config": ("trainer.ppo_trainer",),
     "trainer.ppo_environment": ("trainer.ppo_trainer",),
