@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import trl
 from trl.data.records import Rollout
 from trl.losses.loss_sum import LossSum
+from trl.losses.policy import clipped_surrogate
 from trl.models.scoring import score
 from trl.rewards.panel import RewardError
 from trl.rollout.experience import Experience
@@ -79,6 +80,58 @@ def test_a_model_that_is_not_the_one_that_sampled_is_noticed(tmp_path):
 
     with pytest.raises(RuntimeError, match="at the first update the ratio is"):
         trained(tmp_path, arguments={"callbacks": [Meddler()]})
+
+
+@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
+def test_coarse_arithmetic_has_coarser_bounds(algorithm, tmp_path, monkeypatch):
+    """With TF32 the sampler's numbers differ visibly from the trainer's; that must not end a run."""
+
+    class Rounding(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(1.002)
+
+    def run(folder):
+        return trained(tmp_path / folder, algorithm=algorithm, arguments={"callbacks": [Rounding()]}, max_steps=1)
+
+    with pytest.raises(RuntimeError, match="at the first update the ratio is"):
+        run("exact")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # TF32
+    assert history(run("coarse"), "approx_kl")[0] > 1e-8
+
+
+def test_half_precision_is_checked_too(tmp_path):
+    class Meddler(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(3)
+
+    assert history(trained(tmp_path / "a", bf16=True, use_cpu=True, max_steps=1), "ratio")[0] == pytest.approx(
+        1.0, abs=0.02
+    )
+    with pytest.raises(RuntimeError, match="at the first update the ratio is"):
+        trained(tmp_path / "b", bf16=True, use_cpu=True, max_steps=1, arguments={"callbacks": [Meddler()]})
+
+
+def test_every_objective_is_checked(tmp_path):
+    """Also one that a stranger wrote: the base looks at its metrics."""
+
+    class Meddler(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(1.1)
+
+    class Plain(trl.RLOOTrainer):
+        def policy_objective(self, model, batch):
+            logprobs_BT = score(model, batch.packed).logprobs_BT
+            return clipped_surrogate(logprobs_BT, batch.old_logprobs_BT, batch.advantages_BT, batch.mask_BT)
+
+    trainer = Plain(
+        causal_lm(), early_letters, trl.RLOOConfig(output_dir=str(tmp_path), report_to="none", max_completion_length=6),
+        prompts(), processing_class=tokenizer(), callbacks=[Meddler()],
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="at the first update the ratio is"):
+        trainer.train()
 
 
 def with_dropout():

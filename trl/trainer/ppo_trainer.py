@@ -393,28 +393,38 @@ class PPOTrainer(BaseTrainer):
             generation_kwargs.setdefault("temperature", self.config.temperature)
         queries = [query.to(self.current_device) for query in queries]
 
+        policy = below_accelerate(self.model)
+
         def responses_of(model: Any) -> Any:
-            responses: list[Tensor] = []
-            size = len(queries) if length_sampler is None else batch_size
-            for start in range(0, len(queries), size):
-                part, kwargs = queries[start : start + size], generation_kwargs
-                if length_sampler is not None:
-                    kwargs = {**kwargs, "max_new_tokens": int(length_sampler())}
-                rollout = self._source(model, kwargs, batch_size).draw(
-                    [{"prompt_ids": query.tolist()} for query in part]
-                )
-                responses += [query.new_tensor(ids) for query, ids in zip(part, rollout.completions, strict=True)]
+            responses = self._respond(model, queries, batch_size, length_sampler, generation_kwargs)
             if return_prompt and not self.is_encoder_decoder:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0][None] if single else responses
 
-        policy = below_accelerate(self.model)
         with without_dropout(policy):
             response = responses_of(policy)
         if not generate_ref_response:
             return response
         with self.reference.model() as reference:
             return response, responses_of(below_accelerate(reference or policy))
+
+    def _respond(
+        self,
+        model: Any,
+        queries: Sequence[Tensor],
+        batch_size: int,
+        length_sampler: Callable[[], int] | None,
+        kwargs: Mapping[str, Any],
+    ) -> list[Tensor]:
+        """A response to each query; a `length_sampler` draws the length for every `batch_size` queries anew."""
+        responses: list[Tensor] = []
+        size = len(queries) if length_sampler is None else batch_size
+        for start in range(0, len(queries), size):
+            part = queries[start : start + size]
+            own = kwargs if length_sampler is None else {**kwargs, "max_new_tokens": int(length_sampler())}
+            rollout = self._source(model, own, batch_size).draw([{"prompt_ids": query.tolist()} for query in part])
+            responses += [query.new_tensor(ids) for query, ids in zip(part, rollout.completions, strict=True)]
+        return responses
 
     def _source(self, model: Any, kwargs: Mapping[str, Any], max_rows: int) -> Source:
         """A sampler, or the model's `generate` for keywords that no sampler knows."""

@@ -209,6 +209,14 @@ class RewardedConfig(RolloutConfig):
         return self.dynamic_sampling_max_rounds if self.dynamic_sampling else 1
 
 
+def _set_pad_token(tokenizer: Any, pad_token: str | None) -> None:
+    if pad_token is None:
+        return
+    if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
+        raise ValueError(f"pad_token={pad_token!r}: not in the tokenizer's vocabulary; choose another")
+    tokenizer.pad_token = pad_token
+
+
 RolloutFunction = Callable[[list[dict[str, Any]], Any], Rollout]
 """`(a row of the data set per completion, trainer) -> Rollout`, for environments and other engines"""
 
@@ -261,10 +269,7 @@ class RolloutTrainer(ObjectiveTrainer):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
             model = load_model(model, AutoModelForCausalLM, config.model_init_kwargs)  # type: ignore[arg-type]
         tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
-        if config.pad_token is not None:
-            if tokenizer.convert_tokens_to_ids(config.pad_token) in (None, tokenizer.unk_token_id):
-                raise ValueError(f"pad_token={config.pad_token!r}: not in the tokenizer's vocabulary; choose another")
-            tokenizer.pad_token = config.pad_token
+        _set_pad_token(tokenizer, config.pad_token)
         model = prepare_model(
             model,
             config,
@@ -303,24 +308,30 @@ class RolloutTrainer(ObjectiveTrainer):
             )
         self._path: Literal["padded"] | None = None if config.padding_free else "padded"
         self.sampler = make_sampler(self.model, tokenizer)
-        self.environment, self.rollout_func = environment, rollout_func
-        if environment is not None:
-            self.environment = environment_for_policy(
-                environment,
-                tokenizer,
-                end_tokens(self.sampling_params(0), below_peft(self.model), tokenizer),
-                reward_funcs=reward_funcs,
-                needs_rewards=self.needs_rewards,
-                max_prompt_length=config.max_prompt_length,
-            )
+        self.environment = None if environment is None else self._ready(environment, reward_funcs)
+        self.rollout_func = rollout_func
         self.source = self.make_source()
         self.rewards = self._rewards(reward_funcs, reward_processing_classes) if self.needs_rewards else None
         self.reference: Reference | None = None
         self.collector = self._collector(shape)
-        prompts = shape.rows // config.num_generations * self.args.world_size
-        length = -(-len(self.train_dataset) // prompts) * shape.passes
-        self.rollouts = RolloutLoader(self._make_experience, self._in_passes, shape, length)
+        self.rollouts = self._loader(shape)
         self._before_first_update, self._checks_ratio = True, False
+
+    def _ready(self, environment: Any, reward_funcs: Any) -> Any:
+        """The environment with what it needs to play; ValueError for arguments that do not go together."""
+        return environment_for_policy(
+            environment,
+            self.processing_class,
+            end_tokens(self.sampling_params(0), below_peft(self.model), self.processing_class),
+            reward_funcs=reward_funcs,
+            needs_rewards=self.needs_rewards,
+            max_prompt_length=self.args.max_prompt_length,
+        )
+
+    def _loader(self, shape: RolloutShape) -> RolloutLoader:
+        prompts = shape.rows // shape.num_generations * self.args.world_size
+        length = -(-len(self.train_dataset) // prompts) * shape.passes
+        return RolloutLoader(self._make_experience, self._in_passes, shape, length)
 
     def make_source(self) -> Source:
         """What completes the prompts: the environment, the user's function or the sampler."""
