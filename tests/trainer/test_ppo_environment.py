@@ -98,6 +98,14 @@ def test_the_first_pass_over_a_batch_has_ratio_one(make):
         assert torch.as_tensor(ratio) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_turns_are_sampled_at_the_temperature_that_scores_them(make):
+    assert make(talkative(), temperature=0.5).source.params(None).temperature == 0.5
+    ratios = []
+    trainer = make(talkative(), temperature=0.5, ppo_epochs=1, steps=4)
+    trainer.train(callback=lambda step, stats, batch: ratios.append(stats["ppo/policy/ratio"]))
+    assert torch.as_tensor(ratios[0]) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_reward_functions_read_the_episodes(make):
     seen = {}
 

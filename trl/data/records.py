@@ -1,4 +1,4 @@
-"""The records that flow through the house: token trees, packed batches and rollouts.
+"""The records that modules hand to each other: token trees, packed batches, completions and rollouts.
 
 Shape letters: B rows, T scored positions of the longest row, N packed tokens, S scored tokens.
 """
@@ -18,7 +18,7 @@ Ids = Sequence[int] | Tensor
 
 
 class TensorRecord:
-    """A frozen dataclass of tensors that accelerate and `Trainer` can move between devices."""
+    """A frozen dataclass of tensors; accelerate and `Trainer` move it to a device by `to`."""
 
     def to(self: Record, device: Any, non_blocking: bool = False) -> Record:
         """The same record with every tensor on `device`."""
@@ -36,7 +36,7 @@ class Branch:
 
     ids: Ids
     scored: Ids | None = None
-    """1 where the token's log-probability is wanted; None: all of them"""
+    """1 for tokens whose log-probability is computed; None: all of them"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch(TensorRecord):
-    """Token trees laid end to end: no padding, and a shared prompt stands once.
+    """Token trees laid end to end, without padding; a shared prompt is stored once.
 
     Row b of the batch is the b-th branch in order. Scored token s has its target `target_S[s]` predicted at packed
     position `scored_S[s]`, and stands at `[row_S[s], slot_S[s]]` of a `[B, T]` tensor.
@@ -106,7 +106,7 @@ class PackedBatch(TensorRecord):
 
 @dataclass
 class Completion:
-    """What a sampler made of one prompt."""
+    """One completion by a sampler."""
 
     ids: list[int]
     """sampled tokens, the stop token included"""
@@ -120,7 +120,7 @@ class Completion:
 
 @dataclass
 class Rollout:
-    """Samples of one phase, in prompt order, a group of equal prompts in a run."""
+    """Completions in the order of their prompts; those of one prompt follow each other."""
 
     prompts: list[list[int]]
     completions: list[list[int]]

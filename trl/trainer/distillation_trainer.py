@@ -1,4 +1,4 @@
-"""Distillation on the student's own samples: the teacher's distribution at every token of them."""
+"""Distillation on the student's samples: at every token it learns the teacher's distribution."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer
 
 @dataclass
 class DistillationConfig(RolloutConfig):
-    """`TrainingArguments` and what distillation adds."""
+    """`TrainingArguments` and the settings of distillation."""
 
     num_generations: int = field(default=1)
     """completions of each prompt"""
     beta: float = field(default=1.0)
     """generalised Jensen-Shannon divergence: 0 is the forward KL(teacher || student), 1 the reverse KL"""
     lmbda: float = field(default=1.0)
-    """share of prompts whose completion is the student's own; the others take the data set's `completion`"""
+    """share of the prompts that the student completes; the others take the data set's `completion`"""
     teacher_model_name_or_path: str | None = field(default=None)
-    """the teacher, where it is not given as an object"""
+    """name or folder of the teacher, if it is not given as an object"""
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
     """keywords of `from_pretrained` for a teacher given by name"""
 
@@ -57,7 +57,7 @@ class GKDConfig(DistillationConfig):
     beta: float = field(default=0.5)
     """generalised Jensen-Shannon divergence: 0 is the forward KL(teacher || student), 1 the reverse KL"""
     lmbda: float = field(default=0.5)
-    """share of prompts whose completion is the student's own; the others take the data set's `completion`"""
+    """share of the prompts that the student completes; the others take the data set's `completion`"""
     max_completion_length: int = field(default=128)
     """longest completion in tokens"""
 

@@ -44,7 +44,7 @@ LOSS_TYPES: dict[str, tuple[str, Aggregation]] = {
 
 @dataclass
 class GRPOConfig(OnPolicyConfig):
-    """`TrainingArguments` and what group-relative policy optimisation adds."""
+    """`TrainingArguments` and the settings of group-relative policy optimisation."""
 
     loss_type: str = field(default="dapo")
     """how tokens are averaged and clipped: grpo, dapo, bnpo, dr_grpo, cispo, sapo"""
@@ -73,13 +73,13 @@ class GRPOConfig(OnPolicyConfig):
     sapo_temperature_pos: float = field(default=1.0)
     """sapo: steepness of the gate where it is positive"""
     top_entropy_quantile: float = field(default=1.0)
-    """learn from this share of the tokens, those of the highest entropy"""
+    """learn from this share of the tokens only: those with the highest entropy"""
     entropy_coef: float = field(default=0.0)
     """weight of the entropy bonus"""
     use_adaptive_entropy: bool = field(default=False)
     """let that weight follow the entropy, from `entropy_coef` on"""
     entropy_target: float = field(default=0.2)
-    """adaptive: entropy in nats a token above which there is no bonus"""
+    """adaptive: entropy in nats a token; the bonus is off above it"""
     entropy_coef_delta: float = field(default=0.005)
     """adaptive: step of the weight"""
     entropy_coef_min: float = field(default=0.0)
@@ -87,7 +87,7 @@ class GRPOConfig(OnPolicyConfig):
     entropy_coef_max: float = field(default=1.0)
     """adaptive: largest weight"""
     off_policy_mask_threshold: float | None = field(default=None)
-    """leave out bad completions that the policy has moved away from by more than this"""
+    """leave out completions of negative advantage from which the policy has moved by more than this KL"""
 
     def validate(self) -> None:
         if isinstance(self.scale_rewards, bool):
@@ -177,7 +177,7 @@ class AdaptiveEntropy(TrainerCallback):
 
     @property
     def active(self) -> float:
-        """The coefficient of the step that is due."""
+        """The coefficient of the next step."""
         return self.coef if self.entropy is None or self.entropy <= self.config.entropy_target else 0.0
 
     def add(self, total: Tensor, tokens: Tensor) -> None:

@@ -41,7 +41,7 @@ class OnPolicyConfig(RewardedConfig):
     beta: float = field(default=0.0)
     """weight of the KL to the reference; 0: no reference is kept"""
     mask_truncated_completions: bool = field(default=False)
-    """completions cut at the length limit teach nothing"""
+    """do not learn from completions that were cut at the length limit"""
     turn_level_credit: bool = field(default=False)
     """environments: credit each turn with the rewards from it on, compared with the same turn of its group"""
     sync_ref_model: bool = field(default=False)
@@ -94,7 +94,7 @@ class OnPolicyTrainer(RolloutTrainer):
     def advantages(self, scores_BF: Tensor, weights_F: Tensor, kl_B: Tensor | None) -> Tensor:
         """Rewards of all ranks' completions by each reward function (NaN: no opinion) to advantages. [B]
 
-        kl_B: an estimate of each completion's KL to the reference, where there is one.
+        kl_B: an estimate of each completion's KL to the reference; None without a reference.
         """
 
     def token_weights(self, rows: Experience) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Online DPO: preference pairs that the policy has just sampled and a reward or a judge has ordered."""
+"""Online DPO: the policy samples pairs, and rewards or a judge say which completion of a pair is better."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OnlineDPOConfig(RewardedConfig):
     num_generations: int = field(default=2)
     """completions of each prompt; the best and the worst of them are a pair"""
     loss_type: str = field(default="sigmoid")
-    """pairwise loss: one of those of DPO that look at one pair at a time and at the reference"""
+    """pairwise loss: any of DPO's that needs a reference and one pair at a time"""
     beta: float = field(default=0.1)
     """scale of the log-ratios: the smaller, the further the policy may move"""
 

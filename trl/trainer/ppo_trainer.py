@@ -81,7 +81,7 @@ class PPOConfig:
     exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]
     """name of the experiment, for trackers"""
     seed: int = 0
-    """seed of everything that is drawn"""
+    """seed of all random numbers"""
     log_with: Literal["wandb", "tensorboard"] | None = None
     """tracker that `log_stats` writes to"""
     task_name: str | None = None
@@ -93,7 +93,7 @@ class PPOConfig:
     reward_model: str | None = None
     """for your own records: the tracker stores it, nothing reads it"""
     remove_unused_columns: bool = True
-    """drop columns of a `datasets.Dataset` that the model does not take; `label`, `prompt`, `query`, `response` stay"""
+    """drop columns of a `datasets.Dataset` that the model does not take, but for `label`, `prompt`, `query`, `response`"""
     tracker_kwargs: JSONDict = field(default_factory=dict)
     """`init_kwargs` of `Accelerator.init_trackers`"""
     accelerator_kwargs: JSONDict = field(default_factory=dict)
@@ -148,11 +148,11 @@ class PPOConfig:
     optimize_device_cache: bool = False
     """free cached device memory after each step: slower, a little less memory"""
     early_stopping: bool = False
-    """end a step's epochs once the policy's KL from itself before the step exceeds 1.5 `target_kl`"""
+    """end a step's epochs when the policy's KL to the policy before the step exceeds 1.5 `target_kl`"""
     target_kl: float = 1
     """see `early_stopping`"""
     compare_steps: int = 1
-    """steps between two looks at whether the score is the best yet"""
+    """steps between two comparisons with the best score so far"""
     ratio_threshold: float = 10.0
     """an optimizer step whose mean ratio exceeds this is skipped"""
     use_score_scaling: bool = False
@@ -266,12 +266,12 @@ class PPOConfig:
 class PPOTrainer(BaseTrainer):
     """Trains a language model with a value head against scores of its responses.
 
-    ref_model: what the KL is measured from. None: a frozen copy of the model as it is, sharing the layers before
+    ref_model: the reference of the KL. None: a frozen copy of the model as it is, sharing the layers before
     `num_shared_layers`; for a PEFT model, the model with its adapter switched off.
-    value_model: a model with a score head (num_labels=1) as critic; the policy's own value head then rests.
-    reward_funcs: what `train()` scores responses with: functions, their names, reward models or their folders; their
-    sum counts. reward_processing_classes: tokenizers of the reward models.
-    environment: who plays in `train()`, such as a `TextEnvironment`; an episode's score is the sum of its rewards.
+    value_model: a model with a score head (num_labels=1) as critic; the policy's value head is then frozen.
+    reward_funcs: functions, their names, reward models or their folders; `train()` scores a response with their sum.
+    reward_processing_classes: tokenizers of the reward models.
+    environment: such as a `TextEnvironment`; `train()` plays episodes in it, whose score is the sum of their rewards.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
@@ -488,7 +488,7 @@ class PPOTrainer(BaseTrainer):
     ) -> dict[str, Any]:
         """`ppo_epochs` passes over a batch of responses and their scores; the statistics of it.
 
-        response_masks: 1 where the policy chose the token, for responses that hold text of others (tools).
+        response_masks: 1 where the policy chose the token; needed if responses contain the text of tools.
         """
         clock = ppo_statistics.Clock()
         queries, responses, scores, response_masks = self._step_safety_checker(

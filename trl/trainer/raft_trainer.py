@@ -1,4 +1,4 @@
-"""Fine-tuning on the best of one's own samples: best-of-n, rejection sampling."""
+"""Fine-tuning on the best samples of the policy: best-of-n, rejection sampling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RAFTConfig(RewardedConfig):
     keep_best: int = field(default=1)
     """completions of each prompt that are learned"""
     min_reward: float | None = field(default=None)
-    """learn none whose reward is lower (rejection sampling); None: the best of each group, whatever it is"""
+    """completions with a lower reward are not learned (rejection sampling); None: no bound"""
 
     def validate(self) -> None:
         super().validate()
@@ -56,7 +56,7 @@ class RAFTTrainer(RolloutTrainer):
 
 
 def best_rows(rewards_B: Tensor, group: int, keep: int, least: float | None) -> Tensor:
-    """Which completions are among the `keep` best of their group, scored, and not below `least`. [B]"""
+    """Which completions are learned: scored, not below `least`, and among the `keep` best of their group. [B]"""
     total = rewards_B.view(-1, group).nan_to_num(nan=-torch.inf)
     places = total.argsort(dim=1, descending=True, stable=True)[:, :keep]
     among_best = torch.zeros_like(total, dtype=torch.bool).scatter(1, places, True)

@@ -17,7 +17,7 @@ from trl.trainer.on_policy import OnPolicyConfig, OnPolicyTrainer
 
 @dataclass
 class RLOOConfig(OnPolicyConfig):
-    """`TrainingArguments` and what REINFORCE leave-one-out adds; the KL acts in the reward."""
+    """`TrainingArguments` and the settings of REINFORCE leave-one-out; the KL is part of the reward."""
 
     num_generations: int = field(default=2)
     """completions of each prompt"""

@@ -62,7 +62,7 @@ class RolloutConfig(PostTrainingConfig):
     num_generations: int = field(default=8)
     """completions of each prompt"""
     num_generations_eval: int | None = field(default=None)
-    """the same in evaluation; None: as `num_generations`"""
+    """completions of each prompt in evaluation; None: as `num_generations`"""
     max_prompt_length: int | None = field(default=None)
     """longest prompt in tokens, longer ones lose their start; None: never cut"""
     max_completion_length: int = field(default=512)
@@ -70,7 +70,7 @@ class RolloutConfig(PostTrainingConfig):
     steps_per_generation: int | None = field(default=None)
     """micro-batches of one rollout; None: `gradient_accumulation_steps`, so a rollout is one optimizer step"""
     generation_batch_size: int | None = field(default=None)
-    """completions of one rollout over all ranks; another way to say `steps_per_generation`"""
+    """completions of one rollout over all ranks; set this or `steps_per_generation`"""
     num_iterations: int = field(default=1)
     """passes over each rollout"""
     shuffle_dataset: bool = field(default=True)
@@ -94,9 +94,9 @@ class RolloutConfig(PostTrainingConfig):
     padding_free: bool = field(default=True)
     """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
     pad_token: str | None = field(default=None)
-    """padding token, where it is not the tokenizer's own"""
+    """padding token, if it is another one than the tokenizer's"""
     save_rollouts: bool = field(default=True)
-    """write each rollout's texts, rewards and what was learned of them to `output_dir/rollouts/*.parquet`"""
+    """write each rollout's texts, rewards and advantages to `output_dir/rollouts/*.parquet`"""
     log_completions: bool = field(default=False)
     """print some completions at each rollout"""
     num_completions_to_print: int | None = field(default=None)
@@ -186,11 +186,11 @@ class RewardedConfig(RolloutConfig):
     reward_timeout: float | list[float | None] | None = field(default=None)
     """seconds after which a reward function has no opinion of a batch, for all or one each; None: wait"""
     overlong_cache: int | None = field(default=None)
-    """soft punishment: the last so many tokens before the limit cost up to 1; None: off"""
+    """soft punishment for the last so many tokens before the limit, from 0 up to 1; None: off"""
     dynamic_sampling: bool = field(default=False)
     """sample further prompts in place of groups whose rewards are all equal"""
     dynamic_sampling_max_rounds: int = field(default=3)
-    """rounds of sampling per rollout at most; what is missing then stays idle"""
+    """rounds of sampling for each rollout at most; groups of equal rewards that are left then stay"""
 
     def validate(self) -> None:
         super().validate()
