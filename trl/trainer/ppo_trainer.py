@@ -93,7 +93,7 @@ class PPOConfig:
     reward_model: str | None = None
     """for your own records: the tracker stores it, nothing reads it"""
     remove_unused_columns: bool = True
-    """drop columns of a `datasets.Dataset` that the model does not take, but for `label`, `prompt`, `query`, `response`"""
+    """drop columns of a `Dataset` that the model does not take, except `label`, `prompt`, `query`, `response`"""
     tracker_kwargs: JSONDict = field(default_factory=dict)
     """`init_kwargs` of `Accelerator.init_trackers`"""
     accelerator_kwargs: JSONDict = field(default_factory=dict)
