@@ -82,6 +82,8 @@ def test_each_rollout_is_handed_out_as_often_as_asked_and_resumes_anywhere(tmp_p
     read(half := loader(), 1)
     with pytest.raises(ValueError, match=r"num_iterations=3: the checkpoint stands .* with 2"):
         loader(3).restore(half.plain_state())
+    with pytest.raises(ValueError, match="in an older format"):
+        loader().restore({**half.plain_state(), "experience": {"prompts": [[1]], "masks": [[1]]}})
 
 
 def test_select_and_cut_narrow_to_their_rows():

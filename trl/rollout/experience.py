@@ -200,7 +200,12 @@ class RolloutState:
     def of(cls, plain: dict[str, Any]) -> RolloutState:
         """Take back what `plain` gave."""
         experience = plain["experience"]
-        return cls(**{**plain, "experience": None if experience is None else Experience(**experience)})
+        if experience and "mask_BT" not in experience:
+            raise ValueError(
+                "the checkpoint stands in the midst of a rollout in an older format; resume from one after the "
+                "end of a rollout"
+            )
+        return cls(**{**plain, "experience": Experience(**experience) if experience else None})
 
 
 class RolloutLoader:
@@ -235,9 +240,9 @@ class RolloutLoader:
     def restore(self, plain: dict[str, Any]) -> None:
         """Go on from a `plain_state`; ValueError if it has a half-used rollout that other settings made."""
         theirs = RolloutShape(**plain["shape"])
-        state = RolloutState.of({name: value for name, value in plain.items() if name != "shape"})
-        if state.experience is None or state.cursor == theirs.passes:
-            self.state = replace(state, experience=None)
+        state = {name: value for name, value in plain.items() if name != "shape"}
+        if not state["experience"] or state["cursor"] == theirs.passes:
+            self.state = RolloutState.of({**state, "experience": None})
             return
         for name, value in asdict(self.shape).items():
             if (made_with := getattr(theirs, name)) != value:
@@ -245,7 +250,7 @@ class RolloutLoader:
                     f"{name}={value}: the checkpoint stands in the midst of a rollout that was made with "
                     f"{made_with}; resume with that, or from a checkpoint after the end of a rollout"
                 )
-        self.state = state
+        self.state = RolloutState.of(state)
 
     def __iter__(self) -> Iterator[Any]:
         while True:

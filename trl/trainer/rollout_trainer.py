@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,6 +210,18 @@ class RewardedConfig(RolloutConfig):
         return self.dynamic_sampling_max_rounds if self.dynamic_sampling else 1
 
 
+def _tokenised(dataset: Any, name: str, *, config: RolloutConfig, tokenizer: Any, longest: int | None) -> Any:
+    return tokenize_prompts(
+        dataset,
+        tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        context_length=longest,
+        template_kwargs=config.chat_template_kwargs,
+        num_proc=config.dataset_num_proc,
+        name=name,
+    )[0]
+
+
 def _set_pad_token(tokenizer: Any, pad_token: str | None) -> None:
     if pad_token is None:
         return
@@ -281,17 +294,7 @@ class RolloutTrainer(ObjectiveTrainer):
             init_kwargs={},
         )
 
-        def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_prompts(
-                dataset,
-                tokenizer,
-                max_prompt_length=config.max_prompt_length,
-                context_length=context_length(model),
-                template_kwargs=config.chat_template_kwargs,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
-
+        tokenised = partial(_tokenised, config=config, tokenizer=tokenizer, longest=context_length(model))
         super().__init__(
             model=model,
             args=config,
@@ -435,7 +438,7 @@ class RolloutTrainer(ObjectiveTrainer):
         return self.rollouts
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self.args.ignore_data_skip = True  # the rollouts keep their own place; `Trainer` would skip some more
+        self.args.ignore_data_skip = True  # the loader knows its place; `Trainer` would skip batches once more
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
