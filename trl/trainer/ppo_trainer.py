@@ -41,7 +41,7 @@ from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
 from trl.models.prepare import check_vocabulary, context_length
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, classifier_of
-from trl.models.unwrap import below_accelerate, below_value_head
+from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder
 from trl.models.wrapped import equalise
 from trl.rewards.named import RewardSource
 from trl.rollout.experience import Experience, PolicyBatch
@@ -304,7 +304,7 @@ class PPOTrainer(BaseTrainer):
         self.tokenizer = tokenizer
         self.dataset = dataset
         self.accelerator = make_accelerator(config)
-        self.is_encoder_decoder = hasattr(model, "is_encoder_decoder")
+        self.is_encoder_decoder = is_encoder_decoder(model)
         self.is_peft_model = getattr(model, "is_peft_model", False)
         self.is_distributed = self.accelerator.num_processes > 1
         self.current_device = self.accelerator.device
@@ -343,9 +343,8 @@ class PPOTrainer(BaseTrainer):
         optimizer = make_optimizer(self.config, self._parameters) if optimizer is None else optimizer
         lr_scheduler = make_scheduler(self.config, optimizer, lr_scheduler)
         collator = DataCollatorForLanguageModeling(self.tokenizer, mlm=False)
-        dataloader = None
-        if self.dataset is not None:
-            dataloader = make_dataloader(self.dataset, data_collator, model.forward, self.config)
+        self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
+        dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
         self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, collator, dataloader, lr_scheduler
         )
