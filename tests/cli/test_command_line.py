@@ -25,7 +25,7 @@ def job(monkeypatch):
         module = types.ModuleType("a_job")
         module.command = function
         monkeypatch.setitem(sys.modules, "a_job", module)
-        monkeypatch.setitem(command_line.COMMANDS, "quickstart", ("a_job", "A job."))
+        monkeypatch.setitem(command_line.COMMANDS, "quickstart", command_line.Other("a_job", "A job."))
 
     return install
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from tokenizers_for_tests import word_tokenizer
 
-from trl.cli.main import run
-from trl.cli.training import JOBS, field_docs
+from trl.cli.main import COMMANDS, Training, run
+from trl.scripts.describe import field_docs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore:You passed a model_id")
 
@@ -84,7 +84,7 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if isinstance(entry, Training)])
 def test_fields_are_listed_with_their_meaning(name, capsys):
     assert run([name, "--fields"]) == 0
     assert "--learning_rate" in capsys.readouterr().out
@@ -97,3 +97,16 @@ def test_field_docs_reach_through_parents():
     assert "temperature" in docs
     assert "loss_type" in docs
     assert "bf16" in docs
+
+
+def test_an_entry_in_the_table_is_all_that_a_command_needs(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "raft", Training("RAFTTrainer", "Imitate the best completions.", rewards=True))
+    assert run(["--help"]) == 0
+    assert "Imitate the best completions." in capsys.readouterr().out
+    assert run(["raft", "--fields"]) == 0
+    assert "--keep_best" in capsys.readouterr().out
+    data = rows(tmp_path, *[{"prompt": "a b"}] * 8)
+    words = ["raft", "--model", model, "--data", data, "--reward", "repetition", "--output_dir", str(tmp_path / "out")]
+    assert run([*words, *COMMON, "--max_completion_length", "4", "--num_generations", "4"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert run(["sft", "--fields"]) == 0

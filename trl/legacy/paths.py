@@ -25,6 +25,9 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cli.results": ("quickstart.results",),
     "cli.reviews": ("quickstart.reviews",),
     "cli.stages": ("quickstart.stage_imitate_reward",),
+    "cli.training": ("scripts.training", "scripts.describe", "scripts.jobs"),
+    "commands": ("scripts.parser", "scripts.data_config"),
+    "commands.cli_utils": ("scripts.parser", "scripts.data_config"),
     "data.collators": ("legacy.collators",),
     "data.constant_length": ("legacy.constant_length",),
     "data.pairs": ("legacy.joint_pairs", "data.batches"),
@@ -42,12 +45,22 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.dpo_padded": ("legacy.dpo_padded",),
     "trainer.environment_rollouts": ("rollout.episodes",),
     "trainer.experience": ("rollout.measure",),
+    "scripts.utils": ("scripts.parser", "scripts.data_config", "scripts.model_config"),
     "trainer.heap": ("kernels.malloc",),
+    "trainer.model_config": ("scripts.model_config",),
     "trainer.ppo_padded": ("legacy.ppo_padded",),
     "trainer.prompt_stream": ("rollout.prompts",),
     "trainer.rollout_report": ("rollout.report",),
     "trainer.rollout_rewards": ("rollout.rewards",),
     "trainer.rollouts": ("rollout.loader",),
+    "trainer.utils": (
+        "legacy.collators",
+        "legacy.constant_length",
+        "models.prepare",
+        "trainer.base",
+        "trainer.statistics",
+        "scripts.model_config",
+    ),
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 

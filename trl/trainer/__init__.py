@@ -5,6 +5,7 @@ from trl.import_utils import is_diffusers_available, lazy_names
 _names = {
     "trl.legacy.collators": ["ConstantLengthDataset", "DataCollatorForCompletionOnlyLM"],
     "trl.models.prepare": ["disable_dropout_in_model", "peft_module_casting_to_bf16"],
+    "trl.scripts.model_config": ["ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"],
     "trl.trainer.base": ["BaseTrainer"],
     "trl.trainer.ddpo_config": ["DDPOConfig"],
     "trl.trainer.dpo_trainer": ["DPOTrainer"],

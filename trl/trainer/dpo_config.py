@@ -43,7 +43,7 @@ class PairConfig(PreferenceConfig):
 class DPOConfig(PairConfig, ReferenceConfig):
     """`TrainingArguments` and what direct preference optimisation adds."""
 
-    loss_type: str | list[str] = field(default="sigmoid")
+    loss_type: str | list[str] = field(default_factory=lambda: ["sigmoid"])
     """one pairwise loss, or several to be added"""
     loss_weights: list[float] | None = field(default=None)
     """weight of each of several losses; None: 1 each"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from trl.losses.policy import ADVANTAGES, REWARD_AGGREGATIONS
 from trl.trainer.configuration import choose, refuse_unused, require
@@ -51,7 +52,7 @@ class GRPOConfig(OnPolicyConfig):
     """two-sided clipping: upper bound of the ratio where the advantage is negative"""
     importance_sampling_level: str = field(default="token")
     """ratio of each token, or of the sequence (GSPO)"""
-    scale_rewards: str | bool = field(default="group")
+    scale_rewards: Literal["group", "batch", "none", True, False] = field(default="group")
     """divide advantages by the std of their group or of the batch, or not (none)"""
     advantage: str | None = field(default=None)
     """baseline by name, in place of the group's mean: leave_one_out, batch, group_then_batch, none, ..."""

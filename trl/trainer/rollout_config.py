@@ -136,7 +136,7 @@ class RewardedConfig(RolloutConfig):
 
     reward_weights: list[float] | None = field(default=None)
     """weight of each reward function; None: 1 each"""
-    reward_timeout: float | list[float | None] | None = field(default=None)
+    reward_timeout: float | str | list[float | None] | None = field(default=None)
     """seconds after which a reward function has no opinion of a batch, for all or one each; None: wait"""
     overlong_cache: int | None = field(default=None)
     """soft punishment: the last so many tokens before the limit cost up to 1; None: off"""
@@ -152,7 +152,7 @@ class RewardedConfig(RolloutConfig):
         require(self, "dynamic_sampling", not self.dynamic_sampling or rounds > 1, "has no effect with 1 round")
         weights = self.reward_weights or []
         require(self, "reward_weights", all(map(math.isfinite, weights)), "give finite numbers")
-        timeouts = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
+        timeouts: list[Any] = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
         fits = all(seconds is None or seconds > 0 for seconds in timeouts)
         require(self, "reward_timeout", fits, "give seconds > 0, or None")
         fits = cache is None or 0 < cache <= self.max_completion_length
