@@ -71,28 +71,22 @@ def show_help(name: str, job: Training) -> None:
     common = [each for key in COMMON for each in config if each.name == key]
     special = [each for each in config if each.name in names and each not in common]
     rest = [each.name for each in config if each not in common and each not in special]
-    reward = " --reward_funcs accuracy_reward" if job.rewards else ""
-    console = _console()
-    console.print(
-        f"usage: trl {name} --model_name_or_path MODEL --dataset_name DATA [--setting value ...]\n", markup=False
-    )
-    console.print(f"{job.help} Every setting goes on the line or into a YAML file; the line wins.\n", markup=False)
-    example = f"trl {name} --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name rows.jsonl{reward}"
-    console.print(
-        f"example:\n  {example} \\\n      --use_peft --lora_r 32 --learning_rate 1e-4 --output_dir out", markup=False
-    )
-    console.print(f"  trl {name} --config settings.yaml --max_steps 10", markup=False)
-    console.print(f"  a row of rows.jsonl: {job.row}\n", markup=False)
+    more = "--reward_funcs accuracy_reward " if job.rewards else job.more
+    example = f"trl {name} --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name rows.jsonl"
+    print(f"usage: trl {name} --model_name_or_path MODEL --dataset_name DATA [--setting value ...]\n")
+    print(f"{job.help} Every setting goes on the line or into a YAML file; the line wins.\n")
+    print(f"example:\n  {example} \\\n      {more}--use_peft --lora_r 32 --learning_rate 1e-4 --output_dir out")
+    print(f"  trl {name} --config settings.yaml --max_steps 10\n  a row of rows.jsonl: {job.row}\n")
     _print_table("Model and data", chosen)
     _print_table("Common settings of training", common)
     _print_table(f"Further settings of {job.config}", special)
     _print_table("LoRA and quantisation", lora)
     _print_table("Several processes", several)
-    console.print(
-        "Other commands: --config FILE (YAML; `env:` there sets environment variables), --fields (every field with its meaning), --debug",
-        markup=False,
+    print(
+        "Further options: --config FILE (YAML; `env:` there sets environment variables), --debug (the traceback of an"
     )
-    console.print(f"\nAlso taken, with the meaning that they have in transformers: {', '.join(rest)}", markup=False)
+    print("error), --fields (every field of the config with its meaning). These are fields too, as in transformers:")
+    print(textwrap.fill(", ".join(rest), 118))
 
 
 def show_fields(job: Training) -> None:
@@ -105,26 +99,23 @@ def show_fields(job: Training) -> None:
     _print_table("transformers.TrainingArguments", [each for each in listed if each.name not in own])
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=False)
-    console.width = max(console.width, 100)
-    return console
-
-
 def _print_table(title: str, settings: Iterable[Setting]) -> None:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("setting", "takes", "default", "meaning"):
-        table.add_column(column, overflow="fold", ratio=None)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("takes", max_width=24)
+    table.add_column("default", max_width=20, overflow="fold")
+    table.add_column("meaning", min_width=40)
     for each in settings:
         words = f"--{each.name}" + (f", {SHORT[each.name]}" if each.name in SHORT else "")
         default = "" if each.default is None else str(getattr(each.default, "value", each.default))
         table.add_row(*map(Text, (words, in_words(each.hint), default, each.meaning)))
-    _console().print(table)
+    console = Console(highlight=False)
+    console.width = max(console.width, 120)
+    console.print(table)
     print()
 
 

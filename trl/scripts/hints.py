@@ -56,11 +56,11 @@ def _word(hint: Any) -> str:
     if _is_enum(hint):
         return "one of " + ", ".join(str(choice.value) for choice in hint)
     if origin is list:
-        return f"a list ({in_words(arguments[0])} each)"
+        return "a list"
     if origin is tuple:
-        return f"a list of {len(arguments)} ({in_words(arguments[0])} each)"
+        return f"a list of {len(arguments)}"
     if origin is dict or hint is dict or is_dataclass(hint):
-        return "an object (in JSON on the command line)"
+        return "an object (JSON)"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 

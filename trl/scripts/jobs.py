@@ -17,6 +17,8 @@ class Training:
     """what an adapter is told of the model"""
     row: str = '{"prompt": "..."}'
     """what a row of the data set looks like"""
+    more: str = ""
+    """what the example of `--help` needs besides a model and data"""
 
     @property
     def config(self) -> str:
@@ -29,6 +31,7 @@ TEXT = (
 PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
 STEPS = '{"prompt": "...", "completions": ["step", "step"], "labels": [true, false]}'
 LABELLED = '{"prompt": "...", "completion": "...", "label": true}'
+TEACHER = "--teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct "
 
 JOBS = {
     "sft": Training("SFTTrainer", "Fine-tune on texts, prompts with completions, or conversations.", row=TEXT),
@@ -43,8 +46,8 @@ JOBS = {
     "rloo": Training("RLOOTrainer", "Reinforce, each completion against the mean of the others.", rewards=True),
     "raft": Training("RAFTTrainer", "Imitate the best of own completions.", rewards=True),
     "online_dpo": Training("OnlineDPOTrainer", "Optimise on pairs of own completions.", rewards=True),
-    "distillation": Training("DistillationTrainer", "Learn from a teacher's distribution on own completions."),
+    "distillation": Training("DistillationTrainer", "Learn from a teacher on own completions.", more=TEACHER),
     "gkd": Training("GKDTrainer", "Learn from a teacher on own completions and on given ones.",
-                    row='{"prompt": "...", "completion": "..."}'),
+                    row='{"prompt": "...", "completion": "..."}', more=TEACHER),
 }  # fmt: skip
 """command -> what it trains; an entry here is all that a new command needs"""

@@ -128,5 +128,6 @@ def loading_keywords(model_args: ModelConfig, trust_remote_code: bool = False) -
         keywords["trust_remote_code"] = True
     quantisation = get_quantization_config(model_args)
     if quantisation is not None:
-        keywords |= {"quantization_config": quantisation, "device_map": get_kbit_device_map()}
+        # as a dict: trackers write the config down as JSON, which an object in it would break
+        keywords |= {"quantization_config": quantisation.to_dict(), "device_map": get_kbit_device_map()}
     return keywords

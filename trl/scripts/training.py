@@ -36,6 +36,7 @@ ALIASES = {
     "reward": "reward_funcs",
     "rewards": "reward_funcs",
     "max_seq_length": "max_length",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run
 }
 """other names of settings, on the line and in YAML"""
 
@@ -225,21 +226,22 @@ def datasets_of(
 def reward_function(name: str) -> Any:
     """A reward by name: of ours, with or without its ending `_reward`, or a function of a module or a file.
 
-    Other names, folders of reward models among them, are the trainer's to resolve.
+    The folder or Hub name of a reward model is left to the trainer, which has its tokenizer and its device.
     """
-    from trl.rewards import REWARDS, get_soft_overlong_punishment
+    from trl.rewards import REWARDS, get_soft_overlong_punishment, reward_named
 
     place, _, function = name.partition(":")
     if function and Path(place).suffix == ".py":
         return _function_of_file(name, place, function)
-    if name.removesuffix("_reward") in REWARDS:
-        return name.removesuffix("_reward")
     if name == "get_soft_overlong_punishment":
         return get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
-    if not function and "." in name and "/" not in name and not Path(name).exists():
-        sys.path.insert(0, os.getcwd())
-        return ":".join(name.rsplit(".", 1))
-    return name
+    if name.removesuffix("_reward") in REWARDS:
+        return reward_named(name.removesuffix("_reward"))
+    if "/" in name or Path(name).exists():
+        return name
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # where a user's modules are
+    return reward_named(name if function or "." not in name else ":".join(name.rsplit(".", 1)))
 
 
 def _function_of_file(name: str, place: str, function: str) -> Callable[..., Any]:

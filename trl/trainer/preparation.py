@@ -146,6 +146,8 @@ def prepare_model(
         if not isinstance(model, str):
             raise ValueError("quantization_config: says how a model is loaded, but yours is already instantiated")
         kwargs = {**(kwargs or {}), "quantization_config": quantization_config}
+    if config.trust_remote_code and isinstance(model, str):
+        kwargs = {"trust_remote_code": True, **(kwargs or {})}
     model = load_model(model, auto_class, kwargs, owner=owner)
     if peft_config is not None:
         model = wrap_peft(
