@@ -87,6 +87,7 @@ SHOWN = {
     "model_init_kwargs": ("test_sft_trainer", "test_model_by_name_with_its_own_tokenizer"),
     "evaluation_strategy": ("test_reward_trainer", "test_older_spelling_of_the_evaluation_strategy"),
     "remove_unused_columns": ("test_reward_trainer", "test_words_and_warnings_of_older_releases"),
+    "trust_remote_code": ("test_config_fields", "test_code_of_a_model_runs_only_where_it_is_trusted"),
     "padding_free": ("test_conformity", "test_packed_equals_padded"),
     "max_tokens_per_microbatch": ("test_token_budget", "test_a_budget_changes_nothing_but_the_passes"),
     "eos_token": ("test_sft_trainer", "test_eos_pad_and_template_of_the_config"),
@@ -206,3 +207,26 @@ def test_frequent_logs(tmp_path):
     trainer = build("sft", tmp_path, max_steps=4, logging_steps=2)
     trainer.train()
     assert len(history(trainer, "loss")) == 2
+
+
+@pytest.mark.filterwarnings("ignore:You passed a model_id:UserWarning")
+def test_code_of_a_model_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
+    import json
+
+    from conformity import causal_lm, texts
+    from tokenizers_for_tests import word_tokenizer
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    model = tmp_path / "model"
+    causal_lm().save_pretrained(model)
+    word_tokenizer().save_pretrained(model)
+    (model / "brought.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Brought(LlamaForCausalLM):\n    pass\n"
+    )
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "brought.Brought"}}))
+    for trusted, name in ((False, "LlamaForCausalLM"), (True, "Brought")):
+        args = trl.SFTConfig(output_dir=str(tmp_path / "out"), trust_remote_code=trusted, report_to="none")
+        trainer = trl.SFTTrainer(str(model), args, train_dataset=texts())
+        assert type(trainer.model).__name__ == name
