@@ -92,7 +92,8 @@ class TrlParser(HfArgumentParser):
             set_environment(settings.pop("env", {}))
             unknown = self.set_defaults_with_config(**settings)
             if unknown and fail_with_unknown_args and not return_remaining_strings:
-                raise ValueError(f"--config {path}: no field is called {', '.join(unknown[::2])}")
+                names = [word.removeprefix("--") for word in unknown[::2]]
+                raise ValueError(f"--config {path}: no field is called {', '.join(names)}")
         *parsed, rest = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if rest and fail_with_unknown_args and not return_remaining_strings:
             raise ValueError(f"Some specified arguments are not used by the parser: {rest}")
