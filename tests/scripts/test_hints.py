@@ -6,7 +6,10 @@ from typing import Any, Literal
 import pytest
 from transformers.trainer_utils import IntervalStrategy
 
+from trl.scripts.describe import settings_of
 from trl.scripts.hints import in_words, read_value, schema_of, takes_no_word, takes_several
+from trl.scripts.jobs import JOBS
+from trl.scripts.training import dataclasses_of
 
 
 @dataclass
@@ -75,3 +78,19 @@ def test_schemas():
     assert schema_of(dict[str, Any]) == {"type": "object"}
     assert schema_of(Part)["required"] == ["path"]
     assert schema_of(Any) == {}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_default_of_every_job_is_a_value_of_its_hint(name):
+    names = []
+    for one in dataclasses_of(JOBS[name]):
+        for setting in settings_of(one):
+            names.append(setting.name)
+            assert setting.meaning, f"{one.__name__}.{setting.name} says nothing"
+            assert schema_of(setting.hint) is not None
+            if setting.default is not None:
+                default = getattr(setting.default, "value", setting.default)
+                assert read_value(setting.name, setting.hint, default) == default
+                if isinstance(default, bool | int | float | str):
+                    assert read_value(setting.name, setting.hint, str(default)) == default
+    assert len(names) == len(set(names))

@@ -53,14 +53,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.rollout_report": ("rollout.report",),
     "trainer.rollout_rewards": ("rollout.rewards",),
     "trainer.rollouts": ("rollout.loader",),
-    "trainer.utils": (
-        "legacy.collators",
-        "legacy.constant_length",
-        "models.prepare",
-        "trainer.base",
-        "trainer.statistics",
-        "scripts.model_config",
-    ),
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 

@@ -75,6 +75,8 @@ def _read(hint: Any, value: Any) -> Any:
         return _read_one(candidates[0], value)
     if NONE in candidates and str not in candidates and str(value).lower() in ("none", "null"):
         return None
+    if str in candidates and isinstance(value, str) and value.lower() not in ("true", "false"):
+        candidates = [member for member in candidates if member is not bool]  # "no" is a word here
     for member in candidates:
         try:
             return _read_one(member, value, wrap=False)

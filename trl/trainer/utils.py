@@ -1,0 +1,44 @@
+"""A window: names that users import from here, wherever they live."""
+
+from trl.import_utils import lazy_names
+from trl.legacy.collators import (
+    ConstantLengthDataset,
+    DataCollatorForCompletionOnlyLM,
+    DPODataCollatorWithPadding,
+    RewardDataCollatorWithPadding,
+    pad_to_length,
+)
+from trl.models.prepare import disable_dropout_in_model, neftune_post_forward_hook, peft_module_casting_to_bf16
+from trl.trainer.base import trl_sanitze_kwargs_for_tagging
+from trl.trainer.statistics import (
+    AdaptiveKLController,
+    FixedKLController,
+    PerPromptStatTracker,
+    RunningMoments,
+    compute_accuracy,
+    exact_div,
+    get_global_statistics,
+)
+
+__all__ = [
+    "AdaptiveKLController",
+    "ConstantLengthDataset",
+    "DPODataCollatorWithPadding",
+    "DataCollatorForCompletionOnlyLM",
+    "FixedKLController",
+    "PerPromptStatTracker",
+    "RewardDataCollatorWithPadding",
+    "RunningMoments",
+    "compute_accuracy",
+    "disable_dropout_in_model",
+    "exact_div",
+    "get_global_statistics",
+    "neftune_post_forward_hook",
+    "pad_to_length",
+    "peft_module_casting_to_bf16",
+    "trl_sanitze_kwargs_for_tagging",
+]
+
+# scripts of today import these from here; the room `scripts` lies above this one, so they are read when asked for
+_of_scripts = ["ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"]
+__getattr__ = lazy_names(__name__, {"trl.scripts.model_config": _of_scripts})[0]
