@@ -150,6 +150,29 @@ def test_the_line_wins_whatever_a_setting_is_called(settings, tmp_path):
     assert (adapter["r"], adapter["lora_alpha"], adapter["task_type"]) == (2, 4, "CAUSAL_LM")
 
 
+def test_the_line_says_which_data(settings, tmp_path):
+    path = settings("model: model\ndatasets: [nowhere.jsonl]\n")
+    assert start(f"sft --config {path} --data text.jsonl", tmp_path) == 0
+    path = settings("model: model\ndata: nowhere.jsonl\n")
+    assert start(f"sft --config {path} --datasets text.jsonl splits", tmp_path) == 0
+
+
+def test_rewards_of_a_file(settings, tmp_path):
+    path = settings("model: model\ndata: prompt.jsonl\nrewards: [mine.count, repetition]\nreward_weights: [1, 0.5]\n")
+    assert start(f"grpo --config {path} {' '.join(GROUP)}", tmp_path) == 0
+
+
+def test_what_has_no_effect_says_so(tmp_path, capsys):
+    line = f"sft {MODEL} text.jsonl --lora_r 4 --bnb_4bit_quant_type fp4 --eval-data text.jsonl"
+    assert start(line, tmp_path) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: lora_r: no effect without --use_peft",
+        "note: bnb_4bit_quant_type: no effect without --load_in_4bit",
+        "note: eval_data: no effect without --eval_strategy",
+    ]
+
+
 def test_a_mixture_and_the_environment(settings, tmp_path, monkeypatch):
     import os
 

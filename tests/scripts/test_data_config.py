@@ -28,6 +28,13 @@ def test_a_mixture_is_one_data_set(folders):
     assert mixed["train"].column_names == ["text"]
 
 
+def test_files_can_be_mixed_in(folders, tmp_path):
+    named_dataset(folders[1], "data").save_to_disk(tmp_path / "saved")
+    names = [f"{folders[0]}/rows.jsonl", str(tmp_path / "saved")]
+    mixed = get_dataset(DatasetMixtureConfig(datasets=[{"path": path, "columns": ["more"]} for path in names]))
+    assert mixed["train"]["more"][:] == [0, 1, 2, 0, 1]
+
+
 def test_a_part_for_evaluation(folders):
     mixture = DatasetMixtureConfig(datasets=[DatasetConfig(path) for path in folders], test_split_size=0.4)
     mixed = get_dataset(mixture)

@@ -68,6 +68,10 @@ def test_unknown_settings(write):
     parsed, rest = TrlParser(MyArguments).parse_args_and_config(words, return_remaining_strings=True)
     assert parsed == MyArguments(arg1=1)
     assert rest == ["--other", "2", "--more", "3"]
+    with pytest.raises(ValueError, match=r"--config .*: no field is called args1; did you mean arg1\?"):
+        TrlParser(MyArguments).parse_args_and_config(["--config", write("args1: 1")])
+    with pytest.raises(ValueError, match=r"'--args2', '3'\]; did you mean --arg2\?"):
+        TrlParser(MyArguments).parse_args_and_config(["--arg1", "1", "--args2", "3"])
     with pytest.raises(ValueError, match="'--more', '3'"):
         TrlParser(MyArguments).parse_args_and_config(["--arg1", "1", "--more", "3"])
 

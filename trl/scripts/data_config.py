@@ -101,8 +101,8 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Any:
         raise ValueError(f"test_split_size={size}: rows that are streamed cannot be split; set streaming=False")
     parts = []
     for one in mixture_config.datasets:
-        keywords = {name: value for name, value in asdict(one).items() if name != "columns"}
-        part = datasets.load_dataset(**keywords, streaming=mixture_config.streaming)
+        keywords = {name: value for name, value in asdict(one).items() if name not in ("path", "columns")}
+        part = named_dataset(one.path, "datasets", streaming=mixture_config.streaming, **keywords)
         parts.append(part if one.columns is None else part.select_columns(one.columns))
     mixed = datasets.concatenate_datasets(parts)
     if mixture_config.streaming:
@@ -113,21 +113,26 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Any:
     return mixed.train_test_split(test_size=int(size) if size >= 1 else size, shuffle=True)
 
 
-def named_dataset(name: str, option: str, config: str | None = None, streaming: bool = False) -> Any:
-    """The splits of a file, a folder of `save_to_disk`, a folder of files, or a Hub name; `option` named it."""
+def named_dataset(path: str, option: str, *, split: str | None = None, **keywords: Any) -> Any:
+    """The rows of a file, a folder of `save_to_disk`, a folder of files, or a Hub name; all splits, or one of them.
+
+    `option` is the setting that named them; `keywords` go to `datasets.load_dataset`.
+    """
     import datasets
 
-    path = Path(name)
-    if path.suffix in FILE_FORMATS:
-        if not path.exists():
-            raise ValueError(f"--{option} {name}: there is no such file")
-        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), streaming=streaming)
-    if path.is_file():
-        raise ValueError(f"--{option} {name}: give a file of {', '.join(FILE_FORMATS)}, or a folder")
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        loaded = datasets.load_from_disk(name)
-        return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
-    return datasets.load_dataset(name, name=config, streaming=streaming)
+    place = Path(path)
+    if place.suffix in FILE_FORMATS:
+        if not place.exists():
+            raise ValueError(f"--{option} {path}: there is no such file")
+        keywords |= {"path": FILE_FORMATS[place.suffix], "data_files": path, "name": None}
+        return datasets.load_dataset(split=split, **keywords)
+    if place.is_file():
+        raise ValueError(f"--{option} {path}: give a file of {', '.join(FILE_FORMATS)}, or a folder")
+    if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
+        loaded = datasets.load_from_disk(path)
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
+        return splits if split is None else split_of(splits, split, option)
+    return datasets.load_dataset(path, split=split, **keywords)
 
 
 def split_of(dataset: Any, split: str, option: str) -> Any:

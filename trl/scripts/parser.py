@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
@@ -40,6 +41,12 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if settings is not None and not isinstance(settings, Mapping):
         raise ValueError(f"--config {path}: give one `setting: value` a line")
     return {str(name).replace("-", "_"): value for name, value in (settings or {}).items()}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The known name that a typo is closest to, as a question to put behind an error."""
+    near = difflib.get_close_matches(name, list(known), 1, 0.75)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def set_environment(variables: Any) -> None:
@@ -93,10 +100,12 @@ class TrlParser(HfArgumentParser):
             unknown = self.set_defaults_with_config(**settings)
             if unknown and fail_with_unknown_args and not return_remaining_strings:
                 names = [word.removeprefix("--") for word in unknown[::2]]
-                raise ValueError(f"--config {path}: no field is called {', '.join(names)}")
+                near = suggestion(names[0], (action.dest for action in self._actions))
+                raise ValueError(f"--config {path}: no field is called {', '.join(names)}{near}")
         *parsed, rest = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if rest and fail_with_unknown_args and not return_remaining_strings:
-            raise ValueError(f"Some specified arguments are not used by the parser: {rest}")
+            near = suggestion(rest[0].partition("=")[0], self._option_string_actions)
+            raise ValueError(f"Some specified arguments are not used by the parser: {rest}{near}")
         trusting = any(getattr(one, "trust_remote_code", False) for one in parsed)
         for one in parsed:
             if isinstance(one, ModelConfig):  # the field is the config's; older scripts read it here

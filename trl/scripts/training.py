@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import os
 import sys
@@ -27,7 +26,7 @@ from trl.scripts.hints import read_value, settings_hints, takes_no_word, takes_s
 from trl.scripts.jobs import JOBS, Training
 from trl.scripts.launch import LaunchArguments
 from trl.scripts.model_config import ModelConfig, get_peft_config, loading_keywords
-from trl.scripts.parser import TrlParser, read_yaml, set_environment, take_config
+from trl.scripts.parser import TrlParser, read_yaml, set_environment, suggestion, take_config
 
 ALIASES = {
     "model": "model_name_or_path",
@@ -114,9 +113,8 @@ class JobParser(TrlParser):
     def _unknown(self, name: str) -> str:
         if ALIASES.get(name, name) == "reward_funcs":
             return "--reward: this command learns from its data, not from rewards"
-        near = difflib.get_close_matches(name, [*self.hints, *ALIASES], 1, 0.75)
-        suggestion = f"; did you mean {near[0]}?" if near else ""
-        return f"{name}: {self.job.config} has no such field{suggestion} (`--fields` lists the fields)"
+        near = suggestion(name, [*self.hints, *ALIASES])
+        return f"{name}: {self.job.config} has no such field{near} (`--fields` lists the fields)"
 
 
 def merged(job: Training, of_file: dict[str, Any], of_words: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +129,9 @@ def merged(job: Training, of_file: dict[str, Any], of_words: dict[str, Any]) -> 
             if rank < 1:
                 raise ValueError(f"lora_rank={rank}: give a rank >= 1")
             source |= {"lora_r": rank, "use_peft": source.get("use_peft", True)}
+    for name, other in (("dataset_name", "datasets"), ("datasets", "dataset_name")):
+        if name in of_words and other not in of_words:
+            of_file.pop(other, None)  # the line says which data
     settings = {**of_file, **of_words}
     if short:
         settings.setdefault("lora_alpha", 2 * settings["lora_r"])
@@ -162,10 +163,24 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
     several = LaunchArguments(**{key: settings[key] for key in settings_hints(LaunchArguments) if key in settings})
     if several.wanted():
         return launch.start(several, "trl", [name, *words])
+    for note in without_effect(settings):
+        print(f"note: {note}", file=sys.stderr)
     folder = train(job, *parser.parse_dict(settings)[:5])
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"saved to {folder}")
     return 0
+
+
+def without_effect(settings: Mapping[str, Any]) -> list[str]:
+    """A line for each group of settings that nothing reads."""
+    notes = []
+    for starts, needed in ((("lora_", "use_rslora", "use_dora"), "use_peft"), (("bnb_", "use_bnb"), "load_in_4bit")):
+        names = [name for name in settings if name.startswith(starts) and name != "lora_task_type"]
+        if names and not settings.get(needed):
+            notes.append(f"{', '.join(names)}: no effect without --{needed}")
+    if settings.get("eval_data") and settings.get("eval_strategy", "no") == "no":
+        notes.append("eval_data: no effect without --eval_strategy")
+    return notes
 
 
 def train(
@@ -177,12 +192,17 @@ def train(
     own: JobArguments,
 ) -> str:
     """Train, and save the model; its folder."""
+    from trl.models.prepare import load_tokenizer
+
     train_dataset, eval_dataset = datasets_of(script, mixture, own.eval_data, config.eval_strategy != "no")
     arguments: dict[str, Any] = {}
     if isinstance(script, GRPOScriptArguments):
         models = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
         arguments["reward_funcs"] = [*models, *map(reward_function, script.reward_funcs or [])]
     keywords = loading_keywords(model, config.trust_remote_code)
+    where = {name: keywords[name] for name in ("revision", "trust_remote_code") if name in keywords}
+    if where:
+        arguments["processing_class"] = load_tokenizer(str(model.model_name_or_path), **where)
     config.model_init_kwargs = {**keywords, **(config.model_init_kwargs or {})}
     trainer = getattr(trl, job.trainer)(
         model=model.model_name_or_path,
@@ -214,7 +234,7 @@ def datasets_of(
     if mixture.datasets:
         splits = get_dataset(mixture)
     else:
-        splits = named_dataset(str(script.dataset_name), "data", script.dataset_config, streaming)
+        splits = named_dataset(str(script.dataset_name), "data", name=script.dataset_config, streaming=streaming)
     rows = split_of(splits, script.dataset_train_split, "dataset_train_split")
     if eval_data is not None:
         others = named_dataset(eval_data, "eval-data", streaming=streaming)
