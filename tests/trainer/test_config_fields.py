@@ -209,24 +209,69 @@ def test_frequent_logs(tmp_path):
     assert len(history(trainer, "loss")) == 2
 
 
-@pytest.mark.filterwarnings("ignore:You passed a model_id:UserWarning")
-def test_code_of_a_model_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
+@pytest.fixture
+def model_with_code(tmp_path, monkeypatch):
+    """A folder whose model brings a class of its own along."""
     import json
 
-    from conformity import causal_lm, texts
+    from conformity import causal_lm
     from tokenizers_for_tests import word_tokenizer
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
-    model = tmp_path / "model"
-    causal_lm().save_pretrained(model)
-    word_tokenizer().save_pretrained(model)
-    (model / "brought.py").write_text(
-        "from transformers import LlamaForCausalLM\n\n\nclass Brought(LlamaForCausalLM):\n    pass\n"
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    causal_lm().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    lines = ["from transformers import LlamaForCausalLM", "", "", "class Brought(LlamaForCausalLM):", "    pass", ""]
+    (folder / "brought.py").write_text("\n".join(lines))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "brought.Brought"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:You passed a model_id:UserWarning")
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
+def test_code_of_a_model_runs_only_where_it_is_trusted(name, trusted, model_with_code, tmp_path):
+    from datasets import Dataset
+
+    row = {"SFT": {"text": "a b"}, "DPO": {"prompt": "a ", "chosen": "b", "rejected": "c"}, "GRPO": {"prompt": "a"}}
+    args = getattr(trl, f"{name}Config")(
+        output_dir=str(tmp_path / "out"), trust_remote_code=trusted, report_to="none", max_steps=1
     )
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "brought.Brought"}}))
-    for trusted, name in ((False, "LlamaForCausalLM"), (True, "Brought")):
-        args = trl.SFTConfig(output_dir=str(tmp_path / "out"), trust_remote_code=trusted, report_to="none")
-        trainer = trl.SFTTrainer(str(model), args, train_dataset=texts())
-        assert type(trainer.model).__name__ == name
+    more = {"reward_funcs": "repetition"} if name == "GRPO" else {}
+    rows = Dataset.from_list([row[name]] * 8)
+    trainer = getattr(trl, f"{name}Trainer")(model_with_code, args=args, train_dataset=rows, **more)
+    assert type(trainer.model).__name__ == ("Brought" if trusted else "LlamaForCausalLM")
+
+
+@pytest.mark.filterwarnings("ignore:You passed a model_id:UserWarning")
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO"])
+def test_quantisation_is_told_to_the_loader(name, model_with_code, tmp_path, monkeypatch):
+    from conformity import causal_lm, reward_model
+    from datasets import Dataset
+    from tokenizers_for_tests import word_tokenizer
+
+    told = []
+
+    def load(source, auto_class, keywords, **how):
+        told.append((source, keywords.get("quantization_config")))
+        raise InterruptedError
+
+    for module in ("preparation", "rollout_trainer"):
+        monkeypatch.setattr(f"trl.trainer.{module}.load_model", load)
+    rows = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c", "completion": "b", "label": True}] * 8)
+    args = getattr(trl, f"{name}Config")(output_dir=str(tmp_path / "out"), report_to="none", max_steps=1)
+    more = {"reward_funcs": "repetition"} if name in ("GRPO", "RLOO") else {}
+    trainer = getattr(trl, f"{name}Trainer")
+    with pytest.raises(InterruptedError):
+        trainer(model_with_code, args=args, train_dataset=rows, quantization_config={"load_in_4bit": True}, **more)
+    assert told == [(model_with_code, {"load_in_4bit": True})]
+    monkeypatch.undo()
+    loaded = reward_model() if name == "Reward" else causal_lm()
+    with pytest.raises(ValueError, match="quantization_config: says how a model is loaded"):
+        trainer(
+            loaded, args=args, train_dataset=rows, processing_class=word_tokenizer(),
+            quantization_config={"load_in_4bit": True}, **more,
+        )  # fmt: skip

@@ -59,6 +59,15 @@ class PostTrainingConfig(TrainingArguments):
         super().__post_init__()
         self.validate()
 
+    def loading_keywords(self, quantization_config: Any = None) -> dict[str, Any]:
+        """Keywords of `from_pretrained` for a model that is given by name."""
+        keywords = dict(self.model_init_kwargs) if isinstance(self.model_init_kwargs, dict) else {}
+        if self.trust_remote_code:
+            keywords.setdefault("trust_remote_code", True)
+        if quantization_config is not None:
+            keywords["quantization_config"] = quantization_config
+        return keywords
+
     def validate(self) -> None:
         """Raise a ValueError that names the field, its value and the way out. Subclasses extend it."""
         if self.dataset_num_proc is not None:

@@ -63,6 +63,7 @@ class RolloutTrainer(ObjectiveTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         *,
+        quantization_config: Any = None,
         tokenizer: Any = None,
         rollout_func: RolloutFunction | None = None,
         environment: Any = None,
@@ -78,7 +79,8 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ValueError("reward_funcs: give reward functions, or a `rollout_func` whose rollouts have rewards")
         if isinstance(model, str):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
-            model = load_model(model, AutoModelForCausalLM, config.model_init_kwargs)  # type: ignore[arg-type]
+            keywords, quantization_config = config.loading_keywords(quantization_config), None
+            model = load_model(model, AutoModelForCausalLM, keywords)
         tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
         if config.pad_token is not None:
             if tokenizer.convert_tokens_to_ids(config.pad_token) in (None, tokenizer.unk_token_id):
@@ -93,6 +95,7 @@ class RolloutTrainer(ObjectiveTrainer):
             owner=type(self).__name__,
             dropout=not config.disable_dropout,
             init_kwargs={},
+            quantization_config=quantization_config,
         )
 
         def tokenised(dataset: Any, name: str) -> Any:
