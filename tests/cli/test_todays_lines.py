@@ -77,6 +77,7 @@ LINES = [
     f"sft {MODEL} text.jsonl --dataset_train_split train --no_remove_unused_columns --warmup_ratio 0.5",
     f"sft {MODEL} text.jsonl --dtype bfloat16 --attn_implementation eager --trust_remote_code",
     f"sft {MODEL} splits --eval_strategy steps --eval_steps 1",
+    f"sft {MODEL} text.jsonl --dataset_streaming --dtype auto --optim adamw_torch --lr_scheduler_type cosine",
     f"sft {MODEL} text.jsonl --use_peft --lora_r 4 --lora_alpha 8 --lora_target_modules q_proj v_proj",
     "sft --model model --data text.jsonl --packing --max_length 32",
     "sft --model model --data text.jsonl --eval-data text.jsonl --eval_strategy epoch --lora-rank 2",

@@ -14,7 +14,7 @@ SPEAK_FOR_THEMSELVES = (ValueError, OSError, ImportError, RuntimeError, NotImple
 
 
 def exit_code(call: Callable[[], Any], debug: bool = False) -> int:
-    """Run the call; 0, or the whole number that it returns, 2 after an error, 130 after an interruption."""
+    """Run the call; returns its whole number, or 0, or 2 after an error, or 130 after an interruption."""
     try:
         code = call()
     except KeyboardInterrupt:
@@ -37,6 +37,6 @@ def one_line(error: BaseException) -> str:
 
 
 def fail(line: str) -> int:
-    """Print the error; the exit code."""
+    """Print the error; returns the exit code of bad input."""
     print(f"error: {line}", file=sys.stderr)
     return BAD_INPUT

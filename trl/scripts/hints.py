@@ -1,4 +1,4 @@
-"""Type hints of settings: how a value of a YAML file or words of a command line become one, and their JSON schema."""
+"""Type hints of settings: values of YAML and words of a line are read by them, and they give the JSON schema."""
 
 from __future__ import annotations
 

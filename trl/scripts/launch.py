@@ -67,7 +67,7 @@ def profile_file(profile: str) -> tuple[Path, bool]:
 
 
 def _default_profile() -> str | None:
-    """Data parallelism, unless the user has a default of accelerate's own, which the launcher reads then."""
+    """Data parallelism; None where `accelerate config` has written a default, which the launcher then reads."""
     from accelerate.commands.config.config_args import default_config_file
 
     return None if os.path.isfile(default_config_file) else "ddp"

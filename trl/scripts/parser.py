@@ -44,7 +44,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The known name that a typo is closest to, as a question to put behind an error."""
+    """The end of an error about a typo: the known name that is closest to it; empty where none is close."""
     near = difflib.get_close_matches(name, list(known), 1, 0.75)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -113,7 +113,10 @@ class TrlParser(HfArgumentParser):
         return (*parsed, unknown + rest) if return_remaining_strings else tuple(parsed)
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """Make the values defaults, of sub-commands too; what no argument is called, as `--name`, `value`, ..."""
+        """Make the values defaults, of sub-commands too.
+
+        Returns the settings for which there is no argument, as words of a line: `--name`, `value`, ...
+        """
         hints = {name: hint for one in self.dataclass_types for name, hint in settings_hints(one).items()}
         known: dict[str, Any] = {}
         for action in self._actions:

@@ -57,7 +57,7 @@ def dataclasses_of(job: Training) -> tuple[type, ...]:
 
 
 class JobParser(TrlParser):
-    """Reads words and YAML into one dict of settings, each by its type, before anything is made of them."""
+    """Reads the words of a line and a YAML file into dicts of settings, and checks each value by its type."""
 
     def __init__(self, job: Training):
         classes = dataclasses_of(job)
@@ -141,7 +141,7 @@ def merged(job: Training, of_file: dict[str, Any], of_words: dict[str, Any]) -> 
 
 
 def command(name: str, job: Training, words: Sequence[str]) -> int:
-    """Run `trl NAME words`; its exit code."""
+    """Run `trl NAME words`; returns the exit code."""
     from trl.scripts.describe import show_fields, show_help
 
     if {"--help", "-h"} & set(words):
@@ -172,7 +172,7 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
 
 
 def without_effect(settings: Mapping[str, Any]) -> list[str]:
-    """A line for each group of settings that nothing reads."""
+    """A line for each group of settings that were given and have no effect."""
     notes = []
     for starts, needed in ((("lora_", "use_rslora", "use_dora"), "use_peft"), (("bnb_", "use_bnb"), "load_in_4bit")):
         names = [name for name in settings if name.startswith(starts) and name != "lora_task_type"]
@@ -191,7 +191,7 @@ def train(
     config: Any,
     own: JobArguments,
 ) -> str:
-    """Train, and save the model; its folder."""
+    """Train and save the model; returns its folder."""
     from trl.models.prepare import load_tokenizer
 
     train_dataset, eval_dataset = datasets_of(script, mixture, own.eval_data, config.eval_strategy != "no")
