@@ -36,8 +36,10 @@ CONFIGS = """
 [mypy]
 follow_imports = silent
 ignore_missing_imports = True
-[mypy-torch.*,datasets.*,accelerate.*,peft.*,diffusers.*,numpy.*,pandas.*]
+[mypy-transformers.*,torch.*,datasets.*,accelerate.*,peft.*,diffusers.*,numpy.*,pandas.*]
 follow_imports = skip
+[mypy-transformers,transformers.training_args]
+follow_imports = silent
 """
 SCRIPT = """
 import trl
