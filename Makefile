@@ -14,11 +14,12 @@ quickstart: $(VENV)/.quickstart  ## fine-tune, reward, reinforce a real model; n
 test: $(VENV)/.dev  ## everything, on two processes
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
-check: $(VENV)/.dev  ## format, lint, types, layers
+check: $(VENV)/.dev  ## format, lint, types, layers, no `trainer: Any`
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_trainer_arguments.py
 
 bench: $(VENV)/.dev  ## against the peers, each in an environment of its own; over an hour on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --all --streams 2 $(ARGS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
+from trl.losses.advantages import masked_moments
 from trl.losses.kl import KL_ESTIMATORS
 from trl.losses.loss_sum import LossSum
 from trl.losses.policy import (
@@ -23,10 +24,7 @@ from trl.losses.policy import (
     clip,
     generalized_advantages,
     kl_in_loss,
-    no_clip,
     policy_loss,
-    reinforce,
-    reward_to_go,
     sapo,
     whiten,
 )
@@ -55,6 +53,18 @@ def expected_reward(logits_SV: Tensor, rewards_Y: Tensor = REWARDS_Y) -> Tensor:
 def kl_of_completions(logits_SV: Tensor) -> Tensor:
     logprobs_YT = logprobs(logits_SV)
     return (logprobs_YT.sum(-1).exp() * (logprobs_YT - logprobs(REFERENCE)).sum(-1)).sum()
+
+
+def plain_ratio(log_ratio: Tensor, logprobs_GT: Tensor, advantages: Tensor) -> Surrogate:
+    """`-w A`: the importance-weighted policy gradient, unbounded."""
+    never = torch.zeros_like(log_ratio, dtype=torch.bool)
+    return Surrogate(-log_ratio.exp() * advantages, never, never)
+
+
+def reinforce(log_ratio: Tensor, logprobs_GT: Tensor, advantages: Tensor) -> Surrogate:
+    """`-A log p`: REINFORCE, blind to the ratio (Williams 1992)."""
+    never = torch.zeros_like(log_ratio, dtype=torch.bool)
+    return Surrogate(-advantages * logprobs_GT, never, never)
 
 
 def kl_of_tokens(logits_SV: Tensor) -> Tensor:
@@ -158,7 +168,7 @@ def ppo(lam: float, values_S: Tensor, whitened: bool = False) -> Estimator:
         values_GT = values_S[STATE_YT[index_G]]
         advantages = generalized_advantages(last_GT * rewards_G[:, None], values_GT, 1.0, lam, mask_GT)
         if whitened:
-            advantages = whiten(advantages, mask_GT)
+            advantages = whiten(advantages, masked_moments(advantages, mask_GT))
         return summed(policy_loss(logprobs_GT, old_GT, advantages, mask_GT, rule=clip), len(rewards_G))
 
     return estimate
@@ -199,7 +209,9 @@ def kl_in_reward(name: str, to_go: bool) -> Estimator:
     def estimate(logprobs_GT: Tensor, rewards_G: Tensor, index_G: Tensor) -> Tensor:
         mask_GT = MASK_YT[index_G]
         kl_GT = KL_ESTIMATORS[name](logprobs(LOGITS)[index_G], logprobs(REFERENCE)[index_G]) * mask_GT
-        weight_GT = reward_to_go(kl_GT, mask_GT) if to_go else kl_GT.sum(-1, keepdim=True)
+        weight_GT = kl_GT.sum(-1, keepdim=True)
+        if to_go:
+            weight_GT = generalized_advantages(kl_GT, torch.zeros_like(kl_GT), 1.0, 1.0, mask_GT)
         return summed(policy_loss(logprobs_GT, logprobs_GT, weight_GT, mask_GT, rule=reinforce), len(rewards_G))
 
     return estimate
@@ -252,12 +264,12 @@ def stale(rule: Callable[..., Surrogate], level: str, old: Tensor) -> Estimator:
 def later_steps(old: Tensor) -> dict[str, Estimator]:
     return {
         "no correction": stale(reinforce, "token", old),
-        "token ratio": stale(no_clip, "token", old),
+        "token ratio": stale(plain_ratio, "token", old),
         "token ratio, clipped at .2 (PPO, GRPO)": stale(clip, "token", old),
         "token ratio, weights cut at 1.2 (CISPO)": stale(partial(cispo, clip_high=0.2), "token", old),
         "token ratio, soft gate (SAPO)": stale(sapo, "token", old),
-        "sequence ratio (GSPO, not clipped)": stale(no_clip, "sequence_token", old),
-        "trajectory ratio": stale(no_clip, "trajectory", old),
+        "sequence ratio (GSPO, not clipped)": stale(plain_ratio, "sequence_token", old),
+        "trajectory ratio": stale(plain_ratio, "trajectory", old),
         "trajectory ratio, clipped at .2": stale(clip, "trajectory", old),
     }
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
-from trl.models.scoring import padded_inputs, score
+from trl.models.forward import padded_inputs
+from trl.models.scoring import score
 
 VOCABULARY = 32_000
 

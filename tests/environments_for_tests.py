@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from trl.environment.base_environment import TextEnvironment
-from trl.environment.tool_text import Spoken, ToolCall
+from trl.environment.episodes import Episode
+from trl.environment.tool_calls import Spoken, ToolCall
 
 
 class Talkative(TextEnvironment):
@@ -17,7 +18,8 @@ class Talkative(TextEnvironment):
         return "tool", text
 
     def task_end_check(self, history: Any, model_turn: bool = True) -> tuple[bool, bool]:
-        return history.is_full, history.is_full
+        full = Episode.of(history).is_full
+        return full, full
 
 
 class Delayed:

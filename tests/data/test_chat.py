@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenising import tokenize_supervised
 from tokenizers_for_tests import (
     CHATML,
     CHATML_GENERATION,
@@ -20,7 +21,6 @@ from tokenizers_for_tests import (
 )
 
 from trl.data.chat import ChatTemplate
-from trl.data.tokenize import tokenize_supervised
 
 USER = {"role": "user", "content": "hi"}
 YO = {"role": "assistant", "content": "yo"}

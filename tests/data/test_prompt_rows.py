@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from tokenising import tokenize_preference, tokenize_prompts, tokenize_stepwise, tokenize_unpaired
 from tokenizers import processors
 from tokenizers_for_tests import CHATML, byte_tokenizer, word_tokenizer
-
-from trl.data.tokenize import tokenize_preference, tokenize_prompts, tokenize_stepwise, tokenize_unpaired
 
 THE, SKY, IS, BLUE, GREEN = 30, 31, 32, 33, 34
 BOS, EOS = 1, 2

@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from tokenizers import processors
-from tokenizers_for_tests import CHATML, byte_tokenizer, metaspace_tokenizer, word_tokenizer
-
-from trl.data.report import TokenizationReport
-from trl.data.tokenize import (
-    format_rows,
-    supervised_row,
+from tokenising import (
     tokenize_preference,
     tokenize_prompts,
     tokenize_stepwise,
     tokenize_supervised,
     tokenize_unpaired,
 )
+from tokenizers import processors
+from tokenizers_for_tests import CHATML, byte_tokenizer, metaspace_tokenizer, word_tokenizer
+
+from trl.data.report import TokenizationReport
+from trl.data.supervised_rows import format_rows, supervised_row
 
 THE, SKY, IS, BLUE, GREEN = 30, 31, 32, 33, 34
 BOS, EOS = 1, 2

@@ -10,7 +10,7 @@ from tokenizers_for_tests import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl.environment.base_environment import StringStoppingCriteria, TextEnvironment, TextHistory
-from trl.environment.rollout import as_rollout
+from trl.environment.episodes import as_rollout
 
 TOKENS = torch.tensor([1, 2, 3])
 
@@ -258,6 +258,15 @@ def test_truncation_after_a_tools_answer(make):
     assert len(history.tokens) > 50
 
 
+def test_a_policy_lends_its_tokenizer(make, tokenizer):
+    environment = TextEnvironment(tools=[])
+    ready = environment.for_policy(tokenizer, [])
+    assert (ready.tokenizer, environment.tokenizer) == (tokenizer, None)
+    assert ready.for_policy(byte_tokenizer(), []) is ready
+    with pytest.raises(ValueError, match="tokenizer=None: an environment needs one"):
+        environment.run(["q"])
+
+
 # --- rows are independent -----------------------------------------------------------------------------------------
 
 
@@ -359,8 +368,8 @@ class Talker(TextEnvironment):
 
     given: list
 
-    def _model_turns(self):
-        turns = super()._model_turns()
+    def _own_turns(self):
+        turns = super()._own_turns()
         speak = turns.speak
         turns.speak = lambda texts, *rest: self.given.extend(text.tolist() for text in texts) or speak(texts, *rest)
         return turns
@@ -438,5 +447,5 @@ def test_rollout_records(make):
 
 
 def test_exports():
-    assert StringStoppingCriteria.__module__ == "trl.generation.stop_criteria"
+    assert StringStoppingCriteria.__module__ == "trl.generation.stopping"
     assert re.match("trl.environment", TextEnvironment.__module__)

@@ -8,9 +8,8 @@ from tokenizers_for_tests import CHATML, COUNTING, LLAMA3, TOOLS, byte_tokenizer
 
 from trl.data.chat import ChatTemplate
 from trl.data.records import Completion
-from trl.environment.answer_renderer import Answer, AnswerRenderer
-from trl.environment.chat_environment import ChatEnvironment
-from trl.environment.tool_text import JsonCalls, ToolCall
+from trl.environment.chat_environment import Answer, AnswerRenderer, ChatEnvironment
+from trl.environment.tool_calls import JsonCalls, ToolCall
 from trl.environment.turns import SampledTurns
 from trl.generation.sampler import SamplingParams
 
@@ -106,7 +105,7 @@ class ScriptedSampler:
 
 def chat(environment, script, rows, template=TOOLS, limit=1000, end="<|im_end|>"):
     tokenizer = byte_tokenizer(template)
-    environment.bind(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    environment = environment.for_policy(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
     sampler = ScriptedSampler(tokenizer, script, end)
     turns = SampledTurns(sampler, SamplingParams(max_new_tokens=limit))
     return environment.rollout(rows, turns, range(len(rows)), limit), sampler, tokenizer
@@ -176,7 +175,7 @@ def test_what_the_model_sees_is_the_template_s_own_rendering(template):
 def test_a_template_that_cannot_be_continued_is_refused(template, wrong):
     tokenizer = byte_tokenizer(template, bos="<s>")
     with pytest.raises(ValueError, match=wrong):
-        ChatEnvironment([add]).bind(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
+        ChatEnvironment([add]).for_policy(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
 
 
 def test_the_template_closes_a_turn_that_ended_by_another_token():
@@ -386,3 +385,35 @@ def test_wrong_prompts(prompt, wrong):
 def test_log_probabilities_of_sampled_tokens_alone():
     rollout, _, _ = chat(ChatEnvironment([add, shout]), two_rounds, [row()])
     assert torch.equal(-torch.tensor(rollout.logprobs[0]), torch.tensor(rollout.masks[0]).float())
+
+
+# --- complete when constructed ------------------------------------------------------------------------------------
+
+
+def turns_of(tokenizer):
+    return SampledTurns(ScriptedSampler(tokenizer, two_rounds), SamplingParams(max_new_tokens=1000))
+
+
+def test_it_plays_with_the_tokenizer_that_it_was_given():
+    tokenizer = byte_tokenizer(TOOLS)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    environment = ChatEnvironment([add, shout], tokenizer=tokenizer, end_ids=[end])
+    rollout = environment.rollout([row()], turns_of(tokenizer), [0], 1000)
+    assert rollout.completions == chat(ChatEnvironment([add, shout]), two_rounds, [row()])[0].completions
+    assert environment.for_policy(byte_tokenizer(TOOLS), [end + 1]) is environment
+
+
+def test_without_a_tokenizer_it_says_so():
+    with pytest.raises(ValueError, match=r"tokenizer=None: an environment needs one .*for_policy"):
+        ChatEnvironment([add]).rollout([row()], turns_of(byte_tokenizer(TOOLS)), [0], 100)
+
+
+def test_a_policy_lends_what_is_missing_and_changes_nothing():
+    tokenizer = byte_tokenizer(TOOLS)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    bare, named = ChatEnvironment([add]), ChatEnvironment([add], end_ids=[end])
+    ready = bare.for_policy(tokenizer, [end])
+    assert (ready.tokenizer, ready.tools, bare.tokenizer) == (tokenizer, bare.tools, None)
+    assert named.for_policy(tokenizer, [end + 1]).renderer.end_id == end  # its own end tokens count
+    with pytest.raises(ValueError, match="another vocabulary"):
+        ready.check_settings(byte_tokenizer(TOOLS, merges=[("n", "o")]))

@@ -71,6 +71,12 @@ def test_every_kind_of_query(make, tokenizer, kind, further, n_candidates):
         assert best[1][0].startswith(tokenizer.decode([33, 34]))
 
 
+def test_several_beams_of_each_sample_are_candidates(make):
+    scores = Scores()
+    make(scores, sample_size=1).generate([30, 31], num_beams=3, num_return_sequences=3)
+    assert len(set(scores.shown[0])) == 3
+
+
 @pytest.mark.parametrize("further", [{}, ONLY_GENERATE])
 def test_a_sample_of_one_is_a_whole_text(make, tokenizer, further):
     ((text,),) = make(sample_size=1).generate([40, 41], skip_special_tokens=False, **SAMPLED, **further)

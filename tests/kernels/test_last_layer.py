@@ -7,8 +7,9 @@ from torch import nn
 
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.kernels.last_layer import last_layer, only_at
-from trl.kernels.tree_layout import TreeLayout
+from trl.kernels.layers import computed_at, last_layer
+from trl.kernels.tree_attention import TreeLayout
+from trl.models.forward import rows_padded
 from trl.models.prepare import enable_gradient_checkpointing
 from trl.models.scoring import score
 
@@ -27,7 +28,7 @@ class Doubling(nn.Module):
 
 def test_only_the_positions_that_are_read():
     block, x = Doubling(), torch.arange(10.0).view(1, 10, 1)
-    with only_at((block,), torch.tensor([2, 7]), 10):
+    with computed_at((block,), torch.tensor([2, 7]), 10):
         out = block(x)
     assert out.flatten().tolist() == [0, 0, 4, 0, 0, 0, 0, 14, 0, 0]
     assert block.seen == [2]
@@ -64,9 +65,10 @@ def test_where_nearly_all_are_read_all_are_computed():
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_gradients_are_those_of_the_padded_rows(name):
     gradients = []
-    for path in (None, "padded"):
+    for padded in (False, True):
         model = tiny_model(name)
-        score(model, PACKED, path=path).logprobs_BT.square().sum().backward()
+        with rows_padded(padded):
+            score(model, PACKED).logprobs_BT.square().sum().backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
     for key, expected in gradients[1].items():
         size = float(expected.abs().max())

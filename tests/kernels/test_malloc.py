@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl.kernels import malloc as heap
+from trl.kernels import step_memory as heap
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from trl.kernels.norms import fused_norms, rms_norm
+from trl.kernels.layers import fused_norms, rms_norm
 
 
 def test_by_hand():

@@ -8,8 +8,11 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, PhiConfig, Qwen3Config
 
-from trl.kernels import rotary
-from trl.kernels.rotary import fused_rotary, rotate
+from trl.data.packing import pack
+from trl.data.records import Branch, TokenTree
+from trl.kernels import layers
+from trl.kernels.layers import fused_rotary, rotate
+from trl.models.scoring import score
 
 
 def test_by_hand():
@@ -60,7 +63,7 @@ def test_a_model_computes_what_it_did(config, more, fused, monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(**{**SIZES, **more, "pad_token_id": 0})).eval()
     ids, calls = torch.tensor([[5, 6, 7, 8]]), []
-    monkeypatch.setattr(rotary, "rotate", lambda *args: (calls.append(1), rotate(*args))[1])
+    monkeypatch.setattr(layers, "rotate", lambda *args: (calls.append(1), rotate(*args))[1])
     results = []
     for inside in (True, False):
         model.zero_grad()
@@ -83,7 +86,7 @@ def test_half_precision_and_checkpointing_keep_the_models_own(monkeypatch):
     with fused_rotary(model):
         model(ids)
     calls = []
-    monkeypatch.setattr(rotary, "rotate", lambda *args: (calls.append(1), rotate(*args))[1])
+    monkeypatch.setattr(layers, "rotate", lambda *args: (calls.append(1), rotate(*args))[1])
     with fused_rotary(model), torch.autocast("cpu", torch.bfloat16):
         model(ids)
     model.train()
@@ -93,13 +96,33 @@ def test_half_precision_and_checkpointing_keep_the_models_own(monkeypatch):
     assert not calls
 
 
-def test_the_replaced_function_keeps_its_name_and_signature():
+def test_the_function_is_replaced_inside_only():
+    file = sys.modules["transformers.models.llama.modeling_llama"]
+    original = file.apply_rotary_pos_emb
     with fused_rotary(tiny_model("llama")):
-        pass
-    function = sys.modules["transformers.models.llama.modeling_llama"].apply_rotary_pos_emb
-    assert function.__name__ == "apply_rotary_pos_emb"
-    assert function.__wrapped__ is not function
-    x, angles = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 8)
-    turned, _ = function(x, x, angles.cos(), angles.sin(), unsqueeze_dim=2)
-    expected, _ = rotate(x.transpose(1, 2), x.transpose(1, 2), angles.cos(), angles.sin())
-    torch.testing.assert_close(turned.transpose(1, 2), expected)
+        function = file.apply_rotary_pos_emb
+        with fused_rotary(tiny_model("llama")):
+            assert file.apply_rotary_pos_emb is function
+        assert file.apply_rotary_pos_emb is function
+        assert function.__name__ == "apply_rotary_pos_emb"
+        assert function.__wrapped__ is original
+        x, angles = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 8)
+        turned, _ = function(x, x, angles.cos(), angles.sin(), unsqueeze_dim=2)
+        expected, _ = rotate(x.transpose(1, 2), x.transpose(1, 2), angles.cos(), angles.sin())
+        torch.testing.assert_close(turned.transpose(1, 2), expected)
+    assert file.apply_rotary_pos_emb is original
+
+
+def test_it_is_put_back_after_a_failure():
+    file = sys.modules["transformers.models.llama.modeling_llama"]
+    original = file.apply_rotary_pos_emb
+    with pytest.raises(KeyError), fused_rotary(tiny_model("llama")):
+        raise KeyError
+    assert file.apply_rotary_pos_emb is original
+
+
+def test_a_pass_leaves_transformers_as_it_was():
+    file = sys.modules["transformers.models.llama.modeling_llama"]
+    original = file.apply_rotary_pos_emb
+    score(tiny_model("llama"), pack([TokenTree([5, 6], [Branch([7, 8])])])).logprobs_BT.sum().backward()
+    assert file.apply_rotary_pos_emb is original

@@ -5,8 +5,7 @@ import torch
 
 from trl.data.packing import pack
 from trl.data.records import Branch, Segment, TokenTree
-from trl.kernels.tree_attention import takes, tree_attention
-from trl.kernels.tree_layout import TreeLayout
+from trl.kernels.tree_attention import TreeLayout, takes, tree_attention
 from trl.models.attention import segment_attention
 
 TREES = [
@@ -73,7 +72,7 @@ def test_siblings_read_what_they_share_together():
     ]
     layout.read_only_at(module, [4, 6, 7, 8, 19])  # the first sibling is computed in part: nobody is left to share with
     assert layout.parts(module, None)[:3] == [(4, 5, [0], False), (6, 8, [0, 1], False), (8, 12, [0, 2], False)]
-    assert not any(part.again for part in layout.parts(None, 3))
+    assert not any(part.adds for part in layout.parts(None, 3))
 
 
 def test_trees_of_trees():
@@ -83,7 +82,7 @@ def test_trees_of_trees():
     inputs = [torch.randn(1, 2, 11, 8, dtype=torch.float64) for _ in range(3)]
     plain = segment_attention(layout, *inputs, scale=None).transpose(1, 2)
     torch.testing.assert_close(tree_attention(layout, None, *inputs, window=None, scale=None), plain)
-    assert [part for part in layout.parts(None, None) if part.again] == [(5, 9, [0, 1], True)]
+    assert [part for part in layout.parts(None, None) if part.adds] == [(5, 9, [0, 1], True)]
 
 
 def test_other_kinds_are_left_to_the_plain_path():

@@ -10,12 +10,12 @@ from datasets import Dataset
 from tokenizers_for_tests import byte_tokenizer, char_tokenizer, gpt2_words_tokenizer, word_tokenizer
 
 from trl.legacy.collators import (
-    ConstantLengthDataset,
     DataCollatorForCompletionOnlyLM,
     DPODataCollatorWithPadding,
     RewardDataCollatorWithPadding,
     pad_to_length,
 )
+from trl.legacy.constant_length import ConstantLengthDataset
 
 DIALOGUE = "### Human: Hi there.### Assistant: Hello!### Human: Bye.### Assistant: See you."
 

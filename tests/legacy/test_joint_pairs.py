@@ -1,4 +1,4 @@
-"""The seed's joint tokenisation of pairs; golden ids are GPT-2's."""
+"""Joint tokenisation of pairs, as in release 0.7.7; golden ids are GPT-2's."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from tokenizers_for_tests import byte_tokenizer, gpt2_words_tokenizer, word_tokenizer
 
 from trl.data.batches import pair_ids
-from trl.legacy.joint_pairs import build_tokenized_answer, tokenize_row
+from trl.legacy.dpo import build_tokenized_answer, tokenize_row
 
 QUESTION = "Which is the best programming language?"
 PROMPT_IDS = [13828, 318, 262, 1266, 8300, 3303, 30]
@@ -96,7 +96,7 @@ def test_encoder_decoder_row() -> None:
     assert pair_ids(row) == {"prompt_ids": [30, 31], "chosen_ids": [33, 33], "rejected_ids": [34]}
 
 
-def test_from_the_seeds_columns_to_ours() -> None:
+def test_from_the_columns_of_release_0_7_7_to_ours() -> None:
     ids = {"prompt_ids": [50256, *PROMPT_IDS], "chosen_ids": [11361, 50256], "rejected_ids": [327, 4880, 50256]}
     assert pair_ids(row_of()) == ids
     # the answers begin with the same token: it is still theirs, not the prompt's

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from trl.losses.advantages import masked_moments
 from trl.losses.policy import (
     ADVANTAGES,
     REWARD_AGGREGATIONS,
@@ -8,7 +9,6 @@ from trl.losses.policy import (
     group_relative,
     leave_one_out,
     normalize_then_sum,
-    reward_to_go,
     soft_overlong_punishment,
     sum_then_normalize,
     token_rewards,
@@ -121,16 +121,17 @@ def test_gae_between_its_limits():
     next_values = torch.tensor([[0.4, 0.6, 0.8, 0.0]])
     one_step = REWARDS + 0.9 * next_values - VALUES
     torch.testing.assert_close(generalized_advantages(REWARDS, VALUES, 0.9, 0.0), one_step)
-    togo = reward_to_go(REWARDS, torch.ones(1, 4), 0.9)
+    togo = generalized_advantages(REWARDS, torch.zeros(1, 4), 0.9, 1.0, torch.ones(1, 4))
     torch.testing.assert_close(generalized_advantages(REWARDS, VALUES, 0.9, 1.0), togo - VALUES)
 
 
 def test_reward_to_go_by_hand():
     rewards, mask = torch.tensor([[1.0, 99.0, 2.0, 4.0, 99.0]]), torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]])
-    assert reward_to_go(rewards, mask, 0.5)[0].tolist() == [3.0, 0.0, 4.0, 4.0, 0.0]
+    got = generalized_advantages(rewards, torch.zeros_like(rewards), 0.5, 1.0, mask)
+    assert got[0].tolist() == [3.0, 0.0, 4.0, 4.0, 0.0]
 
 
-def test_the_seeds_returns():
+def test_returns_of_release_0_7_7():
     """Every position is a step there, masked ones with reward and value 0."""
     logprobs = torch.tensor([[-1.0, -2.0, -0.5, -3.0, -1.0], [-0.2, -0.4, -0.6, -0.8, -1.0]])
     reference = torch.tensor([[-1.5, -1.0, -0.5, -2.0, -2.0], [-0.4, -0.2, -1.6, -0.8, -0.5]])
@@ -148,20 +149,24 @@ def test_the_seeds_returns():
 
 def test_whitening_by_hand():
     values = torch.arange(1.2, 2.05, 0.1)[None]
-    got = whiten(values, torch.ones_like(values), shift_mean=False, unbiased=False)
-    expected = [0.0508, 0.4381, 0.8254, 1.2127, 1.6, 1.9873, 2.3746, 2.7619, 3.1492]
+    moments = masked_moments(values, torch.ones_like(values))
+    got = whiten(values, moments, shift_mean=False)  # the variance is 0.6 / 8
+    expected = [0.1394, 0.5046, 0.8697, 1.2349, 1.6, 1.9651, 2.3303, 2.6954, 3.0606]
     assert got[0].tolist() == pytest.approx(expected, abs=5e-5)
-    assert whiten(values, torch.ones_like(values)).mean().item() == pytest.approx(0.0, abs=1e-6)
+    everywhere = (torch.tensor(1.0), torch.tensor(4.0), torch.tensor(5))  # of all processes: unbiased variance 5
+    assert whiten(torch.tensor([[6.0]]), everywhere).item() == pytest.approx(5**0.5)
+    assert whiten(values, moments).mean().item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_whitening_sees_real_tokens_only():
-    """The seed's masked whitening of (2, 4, 3, -1, .5, 2)."""
+    """The masked whitening of (2, 4, 3, -1, .5, 2) in release 0.7.7."""
     values = torch.tensor([[1.0, 2.0, 4.0, 8.0], [3.0, -1.0, 0.5, 2.0]])
     mask = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    got = whiten(values, mask)
+    got = whiten(values, masked_moments(values, mask)) * mask
     assert got[0].tolist() == pytest.approx([0.0, 0.140303, 1.26273, 0.0], abs=1e-5)
-    padded = whiten(torch.nn.functional.pad(values, (1, 2), value=NAN), torch.nn.functional.pad(mask, (1, 2)))
-    torch.testing.assert_close(padded[:, 1:-2], got)
+    wider, wider_mask = torch.nn.functional.pad(values, (1, 2), value=NAN), torch.nn.functional.pad(mask, (1, 2))
+    padded = whiten(wider, masked_moments(wider, wider_mask))
+    torch.testing.assert_close(padded[:, 1:-2] * mask, got)
 
 
 def test_soft_overlong_punishment_by_hand():

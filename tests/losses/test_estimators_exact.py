@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trl.losses.kl import KL_ESTIMATORS
-from trl.losses.policy import kl_in_loss, policy_loss, reinforce
+from trl.losses.policy import cispo, kl_in_loss, policy_loss
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,7 +166,7 @@ def expected_step(kl: str | None, importance: bool, beta: float = 1.0) -> torch.
     advantages = GAINS[:, None] - (beta * KL_ESTIMATORS["k1"](old, reference) if kl is None else 0.0)
     losses = [
         policy_loss(
-            logprobs[a : a + 1], old[a : a + 1], advantages[a : a + 1], torch.ones(1, 1), rule=reinforce,
+            logprobs[a : a + 1], old[a : a + 1], advantages[a : a + 1], torch.ones(1, 1), rule=cispo,
             reference_BT=reference[a : a + 1], beta=0.0 if kl is None else beta, kl=kl or "k1",
             kl_importance=importance,
         ).total

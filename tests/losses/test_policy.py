@@ -13,13 +13,12 @@ from trl.losses.policy import (
     clipped_surrogate,
     clipped_value,
     kl_in_loss,
-    no_clip,
     policy_loss,
-    reinforce,
     sapo,
 )
 
 ONE = torch.ones(1, 1)
+UNCLIPPED = partial(clip, clip_low=9.0, clip_high=9.0)
 
 
 def surrogate(rule, ratio: float, advantage: float, logprob: float = -1.0):
@@ -96,11 +95,6 @@ def test_sapo_by_hand():
         surrogate(partial(sapo, tau_neg=0.0), 1.0, 1.0)
 
 
-def test_reinforce_and_the_plain_ratio_by_hand():
-    assert surrogate(reinforce, 7.0, 2.0, -1.5).loss_BT.item() == 3.0
-    assert surrogate(no_clip, 7.0, 2.0).loss_BT.item() == pytest.approx(-14.0)
-
-
 @pytest.mark.parametrize("level", [name for name in RATIO_LEVELS if name != "sequence"])
 @pytest.mark.parametrize("rule", sorted(CLIP_RULES))
 def test_at_the_first_step_every_rule_is_the_policy_gradient(rule, level):
@@ -111,7 +105,7 @@ def test_at_the_first_step_every_rule_is_the_policy_gradient(rule, level):
         logprobs, old, advantages, mask, rule=CLIP_RULES[rule], level=level, how="constant", max_tokens=4
     )
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
-    spread = mask.sum(-1, keepdim=True) if level == "trajectory" and rule not in ("reinforce", "cispo") else 1.0
+    spread = mask.sum(-1, keepdim=True) if level == "trajectory" and rule != "cispo" else 1.0
     torch.testing.assert_close(gradient, -advantages * mask * spread)
     assert loss.metrics["ratio"][0].item() == pytest.approx(8.0)
     assert loss.metrics["approx_kl"][0].item() == loss.metrics["clip_fraction"][0].item() == 0.0
@@ -122,16 +116,16 @@ def test_gspo_by_hand():
     logprobs, old = torch.tensor([[0.2, 0.4, 9.0]], requires_grad=True), torch.zeros(1, 3)
     mask = torch.tensor([[1.0, 1.0, 0.0]])
     for level, gradient in (("sequence", exp(0.3) / 2), ("sequence_token", exp(0.3) / 2)):
-        loss = policy_loss(logprobs, old, ONE, mask, rule=no_clip, level=level, how="sequence")
+        loss = policy_loss(logprobs, old, ONE, mask, rule=UNCLIPPED, level=level, how="sequence")
         assert loss.total.item() == pytest.approx(-exp(0.3))
         (got,) = torch.autograd.grad(loss.total, logprobs)
         assert got[0].tolist() == pytest.approx([-gradient, -gradient, 0.0])
     per_token = torch.tensor([[1.0, 3.0, 0.0]])
-    loss = policy_loss(logprobs, old, per_token, mask, rule=no_clip, level="sequence_token", how="sequence")
+    loss = policy_loss(logprobs, old, per_token, mask, rule=UNCLIPPED, level="sequence_token", how="sequence")
     (got,) = torch.autograd.grad(loss.total, logprobs)
     assert got[0].tolist() == pytest.approx([-exp(0.3) / 2, -3 * exp(0.3) / 2, 0.0])
     with pytest.raises(ValueError, match="importance_sampling_level='word'"):
-        policy_loss(logprobs, old, ONE, mask, rule=no_clip, level="word")
+        policy_loss(logprobs, old, ONE, mask, rule=UNCLIPPED, level="word")
 
 
 def test_the_trajectory_ratio_is_the_product():

@@ -3,7 +3,7 @@ from math import log
 import pytest
 import torch
 
-from trl.losses.reward import bradley_terry
+from trl.losses.supervised import bradley_terry
 
 
 def test_equal_scores_cost_ln_2():

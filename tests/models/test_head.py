@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl.kernels import head_tiles as tiled
-from trl.kernels.grad_in_place import in_place
+from trl.kernels.step_memory import in_place
 from trl.models import head as heads
 
 

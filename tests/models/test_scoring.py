@@ -6,10 +6,10 @@ import transformers as t
 
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.models.attention import TreeLayout
+from trl.kernels.tree_attention import TreeLayout
+from trl.models.forward import padded_inputs, plan_of, rows_padded
 from trl.models.head import CHUNK_ELEMENTS
-from trl.models.scoring import _paths, padded_inputs, rewards, score
-from trl.models.unwrap import below_value_head
+from trl.models.scoring import rewards, score
 
 COMMON = {
     "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -96,8 +96,9 @@ def test_packed_equals_separate_rows(name):
     with torch.no_grad():
         expected = plain_logprobs(model, packed)
         together = score(model, packed).logprobs_BT
-        apart = score(model, packed, path="padded").logprobs_BT
-    assert _paths[below_value_head(model)] == ("packed" if name in ARCHITECTURES else "padded")
+        with rows_padded(True):
+            apart = score(model, packed).logprobs_BT
+    assert plan_of(model).packed == (name in ARCHITECTURES)
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(apart, expected, rtol=0, atol=1e-4)
 

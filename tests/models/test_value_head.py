@@ -10,13 +10,13 @@ from tiny_models import CAUSAL, SEQ2SEQ, lora, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, GPT2Config
 
-from trl.models.checkpoints import WEIGHT_FILES, writing
 from trl.models.modeling_value_head import (
     SUPPORTED_ARCHITECTURES,
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
     ValueHead,
 )
+from trl.models.weight_files import WEIGHT_FILES, writing
 
 ALL = [*CAUSAL, *SEQ2SEQ]
 

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from trl.data.packing import pack
+from trl.data.prompt_rows import PairsJob
 from trl.data.records import Branch, TokenTree
-from trl.data.tokenize import tokenize_preference
+from trl.data.tokenize import tokenize
 from trl.models.scoring import rewards
 from trl.rewards.named import REWARDS, reward_named, reward_panel
 from trl.rewards.reward_model import RewardModel
@@ -77,7 +78,8 @@ def test_a_reward_model_reads_conversations_as_its_trainer_does(chat_tokenizer):
     )  # fmt: skip
     judge = RewardModel(AutoModelForSequenceClassification.from_config(config), chat_tokenizer)
     prompt, replies = [{"role": "user", "content": "hi"}], [[{"role": "assistant", "content": c}] for c in ("yes", "n")]
-    rows, _ = tokenize_preference([{"prompt": prompt, "chosen": replies[0], "rejected": replies[1]}], chat_tokenizer)
+    row = {"prompt": prompt, "chosen": replies[0], "rejected": replies[1]}
+    rows, _ = tokenize([row], PairsJob(tokenizer=chat_tokenizer))
     trees = [TokenTree(rows[0]["prompt_ids"], [Branch(rows[0][name])]) for name in ("chosen_ids", "rejected_ids")]
     expected = rewards(judge.model, pack(trees)).tolist()
     assert judge(prompts=[prompt] * 2, completions=replies) == pytest.approx(expected, rel=1e-4)

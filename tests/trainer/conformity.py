@@ -250,8 +250,8 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def build(name: str, directory: Path, lora: bool = False, **overrides: Any) -> Any:
-    """The case's trainer with `overrides` in its config."""
+def build(name: str, directory: Path, lora: bool = False, args: Any = None, **overrides: Any) -> Any:
+    """The case's trainer with `overrides` in its config; or with `args` as its config."""
     import trl
 
     case = CASES[name]
@@ -271,7 +271,7 @@ def build(name: str, directory: Path, lora: bool = False, **overrides: Any) -> A
     rows = case.rows()
     return getattr(trl, case.trainer)(
         model=arguments.pop("model", None) or case.model(),
-        args=getattr(trl, case.config)(**settings),
+        args=getattr(trl, case.config)(**settings) if args is None else args,
         train_dataset=rows,
         eval_dataset=arguments.pop("eval_dataset", rows.select(range(3))),
         processing_class=tokenizer(),

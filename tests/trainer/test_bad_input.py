@@ -223,9 +223,11 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_older_ones(limit, tmp_path, smal
     assert "trainer_state.json" in files_of(tmp_path / "checkpoint-4")
 
 
-def test_no_checkpoint_to_resume_from(tmp_path):
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True: no complete checkpoint in"):
-        build("sft", tmp_path).train(resume_from_checkpoint=True)
+def test_no_checkpoint_to_resume_from(tmp_path, caplog):
+    trainer = build("sft", tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == trainer.state.max_steps
+    assert f"no whole checkpoint in {tmp_path}: training starts anew" in caplog.text
 
 
 def test_names_of_the_suite_are_words():

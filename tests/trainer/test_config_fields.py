@@ -187,11 +187,11 @@ def test_the_tests_named_here_exist(file, test):
 def test_how_rows_are_tokenised_is_handed_on(tmp_path, monkeypatch):
     seen = {}
 
-    def spy(dataset, tokenizer, **how):
+    def spy(dataset, job, **how):
         seen.update(how)
         return dataset, None
 
-    monkeypatch.setattr("trl.trainer.sft_data.tokenize_supervised", spy)
+    monkeypatch.setattr("trl.trainer.sft_trainer.tokenize", spy)
     build("sft", tmp_path, dataset_num_proc=2, dataset_batch_size=3)
     assert (seen["num_proc"], seen["batch_size"]) == (2, 3)
 

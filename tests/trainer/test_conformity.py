@@ -1,5 +1,6 @@
 """One suite for every trainer: the split into batches, packing, saving and resuming change nothing."""
 
+import copy
 import inspect
 import logging
 from dataclasses import fields
@@ -8,11 +9,14 @@ import pytest
 import torch
 import transformers
 from conformity import CASES, build, history, weights
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import trl
+from trl.models import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+NOT_SETTINGS = {"distributed_state", "__cached__setup_devices"}
+"""what an `Accelerator` keeps in the config object; the same object for all trainers of a process"""
 every_trainer = pytest.mark.parametrize("name", CASES)
 
 
@@ -48,20 +52,62 @@ def test_packed_equals_padded(name, tmp_path):
 
 
 @every_trainer
+def test_padding_free_false_reaches_every_pass(name, tmp_path, monkeypatch):
+    def refuse(*how):
+        raise AssertionError("rows were packed")
+
+    more = {"eval_strategy": "steps", "eval_steps": 1}
+    if hasattr(getattr(trl, CASES[name].config)(str(tmp_path)), "precompute_ref_log_probs"):
+        more["precompute_ref_log_probs"] = not CASES[name].settings.get("sync_ref_model")
+    trainer = build(name, tmp_path, padding_free=False, max_steps=1, **more)
+    monkeypatch.setattr(forward, "fast", refuse)
+    trainer.train()
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+
+
+@every_trainer
 def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(name, tmp_path):
     runs = []
     for evaluate in (False, True):
         trainer = build(name, tmp_path, **({"eval_strategy": "steps", "eval_steps": 1} if evaluate else {}))
         trainer.train()
         if evaluate:
-            modes = {module.training for module in trainer.model.modules()}
             assert all(torch.isfinite(torch.tensor(history(trainer, "eval_loss"))))
-            trainer.model.train()
-            trainer.evaluate()
-            assert modes
         runs.append(weights(trainer))
     for key, value in runs[0].items():
         assert torch.equal(value, runs[1][key]), key
+
+
+class FlagsAroundEvaluation(TrainerCallback):
+    """The training flags of all modules at the end of each step, and after the evaluation that follows."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.before.append([module.training for module in model.modules()])
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        self.after.append([module.training for module in model.modules()])
+
+
+@every_trainer
+def test_training_flags_come_back_after_an_evaluation(name, tmp_path):
+    trainer, flags = build(name, tmp_path, eval_strategy="steps", eval_steps=1), FlagsAroundEvaluation()
+    trainer.add_callback(flags)
+    trainer.train()
+    assert any(flags.before[0])
+    assert len(flags.after) == 2
+    assert flags.after == flags.before
+
+
+@every_trainer
+def test_the_callers_config_stays_as_it_was(name, tmp_path):
+    case = CASES[name]
+    args = getattr(trl, case.config)(output_dir=str(tmp_path), report_to="none", max_steps=1, **case.settings)
+    before = {key: copy.deepcopy(value) for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    build(name, tmp_path, args=args).train()
+    assert {key: vars(args)[key] for key in before} == before
 
 
 @every_trainer

@@ -20,8 +20,9 @@ from tiny_diffusion import tiny_stable_diffusion
 from trl.models.ddim import denoise
 from trl.models.modeling_sd_base import DefaultDDPOStableDiffusionPipeline
 from trl.rewards.images import brightness
+from trl.trainer.checkpoints import Run, seal
 from trl.trainer.ddpo_config import DDPOConfig
-from trl.trainer.ddpo_files import latest_checkpoint
+from trl.trainer.ddpo_setup import checkpoint_to_resume
 
 
 @pytest.fixture(autouse=True)
@@ -298,15 +299,19 @@ def test_checkpoints_are_named_after_epochs_and_limited(tmp_path):
         trainer(tmp_path, num_epochs=6, save_freq=4, run_name="mine").train()
 
 
-def test_where_to_resume_from(tmp_path):
+def test_where_to_resume_from(tmp_path, caplog):
     for number in (2, 10):
-        (tmp_path / f"checkpoint_{number}").mkdir()
+        folder = tmp_path / f"checkpoint_{number}"
+        folder.mkdir()
+        seal(folder, Run({}, {}, {}), step=number, world_size=1)
     (tmp_path / "trl").mkdir()
-    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_10")
-    assert latest_checkpoint(f"{tmp_path}/checkpoint_2/") == str(tmp_path / "checkpoint_2")
-    for nothing in (tmp_path / "trl", tmp_path / "checkpoint_3", tmp_path / "absent"):
-        with pytest.raises(ValueError, match="No checkpoints found in"):
-            latest_checkpoint(str(nothing))
+    assert checkpoint_to_resume(str(tmp_path)).folder == tmp_path / "checkpoint_10"
+    assert checkpoint_to_resume(f"{tmp_path}/checkpoint_2/").folder == tmp_path / "checkpoint_2"
+    with pytest.raises(ValueError, match=r"there is no checkpoint .*checkpoint_3"):
+        checkpoint_to_resume(str(tmp_path / "checkpoint_3"))
+    for nothing in (tmp_path / "trl", tmp_path / "absent"):
+        assert checkpoint_to_resume(str(nothing)) is None
+        assert f"no whole checkpoint in {nothing}: training starts anew" in caplog.text
 
 
 def test_images_reach_the_tracker(tmp_path):
@@ -364,9 +369,9 @@ def test_every_field_is_read():
     """A setting that nothing reads would be accepted and ignored."""
     import inspect
 
-    from trl.trainer import ddpo_config, ddpo_files, ddpo_setup, ddpo_trainer
+    from trl.trainer import ddpo_config, ddpo_setup, ddpo_trainer
 
-    code = "".join(inspect.getsource(module) for module in (ddpo_setup, ddpo_trainer, ddpo_files))
+    code = "".join(inspect.getsource(module) for module in (ddpo_setup, ddpo_trainer))
     code += inspect.getsource(ddpo_config.DDPOConfig.trained_timesteps.fget)
     for field in fields(DDPOConfig):
         assert f"config.{field.name}" in code or f"self.{field.name}" in code, field.name

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl import DPOTrainer
 from trl.legacy.collators import DPODataCollatorWithPadding
-from trl.trainer.dpo_config import DPO_LOSSES
+from trl.trainer.dpo_trainer import DPO_LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not set in the DPOTrainer's init.*:UserWarning")
 

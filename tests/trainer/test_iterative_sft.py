@@ -5,7 +5,8 @@ import torch
 from conformity import causal_lm, tokenizer
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
-from trl import IterativeSFTTrainer
+from trl import IterativeSFTTrainer, SFTConfig
+from trl.models import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:No data collator is provided", "ignore:No labels are provided")
 
@@ -30,6 +31,13 @@ def test_it_learns_what_it_is_given(tmp_path):
     assert losses[-1] < losses[0]
     assert trainer.state.global_step == 8
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+def test_padding_free_false_of_another_config_is_heard(tmp_path, monkeypatch):
+    args = SFTConfig(str(tmp_path), padding_free=False, max_steps=1, per_device_train_batch_size=4, report_to="none")
+    trainer = IterativeSFTTrainer(causal_lm(), args, tokenizer=tokenizer())
+    monkeypatch.setattr(forward, "fast", lambda *how: pytest.fail("rows were packed"))
+    trainer.step(input_ids=ids())
 
 
 def test_accumulation_equals_the_large_batch(tmp_path):

@@ -105,9 +105,9 @@ def test_the_first_pass_over_a_batch_has_ratio_one(make):
 def test_reward_functions_read_the_episodes(make):
     seen = {}
 
-    def judge(completions, histories, wanted, **columns):
+    def judge(completions, histories, turn_rewards, wanted, **columns):
         seen.update(completions=completions, histories=histories, wanted=wanted)
-        return [float(len(history.turn_rewards)) for history in histories]
+        return [float(len(rewards)) for rewards in turn_rewards]
 
     scores = []
     trainer = make(talkative(reward_fn=None), reward_funcs=judge, steps=4)

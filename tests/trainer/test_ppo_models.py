@@ -1,5 +1,7 @@
 """PPO on every kind of model, and what it generates with it."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,10 @@ from ppo_cases import COMMON, SAMPLING, batch, causal, gpt2, lora, maker
 
 from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.core import LengthSampler
+from trl.data.packing import pack
+from trl.data.records import Branch, TokenTree
 from trl.models import create_reference_model
+from trl.models.scoring import score
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
 
@@ -50,6 +55,36 @@ def test_shared_layers_are_shared_and_frozen(make):
         make(model, ref_model=create_reference_model(model), num_shared_layers=2)
     with pytest.raises(ValueError, match="num_shared_layers=1"):
         make(causal(peft_config=lora()), num_shared_layers=1)
+
+
+# --- what a pass computes --------------------------------------------------------------------------------------------
+
+
+def test_the_value_head_runs_where_values_are_read(make):
+    """Once for the samples before the update, once for each of two minibatches; the reference has no say in values."""
+    trainer, calls = make(causal(), mini_batch_size=2, ppo_epochs=1), []
+    trainer.step(*batch())  # the probe
+    for model in (trainer.model, trainer.ref_model):
+        model.v_head.register_forward_hook(lambda *call: calls.append(1))
+    trainer.step(*batch(seed=2))
+    assert len(calls) <= 3
+
+
+def test_a_pass_keeps_no_layers_states(make):
+    """The states that reach a layer are gone when the head is computed: nobody asked for them."""
+    trainer = make(causal(num_hidden_layers=4))
+    network, states, alive = trainer.model.pretrained_model, [], []
+    trainer.step(*batch())
+    for layer in network.model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: states.append(weakref.ref(output)))
+    network.lm_head.register_forward_pre_hook(
+        lambda module, inputs: alive.append(sum(state() is not None for state in states))
+    )
+    packed = pack([TokenTree([5, 6, 7], [Branch([8, 9])])])
+    with torch.no_grad():
+        assert score(trainer.model, packed, values=True).values_BT is not None
+    assert len(states) == 4
+    assert alive == [0]
 
 
 def seq2seq():

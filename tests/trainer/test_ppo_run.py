@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.rewards.panel import RewardError
-from trl.trainer import ppo_checkpoint
+from trl.trainer import checkpoints
 from trl.trainer.ppo_loop import panel_of, prompt_ids, scores_of
 
 COMMON = {
@@ -175,7 +175,7 @@ def test_stop_token(make):
 def test_resume_is_exact(make, tmp_path, fields):
     whole = make(output_dir=str(tmp_path), save_steps=1, save_total_limit=4, **fields)
     whole.train()
-    assert [path.name for path in ppo_checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{i}" for i in (1, 2, 3, 4)]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [f"checkpoint-{i}" for i in (1, 2, 3, 4)]
     shutil.rmtree(tmp_path / "checkpoint-4")
     shutil.rmtree(tmp_path / "checkpoint-3")
     resumed = make(output_dir=str(tmp_path), save_steps=1, save_total_limit=2, **fields)
@@ -184,7 +184,7 @@ def test_resume_is_exact(make, tmp_path, fields):
     assert torch.equal(weights(resumed), weights(whole))
     assert resumed.kl_ctl.value == whole.kl_ctl.value
     assert resumed.running.std == whole.running.std
-    assert [path.name for path in ppo_checkpoint.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_step_users_resume_through_batches(make, tmp_path):
@@ -245,7 +245,7 @@ def test_a_full_disk_leaves_nothing_behind(make, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ppo_checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoints, "write_state", full)
     with pytest.raises(OSError, match=r"could not save to .*state': .*No space left on device; what was there"):
         trainer.save_state(tmp_path / "state")
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import trl
 from trl.losses.distillation import generalized_jsd
-from trl.rewards.pairwise import pairwise
+from trl.rewards.named import pairwise
 from trl.rewards.panel import RewardError
 from trl.rollout.rewards import Rewards
 from trl.trainer.online_dpo_trainer import ordered

@@ -7,12 +7,19 @@ import torch
 from conformity import causal_lm, history, texts, tokenizer
 from peft import LoraConfig
 from tokenizers_for_tests import byte_tokenizer, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from trl import DataCollatorForCompletionOnlyLM, SFTConfig, SFTTrainer
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.legacy.collators import ConstantLengthDataset
+from trl.legacy.constant_length import ConstantLengthDataset
 from trl.trainer.sft_trainer import PackingCollator
 
 pytestmark = pytest.mark.filterwarnings(
@@ -405,6 +412,16 @@ def test_eos_pad_and_template_of_the_config(tmp_path):
         trainer_of(config(tmp_path, chat_template_path=str(tmp_path / "none")), processing_class=word_tokenizer())
 
 
+def test_tokens_of_the_config_help_the_tokenizer_that_lacks_them(tmp_path):
+    bare = word_tokenizer()
+    bare.pad_token = bare.eos_token = None
+    with pytest.raises(ValueError, match="neither a pad token nor an EOS token"):
+        trainer_of(config(tmp_path), processing_class=bare)
+    trainer = trainer_of(config(tmp_path, eos_token="yes", pad_token="mat"), processing_class=bare)
+    assert trainer.train_dataset[0]["input_ids"][-1] == bare.convert_tokens_to_ids("yes")
+    assert bare.pad_token == "mat"
+
+
 def test_encoder_decoders_are_sent_elsewhere(tmp_path):
     from tiny_models import tiny_model
 
@@ -427,3 +444,37 @@ def test_saved_with_its_tokenizer(tmp_path):
     trainer = trainer_of(config(tmp_path))
     trainer.save_model(str(tmp_path / "saved"))
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "<eos>"
+
+
+# -- gradients that somebody keeps --------------------------------------------------------------
+
+
+class KeepsGradients(TrainerCallback):
+    """Keeps each step's gradients in several ways, and what they were."""
+
+    WAYS = (
+        lambda grad: grad,
+        lambda grad: grad.detach(),
+        lambda grad: grad.view(-1),
+        lambda grad: grad.data,
+        lambda grad: grad.clone(),
+    )
+
+    def __init__(self, way):
+        self.way, self.kept = way, []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            self.kept.append((name, self.WAYS[self.way](parameter.grad), parameter.grad.clone()))
+
+
+@pytest.mark.parametrize("way", range(5))
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_kept_gradient_is_never_overwritten(way, clipped, tmp_path):
+    keeper = KeepsGradients(way)
+    trainer_of(config(tmp_path, max_steps=3, max_grad_norm=1.0 if clipped else 0.0), callbacks=[keeper]).train()
+    names = {name for name, _, _ in keeper.kept}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= names
+    assert len(keeper.kept) == 3 * len(names)
+    for name, kept, copy in keeper.kept:
+        assert torch.equal(kept.flatten(), copy.flatten()), name

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from trl.trainer.reward_trainer import compute_accuracy
 from trl.trainer.statistics import (
     AdaptiveKLController,
     FixedKLController,
     PerPromptStatTracker,
     RunningMoments,
-    compute_accuracy,
     exact_div,
     get_global_statistics,
 )

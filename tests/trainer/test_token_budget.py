@@ -4,7 +4,7 @@ import pytest
 from conformity import CASES, build, history
 
 from trl.data import microbatches
-from trl.models import scoring
+from trl.models import forward
 
 BUDGETED = dict.fromkeys(("sft", "sft-dft", "reward", "dpo-sigmoid", "dpo-many", "dpo-state", "prm", "simpo"), 14)
 BUDGETED |= {"kto": 16, "kto-bco": 16}
@@ -13,19 +13,19 @@ BUDGETED |= {"kto": 16, "kto-bco": 16}
 
 @pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_changes_nothing_but_the_passes(name, tmp_path, monkeypatch):
-    widths, run = [], scoring._run
+    widths, run = [], forward._run
 
-    def counted(model, module, packed, *how):
+    def counted(model, packed, *how):
         widths.append(len(packed.ids_N))
-        return run(model, module, packed, *how)
+        return run(model, packed, *how)
 
     seen = []
     for budget in (None, BUDGETED[name]):
         trainer = build(name, tmp_path, max_steps=2, max_tokens_per_microbatch=budget)
         widths.clear()
-        monkeypatch.setattr(scoring, "_run", counted)
+        monkeypatch.setattr(forward, "_run", counted)
         trainer.train()
-        monkeypatch.setattr(scoring, "_run", run)
+        monkeypatch.setattr(forward, "_run", run)
         seen.append((history(trainer, "loss"), history(trainer, "grad_norm"), max(widths)))
     (loss, norm, _), (budget_loss, budget_norm, widest) = seen
     assert budget_loss == pytest.approx(loss, rel=1e-5)
@@ -38,11 +38,11 @@ def test_a_batch_is_cut_unasked_on_the_cpu(name, tmp_path, monkeypatch):
     seen = []
     for tokens in (10**6, 20):
         monkeypatch.setattr(microbatches, "CPU_TOKENS", tokens)
-        passes, run = [], scoring._run
-        monkeypatch.setattr(scoring, "_run", lambda *how, run=run, passes=passes: passes.append(1) or run(*how))
+        passes, run = [], forward._run
+        monkeypatch.setattr(forward, "_run", lambda *how, run=run, passes=passes: passes.append(1) or run(*how))
         trainer = build(name, tmp_path, max_steps=2, per_device_train_batch_size=8)
         trainer.train()
-        monkeypatch.setattr(scoring, "_run", run)
+        monkeypatch.setattr(forward, "_run", run)
         seen.append((history(trainer, "loss"), history(trainer, "grad_norm"), len(passes)))
     (loss, norm, few), (cut_loss, cut_norm, many) = seen
     assert cut_loss == pytest.approx(loss, rel=1e-5, abs=1e-7)

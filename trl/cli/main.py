@@ -37,7 +37,7 @@ COMMANDS: dict[str, Training | Other] = {
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 UsageError: Any = typer.BadParameter.__base__
-"""of the click that typer brings along, which is not always the installed one"""
+"""the class of typer's own copy of click, which may differ from the installed click"""
 
 
 class RawCommand(TyperCommand):
@@ -92,7 +92,7 @@ def root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes anywhere in the line."),
     version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_show_version),
 ) -> None:
-    """Post-training of language models: one command a job."""
+    """Post-training of language models: one command for each job."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""From tokenised rows, or from a padded batch of the older collators, to token trees."""
+"""Makes token trees of tokenised rows, or of padded batches from the collators of release 0.7.7."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def sequences_of(row: Mapping[str, Any]) -> Iterator[tuple[Sequence[int], Sequen
 
 
 def sequence_trees(rows: Sequence[Mapping[str, Any]]) -> list[TokenTree]:
-    """Supervised rows: each sequence a tree of its own, its learned tokens scored."""
+    """Supervised rows as trees: one tree per sequence, in which the learned tokens are scored."""
     return [TokenTree([], [Branch(ids, mask)]) for row in rows for ids, mask in sequences_of(row)]
 
 
 def pair_tree(row: Mapping[str, Any]) -> TokenTree:
-    """Chosen, then rejected, below their prompt, from any of the tokenised columns."""
+    """The prompt with two branches, chosen and rejected, from any of the known sets of tokenised columns."""
     ids = row if "prompt_ids" in row else pair_ids(row)
     return TokenTree(ids["prompt_ids"], [Branch(ids["chosen_ids"]), Branch(ids["rejected_ids"])])
 
 
 def pair_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenised pair with the columns that the collators of older releases read, those of rewards and of DPO."""
+    """A tokenised pair with the columns that the collators of older releases read, for reward models and for DPO."""
     prompt = list(row["prompt_ids"])
     columns: dict[str, Any] = {name: value for name, value in row.items() if not name.endswith("_ids")}
     columns |= {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
@@ -97,7 +97,7 @@ def _attended(row: Mapping[str, Any], ids: str, mask: str) -> Ids:
 
 
 def pair_ids(row: Mapping[str, Any], label_pad_token_id: int = -100) -> dict[str, Ids]:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids` of a row with the seed's tokenised columns.
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of a row with the tokenised columns of release 0.7.7.
 
     Takes the columns of `DPOTrainer` (`chosen_input_ids`, `chosen_labels`, ...; the answer is what the labels keep) and
     of `RewardTrainer` (`input_ids_chosen`, ...; the prompt is what both share).

@@ -1,4 +1,4 @@
-"""Conversations to text by the tokenizer's chat template, and which characters of it the assistant says."""
+"""Renders conversations by the tokenizer's chat template, and finds the characters that the assistant says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Message = dict[str, Any]
 Messages = list[Message]
 
 MARK = "\ue000content\ue001"
-"""put in place of a message's content to find it in the rendering; its private-use ends occur in no text"""
+"""replaces a message's content to find its place in the rendering; its first and last characters occur in no text"""
 
 
 class Rendered(NamedTuple):
@@ -36,11 +36,11 @@ class Conversation(NamedTuple):
     text: str
     spans: list[Span]
     rewritten: bool
-    """some turn is rendered in another way in the midst of a conversation than at its end"""
+    """the template renders some turn differently once other messages follow it"""
 
 
 def without_nones(value: Any) -> Any:
-    """The value without dict entries that are None at any depth: Arrow fills them in where rows have different keys."""
+    """The value without dict entries that are None, at any depth: Arrow adds them where rows have different keys."""
     if isinstance(value, Mapping):
         return {k: without_nones(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
@@ -88,7 +88,7 @@ class ChatTemplate:
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     def needs_spelling(self, messages: Messages, tools: Sequence[Any] | None) -> bool:
-        """Whether tools or calls are there that the template says nothing about."""
+        """Whether there are tools or tool calls that the template does not render."""
         calls = any(message.get("tool_calls") for message in messages)
         return bool(tools and "tools" not in self._source) or bool(calls and "tool_calls" not in self._source)
 
@@ -179,7 +179,7 @@ class ChatTemplate:
         return Conversation(texts[0], [(int(start), int(end)) for start, end in spans[0]], rewritten=False)
 
     def _turn_start(self, messages: Messages, tools: Sequence[Any] | None, index: int, text: str) -> int:
-        """Where message `index` begins to be the assistant's words: after what would prompt the model for them."""
+        """Where the assistant's words in message `index` begin: after the text that would prompt the model for them."""
         if index == 0:
             return common_prefix(self.render(_marked(messages, 0), tools), text)
         opened = self.render(messages[:index], tools, open_turn=True)

@@ -1,9 +1,10 @@
-"""Texts to token ids, with the tokenizer's own habits (BOS, EOS, a blank before the first word) worked out once."""
+"""Texts to token ids within length limits; finds out once where a tokenizer puts BOS, EOS and blanks."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
 Span = tuple[int, int]
+TRUNCATION_MODES = ("keep_start", "keep_end")
 
 
 def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
@@ -26,7 +28,7 @@ def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 class TextEncoder:
     """Batched tokenisation without special tokens, and the special tokens that belong around a row.
 
-    `add_bos`: None does what the tokenizer does by itself, True puts BOS first if the tokenizer has one, False never.
+    `add_bos`: None does as the tokenizer does, True puts BOS first if the tokenizer has one, False never.
     """
 
     def __init__(self, processing_class: Any, add_bos: bool | None = None) -> None:
@@ -45,7 +47,7 @@ class TextEncoder:
 
     @cached_property
     def _own_specials(self) -> tuple[Ids, Ids]:
-        """What the tokenizer puts before and after a text by itself."""
+        """The special tokens that the tokenizer puts before and after a text."""
         plain = self.encode(["x"])[0]
         whole = list(self.tokenizer("x", verbose=False)["input_ids"])
         for start in range(len(whole) - len(plain) + 1):
@@ -73,7 +75,7 @@ class TextEncoder:
 
     @cached_property
     def source_tail(self) -> Ids:
-        """Tokens that the tokenizer puts after an encoder's input by itself (T5: EOS)."""
+        """Tokens that the tokenizer puts after an encoder's input (T5: EOS)."""
         return self._own_specials[1]
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -128,25 +130,25 @@ class TextEncoder:
         (anchor,) = self.encode([self._anchor])
         continued = []
         for text, ids in zip(texts, self.encode([self._anchor + text for text in texts]), strict=True):
-            merged = ids[: len(anchor)] != anchor  # the anchor is no token of its own before this text
+            merged = ids[: len(anchor)] != anchor  # before this text the anchor merges with the next token
             continued.append(self.encode([text])[0] if merged else ids[len(anchor) :])
         return continued
 
     def open_row(self, ids: Ids) -> tuple[Ids, bool]:
-        """The ids with what opens a row before them, and whether they had brought it themselves."""
+        """The ids with the tokens that open a row, and whether the ids began with them already."""
         if not self.head:
             return ids, False
         if ids[: len(self.head)] == self.head:
             return ids, True
         return self.head + ids, False
 
-    def drop_double_bos(self, ids: Ids) -> int:
-        """How many BOS tokens at the start are too many (never for a tokenizer whose BOS also ends documents)."""
+    def without_double_bos(self, ids: Ids) -> Ids:
+        """The ids with at most one BOS at their start; a tokenizer whose BOS also ends documents keeps all of them."""
         extra = 0
         if self.bos_id is not None and self.bos_id != self.eos_id:
             while ids[extra : extra + 2] == [self.bos_id, self.bos_id]:
                 extra += 1
-        return extra
+        return ids[extra:]
 
     def fingerprint(self) -> str:
         """What the ids depend on, as text."""
@@ -180,3 +182,60 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
         if a != b:
             return i
     return min(len(first), len(second))
+
+
+def cut(tokens: Sequence[Any], limit: int, mode: str, pinned: int = 0) -> list[Any]:
+    """At most `limit` tokens from the start or the end; keep_end also keeps the first `pinned` ones (BOS)."""
+    if len(tokens) <= limit:
+        return list(tokens)
+    if mode == "keep_start":
+        return list(tokens[:limit])
+    pinned = min(pinned, limit)
+    return [*tokens[:pinned], *tokens[len(tokens) - (limit - pinned) :]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`max_length` bounds a whole row, the others its parts; None: no bound."""
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    truncation_mode: str = "keep_start"
+
+    def __post_init__(self) -> None:
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(f"truncation_mode={self.truncation_mode!r}: choose 'keep_start' or 'keep_end'")
+        for name in ("max_length", "max_prompt_length", "max_completion_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: should be at least 1, or None for no limit")
+
+    def fit_row(self, ids: list[int], mask: list[int], pinned: int) -> tuple[list[int], list[int]]:
+        """A row and its mask within `max_length`."""
+        if self.max_length is None:
+            return ids, mask
+        limit, mode = self.max_length, self.truncation_mode
+        return cut(ids, limit, mode, pinned), cut(mask, limit, mode, pinned)
+
+    def fit_answers(
+        self, prompt: list[int], answers: Sequence[list[int]], pinned: int
+    ) -> tuple[list[int], list[list[int]]]:
+        """A prompt and the answers that share it, each whole within the limits.
+
+        Prompt and answers are first cut to their own limits, answers at their end. Where a whole is still too long,
+        keep_start cuts the answers at their end; keep_end cuts the prompt at its start, and answers only when no
+        prompt is left.
+        """
+        mode = self.truncation_mode
+        if self.max_prompt_length is not None:
+            prompt = cut(prompt, self.max_prompt_length, mode, pinned)
+        if self.max_completion_length is not None:
+            answers = [answer[: self.max_completion_length] for answer in answers]
+        if self.max_length is not None:
+            longest = max(map(len, answers))
+            if mode == "keep_end":
+                prompt = cut(prompt, max(0, self.max_length - longest), mode, pinned)
+            answers = [answer[: max(0, self.max_length - len(prompt))] for answer in answers]
+            prompt = prompt[: self.max_length]
+        return prompt, [list(answer) for answer in answers]

@@ -1,4 +1,4 @@
-"""Which of the known formats a data set's rows have, and conversions between them."""
+"""Detects which of the known formats the rows of a data set have, and converts between formats."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Format:
     kind: RowKind
     conversational: bool
     implicit_prompt: bool
-    """the prompt stands inside the answers, not in a column of its own"""
+    """the prompt is a part of the answers and has no column"""
     columns: tuple[str, ...]
     """the columns that make up the format"""
 
@@ -215,7 +215,7 @@ def maybe_apply_chat_template(
 
 
 def _text_split(chosen: str, rejected: str) -> int:
-    """Where two texts part, moved back to before the word (and its blank) in which they do."""
+    """Where two texts begin to differ, moved back to the blank before that word."""
 
     def in_word(text: str, at: int) -> bool:
         return 0 < at < len(text) and all(c.isascii() and c.isalnum() for c in text[at - 1 : at + 1])

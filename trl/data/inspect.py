@@ -1,4 +1,4 @@
-"""What a tokenised row looks like: which tokens are learned, as coloured text or HTML."""
+"""Shows which tokens of a row are learned, as coloured text or HTML."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Piece(NamedTuple):
 def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_mask: Sequence[int]) -> Iterator[Piece]:
     """The row's text token by token; joined, the pieces are the decoded row.
 
-    Each token is decoded behind its predecessor, so that blanks stay where they are; tokens that only together make a
-    character come as one piece.
+    Each token is decoded after the one before it, which keeps blanks in place; tokens that only together make a
+    character are one piece.
     """
     if len(input_ids) != len(loss_mask):
         raise ValueError(f"a row has {len(input_ids)} `input_ids` but {len(loss_mask)} entries in `loss_mask`")
@@ -41,7 +41,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_ma
     for end in range(1, len(ids) + 1):
         known, text = decode(ids[before:start]), decode(ids[before:end])
         if text.endswith(_BROKEN) and end - start < 4 and end < len(ids):
-            continue  # in the midst of a character
+            continue  # inside a character
         yield Piece(text[len(known) :], tuple(ids[start:end]), any(loss_mask[start:end]))
         before, start = start, end
 

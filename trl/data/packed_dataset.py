@@ -1,4 +1,4 @@
-"""A data set's sequences in bins of one length."""
+"""Packs the sequences of a data set into bins of one length."""
 
 from __future__ import annotations
 

@@ -1,134 +1,113 @@
-"""Rows with a prompt of their own: preferences, single judged answers, bare prompts and judged steps."""
+"""Jobs for rows with a prompt: preference pairs, labelled completions, prompts alone, solutions with labelled steps."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from datasets import Value
 
 from trl.data.batches import pair_ids
-from trl.data.chat import ChatTemplate, read_tools
-from trl.data.encode import Ids, TextEncoder, common_prefix
-from trl.data.formats import Format, RowKind, extract_prompt, maybe_convert_to_chatml
-from trl.data.mapping import IDS, Made, Row, at_row
+from trl.data.chat import read_tools
+from trl.data.encode import Ids, common_prefix, cut
+from trl.data.formats import RowKind, extract_prompt, maybe_convert_to_chatml, unpair_preference_dataset
 from trl.data.report import NO_FLAGS, RowFlag
-from trl.data.supervised_rows import ids_of, list_of, messages_of, needs_closing, says_nothing, text_of
-from trl.data.truncation import Limits, cut
+from trl.data.row_job import (
+    IDS,
+    Answered,
+    Made,
+    Row,
+    RowJob,
+    at_row,
+    ids_of,
+    list_of,
+    messages_of,
+    needs_closing,
+    text_of,
+)
+
+PAIR_NUMBERS = (
+    "margin",
+    "reference_chosen_logps",
+    "reference_rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
+"""columns that the preference trainers read beside the ids"""
 
 
-@dataclass
-class _Draft:
-    """A prompt and its answers before length limits."""
-
-    prompt: Ids
-    answers: list[Ids]
-    flags: RowFlag = NO_FLAGS
-
-
-@dataclass
-class _Texts:
-    prompt: str
-    answers: list[str]
-    flags: RowFlag = NO_FLAGS
-
-
-@dataclass
-class _PromptJob:
-    """What all jobs with prompts have in common."""
-
-    encoder: TextEncoder
-    format: Format
-    limits: Limits
-    template_kwargs: dict[str, Any]
-    name: str
-
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.encoder.tokenizer, self.template_kwargs)
-
-    def _key(self, *options: Any) -> str:
-        own = (type(self).__name__, self.format, self.limits, sorted(self.template_kwargs.items()), options)
-        return repr(own) + self.encoder.fingerprint()
+@dataclass(kw_only=True)
+class _PromptJob(RowJob):
+    """The base of the jobs with prompts."""
 
     def _opened(self, ids: Ids) -> tuple[Ids, RowFlag]:
-        """Prompt ids with one BOS at their start where one belongs; a chat template has put its own."""
-        extra = self.encoder.drop_double_bos(ids)
-        double = extra > 0
-        ids = ids[extra:]
+        """Prompt ids with one BOS at their start, where one belongs; a chat template writes its BOS itself."""
+        single = self.encoder.without_double_bos(ids)
+        double = len(single) < len(ids)
         if not self.format.conversational:
-            ids, brought = self.encoder.open_row(ids)
+            single, brought = self.encoder.open_row(single)
             double = double or brought
-        return ids, RowFlag.DOUBLE_BOS if double else NO_FLAGS
-
-    def _pinned(self, ids: Ids) -> int:
-        return int(bool(ids) and ids[0] == self.encoder.bos_id)
+        return single, RowFlag.DOUBLE_BOS if double else NO_FLAGS
 
 
-@dataclass
-class AnswersJob(_PromptJob):
-    """Makes `prompt_ids` and a column of ids for each answer: chosen and rejected, or a completion with its label."""
+@dataclass(kw_only=True)
+class _AnswersJob(_PromptJob):
+    """Makes `prompt_ids` and a column of ids for each answer."""
 
-    answers: tuple[str, ...] = ("chosen", "rejected")
     add_eos: bool = True
     is_encoder_decoder: bool = False
 
+    answers: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if self.is_encoder_decoder and self.limits.max_length is not None:
+            raise ValueError(
+                f"max_length={self.limits.max_length} bounds prompt + answer, which an encoder-decoder holds apart: "
+                "use `max_prompt_length` and `max_completion_length`"
+            )
+
     @property
     def features(self) -> dict[str, Any]:
-        columns: dict[str, Any] = {"prompt_ids": IDS} | {f"{answer}_ids": IDS for answer in self.answers}
-        return columns | ({"label": Value("bool")} if self.answers == ("completion",) else {})
+        return {"prompt_ids": IDS} | {f"{answer}_ids": IDS for answer in self.answers}
 
-    def key(self) -> str:
-        return self._key(self.answers, self.add_eos, self.is_encoder_decoder)
+    def options(self) -> tuple[Any, ...]:
+        return self.answers, self.add_eos, self.is_encoder_decoder
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         if self.format.kind is RowKind.TOKENIZED:
-            drafts = self._tokenised(rows, indices)
+            answered = self._tokenised(rows, indices)
         elif self.format.implicit_prompt and not self.format.conversational:
-            drafts = self._whole(rows, indices)
+            answered = self._whole(rows, indices)
         else:
-            drafts = self._apart(rows, indices)
-        made = [self._finish(draft) for draft in drafts]
-        if self.answers == ("completion",):
-            for index, row, one in zip(indices, rows, made, strict=True):
-                with at_row(index, self.name):
-                    one.columns["label"] = _label(row.get("label"))
-        return made
+            answered = self._apart(rows, indices)
+        return [self._finish(one) for one in answered]
 
-    def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[_Draft]:
-        drafts = []
+    @abstractmethod
+    def _with_prompt(self, row: Row) -> Row:
+        """The conversational row whose prompt stands inside its answers, taken apart."""
+
+    def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
+        answered = []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
                 own = row if "prompt_ids" in self.format.columns else pair_ids(row)
-                drafts.append(_Draft(ids_of(own, "prompt_ids"), [ids_of(own, f"{a}_ids") for a in self.answers]))
-        return drafts
+                answered.append(Answered(ids_of(own, "prompt_ids"), [ids_of(own, f"{a}_ids") for a in self.answers]))
+        return answered
 
-    def _texts(self, row: Row) -> _Texts:
+    def _texts(self, row: Row) -> Answered[str]:
         if not self.format.conversational:
-            texts = [text_of(row, answer) for answer in self.answers]
-            empty = RowFlag.EMPTY_COMPLETION if any(not text.strip() for text in texts) else NO_FLAGS
-            return _Texts(text_of(row, "prompt"), texts, empty)
+            return self.plain(row, self.answers)
         row = maybe_convert_to_chatml(row)
-        if self.format.implicit_prompt and len(self.answers) == 2:
-            row = extract_prompt(row)
-        elif self.format.implicit_prompt:
-            whole = messages_of(row, "completion")
-            row = {**row, "prompt": whole[:-1], "completion": whole[-1:]}
+        row = self._with_prompt(row) if self.format.implicit_prompt else row
         prompt = messages_of(row, "prompt") if row.get("prompt") else []
-        answers = [messages_of(row, answer) for answer in self.answers]
-        tools, template = read_tools(row.get("tools")), self._template.of_row(row)
         if not prompt:
             raise ValueError("the conversation has no message before its answer, so there is no prompt")
-        rendered = template.split(prompt, answers, tools)
-        flags = RowFlag.REWRITTEN if rendered.rewritten else NO_FLAGS
-        flags |= RowFlag.EMPTY_COMPLETION if any(map(says_nothing, answers)) else flags
-        spelled = any(template.needs_spelling([*prompt, *answer], tools) for answer in answers)
-        return _Texts(rendered.prompt, rendered.answers, flags | RowFlag.SPELLED_TOOLS if spelled else flags)
+        return self.rendered(row, prompt, [messages_of(row, answer) for answer in self.answers])
 
-    def _apart(self, rows: list[Row], indices: Sequence[int]) -> list[_Draft]:
-        """Prompt and answers tokenised each by itself, as at generation time."""
+    def _apart(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
+        """Prompt and answers are tokenised separately, as at generation time."""
         texts = []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
@@ -137,21 +116,21 @@ class AnswersJob(_PromptJob):
         answer_texts = [text for one in texts for text in one.answers]
         tokenise = self.encoder.encode if self.is_encoder_decoder else self.encoder.continuations
         answer_ids = iter(tokenise(answer_texts))
-        drafts = []
+        answered = []
         for one, prompt_ids in zip(texts, prompts, strict=True):
             opened, flags = (prompt_ids, NO_FLAGS) if self.is_encoder_decoder else self._opened(prompt_ids)
             answers = [self._closed(next(answer_ids), text) for text in one.answers]
-            drafts.append(_Draft(opened, answers, flags | one.flags))
-        return drafts
+            answered.append(Answered(opened, answers, flags | one.flags))
+        return answered
 
-    def _whole(self, rows: list[Row], indices: Sequence[int]) -> list[_Draft]:
-        """Answers that hold the prompt: tokenised whole, the prompt is what their tokens share."""
+    def _whole(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
+        """Answers that include the prompt are tokenised as a whole; the tokens that they share are the prompt."""
         texts: list[str] = []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
                 texts += [text_of(row, answer) for answer in self.answers]
         encoded = iter(zip(texts, self.encoder.encode(texts), strict=True))
-        drafts = []
+        answered = []
         for _ in rows:
             sequences, flags = [], NO_FLAGS
             for _ in self.answers:
@@ -161,23 +140,23 @@ class AnswersJob(_PromptJob):
                 flags |= flag | (RowFlag.EMPTY_COMPLETION if not text.strip() else NO_FLAGS)
             shared = common_prefix(sequences[0], sequences[-1]) if len(sequences) > 1 else len(self.encoder.head)
             shared = max(0, min(shared, *(len(ids) - 1 for ids in sequences)))
-            drafts.append(_Draft(sequences[0][:shared], [ids[shared:] for ids in sequences], flags))
-        return drafts
+            answered.append(Answered(sequences[0][:shared], [ids[shared:] for ids in sequences], flags))
+        return answered
 
     def _closed(self, ids: Ids, text: str) -> Ids:
         if self.format.conversational or not self.add_eos or not needs_closing(self.encoder, ids, text):
             return ids
         return ids + self.encoder.tail
 
-    def _finish(self, draft: _Draft) -> Made:
-        flags, eos = draft.flags, self.encoder.eos_id
-        before = len(draft.prompt) + sum(map(len, draft.answers))
-        prompt, answers = self.limits.fit_answers(draft.prompt, draft.answers, self._pinned(draft.prompt))
+    def _finish(self, one: Answered[Ids]) -> Made:
+        flags, eos = one.flags, self.encoder.eos_id
+        before = len(one.prompt) + sum(map(len, one.answers))
+        prompt, answers = self.limits.fit_answers(one.prompt, one.answers, self.pinned(one.prompt))
         if self.is_encoder_decoder and self.format.kind is not RowKind.TOKENIZED:
             prompt = self._encoder_input(prompt)
         after = len(prompt) + sum(map(len, answers))
         if any(not answer for answer in answers):
-            lost = any(old and not new for old, new in zip(draft.answers, answers, strict=True))
+            lost = any(old and not new for old, new in zip(one.answers, answers, strict=True))
             flags |= RowFlag.ANSWER_CUT if lost else RowFlag.UNLEARNED
         elif len(answers) == 2 and answers[0] == answers[1]:
             flags |= RowFlag.IDENTICAL
@@ -196,21 +175,83 @@ class AnswersJob(_PromptJob):
         return head + prompt + tail
 
 
-def _label(value: Any) -> bool:
-    if value not in (0, 1):
-        raise ValueError(f"column 'label' should be true (a good answer) or false, got {value!r}")
-    return bool(value)
+@dataclass(kw_only=True)
+class PairsJob(_AnswersJob):
+    """Makes `prompt_ids`, `chosen_ids` and `rejected_ids`; the prompt is tokenised once and shared to the token.
+
+    Takes texts or conversations, with the prompt in its own column or inside both answers, and rows tokenised in our
+    columns or in those of release 0.7.7.
+    """
+
+    keep: Sequence[str] | None = PAIR_NUMBERS
+    answers = ("chosen", "rejected")
+    accepts = (RowKind.TOKENIZED, RowKind.PREFERENCE)
+    tokenised = (
+        ("prompt_ids", "chosen_ids", "rejected_ids"),
+        ("input_ids_chosen", "input_ids_rejected"),
+        ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"),
+        ("prompt_input_ids", "chosen_labels", "rejected_labels"),
+    )
+
+    def _with_prompt(self, row: Row) -> Row:
+        return extract_prompt(row)
 
 
-@dataclass
+@dataclass(kw_only=True)
+class CompletionsJob(_AnswersJob):
+    """Makes `prompt_ids`, `completion_ids` and `label` (true = a good answer); pairs are taken apart first."""
+
+    answers = ("completion",)
+    accepts = (RowKind.TOKENIZED, RowKind.UNPAIRED, RowKind.PREFERENCE)
+    tokenised = (("prompt_ids", "completion_ids", "label"),)
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {**super().features, "label": Value("bool")}
+
+    def reading(self, dataset: Any, name: str) -> tuple[Any, RowJob]:
+        dataset, job = super().reading(dataset, name)
+        if job.format.kind is not RowKind.PREFERENCE:
+            return dataset, job
+        if job.format.implicit_prompt:
+            raise ValueError(
+                f"the pairs of the {name} data set have no column 'prompt' that fits their answers: split them first "
+                "with `extract_prompt`"
+            )
+        return super().reading(
+            unpair_preference_dataset(list(dataset) if isinstance(dataset, tuple) else dataset), name
+        )
+
+    def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
+        made = super().__call__(rows, indices)
+        for index, row, one in zip(indices, rows, made, strict=True):
+            with at_row(index, self.name):
+                if row.get("label") not in (0, 1):
+                    value = row.get("label")
+                    raise ValueError(f"column 'label' should be true (a good answer) or false, got {value!r}")
+                one.columns["label"] = bool(row["label"])
+        return made
+
+    def _with_prompt(self, row: Row) -> Row:
+        whole = messages_of(row, "completion")
+        return {**row, "prompt": whole[:-1], "completion": whole[-1:]}
+
+
+@dataclass(kw_only=True)
 class PromptsJob(_PromptJob):
-    """Makes `prompt_ids` that end where the model is to continue."""
+    """Makes `prompt_ids` that end where the model is to continue; the rows keep all their columns.
+
+    A prompt that fills `context_length` (None: no limit is known) is a ValueError; `limits.max_prompt_length` cuts it.
+    """
 
     context_length: int | None = None
-    features: dict[str, Any] = field(default_factory=lambda: {"prompt_ids": IDS})
+    keep: Sequence[str] | None = None
+    accepts = (RowKind.TOKENIZED, RowKind.PROMPT)
+    tokenised = (("prompt_ids",),)
+    features = {"prompt_ids": IDS}  # noqa: RUF012
 
-    def key(self) -> str:
-        return self._key(self.context_length)
+    def options(self) -> tuple[Any, ...]:
+        return (self.context_length,)
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         flags = [NO_FLAGS] * len(rows)
@@ -236,7 +277,7 @@ class PromptsJob(_PromptJob):
         if not self.format.conversational:
             return text_of(row, "prompt"), NO_FLAGS
         messages = messages_of(maybe_convert_to_chatml(row), "prompt")
-        tools, template = read_tools(row.get("tools")), self._template.of_row(row)
+        tools, template = read_tools(row.get("tools")), self.template.of_row(row)
         spelled = RowFlag.SPELLED_TOOLS if template.needs_spelling(messages, tools) else NO_FLAGS
         return template.prompt(messages, tools), spelled
 
@@ -248,7 +289,7 @@ class PromptsJob(_PromptJob):
             raise ValueError("the prompt has no tokens: the model needs at least one (a BOS token would do)")
         before, limit = len(ids), self.limits.max_prompt_length
         if limit is not None and before > limit:
-            ids = cut(ids, limit, self.limits.truncation_mode, self._pinned(ids))
+            ids = cut(ids, limit, self.limits.truncation_mode, self.pinned(ids))
             flags |= RowFlag.TRUNCATED
         if self.context_length is not None and len(ids) >= self.context_length:
             raise ValueError(
@@ -258,16 +299,20 @@ class PromptsJob(_PromptJob):
         return Made({"prompt_ids": ids}, flags, before - len(ids), len(ids), len(ids))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StepwiseJob(_PromptJob):
-    """Makes `input_ids`, and `step_labels` that hold each step's label at the step's last token and -100 elsewhere."""
+    """Makes `input_ids` and `step_labels` from `prompt`, `completions` (a text a step) and `labels` (true = right).
+
+    `step_labels` holds 0 or 1 at the last token of each step, its separator's, and -100 elsewhere.
+    """
 
     step_separator: str = "\n"
-    last_step_only: bool = False
-    features: dict[str, Any] = field(default_factory=lambda: {"input_ids": IDS, "step_labels": IDS})
+    train_on_last_step_only: bool = False
+    accepts = (RowKind.STEPWISE,)
+    features = {"input_ids": IDS, "step_labels": IDS}  # noqa: RUF012
 
-    def key(self) -> str:
-        return self._key(self.step_separator, self.last_step_only)
+    def options(self) -> tuple[Any, ...]:
+        return self.step_separator, self.train_on_last_step_only
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         prompts, steps, labels = [], [], []
@@ -292,7 +337,7 @@ class StepwiseJob(_PromptJob):
     def _prompt(self, row: Mapping[str, Any]) -> str:
         if not isinstance(row.get("prompt"), list | tuple):
             return text_of(row, "prompt")
-        return self._template.of_row(row).prompt(messages_of(row, "prompt"), read_tools(row.get("tools")))
+        return self.template.of_row(row).prompt(messages_of(row, "prompt"), read_tools(row.get("tools")))
 
     def _steps(self, row: Mapping[str, Any]) -> list[str]:
         steps = row.get("completions")
@@ -307,13 +352,13 @@ class StepwiseJob(_PromptJob):
         wrong = [label for label in labels if label not in (0, 1)]
         if wrong:
             raise ValueError(f"column 'labels' should hold true or false for each step, got {wrong[0]!r}")
-        if self.last_step_only:
+        if self.train_on_last_step_only:
             return [-100] * (len(labels) - 1) + [int(labels[-1])] if labels else []
         return [int(label) for label in labels]
 
     def _finish(self, prompt: Ids, ids: Ids, marks: Ids) -> Made:
         opened, flags = self._opened(prompt)
-        kept_prompt, (kept,) = self.limits.fit_answers(opened, [ids], self._pinned(opened))
+        kept_prompt, (kept,) = self.limits.fit_answers(opened, [ids], self.pinned(opened))
         marks = marks[: len(kept)]
         labels = [-100] * len(kept_prompt) + marks
         learned = sum(label != -100 for label in labels)

@@ -1,4 +1,4 @@
-"""What tokenisation met and did: counted row by row, told once before training."""
+"""A report of tokenisation: it counts what was cut, left out or odd, row by row, and is logged before training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class RowFlag(IntFlag):
-    """What happened to one row."""
+    """What happened to one row. Cached data sets hold the numbers, so none changes its meaning."""
 
     TRUNCATED = 1
     DOUBLE_BOS = 2
-    EOS_ADDED = 4
     MISSING_EOS = 8
     STOP_MASKED = 16
     ANSWER_CUT = 32
@@ -54,7 +53,6 @@ class TokenizationReport:
     """rows that lost tokens to a length limit"""
     tokens_cut: int = 0
     double_bos: int = 0
-    eos_added: int = 0
     missing_eos: int = 0
     stop_masked: int = 0
     answer_cut: int = 0

@@ -1,62 +1,42 @@
-"""Rows for imitation: `input_ids` and a `loss_mask` that is 1 on the tokens to learn."""
+"""The job for supervised rows: it makes `input_ids` and a `loss_mask` that is 1 on the tokens to learn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from numbers import Integral
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from trl.data.chat import ChatTemplate, Messages, read_tools
-from trl.data.encode import Ids, TextEncoder
-from trl.data.formats import Format, RowKind, maybe_convert_to_chatml
-from trl.data.mapping import IDS, MASK, Made, Row, at_row
+from datasets import Dataset, IterableDataset
+
+from trl.data.chat import Messages, read_tools
+from trl.data.encode import Ids
+from trl.data.formats import RowKind, column_names, detect_format, first_row, maybe_convert_to_chatml
 from trl.data.report import NO_FLAGS, RowFlag
-from trl.data.truncation import Limits
+from trl.data.row_job import (
+    IDS,
+    MASK,
+    Answered,
+    Made,
+    Row,
+    RowJob,
+    at_row,
+    ids_of,
+    list_of,
+    messages_of,
+    needs_closing,
+    says_nothing,
+    text_of,
+)
 
 
 @dataclass
-class _Draft:
+class _Sequence:
     """A row before length limits."""
 
     ids: Ids
     mask: Ids
     flags: RowFlag = NO_FLAGS
-
-
-def text_of(row: Mapping[str, Any], column: str) -> str:
-    """The row's text in that column."""
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise ValueError(f"column '{column}' should be a text, got {value!r:.80}")
-    return value
-
-
-def messages_of(row: Mapping[str, Any], column: str) -> Messages:
-    """The row's conversation in that column."""
-    value = row.get(column)
-    if not isinstance(value, list | tuple) or not all(isinstance(m, Mapping) and m.get("role") for m in value):
-        raise ValueError(f"column '{column}' should be a list of messages with `role` and `content`, got {value!r:.80}")
-    return [dict(message) for message in value]
-
-
-def ids_of(row: Mapping[str, Any], column: str) -> Ids:
-    """The row's token ids in that column."""
-    value = row.get(column)
-    if value is None or isinstance(value, str) or not all(isinstance(i, Integral) for i in list_of(value)):
-        raise ValueError(f"column '{column}' should be a list of token ids, got {value!r:.80}")
-    return [int(i) for i in list_of(value)]
-
-
-def list_of(value: Any) -> list[Any]:
-    """A list, from a tensor or an array too."""
-    return list(value.tolist() if hasattr(value, "tolist") else value)
-
-
-def says_nothing(messages: Messages) -> bool:
-    """Whether some assistant's message is empty."""
-    return any(m["role"] == "assistant" and not (m.get("content") or m.get("tool_calls")) for m in messages)
 
 
 def _same_length(row: Mapping[str, Any], column: str, ids: Ids) -> list[Any]:
@@ -70,7 +50,7 @@ def tokenised_mask(row: Mapping[str, Any], completion_only: bool | None = None, 
     """The loss mask of a row that is tokenised already.
 
     From `loss_mask`, else `labels` (-100 = not learned), else `completion_mask` (unless `completion_only` is False) and
-    `assistant_masks` (if `assistant_only`), else every token. Wants that the row cannot meet are ValueErrors.
+    `assistant_masks` (if `assistant_only`), else every token. A wish that the row cannot meet is a ValueError.
     """
     ids = ids_of(row, "input_ids")
     if row.get("loss_mask") is not None:
@@ -104,121 +84,162 @@ def supervised_row(row: Mapping[str, Any]) -> dict[str, Ids]:
     return {"input_ids": ids, "loss_mask": [0, *mask[1:]]}
 
 
-@dataclass
-class SupervisedJob:
-    """Makes `input_ids` and `loss_mask` from any of the supervised formats.
+def format_rows(dataset: Any, formatting_func: Callable[[Any], Any], name: str = "train") -> Any:
+    """The data set as rows with one column `text` that `formatting_func` makes.
 
-    The first token of a row is predicted by nothing, so it is never marked as learned.
+    The function takes a row and returns a text, or takes a batch (a dict of lists) and returns a list of texts; which
+    of the two is found out with the first row.
+    """
+    row = first_row(dataset, name)
+    try:
+        batched = isinstance(formatting_func({column: [value] for column, value in row.items()}), list)
+    except Exception:  # a function of a single row need not bear a batch
+        batched = False
+    example = [row] if batched else row
+    if not batched and not isinstance(formatting_func(row), str):
+        raise ValueError(
+            "The `formatting_func` should return a list of processed strings since it can lead to silent bugs. "
+            f"Given a single row it returned {type(formatting_func(example))}"
+        )
+
+    def one(row: dict[str, Any]) -> dict[str, Any]:
+        return {"text": formatting_func(row)}
+
+    if isinstance(dataset, Dataset | IterableDataset):
+        names = column_names(dataset, name)
+        return dataset.map(one, batched=batched, remove_columns=names)
+    if batched:
+        columns = {column: [row[column] for row in dataset] for column in row}
+        return [{"text": text} for text in formatting_func(columns)]
+    return [one(row) for row in dataset]
+
+
+@dataclass(kw_only=True)
+class SupervisedJob(RowJob):
+    """Makes `input_ids` and a `loss_mask` (1 = learned) from any of the supervised formats.
+
+    Texts and completions get the EOS that they lack; conversations stay as the chat template makes them. The first
+    token of a row is predicted by nothing, so it is never marked as learned.
     """
 
-    encoder: TextEncoder
-    format: Format
-    text_field: str
-    completion_only: bool | None
-    assistant_only: bool
-    limits: Limits
-    add_eos: bool
-    add_special_tokens: bool
-    template_kwargs: dict[str, Any]
-    name: str
-    features: dict[str, Any] = field(default_factory=lambda: {"input_ids": IDS, "loss_mask": MASK})
+    text_field: str = "text"
+    completion_only_loss: bool | None = None
+    """None learns only the completion where rows have one"""
+    assistant_only_loss: bool = False
+    """learn only what the assistant says in conversations, stop tokens included"""
+    add_eos: bool = True
+    add_special_tokens: bool = True
+    formatting_func: Callable[[Any], Any] | None = None
+    """makes the text of a row or the texts of a batch, in place of `text_field`"""
 
-    def key(self) -> str:
-        options = (self.format, self.text_field, self.completion_only, self.assistant_only, self.limits, self.add_eos)
-        return repr((type(self).__name__, options, self.add_special_tokens, sorted(self.template_kwargs.items()))) + (
-            self.encoder.fingerprint()
+    accepts = (RowKind.TOKENIZED, RowKind.MESSAGES, RowKind.PROMPT_COMPLETION, RowKind.TEXT)
+    features = {"input_ids": IDS, "loss_mask": MASK}  # noqa: RUF012
+
+    def options(self) -> tuple[Any, ...]:
+        return (
+            self.text_field,
+            self.completion_only_loss,
+            self.assistant_only_loss,
+            self.add_eos,
+            self.add_special_tokens,
         )
+
+    def reading(self, dataset: Any, name: str) -> tuple[Any, RowJob]:
+        job = copy.copy(self)
+        if self.formatting_func is not None:
+            dataset = format_rows(dataset, self.formatting_func, name)
+            job.text_field, job.formatting_func = "text", None
+        job.format, job.name = detect_format(dataset, self.accepts, text_field=job.text_field, name=name), name
+        kind = job.format.kind
+        if self.completion_only_loss and kind in (RowKind.TEXT, RowKind.MESSAGES):
+            raise ValueError(
+                f"completion_only_loss=True needs the columns 'prompt' and 'completion'; the {name} data set has "
+                f"{kind} rows (assistant_only_loss=True is for conversations)"
+            )
+        if self.assistant_only_loss and not job.format.conversational and kind is not RowKind.TOKENIZED:
+            raise ValueError(
+                f"assistant_only_loss=True needs conversations; the {name} data set has rows of plain text in "
+                + ", ".join(f"'{column}'" for column in job.format.columns)
+            )
+        return dataset, job
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         if self.format.kind is RowKind.TOKENIZED:
-            drafts = self._tokenised(rows, indices)
-        elif self.format.kind is RowKind.PROMPT_COMPLETION and not self.assistant_only:
-            drafts = self._answers(rows, indices)
+            sequences = self._tokenised(rows, indices)
+        elif self.format.kind is RowKind.PROMPT_COMPLETION and not self.assistant_only_loss:
+            sequences = self._answers(rows, indices)
         elif self.format.conversational:
-            drafts = self._conversations(rows, indices)
+            sequences = self._conversations(rows, indices)
         else:
-            drafts = self._texts(rows, indices)
-        return [self._finish(draft) for draft in drafts]
+            sequences = self._texts(rows, indices)
+        return [self._finish(sequence) for sequence in sequences]
 
-    def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[_Draft]:
-        drafts = []
+    def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
+        sequences = []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
-                mask = tokenised_mask(row, self.completion_only, self.assistant_only)
+                mask = tokenised_mask(row, self.completion_only_loss, self.assistant_only_loss)
                 plain = supervised_row({**row, "loss_mask": mask})
-            drafts.append(_Draft(plain["input_ids"], plain["loss_mask"]))
-        return drafts
+            sequences.append(_Sequence(plain["input_ids"], plain["loss_mask"]))
+        return sequences
 
-    def _texts(self, rows: list[Row], indices: Sequence[int]) -> list[_Draft]:
+    def _texts(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
         texts = []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
                 texts.append(text_of(row, self.text_field))
-        drafts = []
+        sequences = []
         for text, ids in zip(texts, self.encoder.encode(texts), strict=True):
-            draft = self._opened(ids)
-            draft.mask = [1] * len(draft.ids)
-            self._close(draft, text)
+            sequence = self._opened(ids)
+            sequence.mask = [1] * len(sequence.ids)
+            self._close(sequence, text)
             if not text.strip():
-                draft.flags |= RowFlag.EMPTY_COMPLETION
-            drafts.append(draft)
-        return drafts
+                sequence.flags |= RowFlag.EMPTY_COMPLETION
+            sequences.append(sequence)
+        return sequences
 
-    def _opened(self, ids: Ids) -> _Draft:
+    def _opened(self, ids: Ids) -> _Sequence:
         opened, double = self.encoder.open_row(ids) if self.add_special_tokens else (ids, False)
-        return _Draft(list(opened), [], RowFlag.DOUBLE_BOS if double else NO_FLAGS)
+        return _Sequence(list(opened), [], RowFlag.DOUBLE_BOS if double else NO_FLAGS)
 
-    def _close(self, draft: _Draft, text: str) -> None:
-        if self.add_eos and needs_closing(self.encoder, draft.ids, text):
-            draft.ids += self.encoder.tail
-            draft.mask += [1] * len(self.encoder.tail)
-            draft.flags |= RowFlag.EOS_ADDED
+    def _close(self, sequence: _Sequence, text: str) -> None:
+        if self.add_eos and needs_closing(self.encoder, sequence.ids, text):
+            sequence.ids += self.encoder.tail
+            sequence.mask += [1] * len(self.encoder.tail)
 
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.encoder.tokenizer, self.template_kwargs)
-
-    def _split(self, row: Row) -> tuple[str, str, RowFlag]:
-        """The texts of prompt and completion."""
+    def _texts_of(self, row: Row) -> Answered[str]:
         if not self.format.conversational:
-            prompt, answer = text_of(row, "prompt"), text_of(row, "completion")
-            return prompt, answer, NO_FLAGS if answer.strip() else RowFlag.EMPTY_COMPLETION
-        before, after = messages_of(row, "prompt"), messages_of(row, "completion")
-        tools, template = read_tools(row.get("tools")), self._template.of_row(row)
-        rendered = template.split(before, [after], tools)
-        flags = RowFlag.REWRITTEN if rendered.rewritten else NO_FLAGS
-        flags |= RowFlag.SPELLED_TOOLS if template.needs_spelling([*before, *after], tools) else flags
-        flags |= RowFlag.EMPTY_COMPLETION if says_nothing(after) else flags
-        return rendered.prompt, rendered.answers[0], flags
+            return self.plain(row, ("completion",))
+        return self.rendered(row, messages_of(row, "prompt"), [messages_of(row, "completion")])
 
-    def _answers(self, rows: list[Row], indices: Sequence[int]) -> list[_Draft]:
+    def _answers(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
         texts = []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
-                texts.append(self._split(row))
-        prompts = self.encoder.encode([prompt for prompt, _, _ in texts])
-        answers = self.encoder.continuations([answer for _, answer, _ in texts])
-        drafts = []
-        for prompt_ids, answer_ids, (_, answer, flags) in zip(prompts, answers, texts, strict=True):
-            draft = _Draft(prompt_ids, []) if self.format.conversational else self._opened(prompt_ids)
-            draft.mask = [int(self.completion_only is False)] * len(draft.ids) + [1] * len(answer_ids)
-            draft.ids = draft.ids + answer_ids
-            draft.flags |= flags
+                texts.append(self._texts_of(row))
+        prompts = self.encoder.encode([one.prompt for one in texts])
+        answers = self.encoder.continuations([one.answers[0] for one in texts])
+        sequences = []
+        for prompt_ids, answer_ids, one in zip(prompts, answers, texts, strict=True):
+            sequence = _Sequence(prompt_ids, []) if self.format.conversational else self._opened(prompt_ids)
+            sequence.mask = [int(self.completion_only_loss is False)] * len(sequence.ids) + [1] * len(answer_ids)
+            sequence.ids = sequence.ids + answer_ids
+            sequence.flags |= one.flags
             if not self.format.conversational:
-                self._close(draft, answer)
-            drafts.append(draft)
-        return drafts
+                self._close(sequence, one.answers[0])
+            sequences.append(sequence)
+        return sequences
 
-    def _conversations(self, rows: list[Row], indices: Sequence[int]) -> list[_Draft]:
+    def _conversations(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
         texts, spans, flags = [], [], []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
                 messages, first = self._messages(row)
                 tools = read_tools(row.get("tools"))
-                template = self._template.of_row(row)
+                template = self.template.of_row(row)
                 flag = RowFlag.SPELLED_TOOLS if template.needs_spelling(messages, tools) else NO_FLAGS
                 flag |= RowFlag.EMPTY_COMPLETION if says_nothing(messages) else flag
-                if self.assistant_only:
+                if self.assistant_only_loss:
                     text, row_spans, rewritten = template.conversation(messages, tools, first)
                     flag |= RowFlag.REWRITTEN if rewritten else flag
                 else:
@@ -227,30 +248,29 @@ class SupervisedJob:
                 texts.append(text)
                 spans.append(row_spans)
                 flags.append(flag)
-        if self.assistant_only:
+        if self.assistant_only_loss:
             encoded = self.encoder.encode_with_masks(texts, spans)
         else:
             encoded = [(ids, [1] * len(ids)) for ids in self.encoder.encode(texts)]
-        return [_Draft(ids, mask, flag) for (ids, mask), flag in zip(encoded, flags, strict=True)]
+        return [_Sequence(ids, mask, flag) for (ids, mask), flag in zip(encoded, flags, strict=True)]
 
     def _messages(self, row: Row) -> tuple[Messages, int]:
         """The conversation, and the first message that can be learned."""
         if self.format.kind is RowKind.PROMPT_COMPLETION:
             prompt = messages_of(row, "prompt")
-            return prompt + messages_of(row, "completion"), 0 if self.completion_only is False else len(prompt)
+            return prompt + messages_of(row, "completion"), 0 if self.completion_only_loss is False else len(prompt)
         column = self.format.columns[0]
         converted = maybe_convert_to_chatml({"messages": row.get(column)})
         return messages_of({column: converted["messages"]}, column), 0
 
-    def _finish(self, draft: _Draft) -> Made:
-        ids, mask, flags = draft.ids, draft.mask, draft.flags
-        extra = self.encoder.drop_double_bos(ids)
-        if extra:
-            ids, mask, flags = ids[extra:], mask[extra:], flags | RowFlag.DOUBLE_BOS
+    def _finish(self, sequence: _Sequence) -> Made:
+        ids, mask, flags = sequence.ids, sequence.mask, sequence.flags
+        single = self.encoder.without_double_bos(ids)
+        if len(single) < len(ids):
+            ids, mask, flags = single, mask[len(ids) - len(single) :], flags | RowFlag.DOUBLE_BOS
         mask = [0, *mask[1:]] if mask else []
         had_any = any(mask)
-        pinned = int(bool(ids) and ids[0] == self.encoder.bos_id)
-        kept, kept_mask = self.limits.fit_row(ids, mask, pinned)
+        kept, kept_mask = self.limits.fit_row(ids, mask, self.pinned(ids))
         kept_mask = [0, *kept_mask[1:]] if kept_mask else []
         if len(kept) < len(ids):
             flags |= RowFlag.TRUNCATED
@@ -267,11 +287,3 @@ class SupervisedJob:
         if any(m and i == eos for i, m in zip(ids, mask, strict=True)):
             return NO_FLAGS
         return RowFlag.STOP_MASKED if eos in ids[1:] else RowFlag.MISSING_EOS
-
-
-def needs_closing(encoder: TextEncoder, ids: Ids, text: str) -> bool:
-    """Whether the row still needs what closes it: it has no EOS at its end, blanks aside."""
-    if ids[-len(encoder.tail) :] == encoder.tail:
-        return False
-    eos = encoder.tokenizer.eos_token
-    return not (isinstance(eos, str) and text.rstrip().endswith(eos))

@@ -1,4 +1,4 @@
-"""The text environment: a model that writes, calls tools and reads their answers, for as many rows as there are."""
+"""The text environment: tags in the model's text call tools and end the episode."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.records import Rollout
-from trl.environment.own_environment import OwnEnvironment, accepted
-from trl.environment.rollout import as_rollout
+from trl.environment.episodes import Environment, Episode, accepted
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import ToolCalls
-from trl.environment.turn_loop import take_turns
 from trl.environment.turns import ModelTurns, SampledTurns, Turns
 from trl.generation.sampler import Sampler
-from trl.generation.stop_criteria import StringStoppingCriteria
-from trl.models.unwrap import below_value_head
+from trl.generation.stopping import StringStoppingCriteria
+from trl.models.unwrap import below_value_head, is_encoder_decoder
 
 __all__ = ["StringStoppingCriteria", "TextEnvironment", "TextHistory"]
 
 Tool = Callable[[str], str]
 
 
-class TextEnvironment:
+class TextEnvironment(Environment):
     """Episodes in which `<request><Tool>query<call>` of the model is answered with `answer<response>`.
 
     An episode ends with `<submit>`, with the end token, with a turn that calls no tool, or when it is longer than
-    `max_length` tokens (then it is `truncated`); after `max_turns` turns it is left as it is. The rows proceed
-    independently: while some wait for their tools, others generate.
+    `max_length` tokens (then it is `truncated`); after `max_turns` turns it stops without being `completed`. The rows
+    proceed independently: while some wait for their tools, others generate.
     """
 
     def __init__(
@@ -53,24 +51,20 @@ class TextEnvironment:
         environment_factory: Callable[[], Any] | None = None,
     ) -> None:
         """
-        `tools`: by name, or a list of objects that go by the name of their class.
-        `reward_fn`: takes the last segment of every episode, and what `run` was given besides the queries.
+        `tools`: by name, or a list of objects; the name of such a tool is the name of its class.
+        `reward_fn`: gets the last segment of every episode, and the keywords of `run`.
         `prompt`: stands before every query.
-        `max_tool_reponse`: characters of a tool's answer that the model gets to read.
+        `max_tool_reponse`: most characters of a tool's answer that the model reads.
         `generation_kwargs`: keywords of transformers' `generate`.
-        `tool_timeout`: seconds; a tool that takes longer is answered for with an error. Tools are called from
-        several threads (at most `tool_workers`); None: one after another in the calling thread, without a limit.
+        `tool_timeout`: seconds; the model reads an error if a tool takes longer. Tools run in several threads (at most
+        `tool_workers`); None: one after the other in the calling thread, without a limit.
         `environment_factory`: makes an object with `reset()` for every row; its public methods are tools of that row,
-        its `reward` (a sum that grows) is what the row earned, a true `done` ends the episode.
+        its `reward` is the sum of the row's rewards so far, a true `done` ends the episode.
         """
-        if tool_timeout is not None and tool_timeout <= 0:
-            raise ValueError(f"tool_timeout={tool_timeout}: give seconds above 0, or None for no limit")
-        if tool_workers < 1:
-            raise ValueError(f"tool_workers={tool_workers}: give 1 or more")
+        super().__init__(tokenizer, environment_factory, tool_timeout, tool_workers)
         if max_tool_reponse < 3:
-            raise ValueError(f"max_tool_reponse={max_tool_reponse}: give 3 or more, the length of what marks a cut")
+            raise ValueError(f"max_tool_reponse={max_tool_reponse}: give 3 or more; a cut answer ends with three dots")
         self.model = model
-        self.tokenizer: Any = tokenizer
         self.tools = _named([] if tools is None and environment_factory is not None else tools)
         self.reward_fn = reward_fn
         self.prompt = prompt or ""
@@ -78,16 +72,12 @@ class TextEnvironment:
         self.max_tool_response = max_tool_reponse
         self.max_length = max_length
         self.generation_kwargs = dict(generation_kwargs or {})
-        self.tool_timeout = tool_timeout
-        self.tool_workers = tool_workers
-        self.environment_factory = environment_factory
         self.request_token = "<request>"
         self.call_token = "<call>"
         self.response_token = "<response>"
         self.submit_token = "<submit>"
-        self.is_encoder_decoder = hasattr(model, "is_encoder_decoder")
+        self.is_encoder_decoder = model is not None and is_encoder_decoder(model)
         self.current_device = torch.device("cpu") if model is None else below_value_head(model).device
-        self._speaker: Turns | None = None
         self._samplers: dict[int, Sampler] = {}
 
     def run(
@@ -95,115 +85,104 @@ class TextEnvironment:
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Any], list[TextHistory]]:
         """`(queries, responses, masks, rewards, histories)` of one episode for each query.
 
-        A response is all tokens behind the query; its mask is 1 where the model sampled the token.
+        A response is all tokens after the query; its mask is 1 where the model sampled the token.
         """
         queries = list(queries)
         columns = {name: values for name, values in rewards_kwargs.items() if _is_column(values, len(queries))}
-        # Every row draws from its own seed, so that what it says does not depend on who speaks at the same time.
+        # Every row has a seed, so that its turns do not depend on which rows share its batches.
         seed = int(torch.randint(2**62, ()))
-        histories = []
-        for row, query in enumerate(queries):
-            history = self._begin(query, {name: values[row] for name, values in columns.items()} | {"prompt": query})
-            history.row, history.seed = row, seed + row
-            histories.append(history)
-        self._play(histories)
+        episodes = []
+        for index, query in enumerate(queries):
+            row = {name: values[index] for name, values in columns.items()} | {"prompt": query}
+            episodes.append(self._begin(index, seed + index, row))
+        self._play(episodes, self._own_turns())
+        histories = [episode.history for episode in episodes]
         self.compute_reward(histories, **rewards_kwargs)
         parts = [history.split_query_response_tokens() for history in histories]
         query_ids, response_ids, masks = ([part[i] for part in parts] for i in range(3))
         return query_ids, response_ids, masks, [history.reward for history in histories], histories
-
-    def _begin(self, query: str, row: Mapping[str, Any], ids: Sequence[int] | None = None) -> TextHistory:
-        """row: the columns that the row's own environment may ask for. ids: of the query, where they are known."""
-        environment = None if self.environment_factory is None else OwnEnvironment(self.environment_factory)
-        said = "" if environment is None else environment.reset(row)
-        text = self.prompt + query + said
-        if ids is None or self.prompt or said:
-            history = TextHistory(text, self._tokens(text, add_special_tokens=True), system=True)
-        else:
-            history = TextHistory(text, torch.tensor(ids, device=self.current_device), system=True)
-        history.environment = environment
-        return history
-
-    def _tokens(self, text: str, add_special_tokens: bool) -> Tensor:
-        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt")
-        return encoded.input_ids[0].to(self.current_device)
-
-    def _play(self, histories: list[TextHistory]) -> None:
-        """Turns of all rows, until each is completed or has had `max_turns`."""
-        turns = [0] * len(histories)
-        calls = ToolCalls(self.tool_timeout, self.tool_workers)
-
-        def speak(rows: list[int]) -> None:
-            for row, history in zip(rows, self.generate([histories[row] for row in rows]), strict=True):
-                histories[row] = history
-                turns[row] += 1
-                spoke = not history.completed  # its context may be full
-                self._end_if_due(history)
-                if history.completed and spoke:
-                    history.turn_rewards.append(self.turn_reward(history))
-                elif not history.completed:
-                    calls.start(row, partial(self._answer, history))
-
-        def answered(row: int, answer: str) -> bool:
-            history = histories[row]
-            self._append_response(history, answer)
-            history.turn_rewards.append(self.turn_reward(history))
-            self.tasks_end_check([history], model_turn=False)
-            return not history.completed and turns[row] < self.max_turns
-
-        rows = range(len(histories)) if self.max_turns > 0 else []
-        take_turns(rows, speak, answered, calls, apart=self._model_turns().rows_are_apart)
 
     # --- training -------------------------------------------------------------------------------------------------
 
     @property
     def gives_rewards(self) -> bool:
         """Whether episodes have rewards without further functions."""
-        kind = type(self)
-        own = (kind.turn_reward, kind.compute_reward) != (TextEnvironment.turn_reward, TextEnvironment.compute_reward)
-        return self.reward_fn is not None or self.environment_factory is not None or own
+        computes = type(self).compute_reward is not TextEnvironment.compute_reward
+        return self.reward_fn is not None or self.environment_factory is not None or computes or super().gives_rewards
+
+    def check_settings(self, tokenizer: Any, max_prompt_length: int | None = None, reward_funcs: Any = None) -> None:
+        """ValueError for settings of a trainer that do not go with this environment."""
+        super().check_settings(tokenizer, max_prompt_length, reward_funcs)
+        other = set(self.generation_kwargs) - {"max_new_tokens"}
+        if other:
+            raise ValueError(
+                f"environment: generation_kwargs {', '.join(sorted(other))} have no effect in a trainer, whose config "
+                "says how to sample; only max_new_tokens, the length of a turn, belongs to the environment"
+            )
+        if self.prompt and max_prompt_length is not None:
+            raise ValueError(
+                f"max_prompt_length={max_prompt_length}: the environment's own prompt comes before it; leave it out"
+            )
+        if self.reward_fn is not None and reward_funcs is not None:
+            raise ValueError("reward_funcs: the environment has a reward_fn already; give one of them")
 
     def rollout(
         self, rows: Sequence[Mapping[str, Any]], turns: SampledTurns, seeds: Sequence[int], limit: int
     ) -> Rollout:
-        """Episodes for training: one for each row of a data set, with at most `limit` tokens behind the prompt.
+        """Play one episode from each row, with at most `limit` tokens after its prompt.
 
         `prompt_ids` are continued as they are, unless `prompt` or `reset` add something: then the text `prompt` of the
-        row is tokenised with it. The other columns reach `reset` and `reward_fn`, as far as these take them.
+        row is tokenised with it. The other columns reach `reset` and `reward_fn`, as far as these have parameters.
         """
         stop_strings = (*turns.params.stop_strings, self.call_token, self.submit_token)
         own = self.generation_kwargs.get("max_new_tokens", turns.params.max_new_tokens)
         params = replace(turns.params, stop_strings=stop_strings, max_new_tokens=min(own, turns.params.max_new_tokens))
-        histories = []
-        for index, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-            text = row.get("prompt")
-            text = text if isinstance(text, str) else self.tokenizer.decode(row["prompt_ids"])
-            history = self._begin(text, row, row["prompt_ids"])
-            history.row, history.seed = index, seed
-            history.limit = min(len(history.tokens) + limit, turns.context or 2**62)
-            histories.append(history)
-        self._speaker = replace(turns, params=params)
-        try:
-            self._play(histories)
-        finally:
-            self._speaker = None
+        return super().rollout(rows, replace(turns, params=params), seeds, limit)
+
+    # --- the loop's steps -----------------------------------------------------------------------------------------
+
+    def _open(self, row: Mapping[str, Any], said: str, ids: Sequence[int] | None) -> TextHistory:
+        query = row["prompt"] if ids is None or isinstance(row.get("prompt"), str) else self.tokenizer.decode(ids)
+        text = self.prompt + query + said
+        if ids is None or self.prompt or said:
+            return TextHistory(text, self._tokens(text, add_special_tokens=True), system=True)
+        return TextHistory(text, torch.tensor(ids, device=self.current_device), system=True)
+
+    def _tokens(self, text: str, add_special_tokens: bool) -> Tensor:
+        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt")
+        return encoded.input_ids[0].to(self.current_device)
+
+    def _speak(self, episodes: Sequence[Episode], turns: Turns) -> None:
+        # Scripts of release 0.7.7 replace `generate(histories)`: only training hands it the turns.
+        given = {} if isinstance(turns, ModelTurns) else {"turns": turns}
+        histories = self.generate([episode.history for episode in episodes], **given)
+        for episode, history in zip(episodes, histories, strict=True):
+            episode.history, history.episode = history, episode
+
+    def _read_turn(self, episode: Episode) -> list[Callable[[], str]]:
+        self.tasks_end_check([episode.history])
+        return [partial(self._answer, episode.history)]
+
+    def _hear(self, episode: Episode) -> None:
+        self._append_response(episode.history, episode.answers[0])
+
+    def _end_after_answers(self, episode: Episode) -> None:
+        self.tasks_end_check([episode.history], model_turn=False)
+
+    def _goes_on(self, episode: Episode) -> bool:
+        return len(episode.turn_rewards) < self.max_turns and super()._goes_on(episode)
+
+    def _score(self, episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]]) -> None:
         if self.gives_rewards:
             columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
+            histories = [episode.history for episode in episodes]
             self.compute_reward(histories, **accepted(self.reward_fn or self.compute_reward, columns))
-        return as_rollout(histories)
-
-    def turn_reward(self, history: TextHistory) -> float:
-        """What the model's last turn brought by itself, its answer included; for subclasses to say.
-
-        Here it is the growth of `reward` of the row's own environment.
-        """
-        return 0.0 if history.environment is None else history.environment.new_reward()
 
     # --- one turn -------------------------------------------------------------------------------------------------
 
     def step(self, history: TextHistory) -> TextHistory:
-        """Answer the last segment: end the episode, or append what its tool call gives."""
-        self._end_if_due(history)
+        """Answer the last segment: end the episode, or append the answer to its tool call."""
+        self.tasks_end_check([history])
         if not history.completed:
             calls = ToolCalls(self.tool_timeout, self.tool_workers)
             calls.start(0, partial(self._answer, history))
@@ -211,14 +190,15 @@ class TextEnvironment:
         return history
 
     def _answer(self, history: TextHistory) -> str:
-        if history.environment is None:
+        own = Episode.of(history).own
+        if own is None:
             return self.call_tool(history.last_text_segment)
-        return self.call_tool(history.last_text_segment, {**self.tools, **history.environment.tools})
+        return self.call_tool(history.last_text_segment, {**self.tools, **own.tools})
 
     def call_tool(self, text: str, tools: Mapping[str, Tool] | None = None) -> str:
-        """The answer to the tool call in `text`. What goes wrong is said in words that the model reads.
+        """The answer to the tool call in `text`. Errors become text that the model reads.
 
-        tools: by name, instead of the environment's own.
+        tools: by name; None: those of the environment.
         """
         tools = self.tools if tools is None else tools
         name, query = self.parse_tool_call(text)
@@ -251,7 +231,7 @@ class TextEnvironment:
     # --- the end --------------------------------------------------------------------------------------------------
 
     def compute_reward(self, histories: list[TextHistory], **reward_kwargs: Any) -> list[TextHistory]:
-        """Set every episode's reward: what `reward_fn` gives for its last segment, and what its turns brought."""
+        """Set every episode's reward: `reward_fn` of its last segment plus the rewards of its turns."""
         if self.reward_fn is None and not self.gives_rewards:
             raise ValueError("reward_fn=None: no rewards can be computed; pass a function of the last text segments")
         rewards: Sequence[Any] = [0.0] * len(histories)
@@ -260,24 +240,21 @@ class TextEnvironment:
         if len(rewards) != len(histories):
             raise ValueError(f"reward_fn gave {len(rewards)} rewards for {len(histories)} episodes; give one for each")
         for history, reward in zip(histories, rewards, strict=True):
-            history.reward = reward + sum(history.turn_rewards) if any(history.turn_rewards) else reward
+            earned = Episode.of(history).turn_rewards
+            history.reward = reward + sum(earned) if any(earned) else reward
         return histories
 
     def tasks_end_check(self, histories: list[TextHistory], model_turn: bool = True) -> list[TextHistory]:
-        """Complete the histories that `task_end_check` finds ended."""
+        """Complete the histories that `task_end_check` finds ended. model_turn: the model has just spoken."""
         for history in histories:
-            self._end_if_due(history, model_turn)
+            if not history.completed:
+                truncated, ended = self.task_end_check(history, model_turn=model_turn)
+                if ended:
+                    history.complete(truncated=truncated)
         return histories
 
-    def _end_if_due(self, history: TextHistory, model_turn: bool = True) -> None:
-        """Complete the history if `task_end_check` finds it ended."""
-        if not history.completed:
-            truncated, ended = self.task_end_check(history, model_turn=model_turn)
-            if ended:
-                history.complete(truncated=truncated)
-
     def task_end_check(self, history: TextHistory, model_turn: bool = True) -> tuple[bool, bool]:
-        """`(truncated, ended)`, by the history's own tokens and text."""
+        """`(truncated, ended)` of this history."""
         if history.completed:
             return False, False
         if self.max_length is not None and len(history.tokens) > self.max_length:
@@ -286,29 +263,22 @@ class TextEnvironment:
         called = self.request_token in segment and self.call_token in segment
         end_token, said = self.tokenizer.eos_token, history.text[history.text_spans[0][1] :] or history.text
         over = self.submit_token in segment or (end_token is not None and end_token in said)
-        if history.is_full and not over:
+        episode = Episode.of(history)
+        if episode.is_full and not over:
             return True, True
-        done = history.environment is not None and history.environment.done and not model_turn
+        done = episode.own is not None and episode.own.done and not model_turn
         return False, over or done or (model_turn and not called)
 
     # --- the model ------------------------------------------------------------------------------------------------
 
-    def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
+    def generate(self, histories: list[TextHistory], turns: Turns | None = None) -> list[TextHistory]:
         """Append a turn of the model to every history that is not completed.
 
-        A history that fills the model's context is completed as truncated.
+        A history that fills the model's context is completed as truncated. turns: the policy of a trainer; None: the
+        environment's own model.
         """
-        active = [history for history in histories if not history.completed]
-        seeds = [history.seed for history in active if history.seed is not None]
-        room = [None if history.limit is None else history.limit - len(history.tokens) for history in active]
-        most = None if None in room else max((r for r in room if r is not None), default=None)
-        turns = self._model_turns().speak([history.tokens for history in active], seeds or None, most)
-        for history, own_room, (tokens, logprobs) in zip(active, room, turns, strict=True):
-            if len(tokens):
-                tokens, logprobs = tokens[:own_room], None if logprobs is None else logprobs[:own_room]
-                history.extend(self.tokenizer.decode(tokens), tokens, system=False, logprobs=logprobs)
-            else:
-                history.complete(truncated=True)
+        active = [Episode.of(history) for history in histories if not history.completed]
+        super()._speak(active, turns or self._own_turns())
         return histories
 
     def _generate_batched(
@@ -319,11 +289,6 @@ class TextEnvironment:
         if pad_to_multiple_of is None:
             return [tokens for tokens, _ in turns.speak(query_tensors, max_rows=batch_size)]
         return turns.generate(query_tensors, batch_size, pad_to_multiple_of)
-
-    def _model_turns(self) -> Turns:
-        if self._speaker is not None:
-            return self._speaker
-        return self._own_turns()
 
     def _own_turns(self) -> ModelTurns:
         stop_strings = (self.call_token, self.submit_token)
@@ -337,12 +302,12 @@ def _named(tools: Mapping[str, Tool] | Sequence[Tool] | None) -> dict[str, Tool]
         return dict(tools)
     named = {type(tool).__name__: tool for tool in tools}
     if len(named) < len(tools):
-        raise ValueError("tools: several of one class would go by the same name; pass a dict of tools by name")
+        raise ValueError("tools: several of one class would get the same name; pass a dict of tools by name")
     return named
 
 
 def _is_column(values: Any, rows: int) -> bool:
-    """Whether these are a value for each row."""
+    """Whether `values` holds one value for each row."""
     return (
         hasattr(values, "__getitem__")
         and hasattr(values, "__len__")

@@ -1,14 +1,14 @@
-"""Conversations of a chat model with tools, in the words of its own template."""
+"""The chat environment: conversations with tools, in the form of the model's chat template."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from transformers.utils.chat_template_utils import get_json_schema
@@ -17,32 +17,14 @@ from trl.data.chat import ChatTemplate, Messages
 from trl.data.encode import TextEncoder
 from trl.data.formats import maybe_convert_to_chatml
 from trl.data.records import Rollout
-from trl.environment.answer_renderer import Answer, AnswerRenderer
-from trl.environment.own_environment import OwnEnvironment
-from trl.environment.rollout import as_rollout
+from trl.environment.episodes import Environment, Episode, OwnEnvironment
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import ToolCalls
-from trl.environment.tool_text import JsonCalls, ToolCall, ToolParser
-from trl.environment.turn_loop import take_turns
+from trl.environment.tool_calls import JsonCalls, ToolCall, ToolParser, call_id
 from trl.environment.turns import SampledTurns
 
 
-@dataclass(eq=False)
-class _Talk:
-    """One conversation under way."""
-
-    history: TextHistory
-    tools: Mapping[str, Callable[..., Any]]
-    said: Messages = field(default_factory=list)
-    """messages behind the prompt"""
-    waiting: list[ToolCall] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
-    rounds: int = 0
-    """of tool calls"""
-
-
-class ChatEnvironment:
-    """Conversations in which the model's tool calls are run and their results told to it as tool messages.
+class ChatEnvironment(Environment):
+    """Conversations in which the model's tool calls run and their results are appended as tool messages.
 
     A conversation ends with a turn that calls no tool, after `max_iterations` rounds of calls and the turn that follows
     them, when its own environment says `done`, or when there is no room left (then it is `truncated`).
@@ -59,23 +41,26 @@ class ChatEnvironment:
         tool_timeout: float | None = 30.0,
         tool_workers: int = 16,
         template_kwargs: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        end_ids: Sequence[int] | None = None,
     ) -> None:
         """
-        `tools`: functions with type hints and a docstring that describes each argument, async ones too.
+        `tools`: functions, also async ones, with type hints and a docstring that describes each argument.
         `environment_factory`: makes an object with `reset()` for every conversation; its public methods are tools.
-        `max_tool_response`: characters of a result that the model gets to read; None: all.
+        `max_tool_response`: most characters of a result that the model reads; None: all.
         `parser`: finds the calls in a turn; None: JSON in `<tool_call>` tags.
         `tool_timeout`: seconds a call may take, see `TextEnvironment`.
         `template_kwargs`: variables for the chat template.
+        `tokenizer`: its chat template renders the conversations; None: a trainer takes the policy's.
+        `end_ids`: the tokens that end a turn; None: the policy's, without a trainer the tokenizer's.
         """
+        super().__init__(tokenizer, environment_factory, tool_timeout, tool_workers)
         for name, value in (("max_iterations", max_iterations), ("max_tool_response", max_tool_response)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: give 1 or more, or None for no limit")
         self.tools = {function.__name__: function for function in tools}
-        self.environment_factory = environment_factory
         self.max_iterations, self.max_tool_response = max_iterations, max_tool_response
         self.parser = parser or JsonCalls()
-        self.tool_timeout, self.tool_workers = tool_timeout, tool_workers
         self.template_kwargs = dict(template_kwargs or {})
         own = {} if environment_factory is None else OwnEnvironment(environment_factory).tools
         self.schemas = [_schema(name, function) for name, function in {**self.tools, **own}.items()]
@@ -83,115 +68,86 @@ class ChatEnvironment:
             raise ValueError("tools: give at least one function, or an environment_factory with public methods")
         shared = set(self.tools) & set(own)
         if shared or len(self.tools) < len(tools):
-            raise ValueError(f"tools: several go by the same name ({', '.join(sorted(shared)) or 'functions'})")
+            raise ValueError(f"tools: several have the same name ({', '.join(sorted(shared)) or 'functions'})")
+        self.end_ids = end_ids
+        eos = getattr(tokenizer, "eos_token_id", None)
+        self.renderer: Any = None if tokenizer is None else self._renderer([] if eos is None else [eos])
 
-    def bind(self, tokenizer: Any, ends: Sequence[int]) -> None:
-        """Speak as this tokenizer's chat template does; `ends`: tokens that can end a turn."""
-        self.template = ChatTemplate(tokenizer, self.template_kwargs)
-        self.encoder = TextEncoder(tokenizer)
-        self.renderer = AnswerRenderer(self.template, ends, self.schemas)
-        self.ends = frozenset(ends)
+    def _renderer(self, end_ids: Sequence[int]) -> AnswerRenderer:
+        template = ChatTemplate(self.tokenizer, self.template_kwargs)
+        return AnswerRenderer(template, end_ids if self.end_ids is None else self.end_ids, self.schemas)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can play as it is."""
+        return self.renderer is not None
+
+    def for_policy(self, tokenizer: Any, end_ids: Sequence[int]) -> Self:
+        """This environment if it has a tokenizer and its `end_ids`, else a copy that has those of the policy."""
+        if self.is_ready and self.end_ids is not None:
+            return self
+        ready = copy.copy(self)
+        ready.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
+        ready.renderer = ready._renderer(end_ids)
+        return ready
+
+    def check_settings(self, tokenizer: Any, max_prompt_length: int | None = None, reward_funcs: Any = None) -> None:
+        """ValueError for settings of a trainer that do not go with this environment."""
+        super().check_settings(tokenizer, max_prompt_length, reward_funcs)
+        if max_prompt_length is not None:
+            raise ValueError("max_prompt_length: a prompt with tools cannot be cut; leave it out")
 
     @property
     def gives_rewards(self) -> bool:
         """Whether episodes have rewards without further functions."""
-        return self.environment_factory is not None and OwnEnvironment(self.environment_factory).gives_rewards
+        own = self.environment_factory
+        return super().gives_rewards or (own is not None and OwnEnvironment(own).gives_rewards)
 
     def rollout(
         self, rows: Sequence[Mapping[str, Any]], turns: SampledTurns, seeds: Sequence[int], limit: int
     ) -> Rollout:
-        """A conversation from each row's `prompt`, with at most `limit` tokens behind it; columns reach `reset`.
+        """Play a conversation from each row's `prompt`, with at most `limit` tokens after it; columns reach `reset`.
 
         The metadata holds the messages of each (`completions`) and the rows' own `environments`.
         """
-        talks = [self._begin(row) for row in rows]
-        for index, (talk, seed) in enumerate(zip(talks, seeds, strict=True)):
-            history = talk.history
-            history.row, history.seed = index, seed
-            history.limit = min(len(history.tokens) + limit, turns.context or 2**62)
-        self._play(talks, turns)
-        for talk in talks:
-            talk.history.reward = sum(talk.history.turn_rewards)
-        rollout = as_rollout([talk.history for talk in talks])
-        rollout.metadata["completions"] = [talk.said for talk in talks]
+        rollout = super().rollout(rows, turns, seeds, limit)
+        episodes = [history.episode for history in rollout.metadata["histories"]]
+        rollout.metadata["completions"] = [episode.messages for episode in episodes]
         if self.environment_factory is not None:
-            owners = [talk.history.environment for talk in talks]
-            rollout.metadata["environments"] = [owner.instance for owner in owners if owner is not None]
+            rollout.metadata["environments"] = [episode.own.instance for episode in episodes]
         return rollout
 
-    # --- one conversation -----------------------------------------------------------------------------------------
+    # --- the loop's steps -----------------------------------------------------------------------------------------
 
-    def _begin(self, row: Mapping[str, Any]) -> _Talk:
+    def _open(self, row: Mapping[str, Any], said: str, ids: Sequence[int] | None) -> TextHistory:
         prompt = row.get("prompt")
         if not isinstance(prompt, Sequence) or isinstance(prompt, str):
             raise ValueError("prompt: tools need conversations; give a list of messages in each row")
-        messages = list(maybe_convert_to_chatml({"prompt": prompt})["prompt"])
-        own = None if self.environment_factory is None else OwnEnvironment(self.environment_factory)
-        if own is not None:
-            messages = _told(messages, own.reset(row))
-        text = self.template.of_row(dict(row)).prompt(messages, self.schemas)
-        (ids,) = self.encoder.encode([text])
-        history = TextHistory(text, torch.tensor(ids[self.encoder.drop_double_bos(ids) :]), system=True)
-        history.environment = own
-        return _Talk(history, self.tools if own is None else {**self.tools, **own.tools})
+        messages = _with_said(list(maybe_convert_to_chatml({"prompt": prompt})["prompt"]), said)
+        text = self.renderer.template.of_row(dict(row)).prompt(messages, self.schemas)
+        encoder = self.renderer.encoder
+        (tokens,) = encoder.encode([text])
+        return TextHistory(text, torch.tensor(encoder.without_double_bos(tokens)), system=True)
 
-    def _play(self, talks: Sequence[_Talk], turns: SampledTurns) -> None:
-        calls = ToolCalls(self.tool_timeout, self.tool_workers)
-
-        def speak(rows: list[int]) -> None:
-            histories = [talks[row].history for row in rows]
-            room = [(history.limit or 0) - len(history.tokens) for history in histories]
-            seeds = [history.seed or 0 for history in histories]
-            spoken = turns.speak([history.tokens for history in histories], seeds, max(room))
-            for row, most, (tokens, logprobs) in zip(rows, room, spoken, strict=True):
-                assert logprobs is not None  # there is room
-                self._said(talks[row], tokens[:most], logprobs[:most])
-                if not talks[row].history.completed:
-                    self._call_next(row, talks[row], calls)
-
-        def answered(row: int, text: str) -> bool:
-            talk = talks[row]
-            talk.answers.append(Answer(talk.waiting.pop(0).name, text))
-            if talk.waiting:
-                self._call_next(row, talk, calls)
-                return False
-            self._hear(talk)
-            return not talk.history.completed
-
-        rows = [row for row, talk in enumerate(talks) if self._has_room(talk.history)]
-        take_turns(rows, speak, answered, calls, apart=turns.rows_are_apart)
-
-    def _has_room(self, history: TextHistory) -> bool:
-        if history.is_full:
-            history.complete(truncated=True)
-        return not history.completed
-
-    def _said(self, talk: _Talk, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Take a turn of the model, and see whether it is the last one."""
-        history, tokenizer = talk.history, self.template.tokenizer
-        history.extend(str(tokenizer.decode(tokens)), tokens, system=False, logprobs=logprobs)
-        closed = int(tokens[-1]) in self.ends
-        spoken = self.parser(str(tokenizer.decode(tokens[:-1] if closed else tokens)))
+    def _read_turn(self, episode: Episode) -> list[Callable[[], str]]:
+        history = episode.history
+        tokens = history.tokens[slice(*history.token_spans[-1])]
+        closed = int(tokens[-1]) in self.renderer.ends
+        spoken = self.parser(str(self.renderer.template.tokenizer.decode(tokens[:-1] if closed else tokens)))
         message: dict[str, Any] = {"role": "assistant", "content": spoken.content}
         if spoken.calls:
             message["tool_calls"] = [call.message(place) for place, call in enumerate(spoken.calls)]
-        talk.said.append(message)
-        enough = self.max_iterations is not None and talk.rounds >= self.max_iterations
-        if history.is_full and not (closed and not spoken.calls):
+        episode.messages.append(message)
+        enough = self.max_iterations is not None and len(episode.turn_rewards) >= self.max_iterations
+        if episode.is_full and not (closed and not spoken.calls):
             history.complete(truncated=True)
         elif enough or not spoken.calls:
             history.complete()
-        if history.completed:
-            history.turn_rewards.append(_earned(history))
-            return
-        talk.waiting, talk.answers = list(spoken.calls), []
-        talk.rounds += 1
+        tools = self.tools if episode.own is None else {**self.tools, **episode.own.tools}
+        return [partial(self._answer, tools, call) for call in spoken.calls]
 
-    def _call_next(self, row: int, talk: _Talk, calls: ToolCalls) -> None:
-        calls.start(row, partial(self._run, talk.tools, talk.waiting[0]))
-
-    def _run(self, tools: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
-        """The answer to a call. What goes wrong is said in words that the model reads."""
+    def _answer(self, tools: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
+        """The answer to a call. Errors become text that the model reads."""
         if call.error:
             return f"Tool error: {call.error}"
         if call.name not in tools:
@@ -206,23 +162,94 @@ class ChatEnvironment:
         most = self.max_tool_response
         return text if most is None or len(text) <= most else text[: max(most - 3, 0)] + "..."
 
-    def _hear(self, talk: _Talk) -> None:
+    def _hear(self, episode: Episode) -> None:
         """Append the tools' answers as the template renders them."""
-        history = talk.history
-        text, ids = self.renderer(talk.answers, closed=int(history.tokens[-1]) == self.renderer.end_id)
+        history = episode.history
+        names = [call["function"]["name"] for call in episode.messages[-1]["tool_calls"]]
+        answers = [Answer(*answer) for answer in zip(names, episode.answers, strict=True)]
+        text, ids = self.renderer(answers, closed=int(history.tokens[-1]) == self.renderer.end_id)
         history.append_segment(text, torch.tensor(ids), system=True)
-        talk.said += [
-            {"role": "tool", "name": answer.name, "tool_call_id": f"call{place:05d}", "content": answer.text}
-            for place, answer in enumerate(talk.answers)
-        ]
-        history.turn_rewards.append(_earned(history))
-        if history.environment is not None and history.environment.done:
-            history.complete()
-        self._has_room(history)
+        episode.messages += _messages_of(answers)
 
 
-def _earned(history: TextHistory) -> float:
-    return 0.0 if history.environment is None else history.environment.new_reward()
+class Answer(NamedTuple):
+    """A tool's answer."""
+
+    name: str
+    text: str
+
+
+class AnswerRenderer:
+    """Renders tools' answers and a new generation prompt, as text and tokens that follow an assistant's turn.
+
+    The template renders a stand-in conversation with and without the answers; only the difference is tokenised and
+    appended. So nothing that the model has seen or said is rendered or tokenised again. The constructor
+    checks that the template would render a whole conversation in the same way; other templates are a ValueError.
+
+    ends: the tokens that can end a turn.
+    """
+
+    def __init__(self, template: ChatTemplate, ends: Sequence[int], schemas: Sequence[Any] = ()) -> None:
+        self.template, self.schemas = template, list(schemas)
+        self.encoder = TextEncoder(template.tokenizer)
+        self.ends = frozenset(ends)
+        self.end_id = self._end_of_turns(ends)
+        self._end = str(template.tokenizer.decode([self.end_id]))
+        self._refuse_rewriting()
+
+    def __call__(self, answers: Sequence[Answer], closed: bool) -> tuple[str, list[int]]:
+        """`(text, ids)` that follow the turn; closed: the turn has its end token already."""
+        text = self._suffix(_stand_in("x", [answer.name for answer in answers]), answers)
+        text = text if closed else self._end + text
+        return text, self.encoder.continuations([text])[0]
+
+    def _suffix(self, spoken: Messages, answers: Sequence[Answer]) -> str:
+        before = self.template.render(spoken, self.schemas)
+        after = self.template.render([*spoken, *_messages_of(answers)], self.schemas, open_turn=True)
+        cut = before.rindex(self._end) + len(self._end)
+        if not after.startswith(before[:cut]):
+            raise ValueError(
+                "the chat template renders an assistant's turn in another way once tools have answered, so the tokens "
+                "that the model sampled would not be what it sees; use a template that leaves earlier turns as they are"
+            )
+        return after[cut:]
+
+    def _end_of_turns(self, ends: Sequence[int]) -> int:
+        text = self.template.render(_stand_in("x", ["tool"]), self.schemas)
+        places = {end: text.rfind(str(self.template.tokenizer.decode([end]))) for end in ends}
+        last = max(places, key=lambda end: places[end], default=None)
+        if last is None or places[last] < text.index("tool"):
+            names = ", ".join(str(self.template.tokenizer.decode([end])) for end in ends) or "none"
+            raise ValueError(
+                f"the chat template ends an assistant's turn with none of the model's end tokens ({names}); set "
+                "`generation_config.eos_token_id` to the one that it uses"
+            )
+        return last
+
+    def _refuse_rewriting(self) -> None:
+        """ValueError if the template renders answers in another way in a later round than in the first."""
+        answers = [Answer("tool", "four"), Answer("tool", "five")]
+        once = _stand_in("x", ["tool", "tool"])
+        told = _messages_of([Answer("tool", "six")] * 2)
+        twice = [*_stand_in("Another question?", ["tool", "tool"]), *told, *once[1:]]
+        if self._suffix(once, answers) != self._suffix(twice, answers):
+            raise ValueError(
+                "the chat template renders a tool's answer in another way in later rounds, so it cannot be appended to "
+                "what the model has seen; use a template that renders every round alike"
+            )
+
+
+def _messages_of(answers: Sequence[Answer]) -> Messages:
+    return [
+        {"role": "tool", "name": answer.name, "tool_call_id": call_id(place), "content": answer.text}
+        for place, answer in enumerate(answers)
+    ]
+
+
+def _stand_in(question: str, names: Sequence[str]) -> Messages:
+    calls = [ToolCall(name).message(place) for place, name in enumerate(names)]
+    thoughts = "<think>\nWhat is it?\n</think>\n\nI look it up."  # some templates drop thoughts from earlier turns
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": thoughts, "tool_calls": calls}]
 
 
 def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
@@ -235,14 +262,12 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         ) from None
 
 
-def _told(messages: Messages, said: str) -> Messages:
-    """The conversation, with what the environment says at the end of its last message."""
+def _with_said(messages: Messages, said: str) -> Messages:
+    """The conversation with `said` at the end of its last message."""
     if not said:
         return messages
     if not messages or messages[-1].get("role") != "user":
-        raise ValueError(
-            "prompt: reset() says something, which belongs to the last message, and that is not the user's"
-        )
+        raise ValueError("prompt: what reset() returns is added to the last message, which is not the user's")
     content = messages[-1]["content"]
     more = content + said if isinstance(content, str) else [*content, {"type": "text", "text": said}]
     return [*messages[:-1], {**messages[-1], "content": more}]

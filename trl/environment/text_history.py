@@ -1,25 +1,25 @@
-"""What was said in an episode, as text and as the tokens that the model saw and made."""
+"""The text of an episode and its tokens, segment by segment."""
 
 from __future__ import annotations
 
 import html
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl import import_utils
-from trl.environment.own_environment import OwnEnvironment
 
 _HTML_COLOURS = {"Prompt": "#d9d9d9", "System": "#00d7af", "Model": "#5fd7ff", "Reward": "#ffafff"}
 
 
 class TextHistory:
-    """A text in segments by the system (prompt, tools) and the model, with its tokens and a mask of the model's.
+    """A text whose segments come from the system (prompt, tools) or from the model, with its tokens.
 
-    Tokens are only ever appended: earlier segments are never tokenised again.
+    Tokens are only appended: earlier segments are never tokenised again.
     """
 
     def __init__(self, text: str, tokens: Tensor, system: bool = True) -> None:
@@ -32,17 +32,9 @@ class TextHistory:
         self.token_masks: Tensor = LongTensor([]).to(tokens.device)
         """[N] 1 = the model sampled this token"""
         self.token_logprobs: Tensor = torch.zeros(0, device=tokens.device)
-        """[N] of each token under the policy that sampled it: 0 where it was not sampled, nan where it is unknown"""
-        self.row = 0
-        """which row of its run this is"""
-        self.seed: int | None = None
-        """of the row's random numbers; None: drawn anew for every turn"""
-        self.limit: int | None = None
-        """most tokens that training takes; None: no limit"""
-        self.environment: OwnEnvironment | None = None
-        """whose methods this row's tools are, besides those of all rows"""
-        self.turn_rewards: list[float] = []
-        """what each turn of the model brought by itself"""
+        """[N] log-probability of each token when it was sampled: 0 where it was not sampled, nan where it is unknown"""
+        self.episode: Any = None
+        """the `Episode` of an environment that this is the text of, if any"""
         self.completed = False
         self.truncated = False
         self.reward: float | Tensor = 0.0
@@ -53,13 +45,13 @@ class TextHistory:
         self.extend(text, tokens, system)
 
     def append_segment(self, text: str, tokens: Tensor, system: bool = True, logprobs: Tensor | None = None) -> None:
-        """Add what the system or the model said; neither text nor tokens may be empty."""
+        """Add a segment of the system or the model; neither text nor tokens may be empty."""
         if len(text) == 0 or len(tokens) == 0:
             raise ValueError("Can't append empty text or token list to history.")
         self.extend(text, tokens, system, logprobs)
 
     def extend(self, text: str, tokens: Tensor, system: bool, logprobs: Tensor | None = None) -> None:
-        """As `append_segment`; also tokens that decode to no text."""
+        """As `append_segment`, but takes tokens that decode to no text."""
         self.text_spans.append((len(self.text), len(self.text) + len(text)))
         self.token_spans.append((len(self.tokens), len(self.tokens) + len(tokens)))
         self.system_spans.append(system)
@@ -71,13 +63,9 @@ class TextHistory:
         self.token_logprobs = torch.cat([self.token_logprobs, logprobs.to(self.token_logprobs)])
 
     def complete(self, truncated: bool = False) -> None:
-        """Mark the episode as over; `truncated`: because it got too long."""
+        """Mark the episode as over; `truncated`: it ended because it got too long."""
         self.completed = True
         self.truncated = truncated
-
-    @property
-    def is_full(self) -> bool:
-        return self.limit is not None and len(self.tokens) >= self.limit
 
     @property
     def last_text_segment(self) -> str:
@@ -85,11 +73,11 @@ class TextHistory:
         return self.text[start:end]
 
     def split_query_response_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`(query, response, response mask)`: the tokens of the first segment, all others, and whose those are."""
+        """`(query, response, response mask)`: the tokens of the first segment, all others, and 1 for the model's."""
         split = self.token_spans[0][1]
         return self.tokens[:split], self.tokens[split:], self.token_masks[split:]
 
-    # --- looking at it --------------------------------------------------------------------------------------------
+    # --- display --------------------------------------------------------------------------------------------------
 
     def _roles(self) -> list[str]:
         return ["Prompt", *("System" if system else "Model" for system in self.system_spans[1:])]
@@ -98,14 +86,14 @@ class TextHistory:
         return str(getattr(self, f"{role.lower()}_color"))
 
     def show_text(self, show_legend: bool = False) -> None:
-        """Print the text, coloured by who said it (needs rich)."""
+        """Print the text, with the colour of its speaker (needs rich)."""
         pieces = [
             (self.text[start:end], role) for (start, end), role in zip(self.text_spans, self._roles(), strict=True)
         ]
         self._print(pieces, "text", show_legend)
 
     def show_tokens(self, tokenizer: PreTrainedTokenizerBase, show_legend: bool = False) -> None:
-        """Print the tokens, coloured by who said them (needs rich)."""
+        """Print the tokens, with the colours of their speakers (needs rich)."""
         pieces = []
         for (start, end), role in zip(self.token_spans, self._roles(), strict=True):
             names = tokenizer.convert_ids_to_tokens(self.tokens[start:end].tolist())
@@ -113,7 +101,7 @@ class TextHistory:
         self._print(pieces, "tokens", show_legend)
 
     def show_colour_legend(self) -> None:
-        """Print which colour is whose (needs rich)."""
+        """Print the colour of each speaker (needs rich)."""
         pieces: list[tuple[str, str]] = [("\n\n(Colour Legend: ", "")]
         for role in _HTML_COLOURS:
             pieces += [(role, role), ("|", "")]
@@ -136,7 +124,7 @@ class TextHistory:
             self.show_colour_legend()
 
     def to_html(self, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-        """The episode as HTML with a legend; with a `tokenizer`, every token in a frame of its own."""
+        """The episode as HTML with a legend; with a `tokenizer`, each token has a frame."""
 
         def coloured(text: str, role: str, frame: str = "") -> str:
             return f'<span style="background:{_HTML_COLOURS[role]};color:#000;{frame}">{html.escape(text)}</span>'

@@ -1,13 +1,85 @@
-"""Tool calls of many rows at once, each with a time-out, answered as they come in."""
+"""Tool calls: how a chat model writes them, and how those of many rows run at once, each with a time-out."""
 
 from __future__ import annotations
 
+import json
 import queue
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call as the model wrote it, or the `error` that made it unreadable."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    def message(self, number: int) -> dict[str, Any]:
+        """The entry of a chat message's `tool_calls`."""
+        return {"type": "function", "id": call_id(number), "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A turn of the model: its text without the calls, and the calls."""
+
+    content: str
+    calls: list[ToolCall] = field(default_factory=list)
+
+
+ToolParser = Callable[[str], Spoken]
+"""reads the text of a turn without its end token"""
+
+
+def call_id(number: int) -> str:
+    """The id of a turn's n-th call: nine letters and digits, because some chat templates accept nothing else."""
+    return f"call{number:05d}"
+
+
+@dataclass(frozen=True)
+class JsonCalls:
+    """Reads calls such as `<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>`, or between other tags."""
+
+    opening: str = "<tool_call>"
+    closing: str = "</tool_call>"
+
+    def __post_init__(self) -> None:
+        if not self.opening or not self.closing:
+            raise ValueError("opening, closing: give the tags that stand around a call")
+
+    def __call__(self, text: str) -> Spoken:
+        call = re.compile(f"{re.escape(self.opening)}(.*?)({re.escape(self.closing)}|$)", re.DOTALL)
+        calls = [
+            _read(found[1]) if found[2] else ToolCall("unknown", error=f"the call is not closed by {self.closing}")
+            for found in call.finditer(text)
+        ]
+        return Spoken(call.sub("", text).strip() if calls else text, calls)
+
+
+def _read(text: str) -> ToolCall:
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ToolCall("unknown", error=f"the call is no JSON: {error}")
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return ToolCall("unknown", error='a call is a JSON object with "name" and "arguments"')
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            return ToolCall(call["name"], error=f"the arguments are no JSON: {error}")
+    if not isinstance(arguments, dict):
+        return ToolCall(call["name"], error='"arguments" is a JSON object of the arguments by name')
+    return ToolCall(call["name"], arguments)
+
 
 Answer = Callable[[], str]
 
@@ -19,10 +91,10 @@ class _Running:
 
 
 class ToolCalls:
-    """Calls that run in threads, at most `workers` at a time; with `timeout=None` in the calling thread, in order.
+    """Runs calls in at most `workers` threads; with `timeout=None` in the calling thread, one after the other.
 
-    A thread cannot be stopped: a call that has timed out is forgotten and its late answer dropped. Work that may
-    never end belongs into a process of its own.
+    A thread cannot be stopped: a call that times out keeps running, and its late answer is dropped. Work that may
+    never end belongs in a separate process.
     """
 
     def __init__(self, timeout: float | None, workers: int) -> None:
@@ -34,19 +106,19 @@ class ToolCalls:
         self._started = 0
 
     def __len__(self) -> int:
-        """Calls without an answer yet."""
+        """The number of calls that have no answer yet."""
         return len(self._waiting) + len(self._running)
 
     def start(self, row: int, answer: Answer) -> None:
-        """Ask for the answer to `row`."""
+        """Start the call whose answer `row` waits for, or queue it if all workers are busy."""
         self._waiting.append((row, answer))
         if self.timeout is not None:
             self._fill_workers()
 
     def collect(self, patience: float) -> dict[int, str]:
-        """`{row: answer}` of what is answered: at least one, all of those that come within `patience` seconds.
+        """`{row: answer}`: waits for the first answer, and for those that follow within `patience` seconds.
 
-        What a tool raises is raised here.
+        An exception of a tool is raised here.
         """
         if self.timeout is None:
             answers = {row: answer() for row, answer in self._waiting}

@@ -1,4 +1,4 @@
-"""The turns of the model: by a sampler that gives every row its own random numbers, or else by `generate`."""
+"""The turns of the model, made by a sampler, or by `generate` where no sampler knows the keywords."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trl.generation.choose import make_sampler
+from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.generation.plain_generate import plain_generate
 from trl.generation.sampler import Sampler, SamplingParams
@@ -17,25 +17,25 @@ from trl.models.prepare import context_length
 from trl.models.unwrap import below_value_head, is_encoder_decoder
 
 Turn = tuple[Tensor, Tensor | None]
-"""ids, and their log-probabilities if they are known"""
+"""token ids, and their log-probabilities if known"""
 
 
 class Turns(Protocol):
-    """Whoever speaks for the model."""
+    """Makes the turns of a model."""
 
     @property
     def rows_are_apart(self) -> bool:
-        """Whether a row's turn is the same whatever rows are in the same batch."""
+        """Whether a row's turn does not depend on which rows share its batch."""
         ...
 
     def speak(self, texts: Sequence[Tensor], seeds: Sequence[int] | None = None, most: int | None = None) -> list[Turn]:
-        """What the model adds to each of the 1-d `texts`, at most `most` tokens; nothing where its context is full."""
+        """The tokens that the model adds to each of the 1-d `texts`: at most `most`, none where its context is full."""
         ...
 
 
 @dataclass(frozen=True)
 class SampledTurns:
-    """Turns by a sampler. `context`: most tokens of text and turn together, None: no limit is known."""
+    """Turns made by a sampler. `context`: most tokens of text and turn together; None: no limit is known."""
 
     sampler: Sampler
     params: SamplingParams
@@ -59,14 +59,14 @@ class SampledTurns:
 
 @dataclass
 class ModelTurns:
-    """A model that continues texts up to a stop string or end token, as the keywords of `generate` say."""
+    """Turns of a model that follows the keywords of `generate`. Each ends with a stop string or an end token."""
 
     model: Any
     tokenizer: Any
     generation_kwargs: Mapping[str, Any]
     stop_strings: Sequence[str]
     samplers: dict[int, Sampler] = field(default_factory=dict)
-    """those made so far, by their number of rows"""
+    """made so far, by their `max_rows`"""
 
     def __post_init__(self) -> None:
         self.params = sampling_params(self.model, self.generation_kwargs, stop_strings=self.stop_strings)
@@ -88,7 +88,7 @@ class ModelTurns:
         return [(next(said)[:most] if there else text[:0], None) for text, there in zip(texts, room, strict=True)]
 
     def generate(self, texts: Sequence[Tensor], batch_size: int, pad_to_multiple_of: int | None = None) -> list[Tensor]:
-        """The same by the model's own `generate`, which draws from torch's global generator."""
+        """Turns made by the model's own `generate`, which draws from torch's global generator."""
         return plain_generate(
             below_value_head(self.model), self.tokenizer, texts, self.generation_kwargs, self.stop_strings, batch_size,
             pad_to_multiple_of,

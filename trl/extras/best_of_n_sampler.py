@@ -1,4 +1,4 @@
-"""Sample several answers to a query and keep the best by a score: a strong baseline that trains nothing."""
+"""Best-of-n: sample several answers to a query and keep those with the highest scores. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl.core import set_seed
-from trl.generation.choose import make_sampler
+from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
-from trl.generation.sampler import SamplingParams
+from trl.generation.plain_generate import generate_padded
 from trl.models.modeling_base import PreTrainedModelWrapper
 from trl.models.unwrap import below_value_head, is_encoder_decoder
 
@@ -31,10 +31,10 @@ class Candidate(NamedTuple):
 
 
 def best_of_n_kl_bound(n: int) -> float:
-    """`log n - (n - 1) / n`: how far, in KL divergence, the best of n can be from the model that is sampled.
+    """`log n - (n - 1) / n`: the KL divergence of the best of n samples from the model that is sampled.
 
-    The exact value for scores without ties, an upper bound with them (Beirami et al., arXiv:2401.01879).
-    Compare it with the KL that a trained policy spends for the same reward.
+    It is exact for scores without ties and an upper bound with them (Beirami et al., arXiv:2401.01879).
+    Compare it with the KL at which a trained policy reaches the same reward.
     """
     if n < 1:
         raise ValueError(f"n={n}: give the number of samples, 1 or more")
@@ -42,7 +42,7 @@ def best_of_n_kl_bound(n: int) -> float:
 
 
 class BestOfNSampler:
-    """The `n_candidates` best of `sample_size` samples for each query, by `queries_to_scores`."""
+    """Samples `sample_size` answers to each query; keeps the `n_candidates` that `queries_to_scores` rates highest."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class BestOfNSampler:
     ) -> None:
         """
         `queries_to_scores`: scores of the texts (query and answer) of one query.
-        `length_sampler`: draws the most new tokens of the answers to a query.
-        `seed`: seeds everything, once, here.
+        `length_sampler`: draws, for each query, the most tokens of an answer.
+        `seed`: seeds Python, numpy and torch when the sampler is constructed.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
@@ -88,7 +88,7 @@ class BestOfNSampler:
         """The best texts for each query, best first.
 
         `tokenized_query`: ids of one query (a list or a 1-d tensor), or of several (a list of those, or the rows of a
-        2-d tensor). `device`: the model's. `generation_kwargs`: keywords of transformers' `generate`.
+        2-d tensor). `device`: must be the model's. `generation_kwargs`: keywords of transformers' `generate`.
         """
         best = self.candidates(tokenized_query, skip_special_tokens, device, **generation_kwargs)
         return [[candidate.text for candidate in of_query] for of_query in best]
@@ -120,35 +120,29 @@ class BestOfNSampler:
 
     def _sample(self, queries: list[list[int]], lengths: list[int], kwargs: dict[str, Any]) -> list[list[list[int]]]:
         """The ids of `sample_size` answers to each query, with the query before them."""
-        longest = max(lengths, default=1)
-        asked = {"generation_config": self.gen_config, **kwargs, "max_new_tokens": longest}
-        params = sampling_params(self.model, asked)
-        if params is None:
-            pairs = zip(queries, lengths, strict=True)
-            return [self._generate(query, {**kwargs, "max_new_tokens": length}) for query, length in pairs]
-        if params.temperature == 0 and self.sample_size > 1:
-            logger.warning("do_sample is off: all samples of a query are the same, so the best is no better than one")
-        return self._sample_together(queries, lengths, params)
-
-    def _sample_together(
-        self, queries: list[list[int]], lengths: list[int], params: SamplingParams
-    ) -> list[list[list[int]]]:
-        """All queries in one batch; the beginning of a sample is a sample, so shorter answers are cut."""
-        sampler = make_sampler(self.model, self.tokenizer)
-        sampled = sampler.sample(queries, params, n=self.sample_size)
-        before = [[] for _ in queries] if is_encoder_decoder(self.model) else queries
-        return [
-            [[*query, *completion.ids[:length]] for completion in completions]
-            for query, length, completions in zip(before, lengths, sampled, strict=True)
-        ]
-
-    def _generate(self, query: list[int], kwargs: dict[str, Any]) -> list[list[int]]:
-        """By the model's own `generate`, for keywords that the samplers do not know."""
-        ids = torch.tensor([query] * self.sample_size, device=self._device)
         config = {} if self.gen_config is None else {"generation_config": self.gen_config}
-        model: Any = self.model
-        generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{**config, **kwargs})
-        return [row.tolist() for row in generated]
+        asked = {**config, **kwargs}
+        params = sampling_params(self.model, {**asked, "max_new_tokens": max(lengths, default=1)})
+        if params is None:
+            answers = [self._generate(*each, asked) for each in zip(queries, lengths, strict=True)]
+        else:
+            if params.temperature == 0 and self.sample_size > 1:
+                logger.warning(
+                    "do_sample is off: all samples of a query are the same, so the best is no better than one"
+                )
+            sampled = make_sampler(self.model, self.tokenizer).sample(queries, params, n=self.sample_size)
+            # The beginning of a sample is a sample: shorter answers are cut.
+            cut = zip(sampled, lengths, strict=True)
+            answers = [[completion.ids[:length] for completion in of_query] for of_query, length in cut]
+        before = [[] for _ in queries] if is_encoder_decoder(self.model) else queries
+        return [[[*query, *ids] for ids in of_query] for query, of_query in zip(before, answers, strict=True)]
+
+    def _generate(self, query: list[int], length: int, kwargs: dict[str, Any]) -> list[list[int]]:
+        """Answers by the model's own `generate`, for keywords that the samplers do not know."""
+        queries = [torch.tensor(query, device=self._device)] * self.sample_size
+        asked = {**kwargs, "max_new_tokens": length}
+        answers = generate_padded(self.model, self.tokenizer, queries, asked, several=True)
+        return [answer.tolist() for answer in answers]
 
     @property
     def _device(self) -> torch.device:

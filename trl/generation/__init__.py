@@ -3,8 +3,7 @@
 from trl.import_utils import lazy_names
 
 _names = {
-    "trl.generation.choose": ["make_sampler"],
-    "trl.generation.local": ["LocalSampler"],
+    "trl.generation.local": ["LocalSampler", "make_sampler"],
     "trl.generation.sampler": ["Sampler", "SamplingParams"],
     "trl.generation.transformers_sampler": ["TransformersSampler"],
 }

@@ -1,4 +1,4 @@
-"""Forward passes of the local sampler: prompts once each, then a token on every row, over a cache of its own."""
+"""Forward passes of the local sampler: each prompt is read once, then every pass adds a token to each row."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from trl.generation.kv_attention import Decode, Layout, Prefill
 from trl.generation.kv_cache import Prompt, Prompts, Suffixes
-from trl.generation.sampling_mode import accepts
+from trl.models.unwrap import accepts
 
 
 class Engine:
     """The cache of one sampling run. Row slots are 0 .. R-1; a slot that is freed is taken by the last row.
 
-    To be used within `sampling_mode(model, kv_attention.NAME)`.
+    To be used within `eval_no_grad(model)` and `cached_attention(model)`.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -23,7 +23,7 @@ class Engine:
         self.prompts = Prompts()
         self.suffixes = Suffixes()
         self.layers: dict[int, int | None] = {}
-        """the sliding window of each layer whose attention came by"""
+        """the sliding window of each layer that has computed attention"""
         self._owners: list[Prompt] = []
         self._layout: Layout | None = None
         self._selects = accepts(model, "logits_to_keep")
@@ -52,7 +52,7 @@ class Engine:
         return slot
 
     def finish(self, slot: int) -> None:
-        """Free a row's slot, and its prompt's where no row needs it any more. The last row takes the slot."""
+        """Free a row's slot, and its prompt's slot once no row needs it. The last row moves into the free slot."""
         prompt, last = self._owners[slot], len(self._owners) - 1
         prompt.rows.remove(slot)
         if slot != last:
@@ -64,13 +64,13 @@ class Engine:
         self._layout = None
 
     def release(self, prompt: Prompt) -> None:
-        """Drop a prompt that no row continues and none will."""
+        """Drop the prompt if no row continues it and none waits to."""
         if not prompt.rows and not prompt.waiting:
             self.prompts.remove(prompt)
             self._layout = None
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each row. Logits of the next, [R, V]."""
+        """Append one token to each row; returns the logits of the next one, [R, V]."""
         suffixes = self.suffixes
         places = list(suffixes.lengths)
         starts = [len(prompt.ids) for prompt in self._owners]

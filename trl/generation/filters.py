@@ -15,10 +15,10 @@ _NUCLEI = (256, 2048)
 def filter_logits(
     logits_RV: Tensor, params: SamplingParams, seen_RV: Tensor | None, forbidden_RV: Tensor | None
 ) -> Tensor:
-    """Logits of the distribution that is sampled: filtered tokens stand at -inf. `logits_RV` is left as it was.
+    """Logits of the distribution that is sampled: filtered tokens get -inf. `logits_RV` is not changed.
 
     seen_RV: True for tokens of the row's prompt and completion (needed with a repetition penalty).
-    forbidden_RV: True for tokens that may not come now, or None.
+    forbidden_RV: True for tokens that must not be sampled now, or None.
     """
     if params.repetition_penalty != 1.0:
         if seen_RV is None:
@@ -38,7 +38,7 @@ def filter_logits(
 
 
 def penalize_seen(logits_RV: Tensor, seen_RV: Tensor, penalty: float) -> Tensor:
-    """CTRL's repetition penalty (arXiv:1909.05858, section 4.1), for negative logits mirrored."""
+    """CTRL's repetition penalty (arXiv:1909.05858, section 4.1): negative logits are multiplied, others divided."""
     return torch.where(seen_RV, torch.where(logits_RV < 0, logits_RV * penalty, logits_RV / penalty), logits_RV)
 
 
@@ -75,9 +75,9 @@ def keep_min_p(logits_RV: Tensor, p: float) -> Tensor:
 
 
 def log_partition(scores: Tensor, probs: Tensor) -> Tensor:
-    """log sum exp over the last dimension of `scores`, of which `probs` is the softmax.
+    """log sum exp over the last dimension of `scores`; `probs` is their softmax.
 
-    The largest entry of either says it, which is several times cheaper than `torch.logsumexp`.
+    It follows from the largest entry of each, which is several times cheaper than `torch.logsumexp`.
     """
     return scores.amax(-1) - _exact_log(probs.amax(-1), probs)
 
@@ -88,14 +88,14 @@ def logprobs_of(tokens_R: Tensor, probs_RV: Tensor) -> Tensor:
 
 
 def _exact_log(some: Tensor, probs: Tensor) -> Tensor:
-    """log of some of the probabilities. `softmax` adds a large vocabulary up with an error of 1e-5; `sum` does not."""
+    """log of `some` of the probabilities, divided by their sum: in a large vocabulary `softmax` is off by 1e-5."""
     return (some / probs.sum(-1)).log()
 
 
 def inverse_cdf(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The token at which each row's cumulated probability passes its uniform number. Never one of probability 0.
+    """The token at which each row's cumulated probability passes its uniform number; never a token of probability 0.
 
-    A first search over sums of 256 tokens, a second within one such chunk: no cumulated sum over the vocabulary.
+    It searches the sums of chunks of 256 tokens, then one chunk, and so needs no cumulated sum over the vocabulary.
     """
     vocab = probs_RV.shape[-1]
     whole = vocab // _CHUNK * _CHUNK
@@ -111,10 +111,10 @@ def inverse_cdf(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
     inside_RK = probs_RV.gather(1, token_RK.clamp(max=vocab - 1)).masked_fill(token_RK >= vocab, 0.0)
     reached_RK = inside_RK.to(wide).cumsum(-1)
     place_R1 = torch.searchsorted(reached_RK, _below(target_R1 - before_R1, reached_RK), right=True)
-    return (chunk_R1 * _CHUNK + place_R1).squeeze(1).clamp(max=vocab - 1)  # NaN would point beyond the vocabulary
+    return (chunk_R1 * _CHUNK + place_R1).squeeze(1).clamp(max=vocab - 1)  # NaN points beyond the vocabulary
 
 
 def _below(target_R1: Tensor, reached_RC: Tensor) -> Tensor:
-    """The target, moved below the total where rounding has put it there or beyond."""
+    """The target, but below the total where rounding has made it equal or larger."""
     total_R1 = reached_RC[:, -1:]
     return torch.minimum(target_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))

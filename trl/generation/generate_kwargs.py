@@ -1,4 +1,4 @@
-"""From the keywords of transformers' `generate` to what the samplers take."""
+"""Translates the keywords of transformers' `generate` into the parameters of the samplers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from trl.generation.sampler import SamplingParams
 from trl.models.unwrap import below_peft
 
-_DEFAULTS = {  # of transformers, where neither the caller nor the model says otherwise
+_DEFAULTS = {  # those of transformers
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
     "max_new_tokens": 20, "min_new_tokens": 0, "min_length": 0,
 }  # fmt: skip
@@ -23,6 +23,19 @@ _OFF = {
 }  # fmt: skip
 
 
+def asked_end_tokens(generation_kwargs: Mapping[str, Any], config: Any = None) -> tuple[int, ...] | None:
+    """The end tokens that the keywords or else the `generation_config` name; -1 or None as a keyword: no token ends it.
+
+    None: neither names any.
+    """
+    ends = getattr(config or generation_kwargs.get("generation_config"), "eos_token_id", None)
+    if "eos_token_id" in generation_kwargs:
+        ends = -1 if generation_kwargs["eos_token_id"] is None else generation_kwargs["eos_token_id"]
+    if ends is None:
+        return None
+    return tuple(int(end) for end in (ends if isinstance(ends, Sequence) else [ends]) if end >= 0)
+
+
 def sampling_params(
     model: Any,
     generation_kwargs: Mapping[str, Any],
@@ -30,7 +43,7 @@ def sampling_params(
     stop_strings: Sequence[str] = (),
     seed: int | tuple[int, ...] | None = None,
 ) -> SamplingParams | None:
-    """What `model.generate(**generation_kwargs)` would do, for a sampler; None if only `generate` itself can do it.
+    """Parameters with which a sampler does what `model.generate(**generation_kwargs)` does; None if no sampler can.
 
     The model's `generation_config` and transformers' defaults apply where a keyword is missing, so that
     `do_sample=True` alone means `top_k=50`.
@@ -41,7 +54,7 @@ def sampling_params(
     asked = {**_DEFAULTS, **_given(public), **_given(keywords)}
     if not all(_is_off(name, value) for name, value in asked.items() if name not in (*_DEFAULTS, "eos_token_id")):
         return None
-    if asked["min_length"] > 0:  # it counts the prompt in
+    if asked["min_length"] > 0:  # it counts the tokens of the prompt too
         return None
     sampled = bool(asked["do_sample"])
     if sampled and not asked["temperature"] > 0:
@@ -54,7 +67,7 @@ def sampling_params(
         top_p=asked["top_p"] if sampled else 1.0,
         min_p=asked["min_p"] if sampled else 0.0,
         repetition_penalty=asked["repetition_penalty"],
-        stop_token_ids=_stop_tokens(generation_kwargs, asked),
+        stop_token_ids=asked_end_tokens(generation_kwargs, config),
         stop_strings=tuple(stop_strings),
         seed=seed,
     )
@@ -66,13 +79,3 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_off(name: str, value: Any) -> bool:
     return name in _WITHOUT_EFFECT or value is None or value is False or (name in _OFF and value == _OFF[name])
-
-
-def _stop_tokens(generation_kwargs: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The end tokens asked for; -1 or None in the keywords means that there are none."""
-    if "eos_token_id" in generation_kwargs and generation_kwargs["eos_token_id"] is None:
-        return ()
-    ends = asked.get("eos_token_id")
-    if ends is None:
-        return None
-    return tuple(int(end) for end in (ends if isinstance(ends, Sequence) else [ends]) if end >= 0)

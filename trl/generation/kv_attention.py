@@ -1,35 +1,36 @@
-"""Attention of the local engine, registered with `transformers`: the state that owns the cache comes as a keyword.
+"""Attention of the local engine over its cache. It is registered with `transformers`; its state comes as a keyword.
 
 Shape letters: X prompt slot times key/value head (or row times head), M queries, K keys, N tokens, H key/value heads,
 J query heads of each key/value head, D head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from trl.generation.filters import log_partition
 from trl.generation.kv_cache import PromptBlock, Prompts, Suffixes
 from trl.models.attention import attend
 
 NAME = "trl_generation"
-_NEVER = -1e30  # finite: a query whose keys are all hidden stays a number, and its share then vanishes in the merge
+_NEVER = -1e30  # finite: a query whose keys are all hidden gives no NaN, and the merge gives its part no weight
 
 
 @dataclass(slots=True)
 class Features:
-    """What an architecture asks of its attention beyond queries, keys and values."""
+    """Properties of an architecture's attention beyond queries, keys and values."""
 
     scaling: float
     window: int | None
     """a key is seen if it is less than this many positions back"""
     softcap: float | None
     sinks_H: Tensor | None
-    """a logit for each head that takes part in the softmax and has no value"""
+    """for each head a logit that takes part in the softmax but has no value"""
 
 
 class State(Protocol):
@@ -53,14 +54,45 @@ def attention(
 AttentionInterface.register(NAME, attention)
 
 
+@contextmanager
+def cached_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Within it the model computes its attention by the sampler's cache; its own implementation comes back."""
+    configs = _configs(model)
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def _configs(model: torch.nn.Module) -> list[Any]:
+    """Every configuration that names an attention implementation, parents before children."""
+    found: dict[int, Any] = {}
+
+    def visit(config: Any) -> None:
+        if id(config) not in found:
+            found[id(config)] = config
+            for name in getattr(config, "sub_configs", {}):
+                if getattr(config, name, None) is not None:
+                    visit(getattr(config, name))
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            visit(module.config)
+    return list(found.values())
+
+
 @dataclass(slots=True)
 class Prefill:
-    """Whole prompts laid end to end, each seeing itself; their keys and values go into the cache."""
+    """A pass over whole prompts, laid end to end; each attends to itself, its keys and values go into the cache."""
 
     bounds: Sequence[tuple[int, int]]
     places: Sequence[tuple[PromptBlock, int]]
     layers: dict[int, int | None] = field(default_factory=dict)
-    """the window of each layer that came by"""
+    """the window of each layer that has computed attention"""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
         self.layers[layer] = features.window
@@ -75,7 +107,7 @@ class Prefill:
 
 @dataclass(slots=True)
 class Decode:
-    """One token on each row: it sees its prompt, which its group shares, and what its row has added."""
+    """A pass over one token of each row; it attends to its prompt, which a group shares, and to its row's tokens."""
 
     prompts: Prompts
     suffixes: Suffixes
@@ -156,7 +188,7 @@ class Decode:
 
 
 class Layout:
-    """Which row slots continue which prompt slots; made anew only when rows come or go."""
+    """Which row slots continue which prompt slots; built again only when rows start or finish."""
 
     def __init__(self, prompts: Prompts, rows: int, device: torch.device) -> None:
         self.row_R = torch.arange(rows, device=device)
@@ -174,7 +206,7 @@ class Layout:
         return self._widths[block]
 
     def bias(self, block: int) -> Tensor | None:
-        """[P, 1, 1, K] hides the padding behind shorter prompts."""
+        """[P, 1, 1, K] hides the padding after shorter prompts."""
         return self._biases[block]
 
     def gather(self, block: int, heads: int) -> Tensor:

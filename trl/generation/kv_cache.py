@@ -1,7 +1,7 @@
-"""Keys and values of the local engine: a prompt's stand once for all its rows, a row's own grow in place.
+"""Keys and values of the local engine: a prompt's are stored once for all its rows, a row's own grow in place.
 
-Nothing is concatenated. `PromptBlock` holds prompts of similar length, `Suffixes` what rows have added to theirs:
-sampled tokens, and as well any others (a row that goes on after a tool's answer only appends more of them).
+Nothing is concatenated. `PromptBlock` holds prompts of similar length, `Suffixes` the tokens that rows have added,
+sampled or not: a tool's answer is appended like any other token.
 Shape letters: L layer, P prompt slot, R row slot, H key/value heads, N tokens, D head width.
 """
 
@@ -23,7 +23,7 @@ class Prompt:
     waiting: int = 0
     """rows that have not started yet"""
     logits_V: Tensor | None = None
-    """of the first token; kept while rows wait"""
+    """logits of the first token; kept while rows wait"""
 
 
 class PromptBlock:
@@ -36,7 +36,7 @@ class PromptBlock:
         self._room = 0
 
     def add(self, prompt: Prompt, expected: int) -> int:
-        """Give a prompt a slot. `expected`: prompts that will be added in this go, this one included."""
+        """Give a prompt a slot. `expected`: number of prompts that this call and the next ones will add."""
         self.prompts.append(prompt)
         if len(self.prompts) > self._room:
             self._room = max(len(self.prompts) + expected - 1, self._room * 3 // 2)
@@ -113,7 +113,7 @@ class Suffixes:
         return max(self.lengths, default=0)
 
     def reserve(self, rows: int, length: int) -> None:
-        """Room for that many rows of that length, to be asked before `write`. Grows by doubling."""
+        """Make room for that many rows of that length; must precede `write`. It grows by doubling."""
         if rows > self._rows:
             self._rows = max(rows, min(2 * self._rows, rows + 64))
         if length > self._length:
@@ -158,7 +158,7 @@ class Suffixes:
 
 
 def _grown(old: Tensor | None, like_HND: Tensor, rows: int, length: int) -> Tensor:
-    """A larger store with the old one's content; what is not filled is zero, since attention multiplies it by zero."""
+    """A larger store with the old content. The rest is zero: attention multiplies it by zero, so it must be finite."""
     grown = like_HND.new_zeros(rows, like_HND.shape[0], length, like_HND.shape[2])
     if old is not None:
         grown[: old.shape[0], :, : old.shape[2]] = old

@@ -1,5 +1,6 @@
-"""The local engine: samples with the trainer's own model, weights, precision and adapters."""
+"""The local engine: samples with the trainer's own model, in its precision and with its adapters."""
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -8,28 +9,41 @@ from typing import Any
 import torch
 
 from trl.data.records import Completion
-from trl.generation import kv_attention
 from trl.generation.engine import Engine
+from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
 from trl.generation.packed_weights import packed_weights
-from trl.generation.probe import refuse_unsuitable
+from trl.generation.probe import NotLocal, refuse_unsuitable
 from trl.generation.rows import Row, Stepper, make_rows
-from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import sampling_mode
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.generation.transformers_sampler import TransformersSampler
+from trl.models.forward import eval_no_grad, plan_of
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft, below_value_head
+from trl.models.unwrap import below_value_head
 
+logger = logging.getLogger(__name__)
 _STEPS_WORTH_PACKING = 8
 Queue = deque[tuple[Prompt, Row]]
+
+
+def make_sampler(model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> Sampler:
+    """The local engine where it computes what the model computes; else `model.generate`, which is said once a model."""
+    is_new = plan_of(model).samples_locally is None
+    try:
+        return LocalSampler(model, tokenizer, max_rows=max_rows)
+    except NotLocal as error:
+        if is_new:
+            logger.warning("%s. It samples by its own `generate`, which is slower.", error)
+    return TransformersSampler(model, tokenizer, max_rows=max_rows)
 
 
 class LocalSampler:
     """Samples with a causal language model, a PEFT model (its active adapter) or a value-head wrapper of either.
 
-    A prompt is read once for all its completions; finished rows leave, and waiting ones take their places. A model
+    A prompt is read once for all its completions; waiting rows take the places of finished ones. A model
     whose attention cannot be replaced raises `NotLocal`: `make_sampler` then takes `TransformersSampler`.
-    Runs on the model's device by the same code everywhere; measured and tested on the CPU only.
+    It runs the same code on every device; it is measured and tested on the CPU only.
 
     max_rows: completions in progress at a time; bounds the memory for keys and values.
     max_prefill_tokens: prompt tokens in one forward pass.
@@ -52,10 +66,11 @@ class LocalSampler:
         """`n` completions of each prompt, in the order of the prompts."""
         device = next(self.model.parameters()).device
         groups = make_rows(prompts, params, n, context_length(self.model))
-        ends = end_tokens(params, below_peft(self.model), self.tokenizer)
+        ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
-        with sampling_mode(self.model, kv_attention.NAME), packed_weights(self.model) if packs else nullcontext():
+        weights = packed_weights(self.model) if packs else nullcontext()
+        with eval_no_grad(self.model), cached_attention(self.model), weights:
             self._run(groups, stepper, Engine(self.model, device))
         return [[row.completion() for row in group] for group in groups]
 
@@ -73,7 +88,7 @@ class LocalSampler:
                 _drop_finished(running, engine)
 
     def _worth_filling(self, waiting: int, running: int) -> bool:
-        """Reading prompts in twos and threes is slow: wait until an eighth of the rows is free."""
+        """Reading few prompts at a time is slow: waiting rows start once an eighth of the rows is free."""
         return self.max_rows - running >= min(waiting, max(1, self.max_rows // 8))
 
     def _admit(self, queue: Queue, running: list[Row], stepper: Stepper, engine: Engine) -> None:

@@ -1,15 +1,53 @@
-"""Continuations by the model's own `generate`, for settings that the samplers do not know."""
+"""Lists of queries in, lists of responses out, by a sampler or by the model's own `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from trl.generation.stop_criteria import StringStoppingCriteria
+from trl.generation import make_sampler
+from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
+from trl.generation.stopping import StringStoppingCriteria, end_tokens, until_end
+from trl.models.unwrap import is_encoder_decoder
+
+
+def respond(
+    model: Any, tokenizer: Any, queries: Sequence[Tensor], batch_size: int, kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """A response to each query, `batch_size` at a time. `generate` samples what no sampler can."""
+    params = None if is_encoder_decoder(model) else sampling_params(model, kwargs)
+    if params is None:
+        parts = [generate_padded(model, tokenizer, part, kwargs) for part in _batches(queries, batch_size)]
+        return [response for part in parts for response in part]
+    sampler = make_sampler(model, tokenizer, max_rows=batch_size)
+    completions = sampler.sample([query.tolist() for query in queries], params)
+    return [
+        torch.tensor(group[0].ids, dtype=query.dtype, device=query.device)
+        for query, group in zip(queries, completions, strict=True)
+    ]
+
+
+def respond_at_lengths(
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Tensor],
+    batch_size: int,
+    length_sampler: Callable[[], int] | None,
+    kwargs: Mapping[str, Any],
+) -> list[Tensor]:
+    """As `respond`; a `length_sampler` draws `max_new_tokens` anew for every `batch_size` queries."""
+    if length_sampler is None:
+        return respond(model, tokenizer, queries, batch_size, kwargs)
+    responses: list[Tensor] = []
+    for part in _batches(queries, batch_size):
+        responses += respond(model, tokenizer, part, batch_size, {**kwargs, "max_new_tokens": int(length_sampler())})
+    return responses
 
 
 def plain_generate(
@@ -21,48 +59,64 @@ def plain_generate(
     batch_size: int = 16,
     pad_to_multiple_of: int | None = None,
 ) -> list[Tensor]:
-    """What `model.generate` adds to each of the 1-d `queries`, up to the first stop string or end token, included."""
-    continuations: list[Tensor] = []
-    for start in range(0, len(queries), batch_size):
-        inputs = _padded(queries[start : start + batch_size], tokenizer, pad_to_multiple_of, _is_encoder_decoder(model))
-        stopping = StringStoppingCriteria(stop_strings, tokenizer)
-        criteria = StoppingCriteriaList([*(generation_kwargs.get("stopping_criteria") or []), stopping])
-        generated = model.generate(**inputs, **{**generation_kwargs, "stopping_criteria": criteria})
-        given = 1 if _is_encoder_decoder(model) else inputs["input_ids"].shape[1]
-        ends = _end_ids(model, generation_kwargs)
-        for row, count in zip(generated[:, given:], stopping.generated_tokens, strict=True):
-            continuations.append(_until_end(row[:count], ends))
-    return continuations
+    """`generate_padded` for any number of queries, without the start token of an encoder-decoder."""
+    start = int(is_encoder_decoder(model))
+    return [
+        response[start:]
+        for part in _batches(queries, batch_size)
+        for response in generate_padded(model, tokenizer, part, generation_kwargs, stop_strings, pad_to_multiple_of)
+    ]
 
 
-def _is_encoder_decoder(model: Any) -> bool:
-    return bool(model.config.is_encoder_decoder)
+@torch.no_grad()
+def generate_padded(
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    stop_strings: Sequence[str] = (),
+    pad_to_multiple_of: int | None = None,
+    *,
+    several: bool = False,
+) -> list[Tensor]:
+    """What one call of `model.generate` adds to each query, up to its first stop string or end token. B x [T]
+
+    Queries are padded on the left, those of an encoder on the right. The stop string or end token belongs to the
+    response; an encoder-decoder's response begins with the start token.
+    several: `num_return_sequences` may be above 1; the responses to a query then follow each other.
+    """
+    if not several and kwargs.get("num_return_sequences", 1) != 1:
+        raise ValueError("num_return_sequences: one response for each query; repeat the query for more")
+    encodes = is_encoder_decoder(model)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    given = dict(kwargs) if padding is None else {"pad_token_id": padding, **kwargs}
+    ids, mask = padded_pair(queries, padding or 0, "right" if encodes else "left", pad_to_multiple_of)
+    stopping = StringStoppingCriteria(stop_strings, tokenizer) if stop_strings else None
+    if stopping is not None:
+        given["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stopping])
+    output = model.generate(input_ids=ids, attention_mask=mask, **given)
+    rows = output if isinstance(output, Tensor) else output.sequences  # return_dict_in_generate
+    start = 1 if encodes else ids.shape[1]
+    counts = [rows.shape[1]] * len(rows) if stopping is None else stopping.generated_tokens
+    ends = end_tokens(model, tokenizer, asked_end_tokens(kwargs))
+    answers = [until_end(row[start:][:count], ends) for row, count in zip(rows, counts, strict=True)]
+    return [torch.cat([row[:1], answer]) for row, answer in zip(rows, answers, strict=True)] if encodes else answers
 
 
-def _padded(
-    queries: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, multiple: int | None, right: bool
-) -> dict[str, Tensor]:
-    width = max(len(query) for query in queries)
-    width += -width % (multiple or 1)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # under a mask: any id does
-    ids = queries[0].new_full((len(queries), width), padding)
-    mask = torch.zeros_like(ids)
-    for row, query in enumerate(queries):
-        place = slice(0, len(query)) if right else slice(width - len(query), width)
-        ids[row, place] = query
-        mask[row, place] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+def padded(rows: Sequence[Tensor], value: float, side: str) -> Tensor:
+    """1-d tensors as the rows of a 2-d one, padded on `side`. [B, L]"""
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
-def _end_ids(model: Any, generation_kwargs: Mapping[str, Any]) -> list[int]:
-    if "eos_token_id" in generation_kwargs:
-        ends = generation_kwargs["eos_token_id"]
-    else:
-        given = generation_kwargs.get("generation_config")
-        ends = (given or getattr(model, "pretrained_model", model).generation_config).eos_token_id
-    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+def padded_pair(
+    rows: Sequence[Tensor], pad_token_id: int, side: str, multiple: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask) of the rows, [B, L] each; L is a multiple of `multiple`."""
+    ids_BL, mask_BL = padded(rows, pad_token_id, side), padded([torch.ones_like(row) for row in rows], 0, side)
+    room = -ids_BL.shape[1] % (multiple or 1)
+    places = (room, 0) if side == "left" else (0, room)
+    return pad(ids_BL, places, value=pad_token_id), pad(mask_BL, places)
 
 
-def _until_end(ids: Tensor, ends: list[int]) -> Tensor:
-    stops = torch.isin(ids, ids.new_tensor(ends)).nonzero()
-    return ids[: int(stops[0]) + 1] if len(stops) else ids
+def _batches(queries: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    return [queries[start : start + size] for start in range(0, len(queries), size)]

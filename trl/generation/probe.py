@@ -1,19 +1,24 @@
-"""Whether the local engine computes what a model computes: asked once, with a few tokens."""
+"""Whether the local engine computes what a model computes: one probe of the rows that `models.forward` probes too."""
 
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
-from trl.generation import kv_attention
+from trl.data.records import PackedBatch
 from trl.generation.engine import Engine
+from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
-from trl.generation.sampling_mode import accepts, learns_prompt, sampling_mode
-from trl.models.unwrap import below_peft, below_value_head
-
-_PROMPTS = (5, 3)
-_ADDED = 2
-_reasons: WeakKeyDictionary[torch.nn.Module, str | None] = WeakKeyDictionary()
+from trl.models.forward import (
+    TOLERANCES,
+    eval_no_grad,
+    note,
+    plain_forward,
+    plan_of,
+    probe_rows,
+)
+from trl.models.unwrap import accepts, below_peft, below_value_head, is_encoder_decoder, learns_prompt
 
 
 class NotLocal(ValueError):
@@ -23,10 +28,12 @@ class NotLocal(ValueError):
 def refuse_unsuitable(model: Any) -> None:
     """Raise NotLocal, with the reason, unless the local engine's logits are those of a plain forward."""
     network = below_value_head(model)
-    if network not in _reasons:
-        _reasons[network] = why_not_local(network)
-    if _reasons[network] is not None:
-        raise NotLocal(f"{type(below_peft(network)).__name__} cannot use the local sampler: {_reasons[network]}")
+    plan = plan_of(network)
+    if plan.samples_locally is None:
+        reason = why_not_local(network)
+        plan = note(network, replace(plan, samples_locally=reason is None, why_not_local=reason or ""))
+    if not plan.samples_locally:
+        raise NotLocal(f"{type(below_peft(network)).__name__} cannot use the local sampler: {plan.why_not_local}")
 
 
 def why_not_local(model: Any) -> str | None:
@@ -35,7 +42,7 @@ def why_not_local(model: Any) -> str | None:
     config = getattr(base, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         return f"{type(base).__name__} is not a transformers model"
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         return "it is an encoder-decoder"
     if learns_prompt(model):
         return "its adapter puts virtual tokens before the prompt"
@@ -48,30 +55,35 @@ def why_not_local(model: Any) -> str | None:
 
 
 def _compare(model: Any, config: Any) -> str | None:
-    device = next(model.parameters()).device
-    vocab = int(config.vocab_size)
-    prompts = [[(7 * place + 11 * index + 3) % vocab for place in range(n)] for index, n in enumerate(_PROMPTS)]
-    added = [[(5 * step + 3 * index + 1) % vocab for step in range(_ADDED)] for index in range(3)]
-    whole = [prompts[0] + added[0], prompts[0] + added[1], prompts[1] + added[2]]
-    engine = Engine(model, device)
-    with sampling_mode(model, kv_attention.NAME):
-        cached = [Prompt(ids) for ids in prompts]
-        engine.prefill(cached)
-        for prompt in (cached[0], cached[0], cached[1]):
-            engine.start(prompt)
-        for step in range(_ADDED):
-            logits_RV = engine.decode([tokens[step] for tokens in added])
+    packed, _ = probe_rows(model)
+    engine = Engine(model, packed.ids_N.device)
+    with eval_no_grad(model), cached_attention(model):
+        ours_SV = _by_engine(engine, packed)
     strange = _strange_layers(config, engine.layers)
     if strange is not None:
         return strange
-    with sampling_mode(model):
-        rows = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1] for ids in whole]
-    plain_RV = torch.stack(rows)
-    difference = float((logits_RV.float() - plain_RV.float()).abs().max() / plain_RV.float().std())
-    allowed = 1e-4 if plain_RV.dtype == torch.float32 and not torch.is_autocast_enabled(device.type) else 5e-2
-    if not difference <= allowed:
+    with eval_no_grad(model):
+        plain_SV, precision = plain_forward(model, packed, lambda head, states_SD: head.logits(states_SD))
+    difference = float((ours_SV.float() - plain_SV).abs().max() / plain_SV.std())
+    if not difference <= TOLERANCES[precision].logits:
         return f"its logits differ from a plain forward's by {difference:.1e} standard deviations"
     return None
+
+
+def _by_engine(engine: Engine, packed: PackedBatch) -> Tensor:
+    """The logits that predict the tokens of each branch: each prompt is read once, then a step adds a token. [S, V]"""
+    rows = [packed.ids_N[packed.row_indices(row)].tolist() for row in range(packed.rows)]
+    lengths = packed.prompt_tokens
+    texts = [tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+    prompts = {text: Prompt(list(text)) for text in texts}
+    engine.prefill(list(prompts.values()))
+    steps = [torch.stack([prompts[text].logits_V for text in texts])]  # type: ignore[misc]
+    for text in texts:
+        engine.start(prompts[text])
+    branches = [row[length:] for row, length in zip(rows, lengths, strict=True)]
+    for step in range(packed.width - 1):
+        steps.append(engine.decode([branch[step] if step < len(branch) else 0 for branch in branches]))
+    return torch.stack(steps, 1)[packed.row_S, packed.slot_S]
 
 
 def _strange_layers(config: Any, windows: dict[int, int | None]) -> str | None:

@@ -1,4 +1,4 @@
-"""One row that is being sampled, and the step that all engines share: logits in, one more token on each row."""
+"""A row that is being sampled, and the step that all engines share: it takes logits and adds a token to each row."""
 
 import hashlib
 import math
@@ -20,11 +20,11 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """A completion in the making."""
+    """A completion that is being sampled."""
 
     prompt: Sequence[int]
     key: int
-    """64 bits that, with the step, make the row's random numbers"""
+    """64 bits; with the step they determine the row's random numbers"""
     limit: int
     """most tokens it may get"""
     ids: list[int] = field(default_factory=list)
@@ -75,7 +75,7 @@ def uniforms(keys: Sequence[int], steps: Sequence[int]) -> np.ndarray:
 
 
 class Stepper:
-    """Adds one token to each row: filters, draws, records both log-probabilities, and sees which rows are done."""
+    """Adds one token to each row: filters, draws, records both log-probabilities, and finds the rows that are done."""
 
     def __init__(
         self, params: SamplingParams, end_tokens: Sequence[int], stop_strings: StopStrings | None, device: torch.device
@@ -86,7 +86,7 @@ class Stepper:
         self.end_index = torch.tensor(sorted(end_tokens), dtype=torch.long, device=device)
 
     def advance(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
-        """Pick a token for each row, which must not be done, and append it. Returns the tokens."""
+        """Pick a token for each row and append it; returns the tokens. No row may be done already."""
         tokens_R, logprobs_R, raw_R = self.pick(rows, logits_RV.float())
         tokens = tokens_R.tolist()
         for row, token, logprob, raw in zip(rows, tokens, logprobs_R.tolist(), raw_R.tolist(), strict=True):
@@ -101,7 +101,7 @@ class Stepper:
         return tokens
 
     def pick(self, rows: Sequence[Row], logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(tokens_R, logprobs_R, raw_logprobs_R)`: of the distribution sampled, and of the model itself."""
+        """`(tokens_R, logprobs_R, raw_logprobs_R)`: under the sampled distribution, and under the model's own."""
         probs_RV = logits_RV.softmax(-1)
         if not self.params.reshapes:
             tokens_R = inverse_cdf(probs_RV, self._uniforms(rows, logits_RV.device))

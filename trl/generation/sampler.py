@@ -1,4 +1,4 @@
-"""What every sampler offers: prompts in, completions with their log-probabilities out."""
+"""The protocol of all samplers: prompts in, completions with their log-probabilities out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ class SamplingParams:
     min_p: float = 0.0
     """sample among tokens at least this fraction as probable as the most probable one; 0: all"""
     repetition_penalty: float = 1.0
-    """divides the positive, multiplies the negative logits of tokens in the prompt or the completion so far; 1: off"""
+    """positive logits of tokens in the prompt or completion are divided by it, negative ones multiplied; 1: off"""
     min_new_tokens: int = 0
     """no end token and no stop string ends a completion shorter than this"""
     stop_token_ids: tuple[int, ...] | None = None
     """tokens that end a completion and belong to it; None: the model's own end tokens; (): none"""
     stop_strings: tuple[str, ...] = ()
-    """texts that end a completion; searched in generated text only, and kept in it"""
+    """texts that end a completion and belong to it; only generated text is searched"""
     seed: int | tuple[int, ...] | None = None
-    """The numbers a row draws depend on the seed, its prompt, which copy of that prompt it is and the step: not on the
-    other rows, their order or their number. So the same seed gives the same prompt the same completion: vary it from
-    call to call. A tuple: one seed for each prompt. None: drawn from torch's global generator."""
+    """A row's random numbers depend on the seed, its prompt, the number of its copy and the step, but not on the other
+    rows. So one seed gives a prompt the same completion in every call: use another seed for each call. A tuple: one
+    seed for each prompt. None: drawn from torch's global generator."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
@@ -67,7 +67,7 @@ class SamplingParams:
 
 
 class Sampler(Protocol):
-    """Whatever turns prompts into completions: the local engine, `model.generate`, a server."""
+    """Turns prompts into completions: the local engine, `model.generate`, or a server."""
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""

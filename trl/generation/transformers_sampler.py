@@ -1,7 +1,7 @@
-"""The fallback: `model.generate` behind the sampler protocol, for encoder-decoders and whatever cannot run locally.
+"""Samples by `model.generate`: for encoder-decoders and other models that the local engine cannot run.
 
-`generate` keeps the cache and feeds the model; the tokens are chosen by the same step as in the local engine, inside a
-logits processor. So both engines give the same completions from the same seed.
+`generate` keeps the cache and runs the model; a logits processor chooses the tokens by the step that the local engine
+uses too. So both engines give the same completions from the same seed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,14 +20,14 @@ from transformers import (
 from trl.data.records import Completion
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
-from trl.generation.sampling_mode import learns_prompt, sampling_mode
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft, below_value_head
+from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt
 
 
 class TransformersSampler:
-    """Samples with any `transformers` model that generates; see `LocalSampler` for models that allow a faster way.
+    """Samples with any `transformers` model that has `generate`; `LocalSampler` is faster where it can run.
 
     Completions of encoder-decoders leave out the decoder's start tokens.
     max_rows: completions in a call of `generate`.
@@ -45,20 +45,20 @@ class TransformersSampler:
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""
         base = below_peft(self.model)
-        encodes = bool(base.config.is_encoder_decoder)
+        encodes = is_encoder_decoder(self.model)
         context = None if encodes else context_length(self.model)
         groups = make_rows(prompts, params, n, context)
         device = next(self.model.parameters()).device
-        ends = end_tokens(params, base, self.tokenizer)
+        ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
-        with sampling_mode(self.model), _PlainConfig(base):
+        with eval_no_grad(self.model), _PlainConfig(base):
             for rows in self._batches(by_length, context):
                 self._generate(rows, stepper, encodes, device)
         return [[row.completion() for row in group] for group in groups]
 
     def _batches(self, rows: list[Row], context: int | None) -> Iterator[list[Row]]:
-        """Rows that run together: `generate` goes on with all until the last is done; none may leave the context."""
+        """Rows that run together: `generate` continues all until the last is done, and none may exceed the context."""
         batch: list[Row] = []
         for row in rows:
             steps = max([row.limit, *(other.limit for other in batch)])
@@ -77,8 +77,8 @@ class TransformersSampler:
             place = slice(0, len(row.prompt)) if encodes else slice(width - len(row.prompt), width)
             ids[index, place] = torch.tensor(row.prompt)
             mask[index, place] = 1
-        # An adapter with virtual tokens adds them in PEFT's own generate. Where transformers renamed the cache, PEFT
-        # misses it and loses them behind the first token: so it reads all at each step. Other adapters are layers.
+        # PEFT's own `generate` adds the virtual tokens of an adapter, but with a cache it loses them after the first
+        # token, because transformers has renamed the cache. So it runs without one. Other adapters are layers.
         virtual = learns_prompt(self.model)
         model: Any = self.model if virtual else below_peft(self.model)
         model.generate(
@@ -89,7 +89,7 @@ class TransformersSampler:
 
 
 class _Choose(LogitsProcessor):
-    """Adds a token to each running row, and leaves `generate` no other choice."""
+    """Adds a token to each running row, and makes `generate` take that token."""
 
     def __init__(self, rows: list[Row], stepper: Stepper) -> None:
         self.rows = rows
@@ -115,7 +115,7 @@ class _Done(StoppingCriteria):
 
 
 class _PlainConfig:
-    """While it lasts, the model's generation settings hold its token ids alone: the parameters say the rest."""
+    """Within it, the model's `generation_config` holds only token ids: the sampler's parameters replace the rest."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -1,8 +1,7 @@
 """Log-probabilities of a linear head and their gradients, a tile of logits at a time: `[S, V]` never exists whole.
 
-The vocabulary is walked in tiles that stay in the cache from the product that makes them to the sums and products that
-use them. What a softmax has to know of all tiles is carried along: the running maximum and sum of arXiv:1805.02867,
-algorithm 3.
+The vocabulary is walked in tiles. A tile stays in the cache from the product that makes it to the sums and products
+that use it. Each softmax carries its running maximum and sum along: arXiv:1805.02867, algorithm 3.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trl.kernels.grad_in_place import Place
+from trl.kernels.step_memory import Place
 
 CACHED_TILE = 2**18
 """logits that exist at a time on a CPU, whose cache holds them (1 MiB)"""
@@ -30,14 +29,14 @@ KEPT_ELEMENTS = 2**25
 
 
 def row_blocks(count: int) -> list[slice]:
-    """The rows, cut as evenly as may be into blocks of `MOST_ROWS` at most."""
+    """The rows, cut evenly into blocks of at most `MOST_ROWS`."""
     number = -(-count // MOST_ROWS)
     ends = [count * i // number for i in range(number + 1)] if number else []
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def tiles(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """The vocabulary, cut so that a tile of so many rows has its size."""
+    """The vocabulary, cut so that a tile with this number of rows has the size for its device."""
     elements = CACHED_TILE if device.type == "cpu" else LARGE_TILE
     width = max(64, elements // rows // 64 * 64)
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
@@ -64,18 +63,18 @@ class Linear:
 
     @property
     def factor(self) -> float:
-        """d logits / d (h Wᵀ + b), but for the soft-cap."""
+        """d logits / d (h Wᵀ + b), without the soft-cap."""
         return self.head.scale / self.temperature
 
     def memory(self, hidden: Tensor, rows: int, width: int) -> Tensor | None:
-        """Room for the logits of one tile after the other, which so stays in the cache; None where a type changes."""
+        """Memory for the logits of each tile in turn, which stays in the cache; None where dtypes differ."""
         same = hidden.dtype == self.weight.dtype == torch.float32
         if not same or torch.is_autocast_enabled(hidden.device.type):
             return None
         return hidden.new_empty(rows * width)
 
     def logits(self, hidden_RD: Tensor, words: slice, memory: Tensor | None) -> Tensor:
-        """[R, words] in float32, in `memory` or in memory of their own."""
+        """[R, words] in float32, in `memory` if it is given."""
         weight, bias = self.weight[words], None if self.bias is None else self.bias[words]
         if memory is None:
             logits = F.linear(hidden_RD, weight, bias).float()
@@ -91,14 +90,14 @@ class Linear:
             logits = logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap / self.temperature)
         return logits
 
-    def capped(self, logits: Tensor) -> Tensor | None:
-        """The soft-cap's slope at these logits; None where there is no soft-cap."""
+    def softcap_slope(self, logits: Tensor) -> Tensor | None:
+        """d softcap(x) / dx where softcap(x) is these logits; None where there is no soft-cap."""
         softcap = self.head.softcap
         return None if softcap is None else 1 - (logits * (self.temperature / softcap)) ** 2
 
 
 def targets_of(ids_R: Tensor, walked: list[slice]) -> list[tuple[Tensor, Tensor]]:
-    """Of each tile the rows whose target lies in it, and these targets' columns."""
+    """For each tile the rows whose target lies in it, and the columns of these targets."""
     ordered, rows = ids_R.sort()
     starts = ids_R.new_tensor([words.start for words in walked])
     tile = torch.bucketize(ordered, starts, right=True) - 1
@@ -107,33 +106,33 @@ def targets_of(ids_R: Tensor, walked: list[slice]) -> list[tuple[Tensor, Tensor]
 
 
 class Softmax:
-    """What the tiles so far say of the softmaxes of some rows. [R] each"""
+    """The softmaxes of some rows over the tiles so far. [R] each"""
 
     def __init__(self, rows: int, device: torch.device, want_entropy: bool):
         self.peak = torch.full((rows,), LOWEST, device=device)
         self.total, self.mean, self.chosen = (torch.zeros(rows, device=device) for _ in range(3))
-        self.capped = torch.ones(rows, device=device)
+        self.target_cap_slope = torch.ones(rows, device=device)
         self.want_entropy = want_entropy
 
     def take(
-        self, logits: Tensor, targets: tuple[Tensor, Tensor], capped: Tensor | None, keeps: bool
+        self, logits: Tensor, targets: tuple[Tensor, Tensor], cap_slope: Tensor | None, keeps: bool
     ) -> tuple[Tensor, Tensor]:
-        """Add a tile. Returns exp(logits - peak) and what sums over earlier tiles are worth now; uses up the logits.
+        """Add a tile. Returns exp(logits - peak), [R, W], and the factor that rescales sums over earlier tiles, [R].
 
-        keeps: the exponentials get memory of their own.
+        The logits are overwritten. keeps: the exponentials get their own memory.
         """
         self.chosen[targets[0]] = logits[targets]
-        if capped is not None:
-            self.capped[targets[0]] = capped[targets]
+        if cap_slope is not None:
+            self.target_cap_slope[targets[0]] = cap_slope[targets]
         peak = torch.maximum(self.peak, logits.amax(1))
         rise, self.peak = peak - self.peak, peak
-        worth = (-rise).exp_()
+        rescale = (-rise).exp_()
         below = logits.sub_(peak[:, None])
         exponentials = below.exp() if keeps or self.want_entropy else below.exp_()
         if self.want_entropy:
-            self.mean = worth * (self.mean - rise * self.total) + below.mul_(exponentials).sum(1)
-        self.total = torch.addcmul(exponentials.sum(1), self.total, worth)
-        return exponentials, worth
+            self.mean = rescale * (self.mean - rise * self.total) + below.mul_(exponentials).sum(1)
+        self.total = torch.addcmul(exponentials.sum(1), self.total, rescale)
+        return exponentials, rescale
 
     def logprobs(self) -> Tensor:
         """log p of the targets."""
@@ -145,22 +144,27 @@ class Softmax:
 
     def target_slope(self) -> Tensor:
         """d log p(target) / d its logit, with the soft-cap's slope: in float32 where half precision rounds p to 1."""
-        return -self.logprobs().expm1() * self.capped
+        return -self.logprobs().expm1() * self.target_cap_slope
 
 
 class HiddenGradient:
-    """d log p / d h of some rows, for a frozen head: summed while the logits are there. [R, D]"""
+    """d log p / d h of some rows, for a frozen head: summed while the logits exist. [R, D]"""
 
     def __init__(self, linear: Linear, hidden_RD: Tensor):
         self.linear, self.sum_RD = linear, wide_zeros(hidden_RD)
 
     def take(
-        self, exponentials: Tensor, words: slice, targets: tuple[Tensor, Tensor], capped: Tensor | None, worth_R: Tensor
+        self,
+        exponentials: Tensor,
+        words: slice,
+        targets: tuple[Tensor, Tensor],
+        cap_slope: Tensor | None,
+        rescale_R: Tensor,
     ) -> None:
-        """Add what the words of a tile say, but for the targets."""
-        slope = exponentials if capped is None else exponentials.mul_(capped)
+        """Add the words of a tile, without the targets."""
+        slope = exponentials if cap_slope is None else exponentials.mul_(cap_slope)
         slope[targets] = 0.0
-        add_product(self.sum_RD.mul_(worth_R[:, None]), slope, self.linear.weight[words])
+        add_product(self.sum_RD.mul_(rescale_R[:, None]), slope, self.linear.weight[words])
 
     def finished(self, softmax: Softmax, ids_R: Tensor) -> Tensor:
         own = self.linear.weight[ids_R].float() * softmax.target_slope()[:, None]
@@ -168,7 +172,7 @@ class HiddenGradient:
 
 
 def wide_zeros(like: Tensor) -> Tensor:
-    """Where products in half precision are summed: in float32."""
+    """Zeros in which products are summed: float32 where the products are in half precision."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
@@ -182,30 +186,30 @@ def add_product(sum_RD: Tensor, slope: Tensor, weight: Tensor) -> None:
 
 
 class Kept:
-    """What the forward pass of a trained head leaves to its backward pass, as far as there is room."""
+    """The exponentials that the forward pass of a trained head keeps for its backward pass, within a budget."""
 
-    def __init__(self, room: int):
-        self.room = room
+    def __init__(self, budget: int):
+        self.budget = budget
         self.tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        """of the tile at (row, word): exp(logits - peak) times the soft-cap's slope, and that peak"""
+        """for the tile at (row, word): exp(logits - peak) times the soft-cap's slope, and that peak"""
 
     def fits(self, rows: int, words: slice) -> bool:
-        return rows * (words.stop - words.start) <= self.room
+        return rows * (words.stop - words.start) <= self.budget
 
     def take(
-        self, place: tuple[int, int], exponentials: Tensor, capped: Tensor | None, peak_R: Tensor, dtype: torch.dtype
+        self, place: tuple[int, int], exponentials: Tensor, cap_slope: Tensor | None, peak_R: Tensor, dtype: torch.dtype
     ) -> None:
-        self.room -= exponentials.numel()
-        slope = exponentials if capped is None else exponentials.mul_(capped)
+        self.budget -= exponentials.numel()
+        slope = exponentials if cap_slope is None else exponentials.mul_(cap_slope)
         self.tiles[place] = slope.to(dtype), peak_R
 
 
 class LinearLogprobs(torch.autograd.Function):
     """log p of the targets and the entropies (not differentiable). [S], [S] float32
 
-    A frozen head needs only the gradient of h, known up to a factor for each row in the forward pass: the logits are
-    then computed once. A trained head keeps exponentials, and computes what found no room again in the backward pass.
-    Each pass over a tile counts, so all of them work in place.
+    A frozen head needs only the gradient of h, which the forward pass knows up to a factor for each row: the logits are
+    then computed once. A trained head keeps exponentials up to a budget, and computes the others again in the backward
+    pass. Each pass over a tile costs time, so all of them work in place.
     """
 
     @staticmethod
@@ -228,12 +232,12 @@ class LinearLogprobs(torch.autograd.Function):
             for words, targets in zip(walked, targets_of(ids_R, walked), strict=True):
                 keeps = kept.fits(len(hidden_RD), words)
                 logits = linear.logits(hidden_RD, words, memory)
-                capped = linear.capped(logits) if learns else None
-                exponentials, worth_R = softmax.take(logits, targets, capped, keeps)
+                cap_slope = linear.softcap_slope(logits) if learns else None
+                exponentials, rescale_R = softmax.take(logits, targets, cap_slope, keeps)
                 if of_hidden is not None:
-                    of_hidden.take(exponentials, words, targets, capped, worth_R)
+                    of_hidden.take(exponentials, words, targets, cap_slope, rescale_R)
                 elif keeps:
-                    kept.take((rows.start, words.start), exponentials, capped, softmax.peak, weight.dtype)
+                    kept.take((rows.start, words.start), exponentials, cap_slope, softmax.peak, weight.dtype)
             logprobs[rows], entropies[rows] = softmax.logprobs(), softmax.entropies()
             peak[rows], total[rows], slope[rows] = softmax.peak, softmax.total, softmax.target_slope()
             if gradient is not None and of_hidden is not None:
@@ -257,7 +261,7 @@ class LinearLogprobs(torch.autograd.Function):
             hidden_RD, grad_R, target_R = hidden[rows], grad_S[rows], grad_S[rows] * slope[rows]
             walked = tiles(len(hidden_RD), len(weight), hidden.device)
             for words, targets in zip(walked, targets_of(ids[rows], walked), strict=True):
-                exponentials, peak_R = ctx.kept.pop((rows.start, words.start), None) or _again(
+                exponentials, peak_R = ctx.kept.pop((rows.start, words.start), None) or recomputed(
                     linear, hidden_RD, words, peak[rows]
                 )
                 share_R = (peak_R - peak[rows]).exp() / total[rows]
@@ -274,16 +278,16 @@ class LinearLogprobs(torch.autograd.Function):
         return given, None if ctx.place is not None else grad_weight, grad_bias, *[None] * 6
 
 
-def _again(linear: Linear, hidden_RD: Tensor, words: slice, peak_R: Tensor) -> tuple[Tensor, Tensor]:
+def recomputed(linear: Linear, hidden_RD: Tensor, words: slice, peak_R: Tensor) -> tuple[Tensor, Tensor]:
     """exp(logits - peak) of a tile times the soft-cap's slope, and the peak."""
     logits = linear.logits(hidden_RD, words, None)
-    capped = linear.capped(logits)
+    cap_slope = linear.softcap_slope(logits)
     exponentials = logits.sub_(peak_R[:, None]).exp_()
-    return exponentials if capped is None else exponentials.mul_(capped), peak_R
+    return exponentials if cap_slope is None else exponentials.mul_(cap_slope), peak_R
 
 
 def _weight_gradient(weight: Tensor, place: Place | None, rows: int) -> tuple[Tensor | None, bool]:
-    """Where the gradient of the weight is summed, and whether what stands there is to be overwritten."""
+    """The tensor in which the gradient of the weight is summed, and whether its old numbers are to be overwritten."""
     if not rows:  # nothing will be written
         empty = torch.zeros_like(weight) if weight.requires_grad else None
         return (empty if place is None else place.gradient()), False

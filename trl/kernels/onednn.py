@@ -1,5 +1,8 @@
-"""Products of rows and weights by oneDNN, for a CPU in float32: faster than the BLAS of `nn.Linear` for a few hundred
-rows, above all where the weight is large or laid out beforehand."""
+"""Products of rows and weights by oneDNN, on a CPU in float32.
+
+They are faster than the BLAS of `nn.Linear` for a few hundred rows, most of all where the weight is large or was laid
+out before.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STEP = 8
-"""rows are filled up to a multiple: oneDNN makes and keeps a program for each number it meets"""
+"""rows are padded to a multiple of it: oneDNN compiles and keeps a program for each number of rows"""
 _ROWS = 64
 """a hint: the layout is as good for other numbers of rows"""
 
 
 def suits(weight: Tensor, elements: int) -> bool:
-    """Whether oneDNN may take this weight, and has it at least so many elements."""
+    """Whether oneDNN can take this weight, and the weight has at least this number of elements."""
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
     return plain and weight.numel() >= elements and works()
 
 
 @cache
 def works() -> bool:
-    """Whether this build of torch has the two operators, and they multiply."""
+    """Whether this build of torch has the two operators, and their products are right."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     hidden, weight = torch.ones(2, 3), torch.arange(12.0).view(4, 3)

@@ -1,19 +1,129 @@
-"""Attention over a token tree on the CPU as one step of autograd: what segments share is kept once, not in each."""
+"""Attention over a token tree: who sees whom, and on the CPU its computation as one step of autograd.
+
+What segments share is kept once, not in each of them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trl.kernels.tree_layout import Part, TreeLayout
+from trl.data.records import Segment
 
-# the kernel behind `scaled_dot_product_attention` on the CPU; it has a name of its own with its backward pass
+Made = TypeVar("Made")
+
+# the kernel that `scaled_dot_product_attention` calls on the CPU, and its backward pass
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class Part(NamedTuple):
+    """Queries that are computed together, and the segments whose keys they see in it."""
+
+    start: int
+    end: int
+    chain: list[int]
+    adds: bool = False
+    """the queries see other keys in an earlier part, to which these are added"""
+
+
+class TreeLayout:
+    """How the packed tokens are cut into segments, and which segments each one sees."""
+
+    def __init__(self, segments: Sequence[Segment]):
+        self.segments = tuple(segments)
+        self.sizes = [end - start for start, end, _ in self.segments]
+        self._cache: dict[Hashable, Any] = {}
+        self._narrow: tuple[Any, list[int]] | None = None
+
+    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made at the first call with this key: layers with the same pattern share a mask."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]  # type: ignore[no-any-return]
+
+    def read_only_at(self, module: Any, positions: Sequence[int]) -> None:
+        """Promise that the output of this attention module is read at these positions only, in ascending order."""
+        skipped = []
+        for start, end, _ in self.segments:
+            first = bisect_left(positions, start)
+            skipped.append(min(positions[first], end) - start if first < len(positions) else end - start)
+        self._narrow = module, skipped
+
+    def skipped(self, module: Any) -> list[int]:
+        """How many of its first queries each segment may leave out in this attention module."""
+        if self._narrow is not None and self._narrow[0] is module:
+            return self._narrow[1]
+        return [0] * len(self.segments)
+
+    def parts(self, module: Any, window: int | None) -> list[Part]:
+        """The attention of this module in parts, so that siblings read the keys that they share only once.
+
+        A segment usually sees its whole chain in one part. Siblings that are computed whole see themselves in a part
+        each, and their common ancestors in one more. A sliding window starts at another key in each row, so nothing is
+        shared then.
+        """
+        found, skipped = [], self.skipped(module)
+        order = range(len(self.segments))
+        for (parent, whole), run in groupby(order, lambda i: (self.segments[i].parent, not skipped[i])):
+            siblings = list(run)
+            shared = parent >= 0 and whole and window is None and len(siblings) > 1
+            for index in siblings:
+                start, end, _ = self.segments[index]
+                found.append(Part(start + skipped[index], end, [index] if shared else self.chains[index]))
+            if shared:
+                start, end = self.segments[siblings[0]].start, self.segments[siblings[-1]].end
+                found.append(Part(start, end, self.chains[parent], adds=True))
+        return [part for part in found if part.start < part.end]
+
+    @cached_property
+    def chains(self) -> list[list[int]]:
+        """Each segment's ancestors from the root, then itself."""
+        chains: list[list[int]] = []
+        for index, segment in enumerate(self.segments):
+            chains.append([*(chains[segment.parent] if segment.parent >= 0 else []), index])
+        return chains
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+        """[queries, keys], True = seen; the queries are the last keys. None: a plain causal mask is enough."""
+        if queries == keys and (window is None or keys <= window):
+            return None
+
+        def make() -> Tensor:
+            seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            return seen if window is None else seen.triu(keys - queries - window + 1)
+
+        return self.cached(("mask", queries, keys, window, device), make)
+
+    def bias(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
+        """`mask` as numbers to add: 0 where seen, -inf elsewhere, with the dtype and device of `like`."""
+        seen = self.mask(queries, keys, window, like.device)
+        if seen is None:
+            return None
+        return self.cached(
+            ("bias", queries, keys, window, like.device, like.dtype),
+            lambda: like.new_zeros(queries, keys).masked_fill_(~seen, float("-inf")),
+        )
+
+    def dense_mask(self, window: int | None = None) -> Tensor:
+        """[N, N], True = seen: the same rule written out, for FlexAttention's blocks and for tests."""
+        total = self.segments[-1].end
+        seen = torch.zeros(total, total, dtype=torch.bool)
+        for index, (start, end, _) in enumerate(self.segments):
+            columns = [i for link in self.chains[index] for i in range(*self.segments[link][:2])]
+            rows = torch.ones(end - start, len(columns), dtype=torch.bool).tril(len(columns) - (end - start))
+            if window is not None:
+                rows = rows.triu(len(columns) - (end - start) - window + 1)
+            seen[start:end, columns] = rows
+        return seen
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -23,7 +133,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _joined(x: Tensor, layout: TreeLayout, part: Part, heads: int) -> Tensor:
-    """What a part sees of keys or values [1, H or fewer, N, D], a head for each query head."""
+    """The keys or values that a part sees, of [1, H or fewer, N, D]; repeated so that each query head has its own."""
     parts = [x[:, :, slice(*layout.segments[link][:2])] for link in part.chain]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     repeats = heads // x.shape[1]
@@ -31,8 +141,8 @@ def _joined(x: Tensor, layout: TreeLayout, part: Part, heads: int) -> Tensor:
 
 
 def _mask(layout: TreeLayout, part: Part, keys: int, window: int | None, query: Tensor) -> tuple[Tensor | None, bool]:
-    """What to add to a part's scores, and whether the kernel masks the future by itself."""
-    if part.again:  # all of it is past
+    """What to add to a part's scores, and whether the kernel has to mask the future."""
+    if part.adds:  # all of these keys are past
         return None, False
     bias = layout.bias(part.end - part.start, keys, window, query)
     return bias, bias is None
@@ -40,13 +150,13 @@ def _mask(layout: TreeLayout, part: Part, keys: int, window: int | None, query: 
 
 def _covered(parts: list[Part], total: int) -> bool:
     """Whether every query is computed."""
-    return sum(part.end - part.start for part in parts if not part.again) == total
+    return sum(part.end - part.start for part in parts if not part.adds) == total
 
 
 def _merge(output: Tensor, logsum: Tensor, more: Tensor, more_logsum: Tensor) -> None:
-    """Attention over some keys, [1, H, Q, D] with [1, H, Q], becomes that over these and more, in place.
+    """Add more keys to attention over some keys, [1, H, Q, D] with [1, H, Q], in place.
 
-    Each half is weighed with its share of the softmax's denominator.
+    Each half is weighted with its share of the softmax's denominator.
     """
     whole = torch.logaddexp(logsum, more_logsum)
     output.mul_((logsum - whole).exp_()[..., None]).addcmul_(more, (more_logsum - whole).exp_()[..., None])
@@ -69,7 +179,7 @@ class _TreeAttention(torch.autograd.Function):
             of_part, logsum = _forward(
                 query[:, :, rows], seen_keys, seen_values, 0.0, causal, attn_mask=bias, scale=scale
             )
-            if part.again:
+            if part.adds:
                 _merge(output[:, rows].transpose(1, 2), logsums[:, rows].transpose(1, 2), of_part, logsum)
             else:
                 output[:, rows], logsums[:, rows] = of_part.transpose(1, 2), logsum.transpose(1, 2)
@@ -88,13 +198,13 @@ class _TreeAttention(torch.autograd.Function):
             rows = slice(part.start, part.end)
             seen_keys, seen_values = (_joined(x, layout, part, heads) for x in (key, value))
             bias, causal = _mask(layout, part, seen_keys.shape[2], ctx.window, query)
-            # with the whole softmax's output and denominator, the gradient of each part of it is exact by itself
+            # given the whole softmax's output and denominator, the gradient of each part is exact
             of_query, *of_seen = _backward(
                 grad[:, rows].transpose(1, 2), query[:, :, rows], seen_keys, seen_values,
                 output[:, rows].transpose(1, 2), logsums[:, rows].transpose(1, 2), 0.0, causal,
                 attn_mask=bias, scale=ctx.scale,
             )  # fmt: skip
-            if part.again:
+            if part.adds:
                 grad_query[:, :, rows] += of_query
             else:
                 grad_query[:, :, rows] = of_query
@@ -113,7 +223,7 @@ def tree_attention(
 ) -> Tensor:  # fmt: skip
     """Attention of the packed row [1, H, N, D] over [1, H or fewer, N, D], as [1, N, H, D].
 
-    Zeros at the queries that the layout lets `module` skip.
+    It is 0 at the queries that the layout lets `module` skip.
     """
     parts = layout.parts(module, window)
     return _TreeAttention.apply(query, key, value, layout, parts, window, scale)  # type: ignore[no-any-return]

@@ -1,1 +1,1 @@
-"""What only scripts written for older releases call: padded batches, collators, old import paths."""
+"""Code that only scripts for older releases call: padded batches, collators, old import paths."""

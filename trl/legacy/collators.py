@@ -1,4 +1,4 @@
-"""The seed's collators: rows of token ids to padded batches."""
+"""The collators of release 0.7.7: they pad rows of token ids to one batch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling
-
-from trl.legacy.constant_length import ConstantLengthDataset
-
-__all__ = [
-    "ConstantLengthDataset",
-    "DPODataCollatorWithPadding",
-    "DataCollatorForCompletionOnlyLM",
-    "RewardDataCollatorWithPadding",
-    "pad_to_length",
-]
 
 
 def pad_to_length(tensor: Tensor, length: int, pad_value: int | float, dim: int = -1) -> Tensor:

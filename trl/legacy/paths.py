@@ -1,6 +1,6 @@
-"""Old import paths: a module that has moved is still found under the name that it had before.
+"""Old import paths: a module that has moved can still be imported by its old name.
 
-Each such path opens a window: a module without code of its own, whose names are read from where they live now.
+At each old path stands a window: a module without code, which reads its names from the modules that have them today.
 """
 
 from __future__ import annotations
@@ -30,34 +30,66 @@ MOVED: dict[str, tuple[str, ...]] = {
     "commands.cli_utils": ("scripts.parser", "scripts.data_config"),
     "data.collators": ("legacy.collators",),
     "data.constant_length": ("legacy.constant_length",),
-    "data.pairs": ("legacy.joint_pairs", "data.batches"),
+    "data.mapping": ("data.row_job", "data.tokenize"),
+    "data.pairs": ("legacy.dpo", "data.batches"),
+    "data.truncation": ("data.encode",),
+    "environment.answer_renderer": ("environment.chat_environment",),
+    "environment.own_environment": ("environment.episodes",),
     "environment.plain_generate": ("generation.plain_generate",),
-    "environment.stopping": ("generation.stop_criteria",),
-    "models.gradient_place": ("kernels.grad_in_place",),
-    "models.last_layer": ("kernels.last_layer",),
-    "models.layout": ("kernels.tree_layout",),
+    "environment.rollout": ("environment.episodes",),
+    "environment.stopping": ("generation.stopping",),
+    "environment.tool_text": ("environment.tool_calls",),
+    "environment.turn_loop": ("environment.episodes",),
+    "generation.choose": ("generation.local",),
+    "generation.sampling_mode": ("models.unwrap",),
+    "losses.reference_free": ("losses.preference",),
+    "losses.reward": ("losses.supervised",),
+    "models.checkpoints": ("models.weight_files",),
+    "models.gradient_place": ("kernels.step_memory", "kernels.layers"),
+    "models.last_layer": ("kernels.layers",),
+    "models.layout": ("kernels.tree_attention",),
     "models.linear_logprobs": ("kernels.head_tiles",),
-    "models.norms": ("kernels.norms",),
+    "models.norms": ("kernels.layers",),
     "models.onednn": ("kernels.onednn",),
-    "models.rotary": ("kernels.rotary",),
-    "models.stand_in": ("kernels.swapped_forward",),
+    "models.rotary": ("kernels.layers",),
+    "models.stand_in": ("kernels.layers",),
     "models.tree_attention": ("kernels.tree_attention",),
-    "trainer.dpo_padded": ("legacy.dpo_padded",),
-    "trainer.environment_rollouts": ("rollout.episodes",),
-    "trainer.experience": ("rollout.measure",),
+    "models.wrapped": ("models.forward", "models.prepare"),
+    "rewards.pairwise": ("rewards.named",),
     "scripts.utils": ("scripts.parser", "scripts.data_config", "scripts.model_config"),
-    "trainer.heap": ("kernels.malloc",),
+    "trainer.ddpo_files": ("trainer.ddpo_setup",),
+    "trainer.dpo_config": ("trainer.dpo_trainer", "trainer.pair_trainer"),
+    "trainer.dpo_padded": ("legacy.dpo",),
+    "trainer.environment_rollouts": ("rollout.episodes",),
+    "trainer.eval_samples": ("trainer.pair_trainer",),
+    "trainer.experience": ("rollout.measure",),
+    "trainer.heap": ("kernels.step_memory",),
+    "trainer.kto_config": ("trainer.kto_trainer",),
     "trainer.model_config": ("scripts.model_config",),
+    "trainer.ppo_checkpoint": ("trainer.checkpoints",),
+    "trainer.ppo_generation": ("generation.plain_generate", "generation.stopping"),
     "trainer.ppo_padded": ("legacy.ppo_padded",),
+    "trainer.preference_config": ("trainer.configuration", "trainer.references"),
+    "trainer.prm_config": ("trainer.prm_trainer",),
     "trainer.prompt_stream": ("rollout.prompts",),
+    "trainer.reward_config": ("trainer.reward_trainer",),
+    "trainer.reward_shift": ("trainer.statistics",),
     "trainer.rollout_report": ("rollout.report",),
     "trainer.rollout_rewards": ("rollout.rewards",),
     "trainer.rollouts": ("rollout.loader",),
+    "trainer.sft_config": ("trainer.sft_trainer",),
+    "trainer.sft_data": ("trainer.sft_trainer",),
+    "trainer.training_configs": ("trainer.reward_trainer",),
 }
 """path below `trl` before -> where its names live now, looked through in this order"""
 
-RENAMED: dict[str, str] = {}
-"""a name in one of these modules before -> today"""
+RENAMED: dict[str, str] = {
+    "base_model": "below_peft",
+    "only_at": "computed_at",
+    "stand_in": "swapped_forward",
+    "up_to_end": "until_end",
+}
+"""old name in one of these modules -> today's name"""
 
 IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digits": "digits.modeling_digits"}
 """modules that a source checkout has in `examples/digits/` and an installed package lacks"""
@@ -71,7 +103,7 @@ class Window(ModuleType):
         self.__dict__["_homes"] = homes
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what inspects all modules loads none of them
+        if name.startswith("__"):  # code that inspects all modules must not load them
             raise AttributeError(name)
         for home in self._homes:
             found = _example(home, self.__name__) if home in IN_EXAMPLES.values() else importlib.import_module(home)

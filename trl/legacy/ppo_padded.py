@@ -1,4 +1,4 @@
-"""The seed's padded tensors, for scripts that call the pieces of a PPO step themselves. `PPOTrainer.step` is packed.
+"""The padded tensors of release 0.7.7, for scripts that call the parts of a PPO step. `PPOTrainer.step` packs its rows.
 
 Shape letters: B rows, L tokens of the longest row (query and response), V vocabulary.
 """
@@ -10,20 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from trl.core import logprobs_from_logits
-from trl.models.scoring import takes_positions
-
-
-def padded(rows: Sequence[Tensor], value: float, side: str) -> Tensor:
-    """1-d tensors as rows of one, padded on `side`. [B, L]"""
-    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
-
-
-def padded_pair(rows: Sequence[Tensor], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), [B, L] each."""
-    return padded(rows, pad_token_id, side), padded([torch.ones_like(row) for row in rows], 0, side)
+from trl.generation.plain_generate import padded as padded
+from trl.generation.plain_generate import padded_pair
+from trl.legacy.core import logprobs_from_logits
+from trl.models.unwrap import accepts
 
 
 def causal_inputs(queries: Sequence[Tensor], responses: Sequence[Tensor], pad: int, side: str) -> dict[str, Tensor]:
@@ -55,7 +46,7 @@ def response_mask(
 ) -> Tensor:
     """1 where a position predicts a token of the response. [B, L - 1]
 
-    Position p predicts token p + 1. Encoder-decoders: from the second prediction on, as the seed has it.
+    Position p predicts token p + 1. Encoder-decoders: from the second prediction on, as in release 0.7.7.
     """
     mask_BL = torch.zeros_like(attention_BL[:, 1:])
     for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
@@ -76,7 +67,9 @@ def forward_chunk(
     """(log-probabilities [B, L - 1], logits [B, L - 1, V], values [B, L - 1]) of padded inputs."""
     columns: dict[str, Any] = dict(inputs)
     attention = inputs["attention_mask"]
-    if not is_encoder_decoder and takes_positions(model):  # real tokens must not see how much padding is left of them
+    if not is_encoder_decoder and accepts(
+        model, "position_ids"
+    ):  # real tokens must not see how much padding is left of them
         columns["position_ids"] = (attention.cumsum(1) - attention) * attention
     logits, _, values = model(**columns)
     logits = logits[:, :-1] / temperature

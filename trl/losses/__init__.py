@@ -1,1 +1,1 @@
-"""Objectives: tensors in, a LossSum out."""
+"""Objectives as pure functions: they take tensors and return a `LossSum`."""

@@ -1,4 +1,4 @@
-"""What a policy gradient weighs each completion or token with: rewards in, advantages out. G = completions a prompt."""
+"""Advantages: from rewards to the weight of each completion or token in a policy gradient. G = completions a prompt."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Scale = Literal["group", "batch", "none"]
+Moments = tuple[Tensor, Tensor, Tensor]
+"""mean, variance divided by n, n"""
 
 
 def _count_mean_std(values: Tensor, dim: int, unbiased: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +23,7 @@ def _count_mean_std(values: Tensor, dim: int, unbiased: bool = True) -> tuple[Te
 
 
 def _divide(centred: Tensor, std: Tensor, eps: float) -> Tensor:
-    """`centred / (std + eps)`; where nothing varies there is nothing to prefer: 0, also at eps 0."""
+    """`centred / (std + eps)`; 0 where the values do not vary, also at eps 0."""
     return torch.where(std > 0, centred / (std + eps).clamp(min=torch.finfo(std.dtype).tiny), 0.0)
 
 
@@ -133,17 +135,13 @@ REWARD_AGGREGATIONS = {"sum_then_normalize": sum_then_normalize, "normalize_then
 def token_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
     """`-beta kl` at every position, plus the score at the last counted one. [B, T]
 
-    Also positions that do not count carry their penalty (as in the seed's `compute_rewards`); mask it before summing.
+    Positions that do not count carry their penalty too (as `compute_rewards` of release 0.7.7 had it): mask it before
+    you sum.
     A row in which nothing counts gets no score.
     """
     position_BT = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device) * (mask_BT > 0)
     last_BT = (position_BT == position_BT.amax(1, keepdim=True)) & (mask_BT > 0)
     return -beta * kl_BT + last_BT * scores_B[:, None]
-
-
-def reward_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
-    """Discounted sum of the rewards from each counted position on; 0 where nothing counts. [B, T]"""
-    return generalized_advantages(rewards_BT, torch.zeros_like(rewards_BT), gamma, 1.0, mask_BT)
 
 
 def generalized_advantages(
@@ -153,7 +151,7 @@ def generalized_advantages(
 
     With a mask, positions that do not count are no time steps: their rewards and values are not read, their
     advantage is 0, and the recursion passes over padding and holes (tokens of the environment) as if they were not
-    there. Without one every position is a step; the seed calls it so with `rewards * mask` and `values * mask`.
+    there. Without a mask every position is a step, as in release 0.7.7 (on `rewards * mask` and `values * mask`).
     """
     zero_B = torch.zeros_like(rewards_BT[:, 0])
     last_B, next_value_B, columns = zero_B, zero_B, []
@@ -170,15 +168,24 @@ def generalized_advantages(
     return torch.stack(columns[::-1], 1)
 
 
-def whiten(values_BT: Tensor, mask_BT: Tensor, *, shift_mean: bool = True, unbiased: bool = True) -> Tensor:
-    """Counted values to variance 1 and, if `shift_mean`, mean 0; 0 where nothing counts. [B, T]
+def whiten(values_BT: Tensor, moments: Moments, *, shift_mean: bool = True) -> Tensor:
+    """All values scaled to unbiased variance 1 and, if `shift_mean`, shifted to mean 0. [B, T]
 
-    Taken over the whole batch. `unbiased` divides the variance by n - 1.
+    moments: of the values that count: `masked_moments`, or those of all processes. A single value has no spread: it
+    becomes 0.
     """
-    counted = values_BT.masked_fill(mask_BT == 0, torch.nan)
-    _, mean, std = _count_mean_std(counted.flatten(), 0, unbiased)
-    scaled = (values_BT - mean) * torch.rsqrt(std**2 + 1e-8)
-    return (scaled if shift_mean else scaled + mean).masked_fill(mask_BT == 0, 0.0)
+    mean, variance, count = moments
+    unbiased = variance * count / (count - 1).clamp(min=1)
+    scaled = (values_BT - mean) * torch.rsqrt(unbiased + 1e-8)
+    return scaled if shift_mean else scaled + mean
+
+
+def masked_moments(values_BT: Tensor, mask_BT: Tensor) -> Moments:
+    """Mean, variance (divided by n) and number of the counted values. [], [], []"""
+    counts_BT = mask_BT != 0
+    count = counts_BT.sum()
+    mean = values_BT.masked_fill(~counts_BT, 0.0).sum() / count
+    return mean, ((values_BT - mean) ** 2).masked_fill(~counts_BT, 0.0).sum() / count, count
 
 
 def soft_overlong_punishment(lengths_B: Tensor, max_tokens: int, cache: int) -> Tensor:

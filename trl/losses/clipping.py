@@ -1,4 +1,4 @@
-"""How a policy's change is measured and bounded: importance ratios and clip rules, each a small function."""
+"""Importance ratios, which measure how far a policy has moved, and clip rules, which bound it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -37,7 +37,7 @@ RATIO_LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class Surrogate(NamedTuple):
-    """A loss per token, and where its gradient is cut because the ratio ran too low or too high."""
+    """A loss per token, and the tokens whose gradient is cut because the ratio is too low or too high."""
 
     loss_BT: Tensor
     low_BT: Tensor
@@ -108,25 +108,5 @@ def sapo(
     return Surrogate(loss, never, never)
 
 
-def no_clip(log_ratio: Tensor, logprobs_BT: Tensor, advantages: Tensor) -> Surrogate:
-    """`-w A`: the importance-weighted policy gradient, unbounded."""
-    loss = -log_ratio.exp() * advantages
-    never = torch.zeros_like(loss, dtype=torch.bool)
-    return Surrogate(loss, never, never)
-
-
-def reinforce(log_ratio: Tensor, logprobs_BT: Tensor, advantages: Tensor) -> Surrogate:
-    """`-A log p`: REINFORCE, blind to the ratio."""
-    loss = -advantages * logprobs_BT
-    never = torch.zeros_like(loss, dtype=torch.bool)
-    return Surrogate(loss, never, never)
-
-
-CLIP_RULES: dict[str, Callable[..., Surrogate]] = {
-    "clip": clip,
-    "cispo": cispo,
-    "sapo": sapo,
-    "none": no_clip,
-    "reinforce": reinforce,
-}
+CLIP_RULES: dict[str, Callable[..., Surrogate]] = {"clip": clip, "cispo": cispo, "sapo": sapo}
 """the keyword-only parameters of a rule are its options"""

@@ -1,4 +1,4 @@
-"""Objectives of distillation: divergences between a teacher's and a student's distributions over the vocabulary."""
+"""Divergences between a teacher's and a student's distributions over the vocabulary, for distillation."""
 
 from math import log, log1p
 
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.losses.kl import full
-from trl.losses.loss_sum import LossSum
 
 
 def generalized_jsd(student_SV: Tensor, teacher_SV: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -28,18 +27,3 @@ def generalized_jsd(student_SV: Tensor, teacher_SV: Tensor, *, beta: float = 0.5
         return full(student, teacher)
     mixture = torch.logaddexp(teacher + log(beta), student + log1p(-beta))
     return beta * full(teacher, mixture) + (1 - beta) * full(student, mixture)
-
-
-def distillation(
-    student_SV: Tensor,
-    teacher_SV: Tensor,
-    mask_S: Tensor | None = None,
-    *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-) -> LossSum:
-    """`generalized_jsd` summed over the counted positions (all, without a mask). The sums of chunks add up."""
-    losses_S = generalized_jsd(student_SV, teacher_SV, beta=beta, temperature=temperature)
-    if mask_S is None:
-        return LossSum(losses_S.sum(), losses_S.numel())
-    return LossSum((losses_S * mask_S).sum(), mask_S.sum())

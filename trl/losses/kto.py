@@ -22,7 +22,7 @@ def kto(log_ratio_B: Tensor, desirable_B: Tensor, *, beta: float, kl: Tensor | f
 def bco(log_ratio_B: Tensor, desirable_B: Tensor, *, beta: float, delta: Tensor | float = 0.0) -> Tensor:
     """`-log sigma(beta log_ratio - delta)` of a desirable completion, `-log sigma(delta - beta log_ratio)` of another.
 
-    arXiv:2404.04656. `delta` is state: the running mean of all rewards so far, kept by the caller.
+    arXiv:2404.04656. `delta` is the running mean of all rewards so far; the caller keeps it.
     """
     return -F.logsigmoid(_sign(desirable_B, log_ratio_B) * (beta * log_ratio_B - delta))
 
@@ -39,12 +39,12 @@ def _sign(desirable_B: Tensor, like: Tensor) -> Tensor:
 UNPAIRED_LOSSES: dict[str, UnpairedLoss] = {"kto": kto, "bco": bco, "apo_zero_unpaired": apo_zero_unpaired}
 
 
-def mismatched_kl(log_ratio_B: Tensor) -> Tensor:
-    """KTO's reference point: mean log-ratio of completions paired with *other* rows' prompts, at least 0, detached. []
+def mismatched_kl(total: Tensor, count: Tensor | float) -> Tensor:
+    """KTO's reference point: the mean log-ratio of completions paired with *other* rows' prompts, at least 0. []
 
-    Clamping is not linear: give it the log-ratios of the whole optimizer step over all ranks, not a micro-batch's.
+    Clamping is not linear: give it the sum of the log-ratios of the whole optimizer step over all ranks.
     """
-    return log_ratio_B.detach().mean().clamp(min=0)
+    return (total / torch.as_tensor(count).clamp(min=1)).clamp(min=0)
 
 
 def unpaired_loss(
@@ -57,7 +57,7 @@ def unpaired_loss(
     undesirable_weight: float = 1.0,
     **state: Tensor | float,
 ) -> LossSum:
-    """The objective `name` summed over the completions, desirable and other ones weighed apart.
+    """The objective `name` summed over the completions; desirable and other ones have separate weights.
 
     log_ratio_B: `log policy - log reference` of each completion. state: `kl` for kto, `delta` for bco.
     """

@@ -1,4 +1,4 @@
-"""What every objective returns: a sum, and what it was summed over."""
+"""The return type of every objective: a sum, and the count of what was summed."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -36,7 +36,7 @@ class LossSum:
 
 
 def counted(mask_BT: Tensor, how: Aggregation, max_tokens: int = 0) -> Tensor:
-    """What `aggregate` divides by. Known from the mask alone, so before any forward pass. []
+    """The count of `aggregate`. It follows from the mask alone, so it is known before any forward pass. []
 
     Rows without a single counted token count for nothing in `sequence`; `constant` keeps them.
     """

@@ -1,4 +1,4 @@
-"""What a pairwise objective is given: summed log-probabilities of chosen and rejected, and what may be done to them."""
+"""The input of pairwise objectives: summed log-probabilities of chosen and rejected, and changes to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 class PairLogps:
     """Log-probabilities of B preference pairs, each summed over its completion. All [B].
 
-    Without a reference the log-ratios are the policy's log-probabilities themselves (the seed's `reference_free`).
+    Without a reference the log-ratios are the policy's log-probabilities themselves (`reference_free` of DPO).
     """
 
     chosen_B: Tensor
@@ -94,7 +94,7 @@ def wpo_weights(
     chosen_collision_BT: Tensor | None = None,
     rejected_collision_BT: Tensor | None = None,
 ) -> Tensor:
-    """How much of an on-policy sample each pair looks like: the weight of its loss, in (0, 1], detached. [B]
+    """The weight of each pair's loss: how likely it is that the policy sampled the pair. In (0, 1], detached. [B]
 
     Product of the two completions' mean-token probabilities (arXiv:2406.11827), capped at 1. With
     `collision = log sum_v p(v)^2` of each position it is the paper's sampled alignment: a sample as
@@ -141,7 +141,7 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def apply_divergence(pair: PairLogps, name: str, alpha: float = 0.5) -> PairLogps:
-    """The pair as an objective regularised by another f-divergence sees it: f'(ratio) in place of each log-ratio.
+    """The pair with f'(ratio) in place of each log-ratio, for an objective that is regularised by another f-divergence.
 
     `alpha` is read by `alpha_divergence` alone; towards 0 it becomes `reverse_kl`, at 1 `forward_kl` up to a constant.
     """

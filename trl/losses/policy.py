@@ -1,7 +1,7 @@
-"""Policy-gradient objectives: a baseline (`ADVANTAGES`), a ratio level, a clip rule, a KL a way to add.
+"""Policy-gradient objectives. Each one chooses a baseline, a ratio level, a clip rule, a KL term and an aggregation.
 
 Shape letters: B completions, T tokens (DDPO: denoising steps), G group. The pieces live in `advantages`, `clipping` and
-`token_weights`; this is the door to all of them.
+`token_weights`; all of them can be imported from here.
 """
 
 from functools import partial
@@ -19,13 +19,12 @@ from trl.losses.advantages import (
     group_then_batch,
     leave_one_out,
     normalize_then_sum,
-    reward_to_go,
     soft_overlong_punishment,
     sum_then_normalize,
     token_rewards,
     whiten,
 )
-from trl.losses.clipping import CLIP_RULES, RATIO_LEVELS, ClipRule, Surrogate, cispo, clip, no_clip, reinforce, sapo
+from trl.losses.clipping import CLIP_RULES, RATIO_LEVELS, ClipRule, Surrogate, cispo, clip, sapo
 from trl.losses.kl import KL_ESTIMATORS
 from trl.losses.loss_sum import Aggregation, LossSum, Measure, aggregate, masked_sum
 from trl.losses.token_weights import (
@@ -56,12 +55,9 @@ __all__ = [
     "kl_in_loss",
     "leave_one_out",
     "mask_truncated",
-    "no_clip",
     "normalize_then_sum",
     "off_policy_mask",
     "policy_loss",
-    "reinforce",
-    "reward_to_go",
     "sapo",
     "soft_overlong_punishment",
     "sum_then_normalize",
@@ -71,7 +67,7 @@ __all__ = [
 ]
 
 LOG_RATIO_LIMIT = 20.0
-"""`exp` of more would only overflow: log-ratios are cut here, gradient included"""
+"""log-ratios are clamped to +- this, and have no gradient beyond it: `exp` of more would overflow"""
 
 
 def policy_loss(

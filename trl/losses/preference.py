@@ -1,4 +1,4 @@
-"""Pairwise preference objectives, one table, one record in: `f(pair, *, beta, ...) -> losses_B`.
+"""Pairwise preference objectives in one table: `f(pair, *, beta, ...) -> losses_B`.
 
 A new one is one function (its keyword-only parameters are its options), one test and one entry in `PAIR_LOSSES`.
 c and r are the log-ratios of chosen and rejected to the reference, and h = c - r.
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trl.losses.kto import mismatched_kl
 from trl.losses.loss_sum import LossSum, Measure
 from trl.losses.pairs import PairLogps, apply_divergence, smoothed_logistic
-from trl.losses.reference_free import alphapo, cpo, orpo, sft, simpo
 
 PairLoss = Callable[..., Tensor]
 
@@ -64,9 +64,9 @@ def kto_pair(
     To take it over more than this batch, pass both in (arXiv:2402.01306).
     """
     if kl_chosen is None:
-        kl_chosen = pair.chosen_ratio_B.mean().clamp(min=0)
+        kl_chosen = mismatched_kl(pair.chosen_ratio_B.sum(), len(pair.chosen_ratio_B))
     if kl_rejected is None:
-        kl_rejected = pair.rejected_ratio_B.mean().clamp(min=0)
+        kl_rejected = mismatched_kl(pair.rejected_ratio_B.sum(), len(pair.rejected_ratio_B))
     chosen = torch.sigmoid(beta * (pair.chosen_ratio_B - kl_rejected))
     rejected = torch.sigmoid(beta * (kl_chosen - pair.rejected_ratio_B))
     return 1 - torch.cat([chosen, rejected])
@@ -93,7 +93,7 @@ def nca_pair(pair: PairLogps, *, beta: float) -> Tensor:
 def bco_pair(pair: PairLogps, *, beta: float, delta: Tensor | float = 0.0) -> Tensor:
     """`-log sigma(beta c - delta) - log sigma(delta - beta r)` (arXiv:2404.04656).
 
-    `delta` is state: the running mean of all rewards `beta c` and `beta r` so far, kept by the caller.
+    `delta` is the running mean of all rewards `beta c` and `beta r` so far; the caller keeps it.
     """
     chosen, rejected = beta * pair.chosen_ratio_B - delta, beta * pair.rejected_ratio_B - delta
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
@@ -143,6 +143,64 @@ def discopop(pair: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> Ten
     return -F.logsigmoid(scaled) * (1 - blend) + torch.exp(-scaled) * blend
 
 
+# --- without a reference --------------------------------------------------------------------------------------
+
+
+def sft(pair: PairLogps) -> Tensor:
+    """Negative log-likelihood of the chosen completion per token; added to another objective it is RPO's or CPO's."""
+    return -pair.averaged().chosen_B
+
+
+def _log1mexp(log_p: Tensor) -> Tensor:
+    """`log(1 - exp(log_p))` for log_p < 0, kept finite at 0; M. Maechler, "Accurately computing log(1 - exp(-|a|))"."""
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    small = log_p > -0.6931471805599453
+    near = torch.where(small, log_p, torch.full_like(log_p, -0.5))  # the branch not taken must not reach the gradient
+    far = torch.where(small, torch.full_like(log_p, -1.0), log_p)
+    return torch.where(small, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
+
+
+def orpo(pair: PairLogps, *, beta: float) -> Tensor:
+    """Likelihood of the chosen plus `beta` (the paper's lambda) times the odds-ratio term; eq. 6-7 of arXiv:2403.07691.
+
+    `-logp_w - beta log sigma(log odds(w) - log odds(l))` on log-probabilities per token.
+    """
+    mean = pair.averaged()
+    chosen_odds = mean.chosen_B - _log1mexp(mean.chosen_B)
+    rejected_odds = mean.rejected_B - _log1mexp(mean.rejected_B)
+    return -mean.chosen_B - beta * F.logsigmoid(chosen_odds - rejected_odds)
+
+
+def cpo(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0, cpo_alpha: float = 1.0) -> Tensor:
+    """DPO with a uniform reference plus `cpo_alpha` times the chosen likelihood per token (arXiv:2401.08417)."""
+    scaled = beta * (pair.chosen_B - pair.rejected_B)
+    losses_B = smoothed_logistic(scaled, label_smoothing)
+    return losses_B + cpo_alpha * sft(pair) if cpo_alpha else losses_B
+
+
+def simpo(pair: PairLogps, *, beta: float, gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
+    """`-log sigma(beta (logp_w / |w| - logp_l / |l|) - gamma)`, eq. 6 of arXiv:2405.14734.
+
+    `gamma` is the target margin itself; the paper tunes `gamma / beta`.
+    """
+    mean = pair.averaged()
+    scaled = beta * (mean.chosen_B - mean.rejected_B) - gamma
+    return smoothed_logistic(scaled, label_smoothing)
+
+
+def alphapo(pair: PairLogps, *, beta: float, gamma: float = 0.5, alpha: float = 0.0) -> Tensor:
+    """SimPO with the reward `beta (1 - p^-alpha) / alpha` of the per-token probability p (arXiv:2501.03884).
+
+    alpha 0 is SimPO; alpha 1 punishes an unlikely chosen completion most.
+    """
+    mean = pair.averaged()
+
+    def shaped(log_p: Tensor) -> Tensor:
+        return -torch.expm1(-alpha * log_p) / alpha if alpha else log_p
+
+    return -F.logsigmoid(beta * (shaped(mean.chosen_B) - shaped(mean.rejected_B)) - gamma)
+
+
 PAIR_LOSSES: dict[str, PairLoss] = {
     "sigmoid": sigmoid,
     "robust": robust,
@@ -166,16 +224,13 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 }
 
 REFERENCE_FREE = frozenset({"sft", "orpo", "cpo", "simpo", "alphapo"})
-"""objectives that never look at the reference, so none has to be computed"""
+"""objectives that do not use the reference, so it is not computed for them"""
 
 WHOLE_BATCH = frozenset({"kto_pair", "aot", "aot_unpaired"})
-"""objectives in which the pairs of one call see each other: the split into micro-batches changes them"""
+"""objectives that compare the pairs of one call: a split into micro-batches changes their value"""
 
 PER_TOKEN = frozenset({"sft", "orpo", "simpo", "alphapo"})
 """objectives on log-probabilities per token, which is also how their rewards are reported"""
-
-STATE = frozenset({"kl_chosen", "kl_rejected", "delta"})
-"""parameters that a trainer passes in and a user does not set"""
 
 
 @cache

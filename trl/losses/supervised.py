@@ -1,4 +1,4 @@
-"""Objectives of imitation: the negative log-likelihood and its relatives."""
+"""Objectives with right answers: the likelihood of tokens, rewards of chosen and rejected, labels of steps."""
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,25 @@ def dft(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) 
     if entropy_BT is not None:
         metrics["entropy"] = masked_sum(entropy_BT, mask_BT)
     return LossSum(total, count, metrics)
+
+
+def bradley_terry(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | None = None, center: float = 0.0) -> LossSum:
+    """`-log sigma(chosen - rejected - margin)`, summed over the pairs; eq. 2 of arXiv:2307.09288.
+
+    `center` times `(chosen + rejected)^2` keeps the scores around 0 (eq. 2 of arXiv:2312.09244).
+    """
+    difference_B = chosen_B - rejected_B
+    losses_B = -F.logsigmoid(difference_B if margin_B is None else difference_B - margin_B)
+    if center:
+        losses_B = losses_B + center * (chosen_B + rejected_B) ** 2
+    with torch.no_grad():
+        metrics: dict[str, Measure] = {
+            "accuracy": (difference_B > 0).to(losses_B.dtype).sum(),
+            "margin": difference_B.sum(),
+            "rewards/chosen": chosen_B.sum(),
+            "rewards/rejected": rejected_B.sum(),
+        }
+    return LossSum(losses_B.sum(), len(chosen_B), metrics)
 
 
 def stepwise_cross_entropy(logits_BTC: Tensor, labels_BT: Tensor, ignore_index: int = -100) -> LossSum:

@@ -1,7 +1,7 @@
-"""What a token's policy loss is multiplied by or left out for: engine mismatch, staleness, entropy, truncation.
+"""Weights and masks of single tokens in a policy loss: for engine mismatch, staleness, entropy, truncation.
 
-Each returns a detached [B, T] (or [B, 1]) to multiply into a mask (which shrinks what the loss is divided by) or to
-give as `weight_BT` (which leaves it).
+Each function returns a detached [B, T] or [B, 1]. Multiplied into a mask it also shrinks the count that the loss is
+divided by; given as `weight_BT` it leaves that count.
 """
 
 import torch

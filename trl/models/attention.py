@@ -19,8 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl.kernels.tree_attention import takes, tree_attention
-from trl.kernels.tree_layout import TreeLayout
+from trl.kernels.tree_attention import TreeLayout, takes, tree_attention
 
 PREFIX = "token_tree_"
 _inside_tree: ContextVar[bool] = ContextVar("inside_tree", default=False)
@@ -38,7 +37,7 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of [1, H, Q, D] over [1, H or fewer, K, D]; by hand where SDPA has no word for it (soft-cap, sinks)."""
+    """Attention of [1, H, Q, D] over [1, H or fewer, K, D]; by hand with a soft-cap or sinks, which SDPA lacks."""
     if softcap is None and sinks is None:
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
@@ -66,7 +65,7 @@ def segment_attention(
 ) -> Tensor:
     """Attention of the packed row [1, H, N, D], a segment at a time.
 
-    Each tensor is split once: a slice per segment would fill a full-size gradient per segment.
+    Each tensor is split once, because a slice for each segment would cost a gradient of full size each.
     """
     queries, keys, values = (list(x.split(layout.sizes, dim=2)) for x in (query, key, value))
     outputs = []
@@ -88,21 +87,19 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def flex_tree_attention(
     layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, scale: float | None
 ) -> Tensor:
-    """The same on CUDA in one kernel: FlexAttention over the blocks of the tree's mask."""
+    """`segment_attention` on CUDA in one kernel: FlexAttention over the blocks of the tree's mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    key_of_mask = ("flex", window, query.device)
-    if key_of_mask not in layout._masks:
+    def make() -> Any:
         seen = layout.dense_mask(window).to(query.device)
-        block_mask = create_block_mask(
-            lambda b, h, q, k: seen[q, k], None, None, query.shape[2], query.shape[2], device=query.device
-        )
-        layout._masks[key_of_mask] = block_mask
+        tokens = query.shape[2]
+        return create_block_mask(lambda b, h, q, k: seen[q, k], None, None, tokens, tokens, device=query.device)
+
     return _compiled_flex()(
         query,
         key,
         value,
-        block_mask=layout._masks[key_of_mask],
+        block_mask=layout.cached(("flex", window, query.device), make),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

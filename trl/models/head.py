@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trl.kernels.grad_in_place import place_of
 from trl.kernels.head_tiles import LinearLogprobs
+from trl.kernels.step_memory import place_of
 
 CHUNK_ELEMENTS = 3 * 2**21
-"""logits that exist at a time (24 MiB in float32: larger blocks glibc takes from the system anew each time)"""
+"""logits that exist at a time (24 MiB in float32: glibc takes larger blocks from the system anew each time)"""
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -24,7 +24,10 @@ def chunk_rows(vocabulary: int) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """An output embedding and what the model does to its logits afterwards."""
+    """An output embedding and what the model does to its logits afterwards.
+
+    `project` is the module's own forward, for a function that runs inside a call of the module (`forward.in_head`).
+    """
 
     module: nn.Module
     vocabulary: int
@@ -32,10 +35,18 @@ class Head:
     """logits are multiplied by it (cohere's `logit_scale`, granite's `1 / logits_scaling`)"""
     softcap: float | None = None
     """then softcap * tanh(logits / softcap) (gemma2, gemma3)"""
+    project: Callable[[Tensor], Tensor] | None = None
+    """None: the module is called, with its hooks"""
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The module if it computes `nn.Linear`, as the classes that FSDP makes of it do; an adapter does not."""
+        plain = isinstance(self.module, nn.Linear) and type(self.module).forward is nn.Linear.forward
+        return self.module if plain else None  # type: ignore[return-value]
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """[S, V] in float32."""
-        logits = self.module(hidden_SD).float()
+        logits = (self.project or self.module)(hidden_SD).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -59,7 +70,7 @@ def map_logits(
 ) -> tuple[Tensor, ...]:
     """`function(logits_chunk, *column_chunks)` for every chunk of positions, joined again.
 
-    Logits are computed again in the backward pass; `function` returns tensors whose first axis is the chunk's.
+    Logits are computed again in the backward pass. The first axis of the tensors that `function` returns is the chunk.
     """
 
     def of_chunk(hidden: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
@@ -97,8 +108,7 @@ def token_logprobs(
     head: Head, hidden_SD: Tensor, target_S: Tensor, *, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
     """log p of the targets (differentiable) and entropies (detached; zeros unless asked for). [S], [S] float32"""
-    if type(head.module) is nn.Linear:
-        module = head.module
+    if (module := head.linear) is not None:
         return LinearLogprobs.apply(  # type: ignore[no-any-return]
             hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled(),
             place_of(module.weight),
@@ -110,9 +120,9 @@ def token_logprobs(
 def mean_logits(head: Head, hidden_SD: Tensor) -> Tensor:
     """Mean of each position's logits over the vocabulary, detached. [S]"""
     with torch.no_grad():
-        if type(head.module) is nn.Linear and head.softcap is None:
-            bias = 0.0 if head.module.bias is None else head.module.bias.float().mean()
-            return (hidden_SD.float() @ head.module.weight.float().mean(0) + bias) * head.scale
+        if (module := head.linear) is not None and head.softcap is None:
+            bias = 0.0 if module.bias is None else module.bias.float().mean()
+            return (hidden_SD.float() @ module.weight.float().mean(0) + bias) * head.scale
         return map_logits(head, hidden_SD, lambda logits: (logits.mean(-1),))[0]
 
 

@@ -1,4 +1,4 @@
-"""The wrapper around a language model that our models with heads of their own share, and frozen reference copies."""
+"""The base class of models that put a value head beside a language model, and frozen copies of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import WEIGHTS_NAME
 
 from trl.import_utils import is_npu_available, is_xpu_available
-from trl.models.checkpoints import HUB_ARGUMENTS, WEIGHT_FILES, belongs, holds_other_modules, read_modules, writing
 from trl.models.peft_support import (
     KBIT_ARGUMENTS,
     PEFT_ARCHITECTURES,
@@ -29,6 +28,7 @@ from trl.models.peft_support import (
     reward_head_weights,
 )
 from trl.models.prepare import load_model, modern_init_kwargs
+from trl.models.weight_files import HUB_ARGUMENTS, WEIGHT_FILES, belongs, holds_other_modules, read_modules, writing
 
 LAYER_PATTERNS = [
     "transformer.h.{layer}",
@@ -39,10 +39,10 @@ LAYER_PATTERNS = [
 
 
 class PreTrainedModelWrapper(nn.Module):
-    """A transformers or PEFT model with something of ours beside it; abstract.
+    """A transformers or PEFT model with another module beside it. Abstract.
 
-    A subclass names the auto class that loads the inner model (`transformers_parent_class`), the keywords of its own
-    (`supported_args`) and its modules that travel with a checkpoint (`supported_modules`), and writes `state_dict`,
+    A subclass names the auto class that loads the inner model (`transformers_parent_class`), its own keywords
+    (`supported_args`) and the modules that a checkpoint holds (`supported_modules`). It defines `state_dict`,
     `post_init` and `push_to_hub`.
     """
 
@@ -245,7 +245,7 @@ class PreTrainedModelWrapper(nn.Module):
             raise ValueError("`push_to_hub` is not part of saving here: call `push_to_hub(repo_id)` afterwards")
         state = kwargs.pop("state_dict", None)
         state = self.state_dict() if state is None else state
-        if not kwargs.get("is_main_process", True):  # it writes nothing, but may have to give its shards
+        if not kwargs.get("is_main_process", True):  # this process writes nothing, but the others may need its shards
             self.pretrained_model.save_pretrained(str(save_directory), state_dict=state, **kwargs)
         elif self.is_peft_model:
             self._save_adapter(Path(save_directory), state, **kwargs)

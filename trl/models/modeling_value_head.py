@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import WEIGHTS_NAME
 
-from trl.models.checkpoints import belongs
 from trl.models.modeling_base import PreTrainedModelWrapper
+from trl.models.unwrap import accepts
+from trl.models.weight_files import belongs
 
 
 class ValueHead(nn.Module):
@@ -33,9 +33,8 @@ class ValueHead(nn.Module):
 
 
 def _cache_name(model: Any) -> str:
-    """What a model's forward calls the keys and values of earlier tokens: transformers 5.24 renamed them."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in inspect.signature(type(inner).forward).parameters else "past_key_values"
+    """The name of the forward's argument for cached keys and values, which transformers 5.24 changed."""
+    return "cache" if accepts(model, "cache") else "past_key_values"
 
 
 def _head_width(config: Any) -> int:
@@ -99,7 +98,7 @@ class _WithValueHead(PreTrainedModelWrapper):
         return self.v_head.state_dict(destination=destination, prefix=f"{prefix}v_head.", keep_vars=keep_vars)  # type: ignore[arg-type]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """What `state_dict` gives is taken, also below DDP; the names of `named_parameters` are too."""
+        """Load what `state_dict` gives, also below DDP; the names of `named_parameters` are accepted too."""
         for key in [key for key in state_dict if key.startswith(prefix)]:
             name = key.removeprefix(prefix)
             if name.split(".")[0] not in self._modules:
@@ -152,7 +151,7 @@ class _WithValueHead(PreTrainedModelWrapper):
 
 
 class AutoModelForCausalLMWithValueHead(_WithValueHead):
-    """A causal language model that also says what each position is worth."""
+    """A causal language model that also gives a value to each position."""
 
     transformers_parent_class = AutoModelForCausalLM
 
@@ -174,7 +173,7 @@ class AutoModelForCausalLMWithValueHead(_WithValueHead):
 
 
 class AutoModelForSeq2SeqLMWithValueHead(_WithValueHead):
-    """An encoder-decoder language model that also says what each position of the decoder is worth."""
+    """An encoder-decoder language model that also gives a value to each position of the decoder."""
 
     transformers_parent_class = AutoModelForSeq2SeqLM
     lm_head_namings: ClassVar[list[str]] = ["lm_head", "embed_out", "output_projection"]

@@ -1,4 +1,4 @@
-"""Everything that touches PEFT: adapters put on, loaded from a folder, and read for a reward head."""
+"""Everything that needs PEFT: putting adapters on, loading them from a folder, reading the head of a reward model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trl.import_utils import is_peft_available
-from trl.models.checkpoints import find_file
+from trl.models.weight_files import find_file
 
 if is_peft_available():
     from peft import (
@@ -60,7 +60,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 @contextmanager
 def _without_library_noise() -> Iterator[None]:
-    """PEFT asks transformers for names that transformers has changed, which the user cannot help."""
+    """Hide warnings about names of transformers that PEFT still uses: the user cannot avoid them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is dep")
         warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to False but the target module is `Conv1D`")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
+from itertools import chain
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.import_utils import is_bitsandbytes_available
-from trl.models.checkpoints import HUB_ARGUMENTS
 from trl.models.peft_support import (
     find_adapter,
     is_peft_model,
@@ -23,6 +25,7 @@ from trl.models.peft_support import (
     wrap_peft,
 )
 from trl.models.unwrap import below_value_head
+from trl.models.weight_files import HUB_ARGUMENTS
 
 __all__ = [
     "activate_neftune",
@@ -32,12 +35,14 @@ __all__ = [
     "disable_dropout_in_model",
     "enable_gradient_checkpointing",
     "ensure_pad_token",
+    "equalise",
     "is_peft_model",
     "is_quantized",
     "load_model",
     "load_tokenizer",
     "neftune_post_forward_hook",
     "peft_module_casting_to_bf16",
+    "read_tokenizer",
     "wrap_peft",
 ]
 
@@ -50,9 +55,9 @@ def load_model(
     owner: str | None = None,
     is_trainable: bool = True,
 ) -> nn.Module:
-    """The model behind a folder, a Hub name or an object; of a folder that holds an adapter, a PEFT model.
+    """The model of a folder, a Hub name or an object; a PEFT model where the folder holds an adapter.
 
-    `owner`: a trainer that was given the model; it warns of a name and refuses `init_kwargs` for an object.
+    `owner`: the trainer that was given the model. It warns about a name and refuses `init_kwargs` with an object.
     OSError says in one line why a folder or name cannot be read.
     """
     if not isinstance(name_or_model, str | os.PathLike):
@@ -122,6 +127,14 @@ def load_tokenizer(
     **kwargs: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, Hub name or object, with a padding token (`ensure_pad_token`)."""
+    tokenizer = read_tokenizer(name_or_tokenizer, **kwargs)
+    if padding_side is not None:
+        tokenizer.padding_side = padding_side
+    return ensure_pad_token(tokenizer)
+
+
+def read_tokenizer(name_or_tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase, **kwargs: Any) -> Any:
+    """The tokenizer of a folder, Hub name or object, as it is; `kwargs` go to `from_pretrained`."""
     tokenizer: Any = name_or_tokenizer
     if isinstance(name_or_tokenizer, str | os.PathLike):
         try:
@@ -134,15 +147,13 @@ def load_tokenizer(
             ) from error
     elif kwargs:
         raise ValueError(f"{', '.join(kwargs)} cannot change a tokenizer that is loaded already")
-    if padding_side is not None:
-        tokenizer.padding_side = padding_side
-    return ensure_pad_token(tokenizer)
+    return tokenizer
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """`tokenizer` with a padding token: its own, else its end token.
 
-    An end token that also pads is told from padding by the attention mask alone: mask by position, never by id.
+    Where the end token also pads, only the attention mask tells the two apart: mask by position, never by id.
     ValueError where there is neither.
     """
     if tokenizer.pad_token_id is None:
@@ -157,7 +168,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def align_special_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model's configs the tokenizer's padding id where they have none: classifiers and `generate` want it."""
+    """Give the model's configs the tokenizer's padding id where they have none; classifiers and `generate` need it."""
     configs = [getattr(below_value_head(model), name, None) for name in ("config", "generation_config")]
     for config in configs:
         if config is not None and getattr(config, "pad_token_id", None) is None:
@@ -177,14 +188,14 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The longest sequence the model has positions for; None where positions have no end (T5, ALiBi)."""
+    """The longest sequence the model has positions for; None where the number of positions is unlimited (T5, ALiBi)."""
     config = below_value_head(model).config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         limit = getattr(config, "max_seq_len", None)  # MPT
     if limit is None:
         return None
-    for module in below_value_head(model).modules():  # RoBERTa counts positions from behind its padding index
+    for module in below_value_head(model).modules():  # RoBERTa counts positions from its padding index on
         if isinstance(table := getattr(module, "position_embeddings", None), nn.Embedding):
             return limit if table.padding_idx is None else limit - table.padding_idx - 1
     return limit
@@ -193,7 +204,7 @@ def context_length(model: nn.Module) -> int | None:
 def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
     """Recompute activations in the backward pass; ValueError for an architecture that cannot.
 
-    Reentrant checkpoints need an input with a gradient: behind frozen embeddings it gets one.
+    Reentrant checkpoints need an input with a gradient: the output of frozen embeddings is set to have one.
     """
     inner = below_value_head(model)
     if not getattr(inner, "supports_gradient_checkpointing", False):
@@ -207,7 +218,7 @@ def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | Non
 
 
 def disable_dropout_in_model(model: nn.Module) -> None:
-    """No dropout any more: of modules, of attention and layers that hold the rate as a number, of whole layers."""
+    """Set every dropout rate to 0: of modules, of whole layers, and of attention that holds the rate as a number."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
@@ -234,3 +245,20 @@ def activate_neftune(model: nn.Module, alpha: float) -> RemovableHandle:
     handle = embeddings.register_forward_hook(neftune_post_forward_hook)
     model.neftune_hook_handle = handle
     return handle
+
+
+@torch.no_grad()
+def equalise(model: nn.Module) -> None:
+    """Give every process the weights of the first one, before a reference is copied from them: DDP would do it later.
+
+    Collective. Processes differ where a model was initialised without a seed. Sharded and unmaterialised weights stay.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or is_deepspeed_zero3_enabled():
+        return
+    device = PartialState().device
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_meta or type(tensor.data) is not Tensor:
+            continue
+        first = tensor.data.to(device)
+        torch.distributed.broadcast(first, 0)
+        tensor.data.copy_(first)

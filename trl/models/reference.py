@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl.models.forward import eval_mode
 from trl.models.modeling_base import create_reference_model
-from trl.models.peft_support import is_peft_model
-from trl.models.unwrap import below_accelerate
-from trl.models.wrapped import equalise
+from trl.models.prepare import equalise, is_peft_model
+from trl.models.unwrap import below_accelerate, below_value_head
 
 
 class Reference:
@@ -30,17 +30,13 @@ class Reference:
             raise ValueError("a reference model and precomputed reference log-probabilities: pass one of them")
         self.policy = policy
         self.precomputed = precomputed
-        self.adapter_off = given is None and not precomputed and is_peft_model(self._inner_policy())
+        self.adapter_off = given is None and not precomputed and is_peft_model(below_value_head(policy))
         self.frozen: nn.Module | None = None
         if given is not None:
             self.frozen = given.eval().requires_grad_(False)
         elif not precomputed and not self.adapter_off:
             equalise(below_accelerate(policy))
             self.frozen = create_reference_model(below_accelerate(policy))
-
-    def _inner_policy(self) -> Any:
-        policy = below_accelerate(self.policy)
-        return getattr(policy, "pretrained_model", policy)
 
     @contextmanager
     def model(self) -> Iterator[nn.Module | None]:
@@ -49,16 +45,16 @@ class Reference:
             yield None
             return
         model = self.policy if self.frozen is None else self.frozen
-        adapter_off = self._inner_policy().disable_adapter() if self.adapter_off else nullcontext()
-        with _as_it_was(model), adapter_off, torch.no_grad():
-            yield model.eval()
+        adapter_off = below_value_head(self.policy).disable_adapter() if self.adapter_off else nullcontext()
+        with eval_mode(model), _gradients_as_before(model), adapter_off, torch.no_grad():
+            yield model
 
     def state(self) -> dict[str, Any]:
-        """The weights of a reference that is a model of its own: what a checkpoint needs once it has moved."""
+        """The weights of a separate reference model, which a checkpoint needs because they may have moved."""
         return {} if self.frozen is None else below_accelerate(self.frozen).state_dict()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Load what `state` returned."""
         if self.frozen is not None:
             below_accelerate(self.frozen).load_state_dict(state)
 
@@ -85,15 +81,12 @@ class Reference:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back the train mode of every module, and what asks for gradients: PEFT switches both."""
-    training = [module for module in model.modules() if module.training]
+def _gradients_as_before(model: nn.Module) -> Iterator[None]:
+    """Puts back which parameters ask for gradients: PEFT changes it when it switches an adapter off and on."""
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
         for parameter, asked in gradients:
             if parameter.requires_grad != asked:
                 parameter.requires_grad_(asked)

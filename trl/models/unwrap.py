@@ -7,20 +7,28 @@
 | adapter (`PeftModel`) | PEFT | `below_peft` |
 | transformers model | `from_pretrained` | |
 
-Each function strips its own layer and all those outside of it; a layer that is not there is no fault.
+Each function strips its own layer and all those outside it; a model without that layer is returned as it is.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def below_accelerate(model: nn.Module) -> Any:
     """The model with a value head, a PEFT model, or a transformers model."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def below_processes(model: nn.Module) -> Any:
+    """The model below DDP, FSDP or DeepSpeed; one that `torch.compile` made stays compiled."""
+    return extract_model_from_parallel(model)
 
 
 def below_value_head(model: nn.Module) -> Any:
@@ -38,3 +46,30 @@ def below_peft(model: nn.Module) -> Any:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether prompts go to an encoder and answers to a decoder."""
     return bool(getattr(getattr(below_value_head(model), "config", None), "is_encoder_decoder", False))
+
+
+def adapter_state(model: nn.Module) -> tuple[bool, tuple[str, ...]]:
+    """Whether the model's adapter is switched off, and which adapters are active; (False, ()) without PEFT."""
+    network = below_value_head(model)
+    if not hasattr(network, "peft_config"):
+        return False, ()
+    active = getattr(network, "active_adapters", ())  # a method in transformers' own PEFT support
+    names = active if isinstance(active, list | tuple) else ()
+    return bool(getattr(network, "_adapters_disabled", False)), tuple(names)
+
+
+def learns_prompt(model: nn.Module) -> bool:
+    """Whether a PEFT adapter of the model puts virtual tokens before the prompt."""
+    network = below_value_head(model)
+    configs = getattr(network, "peft_config", {}) if hasattr(network, "get_base_model") else {}
+    return any(getattr(config, "is_prompt_learning", False) for config in configs.values())
+
+
+def accepts(model: nn.Module, keyword: str) -> bool:
+    """Whether the forward of the transformers model names this keyword."""
+    return keyword in inspect.signature(type(below_peft(model)).forward).parameters
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3): all must then run the same passes."""
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in model.modules())

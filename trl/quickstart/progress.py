@@ -1,4 +1,4 @@
-"""Live progress of a job of several stages; a line a stage where there is no terminal."""
+"""Live progress of a job with several stages; without a terminal, one line for each stage."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.progress import Progress as RichProgress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 QUIET_SECONDS = 15.0
-"""between two lines where there is no terminal to draw bars on"""
+"""least time between two lines if there is no terminal for bars"""
 
 
 class Stage:
-    """One bar: `advance` moves it and shows the newest figures beside it."""
+    """One bar: `advance` moves it and shows the newest figures next to it."""
 
     def __init__(self, bars: RichProgress, title: str, total: int):
         self._bars = bars
@@ -38,12 +38,12 @@ class Stage:
             self._bars.console.print(f"{self._title} {self._done}/{self._total}  {shown}", highlight=False)
 
     def shorten(self) -> None:
-        """The stage ended early: what is done is all."""
+        """Mark the stage as complete: it ended early."""
         self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
 
 
 class Progress:
-    """Bars of stages under each other, with lines above that stay."""
+    """One bar below the other for the stages, and lines of text above them."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
@@ -72,7 +72,7 @@ class Progress:
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Stage]:
-        """A bar for what the block does; its time is kept in `seconds`."""
+        """A bar for the work of the block; `seconds` keeps its time."""
         start = time.perf_counter()
         if not self.console.is_terminal:
             self.say(f"{title} ...")
@@ -81,12 +81,12 @@ class Progress:
 
 
 class StageCallback(TrainerCallback):
-    """Moves a stage's bar with a `Trainer` and keeps its losses."""
+    """Moves a stage's bar at each log of a `Trainer`, and keeps the losses."""
 
     def __init__(self, stage: Stage, shown: Mapping[str, str]):
         self.stage = stage
         self.shown = shown
-        """log name -> name beside the bar"""
+        """name in the log -> name next to the bar"""
         self.losses: list[float] = []
 
     def on_step_end(

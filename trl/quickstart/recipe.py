@@ -1,4 +1,4 @@
-"""The numbers of the quickstart, for a real model and for a tiny one."""
+"""Sizes and rates of the quickstart: one set for a real model, one for a tiny model."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ class Recipe:
 
     imitation_steps: int
     imitation_lines: int
-    """lines of a step"""
+    """lines in a step"""
     imitation_rate: float
     line_tokens: int
     """longer lines are cut"""
 
     reward_pairs: int
-    """of rated lines, for one pass"""
+    """number of training pairs of rated lines; each is seen once"""
     reward_batch: int
-    """pairs of a step"""
+    """pairs in a step"""
     reward_rate: float
     rating_gap: float
-    """least difference of a training pair's mean ratings (-4 to 4)"""
+    """smallest difference of the two mean ratings (-4 to 4) in a training pair"""
     trained_layers: int
-    """of the reward model, from the top; the rest is frozen"""
+    """number of top layers of the reward model that are trained; the rest is frozen"""
     accuracy_pairs: int
-    """held-out pairs, ratings at least half a point apart"""
+    """number of held-out pairs, whose ratings differ by at least half a point"""
 
     ppo_steps: int
     ppo_lines: int
-    """continuations of a step"""
+    """continuations in a step"""
     ppo_minibatch: int
     ppo_epochs: int
     ppo_rate: float
@@ -38,18 +38,18 @@ class Recipe:
     prompt_words: int
     new_tokens: int
     least_tokens: int
-    """a continuation may not end before, so that falling silent is no way to please"""
+    """shortest continuation: an empty one must not be a way to a good reward"""
     temperature: float
-    """of sampling, and so of the policy that is trained"""
+    """temperature of sampling and of the trained policy"""
     measured_prompts: int
-    """held-out prompts, each continued before and after"""
+    """number of held-out prompts, each continued before and after PPO"""
 
     highest_kl: float
-    """nats a continuation from the imitating model: beyond, the reward is no longer to be trusted"""
+    """largest KL from the imitating model, in nats a continuation; above it the reward is not reliable and PPO stops"""
     lost_variety: float
-    """fall of the distinct-word ratio that counts as the beginning of babble"""
+    """fall of the distinct-word ratio at which PPO stops, because the text begins to repeat itself"""
     lora_share: float
-    """of the layers, from the top, that get adapters; 0: all weights are trained"""
+    """share of the layers, counted from the top, that get adapters; 0: all weights are trained"""
 
 
 SMALL = Recipe(

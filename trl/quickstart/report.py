@@ -1,4 +1,4 @@
-"""The quickstart's report: one HTML file with everything in it, and the same as JSON."""
+"""The quickstart's report: one self-contained HTML file, and its content as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl.quickstart.recipe import Recipe
 from trl.quickstart.results import Imitation, Preference, Reinforcement
 
 SHOWN = 12
-"""samples in the report: the first ones, not chosen"""
+"""number of samples in the report: the first ones, not the best"""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Run:
     versions: dict[str, str]
     date: str
     sources: list[tuple[str, str]] = field(default_factory=list)
-    """(package and version, licence) of what was used"""
+    """(package and version, licence) of each asset"""
 
     @property
     def judge_gain(self) -> Interval:
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the judge, which training never saw, rates the lines higher than chance explains."""
+        """Whether the judge, which was no part of training, rates the lines significantly higher."""
         return self.judge_gain.above_zero
 
     def figures(self) -> list[Figure]:
@@ -67,7 +67,7 @@ class Run:
         ]
 
     def to_json(self) -> str:
-        """Everything, with the figures worked out."""
+        """The run and its figures as JSON."""
         record = asdict(self) | {
             "figures": {each.name: asdict(each) for each in self.figures()},
             "succeeded": self.succeeded,
@@ -87,13 +87,13 @@ class Figure:
 
 
 def write_report(run: Run, folder: Path) -> Path:
-    """`report.html` and `report.json` in the folder; the path of the first."""
+    """Write `report.html` and `report.json` into the folder; returns the path of the first."""
     write_whole(folder / "report.json", run.to_json())
     return write_whole(folder / "report.html", render(run))
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Write beside, then rename: a reader, or a full disk, never meets half a file."""
+    """Write a temporary file, then rename it: the file is never half written."""
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -107,11 +107,11 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def render(run: Run) -> str:
-    """The report as HTML; nothing in it is loaded from elsewhere."""
+    """The report as HTML that loads nothing from elsewhere."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(loader=PackageLoader("trl.cli"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=PackageLoader("trl.quickstart"), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"signed": _signed, "plain": plots.plain, "span": _span}
     return environment.get_template("quickstart.html.jinja").render(
         run=run,
@@ -158,7 +158,7 @@ def _plots(run: Run) -> dict[str, str]:
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
-    """Prompt, both continuations and their worth, of the first held-out prompts."""
+    """Prompt, both continuations and their scores, for the first held-out prompts."""
     outcome = run.reinforcement
     rows = []
     for index, prompt in enumerate(outcome.prompts[:SHOWN]):
@@ -176,7 +176,7 @@ def _mood(judge: float) -> str:
 
 
 def _signed(value: float, digits: int = 2) -> str:
-    """With its sign; what rounds to zero has none."""
+    """The rounded number with its sign; zero has none."""
     return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 

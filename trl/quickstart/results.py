@@ -1,4 +1,4 @@
-"""What the stages of the quickstart measured."""
+"""Results of the quickstart's stages."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from trl.quickstart.intervals import Interval
 
 @dataclass
 class Imitation:
-    """What the first stage did."""
+    """Result of the first stage, imitation."""
 
     losses: list[float]
     heldout_before: float
-    """nats a token on lines of other films"""
+    """loss on lines of other films, in nats a token"""
     heldout_after: float
 
 
 @dataclass
 class Preference:
-    """What the second stage did."""
+    """Result of the second stage, the reward model."""
 
     losses: list[float]
     pairs: int
     accuracy: Interval
-    """of the reward model on held-out pairs"""
+    """accuracy of the reward model on held-out pairs"""
     judge_accuracy: Interval
-    """of the judge on the same pairs"""
+    """accuracy of the judge on the same pairs"""
 
 
 @dataclass
 class Reading:
-    """What one model wrote for the held-out prompts, and what it is worth."""
+    """The continuations of the held-out prompts by one model, and their scores."""
 
     texts: list[str]
     reward: list[float]
@@ -43,11 +43,11 @@ class Reading:
 
 @dataclass
 class Reinforcement:
-    """What the third stage did."""
+    """Result of the third stage, PPO."""
 
     prompts: list[str]
     before: Reading
     after: Reading
     history: dict[str, list[float]] = field(default_factory=dict)
-    """a list for each curve, a number a step"""
+    """curve -> its value at each step"""
     ending: str = ""

@@ -1,7 +1,7 @@
-"""Lines of film critics with the ratings that people gave them, in three parts that share no film.
+"""Lines of film critics with people's ratings, split into three parts that share no film.
 
 The rated snippets of Hutto & Gilbert (2014) are nearly all quotes of the Rotten Tomatoes corpus. So they are joined to
-it by their letters and digits, and whole films are dealt to the parts: what one part has learned from, no other uses.
+it by their letters and digits. Each film belongs to one part, so no part is measured on a film that another has seen.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 
 PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "\u2013": "-", "\u2014": "-", "\u00a0": " "})
 PARTS = (("imitate", 0.40), ("rated", 0.85), ("heldout", 1.0))
-"""each part and the upper end of its films in [0, 1)"""
+"""each part and its upper bound: a film's hash in [0, 1) decides its part"""
 WORDS = range(6, 41)
-"""lengths of lines that are used"""
+"""numbers of words that a line may have"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Review:
 
 @dataclass(frozen=True)
 class Reviews:
-    """Lines to imitate, rated lines to learn the reward from, and held-out ones to measure on."""
+    """Lines to imitate, rated lines for the reward model, and held-out lines for the measurements."""
 
     imitate: list[Review]
     rated: list[Review]
@@ -43,7 +43,7 @@ class Reviews:
 
 
 def read_reviews(quotes: Path, ratings: Path) -> Reviews:
-    """Both assets' folders, joined, without doubles, and dealt to the parts by film (the same for every seed)."""
+    """Join the two assets, drop duplicates, and split the lines by film, in the same way for every seed."""
     rated = read_ratings(ratings / "movieReviewSnippets_GroundTruth.txt")
     parts: dict[str, list[Review]] = {name: [] for name, _ in PARTS}
     seen = set()
@@ -58,18 +58,18 @@ def read_reviews(quotes: Path, ratings: Path) -> Reviews:
 
 
 def read_ratings(path: Path) -> dict[str, float]:
-    """Mean rating of each snippet, by its letters and digits."""
+    """Mean rating of each snippet; the keys are its letters and digits."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return {_key(text): float(rating) for _, rating, text in (line.split("\t") for line in lines)}
 
 
 def clean(text: str) -> str:
-    """Straight quotes, plain dashes, single spaces."""
+    """The text with straight quotes, plain dashes and single spaces."""
     return " ".join(text.translate(PLAIN).split())
 
 
 def part_of(film: str) -> str:
-    """The part that a film belongs to, by its name alone."""
+    """The part that a film belongs to; only its name decides."""
     share = int.from_bytes(hashlib.sha256(film.encode()).digest()[:4]) / 2**32
     return next(name for name, end in PARTS if share < end)
 
@@ -77,7 +77,7 @@ def part_of(film: str) -> str:
 def rating_pairs(reviews: Sequence[Review], gap: float, seed: int, limit: int | None = None) -> list[dict[str, str]]:
     """`chosen` and `rejected` lines whose ratings lie at least `gap` apart, as preference rows.
 
-    Each line stands in one pair at most, so that held-out pairs are independent of each other.
+    Each line is in at most one pair, so that held-out pairs are independent.
     """
     rated = [review for review in reviews if review.rating is not None]
     random.Random(seed).shuffle(rated)
@@ -90,7 +90,7 @@ def rating_pairs(reviews: Sequence[Review], gap: float, seed: int, limit: int | 
 
 
 def openings(reviews: Sequence[Review], words: int, seed: int, limit: int | None = None) -> list[str]:
-    """First words of lines at least twice as long, no opening twice: prompts to continue."""
+    """Prompts to continue: the first words of lines that are at least twice as long, without duplicates."""
     starts = {" ".join(r.text.split()[:words]): None for r in reviews if len(r.text.split()) >= 2 * words}
     prompts = list(starts)
     random.Random(seed).shuffle(prompts)

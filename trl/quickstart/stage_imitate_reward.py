@@ -1,4 +1,4 @@
-"""The first two stages of the quickstart, written as a user of the library would: imitate, then learn the reward."""
+"""The first two stages of the quickstart, imitation and reward model, written as a user would write them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from trl.rewards.reward_model import RewardModel
 from trl.rewards.sentiment import sentiment
 
 CLEAR_RATINGS = 0.5
-"""least difference of the ratings in a held-out pair: below, people do not agree on the order either"""
+"""least difference of the ratings in a held-out pair: with less, people do not agree on the order"""
 HELDOUT_LINES = 64
-"""that the imitation is measured on"""
+"""number of lines that the imitation is measured on"""
 
 
 def imitate(
@@ -105,14 +105,14 @@ def learn_reward(
 
 
 def pair_accuracy(score: Any, pairs: Sequence[dict[str, str]]) -> Interval:
-    """Share of pairs whose chosen text scores higher; half of the ties."""
+    """Share of pairs whose chosen text scores higher; a tie counts half."""
     chosen, rejected = (score([pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
     wins = sum((c > r) + 0.5 * (c == r) for c, r in zip(chosen, rejected, strict=True))
     return share_interval(round(wins), len(pairs))
 
 
 def freeze_lower(model: PreTrainedModel, layers: int) -> None:
-    """Only the topmost layers, what lies above them and the score head stay trainable."""
+    """Freeze all but the top layers, the modules above them and the score head."""
     backbone = model.base_model
     stack = next(module for module in backbone.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1)
     embeddings = model.get_input_embeddings()
@@ -121,7 +121,7 @@ def freeze_lower(model: PreTrainedModel, layers: int) -> None:
 
 
 def _common(seed: int) -> dict[str, Any]:
-    """Settings of both `Trainer` stages: a short warm-up, a log each step, no files, no trackers."""
+    """Settings that both stages share: a short warm-up, a log at each step, no files, no trackers."""
     return {
         "lr_scheduler_type": "linear", "warmup_steps": 5, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True, "seed": seed, "data_seed": seed, "max_grad_norm": 1.0,

@@ -1,4 +1,4 @@
-"""The third stage of the quickstart: PPO against the reward model, and what it made of the model's writing."""
+"""The third stage of the quickstart: PPO against the reward model, measured before and after."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reinforce(
     seed: int,
     progress: Progress,
 ) -> tuple[PPOTrainer, Reinforcement]:
-    """PPO with the imitating model as reference, measured before and after on prompts of held-out films."""
+    """Train by PPO with the imitating model as reference; measure before and after on prompts of held-out films."""
     prompts = openings(reviews.heldout, recipe.prompt_words, seed, recipe.measured_prompts)
     with progress.stage("Before", 1) as stage:
         trainer = make_trainer(model, tokenizer, openings(reviews.imitate, recipe.prompt_words, seed), recipe, seed)
@@ -60,7 +60,7 @@ def reinforce(
 def make_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: Sequence[str], recipe: Recipe, seed: int
 ) -> PPOTrainer:
-    """A PPO trainer of new adapters (or all weights) and a value head that starts at 0."""
+    """A PPO trainer for new adapters (or all weights), with a value head that starts at 0."""
     config = PPOConfig(
         seed=seed,
         learning_rate=recipe.ppo_rate,
@@ -87,7 +87,7 @@ def make_trainer(
 
 
 def ppo_step(trainer: PPOTrainer, writer: Writer, reward: RewardModel, queries: Sequence[str]) -> dict[str, float]:
-    """Write, score, learn; what the curves show of it."""
+    """One PPO step: write, score, learn. Returns the figures for the curves."""
     lines = writer.write(queries)
     scores = finite(reward.score([line.text for line in lines]))
     stats = trainer.step(
@@ -102,7 +102,7 @@ def ppo_step(trainer: PPOTrainer, writer: Writer, reward: RewardModel, queries: 
 
 
 def hacked(figures: dict[str, float], usual_variety: float, recipe: Recipe) -> str:
-    """Why the reward is no longer to be trusted at these figures of a step; empty while it is."""
+    """Why these figures of a step show that the reward is no longer reliable; empty if they do not."""
     if figures["KL"] > recipe.highest_kl:
         return f"KL {figures['KL']:.1f} is above {recipe.highest_kl:.1f} nats a continuation"
     if figures["variety"] < usual_variety - recipe.lost_variety:
@@ -111,7 +111,7 @@ def hacked(figures: dict[str, float], usual_variety: float, recipe: Recipe) -> s
 
 
 def finite(scores: Sequence[float]) -> list[float]:
-    """The scores, if all are numbers; a policy must not learn from anything else."""
+    """The scores; ValueError unless all are finite, since a policy must not learn from others."""
     for index, score in enumerate(scores):
         if not math.isfinite(score):
             raise ValueError(f"the reward of text {index} is {score}: train the reward model with a lower rate")
@@ -128,7 +128,7 @@ class Line:
 
 
 class Writer:
-    """Continues prompts with the policy as it is."""
+    """Continues prompts with the current policy."""
 
     def __init__(self, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe):
         self.trainer = trainer
@@ -136,7 +136,7 @@ class Writer:
         self.recipe = recipe
 
     def write(self, prompts: Sequence[str], seed: int | None = None) -> list[Line]:
-        """A line for each prompt; with a seed, the same ones as long as the policy is the same."""
+        """A line for each prompt; the same policy and seed give the same lines."""
         queries = [torch.tensor(ids) for ids in self.tokenizer(list(prompts))["input_ids"]]
         if seed is not None:
             torch.manual_seed(seed)
@@ -150,7 +150,7 @@ class Writer:
 
 
 def read(trainer: PPOTrainer, lines: Sequence[Line], reward: RewardModel) -> Reading:
-    """What lines are worth, and how far they lie from the reference."""
+    """The scores of lines, and their KL from the reference."""
     texts = [line.text for line in lines]
     return Reading(
         texts=texts,

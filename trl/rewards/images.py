@@ -1,7 +1,7 @@
 """Rewards of images, as `DDPOTrainer` calls them: `(images, prompts, metadata) -> (rewards [B], {})`.
 
-Images are [B, C, H, W] or [B, H, W, C] in 0..1 with one or three channels, or a list of PIL images. The functions have
-keywords besides: `functools.partial(jpeg_compressibility, quality=80)`.
+Images are [B, C, H, W] or [B, H, W, C] in 0..1 with one or three channels, or a list of PIL images. Settings are bound
+with `functools.partial(jpeg_compressibility, quality=80)`.
 """
 
 import io
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 Scored = tuple[Tensor, dict[str, Any]]
 LUMA = (0.299, 0.587, 0.114)
-"""Rec. 601, as Pillow converts to grey"""
+"""weights of red, green and blue by Rec. 601; Pillow converts to grey with the same"""
 
 
 def as_images(images: Any) -> Tensor:
-    """Any of the accepted forms as float32 [B, C, H, W] in 0..1."""
+    """Images in any accepted form as float32 [B, C, H, W] in 0..1."""
     if isinstance(images, Sequence):
         images = torch.stack(
             [image if isinstance(image, Tensor) else torch.tensor(np.array(image)) for image in images]
@@ -83,7 +83,7 @@ def jpeg_incompressibility(
 ) -> Scored:
     """Size of the image as JPEG, in thousands of bytes (section 5.1 of arXiv:2305.13301).
 
-    `side` enlarges images to that many pixels first: the JPEG of a very small image is all header.
+    `side` first enlarges images to that many pixels: the JPEG of a very small image is mostly header.
     """
     tensor = as_images(images)
     if side is not None:
@@ -114,7 +114,7 @@ def _jpeg_bytes(image: Tensor, quality: int) -> int:
 
 
 class ClassifierProbability:
-    """The probability that a classifier gives the class that was asked for.
+    """The probability that a classifier gives to the wanted class.
 
     Args:
         classifier: something with `predict_proba` (scikit-learn; it sees flattened images), or a callable from images
@@ -150,7 +150,7 @@ class ClassifierProbability:
 
 
 class AestheticScorer:
-    """A score of an embedding of the image: the hook for LAION's aesthetic predictor, or another.
+    """Scores the embedding of an image, for example by LAION's aesthetic predictor.
 
     The predictor of section 5.1 of arXiv:2305.13301 is
     `AestheticScorer(clip_embedding(CLIPVisionModelWithProjection.from_pretrained("openai/clip-vit-large-patch14")),

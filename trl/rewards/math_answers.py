@@ -16,15 +16,15 @@ def _verifier() -> tuple[Any, Any, Any]:
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     except ImportError as error:
         raise ImportError('math rewards need math-verify: `pip install "trl[rewards]"`') from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we switched its signals off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its signals are off
     return parse, verify, (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
 
 def same_answer(text: str, solution: str) -> bool | None:
     r"""Whether the answer in `text` (the last `\boxed{}`, or else formula or number) equals the solution's.
 
-    None: the solution cannot be parsed, which is not the writer's fault. No time limit of its own, which would need
-    the main thread's signals: give the trainer a `reward_timeout`.
+    None: the solution cannot be parsed, which is not the writer's fault. It has no time limit, which would need signals
+    of the main thread: give the trainer a `reward_timeout`.
     """
     parse, verify, extraction = _verifier()
     limits = {"extraction_config": extraction, "parsing_timeout": None}
@@ -49,5 +49,5 @@ def reasoning_accuracy_reward(
 
 
 def exact_match_reward(completions: Sequence[Completion], solution: Sequence[str], **columns: Any) -> list[float]:
-    """1 where the completion is the row's `solution`, white space around both aside; else 0."""
+    """1 where the completion equals the row's `solution` apart from white space around both; else 0."""
     return [float(text_of(c).strip() == str(s).strip()) for c, s in zip(completions, solution, strict=True)]

@@ -1,4 +1,4 @@
-"""Reward functions that a config or the command line can name, and what else a name may mean."""
+"""Makes reward functions of what a user gives: names, reward models, their folders, judges of pairs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from trl.models.prepare import context_length, load_model, load_tokenizer
 from trl.rewards.math_answers import accuracy_reward, exact_match_reward, reasoning_accuracy_reward
-from trl.rewards.panel import RewardFunction, RewardPanel
+from trl.rewards.panel import RewardError, RewardFunction, RewardPanel
 from trl.rewards.reward_model import RewardModel
 from trl.rewards.sentiment import sentiment_reward
 from trl.rewards.texts import repetition_penalty, think_answer_format_reward, think_format_reward
 
 RewardSource: TypeAlias = Callable[..., Any] | PreTrainedModel | str
+Judge = Callable[[list[Any], list[list[Any]]], Sequence[int]]
+"""`f(prompts, pairs) -> 0 (the first is better), 1 (the second) or -1 (no opinion), one for each pair`"""
 
 REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy_reward,
@@ -58,7 +60,7 @@ def _imported(name: str, module: str, function: str) -> RewardFunction:
 
 
 def of_model(model: PreTrainedModel, tokenizer: Any, device: torch.device | str) -> RewardModel:
-    """A reward model as a reward function; without a tokenizer, that of the folder it came from."""
+    """A reward model as a reward function; tokenizer None: the one in the model's folder."""
     tokenizer = load_tokenizer(tokenizer if tokenizer is not None else model.config._name_or_path)
     return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, max_length=context_length(model))
 
@@ -69,7 +71,7 @@ def reward_panel(
     timeout: float | Sequence[float | None] | None = None,
     device: torch.device | str = "cpu",
 ) -> RewardPanel:
-    """Functions, names, reward models and their folders as one panel; `tokenizers`: of the models, one each or one."""
+    """One panel of functions, names, reward models and folders. `tokenizers`: of the models, one each or for all."""
     listed = list(functions) if isinstance(functions, list | tuple) else [functions]
     given = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
     if len(given) != len(listed):
@@ -83,3 +85,28 @@ def reward_panel(
         return source
 
     return RewardPanel([function_of(s, t) for s, t in zip(listed, given, strict=True)], timeout)
+
+
+def pairwise(judge: Judge | Any) -> Callable[..., list[float | None]]:
+    """A reward function on groups of two: 1 for the better completion, 0 for the other, None for both if undecided.
+
+    judge: a function of the type `Judge`, or an object whose method `judge` is one.
+    """
+    decide = getattr(judge, "judge", judge)
+    if not callable(decide):
+        raise ValueError(
+            f"judge={judge!r}: give a function (prompts, pairs) -> choices, or an object with one, `judge`"
+        )
+
+    def judged(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        pairs = [list(completions[i : i + 2]) for i in range(0, len(completions), 2)]
+        choices = list(decide(list(prompts[::2]), pairs))
+        if len(choices) != len(pairs) or not set(choices) <= {-1, 0, 1}:
+            raise RewardError(f"the judge gave {choices} for {len(pairs)} pairs: give 0, 1 or -1 (no opinion) for each")
+        return [score for choice in choices for score in (_CHOICES[choice])]
+
+    judged.__name__ = getattr(judge, "__name__", type(judge).__name__)
+    return judged
+
+
+_CHOICES: dict[int, tuple[float | None, float | None]] = {0: (1.0, 0.0), 1: (0.0, 1.0), -1: (None, None)}

@@ -1,4 +1,4 @@
-"""Several reward functions asked at once, each with its own time-out."""
+"""Runs several reward functions at the same time, each with a time-out."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the panel said: `scores[f][b]`, NaN where function f had no opinion of completion b."""
+    """The panel's scores: `scores[f][b]`, NaN where function f gave completion b none."""
 
     scores: list[list[float]]
     timed_out: list[bool]
 
 
 def name_of(function: RewardFunction) -> str:
-    """What a reward function is called in logs and errors."""
+    """The name of a reward function in logs and errors."""
     if isinstance(function, RewardModel):
         path = getattr(function.model.config, "_name_or_path", "")
         return path.rstrip("/").split("/")[-1] or "reward_model"
@@ -43,10 +43,10 @@ def name_of(function: RewardFunction) -> str:
 class RewardPanel:
     """Reward functions that judge the same completions.
 
-    A function that raises, gives the wrong number of values or a value that is neither None nor a finite number is a
-    `RewardError` that names it. One that is not done after its time-out has no opinion of this batch, as if it had
-    returned None for every completion: an async one is cancelled, another one is left to itself on its thread.
-    Functions without a time-out run one after the other on the caller's thread, async ones meanwhile on theirs.
+    A `RewardError` names a function that fails, gives the wrong number of values, or a value that is neither None nor a
+    finite number. One that times out counts as if it had returned None for every completion; an async function is then
+    cancelled, any other keeps running on its thread. Functions without a time-out run one after the other on the
+    caller's thread; async ones run on threads at the same time.
 
     timeout: seconds, for all or one each; None waits.
     """
@@ -65,7 +65,7 @@ class RewardPanel:
 
     def __call__(self, count: int, columns: Mapping[str, Any]) -> Verdict:
         calls = [_Call(*each, columns) for each in zip(self.functions, self.timeouts, strict=True)]
-        for call in sorted(calls, key=lambda call: not call.threaded):  # what can go on meanwhile goes first
+        for call in sorted(calls, key=lambda call: not call.threaded):  # threads first: they run meanwhile
             call.start()
         done = [call.join() for call in calls]
         scores = [
@@ -76,7 +76,7 @@ class RewardPanel:
 
 
 class _Call:
-    """One function at work."""
+    """One call of a reward function."""
 
     def __init__(self, function: RewardFunction, timeout: float | None, columns: Mapping[str, Any]):
         self._function, self._timeout, self._columns = function, timeout, columns
@@ -88,7 +88,7 @@ class _Call:
 
     @property
     def threaded(self) -> bool:
-        """A reward model stays on the caller's thread, which owns the device."""
+        """Whether it runs in a thread. A reward model does not: the caller's thread owns the device."""
         if isinstance(self._function, RewardModel):
             return False
         return self._timeout is not None or inspect.iscoroutinefunction(self._function)
@@ -104,7 +104,7 @@ class _Call:
         try:
             value = self._function(**self._columns)
             self._value = asyncio.run(self._within_time(value)) if inspect.isawaitable(value) else value
-        except Exception as error:  # reported by the thread that asked
+        except Exception as error:  # raised in the caller's thread
             self._error = error
 
     async def _within_time(self, value: Any) -> Any:
@@ -118,7 +118,7 @@ class _Call:
         return task.result()
 
     def join(self) -> bool:
-        """Whether it was done in time."""
+        """Wait for the call; whether it ended in time."""
         if self._thread.ident is not None:
             left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
             self._thread.join(left)
@@ -131,7 +131,7 @@ class _Call:
 
 
 def checked(name: str, value: Any, count: int) -> list[float]:
-    """The values of one function as floats, None as NaN; `RewardError` for anything that is not one each."""
+    """The values of one function as floats, None as NaN; `RewardError` unless there is one for each completion."""
     try:
         values = list(value.tolist() if hasattr(value, "tolist") else value)
     except TypeError:

@@ -21,8 +21,8 @@ Text = str | list[dict[str, Any]]
 class RewardModel:
     """Scores whole texts or conversations with a sequence classifier of one label, `(score - mean) / std`.
 
-    They are tokenised and run as `RewardTrainer` does it. `calibrate` sets mean and std from reference texts, so that
-    0 is an ordinary one of them and 1 a standard deviation better. max_length: longer texts lose their end.
+    It tokenises and runs them as `RewardTrainer` does. `calibrate` sets mean and std from reference texts: then 0 is
+    their mean and 1 is one standard deviation better. max_length: longer texts lose their end.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, max_length: int | None = None, batch_size: int = 32):
@@ -38,7 +38,7 @@ class RewardModel:
 
     @torch.no_grad()
     def raw(self, texts: Sequence[Text]) -> list[float]:
-        """The model's own scores; texts of like length share a batch, so little is spent on padding."""
+        """The model's scores, not calibrated. Texts of similar length share a batch, so there is little padding."""
         was_training = self.model.training
         self.model.eval()
         device = next(self.model.parameters()).device
@@ -64,7 +64,7 @@ class RewardModel:
         return rendered.prompt + rendered.answers[0]
 
     def _row(self, ids: list[int], text: Text) -> list[int]:
-        if not isinstance(text, str):  # the template writes the ends of turns itself
+        if not isinstance(text, str):  # the template writes the end of each turn
             return self.encoder.open_row(ids)[0][: self.max_length]
         head, tail = self.encoder.head, self.encoder.tail
         room = None if self.max_length is None else max(0, self.max_length - len(head) - len(tail))
@@ -85,7 +85,7 @@ class RewardModel:
         return self
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-        """A score of each prompt with its completion."""
+        """The score of each prompt with its completion."""
         return self.score([_joined(*pair) for pair in zip(prompts, completions, strict=True)])
 
 

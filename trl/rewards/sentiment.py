@@ -1,4 +1,4 @@
-"""Sentiment of text by VADER, a lexicon with rules made from human ratings (Hutto & Gilbert 2014, ICWSM)."""
+"""Sentiment of text by VADER, a lexicon of human ratings with rules (Hutto & Gilbert 2014, ICWSM)."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def _analyzer() -> Any:
 
 
 def sentiment(text: str) -> float:
-    """VADER's compound score, -1 (scathing) to 1 (glowing)."""
+    """VADER's compound score, -1 (most negative) to 1 (most positive)."""
     return float(_analyzer().polarity_scores(text)["compound"])
 
 
 def variety(text: str) -> float:
-    """Distinct words over words, 0 to 1; 1 for a text without words, which repeats nothing."""
+    """The number of distinct words over that of words, 0 to 1; 1 for a text without words."""
     words = text.lower().split()
     return len(set(words)) / len(words) if words else 1.0
 
 
 def varied_sentiment(text: str) -> float:
-    """Sentiment times variety: praise counts less where it repeats itself, and repetition never softens a slating."""
+    """Sentiment times variety where it is positive: repeated praise counts less, repeated criticism counts in full."""
     compound = sentiment(text)
     return compound * variety(text) if compound > 0 else compound
 
 
 def sentiment_reward(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """`varied_sentiment` of each prompt with its completion, in conversations of the reply; a reward function."""
+    """A reward function: `varied_sentiment` of each prompt and completion; in a conversation, of the reply alone."""
     return [
         varied_sentiment(prompt + text_of(completion) if isinstance(prompt, str) else text_of(completion))
         for prompt, completion in zip(prompts, completions, strict=True)

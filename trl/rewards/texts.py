@@ -13,7 +13,7 @@ ANSWERING = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!<
 
 
 def text_of(completion: Completion) -> str:
-    """The text of a completion: itself, or the content of its last message."""
+    """A completion's text: the completion if it is a text, or the content of its last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"] or "")
 
 
@@ -42,7 +42,7 @@ def pattern_reward(pattern: str, *, whole: bool = False) -> Reward:
 
 
 def length_penalty(most: int, *, slope: float = 1.0) -> Reward:
-    """A reward function: 0 up to `most` tokens, beyond it `-slope` for each further `most` tokens, continuously."""
+    """A reward function: 0 up to `most` tokens, then it falls linearly, by `slope` for each further `most` tokens."""
     if most < 1:
         raise ValueError(f"most={most}: give a number of tokens >= 1")
 
@@ -65,13 +65,13 @@ def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int
 
 
 def repeated_share(items: Sequence[Any], size: int) -> float:
-    """Share of the runs of `size` items that have been there before; 0 where there is none. In [0, 1)"""
+    """Share of the runs of `size` items that repeat an earlier run; 0 if there is no run. In [0, 1)"""
     runs = [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def repetition_penalty(size: int = 3, most: float = 1.0) -> Reward:
-    """A reward function: `-most` times the share of runs of `size` words that have been there before."""
+    """A reward function: `-most` times the share of runs of `size` words that repeat an earlier run."""
     if size < 1:
         raise ValueError(f"size={size}: give a number of words >= 1")
 

@@ -11,12 +11,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl.data.records import Rollout
-from trl.environment.base_environment import TextEnvironment
 from trl.environment.chat_environment import ChatEnvironment
+from trl.environment.episodes import Environment
 from trl.environment.turns import SampledTurns
 from trl.generation.stopping import end_tokens
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft
 from trl.rollout.rewards import Rewards
 
 
@@ -52,12 +51,9 @@ class Played:
             raise ValueError("environment: it has its own tools; give it those of `tools` and `environment_factory`")
         elif config.max_tool_calling_iterations is not None:
             raise ValueError("max_tool_calling_iterations: the environment has its own limit; set it there")
-        if isinstance(environment, TextEnvironment):
-            check_text_environment(environment, config, trainer.processing_class, reward_funcs)
-        if isinstance(environment, ChatEnvironment):
-            if config.max_prompt_length is not None:
-                raise ValueError("max_prompt_length: a prompt with tools cannot be cut; leave it out")
-            environment.bind(trainer.processing_class, end_ids(trainer))
+        if isinstance(environment, Environment):
+            environment.check_settings(trainer.processing_class, config.max_prompt_length, reward_funcs)
+            environment = environment.for_policy(trainer.processing_class, end_ids(trainer))
         if trainer.needs_rewards and reward_funcs is None and not environment.gives_rewards:
             raise ValueError("reward_funcs: the environment gives no rewards; give reward functions, or it a `reward`")
         return environment
@@ -65,27 +61,7 @@ class Played:
 
 def end_ids(trainer: Any) -> list[int]:
     """The tokens that end a turn of the model."""
-    return list(end_tokens(trainer.sampling_params(0), below_peft(trainer.model), trainer.processing_class))
-
-
-def check_text_environment(environment: TextEnvironment, config: Any, tokenizer: Any, reward_funcs: Any) -> None:
-    """ValueError for what does not go together; an environment without a tokenizer gets the trainer's."""
-    known = environment.tokenizer
-    if known is not None and known is not tokenizer and known.get_vocab() != tokenizer.get_vocab():
-        raise ValueError("environment: its tokenizer has another vocabulary than the trainer's; give them the same")
-    other = set(environment.generation_kwargs) - {"max_new_tokens"}
-    if other:
-        raise ValueError(
-            f"environment: generation_kwargs {', '.join(sorted(other))} have no effect in a trainer, whose config says "
-            "how to sample; only max_new_tokens, the length of a turn, belongs to the environment"
-        )
-    longest = getattr(config, "max_prompt_length", None)
-    if environment.prompt and longest is not None:
-        raise ValueError(f"max_prompt_length={longest}: the environment's own prompt comes before it; leave it out")
-    if environment.reward_fn is not None and reward_funcs is not None:
-        raise ValueError("reward_funcs: the environment has a reward_fn already; give one of them")
-    if known is None:
-        environment.tokenizer = tokenizer
+    return list(end_tokens(trainer.model, trainer.processing_class, trainer.sampling_params(0).stop_token_ids))
 
 
 def play(

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from trl.data.microbatches import balanced_pieces
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch
-from trl.losses.advantages import generalized_advantages
+from trl.losses.advantages import generalized_advantages, whiten
 from trl.losses.kl import KL_PENALTIES, full
 from trl.losses.loss_sum import LossSum
-from trl.models.head import chunk_rows
+from trl.models.forward import in_head, scored_states, within_forward
+from trl.models.head import Head, chunk_rows
 from trl.models.reference import Reference
-from trl.models.scoring import Scores, score, scored_states, scores_at
-from trl.models.wrapped import within_forward
+from trl.models.scoring import Scores, score, scores_at
 from trl.rollout.loader import prompt_trees
 
 PACKED_TOKENS = 4096
@@ -173,17 +173,21 @@ def measure(
 @torch.no_grad()
 def full_kl(actor: ActorCritic, reference: Reference, packed: PackedBatch) -> Tensor:
     """KL(policy || reference) over the vocabulary at each scored token, [B, T]; a chunk of logits exists at a time."""
-    head, states_SD = scored_states(actor.model, packed)
     with reference.model() as model:
         assert model is not None
         reference_head, reference_SD = scored_states(model, packed)
-    rows, chunks = chunk_rows(head.vocabulary), []
-    for ours, theirs in zip(states_SD.split(rows), reference_SD.split(rows), strict=True):
-        logprobs_SV = (head.logits(ours) / actor.temperature).log_softmax(-1)
-        with reference.model():  # an adapter may sit on the head itself
-            reference_SV = (reference_head.logits(theirs) / actor.temperature).log_softmax(-1)
-        chunks.append(full(logprobs_SV, reference_SV))
-    return packed.spread(torch.cat(chunks) if chunks else states_SD.new_zeros(0))
+
+    def measure_kl(head: Head, states_SD: Tensor) -> Tensor:
+        other = head if reference_head.module is head.module else reference_head
+        rows, chunks = chunk_rows(head.vocabulary), []
+        for ours, theirs in zip(states_SD.split(rows), reference_SD.split(rows), strict=True):
+            logprobs_SV = (head.logits(ours) / actor.temperature).log_softmax(-1)
+            with reference.model():  # an adapter may sit on the head itself
+                reference_SV = (other.logits(theirs) / actor.temperature).log_softmax(-1)
+            chunks.append(full(logprobs_SV, reference_SV))
+        return torch.cat(chunks) if chunks else states_SD.new_zeros(0)
+
+    return packed.spread(*in_head(actor.model, packed, measure_kl))
 
 
 def get_global_statistics(
@@ -206,9 +210,7 @@ def whitened(accelerator: Any, values_BT: Tensor, mask_BT: Tensor, shift_mean: b
     mean, variance, count = get_global_statistics(accelerator, values_BT, mask_BT, device=values_BT.device)
     if count < 1:
         raise ValueError("no token of the batch counts: all responses are empty or masked out")
-    unbiased = variance * count / (count - 1).clamp(min=1)
-    scaled = (values_BT - mean) * torch.rsqrt(unbiased + 1e-8)
-    return scaled if shift_mean else scaled + mean
+    return whiten(values_BT, (mean, variance, count), shift_mean=shift_mean)
 
 
 def steps_of(mask_BT: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl.data.records import Rollout
-from trl.models.checkpoints import writing
+from trl.models.weight_files import writing
 from trl.rollout.rewards import Rewards
 
 Columns = dict[str, list[Any]]

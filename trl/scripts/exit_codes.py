@@ -10,7 +10,7 @@ from typing import Any
 INTERRUPTED = 130
 BAD_INPUT = 2
 SPEAK_FOR_THEMSELVES = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
-"""errors whose text is written for users; others are named by their type too"""
+"""errors whose text is written for users; for others the type is printed too"""
 
 
 def exit_code(call: Callable[[], Any], debug: bool = False) -> int:

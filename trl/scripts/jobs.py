@@ -14,7 +14,7 @@ class Training:
     rewards: bool = False
     """the trainer takes reward functions"""
     task: str = "CAUSAL_LM"
-    """what an adapter is told of the model"""
+    """`task_type` of the LoRA config"""
     row: str = '{"prompt": "..."}'
     """what a row of the data set looks like"""
     more: str = ""

@@ -3,7 +3,8 @@
 from trl.import_utils import is_diffusers_available, lazy_names
 
 _names = {
-    "trl.legacy.collators": ["ConstantLengthDataset", "DataCollatorForCompletionOnlyLM"],
+    "trl.legacy.collators": ["DataCollatorForCompletionOnlyLM"],
+    "trl.legacy.constant_length": ["ConstantLengthDataset"],
     "trl.models.prepare": ["disable_dropout_in_model", "peft_module_casting_to_bf16"],
     "trl.scripts.model_config": ["ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"],
     "trl.trainer.base": ["BaseTrainer"],
@@ -12,10 +13,9 @@ _names = {
     "trl.trainer.iterative_sft_trainer": ["IterativeSFTTrainer"],
     "trl.trainer.ppo_config": ["PPOConfig"],
     "trl.trainer.ppo_trainer": ["PPOTrainer"],
-    "trl.trainer.reward_config": ["RewardConfig"],
-    "trl.trainer.reward_trainer": ["RewardTrainer"],
+    "trl.trainer.reward_trainer": ["RewardConfig", "RewardTrainer", "compute_accuracy"],
     "trl.trainer.sft_trainer": ["SFTTrainer"],
-    "trl.trainer.statistics": ["AdaptiveKLController", "FixedKLController", "RunningMoments", "compute_accuracy"],
+    "trl.trainer.statistics": ["AdaptiveKLController", "FixedKLController", "RunningMoments"],
 }  # fmt: skip
 if is_diffusers_available():
     _names["trl.trainer.ddpo_trainer"] = ["DDPOTrainer"]

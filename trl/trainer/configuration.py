@@ -1,4 +1,4 @@
-"""What the configs of all `Trainer`-based trainers share, and how older call styles become a config."""
+"""The base classes of the configs, checks of their fields, and configs made from older call styles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
-from trl.models.scoring import Path
+from trl.data.encode import TRUNCATION_MODES
 
 Config = TypeVar("Config", bound="PostTrainingConfig")
 
@@ -35,6 +35,11 @@ class PostTrainingConfig(TrainingArguments):
     evaluation_strategy: str | None = field(default=None)
     """older spelling of `eval_strategy`"""
 
+    @property
+    def pads_rows(self) -> bool:
+        """Whether every forward pass pads its rows."""
+        return False
+
     def __post_init__(self) -> None:
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
@@ -42,13 +47,8 @@ class PostTrainingConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = bool(not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
         self.remove_unused_columns = False  # `Trainer` knows only what the model takes
-        for name in (
-            "model_init_kwargs",
-            "ref_model_init_kwargs",
-            "dataset_kwargs",
-            "reward_timeout",
-        ):  # JSON from a line
-            if isinstance(value := getattr(self, name, None), str):
+        for name in self.json_fields():  # JSON from a command line
+            if isinstance(value := getattr(self, name), str):
                 setattr(self, name, _json(name, value))
         for older, newer in (  # both spellings of transformers, without its warning about the older one
             ("gradient_checkpointing", "activation_checkpointing"),
@@ -68,10 +68,37 @@ class PostTrainingConfig(TrainingArguments):
             keywords["quantization_config"] = quantization_config
         return keywords
 
+    def json_fields(self) -> tuple[str, ...]:
+        """Names of the fields that may be given as JSON text."""
+        return ("model_init_kwargs",)
+
+    def token_settings(self) -> dict[str, str | None]:
+        """The config's `eos_token`, `pad_token` and `chat_template_path`: those of them that it has."""
+        return {}
+
     def validate(self) -> None:
         """Raise a ValueError that names the field, its value and the way out. Subclasses extend it."""
         if self.dataset_num_proc is not None:
             require(self, "dataset_num_proc", self.dataset_num_proc >= 1, "give a number of processes >= 1, or None")
+
+    @property
+    def token_budget(self) -> int | None:
+        """The number of tokens that a forward pass of training may have at most; None: no limit was asked for."""
+        return None
+
+    def cuts_unasked(self) -> bool:
+        """Whether a batch may be cut into several forward passes where no budget is given."""
+        return False
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the reference model follows the policy."""
+        return False
+
+    def place_in_data(self) -> dict[str, Any]:
+        """What the place in the data depends on: it must be as it was when a run resumes from a checkpoint."""
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return {} if self.auto_find_batch_size else {"rows in an optimizer step": rows}
 
 
 def _json(name: str, text: str) -> Any:
@@ -82,13 +109,13 @@ def _json(name: str, text: str) -> Any:
 
 
 def require(config: Any, name: str, holds: bool, way_out: str) -> None:
-    """ValueError `name=value: way out` unless it holds."""
+    """Raise a ValueError `name=value: way out` unless the condition holds."""
     if not holds:
         raise ValueError(f"{name}={getattr(config, name)!r}: {way_out}")
 
 
 def refuse_unused(config: Any, names: Sequence[str], used: bool, needs: str) -> None:
-    """ValueError for each of the fields that was set, unless they are used."""
+    """Raise a ValueError if one of the fields was set and they are not used."""
     defaults = {entry.name: _default(entry) for entry in fields(config)}
     for name in names:
         require(config, name, used or getattr(config, name) == defaults[name], f"it has no effect without {needs}")
@@ -122,7 +149,7 @@ def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Con
 
 
 def older_style(args: Any, config_class: type, given: Mapping[str, Any]) -> bool:
-    """Whether a trainer was called as in older releases: plain TrainingArguments, or settings as its own keywords."""
+    """Whether a trainer was called as in older releases: with plain TrainingArguments, or with settings as keywords."""
     settings = any(value is not None for value in given.values())
     return not isinstance(args, config_class) and (args is not None or settings)
 
@@ -153,27 +180,63 @@ def with_keywords(config: Config, given: Mapping[str, Any]) -> Config:
 
 @dataclass
 class OfflineConfig(PostTrainingConfig):
-    """What the trainers on a data set share."""
+    """The settings that the trainers on a data set share."""
 
     padding_free: bool = field(default=True)
     """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
     max_tokens_per_microbatch: int | None = field(default=None)
-    """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same. None: do
-    not, but for a single process on the CPU, which takes 1,024 at a time (a large number undoes that)"""
+    """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same. None: no
+    cuts, except for a single process on the CPU, which takes 1,536 at a time (a large number undoes that)"""
 
     def validate(self) -> None:
         super().validate()
         budget = self.max_tokens_per_microbatch
         require(self, "max_tokens_per_microbatch", budget is None or budget > 0, "give a number of tokens, or None")
 
+    @property
+    def token_budget(self) -> int | None:
+        return self.max_tokens_per_microbatch
+
     def cuts_unasked(self) -> bool:
-        """Whether a batch may be cut into several forward passes where no budget is given."""
-        return self.path is None
+        return not self.pads_rows
 
     @property
-    def path(self) -> Path | None:
-        """How batches are scored: padded with NEFTune too, whose noise depends on the width of a row."""
-        return None if self.padding_free and self.neftune_noise_alpha is None else "padded"
+    def pads_rows(self) -> bool:
+        """Whether every forward pass pads its rows; with NEFTune too, whose noise depends on the width of a row."""
+        return not self.padding_free or self.neftune_noise_alpha is not None
+
+
+@dataclass
+class PreferenceConfig(OfflineConfig):
+    """The settings that the preference trainers share, on pairs or on single completions."""
+
+    learning_rate: float = field(default=1e-6)
+    """initial learning rate"""
+    beta: float = field(default=0.1)
+    """scale of the log-ratios: the smaller, the further the policy may move"""
+    max_length: int | None = field(default=1024)
+    """longest prompt + completion in tokens; None: never cut"""
+    max_prompt_length: int | None = field(default=None)
+    """longest prompt in tokens"""
+    max_completion_length: int | None = field(default=None)
+    """longest completion in tokens"""
+    truncation_mode: str = field(default="keep_start")
+    """which end of a long prompt stays: keep_start or keep_end"""
+    disable_dropout: bool = field(default=True)
+    """train without dropout"""
+    pad_token: str | None = field(default=None)
+    """padding token, where it is not the tokenizer's own"""
+
+    def token_settings(self) -> dict[str, str | None]:
+        return {"pad_token": self.pad_token}
+
+    def validate(self) -> None:
+        super().validate()
+        choose(self, "truncation_mode", TRUNCATION_MODES)
+        require(self, "beta", self.beta >= 0, "give a scale >= 0")
+        for name in ("max_length", "max_prompt_length", "max_completion_length"):
+            value = getattr(self, name)
+            require(self, name, value is None or value > 0, "give a length > 0, or None")
 
 
 def processing_class_of(processing_class: Any, tokenizer: Any) -> Any:

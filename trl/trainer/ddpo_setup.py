@@ -1,7 +1,9 @@
-"""From a `DDPOConfig` to accelerate, trackers and an optimizer."""
+"""What a `DDPOConfig` asks for: accelerate, trackers, an optimizer; checkpoints and a model card."""
 
 import os
+from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,31 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import AutocastKwargs, ProjectConfiguration, parse_flag_from_env
 from torch import nn
 
+from trl.trainer.checkpoints import Checkpoint, Torn, find, is_whole
 from trl.trainer.ddpo_config import DDPOConfig
+from trl.trainer.statistics import PerPromptStatTracker
+
+PREFIX, STATE, PICKLED = "checkpoint_", "trainer_state.pt", "random_states_0.pkl"
+"""names of a checkpoint, of the file with its optimizer and progress, and of a file that only release 1.0.0 wrote"""
+
+
+MODEL_CARD = """---
+tags:
+{tags}
+---
+
+# {name}
+
+A diffusion model that was trained with `trl.DDPOTrainer`, the method of "Training diffusion models with reinforcement
+learning" ([arXiv:2305.13301](https://arxiv.org/abs/2305.13301)), to draw images that the reward `{reward}` likes, in
+{steps} optimizer steps.
+
+A model that is optimised against a reward drifts away from what the reward does not measure: look at its images.
+
+| setting | value |
+|---|---|
+{settings}
+"""
 
 
 def create_accelerator(config: DDPOConfig, *, own_autocast: bool) -> Accelerator:
@@ -84,3 +110,60 @@ def place(module: nn.Module, device: torch.device, frozen_dtype: torch.dtype) ->
     for parameter in module.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(frozen_dtype)
+
+
+class Progress:
+    """The optimizer steps so far and the rewards that are remembered of each prompt."""
+
+    def __init__(self, stat_tracker: PerPromptStatTracker) -> None:
+        self.stat_tracker = stat_tracker
+        self.global_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        remembered = {prompt: list(rewards) for prompt, rewards in self.stat_tracker.stats.items()}
+        return {"global_step": self.global_step, "prompt_rewards": remembered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.global_step = state["global_step"]
+        tracker = self.stat_tracker
+        tracker.stats = {
+            prompt: deque(rewards, maxlen=tracker.buffer_size) for prompt, rewards in state["prompt_rewards"].items()
+        }
+
+
+def checkpoint_folder(accelerator: Accelerator) -> Path:
+    """The folder that holds the run's checkpoints."""
+    return Path(accelerator.project_dir, "checkpoints")
+
+
+def checkpoint_to_resume(path: str) -> Checkpoint | None:
+    """The checkpoint `path` if it is called `checkpoint_N`, else the newest whole one in it; None if it has none."""
+    folder = Path(path).expanduser()
+    if folder.name.startswith(PREFIX) and folder.name.removeprefix(PREFIX).isdigit():
+        return find(folder, None, prefix=PREFIX, is_old=refuse_pickled)
+    return find(True, folder, prefix=PREFIX, is_old=refuse_pickled)
+
+
+def refuse_pickled(folder: Path) -> bool:
+    """`Torn` for a checkpoint of release 1.0.0, False for any other folder."""
+    if (folder / PICKLED).is_file():
+        raise Torn(f"{folder} was written by release 1.0.0: its pickle files could run code and are not read")
+    return False
+
+
+def refuse_to_overwrite(accelerator: Accelerator, epochs: range, save_freq: int) -> None:
+    """Raise now, not when an epoch's work is done, if a checkpoint that these epochs will write exists."""
+    if not accelerator.project_configuration.automatic_checkpoint_naming:
+        return
+    for epoch in epochs:
+        path = checkpoint_folder(accelerator) / f"{PREFIX}{epoch}"
+        if epoch and epoch % save_freq == 0 and (is_whole(path, contents=True) or (path / PICKLED).is_file()):
+            raise ValueError(f"{path} already exists: give another logdir or run_name, remove it, or resume from it")
+
+
+def model_card(name: str, tags: list[str], config: DDPOConfig, reward: str, steps: int) -> str:
+    """The text of a `README.md`."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in config.to_dict().items() if value not in ("", {}))
+    return MODEL_CARD.format(
+        tags="\n".join(f"- {tag}" for tag in tags), name=name, reward=reward, steps=steps, settings=rows
+    )

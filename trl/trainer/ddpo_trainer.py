@@ -8,20 +8,33 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from trl.losses.policy import clipped_surrogate
 from trl.models.ddim import predict_noise
 from trl.models.modeling_sd_base import DDPOStableDiffusionPipeline
+from trl.trainer import checkpoints
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ddpo_config import DDPOConfig
-from trl.trainer.ddpo_files import Progress, checkpoint_number, latest_checkpoint, model_card, refuse_to_overwrite
-from trl.trainer.ddpo_setup import create_accelerator, create_optimizer, place, start_trackers
+from trl.trainer.ddpo_setup import (
+    PREFIX,
+    STATE,
+    Progress,
+    checkpoint_folder,
+    checkpoint_to_resume,
+    create_accelerator,
+    create_optimizer,
+    model_card,
+    place,
+    refuse_to_overwrite,
+    start_trackers,
+)
 from trl.trainer.statistics import PerPromptStatTracker
 
 Metadata = Any
@@ -73,9 +86,6 @@ class DDPOTrainer(BaseTrainer):
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
         self.progress = Progress(self.stat_tracker)
-        self.accelerator.register_save_state_pre_hook(self._save_model_hook)
-        self.accelerator.register_load_state_pre_hook(self._load_model_hook)
-        self.accelerator.register_for_checkpointing(self.progress)
         self.first_epoch = self._resume() if config.resume_from else 0
 
     # --- setting up -------------------------------------------------------------------------------------------
@@ -130,6 +140,7 @@ class DDPOTrainer(BaseTrainer):
         """Run until `epochs` (default: `config.num_epochs`), counted from the very first, also after a resume."""
         epochs = self.config.num_epochs if epochs is None else epochs
         remaining = range(self.first_epoch, epochs)
+        checkpoints.clean_up(checkpoint_folder(self.accelerator), PREFIX)
         refuse_to_overwrite(self.accelerator, remaining, self.config.save_freq)
         for epoch in remaining:
             self.step(epoch, self.progress.global_step)
@@ -155,9 +166,7 @@ class DDPOTrainer(BaseTrainer):
                 )
         self.progress.global_step = global_step
         if epoch != 0 and epoch % config.save_freq == 0:
-            # The folder carries the epoch's number, so `first_epoch` of a resume is that number plus one.
-            self.accelerator.project_configuration.iteration = epoch
-            self.accelerator.save_state()
+            self._save_checkpoint(epoch)
         return global_step
 
     def _score_and_show(self, prompt_image_data: list[list[Any]], epoch: int, global_step: int) -> NDArray[Any]:
@@ -346,22 +355,53 @@ class DDPOTrainer(BaseTrainer):
 
     # --- saving -----------------------------------------------------------------------------------------------
 
-    def _save_model_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
-        unwrapped = [self.accelerator.unwrap_model(model) for model in models]
+    def _save_checkpoint(self, epoch: int) -> None:
+        """Save `checkpoint_N`, named after the epoch, and remove the oldest ones."""
+        root = checkpoint_folder(self.accelerator)
+        folder = root / f"{PREFIX}{epoch}"
+        checkpoints.save_checkpoint(folder, self._write_state, self.describe_run(), step=epoch)
         if self.accelerator.is_main_process:
-            self.sd_pipeline.save_checkpoint(unwrapped, weights, output_dir)
-        weights.clear()  # accelerate writes what is left
+            limit = self.accelerator.project_configuration.total_limit
+            checkpoints.keep_newest(root, limit, prefix=PREFIX, keep=[folder])
 
-    def _load_model_hook(self, models: list[nn.Module], input_dir: str) -> None:
-        self.sd_pipeline.load_checkpoint([self.accelerator.unwrap_model(model) for model in models], input_dir)
-        models.clear()  # accelerate loads what is left
+    def _write_state(self, folder: Path) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        model, scaler = self.accelerator.unwrap_model(self._prepared), self.accelerator.scaler
+        self.sd_pipeline.save_checkpoint([model], [model.state_dict()], str(folder))
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "progress": self.progress.state_dict(),
+        }
+        checkpoints.write_state(folder / STATE, state)
+
+    def describe_run(self) -> checkpoints.Run:
+        """What a checkpoint of this run is compared with when a later run resumes from it."""
+        config = self.config
+        samples = config.sample_batch_size * config.sample_num_batches_per_epoch * self.accelerator.num_processes
+        fixed = {"samples in an epoch": samples}
+        return checkpoints.describe_run(type(self).__name__, self._prepared, config.to_dict(), fixed=fixed)
 
     def _resume(self) -> int:
-        """Load the checkpoint that `resume_from` names; the epoch to go on with."""
-        path = latest_checkpoint(self.config.resume_from)
-        self.accelerator.print(f"Resuming from {path}")
-        self.accelerator.load_state(path)
-        return checkpoint_number(path) + 1
+        """Load the checkpoint that `resume_from` names; the epoch to go on with, 0 if there is no checkpoint yet."""
+        checkpoints.clean_up(checkpoint_folder(self.accelerator), PREFIX)
+        found = checkpoint_to_resume(self.config.resume_from)
+        if found is None:
+            return 0
+        run, processes = self.describe_run(), self.accelerator.num_processes
+        checkpoints.check_identity(found, run, processes)
+        checkpoints.check_settings(found, run)
+        self.accelerator.print(f"Resuming from {found.folder}")
+        self.sd_pipeline.load_checkpoint([self.accelerator.unwrap_model(self._prepared)], str(found.folder))
+        state = checkpoints.read_state(found.folder / STATE)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress.load_state_dict(state["progress"])
+        own = checkpoints.RANDOM_STATE.format(rank=self.accelerator.process_index)
+        checkpoints.set_random_state(checkpoints.read_state(found.folder / own))
+        return checkpoints.number_of(found.folder, PREFIX) + 1
 
     def _save_pretrained(self, save_directory: Any) -> None:
         if self.accelerator.is_main_process:

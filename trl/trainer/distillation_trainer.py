@@ -16,9 +16,9 @@ from trl.data.encode import TextEncoder
 from trl.data.records import Rollout
 from trl.losses.distillation import generalized_jsd
 from trl.losses.loss_sum import LossSum
+from trl.models.forward import in_head, scored_states
 from trl.models.head import map_logits
 from trl.models.prepare import load_model
-from trl.models.scoring import scored_states
 from trl.rollout.loader import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import require
@@ -164,7 +164,7 @@ class DistillationTrainer(RolloutTrainer):
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         with torch.no_grad():
-            teacher_head, teacher_SD = scored_states(self.teacher, batch.packed, self._path)
+            teacher_head, teacher_SD = scored_states(self.teacher, batch.packed)
 
         def divergence(student_SV: Tensor, teacher_SD: Tensor) -> tuple[Tensor]:
             with torch.no_grad():
@@ -172,8 +172,9 @@ class DistillationTrainer(RolloutTrainer):
             shared = min(student_SV.shape[-1], teacher_SV.shape[-1])  # embeddings may be padded to a round number
             return (generalized_jsd(student_SV[:, :shared], teacher_SV[:, :shared], beta=self.args.beta),)
 
-        head, student_SD = scored_states(model, batch.packed, self._path)
-        (losses_S,) = map_logits(head, student_SD, divergence, teacher_SD)
+        (losses_S,) = in_head(
+            model, batch.packed, lambda head, student_SD: map_logits(head, student_SD, divergence, teacher_SD)
+        )
         return LossSum(losses_S.sum(), batch.counted)
 
     def evaluated(

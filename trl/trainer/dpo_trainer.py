@@ -1,9 +1,10 @@
-"""Direct preference optimisation, its relatives with a reference, and those without: ORPO, CPO, SimPO."""
+"""Direct preference optimisation and its relatives: with a reference (DPO) and without one (ORPO, CPO, SimPO)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,20 +12,102 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from trl.import_utils import is_peft_available
-from trl.legacy.dpo_padded import concatenated_forward, concatenated_inputs, get_batch_logps
-from trl.legacy.joint_pairs import build_tokenized_answer, tokenize_row
-from trl.losses.pairs import PairLogps
-from trl.losses.preference import PAIR_LOSSES, pair_options
+from trl.legacy import dpo
+from trl.losses.pairs import F_DIVERGENCES
+from trl.losses.preference import PAIR_LOSSES, WHOLE_BATCH, pair_options
 from trl.models.prepare import context_length
+from trl.models.reference import Reference
 from trl.models.scoring import score
-from trl.trainer.configuration import as_config, older_style, with_keywords
-from trl.trainer.dpo_config import CPOConfig, DPOConfig, ORPOConfig, PairConfig, SimPOConfig
-from trl.trainer.pair_trainer import PairTrainer
-from trl.trainer.references import ReferenceColumns, SyncReference, make_reference
+from trl.trainer.configuration import as_config, choose, older_style, refuse_unused, require, with_keywords
+from trl.trainer.pair_trainer import PairConfig, PairTrainer
+from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_reference
 
-__all__ = ["CPOTrainer", "DPOTrainer", "ORPOTrainer", "SimPOTrainer", "SyncReference"]
-
+WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo")
+"""losses that have other trainers"""
+DPO_LOSSES = tuple(name for name in PAIR_LOSSES if name not in WITHOUT_REFERENCE)
+DISCOPOP_TAU: float = pair_options("discopop")["discopop_tau"]
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
+
+
+@dataclass
+class DPOConfig(PairConfig, ReferenceConfig):
+    """`TrainingArguments` with the settings of direct preference optimisation."""
+
+    loss_type: str | list[str] = field(default_factory=lambda: ["sigmoid"])
+    """one pairwise loss, or several to be added"""
+    loss_weights: list[float] | None = field(default=None)
+    """weight of each of several losses; None: 1 each"""
+    reference_free: bool = field(default=False)
+    """ignore the reference: its log-probabilities count as 0"""
+    f_divergence_type: str = field(default="reverse_kl")
+    """divergence from the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence"""
+    f_alpha_divergence_coef: float = field(default=0.5)
+    """order of alpha_divergence"""
+    ld_alpha: float | None = field(default=None)
+    """LD-DPO: weight in [0, 1] of the tokens beyond the shorter completion's length"""
+    use_weighting: bool = field(default=False)
+    """WPO: weigh each pair by how likely the policy is to have sampled it"""
+    discopop_tau: float = field(default=DISCOPOP_TAU)
+    """temperature of discopop's modulation"""
+    ipo_average_log_prob: bool = field(default=False)
+    """ipo on log-probabilities per token instead of their sum"""
+    rpo_alpha: float | None = field(default=None)
+    """RPO: weight of an added loss on the chosen completion's own likelihood"""
+
+    def losses(self) -> dict[str, float]:
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        weights = self.loss_weights or [1.0] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"loss_weights={weights}: give one weight for each of loss_type={names}")
+        losses: dict[str, float] = {}
+        for name, weight in [*zip(names, weights, strict=True), *([("sft", self.rpo_alpha)] if self.rpo_alpha else [])]:
+            losses[name] = losses.get(name, 0.0) + weight
+        return losses
+
+    def options(self) -> dict[str, Any]:
+        tau = None if self.discopop_tau == DISCOPOP_TAU else self.discopop_tau
+        return {**super().options(), "average": self.ipo_average_log_prob, "discopop_tau": tau}
+
+    def excess_weight(self) -> float:
+        return 1.0 if self.ld_alpha is None else self.ld_alpha
+
+    def weighs_pairs(self) -> bool:
+        return self.use_weighting
+
+    def validate(self) -> None:
+        require(self, "loss_type", bool(self.loss_type), f"choose among {list(DPO_LOSSES)}")
+        for name in self.losses():
+            if name not in DPO_LOSSES:
+                raise ValueError(
+                    f"Unknown loss type: {name}. Should be one of {list(DPO_LOSSES)} (set `loss_type`; ORPO, CPO and "
+                    "SimPO have trainers of their own)"
+                )
+        super().validate()
+        require(self, "ld_alpha", self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "give a weight in [0, 1], or None")
+        require(self, "rpo_alpha", self.rpo_alpha is None or self.rpo_alpha >= 0, "give a weight >= 0, or None")
+        require(self, "discopop_tau", self.discopop_tau > 0, "give a temperature > 0")
+        mixing = self.use_weighting and sorted(WHOLE_BATCH.intersection(self.losses()))
+        require(self, "use_weighting", not mixing, f"{mixing} mix the pairs of a batch: no pair has a weight there")
+        sorting = self._sorting()
+        whole = self.max_tokens_per_microbatch is None or not sorting
+        require(self, "max_tokens_per_microbatch", whole, f"{sorting} compare the pairs of a batch: it cannot be cut")
+        self._validate_reference()
+
+    def _sorting(self) -> list[str]:
+        return sorted({"aot", "aot_unpaired"}.intersection(self.losses()))
+
+    def cuts_unasked(self) -> bool:
+        return super().cuts_unasked() and not self._sorting()
+
+    def _validate_reference(self) -> None:
+        choose(self, "f_divergence_type", F_DIVERGENCES)
+        alpha = self.f_divergence_type == "alpha_divergence"
+        refuse_unused(self, ("f_alpha_divergence_coef",), alpha, "f_divergence_type='alpha_divergence'")
+        require(self, "f_alpha_divergence_coef", 0 < self.f_alpha_divergence_coef <= 1, "give an order in (0, 1]")
+        if self.reference_free:
+            with_one = "reference_free=False: there is no reference"
+            names = ("f_divergence_type", "sync_ref_model", "precompute_ref_log_probs", "ref_model_init_kwargs")
+            refuse_unused(self, names, False, with_one)
 
 
 class DPOTrainer(PairTrainer):
@@ -37,6 +120,7 @@ class DPOTrainer(PairTrainer):
     """
 
     _tag_names = ("trl", "dpo")
+    reference: Reference
 
     def __init__(
         self,
@@ -108,7 +192,6 @@ class DPOTrainer(PairTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             compute_metrics=compute_metrics,
         )
-        self.ld_alpha, self.weighs = 1.0 if config.ld_alpha is None else config.ld_alpha, config.use_weighting
         self.reference = make_reference(
             self, ref_model, REFERENCE_COLUMNS, absent=config.reference_free, encoder_decoder=self._encoder_decoder
         )
@@ -116,7 +199,7 @@ class DPOTrainer(PairTrainer):
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference as a model of its own; None where it is the policy without its adapter."""
+        """The reference, if it is a separate model; None if it is the policy without its adapter."""
         return self.reference.frozen
 
     def extra_state(self) -> dict[str, Any]:
@@ -130,7 +213,7 @@ class DPOTrainer(PairTrainer):
 
     def _scored(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         packed = batch["packed"]
-        return self.sums(score(model, packed, path=self._path).logprobs_BT, packed.mask_BT)
+        return self.sums(score(model, packed).logprobs_BT, packed.mask_BT)
 
     def reference_sums(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         if self.args.reference_free:
@@ -151,6 +234,34 @@ class DPOTrainer(PairTrainer):
     def prepare_evaluation(self, eval_dataset: Any) -> Any:
         return self._ahead.evaluation(eval_dataset)
 
+    # -- methods of release 0.7.7, on padded batches and plain numbers -----------------------------
+
+    concatenated_inputs = staticmethod(dpo.concatenated_inputs)
+    get_batch_logps = staticmethod(dpo.get_batch_logps)
+
+    def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:
+        """Tokenise prompt + answer as one text, and split it."""
+        return dpo.build_tokenized_answer(self.processing_class, prompt, answer)
+
+    def tokenize_row(self, feature: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
+        """One pair as the padded columns `chosen_*`, `rejected_*`, `prompt_*`."""
+        return dpo.tokenize_row(
+            feature,
+            self.processing_class,
+            max_length=self.args.max_length or 512,
+            max_prompt_length=self.args.max_prompt_length or 128,
+            max_target_length=self.args.max_completion_length or 128,
+            truncation_mode=self.args.truncation_mode,
+            label_pad_token_id=self.label_pad_token_id,
+            is_encoder_decoder=self._encoder_decoder,
+            model=model,
+        )
+
+    def concatenated_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` of a padded batch, whole logits included."""
+        padding = self.processing_class.pad_token_id if self.padding_value is None else self.padding_value
+        return dpo.concatenated_forward(model, batch, self.label_pad_token_id, padding)
+
     @torch.no_grad()
     def compute_reference_log_probs(self, padded_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of a padded batch's chosen and rejected. [pairs] each"""
@@ -161,34 +272,6 @@ class DPOTrainer(PairTrainer):
                 )
             return self.concatenated_forward(reference, padded_batch)[:2]
 
-    # -- the older methods, on padded batches and plain numbers -------------------------------
-
-    concatenated_inputs = staticmethod(concatenated_inputs)
-    get_batch_logps = staticmethod(get_batch_logps)
-
-    def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:
-        """Tokenise prompt + answer as one text, and split it."""
-        return build_tokenized_answer(self.processing_class, prompt, answer)
-
-    def tokenize_row(self, feature: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
-        """One pair as the padded columns `chosen_*`, `rejected_*`, `prompt_*`."""
-        return tokenize_row(
-            feature,
-            self.processing_class,
-            max_length=self.args.max_length or 512,
-            max_prompt_length=self.args.max_prompt_length or 128,
-            max_target_length=self.args.max_completion_length or 128,
-            truncation_mode=self.args.truncation_mode,
-            label_pad_token_id=self.label_pad_token_id,
-            is_encoder_decoder=getattr(self.model.config, "is_encoder_decoder", False),
-            model=model,
-        )
-
-    def concatenated_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` of a padded batch, whole logits included."""
-        padding = self.processing_class.pad_token_id if self.padding_value is None else self.padding_value
-        return concatenated_forward(model, batch, self.label_pad_token_id, padding)
-
     def dpo_loss(
         self,
         policy_chosen_logps: Tensor,
@@ -198,28 +281,17 @@ class DPOTrainer(PairTrainer):
         reference_free: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(losses, chosen_rewards, rejected_rewards)` of summed log-probabilities."""
-        references = (None, None) if reference_free else (reference_chosen_logps, reference_rejected_logps)
-        pair = PairLogps(policy_chosen_logps, policy_rejected_logps, *references)
-        options = self.loss_options({})
-        losses = policy_chosen_logps.new_zeros(())
-        for name, weight in self.losses.items():
-            own = {key: value for key, value in options.items() if key in pair_options(name)}
-            losses = losses + weight * PAIR_LOSSES[name](pair, **own)
-        chosen = self.args.beta * (policy_chosen_logps - reference_chosen_logps).detach()
-        rejected = self.args.beta * (policy_rejected_logps - reference_rejected_logps).detach()
-        return losses, chosen, rejected
+        policy, reference = (
+            (policy_chosen_logps, policy_rejected_logps),
+            (reference_chosen_logps, reference_rejected_logps),
+        )
+        return dpo.pair_losses(policy, reference, self.losses, self.loss_options({}), reference_free)
 
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's mean loss and metrics; `batch` is one of the trainer's own."""
-        result = self.objective(model, batch)
-        prefix = "eval_" if train_eval == "eval" else ""
-        means = {}
-        for name, value in result.metrics.items():
-            total, count = value if isinstance(value, tuple) else (value, result.count)
-            means[prefix + name] = total / count
-        return result.mean, means
+        return dpo.mean_metrics(self.objective(model, batch), "eval_" if train_eval == "eval" else "")
 
     def store_metrics(self, metrics: Mapping[str, float], train_eval: str = "train") -> None:
         """Add to the metrics that the next log shows as their mean."""
@@ -228,7 +300,7 @@ class DPOTrainer(PairTrainer):
 
 
 def _encoder_decoder(model: Any, given: bool | None) -> bool | None:
-    """What the model says of itself, else what was given; a contradiction is a ValueError."""
+    """Whether the model is an encoder-decoder: by its config, else as given; a contradiction is a ValueError."""
     actual = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
     if given is not None and actual is not None and bool(actual) != given:
         raise ValueError(f"is_encoder_decoder={given}: the model says {bool(actual)}; leave the argument out")
@@ -238,7 +310,7 @@ def _encoder_decoder(model: Any, given: bool | None) -> bool | None:
 def _older_defaults(given: Mapping[str, Any], model: Any, encoder_decoder: bool, warns: bool) -> dict[str, Any]:
     """The lengths and the truncation of a trainer that is given no `DPOConfig`.
 
-    A prompt is cut only where prompt and answer together are too long, so it has no length of its own by default.
+    A prompt is cut only where prompt and answer together are too long, so by default the prompt has no limit.
     """
     limit = context_length(model) if isinstance(model, nn.Module) else None
     defaults = {"max_length": min(512, limit or 512)}
@@ -256,7 +328,7 @@ def _older_defaults(given: Mapping[str, Any], model: Any, encoder_decoder: bool,
 
 
 def _check(config: DPOConfig, model: Any, ref_model: Any, peft_config: Any, encoder_decoder: bool | None) -> None:
-    """The refusals of older releases, in their order and words."""
+    """Raise the errors of older releases, in their order and with their texts."""
     kwargs = {"model": (model, config.model_init_kwargs), "ref_model": (ref_model, config.ref_model_init_kwargs)}
     for which, (given, init_kwargs) in kwargs.items():
         if init_kwargs is not None and not isinstance(given, str):
@@ -302,6 +374,14 @@ class _ReferenceFreeTrainer(PairTrainer):
         )
 
 
+@dataclass
+class ORPOConfig(PairConfig):
+    """`TrainingArguments` and what odds-ratio preference optimisation adds; `beta` weighs the odds ratio."""
+
+    def losses(self) -> dict[str, float]:
+        return {"orpo": 1.0}
+
+
 class ORPOTrainer(_ReferenceFreeTrainer):
     """Odds-ratio preference optimisation (arXiv:2403.07691)."""
 
@@ -309,11 +389,52 @@ class ORPOTrainer(_ReferenceFreeTrainer):
     config_class = ORPOConfig
 
 
+@dataclass
+class CPOConfig(PairConfig):
+    """`TrainingArguments` and what contrastive preference optimisation adds."""
+
+    loss_type: str = field(default="sigmoid")
+    """pairwise loss of the log-probabilities: sigmoid, hinge, ipo"""
+    cpo_alpha: float = field(default=1.0)
+    """weight of the chosen completion's own likelihood"""
+
+    def losses(self) -> dict[str, float]:
+        return {self.loss_type: 1.0, **({"sft": self.cpo_alpha} if self.cpo_alpha else {})}
+
+    def validate(self) -> None:
+        choose(self, "loss_type", ("sigmoid", "hinge", "ipo"))
+        super().validate()
+        require(self, "cpo_alpha", self.cpo_alpha >= 0, "give a weight >= 0")
+
+
 class CPOTrainer(_ReferenceFreeTrainer):
     """Contrastive preference optimisation (arXiv:2401.08417)."""
 
     _tag_names = ("trl", "cpo")
     config_class = CPOConfig
+
+
+@dataclass
+class SimPOConfig(PairConfig):
+    """`TrainingArguments` and what SimPO adds: log-probabilities per token and a target margin."""
+
+    beta: float = field(default=2.0)
+    """scale of the log-probabilities per token"""
+    gamma: float = field(default=0.5)
+    """target margin"""
+    alpha: float | None = field(default=None)
+    """AlphaPO's exponent of the reward; None: SimPO, which is the limit at 0"""
+
+    def losses(self) -> dict[str, float]:
+        return {"simpo" if self.alpha is None else "alphapo": 1.0}
+
+    def options(self) -> dict[str, Any]:
+        options = {**super().options(), "gamma": self.gamma}
+        return options if self.alpha is None else {**options, "alpha": self.alpha}
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "gamma", self.gamma >= 0, "give a margin >= 0")
 
 
 class SimPOTrainer(_ReferenceFreeTrainer):

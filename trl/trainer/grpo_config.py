@@ -27,6 +27,10 @@ class OnPolicyConfig(RewardedConfig):
     ref_model_sync_steps: int = field(default=512)
     """optimizer steps between two moves"""
 
+    @property
+    def moves_reference(self) -> bool:
+        return self.sync_ref_model
+
     def validate(self) -> None:
         super().validate()
         require(self, "beta", self.beta >= 0, "give a weight >= 0")

@@ -110,7 +110,6 @@ class GRPOTrainer(OnPolicyTrainer):
             temperature=config.temperature,
             entropy=self.entropy is not None,
             entropy_gradient=coef != 0,
-            path=self._path,
         )
         if self.entropy is not None and scores.entropy_BT is not None:
             self.entropy.add((scores.entropy_BT * batch.mask_BT).sum(), batch.mask_BT.sum())

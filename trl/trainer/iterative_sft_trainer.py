@@ -1,4 +1,4 @@
-"""Fine-tuning a step at a time, on data that the caller brings."""
+"""Fine-tuning by single calls of `step`, on data that the caller brings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll
+from trl.models.forward import rows_padded, within_forward
 from trl.models.prepare import is_peft_model
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
-from trl.models.wrapped import within_forward
 from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.update import leave_zeros, optimizer_step
@@ -176,16 +176,17 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         leave_zeros(self.model.parameters())
 
     def _update(self, pieces: list[dict[str, Any]]) -> None:
-        means = optimizer_step(
-            self.accelerator,
-            [self.model],
-            self.optimizer,
-            pieces,
-            lambda piece: within_forward(self.model, lambda inner: self.objective(inner, piece)),
-            self.count,
-            parameters=list(self.model.parameters()),
-            max_grad_norm=self.args.max_grad_norm or None,
-        )
+        with rows_padded(self.pads_rows):
+            means = optimizer_step(
+                self.accelerator,
+                [self.model],
+                self.optimizer,
+                pieces,
+                lambda piece: within_forward(self.model, lambda inner: self.objective(inner, piece)),
+                self.count,
+                parameters=list(self.model.parameters()),
+                max_grad_norm=self.args.max_grad_norm or None,
+            )
         self.lr_scheduler.step()
         self.state.global_step += 1
         self.record("loss", means["loss"])
@@ -197,7 +198,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
             self.evaluate(self.eval_dataset)
             self.model.train()
         if self.args.logging_strategy == "steps" and step % max(1, int(self.args.logging_steps)) == 0:
-            means = self._tallies["train"].means(self)
+            means = self._tallies["train"].means(self.accelerator)
             self.log({"loss": means.pop("loss"), "learning_rate": self.lr_scheduler.get_last_lr()[0]})
         if self.args.save_strategy == "steps" and step % max(1, int(self.args.save_steps)) == 0:
             self.save_model(f"{self.args.output_dir}/checkpoint-{step}")
@@ -246,7 +247,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         return nll(score(model, packed).logprobs_BT, packed.mask_BT)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
-        """Whole logits only where `compute_metrics` asks for them. [B, L, V] and labels [B, L]"""
+        """The loss; with `compute_metrics` also the logits of all positions [B, L, V] and the labels [B, L]."""
         result = self.objective(model, inputs)
         if self.compute_metrics is None:
             return result, None, None

@@ -1,8 +1,9 @@
-"""Unpaired preference optimisation: KTO, BCO and APO-zero on completions that are good or not."""
+"""Unpaired preference optimisation (KTO, BCO, APO-zero): each completion is labelled good or bad."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,23 +12,42 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.packing import pack
+from trl.data.prompt_rows import CompletionsJob
 from trl.data.records import Branch, TokenTree
-from trl.data.tokenize import tokenize_unpaired
-from trl.losses.kto import unpaired_loss
+from trl.data.tokenize import tokenize
+from trl.losses.kto import UNPAIRED_LOSSES, mismatched_kl, unpaired_loss
 from trl.losses.loss_sum import LossSum
-from trl.models.scoring import quietly, score
+from trl.models.forward import eval_no_grad
+from trl.models.scoring import score
 from trl.models.unwrap import is_encoder_decoder
-from trl.trainer.configuration import as_config
-from trl.trainer.kto_config import KTOConfig
+from trl.trainer.configuration import PreferenceConfig, as_config, choose, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import answer_length, each_dataset, equip, no_collator
-from trl.trainer.references import ReferenceColumns, make_reference
-from trl.trainer.reward_shift import RewardShift
+from trl.trainer.preparation import answer_limits, each_dataset, prepare, refuse_collator
+from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_reference
+from trl.trainer.statistics import RewardShift
 
 REFERENCE_COLUMNS = ("reference_logps", "reference_kl_logps")
-"""of each completion, and of the mismatched one where the loss has a KL"""
+"""the reference's log-probabilities of the completion; for the KL of the loss also of a mismatched one"""
 MISMATCHED = "mismatched_ids"
 """column with another row's completion, for the KL estimate"""
+
+
+@dataclass
+class KTOConfig(PreferenceConfig, ReferenceConfig):
+    """`TrainingArguments` and what KTO adds."""
+
+    loss_type: str = field(default="kto")
+    """kto, bco or apo_zero_unpaired"""
+    desirable_weight: float = field(default=1.0)
+    """weight of the desirable completions' loss"""
+    undesirable_weight: float = field(default=1.0)
+    """weight of the undesirable completions' loss"""
+
+    def validate(self) -> None:
+        super().validate()
+        choose(self, "loss_type", UNPAIRED_LOSSES)
+        for name in ("desirable_weight", "undesirable_weight"):
+            require(self, name, getattr(self, name) >= 0, "give a number >= 0")
 
 
 def with_mismatched(dataset: Any, name: str) -> Any:
@@ -49,7 +69,7 @@ def with_mismatched(dataset: Any, name: str) -> Any:
 
 
 class UnpairedCollator:
-    """Tokenised rows as one tree each; beside it the trees that also hold the mismatched completion."""
+    """Makes one token tree per row; where the loss has a KL, also trees with the mismatched completion."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         def packed(*columns: str) -> Any:
@@ -95,11 +115,11 @@ class KTOTrainer(ObjectiveTrainer):
         model_init: Callable[..., nn.Module] | None = None,
         **kwargs: Any,
     ):
-        no_collator(self, data_collator)
+        refuse_collator(self, data_collator)
         if compute_metrics is not None:
             raise ValueError("compute_metrics: completions without a pair give nothing to compare; leave it out")
         config = as_config(args, KTOConfig)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -123,7 +143,6 @@ class KTOTrainer(ObjectiveTrainer):
             **self._datasets(train_dataset, eval_dataset, tokenizer, config, model),
             **kwargs,
         )
-        self._path = config.path
         self.shift = RewardShift() if config.loss_type == "bco" else None
         self._columns = REFERENCE_COLUMNS if config.loss_type == "kto" else REFERENCE_COLUMNS[:1]
         self.reference = make_reference(self, ref_model, self._columns)
@@ -134,21 +153,13 @@ class KTOTrainer(ObjectiveTrainer):
         train_dataset: Any, eval_dataset: Any, tokenizer: Any, config: KTOConfig, model: nn.Module | None
     ) -> dict[str, Any]:
         encoder_decoder = model is not None and is_encoder_decoder(model)
-        length = answer_length(config, model, encoder_decoder)
+        limits = answer_limits(config, model, encoder_decoder)
+        job = CompletionsJob(
+            tokenizer=tokenizer, limits=limits, keep=REFERENCE_COLUMNS, is_encoder_decoder=encoder_decoder
+        )
 
         def tokenised(dataset: Any, name: str) -> Any:
-            rows = tokenize_unpaired(
-                dataset,
-                tokenizer,
-                max_length=length,
-                max_prompt_length=config.max_prompt_length,
-                max_completion_length=config.max_completion_length,
-                truncation_mode=config.truncation_mode,
-                is_encoder_decoder=encoder_decoder,
-                keep=REFERENCE_COLUMNS,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
+            rows = tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
             return with_mismatched(rows, name) if config.loss_type == "kto" else rows
 
         return {
@@ -158,12 +169,16 @@ class KTOTrainer(ObjectiveTrainer):
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference as a model of its own; None where it is the policy without its adapter."""
+        """The reference, if it is a separate model; None if it is the policy without its adapter."""
         return self.reference.frozen
 
     def extra_state(self) -> dict[str, Any]:
+        """Collective: rewards that wait for the next step are taken into the mean of all ranks."""
         moved = {"reference": self.reference.state()} if self.args.sync_ref_model else {}
-        return moved if self.shift is None else {**moved, "shift": self.shift.state()}
+        if self.shift is None:
+            return moved
+        self.shift.close_step(self.accelerator)
+        return {**moved, "shift": self.shift.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if self.shift is not None:
@@ -183,7 +198,7 @@ class KTOTrainer(ObjectiveTrainer):
         return batch["packed"].rows
 
     def _sums(self, model: nn.Module, packed: Any) -> Tensor:
-        return score(model, packed, path=self._path).logprobs_BT.sum(-1)
+        return score(model, packed).logprobs_BT.sum(-1)
 
     def _reference_sums(self, reference: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The reference's log-probabilities of each completion, and of the mismatched one. [B] each"""
@@ -200,7 +215,7 @@ class KTOTrainer(ObjectiveTrainer):
 
     @torch.no_grad()
     def _measure(self, batches: list[dict[str, Any]]) -> None:
-        """Put the reference's numbers and the KL estimate of all these batches, over all ranks, into each of them."""
+        """Write into each batch the reference's numbers and the KL estimate over all these batches and all ranks."""
         totals = torch.zeros(2, device=self.args.device)
         for batch in batches:
             batch.update({name: value.to(self.args.device) for name, value in batch.items()})
@@ -211,12 +226,12 @@ class KTOTrainer(ObjectiveTrainer):
                     sums = self._reference_sums(reference, batch)
                 batch.update(zip(self._columns, sums, strict=True))
             if "mismatched" in batch:
-                with quietly(self.model):
+                with eval_no_grad(self.model):
                     log_ratio_B = self._sums(self.model, batch["mismatched"]) - batch[REFERENCE_COLUMNS[1]]
                 totals += torch.stack([log_ratio_B.sum(), log_ratio_B.new_tensor(len(log_ratio_B))])
         total, rows = self.accelerator.reduce(totals, "sum").unbind()
         for batch in batches:
-            batch["kl"] = (total / rows.clamp(min=1)).clamp(min=0)
+            batch["kl"] = mismatched_kl(total, rows)
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         if "kl" not in batch:  # evaluation: the estimate is this batch's, over all ranks

@@ -1,4 +1,4 @@
-"""The README of what a step-driven trainer saves."""
+"""The README that a step-driven trainer writes beside the model."""
 
 from __future__ import annotations
 

@@ -1,101 +1,57 @@
-"""The one seam to `transformers.Trainer`: objectives are sums, and the loop divides once per optimizer step."""
+"""The one seam to `transformers.Trainer`: an objective returns a sum, and the loop divides once per optimizer step."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import copy
+import inspect
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.microbatches import BudgetCollator, unasked_budget
-from trl.kernels.grad_in_place import in_place
-from trl.kernels.malloc import kept_memory
+from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import LossSum
-from trl.models.checkpoints import WEIGHT_FILES, is_disk_error, writing
-from trl.models.wrapped import within_forward
+from trl.models.forward import eval_no_grad, rows_padded, within_forward
+from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
+from trl.trainer.checkpoints import (
+    Checkpoint,
+    Run,
+    SealCheckpoints,
+    check_identity,
+    check_settings,
+    clean_up,
+    describe_run,
+    find,
+    is_old_trainer_checkpoint,
+    read_state,
+    write_state,
+)
+from trl.trainer.configuration import PostTrainingConfig, as_config
+from trl.trainer.tally import Tally
+
+logger = logging.getLogger(__name__)
 
 EXTRA_STATE = "extra_state.pt"
 
 
-def last_complete_checkpoint(directory: str) -> str:
-    """The newest checkpoint that was written to its end; a run that was killed while it wrote one leaves a torn folder.
-
-    `trainer_state.json` is written last, so a folder whose file of that name parses is whole.
-    """
-    found = []
-    for path in Path(directory).glob("checkpoint-*"):
-        try:
-            found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), str(path)))
-        except (OSError, ValueError, KeyError):
-            continue
-    if not found:
-        raise ValueError(f"resume_from_checkpoint=True: no complete checkpoint in {directory}")
-    return max(found)[1]
-
-
-def remove_torn_checkpoint(directory: str, step: int) -> None:
-    """Take away the checkpoint of this step unless it was written to its end."""
-    folder = Path(directory) / f"checkpoint-{step}"
-    try:
-        json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def pieces_of(batches: Sequence[Any]) -> list[Any]:
-    """The micro-batches of an optimizer step, those of a token budget one by one."""
+    """The micro-batches of an optimizer step; a batch that a token budget has cut gives several."""
     return [piece for batch in batches for piece in _pieces(batch) or [batch]]
 
 
 def _pieces(batch: Any) -> list[Any] | None:
     return batch.get("pieces") if isinstance(batch, Mapping) else None
-
-
-class Tally:
-    """Sums and counts of metrics, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
-
-    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        old_total, old_count = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (old_total + total, old_count + count)
-
-    def add_loss(self, result: LossSum) -> None:
-        self.add("loss", result.total.detach(), result.count)
-        for name, value in result.metrics.items():
-            total, count = value if isinstance(value, tuple) else (value, result.count)
-            self.add(name, total, count)
-
-    def means(self, trainer: Trainer) -> dict[str, float]:
-        """Every metric's mean over all ranks, with one reduce and one sync; the tally is empty afterwards.
-
-        A rank may lack metrics that others have: those of a reward function that had no opinion of its completions.
-        """
-        sums, self._sums = self._sums, {}
-        everywhere = gather_object(list(sums)) if trainer.args.world_size > 1 else list(sums)
-        names = sorted(set(everywhere))
-        if not names:
-            return {}
-        pairs = [torch.as_tensor(x, dtype=torch.float64).cpu() for name in names for x in sums.get(name, (0.0, 0.0))]
-        stacked = torch.stack(pairs).to(torch.float32).to(trainer.args.device)
-        totals, counts = trainer.accelerator.reduce(stacked, "sum").view(-1, 2).cpu().unbind(1)
-        return {
-            name: total / count
-            for name, total, count in zip(names, totals.tolist(), counts.tolist(), strict=True)
-            if count
-        }
 
 
 class ObjectiveTrainer(Trainer):
@@ -121,36 +77,35 @@ class ObjectiveTrainer(Trainer):
         """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
 
     def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
-        settings = kwargs.get("args")
-        if settings is not None:
-            settings.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
-            if settings.accelerator_config.dispatch_batches is None:
-                settings.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
+        kwargs["args"] = _own_settings(kwargs.get("args"))
         super().__init__(*args, processing_class=processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or show it one "
                 "with CUDA_VISIBLE_DEVICES=0"
             )
-        budget = getattr(self.args, "max_tokens_per_microbatch", None)
+        budget = self.args.token_budget
         if budget is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"max_tokens_per_microbatch={budget}: ranks would differ in their number of forward passes, which FSDP "
                 "and DeepSpeed do not allow; leave it out"
             )
-        self._tallies = {"train": Tally(), "eval": Tally()}
+        self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
+        self._seal = SealCheckpoints()
+        self.add_callback(self._seal)
+        self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
 
     def prepare_data(self) -> None:
-        """Called before training data are read, and before a checkpoint replaces the policy."""
+        """Called before training data are read and before a checkpoint is loaded into the model."""
 
     def prepare_evaluation(self, eval_dataset: Any) -> Any:
-        """The evaluation rows as the collator wants them; a name or None stands for the trainer's own."""
+        """Evaluation rows in the form that the collator takes; a name or None means the trainer's own data set."""
         return eval_dataset
 
     def get_train_dataloader(self) -> DataLoader:
         self.prepare_data()
         whole: Any = self.data_collator
-        asked = getattr(self.args, "max_tokens_per_microbatch", None)
+        asked = self.args.token_budget
         budget = asked or self._unasked_budget()
         if budget is None:
             return super().get_train_dataloader()
@@ -161,8 +116,7 @@ class ObjectiveTrainer(Trainer):
             self.data_collator = whole
 
     def _unasked_budget(self) -> int | None:
-        may = getattr(self.args, "cuts_unasked", None)
-        return unasked_budget(self.args.device, self.args.world_size) if may is not None and may() else None
+        return unasked_budget(self.args.device, self.args.world_size) if self.args.cuts_unasked() else None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self.prepare_evaluation(eval_dataset))
@@ -184,43 +138,67 @@ class ObjectiveTrainer(Trainer):
         """Take back what `extra_state` gave."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save what `from_pretrained` reads: written beside, then renamed, so nothing is ever half there."""
+        """Save what `from_pretrained` reads, whole or not at all."""
         target = str(output_dir or self.args.output_dir)
-        state = self.extra_state() if _internal_call else {}
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks write together
+        if _internal_call and output_dir is not None:
+            self._begin_checkpoint(Path(target))
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks write together
             super().save_model(target, _internal_call=True)
-            if state and self.args.should_save:
-                torch.save(state, os.path.join(target, EXTRA_STATE))
         elif self.args.should_save:
             with writing(target, replaces=WEIGHT_FILES) as beside:
                 super().save_model(str(beside), _internal_call=True)
-                if state:
-                    torch.save(state, beside / EXTRA_STATE)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _begin_checkpoint(self, folder: Path) -> None:
+        """Write the first files of a checkpoint; `Trainer` writes the others, and calls `on_save` after the last."""
+        state = self.extra_state()
+        self._seal.run = self._seal.run or self.describe_run()
+        self._seal.begin(folder, self.args, self.state)
+        super().save_model(str(folder), _internal_call=True)
+        if state and self.args.should_save:
+            write_state(folder / EXTRA_STATE, state)
+        self._seal.hold_rotation(self.args)
+
+    def describe_run(self) -> Run:
+        """What a checkpoint of this run is compared with when a later run resumes from it."""
+        args, name = self.args, type(self).__name__
+        return describe_run(name, self.model, args.to_dict(), fixed=args.place_in_data(), dataset=self.train_dataset)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self.prepare_data()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-        if resume_from_checkpoint:
-            path = os.path.join(str(resume_from_checkpoint), EXTRA_STATE)
-            if os.path.exists(path):
-                self.load_extra_state(torch.load(path, map_location="cpu", weights_only=True))
+        folder = str(self.args.output_dir)
+        clean_up(folder)
+        found = find(resume_from_checkpoint, folder, is_old=is_old_trainer_checkpoint)
+        self._seal.run = None
+        if found is not None or self.args.save_strategy != "no":
+            self._seal.run = self.describe_run()  # now, as wrappers that shard weights change their shapes
+        if found is not None:
+            self._resume(found, self._seal.run or self.describe_run())
+        self.remove_callback(self._seal)
+        self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
         try:
-            with kept_memory(self.args.device), in_place(self.args.device, self.args.world_size):
-                return super().train(resume_from_checkpoint, *args, **kwargs)
-        except (OSError, RuntimeError) as error:
-            if not is_disk_error(error):
+            memory, gradients = kept_memory(self.args.device), in_place(self.args.device, self.args.world_size)
+            with memory, gradients, rows_padded(self.pads_rows):
+                return super().train(None if found is None else str(found.folder), *args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not isinstance(error, SafetensorError) and not is_disk_error(error):
                 raise
-            folder, step = str(self.args.output_dir), self.state.global_step
-            if self.args.should_save:
-                remove_torn_checkpoint(folder, step)
+            self._seal.undo(self.args)
             reason = str(error).splitlines()[0].removeprefix("could not save to ")
             raise OSError(
-                f"could not save checkpoint-{step} to {folder!r}: {reason}; earlier checkpoints are whole: free some "
-                "space and go on with train(resume_from_checkpoint=True)"
+                f"could not save checkpoint-{self.state.global_step} to {folder!r}: {reason}; earlier checkpoints are "
+                "whole: free some space and go on with train(resume_from_checkpoint=True)"
             ) from error
+
+    def _resume(self, found: Checkpoint, run: Run) -> None:
+        """Compare a checkpoint with this run, and take back what `extra_state` gave."""
+        check_identity(found, run, self.args.world_size)
+        if (found.folder / EXTRA_STATE).exists():
+            self.load_extra_state(read_state(found.folder / EXTRA_STATE))
+        check_settings(found, run)
+        if found.is_model_only:
+            logger.warning("%s was written with save_only_model=True: the optimizer starts anew", found.folder)
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any) -> str:
         tagged = trl_sanitze_kwargs_for_tagging(self._tag_names, kwargs)
@@ -229,6 +207,9 @@ class ObjectiveTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end, where `Trainer` would make a step
+            self.control.should_training_stop = True
+            num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.count(piece) for piece in pieces_of(batches)]
         local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
@@ -251,7 +232,8 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        result = within_forward(model, lambda inner: self.objective(inner, inputs))
+        with rows_padded(self.pads_rows):
+            result = within_forward(model, lambda inner: self.objective(inner, inputs))
         self._tallies["train" if model.training else "eval"].add_loss(result)
         if num_items_in_batch is None:
             loss = result.mean
@@ -270,24 +252,42 @@ class ObjectiveTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), rows_padded(self.pads_rows):
             result, logits, labels = self.predictions(model, {**inputs})
         self._tallies["eval"].add_loss(result)
         return result.mean.detach(), *((None, None) if prediction_loss_only else (logits, labels))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        self._tallies["eval"] = Tally()
-        output = super().evaluation_loop(*args, **kwargs)
-        means = self._tallies["eval"].means(self)
-        for name, value in means.items():  # what `compute_metrics` gave stays, but a mean of batch means is no loss
-            key = f"{prefix}_{name}"
+        given = inspect.signature(super().evaluation_loop).bind(*args, **kwargs)
+        given.apply_defaults()
+        tally = self._tallies["eval"] = Tally(self.args.device)
+        flags = eval_no_grad(self.model) if self.is_in_train else nullcontext()  # the training flags come back
+        with flags, rows_padded(self.pads_rows):
+            output = super().evaluation_loop(*args, **kwargs)
+        for name, value in tally.means(self.accelerator).items():
+            # what `compute_metrics` gave stays, but a mean of batch means is no loss
+            key = f"{given.arguments['metric_key_prefix']}_{name}"
             output.metrics[key] = value if name == "loss" else output.metrics.get(key, value)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode, prefix = ("train", "") if "loss" in logs else ("eval", "eval_")
-        means = self._tallies[mode].means(self)
+        """Add the means of what was recorded since the last log.
+
+        While it trains, `Trainer` says by `control.should_log` which log is that of its training steps. Evaluation adds
+        its own means. What is recorded outside of both comes with the next log of its kind.
+        """
+        training = self.control.should_log if self.is_in_train else "loss" in logs
+        means = self._tallies["train" if training else "eval"].means(self.accelerator)
         means.pop("loss", None)  # Trainer's own: the mean over optimizer steps
-        logs.update({f"{prefix}{name}": value for name, value in means.items()})
+        logs.update({name if training else f"eval_{name}": value for name, value in means.items()})
         super().log(logs, start_time)
+
+
+def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
+    """A copy of the caller's settings, with what these trainers need."""
+    own = copy.copy(as_config(args, PostTrainingConfig))
+    own.accelerator_config = copy.copy(own.accelerator_config)
+    own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
+    if own.accelerator_config.dispatch_batches is None:
+        own.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
+    return own

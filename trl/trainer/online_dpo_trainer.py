@@ -14,7 +14,7 @@ from trl.losses.loss_sum import Aggregation, LossSum
 from trl.losses.pairs import PairLogps, sum_pairs
 from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair_options, preference_loss
 from trl.models.scoring import score
-from trl.rewards.pairwise import Judge, pairwise
+from trl.rewards.named import Judge, pairwise
 from trl.rollout.loader import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import choose, require
@@ -109,7 +109,7 @@ class OnlineDPOTrainer(RolloutTrainer):
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         assert batch.reference_BT is not None
-        logprobs_BT = score(model, batch.packed, temperature=self.args.temperature, path=self._path).logprobs_BT
+        logprobs_BT = score(model, batch.packed, temperature=self.args.temperature).logprobs_BT
         mask_BT = batch.mask_BT
         sums = [sum_pairs(x[0::2], x[1::2], mask_BT[0::2], mask_BT[1::2]) for x in (logprobs_BT, batch.reference_BT)]
         lengths_B = mask_BT.sum(-1)

@@ -1,4 +1,4 @@
-"""Optimizers that published results rest on and torch does not have."""
+"""Optimizers of published results that torch does not have."""
 
 from __future__ import annotations
 

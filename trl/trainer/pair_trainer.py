@@ -1,8 +1,11 @@
-"""What every trainer on chosen/rejected pairs shares: rows to token trees, log-probabilities to a table of losses."""
+"""The base of the trainers on chosen/rejected pairs: it makes token trees of rows, and losses of log-probabilities."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,18 +15,58 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.batches import pair_columns, pair_rows_of_padded, pair_tree
 from trl.data.packing import pack
-from trl.data.tokenize import tokenize_preference
+from trl.data.prompt_rows import PairsJob
+from trl.data.tokenize import tokenize
+from trl.generation import make_sampler
+from trl.generation.sampler import SamplingParams
 from trl.import_utils import is_wandb_available
+from trl.losses.kto import mismatched_kl
 from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
-from trl.losses.preference import preference_loss
-from trl.models.head import log_collision, mean_logits, token_logprobs
-from trl.models.scoring import quietly, score, scored_states
+from trl.losses.preference import check_pair_options, preference_loss
+from trl.models.forward import eval_no_grad, in_head
+from trl.models.head import Head, log_collision, mean_logits, token_logprobs
+from trl.models.prepare import context_length
+from trl.models.reference import Reference
+from trl.models.scoring import score
 from trl.models.unwrap import is_encoder_decoder
-from trl.trainer.dpo_config import PairConfig
+from trl.trainer.configuration import PreferenceConfig, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import answer_length, each_dataset, equip
-from trl.trainer.reward_shift import RewardShift
+from trl.trainer.preparation import answer_limits, each_dataset, prepare
+from trl.trainer.statistics import RewardShift
+
+
+@dataclass
+class PairConfig(PreferenceConfig):
+    """The settings that all trainers on chosen/rejected pairs share."""
+
+    label_smoothing: float = field(default=0.0)
+    """probability that a label is flipped"""
+    generate_during_eval: bool = field(default=False)
+    """sample completions of a random evaluation batch and log them as a table to Weights & Biases"""
+
+    def losses(self) -> dict[str, float]:
+        """Pairwise losses by name, with their weights."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The losses' own options, by their names in `losses.preference`."""
+        return {"label_smoothing": self.label_smoothing or None}
+
+    def excess_weight(self) -> float:
+        """The weight of the tokens beyond the shorter completion's length (LD-DPO)."""
+        return 1.0
+
+    def weighs_pairs(self) -> bool:
+        """Whether each pair has a weight: how likely it is that the policy sampled it (WPO)."""
+        return False
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "label_smoothing", 0 <= self.label_smoothing <= 0.5, "a probability of at most 0.5")
+        given = [name for name, value in self.options().items() if value]
+        check_pair_options(self.losses(), given)
+
 
 NUMBERS = {
     "margin": "margin",
@@ -32,11 +75,11 @@ NUMBERS = {
     "ref_chosen_logps": "reference_chosen_logps",
     "ref_rejected_logps": "reference_rejected_logps",
 }
-"""columns of pair rows that are one number each, and their names in a batch"""
+"""columns of pair rows that hold one number, and their names in a batch"""
 
 
 class PairCollator:
-    """Tokenised pairs, or what another collator made of them, as token trees that share their prompt."""
+    """Makes token trees that share their prompt, of tokenised pairs or of the batch of another collator."""
 
     def __init__(self, inner: Callable[[Any], Mapping[str, Any]] | None = None):
         self.inner = inner
@@ -70,7 +113,7 @@ class PairTrainer(ObjectiveTrainer):
         **kwargs: Any,
     ):
         _check_wandb(config)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -84,21 +127,11 @@ class PairTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
         encoder_decoder = encoder_decoder if model is None else is_encoder_decoder(model)
-        length = answer_length(config, model, encoder_decoder)
+        limits = answer_limits(config, model, encoder_decoder)
+        job = PairsJob(tokenizer=tokenizer, limits=limits, add_bos=add_bos, is_encoder_decoder=encoder_decoder)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_preference(
-                dataset,
-                tokenizer,
-                max_length=length,
-                max_prompt_length=config.max_prompt_length,
-                max_completion_length=config.max_completion_length,
-                truncation_mode=config.truncation_mode,
-                add_bos=add_bos,
-                is_encoder_decoder=encoder_decoder,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
@@ -110,12 +143,17 @@ class PairTrainer(ObjectiveTrainer):
             model_init=model_init,
             **kwargs,
         )
-        self._path, self._encoder_decoder = config.path, encoder_decoder
-        self.losses, self.ld_alpha, self.weighs = config.losses(), 1.0, False
+        self._encoder_decoder = encoder_decoder
+        self.losses, self._excess, self._weighs = config.losses(), config.excess_weight(), config.weighs_pairs()
         self.shift = RewardShift() if "bco_pair" in self.losses else None
+        self.reference: Reference | None = None
 
     def extra_state(self) -> dict[str, Any]:
-        return {} if self.shift is None else {"shift": self.shift.state()}
+        """Collective: rewards that wait for the next step are taken into the mean of all ranks."""
+        if self.shift is None:
+            return {}
+        self.shift.close_step(self.accelerator)
+        return {"shift": self.shift.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if self.shift is not None:
@@ -137,15 +175,14 @@ class PairTrainer(ObjectiveTrainer):
         totals = torch.zeros(3, device=self.args.device)
         for batch in batches:
             batch["packed"] = packed = batch["packed"].to(self.args.device)
-            with quietly(self.model):
-                sums = self.sums(score(self.model, packed, path=self._path).logprobs_BT, packed.mask_BT)
+            with eval_no_grad(self.model):
+                sums = self.sums(score(self.model, packed).logprobs_BT, packed.mask_BT)
             pair = PairLogps(*sums, *self.reference_sums(batch))
             pairs = totals.new_tensor(self.count(batch))
             totals += torch.stack([pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), pairs])
         chosen, rejected, pairs = self.accelerator.reduce(totals, "sum").unbind()
         for batch in batches:
-            batch["kl_chosen"] = (chosen / pairs.clamp(min=1)).clamp(min=0)
-            batch["kl_rejected"] = (rejected / pairs.clamp(min=1)).clamp(min=0)
+            batch["kl_chosen"], batch["kl_rejected"] = mismatched_kl(chosen, pairs), mismatched_kl(rejected, pairs)
 
     def count(self, batch: dict[str, Any]) -> int:
         return batch["packed"].rows // 2
@@ -155,19 +192,19 @@ class PairTrainer(ObjectiveTrainer):
         return None, None
 
     def loss_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What the losses read besides the pair."""
+        """The options of the losses: those of the config, and numbers that this trainer measures."""
         state = {name: batch[name] for name in ("kl_chosen", "kl_rejected") if name in batch}
         if self.shift is not None:
             state["delta"] = self.shift.value
         return {**state, "beta": self.args.beta, **{k: v for k, v in self.args.options().items() if v is not None}}
 
     def divergence(self) -> dict[str, Any]:
-        """How distance to the reference is measured, where that is a choice."""
+        """Which divergence measures the distance to the reference; empty where there is no choice."""
         return {}
 
     def sums(self, logprobs_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities summed over chosen and over rejected. [pairs] each"""
-        return sum_pairs(logprobs_BT[0::2], logprobs_BT[1::2], mask_BT[0::2], mask_BT[1::2], self.ld_alpha)
+        return sum_pairs(logprobs_BT[0::2], logprobs_BT[1::2], mask_BT[0::2], mask_BT[1::2], self._excess)
 
     # -- the objective ------------------------------------------------------------------------
 
@@ -179,17 +216,19 @@ class PairTrainer(ObjectiveTrainer):
             self._whole_step_kl([batch])
         packed = batch["packed"]
         mask_BT = packed.mask_BT
-        head, states_SD = scored_states(model, packed, self._path)
-        logprobs_BT = packed.spread(token_logprobs(head, states_SD, packed.target_S)[0])
+
+        def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
+            logprobs_S, _ = token_logprobs(head, states_SD, packed.target_S)
+            collision = [log_collision(head, states_SD)] if self._weighs else []
+            return [logprobs_S, mean_logits(head, states_SD.detach()), *collision]
+
+        logprobs_BT, logits_BT, *collision_BT = (packed.spread(numbers) for numbers in in_head(model, packed, measure))
         sums, tokens = self.sums(logprobs_BT, mask_BT), (mask_BT[0::2].sum(-1), mask_BT[1::2].sum(-1))
         pair = PairLogps(*sums, *self.reference_sums(batch), *tokens)
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B]))
-        weight_B = None
-        if self.weighs:
-            weight_B = _wpo(logprobs_BT, mask_BT, packed.spread(log_collision(head, states_SD)))
+        weight_B = _wpo(logprobs_BT, mask_BT, *collision_BT) if self._weighs else None
         result = preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
-        logits_BT = packed.spread(mean_logits(head, states_SD.detach()))
         for side, name in enumerate(("chosen", "rejected")):
             result.metrics[f"logits/{name}"] = (logits_BT[side::2].sum(), mask_BT[side::2].sum())
         return result, pair
@@ -204,10 +243,42 @@ class PairTrainer(ObjectiveTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if self.args.generate_during_eval:
-            from trl.trainer.eval_samples import log_samples
-
-            log_samples(self, args[0] if args else kwargs["dataloader"])
+            self._log_samples((args[0] if args else kwargs["dataloader"]).dataset)
         return super().evaluation_loop(*args, **kwargs)
+
+    def _log_samples(self, dataset: Any) -> None:
+        """Log the table `game_log`: prompts, the policy's completions, the reference's (empty without a reference)."""
+        prompts = self._random_prompts(dataset)
+        policy, other = self._sampled(self.model, prompts), [""] * len(prompts)
+        if self.reference is not None:
+            with self.reference.model() as model:
+                other = other if model is None else self._sampled(model, prompts)
+        if not self.accelerator.is_main_process:
+            return
+        import wandb
+
+        texts = self.processing_class.batch_decode(prompts, skip_special_tokens=True)
+        rows = [list(row) for row in zip(texts, policy, other, strict=True)]
+        table = wandb.Table(columns=["Prompt", "Policy", "Ref Model"], rows=rows)
+        if wandb.run is not None:
+            wandb.log({"game_log": table})
+
+    def _random_prompts(self, dataset: Any) -> list[list[int]]:
+        """The prompts of one random evaluation batch; of a stream, the first ones."""
+        size = self.args.eval_batch_size
+        if not hasattr(dataset, "__len__"):
+            return [list(row["prompt_ids"]) for row in islice(dataset, size)]
+        picked = random.Random(self.state.global_step).sample(range(len(dataset)), min(len(dataset), size))
+        return [list(dataset[index]["prompt_ids"]) for index in picked]
+
+    def _sampled(self, model: Any, prompts: list[list[int]]) -> list[str]:
+        """One completion of each prompt as text; the two together have at most `max_length` tokens."""
+        limits = [limit for limit in (self.args.max_length, context_length(model)) if limit is not None]
+        room = max(1, min(limits, default=512) - max(map(len, prompts)))
+        room = min(room, self.args.max_completion_length or room)
+        sampler = make_sampler(model, self.processing_class)
+        completions = sampler.sample(prompts, SamplingParams(max_new_tokens=room, seed=self.args.seed))
+        return self.processing_class.batch_decode([group[0].ids for group in completions], skip_special_tokens=True)
 
 
 def _wpo(logprobs_BT: Tensor, mask_BT: Tensor, collision_BT: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 from trl.rewards.named import reward_panel
 from trl.rewards.panel import RewardPanel
 from trl.rollout.prompts import PromptStream
-from trl.trainer.ppo_checkpoint import PREFIX, find_checkpoint, keep_newest, load_state, save_state
 from trl.trainer.ppo_environment import play
 from trl.trainer.ppo_setup import stop_tokens
 
@@ -160,14 +158,10 @@ def panel_of(trainer: Any, functions: Any, tokenizers: Any) -> RewardPanel | Non
 def run(
     trainer: Any,
     panel: RewardPanel | None,
-    resume: bool | str | os.PathLike[str] | None,
     callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
     """See `PPOTrainer.train`."""
     config = trainer.config
-    checkpoint = find_checkpoint(resume, config.output_dir)
-    if checkpoint is not None:
-        load_state(trainer, checkpoint)
     kwargs = sampling_kwargs(config, trainer.tokenizer, stop_tokens(config, trainer.tokenizer))
     sampled: Any = rollout if trainer.environment is None else episodes
     stats: dict[str, Any] = {}
@@ -184,8 +178,6 @@ def run(
         if callback is not None:
             callback(step, stats, batch)
         if config.save_steps is not None and (step % config.save_steps == 0 or step == config.total_ppo_epochs):
-            save_state(trainer, os.path.join(config.output_dir, f"{PREFIX}{step}"))
-            if trainer.accelerator.is_main_process:
-                keep_newest(config.output_dir, config.save_total_limit)
+            trainer.save_checkpoint(step)
     progress.close()
     return stats

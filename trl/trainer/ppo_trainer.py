@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, set_seed, stats_to_np
 from trl.data.microbatches import unasked_budget
-from trl.kernels.grad_in_place import in_place
-from trl.kernels.malloc import kept_memory
+from trl.generation.plain_generate import respond_at_lengths
+from trl.generation.stopping import end_tokens
+from trl.kernels.step_memory import in_place, kept_memory
 from trl.legacy import ppo_padded
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum
+from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
+from trl.models.prepare import equalise
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate
-from trl.models.wrapped import equalise
 from trl.rewards.named import RewardSource
 from trl.rollout.measure import (
     PACKED_TOKENS,
@@ -37,7 +42,7 @@ from trl.rollout.measure import (
     pack_samples,
     ppo_batch,
 )
-from trl.trainer import ppo_checkpoint, ppo_generation, ppo_loop, ppo_setup, ppo_statistics
+from trl.trainer import checkpoints, ppo_loop, ppo_setup, ppo_statistics
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import processing_class_of
 from trl.trainer.model_card import PPO_CARD, write_model_card
@@ -46,10 +51,14 @@ from trl.trainer.ppo_environment import check_environment
 from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
 from trl.trainer.ppo_objective import terms
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
-from trl.trainer.update import Meters, leave_zeros, optimizer_step, without_dropout
+from trl.trainer.tally import Tally
+from trl.trainer.update import leave_zeros, optimizer_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+STATE, OLD_RANDOM_STATE = "trainer_state.pt", "random_state-{rank}.pt"
+"""files of a checkpoint; the second one is release 1.0.0's"""
 
 
 class PPOTrainer(BaseTrainer):
@@ -178,7 +187,7 @@ class PPOTrainer(BaseTrainer):
         queries = [query.to(self.current_device) for query in queries]
 
         def responses_of(model: Any) -> Any:
-            responses = ppo_generation.respond_at_lengths(
+            responses = respond_at_lengths(
                 model, self.tokenizer, queries, batch_size, length_sampler, generation_kwargs
             )
             if return_prompt and not self.is_encoder_decoder:
@@ -186,7 +195,7 @@ class PPOTrainer(BaseTrainer):
             return responses[0][None] if single else responses
 
         policy = below_accelerate(self.model)
-        with without_dropout(policy):
+        with eval_mode(policy, checkpointing=True):
             response = responses_of(policy)
         if not generate_ref_response:
             return response
@@ -217,7 +226,7 @@ class PPOTrainer(BaseTrainer):
         samples = samples_of(queries, responses, response_masks, start)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes)
-        with without_dropout(*self.actor.models), self.accelerator.autocast(), memory, gradients:
+        with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
             measured = self._measure(samples)
             clock.lap("forward_pass")
             penalty_BT = -self.kl_ctl.value * measured.kl_BT
@@ -255,8 +264,7 @@ class PPOTrainer(BaseTrainer):
         """Scores as the step learns from them: EOS trick, best-so-far push, scaling, normalising, clipping."""
         config = self.config
         if config.missing_eos_penalty is not None:
-            ends = ppo_generation.end_tokens(below_accelerate(self.model), self.tokenizer, {})
-            ends |= set(ppo_setup.stop_tokens(config, self.tokenizer))
+            ends = {*end_tokens(self.model, self.tokenizer), *ppo_setup.stop_tokens(config, self.tokenizer)}
             ended = torch.tensor([len(row) > 0 and int(row[-1]) in ends for row in responses], device=scores_B.device)
             scores_B = torch.where(ended, scores_B, -config.missing_eos_penalty)
         self._push_if_best(scores_B)
@@ -380,7 +388,7 @@ class PPOTrainer(BaseTrainer):
         [B, L - 1], [B, L - 1, V], [B, L - 1], [B, L - 1]: position p is about token p + 1. Without dropout.
         """
         columns = []
-        with without_dropout(model):
+        with eval_mode(model, checkpointing=True):
             for start in range(0, len(queries), self.config.mini_batch_size):
                 rows = slice(start, start + self.config.mini_batch_size)
                 inputs = {name: column[rows] for name, column in model_inputs.items()}
@@ -420,9 +428,9 @@ class PPOTrainer(BaseTrainer):
         entropy = entropy_from_logits(logits)
         policy, value = terms(self.config, old_logprobs, values, vpreds, logprobs, mask, advantages, returns, entropy)
         sane = float(self._ratio_is_sane(policy.metrics["ratio"][0] / policy.metrics["ratio"][1]))
-        meters = Meters()
-        meters.add(policy.plus(value))
-        stats = ppo_statistics.seed_keys(meters.means()) | ppo_statistics.batch_keys(
+        tally = Tally(self.current_device)
+        tally.add_loss(policy.plus(value))
+        stats = ppo_statistics.seed_keys(tally.tensors()) | ppo_statistics.batch_keys(
             values, returns, advantages, mask, (logprobs - old_logprobs).detach()[mask > 0].exp()
         )
         return policy.mean * sane, value.mean * sane, stats
@@ -454,19 +462,121 @@ class PPOTrainer(BaseTrainer):
         callback: called behind each step with its number, its statistics and its batch (texts, scores, tokens).
         """
         panel = ppo_loop.panel_of(self, self._reward_funcs, self._reward_tokenizers)
-        return ppo_loop.run(self, panel, resume_from_checkpoint, callback)
+        if self.config.output_dir is not None:
+            checkpoints.clean_up(self.config.output_dir)
+        found = checkpoints.find(resume_from_checkpoint, self.config.output_dir, is_old=_is_old_checkpoint)
+        if found is not None:
+            self._resume(found)
+        return ppo_loop.run(self, panel, callback)
+
+    def save_checkpoint(self, step: int) -> None:
+        """Save `checkpoint-N` of a run, and remove the oldest ones."""
+        assert self.config.output_dir is not None
+        folder = Path(self.config.output_dir, f"{checkpoints.PREFIX}{step}")
+        self.save_state(folder)
+        if self.accelerator.is_main_process:
+            limit = self.config.save_total_limit
+            checkpoints.keep_newest(self.config.output_dir, limit, keep=[folder], is_old=_is_old_checkpoint)
 
     def batches(self) -> Iterator[list[dict[str, Any]]]:
         """Rows of the data set for each step of the run that is left, in an order that `load_state` takes up again."""
         return ppo_loop.batches(self)
 
     def save_state(self, directory: str | os.PathLike[str]) -> None:
-        """Everything the next step depends on, and the model as `save_pretrained` writes it; never half-written."""
-        ppo_checkpoint.save_state(self, directory)
+        """Save all that the next step depends on, and the model as `save_pretrained` does, whole or not at all."""
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise NotImplementedError(
+                f"save_state does not gather weights that {kind.value} has spread: use `trainer.accelerator.save_state`"
+            )
+        checkpoints.save_checkpoint(Path(directory), self._write_state, self.describe_run(), step=self.data_position)
+
+    def _write_state(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            checkpoints.write_state(folder / STATE, self._state())
+            below_accelerate(self.model).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def load_state(self, directory: str | os.PathLike[str]) -> None:
         """Go on exactly where `save_state` was called, in a trainer that was built in the same way."""
-        ppo_checkpoint.load_state(self, directory)
+        folder = Path(directory)
+        if folder.is_dir() and not any((folder / name).is_file() for name in (STATE, checkpoints.MANIFEST)):
+            raise ValueError(f"{str(directory)!r} holds no {STATE}: give a folder that `save_state` or `train` wrote")
+        found = checkpoints.find(folder, None, is_old=_is_old_checkpoint)
+        assert found is not None
+        self._resume(found)
+
+    def _resume(self, found: checkpoints.Checkpoint) -> None:
+        run = self.describe_run()
+        checkpoints.check_identity(found, run, self.accelerator.num_processes)
+        allowed = [] if found.manifest else checkpoints.numpy_globals()
+        self._restore(checkpoints.read_state(found.folder / STATE, allowed=allowed))
+        checkpoints.check_settings(found, run)
+        own = (checkpoints.RANDOM_STATE if found.manifest else OLD_RANDOM_STATE).format(
+            rank=self.accelerator.process_index
+        )
+        checkpoints.set_random_state(checkpoints.read_state(found.folder / own, allowed=allowed))
+
+    def describe_run(self) -> checkpoints.Run:
+        """What a checkpoint of this run is compared with when a later run resumes from it."""
+        rows = self.config.batch_size * self.accelerator.num_processes
+        return checkpoints.describe_run(
+            type(self).__name__, self.model, self.config.to_dict(), fixed={"rows in a step": rows}, dataset=self.dataset
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """What all processes have in common."""
+        return {
+            "weights": {name: _trained(model) for name, model in self._models().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "kl_coef": self.kl_ctl.value,
+            "running": {name: getattr(self.running, name) for name in ("mean", "std", "var", "count")},
+            "counters": {name: getattr(self, name) for name in ("current_step", "logged_steps", "data_position")},
+            "highest_reward": self.highest_reward,
+            "reference": _sums(self.ref_model),
+            "world_size": self.accelerator.num_processes,
+        }
+
+    def _models(self) -> dict[str, nn.Module]:
+        models = {"model": self.model, "value_model": self.value_model}
+        return {name: model for name, model in models.items() if model is not None}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Put a state back; ValueError, before anything changes, if the trainer was built differently."""
+        if state["world_size"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"the checkpoint was written by {state['world_size']} processes, this run has "
+                f"{self.accelerator.num_processes}: resume with as many"
+            )
+        if not _same_sums(state["reference"], _sums(self.ref_model)):
+            raise ValueError(
+                "the reference model is not the one of the checkpoint: build the trainer from the model that training "
+                "started with, `load_state` brings the trained weights"
+            )
+        if (state["scheduler"] is None) != (self.lr_scheduler is None):
+            raise ValueError(
+                "lr_scheduler: the checkpoint was written with one and this trainer has none, or the reverse"
+            )
+        own = {name: _trained(model) for name, model in self._models().items()}
+        for name in sorted({*own, *state["weights"]}):
+            if odd := sorted(own.get(name, {}).keys() ^ state["weights"].get(name, {}).keys()):
+                raise ValueError(
+                    f"{name} trains other weights than the checkpoint's ({odd[0]!r} is only in one of them)"
+                )
+        with torch.no_grad():
+            for name, weights in own.items():
+                for key, parameter in weights.items():
+                    parameter.copy_(state["weights"][name][key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+        self.kl_ctl.value = state["kl_coef"]
+        for name, value in state["running"].items():
+            setattr(self.running, name, value)
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self.highest_reward = state["highest_reward"]
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
@@ -500,3 +610,29 @@ class PPOTrainer(BaseTrainer):
     def _show_tokens(self, tokens: Tensor, masks: Tensor) -> None:
         """Print tokens in two colours, by their mask."""
         show_tokens(self.tokenizer, tokens, masks)
+
+
+def _is_old_checkpoint(folder: Path) -> bool:
+    """Whether release 1.0.0 wrote a folder: its random states had another name, and it had no manifest."""
+    return (folder / STATE).is_file() and (folder / OLD_RANDOM_STATE.format(rank=0)).is_file()
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in below_accelerate(model).named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _sums(model: nn.Module | None) -> list[float] | None:
+    """The sum of each parameter, which tell one model from another."""
+    if model is None:
+        return None
+    parameters = list(below_accelerate(model).parameters())
+    wide = [(p.cpu() if p.device.type == "mps" else p).double().sum() for p in parameters]  # MPS has no float64
+    return torch.stack([total.to(wide[0].device) for total in wide]).tolist()
+
+
+def _same_sums(one: list[float] | None, other: list[float] | None) -> bool:
+    """Whether two lists of sums are of the same model, but for the order in which sums were taken."""
+    if one is None or other is None or len(one) != len(other):
+        return one is other
+    return all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip(one, other, strict=True))

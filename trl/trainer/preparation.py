@@ -1,4 +1,4 @@
-"""From what a user hands to a trainer to a model that is ready to train: once, for every trainer."""
+"""Makes the model, the tokenizer and the data that a user hands over ready for training, for every trainer."""
 
 from __future__ import annotations
 
@@ -9,48 +9,58 @@ from typing import Any
 
 from torch import nn
 
+from trl.data.encode import Limits
 from trl.models.prepare import (
     align_special_tokens,
     check_vocabulary,
     context_length,
     disable_dropout_in_model,
+    ensure_pad_token,
     load_model,
-    load_tokenizer,
+    read_tokenizer,
     wrap_peft,
 )
-from trl.trainer.configuration import PostTrainingConfig, processing_class_of
+from trl.trainer.configuration import PostTrainingConfig, PreferenceConfig, processing_class_of
 
 
-def prepare_tokenizer(tokenizer: Any, model: nn.Module | str | None, **kwargs: Any) -> Any:
-    """The tokenizer given, or that of the model's folder; ValueError where neither says which."""
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer, **kwargs)
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
+def prepare_tokenizer(tokenizer: Any, model: nn.Module | str | None, config: PostTrainingConfig) -> Any:
+    """The tokenizer given, or that of the model's folder, with the config's tokens and with a padding token.
+
+    ValueError where neither says which tokenizer, or where nothing can pad.
+    """
+    if tokenizer is None:
+        tokenizer = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not tokenizer:
         raise ValueError(
             "tokenizer: none was given and the model does not say where it came from: pass `processing_class`"
         )
-    return load_tokenizer(name, **kwargs)
+    trusted = {"trust_remote_code": True} if config.trust_remote_code and isinstance(tokenizer, str) else {}
+    tokenizer = read_tokenizer(tokenizer, **trusted)
+    apply_token_settings(tokenizer, **config.token_settings())
+    return ensure_pad_token(tokenizer)
 
 
-def dress_tokenizer(tokenizer: Any, config: Any) -> Any:
-    """Set the end and padding tokens and the chat template that the config names, as far as it has such fields."""
-    for name in ("eos_token", "pad_token"):
-        token = getattr(config, name, None)
+def apply_token_settings(
+    tokenizer: Any,
+    *,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+    chat_template_path: str | None = None,
+) -> None:
+    """Set the end token, the padding token and the chat template; None leaves the tokenizer's own."""
+    for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
         if token is None:
             continue
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise ValueError(f"{name}={token!r}: not in the tokenizer's vocabulary; add it there or choose another")
         setattr(tokenizer, name, token)
-    path = getattr(config, "chat_template_path", None)
-    if path is not None:
+    if chat_template_path is not None:
         try:
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError(
-                f"chat_template_path={path!r}: {error.strerror}; give a file with a Jinja template"
+                f"chat_template_path={chat_template_path!r}: {error.strerror}; give a file with a Jinja template"
             ) from error
-    return tokenizer
 
 
 def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) -> Any:
@@ -63,7 +73,7 @@ def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) ->
 
 
 def fitting_length(config: Any, model: nn.Module | None) -> int | None:
-    """`config.max_length`, or the model's context where that is shorter and the length is only the default's."""
+    """`config.max_length`; if it is the default and the model's context is shorter, the length of that context."""
     limit = None if model is None else context_length(model)
     length = config.max_length
     if limit is None or length is None or length <= limit:
@@ -73,16 +83,16 @@ def fitting_length(config: Any, model: nn.Module | None) -> int | None:
     return limit
 
 
-def answer_length(config: Any, model: nn.Module | None, encoder_decoder: bool) -> int | None:
-    """`fitting_length`, which an encoder-decoder has no use for: it holds prompt and answer apart."""
-    default = type(config).__dataclass_fields__["max_length"].default
-    if encoder_decoder:
-        return None if config.max_length == default else config.max_length
-    return fitting_length(config, model)
+def answer_limits(config: PreferenceConfig, model: nn.Module | None, encoder_decoder: bool) -> Limits:
+    """How long prompts and answers may be; an encoder-decoder holds them apart, so the default bounds no whole row."""
+    length = config.max_length if encoder_decoder else fitting_length(config, model)
+    if encoder_decoder and length == type(config).__dataclass_fields__["max_length"].default:
+        length = None
+    return Limits(length, config.max_prompt_length, config.max_completion_length, config.truncation_mode)
 
 
-def labelled(config: PostTrainingConfig, model: Any, labels: int) -> dict[str, Any] | None:
-    """Keywords that load a classifier by name with so many labels; None for a model that is there."""
+def label_kwargs(config: PostTrainingConfig, model: Any, labels: int) -> dict[str, Any] | None:
+    """Keywords that load a classifier by name with so many labels; None for a model that is loaded already."""
     if not isinstance(model, str):
         return None
     given = config.model_init_kwargs
@@ -93,13 +103,13 @@ def label_count(model: Any) -> int:
     return int(model.config.num_labels)
 
 
-def no_collator(owner: Any, data_collator: Any) -> None:
-    """ValueError where a trainer packs its rows itself and could not honour another collator."""
+def refuse_collator(owner: Any, data_collator: Any) -> None:
+    """ValueError if a collator was given: the trainer packs its rows itself and would ignore it."""
     if data_collator is not None:
         raise ValueError(f"data_collator: {type(owner).__name__} packs its rows itself; leave it out")
 
 
-def equip(
+def prepare(
     owner: Any,
     model: nn.Module | str | None,
     model_init: Callable[..., nn.Module] | None,
@@ -111,9 +121,9 @@ def equip(
 ) -> tuple[nn.Module | None, Callable[..., nn.Module] | None, Any]:
     """Model, `model_init` (None where not given) and tokenizer, ready for a trainer; `how` goes to `prepare_model`.
 
-    ValueError where neither a model nor a `model_init` was given, or no tokenizer can be found.
+    ValueError if neither a model nor a `model_init` was given, or if no tokenizer can be found.
     """
-    tokenizer = dress_tokenizer(prepare_tokenizer(processing_class_of(processing_class, tokenizer), model), config)
+    tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model, config)
     if model is None and model_init is None:
         raise ValueError("model: none was given; pass a model, a folder, a Hub name, or `model_init`")
     settings = {"config": config, "tokenizer": tokenizer, "owner": type(owner).__name__, **how}
@@ -140,7 +150,7 @@ def prepare_model(
     init_kwargs: dict[str, Any] | None = None,
     quantization_config: Any = None,
 ) -> nn.Module:
-    """Load by name, wrap for PEFT, switch dropout off where asked, and hold the tokenizer against the model."""
+    """Load a model by name, wrap it for PEFT, switch dropout off if asked, and check it against the tokenizer."""
     kwargs: Any = config.model_init_kwargs if init_kwargs is None else init_kwargs
     if quantization_config is not None:
         if not isinstance(model, str):

@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, TrainingArguments
 
+from trl.data.encode import Limits
 from trl.data.packing import pack
+from trl.data.prompt_rows import StepwiseJob
 from trl.data.records import Branch, TokenTree
-from trl.data.tokenize import tokenize_stepwise
+from trl.data.tokenize import tokenize
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import stepwise_cross_entropy
 from trl.models.scoring import scores_at
-from trl.trainer.configuration import as_config
+from trl.trainer.configuration import OfflineConfig, as_config, require
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, equip, fitting_length, label_count, labelled, no_collator
-from trl.trainer.prm_config import PRMConfig
+from trl.trainer.preparation import each_dataset, fitting_length, label_count, label_kwargs, prepare, refuse_collator
+
+
+@dataclass
+class PRMConfig(OfflineConfig):
+    """`TrainingArguments` with the settings of a process reward model."""
+
+    learning_rate: float = field(default=1e-5)
+    """initial learning rate"""
+    max_length: int | None = field(default=1024)
+    """longest prompt + steps in tokens; None: never cut"""
+    max_prompt_length: int | None = field(default=512)
+    """longest prompt in tokens; None: never cut"""
+    max_completion_length: int | None = field(default=None)
+    """longest run of steps in tokens; None: never cut"""
+    disable_dropout: bool = field(default=True)
+    """train without dropout"""
+    step_separator: str = field(default="\n")
+    """text after each step; the label is read at its last token"""
+    train_on_last_step_only: bool = field(default=False)
+    """learn the last step's label only: an outcome reward model"""
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("max_length", "max_prompt_length", "max_completion_length"):
+            value = getattr(self, name)
+            require(self, name, value is None or value > 0, "give a length > 0, or None")
+        require(self, "step_separator", bool(self.step_separator), "give a text that ends a step")
 
 
 class StepCollator:
-    """Tokenised rows laid end to end, with the packed index and the label of each step's end."""
+    """Packs tokenised rows, and lists the packed index and the label of each step's last token."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         packed = pack([TokenTree([], [Branch(row["input_ids"])]) for row in rows])
@@ -60,9 +89,9 @@ class PRMTrainer(ObjectiveTrainer):
         tokenizer: Any = None,
         **kwargs: Any,
     ):
-        no_collator(self, data_collator)
+        refuse_collator(self, data_collator)
         config = as_config(args, PRMConfig)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -72,24 +101,20 @@ class PRMTrainer(ObjectiveTrainer):
             peft_config=peft_config,
             auto_class=AutoModelForTokenClassification,
             dropout=not config.disable_dropout,
-            init_kwargs=labelled(config, model, 2),
+            init_kwargs=label_kwargs(config, model, 2),
         )
         if model is not None and label_count(model) != 2:
             raise ValueError(f"num_labels={label_count(model)}: a process reward model has 2, wrong and right")
-        length = fitting_length(config, model)
+        limits = Limits(fitting_length(config, model), config.max_prompt_length, config.max_completion_length)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_stepwise(
-                dataset,
-                tokenizer,
+            job = StepwiseJob(
+                tokenizer=tokenizer,
+                limits=limits,
                 step_separator=config.step_separator,
                 train_on_last_step_only=config.train_on_last_step_only and name == "train",
-                max_length=length,
-                max_prompt_length=config.max_prompt_length,
-                max_completion_length=config.max_completion_length,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
+            )
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
@@ -107,7 +132,7 @@ class PRMTrainer(ObjectiveTrainer):
 
     def _logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Two logits for each labelled step. [steps, 2]"""
-        return scores_at(model, batch["packed"], batch["step_index"], batch["step_row"], self.args.path)
+        return scores_at(model, batch["packed"], batch["step_index"], batch["step_row"])
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         return stepwise_cross_entropy(self._logits(model, batch), batch["step_label"])

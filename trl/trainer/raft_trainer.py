@@ -59,7 +59,7 @@ class RAFTTrainer(RolloutTrainer):
         return experience, {"kept": kept.float().tolist()}
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
-        return nll(score(model, batch.packed, path=self._path).logprobs_BT, batch.mask_BT)
+        return nll(score(model, batch.packed).logprobs_BT, batch.mask_BT)
 
 
 def best_rows(rewards_B: Tensor, group: int, keep: int, least: float | None) -> Tensor:

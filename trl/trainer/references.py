@@ -1,8 +1,9 @@
-"""The reference of a trainer on a data set: where it comes from, how it moves, and what it says ahead of time."""
+"""The reference model of an offline trainer: how it is made, follows the policy, or is computed before training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,14 +12,53 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
+from trl.models.forward import eval_no_grad, rows_padded
 from trl.models.prepare import disable_dropout_in_model, is_peft_model, load_model
 from trl.models.reference import Reference
-from trl.models.scoring import quietly
+from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer
 
 
+@dataclass
+class ReferenceConfig(OfflineConfig):
+    """The settings of the reference model."""
+
+    precompute_ref_log_probs: bool = field(default=False)
+    """compute the reference's log-probabilities once, before training; no second model is kept then"""
+    precompute_ref_batch_size: int | None = field(default=None)
+    """batch size for that; None: the larger one of training and evaluation"""
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(default=None)
+    """keywords of `from_pretrained` for a reference given by name"""
+    sync_ref_model: bool = field(default=False)
+    """TR-DPO: move the reference towards the policy every `ref_model_sync_steps`"""
+    ref_model_mixup_alpha: float = field(default=0.6)
+    """TR-DPO: share of the policy in the new reference"""
+    ref_model_sync_steps: int = field(default=512)
+    """TR-DPO: optimizer steps between two moves"""
+
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "ref_model_init_kwargs")
+
+    @property
+    def moves_reference(self) -> bool:
+        return self.sync_ref_model
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "give a share in (0, 1]")
+        require(self, "ref_model_sync_steps", self.ref_model_sync_steps > 0, "give a number of steps > 0")
+        sync = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+        refuse_unused(self, sync, self.sync_ref_model, "sync_ref_model=True")
+        batch, precomputes = self.precompute_ref_batch_size, self.precompute_ref_log_probs
+        require(self, "precompute_ref_batch_size", batch is None or batch > 0, "give a number of rows > 0, or None")
+        refuse_unused(self, ("precompute_ref_batch_size",), precomputes, "precompute_ref_log_probs=True")
+        require(
+            self, "sync_ref_model", not (self.sync_ref_model and precomputes), "a precomputed reference cannot move"
+        )
+
+
 class SyncReference(TrainerCallback):
-    """TR-DPO: every so many optimizer steps the reference moves towards the policy."""
+    """TR-DPO: moves the reference towards the policy every `steps` optimizer steps."""
 
     def __init__(self, reference: Reference, alpha: float, steps: int):
         self.reference, self.alpha, self.steps = reference, alpha, steps
@@ -36,10 +76,10 @@ def make_reference(
     absent: bool = False,
     encoder_decoder: bool = False,
 ) -> Reference:
-    """The model given; else, in this order, none where rows bring its numbers or they are computed ahead, the policy
-    without its adapter, a frozen copy.
+    """The reference: the model given; else none if the rows bring its numbers or if they are computed before training;
+    else the policy without its adapter, or a frozen copy of the policy.
 
-    absent: the objective has no reference.
+    absent: the objective uses no reference.
     """
     config = trainer.args
     if absent:
@@ -76,9 +116,9 @@ def _all_have(trainer: ObjectiveTrainer, columns: Sequence[str]) -> bool:
 
 
 class ReferenceColumns:
-    """The reference's numbers as columns of the data, each row scored once and without gradient, on all ranks.
+    """Computes the reference's numbers as columns of the data: each row once, without gradient, on all ranks.
 
-    Without a reference model of its own the policy stands for it, as it is before the first optimizer step.
+    If there is no separate reference model, the policy before the first optimizer step is the reference.
     """
 
     def __init__(
@@ -126,7 +166,7 @@ class ReferenceColumns:
                     "reference is kept: give them to the constructor, or a `ref_model`"
                 )
             model = self.trainer.model if reference is None else reference
-            with quietly(model):
+            with eval_no_grad(model), rows_padded(self.trainer.pads_rows):
                 columns = self._scored(model, dataset)
         for column, values in zip(self.names, columns, strict=True):
             dataset = dataset.add_column(column, values)

@@ -4,23 +4,57 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from trl.data.tokenize import tokenize_preference
+from trl.data.encode import Limits
+from trl.data.prompt_rows import PairsJob
+from trl.data.tokenize import tokenize
 from trl.losses.loss_sum import LossSum
-from trl.losses.reward import bradley_terry
+from trl.losses.supervised import bradley_terry
 from trl.models.prepare import context_length
 from trl.models.scoring import rewards
-from trl.trainer.configuration import as_config, with_keywords
+from trl.trainer.configuration import OfflineConfig, as_config, require, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
-from trl.trainer.preparation import each_dataset, equip, label_count, labelled
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.statistics import compute_accuracy
+from trl.trainer.preparation import each_dataset, label_count, label_kwargs, prepare
+
+
+@dataclass
+class RewardConfig(OfflineConfig):
+    """`TrainingArguments` with the settings of a Bradley-Terry reward model."""
+
+    learning_rate: float = field(default=1e-4)
+    """initial learning rate"""
+    max_length: int | None = field(default=None)
+    """longest prompt + completion in tokens; None: 1024, or the model's context where that is shorter"""
+    center_rewards_coefficient: float | None = field(default=None)
+    """weight of (chosen + rejected)^2, which keeps the rewards around 0"""
+    disable_dropout: bool = field(default=True)
+    """train without dropout"""
+    eos_token: str | None = field(default=None)
+    """token that ends a completion, where it is not the tokenizer's own"""
+    pad_token: str | None = field(default=None)
+    """padding token, where it is not the tokenizer's own"""
+    chat_template_path: str | None = field(default=None)
+    """file with a Jinja chat template for the tokenizer"""
+
+    def token_settings(self) -> dict[str, str | None]:
+        return {
+            "eos_token": self.eos_token, "pad_token": self.pad_token, "chat_template_path": self.chat_template_path,
+        }  # fmt: skip
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "max_length", self.max_length is None or self.max_length > 1, "give a length > 1, or None")
+        center = self.center_rewards_coefficient
+        require(self, "center_rewards_coefficient", center is None or center >= 0, "give a weight >= 0, or None")
 
 
 class RewardTrainer(ObjectiveTrainer):
@@ -53,7 +87,7 @@ class RewardTrainer(ObjectiveTrainer):
         quantization_config: Any = None,
     ):
         config = self._config(args, max_length)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -63,15 +97,13 @@ class RewardTrainer(ObjectiveTrainer):
             peft_config=peft_config,
             auto_class=AutoModelForSequenceClassification,
             dropout=not config.disable_dropout,
-            init_kwargs=labelled(config, model, 1),
+            init_kwargs=label_kwargs(config, model, 1),
             quantization_config=quantization_config,
         )
-        length = _length(config, model)
+        job = PairsJob(tokenizer=tokenizer, limits=Limits(_length(config, model)))
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_preference(
-                dataset, tokenizer, max_length=length, num_proc=config.dataset_num_proc, name=name
-            )[0]
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
@@ -108,7 +140,7 @@ class RewardTrainer(ObjectiveTrainer):
 
     def _rewards(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Rewards of chosen and rejected, [pairs, 2]."""
-        return rewards(model, batch["packed"], path=self.args.path).view(-1, 2)
+        return rewards(model, batch["packed"]).view(-1, 2)
 
     def _loss(self, rewards_P2: Tensor, batch: dict[str, Any]) -> LossSum:
         center = self.args.center_rewards_coefficient or 0.0
@@ -136,7 +168,7 @@ class RewardTrainer(ObjectiveTrainer):
 
 
 def _length(config: RewardConfig, model: nn.Module | None) -> int:
-    """The longest sequence: what is set, or 1024, or fewer where the model has fewer positions."""
+    """The longest sequence: as in the config; by default 1024, or the model's context if that is shorter."""
     limit = None if model is None else context_length(model)
     if model is not None and label_count(model) != 1:
         raise ValueError(f"num_labels={label_count(model)}: a reward model has 1; load it with num_labels=1")
@@ -144,3 +176,15 @@ def _length(config: RewardConfig, model: nn.Module | None) -> int:
     if limit is not None and length > limit:
         raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
     return length
+
+
+def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]:
+    """`{"accuracy"}`: how often the label [B] is the index of the larger prediction [B, 2]."""
+    predictions, labels = (np.asarray(part) for part in eval_pred)
+    equal = int((predictions[:, 0] == predictions[:, 1]).sum())
+    if equal > 0:
+        warnings.warn(
+            f"There are {equal} out of {len(predictions)} instances where the predictions for both options are equal. "
+            "As a consequence the accuracy can be misleading."
+        )
+    return {"accuracy": float((np.argmax(predictions, axis=1) == labels).mean())}

@@ -33,7 +33,7 @@ class RLOOTrainer(OnPolicyTrainer):
         return batch_relative(advantages_B) if self.args.normalize_advantages else advantages_B
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
-        logprobs_BT = score(model, batch.packed, temperature=self.args.temperature, path=self._path).logprobs_BT
+        logprobs_BT = score(model, batch.packed, temperature=self.args.temperature).logprobs_BT
         self.check_first(logprobs_BT, batch)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
         return clipped_surrogate(

@@ -67,6 +67,13 @@ class RolloutConfig(PostTrainingConfig):
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet"""
 
+    def token_settings(self) -> dict[str, str | None]:
+        return {"pad_token": self.pad_token}
+
+    @property
+    def pads_rows(self) -> bool:
+        return not self.padding_free
+
     def validate(self) -> None:
         super().validate()
         require(self, "use_vllm", not self.use_vllm, "vLLM is not supported yet; the local sampler needs no settings")
@@ -93,6 +100,10 @@ class RolloutConfig(PostTrainingConfig):
             require(
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
             )
+
+    def place_in_data(self) -> dict[str, Any]:
+        """Nothing: prompts are counted, and a half-used rollout is compared with the settings that made it."""
+        return {}
 
     @property
     def reshapes(self) -> bool:
@@ -144,6 +155,9 @@ class RewardedConfig(RolloutConfig):
     """sample further prompts in place of groups whose rewards are all equal"""
     dynamic_sampling_max_rounds: int = field(default=3)
     """rounds of sampling per rollout at most; what is missing then stays idle"""
+
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "reward_timeout")
 
     def validate(self) -> None:
         super().validate()

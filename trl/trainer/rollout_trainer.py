@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from trl.data.encode import Limits
 from trl.data.microbatches import collated, unasked_budget
 from trl.data.packing import pack
+from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Branch, Rollout
-from trl.data.tokenize import tokenize_prompts
+from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
 from trl.losses.loss_sum import Aggregation, LossSum
+from trl.models.forward import rows_padded
 from trl.models.prepare import context_length, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
@@ -81,11 +84,7 @@ class RolloutTrainer(ObjectiveTrainer):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
             keywords, quantization_config = config.loading_keywords(quantization_config), None
             model = load_model(model, AutoModelForCausalLM, keywords)
-        tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model)
-        if config.pad_token is not None:
-            if tokenizer.convert_tokens_to_ids(config.pad_token) in (None, tokenizer.unk_token_id):
-                raise ValueError(f"pad_token={config.pad_token!r}: not in the tokenizer's vocabulary; choose another")
-            tokenizer.pad_token = config.pad_token
+        tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model, config)
         model = prepare_model(
             model,
             config,
@@ -98,16 +97,15 @@ class RolloutTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
 
+        job = PromptsJob(
+            tokenizer=tokenizer,
+            limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
+            template_kwargs=config.chat_template_kwargs,
+            context_length=context_length(model),
+        )
+
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize_prompts(
-                dataset,
-                tokenizer,
-                max_prompt_length=config.max_prompt_length,
-                context_length=context_length(model),
-                template_kwargs=config.chat_template_kwargs,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )[0]
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
@@ -123,7 +121,6 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ValueError(
                 "the weights are sharded (FSDP, DeepSpeed ZeRO-3), and the sampler needs them whole: train with DDP"
             )
-        self._path: Literal["padded"] | None = None if config.padding_free else "padded"
         self.rollout_func, self.sampler = rollout_func, make_sampler(self.model, tokenizer)
         self.environment = played.prepare(self, reward_funcs)
         self.rewards: RolloutRewards | None = None
@@ -142,7 +139,7 @@ class RolloutTrainer(ObjectiveTrainer):
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = self.accelerator.prepare_model(given, evaluation_mode=True)
         reference = Reference(self.model, given)
-        if getattr(config, "sync_ref_model", False):
+        if config.moves_reference:
             if reference.frozen is None:
                 raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
             self.add_callback(SyncReference(reference, config.ref_model_mixup_alpha, config.ref_model_sync_steps))
@@ -335,7 +332,8 @@ class RolloutTrainer(ObjectiveTrainer):
         for start in range(0, len(rollout), size):
             branches = [Branch(ids) for ids in rollout.completions[start : start + size]]
             packed = pack(prompt_trees(rollout.prompts[start : start + size], branches)).to(self.args.device)
-            pieces.append(score(model, packed, temperature=self.args.temperature, entropy=entropy, path=self._path))
+            with rows_padded(self.pads_rows):
+                pieces.append(score(model, packed, temperature=self.args.temperature, entropy=entropy))
 
         def joined(parts: list[Tensor]) -> Tensor:
             return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]).cpu()
@@ -352,7 +350,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
         budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
-        if budget is None or self._path is not None:
+        if budget is None or self.pads_rows:
             return self._collate(rows)
         return collated(self._collate, rows.in_pieces(budget))
 
@@ -385,7 +383,7 @@ class RolloutTrainer(ObjectiveTrainer):
         """Collective: every rank's half-used rollout."""
         mine = [dict(vars(self.rollouts.state))]
         state: dict[str, Any] = {"rollouts": gather_object(mine) if self.args.world_size > 1 else mine}
-        if getattr(self.args, "sync_ref_model", False) and self.reference is not None and self.reference.frozen:
+        if self.args.moves_reference and self.reference is not None and self.reference.frozen:
             state["reference"] = self.reference.frozen.state_dict()
         return state
 

@@ -1,34 +1,232 @@
-"""Supervised fine-tuning."""
+"""Supervised fine-tuning: its config, the preparation of its data, and its trainer."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.batches import rows_of_padded, sequence_trees
+from trl.data.encode import TRUNCATION_MODES, Limits
+from trl.data.formats import column_names
+from trl.data.packed_dataset import pack_dataset
 from trl.data.packing import pack
-from trl.data.tokenize import supervised_row
+from trl.data.supervised_rows import SupervisedJob, supervised_row
+from trl.data.tokenize import has_rows, tokenize
 from trl.legacy.collators import DataCollatorForCompletionOnlyLM
+from trl.legacy.constant_length import ConstantLengthDataset
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import dft, nll
 from trl.models.prepare import activate_neftune
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
-from trl.trainer.configuration import as_config, older_style, with_keywords
+from trl.trainer.configuration import (
+    OfflineConfig,
+    as_config,
+    choose,
+    older_style,
+    refuse_unused,
+    require,
+    with_keywords,
+)
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, equip, fitting_length
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_data import SupervisedData
+from trl.trainer.preparation import each_dataset, fitting_length, prepare
 
+PACKING_STRATEGIES = ("bfd", "wrapped", "constant_length")
+DATASET_KWARGS = ("add_special_tokens", "append_concat_token", "skip_prepare_dataset")
+ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "completion", "input_ids"}
+"""each of these columns alone shows what a row is"""
 LOSSES: dict[str, Callable[[Tensor, Tensor], LossSum]] = {"nll": nll, "dft": dft}
 
 
+@dataclass
+class SFTConfig(OfflineConfig):
+    """`TrainingArguments` with the settings of supervised fine-tuning."""
+
+    learning_rate: float = field(default=2e-5)
+    """initial learning rate"""
+    dataset_text_field: str = field(default="text")
+    """column of plain text"""
+    max_length: int | None = field(default=1024)
+    """longest sequence in tokens; longer ones are cut and counted; None: never cut"""
+    truncation_mode: str = field(default="keep_start")
+    """which end of a long sequence stays: keep_start or keep_end"""
+    completion_only_loss: bool | None = field(default=None)
+    """learn the completion only; None: yes where rows have a prompt"""
+    assistant_only_loss: bool = field(default=False)
+    """learn the assistant's turns only (conversational rows)"""
+    loss_type: str = field(default="nll")
+    """nll, or dft (each token weighs its own probability)"""
+    packing: bool = field(default=False)
+    """fill rows of `max_length` tokens with whole sequences, so that every batch has the same size"""
+    packing_strategy: str = field(default="bfd")
+    """bfd (best-fit decreasing), wrapped (one stream, cut), constant_length (a `ConstantLengthDataset`)"""
+    eval_packing: bool | None = field(default=None)
+    """the same for evaluation; None: as `packing`"""
+    shuffle_dataset: bool = field(default=False)
+    """shuffle the training rows once before they are packed"""
+    eos_token: str | None = field(default=None)
+    """token that ends a turn, where it is not the tokenizer's own"""
+    pad_token: str | None = field(default=None)
+    """padding token, where it is not the tokenizer's own"""
+    chat_template_path: str | None = field(default=None)
+    """file with a Jinja chat template for the tokenizer"""
+    dataset_kwargs: dict[str, Any] | None = field(default=None)
+    """`add_special_tokens`, `append_concat_token` (the end token after each text; True both), `skip_prepare_dataset`"""
+    dataset_batch_size: int = field(default=1000)
+    """rows tokenised at a time"""
+    num_of_sequences: int = field(default=1024)
+    """constant_length only: sequences that the buffer holds"""
+    chars_per_token: float = field(default=3.6)
+    """constant_length only: estimated characters per token, from which the size of the buffer follows"""
+
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "dataset_kwargs")
+
+    def token_settings(self) -> dict[str, str | None]:
+        return {
+            "eos_token": self.eos_token, "pad_token": self.pad_token, "chat_template_path": self.chat_template_path,
+        }  # fmt: skip
+
+    def validate(self) -> None:
+        super().validate()
+        choose(self, "truncation_mode", TRUNCATION_MODES)
+        choose(self, "loss_type", LOSSES)
+        choose(self, "packing_strategy", PACKING_STRATEGIES)
+        require(self, "max_length", self.max_length is None or self.max_length > 1, "give a length > 1, or None")
+        unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
+        require(self, "dataset_kwargs", not unknown, f"choose among {list(DATASET_KWARGS)}")
+        require(self, "dataset_batch_size", self.dataset_batch_size > 0, "give a number of rows > 0")
+        self._validate_packing()
+
+    def _validate_packing(self) -> None:
+        packs = self.packing or bool(self.eval_packing)
+        fills = "packing fills rows of `max_length`: set it"
+        require(self, "max_length", not packs or self.max_length is not None, fills)
+        refuse_unused(self, ("packing_strategy",), packs, "packing=True")
+        stream = packs and self.packing_strategy == "constant_length"
+        refuse_unused(self, ("num_of_sequences", "chars_per_token"), stream, "packing_strategy='constant_length'")
+        masks = ("completion_only_loss", "assistant_only_loss", "dataset_batch_size")
+        refuse_unused(self, masks, not stream, "another packing_strategy: constant_length learns all of a text stream")
+        cuts = not packs or self.packing_strategy == "bfd" or not (self.packing and self.eval_packing in (None, True))
+        refuse_unused(self, ("truncation_mode",), cuts, f"truncation: {self.packing_strategy} rows are never cut short")
+
+
+@dataclass
+class SupervisedData:
+    """How `SFTTrainer` prepares each of its data sets."""
+
+    tokenizer: Any
+    config: SFTConfig
+    max_length: Any
+    """int, or None where rows are not packed"""
+    formatting_func: Callable[..., Any] | None
+    data_collator: Any
+    unnamed: bool
+    """whether the call has the older style and no `dataset_text_field`"""
+    options: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.config.dataset_kwargs or {}
+        self.options = {"add_special_tokens": True, "append_concat_token": True, "skip_prepare_dataset": False} | given
+
+    def prepare(self, dataset: Any, name: str) -> Any:
+        """The tokenised rows, packed where asked; torch data sets go through as they are."""
+        if dataset is None:
+            raise ValueError("The dataset should not be None")
+        if self.options["skip_prepare_dataset"] or not has_rows(dataset):
+            if isinstance(dataset, ConstantLengthDataset) and name == "train":
+                dataset.infinite = self.config.max_steps > 0
+            return dataset
+        training = name == "train"
+        packs = self.config.packing if training or self.config.eval_packing is None else self.config.eval_packing
+        if training and self.config.shuffle_dataset:
+            dataset = self._shuffled(dataset)
+        strategy = self.config.packing_strategy if packs else None
+        if strategy == "constant_length":
+            return self._constant_length(dataset, name)
+        self._check_named(dataset, name)
+        if strategy is not None and not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"packing=True with packing_strategy={strategy!r}: the {name} data are a "
+                f"{type(dataset).__name__}; give a whole `Dataset`, or choose packing_strategy='constant_length'"
+            )
+        tokenised = self._tokenised(dataset, name, None if strategy == "wrapped" else self.max_length)
+        return tokenised if strategy is None else pack_dataset(tokenised, self.max_length, strategy)
+
+    def _shuffled(self, dataset: Any) -> Any:
+        seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise ValueError(f"shuffle_dataset=True: a {type(dataset).__name__} cannot be shuffled; give a `Dataset`")
+        return dataset.shuffle(seed=seed)
+
+    def _tokenised(self, dataset: Any, name: str, max_length: int | None) -> Any:
+        config = self.config
+        # a collator that finds the answer by its template gets the text as it stands
+        closes = self.options["append_concat_token"] and not isinstance(
+            self.data_collator, DataCollatorForCompletionOnlyLM
+        )
+        job = SupervisedJob(
+            tokenizer=self.tokenizer,
+            limits=Limits(max_length, truncation_mode=config.truncation_mode),
+            text_field=config.dataset_text_field,
+            completion_only_loss=config.completion_only_loss,
+            assistant_only_loss=config.assistant_only_loss,
+            add_eos=closes,
+            add_special_tokens=self.options["add_special_tokens"],
+            formatting_func=self.formatting_func,
+        )
+        return tokenize(
+            dataset, job, name=name, num_proc=config.dataset_num_proc, batch_size=config.dataset_batch_size
+        )[0]
+
+    def _check_named(self, dataset: Any, name: str) -> None:
+        """Raise the error of older releases if no column shows what a row is."""
+        if self.unnamed and self.formatting_func is None and not ROW_COLUMNS & set(column_names(dataset, name)):
+            raise ValueError(
+                "You passed `packing=False` to the SFTTrainer, but you didn't pass a `dataset_text_field` or "
+                f"`formatting_func` argument. (columns of the {name} data: {', '.join(column_names(dataset, name))})"
+            )
+
+    def _constant_length(self, dataset: Any, name: str) -> Any:
+        func, columns = self.formatting_func, column_names(dataset, name)
+        if func is None and self.config.dataset_text_field not in columns:
+            raise ValueError(
+                "You need to pass a `dataset_text_field` or `formatting_func` argument to the SFTTrainer if you want "
+                "to use the `ConstantLengthDataset`."
+            )
+        stream = isinstance(dataset, IterableDataset)
+        constant = ConstantLengthDataset(
+            self.tokenizer,
+            dataset,
+            dataset_text_field=None if func is not None else self.config.dataset_text_field,
+            formatting_func=func,
+            seq_length=self.max_length,
+            infinite=stream and name == "train" and self.config.max_steps > 0,
+            num_of_sequences=self.config.num_of_sequences,
+            chars_per_token=self.config.chars_per_token,
+            eos_token_id=self.tokenizer.eos_token_id,
+            append_concat_token=self.options["append_concat_token"],
+            add_special_tokens=self.options["add_special_tokens"],
+        )
+        if stream:
+            return constant
+        rows = [{column: value.tolist() for column, value in row.items()} for row in constant]
+        if not rows:
+            raise ValueError(
+                "Error occurred while packing the dataset. Make sure that your dataset has enough samples to at least "
+                "yield one packed sequence."
+            )
+        return Dataset.from_list(rows)
+
+
 class PackingCollator:
-    """Tokenised rows, or what another collator made of them, as one packed batch without padding."""
+    """Packs tokenised rows, or the batch of another collator, into one batch without padding."""
 
     def __init__(self, inner: Callable[[Any], Mapping[str, Any]] | None = None):
         self.inner = inner
@@ -100,7 +298,7 @@ class SFTTrainer(ObjectiveTrainer):
         config = with_keywords(as_config(args, SFTConfig), given)
         _warn(config, infinite, dataset_text_field, formatting_func)
         _check_collator(config, data_collator)
-        model, model_init, tokenizer = equip(
+        model, model_init, tokenizer = prepare(
             self,
             model,
             model_init,
@@ -146,10 +344,10 @@ class SFTTrainer(ObjectiveTrainer):
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         packed = batch["packed"]
-        return LOSSES[self.args.loss_type](score(model, packed, path=self.args.path).logprobs_BT, packed.mask_BT)
+        return LOSSES[self.args.loss_type](score(model, packed).logprobs_BT, packed.mask_BT)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
-        """Whole logits only where `compute_metrics` asks for them. [B, L, V] and labels [B, L]"""
+        """The loss; with `compute_metrics` also the logits of all positions [B, L, V] and the labels [B, L]."""
         result = self.objective(model, inputs)
         if self.compute_metrics is None:
             return result, None, None
@@ -159,7 +357,7 @@ class SFTTrainer(ObjectiveTrainer):
 def _warn(config: SFTConfig, infinite: Any, text_field: str | None, formatting_func: Any) -> None:
     if infinite is not None:
         warnings.warn(
-            "`infinite` is deprecated: with `max_steps` > 0 the data starts again by itself",
+            "`infinite` is deprecated: with `max_steps` > 0 the data are repeated anyway",
             FutureWarning,
             stacklevel=3,
         )

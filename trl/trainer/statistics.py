@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class AdaptiveKLController:
 
 
 class FixedKLController:
-    """A KL coefficient that stays."""
+    """A KL coefficient that does not change."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
@@ -40,7 +40,7 @@ class FixedKLController:
 
 
 def _unbiased_std(variance: Tensor, count: float, alone: float) -> Tensor:
-    """`alone` for a single value, which has none."""
+    """The unbiased standard deviation; `alone` for a single value, which has none."""
     return (variance * count / (count - 1)).sqrt() if count > 1 else torch.full_like(variance, alone)
 
 
@@ -68,6 +68,41 @@ class RunningMoments:
         self.count = seen
         self.std = _unbiased_std(self.var, seen, alone=1.0)
         return mean.item(), _unbiased_std(variance, count, alone=0.0).item()
+
+
+class RewardShift:
+    """BCO's reward shift: the running mean of all implicit rewards, `delta` in eq. 9 of arXiv:2404.04656.
+
+    It is constant within an optimizer step, so micro-batches do not change it.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0.0
+        self._pending: list[Tensor] = []
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+    def add(self, rewards_B: Tensor) -> None:
+        """Remember the rewards of a micro-batch for the next step."""
+        self._pending.append(rewards_B.detach().flatten())
+
+    def close_step(self, accelerator: Accelerator) -> None:
+        """Take what was added since the last call, from all ranks, into the mean."""
+        if not self._pending:
+            return
+        rewards = torch.cat(self._pending).cpu().double()  # MPS has no float64
+        sums = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))]).to(torch.float32)
+        total, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        self.total, self.count = self.total + total, self.count + count
+        self._pending = []
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count, "pending": [x.cpu() for x in self._pending]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.total, self.count, self._pending = state["total"], state["count"], list(state["pending"])
 
 
 class PerPromptStatTracker:
@@ -98,18 +133,6 @@ class PerPromptStatTracker:
             prompt: {"mean": float(np.mean(recent)), "std": float(np.std(recent)), "count": len(recent)}
             for prompt, recent in self.stats.items()
         }
-
-
-def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]:
-    """`{"accuracy"}`: how often the larger of the predictions [B, 2] stands where the label [B] says."""
-    predictions, labels = (np.asarray(part) for part in eval_pred)
-    equal = int((predictions[:, 0] == predictions[:, 1]).sum())
-    if equal > 0:
-        warnings.warn(
-            f"There are {equal} out of {len(predictions)} instances where the predictions for both options are equal. "
-            "As a consequence the accuracy can be misleading."
-        )
-    return {"accuracy": float((np.argmax(predictions, axis=1) == labels).mean())}
 
 
 def exact_div(a: int, b: int, a_str: str, b_str: str, custom_error_message: str = "") -> int:

@@ -1,21 +1,21 @@
-"""A window: names that users import from here, wherever they live."""
+"""Names that scripts import from here since release 0.7.7; their code is in other modules."""
 
 from trl.import_utils import lazy_names
 from trl.legacy.collators import (
-    ConstantLengthDataset,
     DataCollatorForCompletionOnlyLM,
     DPODataCollatorWithPadding,
     RewardDataCollatorWithPadding,
     pad_to_length,
 )
+from trl.legacy.constant_length import ConstantLengthDataset
 from trl.models.prepare import disable_dropout_in_model, neftune_post_forward_hook, peft_module_casting_to_bf16
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
+from trl.trainer.reward_trainer import compute_accuracy
 from trl.trainer.statistics import (
     AdaptiveKLController,
     FixedKLController,
     PerPromptStatTracker,
     RunningMoments,
-    compute_accuracy,
     exact_div,
     get_global_statistics,
 )

@@ -1,4 +1,4 @@
-"""Tools for text environments; each is a function of a string, usable alone."""
+"""Tools for text environments. Each is a function of a string that also works alone."""
 
 from trl.import_utils import lazy_names
 

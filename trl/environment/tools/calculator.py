@@ -1,4 +1,4 @@
-"""A pocket calculator: arithmetic on numbers, and nothing that takes long or reaches outside."""
+"""A pocket calculator: arithmetic on numbers only, with bounded time and no access to anything else."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _TOKENS = re.compile(
 class SimpleCalculatorTool:
     """Answers an expression such as `(2 + 3) * sqrt(2)` or `2^10` with its value.
 
-    Values are floats in text, `10.0`; with `whole_numbers`, whole numbers stay exact and read `10`.
-    What cannot be computed is a ValueError.
+    The answer is a float such as `10.0`; with `whole_numbers`, whole numbers stay exact: `10`.
+    Anything else raises a ValueError.
     """
 
     def __init__(self, whole_numbers: bool = False) -> None:
@@ -53,7 +53,7 @@ _CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 
 
 def _number(value: Any) -> Number:
-    """`value` if it is a real number of a bearable size."""
+    """`value` if it is a real number that is not too large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("the result is not a real number")
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:

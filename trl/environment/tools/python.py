@@ -1,4 +1,4 @@
-"""Run Python programs that nobody has read: in a process of their own, without files, network or children."""
+"""Runs untrusted Python programs in a separate process, without files, network or child processes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ _LONGEST_PROGRAM = 60_000  # bytes; with its length it fits into a pipe, so that
 class PythonInterpreterTool:
     """Answers a program with what it prints, and with the value of its last line as a Python shell would.
 
-    Every program starts afresh, in a fork of an interpreter that has run none, with most of the pure standard library,
-    seeded `random`, and no input. What goes wrong, a time-out included, is the last line of the answer. The
-    answer to hostile programs is an error too: see `python_worker` for how they are held. `isolation` says what holds
-    them here: "kernel" (seccomp) or "audit hook".
+    Every program runs in a fresh fork of an interpreter, with most of the pure standard library, seeded `random`, and
+    no input. An error or a time-out is the last line of the answer. Hostile programs get an error too: `python_worker`
+    says how they are confined. `isolation` is what confines them on this system: "kernel" (seccomp) or "audit hook".
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class PythonInterpreterTool:
         """
         `timeout`: seconds on the clock. `memory`: MiB that a program may take. `max_output`: characters.
         `modules`: further modules that programs can import, such as numpy or sympy.
-        `processes`: programs that run at the same time, the others wait; None: one for each core.
+        `processes`: how many programs run at the same time; None: one for each core.
         """
         for field, value in (("timeout", timeout), ("memory", memory), ("max_output", max_output)):
             if value <= 0:
@@ -70,7 +69,7 @@ class PythonInterpreterTool:
 
     def _run(self, code: bytes) -> str:
         output, ended = self._run_once(code)
-        if not output and ended == "SIGKILL":  # an interpreter that waited was killed: for its memory, say
+        if not output and ended == "SIGKILL":  # an idle interpreter was killed, for example for its memory
             output, ended = self._run_once(code)
         if not output.startswith(READY):
             if ended == "timed out":
@@ -95,16 +94,16 @@ class PythonInterpreterTool:
         return output, ended
 
     def _interpreter(self) -> Interpreter:
-        """One that waits, of this very process; else a new one."""
+        """An idle interpreter that this process started, or a new one."""
         while True:
             try:
                 interpreter = self._idle.pop()
-            except IndexError:  # only a pop can tell: other threads take from it too
+            except IndexError:  # other threads pop too, so asking for the length first would not help
                 break
             if interpreter.owner == os.getpid():
                 return interpreter
             interpreter.close()
-        seconds = math.ceil(self.timeout) + 1  # of CPU time: should nobody look at the clock
+        seconds = math.ceil(self.timeout) + 1  # of CPU time: it holds even if this process is gone
         settings = {"seconds": seconds, "memory": self.memory * 2**20, "modules": self.modules}
         return Interpreter({**settings, "locks": self._locks})
 
@@ -116,7 +115,7 @@ def _close_all(interpreters: list[Interpreter]) -> None:
 
 @functools.cache
 def _isolation() -> str:
-    """What this system can hold a program with; tried once."""
+    """How this system can confine a program; tried once."""
     settings = {"seconds": 60, "memory": 2**28, "modules": [], "locks": _LOCKS}
     interpreter = Interpreter(settings)
     output, _ = interpreter.run(b"", timeout=60, most=1000)

@@ -1,4 +1,4 @@
-"""The process that `PythonInterpreterTool` runs programs in: an interpreter that is ready, and forks for each one."""
+"""The child process of `PythonInterpreterTool`: an interpreter that forks for each program."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _TO_START = 60.0
 class Interpreter:
     """A child process with everything loaded; a program runs in a fork of it, one at a time.
 
-    The fork never comes back: what a program does to its interpreter dies with it. The child itself reads no output
-    and runs no program. When a program does not end by itself, child and fork are killed together, as a group that
-    neither can leave; then this interpreter is not `usable` any more.
+    The fork ends with its program, so nothing that a program does to its interpreter survives. The child itself reads
+    no output and runs no program. A program that does not end is killed together with the child, as one process group;
+    then this interpreter is not `usable` any more.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class Interpreter:
         return bytes(output[:most]), ended
 
     def close(self) -> None:
-        """Kill the child and its fork, and see them dead."""
+        """Kill the child and its fork, and wait until both have ended."""
         if not self.usable:
             return
         self.usable = False

@@ -1,12 +1,12 @@
-"""The child process of `PythonInterpreterTool`: runs programs that come on its standard input behind locks.
+"""The child process of `PythonInterpreterTool`: it runs, behind locks, the programs that arrive on its standard input.
 
-A script of its own that imports nothing of the package. What is meant to be usable is loaded first. Then every program
-gets a fork of the process, in which doors close before it runs:
+This is a script that imports nothing from the package. It first loads the modules that programs may use. Then each
+program gets a fork of the process, in which these doors are closed before it runs:
 
 1. rlimits: CPU time, memory, no files written, no descriptors, no processes; root becomes nobody.
 2. The kernel (seccomp, Linux): no system call that opens, creates, connects, forks, executes, signals or traces.
-   Reading memory, writing to the pipe and looking at the clock is what is left.
-3. The functions of `os` that reach outside are replaced, importers are removed.
+   A program can still read its memory, write to the pipe and read the clock.
+3. The functions of `os` that reach outside the process are replaced; importers are removed.
 4. An audit hook refuses every event that is not known to be harmless.
 
 Where the kernel has no seccomp, 1, 3 and 4 remain: good against accidents and simple attacks, not against an exploit.
@@ -95,7 +95,7 @@ def filter_program(architecture: int, allowed: list[int]) -> bytes:
 
 
 def lock_kernel() -> None:
-    """Close door 2, and try it; an OSError if it does not hold."""
+    """Close door 2 and test it; OSError if it does not hold."""
     ctypes = sys.modules["ctypes"]
     machine = os.uname().machine
     if sys.platform != "linux" or machine not in ARCHITECTURES:
@@ -118,7 +118,7 @@ def lock_kernel() -> None:
 
 
 class Importer:
-    """The only one left: says no."""
+    """The only importer that remains: it refuses every import."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
@@ -152,7 +152,7 @@ def refusal(name: str) -> object:
 
 
 def watch(event: str, args: object) -> None:
-    """Door 4. It uses constants only: names that a program could change would be a way around it."""
+    """Door 4, the audit hook. It uses constants only, because a program could change names."""
     if event not in {
         "array.__new__", "builtins.breakpoint", "builtins.id", "builtins.input", "builtins.input/result", "compile",
         "exec", "import", "object.__delattr__", "object.__getattr__", "object.__setattr__", "pickle.find_class",
@@ -163,7 +163,7 @@ def watch(event: str, args: object) -> None:
 
 
 def report(error: BaseException) -> None:
-    """One line on what went wrong, and where in the program."""
+    """Print one line with the error and its place in the program."""
     if isinstance(error, MemoryError):
         print("MemoryError: out of memory")
         return
@@ -178,7 +178,7 @@ def report(error: BaseException) -> None:
 
 
 def run(program: str) -> None:
-    """Run it; like a shell, show the value of a last line that is an expression."""
+    """Run the program. Like a shell, print the value of the last line if it is an expression."""
     scope = {"__name__": "__main__", "__builtins__": builtins}
     tree = ast.parse(program, "<program>")
     last = tree.body[-1] if tree.body else None
@@ -192,15 +192,15 @@ def run(program: str) -> None:
 
 
 def load(settings: dict) -> None:
-    """What is meant to be usable, and what the locks need."""
+    """Load the modules that programs may use, and those that the locks need."""
     for name in [*MODULES.split(), *settings["modules"], "signal"]:
         importlib.import_module(name)
     if "kernel" in settings["locks"]:
-        importlib.import_module("ctypes")  # as long as files can be opened
+        importlib.import_module("ctypes")  # now, because later no file can be opened
 
 
 def read_exactly(size: int) -> bytes:
-    """From the standard input; empty when it is over."""
+    """Read so many bytes from the standard input; empty at its end."""
     data = b""
     while len(data) < size:
         more = os.read(0, size - len(data))
@@ -211,7 +211,7 @@ def read_exactly(size: int) -> bytes:
 
 
 def serve(settings: dict) -> None:
-    """Run every program that comes in a fork of this process; say how each fork has ended."""
+    """Run each program that arrives in a fork of this process; write the exit code of each fork."""
     control = settings["control"]
     os.write(control, READY)
     while header := read_exactly(4):
@@ -230,7 +230,7 @@ def serve(settings: dict) -> None:
 
 
 def kill_if_alone(child: int) -> None:
-    """Wait for the fork to end, and kill it when whoever wants its answer is gone (where the system can wait so)."""
+    """Wait for the fork to end; kill it if the process that wants its answer has ended (needs `pidfd_open`)."""
     if not hasattr(os, "pidfd_open"):
         return
     try:
@@ -239,20 +239,20 @@ def kill_if_alone(child: int) -> None:
         return
     poll = select.poll()
     poll.register(ended, select.POLLIN)
-    poll.register(0, 0)  # the next program comes only after this one's end: what is left is a hangup
+    poll.register(0, 0)  # the next program comes only after this one's end, so an event here is a hangup
     if ended not in [file for file, _ in poll.poll()]:
         os.kill(child, 9)
     os.close(ended)
 
 
 def run_locked(program: str, settings: dict) -> None:
-    """Close the doors, run the program, and leave."""
+    """Close the doors, run the program, and exit."""
     locks = settings["locks"]
     sys.modules["random"].seed(0)
     sys.argv[:] = [""]
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     leave, write = os._exit, os.write
-    sys.modules["signal"].alarm(settings["seconds"] + 60)  # in case nobody is left to stop it
+    sys.modules["signal"].alarm(settings["seconds"] + 60)  # in case its parent has ended
     if "limits" in locks:
         limit(settings["seconds"], settings["memory"])
     if "kernel" in locks:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class DocumentSearchTool:
-    """Answers a query with the passages that fit it best; "Nothing found." if no word of it occurs."""
+    """Answers a query with the best passages, or with "Nothing found." if none has a word of the query."""
 
     def __init__(
         self,
@@ -19,8 +19,8 @@ class DocumentSearchTool:
         patterns: tuple[str, ...] = ("*.txt", "*.md"),
     ) -> None:
         """
-        `documents`: a folder, of which all files that match `patterns` are read; or texts; or rows (a data set) with
-        the text in `text_field`.
+        `documents`: a folder (all its files that match `patterns` are read), texts, or the rows of a data set with the
+        text in `text_field`.
         `passage_length`: documents are cut into passages of about this many characters, between words.
         `results`: most passages in an answer, the best first.
         """
@@ -48,7 +48,7 @@ class DocumentSearchTool:
         return tokens
 
     def search(self, query: str, results: int | None = None) -> list[tuple[str, float]]:
-        """`(passage, score)` of the best passages, as far as they have a word of the query."""
+        """`(passage, score)` of the best passages that have a word of the query."""
         words = [word for word in self._tokens([query])[0] if word in self._words]
         if not words:
             return []
@@ -82,7 +82,7 @@ def _texts(documents: Iterable[str | Mapping[str, Any]], text_field: str) -> lis
 
 
 def _passages(text: str, length: int) -> list[str]:
-    """The text's words in passages that end with the first word to reach `length` characters."""
+    """Passages of the text; each ends with the word at which it reaches `length` characters."""
     passages: list[str] = []
     words: list[str] = []
     size = 0

@@ -1,0 +1,323 @@
+"""Episodes: a model and its tools take turns, each row at its own pace."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from trl.data.records import Rollout
+from trl.environment.text_history import TextHistory
+from trl.environment.tool_calls import ToolCalls
+from trl.environment.turns import SampledTurns, Turns
+
+_RESET = "reset"
+
+
+@dataclass(eq=False)
+class Episode:
+    """One row that an environment plays. Hooks of environments get histories; `history.episode` is the way back."""
+
+    history: TextHistory
+    row: int = 0
+    """its number in this run"""
+    seed: int | None = None
+    """of the row's random numbers; None: every turn draws from torch's global generator"""
+    limit: int | None = None
+    """most tokens of the history that training takes; None: no limit"""
+    own: OwnEnvironment | None = None
+    """the object whose methods are tools of this row alone"""
+    turn_rewards: list[float] = field(default_factory=list)
+    """reward of each turn of the model so far"""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """in a chat: the messages that follow the prompt"""
+    calls: list[Callable[[], str]] = field(default_factory=list)
+    """the tool calls of the last turn; they run one after the other"""
+    answers: list[str] = field(default_factory=list)
+    """the answers to those calls so far"""
+
+    def __post_init__(self) -> None:
+        self.history.episode = self
+
+    @classmethod
+    def of(cls, history: TextHistory) -> Episode:
+        """The episode of this history; a new one where it has none yet."""
+        return history.episode or cls(history)
+
+    @property
+    def room(self) -> int | None:
+        """How many more tokens fit; None: no limit."""
+        return None if self.limit is None else self.limit - len(self.history.tokens)
+
+    @property
+    def is_full(self) -> bool:
+        return self.room is not None and self.room <= 0
+
+
+class Environment:
+    """The loop that text and chat environments share. A subclass says how a model calls tools and reads answers."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        environment_factory: Callable[[], Any] | None,
+        tool_timeout: float | None,
+        tool_workers: int,
+    ) -> None:
+        if tool_timeout is not None and tool_timeout <= 0:
+            raise ValueError(f"tool_timeout={tool_timeout}: give seconds above 0, or None for no limit")
+        if tool_workers < 1:
+            raise ValueError(f"tool_workers={tool_workers}: give 1 or more")
+        self.tokenizer = tokenizer
+        self.environment_factory = environment_factory
+        self.tool_timeout = tool_timeout
+        self.tool_workers = tool_workers
+
+    # --- what trainers ask ----------------------------------------------------------------------------------------
+
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether episodes have rewards without further functions."""
+        return type(self).turn_reward is not Environment.turn_reward
+
+    def check_settings(self, tokenizer: Any, max_prompt_length: int | None = None, reward_funcs: Any = None) -> None:
+        """ValueError for settings of a trainer that do not go with this environment."""
+        known = self.tokenizer
+        if known is not None and known is not tokenizer and known.get_vocab() != tokenizer.get_vocab():
+            raise ValueError("environment: its tokenizer has another vocabulary than the trainer's; give them the same")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can play as it is."""
+        return self.tokenizer is not None
+
+    def for_policy(self, tokenizer: Any, end_ids: Sequence[int]) -> Self:
+        """An environment that is ready to play: this one if it has a tokenizer, else a copy that has this one.
+
+        end_ids: the tokens that end a turn of the policy.
+        """
+        if self.is_ready:
+            return self
+        ready = copy.copy(self)
+        ready.tokenizer = tokenizer
+        return ready
+
+    def rollout(
+        self, rows: Sequence[Mapping[str, Any]], turns: SampledTurns, seeds: Sequence[int], limit: int
+    ) -> Rollout:
+        """Play one episode from each row, with at most `limit` tokens after its prompt.
+
+        The row's columns reach the `reset` of its own environment, as far as it has parameters for them.
+        """
+        episodes = []
+        for index, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
+            episode = self._begin(index, seed, row, row.get("prompt_ids"))
+            episode.limit = min(len(episode.history.tokens) + limit, turns.context or 2**62)
+            episodes.append(episode)
+        self._play(episodes, turns)
+        self._score(episodes, rows)
+        return as_rollout([episode.history for episode in episodes])
+
+    def turn_reward(self, history: TextHistory) -> float:
+        """The reward of the model's last turn and the answers to it. Subclasses may compute their own.
+
+        Here it is the growth of `reward` in the row's own environment.
+        """
+        own = Episode.of(history).own
+        return 0.0 if own is None else own.new_reward()
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def _begin(self, index: int, seed: int, row: Mapping[str, Any], ids: Sequence[int] | None = None) -> Episode:
+        """ids: of the prompt, where they are known."""
+        if not self.is_ready:
+            raise ValueError(
+                "tokenizer=None: an environment needs one to play; construct it with one, or take "
+                "`environment.for_policy(tokenizer, end_ids)`"
+            )
+        own = None if self.environment_factory is None else OwnEnvironment(self.environment_factory)
+        said = "" if own is None else own.reset(row)
+        return Episode(self._open(row, said, ids), index, seed, own=own)
+
+    def _play(self, episodes: Sequence[Episode], turns: Turns) -> None:
+        """Let the model and its tools take turns until every episode is over. Episodes stand in the order of `row`."""
+        calls = ToolCalls(self.tool_timeout, self.tool_workers)
+        ready = [episode for episode in episodes if self._goes_on(episode)]
+        while ready or len(calls):
+            began = time.monotonic()
+            if ready:
+                self._speak(ready, turns)
+                for episode in ready:
+                    self._start_calls(episode, calls)
+            # Waiting as long as a turn took fills the next batch. Rows that depend on their batch wait for all others.
+            patience = time.monotonic() - began if turns.rows_are_apart else math.inf
+            answers = calls.collect(patience)
+            ready = [episodes[row] for row in sorted(answers) if self._take(episodes[row], answers[row], calls)]
+
+    def _speak(self, episodes: Sequence[Episode], turns: Turns) -> None:
+        """Append a turn of the model to each history; one without room for a token is completed as truncated."""
+        rooms = [episode.room for episode in episodes]
+        most = None if None in rooms else max((room for room in rooms if room is not None), default=None)
+        seeds = [episode.seed for episode in episodes if episode.seed is not None]
+        said = turns.speak([episode.history.tokens for episode in episodes], seeds or None, most)
+        for episode, room, (tokens, logprobs) in zip(episodes, rooms, said, strict=True):
+            history = episode.history
+            if len(tokens):
+                tokens, logprobs = tokens[:room], None if logprobs is None else logprobs[:room]
+                history.extend(str(self.tokenizer.decode(tokens)), tokens, system=False, logprobs=logprobs)
+            else:
+                history.complete(truncated=True)
+
+    def _start_calls(self, episode: Episode, calls: ToolCalls) -> None:
+        if episode.history.completed:  # there was no room for a turn
+            return
+        episode.calls, episode.answers = self._read_turn(episode), []
+        if episode.history.completed:
+            episode.turn_rewards.append(self.turn_reward(episode.history))
+        else:
+            calls.start(episode.row, episode.calls[0])
+
+    def _take(self, episode: Episode, answer: str, calls: ToolCalls) -> bool:
+        """Take the answer to the last call. Whether the model speaks next."""
+        episode.answers.append(answer)
+        if len(episode.answers) < len(episode.calls):
+            calls.start(episode.row, episode.calls[len(episode.answers)])
+            return False
+        self._hear(episode)
+        episode.turn_rewards.append(self.turn_reward(episode.history))
+        self._end_after_answers(episode)
+        return self._goes_on(episode)
+
+    def _goes_on(self, episode: Episode) -> bool:
+        """Whether the model speaks next; a full episode is completed as truncated."""
+        if episode.is_full and not episode.history.completed:
+            episode.history.complete(truncated=True)
+        return not episode.history.completed
+
+    # --- what a subclass says -------------------------------------------------------------------------------------
+
+    def _open(self, row: Mapping[str, Any], said: str, ids: Sequence[int] | None) -> TextHistory:
+        """The prompt of a row; `said`: what `reset` of its own environment adds to it."""
+        raise NotImplementedError
+
+    def _read_turn(self, episode: Episode) -> list[Callable[[], str]]:
+        """The tool calls of the turn that the model has just taken. A turn without any completes the history."""
+        raise NotImplementedError
+
+    def _hear(self, episode: Episode) -> None:
+        """Append `episode.answers` to the history."""
+        raise NotImplementedError
+
+    def _end_after_answers(self, episode: Episode) -> None:
+        """Complete the history if its own environment is done."""
+        if episode.own is not None and episode.own.done and not episode.is_full:
+            episode.history.complete()
+
+    def _score(self, episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Set the reward of each history."""
+        for episode in episodes:
+            episode.history.reward = sum(episode.turn_rewards)
+
+
+class OwnEnvironment:
+    """An object of the user's class that one episode uses; its public methods are tools, called one at a time.
+
+    Its attribute `reward`, where it has one, is the sum of the rewards so far; a true `done` ends the episode.
+    """
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        self.instance = factory()
+        if not callable(getattr(self.instance, _RESET, None)):
+            raise ValueError(f"environment_factory: {type(self.instance).__name__} has no method reset(); give it one")
+        self._lock = threading.Lock()
+        self.tools = {name: self._one_at_a_time(method) for name, method in public_methods(self.instance).items()}
+        self._credited = 0.0
+
+    def _one_at_a_time(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:  # a call that timed out may still be running
+                return method(*args, **kwargs)
+
+        return call
+
+    def reset(self, row: Mapping[str, Any]) -> str:
+        """Begin an episode with those columns of the row that `reset` takes. What it returns is added to the prompt."""
+        reset = getattr(self.instance, _RESET)
+        said = reset(**accepted(reset, row))
+        if said is not None and not isinstance(said, str):
+            raise TypeError(f"{type(self.instance).__name__}.reset() gave {type(said).__name__}; give a text or None")
+        return said or ""
+
+    @property
+    def gives_rewards(self) -> bool:
+        return hasattr(self.instance, "reward")
+
+    @property
+    def done(self) -> bool:
+        return bool(getattr(self.instance, "done", False))
+
+    def new_reward(self) -> float:
+        """The growth of `reward` since the last call of this method."""
+        reward = float(getattr(self.instance, "reward", 0.0))
+        grown, self._credited = reward - self._credited, reward
+        return grown
+
+
+def public_methods(environment: Any) -> dict[str, Callable[..., Any]]:
+    """The methods that a model may call, by name: all without a leading underscore, except `reset`."""
+    names = [name for name, _ in inspect.getmembers(type(environment), inspect.isroutine)]
+    return {name: getattr(environment, name) for name in names if not name.startswith("_") and name != _RESET}
+
+
+def accepted(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that the function has a parameter for; all of them if it has `**kwargs`."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(columns)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: value for name, value in columns.items() if name in named}
+
+
+def as_rollout(histories: Sequence[TextHistory]) -> Rollout:
+    """Finished episodes as training takes them: the first segment is the prompt, the mask is 1 where the model spoke.
+
+    An episode with a `limit` is cut there. The metadata says which episodes were `completed` and which `truncated`, and
+    of each turn its reward (`turn_rewards`) and where in the completion it ended (`turn_ends`). Turns that only
+    `generate` can sample have no log-probabilities: ValueError.
+    """
+    rollout = Rollout(prompts=[], completions=[], logprobs=[], masks=[])
+    episodes = [Episode.of(history) for history in histories]
+    for index, (history, episode) in enumerate(zip(histories, episodes, strict=True)):
+        if history.token_logprobs.isnan().any():
+            raise ValueError(
+                f"histories[{index}]: log-probabilities of sampled tokens are unknown; leave out the generation_kwargs "
+                "that only `generate` knows, so that a sampler makes the turns"
+            )
+        start, end = history.token_spans[0][1], episode.limit
+        rollout.prompts.append(history.tokens[:start].tolist())
+        rollout.completions.append(history.tokens[start:end].tolist())
+        rollout.masks.append(history.token_masks[start:end].tolist())
+        rollout.logprobs.append(history.token_logprobs[start:end].tolist())
+        rollout.rewards.append(float(history.reward))
+        rollout.texts.append(history.text[history.text_spans[0][1] :])
+    rollout.metadata = {
+        "completed": [history.completed for history in histories],
+        "truncated": [history.truncated for history in histories],
+        "turn_rewards": [episode.turn_rewards for episode in episodes],
+        "turn_ends": [_turn_ends(history) for history in histories],
+        "histories": list(histories),
+    }
+    return rollout
+
+
+def _turn_ends(history: TextHistory) -> list[int]:
+    start = history.token_spans[0][1]
+    spans = zip(history.token_spans[1:], history.system_spans[1:], strict=True)
+    return [end - start for (_, end), system in spans if not system]

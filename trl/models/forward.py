@@ -1,0 +1,457 @@
+"""The forward pass of a batch: rows packed, rows padded, or an encoder and a decoder.
+
+What is read of a pass is computed inside the call of the module that reads it (`in_head`): FSDP, DeepSpeed and DDP then
+see a module that is called as usual. A probe of a few tokens finds out how a network may be run (`ForwardPlan`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import inf
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trl.data.packing import pack
+from trl.data.records import Branch, PackedBatch, TokenTree
+from trl.kernels.layers import fast, swapped_forward
+from trl.losses.loss_sum import LossSum
+from trl.models.attention import enable_tree_attention, inside_tree
+from trl.models.head import Head, head_of
+from trl.models.unwrap import (
+    accepts,
+    adapter_state,
+    below_accelerate,
+    below_processes,
+    below_value_head,
+    is_encoder_decoder,
+    is_sharded,
+    learns_prompt,
+)
+
+logger = logging.getLogger(__name__)
+
+PROBE_ERRORS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, LookupError)
+
+
+# -- what is computed of a pass, and where ----------------------------------------------------
+
+
+def in_head(
+    model: nn.Module, packed: PackedBatch, function: Callable[[Head, Tensor], Tensor | Sequence[Tensor]]
+) -> tuple[Tensor, ...]:
+    """`function(head, states_SD)` on the states that predict the scored tokens, inside the head's own call.
+
+    The function returns one or several tensors whose first axis is S.
+    """
+    head = head_of(below_value_head(model))
+    inside = replace(head, project=head.module.forward)
+    return in_module(model, head.module, packed, lambda states_SD: function(inside, states_SD))
+
+
+def scored_states(model: nn.Module, packed: PackedBatch) -> tuple[Head, Tensor]:
+    """The head and the states that predict the scored tokens, for passes without gradient. Head, [S, D]"""
+    (states_SD,) = in_head(model, packed, lambda head, states_SD: states_SD)
+    return head_of(below_value_head(model)), states_SD
+
+
+def in_module(
+    model: nn.Module,
+    module: nn.Module,
+    packed: PackedBatch,
+    function: Callable[[Tensor], Tensor | Sequence[Tensor]],
+    index_S: Tensor | None = None,
+    row_S: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`function(states_SD)` inside the call of `module`, a head of the model, on the states that reach it.
+
+    index_S: the packed positions of the states, and row_S their rows; default: where scored tokens are predicted.
+    """
+    if index_S is None or row_S is None:
+        index_S, row_S = packed.scored_S, packed.row_S
+    plan = _plan_for(model, module, packed)
+    return _pass(model, module, packed, function, index_S, row_S, plan)
+
+
+def _pass(
+    model: nn.Module,
+    module: nn.Module,
+    packed: PackedBatch,
+    function: Callable[[Tensor], Tensor | Sequence[Tensor]],
+    index_S: Tensor,
+    row_S: Tensor,
+    plan: ForwardPlan,
+) -> tuple[Tensor, ...]:
+    """`in_module` by a given plan.
+
+    The results leave as the module's output, in the shape of one number for each position: on that tensor sits what
+    gathers sharded weights again for the backward pass. What the model does to its logits afterwards is thrown away.
+    """
+    parts: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def compute(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if is_encoder_decoder(model):
+            states_SD = hidden[packed.row_S, packed.slot_S]
+        elif plan.packed:
+            states_SD = hidden[0].index_select(0, index_S)
+        else:
+            states_SD = hidden[row_S, packed.position_N[index_S] + virtual_tokens(packed, hidden)]
+        result = function(states_SD)
+        parts[:] = [result] if isinstance(result, Tensor) else result
+        return _as_output(parts, hidden) if torch.is_grad_enabled() else hidden[..., :1]
+
+    with swapped_forward(module, compute):
+        last = module.register_forward_hook(lambda called, inputs, output: outputs.append(output))
+        try:
+            _run(model, packed, plan, index_S)
+        finally:
+            last.remove()
+    if not torch.is_grad_enabled():
+        return tuple(parts)
+    flat = outputs[-1].flatten()
+    pieces = flat[: sum(part.numel() for part in parts)].split([part.numel() for part in parts])
+    return tuple(
+        piece.view(part.shape) if part.requires_grad else part.detach()
+        for piece, part in zip(pieces, parts, strict=True)
+    )
+
+
+def _as_output(parts: Sequence[Tensor], hidden: Tensor) -> Tensor:
+    """All numbers of the parts, then zeros, in a tensor that a model takes for logits of one word. [B, L or more, 1]"""
+    numbers = torch.cat([part.flatten() for part in parts])
+    batch, length = hidden.shape[0], hidden.shape[-2]
+    length = max(length, -(-len(numbers) // batch))
+    return nn.functional.pad(numbers, (0, batch * length - len(numbers))).view(batch, length, 1)
+
+
+def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, index_S: Tensor) -> None:
+    network = below_value_head(model)
+    with ExitStack() as stack:
+        wrapper = below_accelerate(model)
+        if wrapper is not network:  # its own forward computes values everywhere and keeps the states of all layers
+            stack.enter_context(swapped_forward(wrapper, lambda **inputs: network(**inputs)))
+        if is_encoder_decoder(model):
+            model(**encoder_decoder_inputs(model, packed))
+        elif not plan.packed:
+            model(**padded_inputs_of(model, packed))
+        else:
+            stack.enter_context(inside_tree())
+            tree = stack.enter_context(fast(network, packed, index_S if plan.narrow else None))
+            model(input_ids=packed.ids_N[None], position_ids=packed.position_N[None], tree=tree, use_cache=False)
+
+
+def within_forward(model: nn.Module, function: Callable[[nn.Module], LossSum]) -> LossSum:
+    """`function` of the model below its wrapper, run as if it were the wrapped model's forward.
+
+    DDP takes a parameter that the output of its forward does not reach for unused and reduces it too early. Inside, it
+    sees what is really computed.
+    """
+    inner = below_processes(model)
+    if inner is model:
+        return function(model)
+    results: list[LossSum] = []
+    own = inner.forward
+
+    def run() -> Tensor:
+        with swapped_forward(inner, own):  # `function` calls the model
+            results.append(function(inner))
+        return results[0].total
+
+    with swapped_forward(inner, run):
+        total = model()
+    return replace(results[0], total=total)
+
+
+# -- the inputs of a pass ---------------------------------------------------------------------
+
+_padded: ContextVar[bool] = ContextVar("rows_padded", default=False)
+
+
+@contextmanager
+def rows_padded(flag: bool) -> Iterator[None]:
+    """Within it every pass pads its rows; False: rows are packed wherever the network can compute them so."""
+    token = _padded.set(flag)
+    try:
+        yield
+    finally:
+        _padded.reset(token)
+
+
+def padded_inputs(packed: PackedBatch, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask`, `position_ids` of the rows, each whole and padded on the right. [B, L]"""
+    rows = [torch.tensor(packed.row_indices(row), device=packed.ids_N.device) for row in range(packed.rows)]
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    index = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = torch.where(mask.bool(), packed.ids_N[index], pad_token_id)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": packed.position_N[index] * mask}
+
+
+def padded_inputs_of(model: nn.Module, packed: PackedBatch) -> dict[str, Any]:
+    """The rows padded, as keywords that this model takes. [B, L]"""
+    inputs = padded_inputs(packed, _pad_token(model))
+    counts_itself = is_encoder(model) or learns_prompt(model)  # PEFT shifts the positions by its virtual tokens
+    if counts_itself or not accepts(model, "position_ids"):
+        inputs.pop("position_ids")
+    return inputs if is_encoder(model) else {**inputs, "use_cache": False}
+
+
+def encoder_decoder_inputs(model: nn.Module, packed: PackedBatch) -> dict[str, Any]:
+    """Prompts for the encoder and branches, shifted right, for the decoder; both padded on the right."""
+    start_token_id, pad_token_id = below_value_head(model).config.decoder_start_token_id, _pad_token(model)
+    device = packed.ids_N.device
+    prompts, branches = [], []
+    for row, prompt_tokens in enumerate(packed.prompt_tokens):
+        index = torch.tensor(packed.row_indices(row), device=device)
+        ids = packed.ids_N[index]
+        prompts.append(ids[:prompt_tokens])
+        branches.append(torch.cat([ids.new_tensor([start_token_id]), ids[prompt_tokens:-1]]))
+    columns: dict[str, Any] = {"use_cache": False}
+    for name, rows in (("", prompts), ("decoder_", branches)):
+        columns[f"{name}input_ids"] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        ones = [torch.ones_like(row) for row in rows]
+        columns[f"{name}attention_mask"] = nn.utils.rnn.pad_sequence(ones, batch_first=True)
+    return columns
+
+
+def _pad_token(model: nn.Module) -> int:
+    pad = getattr(below_value_head(model).config, "pad_token_id", None)
+    return 0 if pad is None else pad
+
+
+def is_encoder(model: nn.Module) -> bool:
+    """Whether the model reads a text from both sides, as BERT does."""
+    network = below_value_head(model)
+    return not hasattr(network, "prepare_inputs_for_generation") and not hasattr(network, "score")
+
+
+# -- modes ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def eval_mode(*models: nn.Module, checkpointing: bool = False) -> Iterator[None]:
+    """Eval mode; the training flags of all modules come back.
+
+    checkpointing: layers that checkpoint their activations stay in training mode, without which they would keep them.
+    """
+    before = {module: module.training for module in chain.from_iterable(model.modules() for model in models)}
+    for module in before:
+        module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def eval_no_grad(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the training flags of all modules come back."""
+    with eval_mode(model), torch.no_grad():
+        yield
+
+
+# -- the probe --------------------------------------------------------------------------------
+
+
+class Tolerance(NamedTuple):
+    """By how much two ways to compute the same numbers may differ."""
+
+    states: float
+    """of the head's input, relative to the largest"""
+    logits: float
+    """in standard deviations of the logits"""
+
+
+TOLERANCES = {
+    "float64": Tolerance(1e-3, 1e-4),
+    "float32": Tolerance(1e-3, 1e-4),
+    "tf32": Tolerance(3e-2, 5e-2),
+    "float16": Tolerance(3e-2, 5e-2),
+    "bfloat16": Tolerance(2e-1, 5e-2),
+}
+"""by the precision of the products; from exact to coarse"""
+
+
+def precision_of(model: nn.Module) -> str:
+    """The precision in which the model's products are computed now, a key of `TOLERANCES`.
+
+    It is that of autocast, else of the weights; "tf32" where the device rounds the factors of float32 products.
+    """
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        return "float32"
+    kind, dtype = weight.device.type, weight.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    if dtype == torch.float32:
+        backends: Any = torch.backends
+        own = (backends.cuda if kind == "cuda" else backends.mkldnn).matmul.fp32_precision
+        setting = backends.fp32_precision if own == "none" else own
+        return "tf32" if setting in ("tf32", "bf16") else "float32"
+    name = str(dtype).removeprefix("torch.")
+    return name if name in TOLERANCES else "bfloat16"
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How a network computes a batch, with its adapter as it is now and in the precision of now."""
+
+    packed: bool = False
+    """rows are packed; else padded"""
+    narrow: bool = False
+    """the last layer may skip positions that nobody reads"""
+    reach: float = 0
+    """tokens of the longest row for which the probe has found out `packed` and `narrow`"""
+    samples_locally: bool | None = None
+    """whether the local sampler's engine computes what the network computes; None: nobody has asked"""
+    why_not_local: str = ""
+
+
+PADDED = ForwardPlan()
+_plans: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], ForwardPlan]] = WeakKeyDictionary()
+
+
+def plan_of(model: nn.Module) -> ForwardPlan:
+    """What is known so far of the model as it is now."""
+    network = below_value_head(model)
+    return _plans.get(network, {}).get((adapter_state(network), precision_of(network)), PADDED)
+
+
+def note(model: nn.Module, plan: ForwardPlan) -> ForwardPlan:
+    """Keep what was found out of the model as it is now."""
+    network = below_value_head(model)
+    _plans.setdefault(network, {})[adapter_state(network), precision_of(network)] = plan
+    return plan
+
+
+def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> ForwardPlan:
+    """The plan for these rows; the network is probed at the first, and when rows reach a pattern not yet probed."""
+    if _padded.get() or is_encoder_decoder(model):
+        return PADDED
+    plan = plan_of(model)
+    if plan.reach == inf:
+        return plan
+    longest = _longest_row(packed)
+    if is_sharded(model) and torch.distributed.is_initialized():  # a probe is a pass, and all ranks must run it
+        lengths = torch.tensor(longest, device=packed.ids_N.device)
+        torch.distributed.all_reduce(lengths, torch.distributed.ReduceOp.MAX)
+        longest = int(lengths)
+    return plan if longest <= plan.reach else note(model, _probe(below_accelerate(model), module, longest))
+
+
+def virtual_tokens(packed: PackedBatch, rows_BL: Tensor) -> int:
+    """How many tokens a PEFT adapter has put before each padded row of a model's states or logits, [B, L, ...]."""
+    return rows_BL.shape[1] - _longest_row(packed)
+
+
+def _longest_row(packed: PackedBatch) -> int:
+    lengths: list[int] = []
+    for start, end, parent in packed.segments:
+        lengths.append(end - start + (lengths[parent] if parent >= 0 else 0))
+    return max(lengths)
+
+
+PATTERN_NAMES = re.compile("window|chunk|block|local|sparse|stride|top_?k")
+
+
+def pattern_lengths(config: Any) -> list[int]:
+    """Numbers of tokens after which attention changes: windows, chunks, top-k. Found in a config by their names."""
+    found: set[int] = set()
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(str(key), inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                visit(name, inner)
+        elif type(value) is int and value > 1 and PATTERN_NAMES.search(name):
+            found.add(value)
+
+    visit("", config.to_dict())
+    return sorted(found)
+
+
+def probe_rows(network: Any, longest: int = 0) -> tuple[PackedBatch, float]:
+    """Rows for a probe, and up to how many tokens of a row it speaks: three rows, two of them with a shared prompt.
+
+    Their length is more than every pattern that a row of `longest` tokens reaches, and ten or so without one.
+    """
+    config = network.config.get_text_config()
+    patterns = pattern_lengths(config)
+    length = max([7, *(min(pattern + 4, longest) for pattern in patterns if pattern < longest)])
+    ids = [(i * i + 7 * i + 3) % config.vocab_size for i in range(length + 3)]
+    tree = TokenTree(ids[: length - 3], [Branch(ids[length - 3 : length]), Branch(ids[length:])])
+    packed = pack([TokenTree(ids[5:7], [Branch(ids[1:3])]), tree])
+    return packed.to(next(network.parameters()).device), min((p for p in patterns if p >= length), default=inf)
+
+
+def plain_forward(
+    model: nn.Module, packed: PackedBatch, function: Callable[[Head, Tensor], Tensor]
+) -> tuple[Tensor, str]:
+    """What `in_head` gives for padded rows, the reference of each probe, and the precision inside the forward."""
+    head = head_of(below_value_head(model))
+    inside = replace(head, project=head.module.forward)
+    return _measured(model, head.module, packed, PADDED, lambda states_SD: function(inside, states_SD))
+
+
+def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
+    """Whether packed rows give the states that padded rows give, with the last layer narrowed or whole."""
+    network = below_value_head(model)
+    known, (packed, reach) = plan_of(model), probe_rows(network, longest)
+    switched_off, _ = adapter_state(network)
+    shares_prompts = switched_off or not learns_prompt(network)  # else virtual tokens stand before each row
+    with eval_no_grad(model):
+        try:
+            expected_SD, precision = _measured(model, module, packed, PADDED)
+            enable_tree_attention(network)
+            tolerance = TOLERANCES[precision].states * float(expected_SD.abs().max())
+            for narrow in (True, False) if shares_prompts else ():
+                plan = replace(known, packed=True, narrow=narrow, reach=reach)
+                if _computes(model, module, packed, plan, expected_SD, tolerance):
+                    return plan
+        except PROBE_ERRORS as error:
+            logger.debug("probe of %s failed: %s", type(network).__name__, error)
+    logger.warning(
+        "%s does not compute packed rows as it computes separate ones: it pads its rows (same results, slower).",
+        type(network).__name__,
+    )
+    return replace(known, packed=False, narrow=False, reach=inf)
+
+
+def _measured(
+    model: nn.Module,
+    module: nn.Module,
+    packed: PackedBatch,
+    plan: ForwardPlan,
+    function: Callable[[Tensor], Tensor] = lambda states_SD: states_SD,
+) -> tuple[Tensor, str]:
+    """What a pass gives at the scored positions, and the coarser of the precisions of its products and its states."""
+    precisions: list[str] = []
+
+    def measure(states_SD: Tensor) -> Tensor:
+        precisions.extend([precision_of(model), str(states_SD.dtype).removeprefix("torch.")])
+        return function(states_SD)
+
+    (result,) = _pass(model, module, packed, measure, packed.scored_S, packed.row_S, plan)
+    return result, max(precisions, key=list(TOLERANCES).index)
+
+
+def _computes(
+    model: nn.Module, module: nn.Module, packed: PackedBatch, plan: ForwardPlan, expected_SD: Tensor, tolerance: float
+) -> bool:
+    try:
+        states_SD, _ = _measured(model, module, packed, plan)
+    except PROBE_ERRORS as error:
+        logger.debug("probe of %s failed: %s", type(below_value_head(model)).__name__, error)
+        return False
+    return torch.allclose(states_SD, expected_SD, rtol=0, atol=tolerance)

@@ -1,0 +1,238 @@
+"""Folders of weights: they are saved whole or not at all; a few tensors of a big one can be read alone."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+from transformers.utils.hub import cached_file
+
+SAVING, FORMER = ".saving-", ".former-"
+"""prefixes of hidden names: what is still being written, and what was there before"""
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+"""keywords of `from_pretrained` that say where a file is, so that every file is looked for in the same place"""
+
+WEIGHT_FILES = (
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    "model-?????-of-?????.safetensors",
+    WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    "pytorch_model-?????-of-?????.bin",
+)
+"""glob patterns of all the files that may hold the weights of a whole model"""
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether a file could not be written; torch says so in a RuntimeError, and `writing` passes causes on."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("PytorchStreamWriter", "unexpected pos", "could not save to", "No space left", "File too large")
+    return error is not None and any(word in str(error) for word in words)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder's list of files is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until a folder and everything in it is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def hidden(target: Path, prefix: str) -> Path:
+    """The folder beside `target` with the same name after a prefix such as `.saving-`."""
+    return target.with_name(f"{prefix}{target.name}")
+
+
+def put_in_place(beside: Path, target: Path) -> None:
+    """Rename a finished folder to `target`. If the process is killed, the old or the new folder is there, whole.
+
+    The old folder is called `.former-NAME` for a moment; `undo_rename` gives it its name back.
+    """
+    flush_folder(beside)
+    former = hidden(target, FORMER)
+    if target.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        os.rename(target, former)
+    os.rename(beside, target)
+    flush(target.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def undo_rename(target: Path) -> None:
+    """Give a folder its name back if `put_in_place` was killed between its two renames."""
+    former = hidden(target, FORMER)
+    if former.exists() and not target.exists():
+        os.rename(former, target)
+
+
+@contextmanager
+def writing(directory: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to write in, whose files are renamed into `directory` once all of them are on the disk.
+
+    `replaces`: glob patterns of the files that hold weights. If any is written, those of an earlier save are removed.
+    At every moment `directory` loads as it was before or as it is afterwards, also where weights have several files.
+    OSError names the folder if the disk is full or not writable; `directory` is then as it was before.
+    """
+    target = Path(directory)
+    if target.is_file():
+        raise ValueError(f"cannot save to {str(target)!r}: it is a file; pass the name of a folder")
+    existed = target.is_dir()
+    beside: Path | None = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=SAVING, dir=target))  # inside: a rename never leaves the disk
+        yield beside
+        flush_folder(beside)
+        _move(beside, target, replaces)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not isinstance(error, OSError | SafetensorError) and not is_disk_error(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(f"could not save to {str(target)!r}: {reason}; nothing there has changed") from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+        if not existed and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+
+
+def _move(source: Path, target: Path, replaces: Sequence[str]) -> None:
+    """Rename the files of `source` into `target`, an index of shards after its shards."""
+    files = sorted((file.relative_to(source) for file in source.rglob("*") if file.is_file()), key=_is_index)
+    for index in filter(_is_index, files):
+        _keep_old_shards(target / index)
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / file, target / file)
+    for kept in filter(Path.is_file, target.glob(f"{FORMER}*")):
+        kept.unlink()
+    if any(file.match(pattern) for file in files for pattern in replaces):  # else another rank wrote the weights
+        stale = {old for pattern in replaces for old in target.glob(pattern) if old.relative_to(target) not in files}
+        for old in sorted(stale, key=_is_index, reverse=True):
+            old.unlink(missing_ok=True)
+    flush(target)
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.endswith(".index.json")
+
+
+def _keep_old_shards(index: Path) -> None:
+    """Let an index name its shards by second names, under which they stay when files of the same names replace them."""
+    if not index.exists():
+        return
+    table = json.loads(index.read_text(encoding="utf-8"))
+    for shard in set(table["weight_map"].values()):
+        kept = index.with_name(f"{FORMER}{shard}")
+        if shard.startswith(FORMER) or not (index.parent / shard).exists():
+            continue
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(index.parent / shard, kept)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(index.parent / shard, kept)
+    names = table["weight_map"].items()
+    table["weight_map"] = {key: shard if shard.startswith(FORMER) else f"{FORMER}{shard}" for key, shard in names}
+    beside = index.with_name(f"{FORMER}{index.name}")
+    beside.write_text(json.dumps(table), encoding="utf-8")
+    flush(beside)
+    os.replace(beside, index)
+
+
+def find_file(source: str, name: str, **where: Any) -> str | None:
+    """Path of the file `name` of a model folder or Hub repository; None if it has no such file.
+
+    `where`: any of `HUB_ARGUMENTS`.
+    """
+    try:
+        return cached_file(
+            source,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **where,
+        )
+    except (OSError, HFValidationError):
+        return None
+
+
+def read_modules(source: str, modules: Sequence[str], *, adapter: bool = False, **where: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names start with one of `modules` ("v_head"); {} if there are none.
+
+    Only they are read: of a sharded checkpoint, only the shards that hold one. `adapter`: the folder is an adapter's,
+    where `pytorch_model.bin` holds nothing but these modules and counts before any weights of a base model.
+    """
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    for name in names[::-1] if adapter else names:
+        file = find_file(source, name, **where)
+        if file is None:
+            continue
+        tensors = (_read_shards if name.endswith(".json") else _read)(file, modules, source=source, where=where)
+        if tensors or not os.path.isdir(source):  # of a repository never fetch a second format only to look into it
+            return tensors
+    return {}
+
+
+def belongs(key: str, modules: Sequence[str]) -> bool:
+    """Whether a state-dict key names a tensor of one of `modules`."""
+    return key.split(".")[0] in modules
+
+
+def _read_shards(index: str, modules: Sequence[str], *, source: str, where: Mapping[str, Any]) -> dict[str, Tensor]:
+    with open(index, encoding="utf-8") as file:
+        weight_map: dict[str, str] = json.load(file)["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted({shard for key, shard in weight_map.items() if belongs(key, modules)}):
+        path = find_file(source, shard, **where)
+        if path is None:
+            raise OSError(f"the checkpoint {source!r} lacks its shard {shard!r}: fetch or save it again")
+        tensors |= _read(path, modules)
+    return tensors
+
+
+def holds_other_modules(file: Path, modules: Sequence[str]) -> bool:
+    """Whether pickled weights hold anything besides `modules`."""
+    return file.exists() and any(not belongs(key, modules) for key in _unpickle(str(file)))
+
+
+def _unpickle(file: str) -> Mapping[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _read(file: str, modules: Sequence[str], **_: Any) -> dict[str, Tensor]:
+    try:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                return {key: stored.get_tensor(key) for key in stored.keys() if belongs(key, modules)}  # noqa: SIM118
+        return {key: tensor.clone() for key, tensor in _unpickle(file).items() if belongs(key, modules)}
+    except Exception as error:  # pickle, zip, safetensors and torch each have their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f"could not read the weights {file!r}: {reason}") from error
