@@ -1,4 +1,4 @@
-"""Public names, for type checkers and editors: what the lazy table in `__init__.py` holds, which tests compare."""
+"""Public names, for type checkers and editors. Written by `scripts/write_stub.py`."""
 
 from trl.core import set_seed as set_seed
 from trl.data.formats import apply_chat_template as apply_chat_template
