@@ -231,6 +231,7 @@ def test_an_error_is_one_line_that_names_the_setting(line, message, capsys):
         ("lerning_rate: 1\n", "lerning_rate: SFTConfig has no such field; did you mean learning_rate?"),
         ("learning_rate: fast\n", "learning_rate='fast': give a number"),
         ("lora_dropout: [1]\n", "lora_dropout=[1]: give a number"),
+        ("model: m\ndata: nowhere.jsonl\nlora_rank: null\n", "nowhere.jsonl: there is no such file"),
         ("model: a\nmodel_name_or_path: b\n", "the file gives model_name_or_path twice"),
         ("- a\n", "give one `setting: value` a line"),
     ],

@@ -121,9 +121,9 @@ def merged(job: Training, of_file: dict[str, Any], of_words: dict[str, Any]) -> 
     """One dict of settings: the line wins, and `lora_rank` becomes what it stands for."""
     short = False
     for source in (of_file, of_words):
-        if "lora_rank" in source:
+        rank = source.pop("lora_rank", None)
+        if rank is not None:
             short = True
-            rank = source.pop("lora_rank")
             if source.get("lora_r", rank) != rank:
                 raise ValueError(f"lora_rank={rank}, lora_r={source['lora_r']}: two names of one setting; give one")
             if rank < 1:
