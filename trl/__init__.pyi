@@ -51,15 +51,14 @@ from trl.trainer.dpo_trainer import ORPOConfig as ORPOConfig
 from trl.trainer.dpo_trainer import ORPOTrainer as ORPOTrainer
 from trl.trainer.dpo_trainer import SimPOConfig as SimPOConfig
 from trl.trainer.dpo_trainer import SimPOTrainer as SimPOTrainer
-from trl.trainer.grpo_config import GRPOConfig as GRPOConfig
-from trl.trainer.grpo_config import RLOOConfig as RLOOConfig
+from trl.trainer.grpo_trainer import GRPOConfig as GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as GRPOTrainer
 from trl.trainer.iterative_sft_trainer import IterativeSFTTrainer as IterativeSFTTrainer
 from trl.trainer.kto_trainer import KTOConfig as KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer as KTOTrainer
 from trl.trainer.online_dpo_trainer import OnlineDPOConfig as OnlineDPOConfig
 from trl.trainer.online_dpo_trainer import OnlineDPOTrainer as OnlineDPOTrainer
-from trl.trainer.ppo_config import PPOConfig as PPOConfig
+from trl.trainer.ppo_trainer import PPOConfig as PPOConfig
 from trl.trainer.ppo_trainer import PPOTrainer as PPOTrainer
 from trl.trainer.prm_trainer import PRMConfig as PRMConfig
 from trl.trainer.prm_trainer import PRMTrainer as PRMTrainer
@@ -67,6 +66,7 @@ from trl.trainer.raft_trainer import RAFTConfig as RAFTConfig
 from trl.trainer.raft_trainer import RAFTTrainer as RAFTTrainer
 from trl.trainer.reward_trainer import RewardConfig as RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer as RewardTrainer
+from trl.trainer.rloo_trainer import RLOOConfig as RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer as RLOOTrainer
 from trl.trainer.sft_trainer import SFTConfig as SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer as SFTTrainer

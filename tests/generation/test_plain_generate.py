@@ -4,7 +4,7 @@ import transformers as t
 from tokenizers_for_tests import word_tokenizer
 
 from trl.generation.generate_kwargs import asked_end_tokens
-from trl.generation.plain_generate import generate_padded, padded_pair, plain_generate, respond
+from trl.generation.plain_generate import generate_padded, padded_pair, plain_generate
 from trl.generation.stopping import end_tokens, until_end
 
 QUERIES = [torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([11, 12])]
@@ -29,11 +29,11 @@ def test_an_encoder_reads_a_query_in_a_batch_as_it_reads_it_alone():
     assert [ids.tolist() for ids in without_start] == [ids[1:].tolist() for ids in together]
 
 
-@pytest.mark.parametrize("generate", [respond, generate_padded, plain_generate])
+@pytest.mark.parametrize("generate", [generate_padded, plain_generate])
 def test_only_one_response_for_each_query(generate):
-    arguments = {respond: (2, {"num_return_sequences": 2}), plain_generate: ({"num_return_sequences": 2}, ())}
+    further = [()] if generate is plain_generate else []
     with pytest.raises(ValueError, match="num_return_sequences"):
-        generate(bart(), word_tokenizer(), QUERIES, *arguments.get(generate, ({"num_return_sequences": 2},)))
+        generate(bart(), word_tokenizer(), QUERIES, {"num_return_sequences": 2}, *further)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ GONE: dict[str, set[str]] = {
     "trl.environment.turn_loop": {"take_turns"},
     "trl.generation.sampling_mode": {"sampling_mode"},
     "trl.trainer.ddpo_files": {"checkpoint_number", "latest_checkpoint"},
-    "trl.trainer.environment_rollouts": {"check_text_environment"},
     "trl.trainer.eval_samples": {"log_samples", "random_prompts", "sampled_texts"},
+    "trl.trainer.environment_rollouts": {"Played", "check_text_environment", "end_ids", "play"},
+    "trl.trainer.experience": {"Measured", "PPOBatch", "Sample", "pack_samples", "ppo_batch"},
     "trl.trainer.ppo_checkpoint": {
         "find_checkpoint",
         "fingerprint",
@@ -27,6 +28,13 @@ GONE: dict[str, set[str]] = {
         "save_state",
         "state_of",
     },
+    "trl.trainer.ppo_environment": {"check_environment", "play"},
+    "trl.trainer.ppo_generation": {"respond", "respond_at_lengths"},
+    "trl.trainer.ppo_inputs": {"samples_of"},
+    "trl.trainer.ppo_loop": {"batches", "episodes", "prompt_of", "rollout", "run", "sampling_kwargs", "scores_of"},
+    "trl.trainer.ppo_objective": {"terms"},
+    "trl.trainer.ppo_setup": {"columns_of"},
+    "trl.trainer.rollouts": {"policy_batch", "prompt_trees"},
 }
 """names of moved modules that nothing called and that nobody was told of"""
 

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 import trl
 from trl.data.records import Rollout
 from trl.environment.chat_environment import ChatEnvironment
-from trl.rollout.episodes import credit_turns
-from trl.rollout.rewards import Rewards
+from trl.rollout.rewards import Rewards, credit_turns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 LIMIT = 20
@@ -53,7 +52,7 @@ class Recorder:
 
 
 def recorded(trainer):
-    trainer.sampler = recorder = Recorder(trainer.sampler)
+    trainer.source.sampler = recorder = Recorder(trainer.sampler)
     experiences = []
     make_rollout = trainer.rollouts.make
     trainer.rollouts.make = lambda state: experiences.append(make_rollout(state)) or experiences[-1]
@@ -73,9 +72,11 @@ def check_exact(turns, experiences):
     said = {(tuple(ids), tuple(completion.ids)) for ids, completion in turns}
     spoken = 0
     for experience in experiences:
-        rows = zip(experience.prompts, experience.completions, experience.masks, experience.logprobs, strict=True)
-        for prompt, completion, mask, logprobs in rows:
-            assert len(completion) == len(mask) == len(logprobs)
+        ids = [[row.tolist() for row in rows] for rows in (experience.prompts, experience.completions)]
+        for prompt, completion, mask, logprobs in zip(
+            *ids, experience.mask_BT.tolist(), experience.old_logprobs_BT.tolist(), strict=True
+        ):
+            assert not any(mask[len(completion) :] + logprobs[len(completion) :])
             for start, end in stretches(mask):
                 before = tuple(prompt + completion[:start])
                 assert before in given
@@ -95,10 +96,10 @@ def test_rollouts_are_what_the_model_saw_and_said(algorithm, tmp_path):
     assert len(turns) == 2 * 8 * 3
     check_exact(turns, experiences)
     assert history(trainer, "episodes/turns") == [3.0, 3.0]
-    assert history(trainer, "episodes/sampled_tokens")[0] == sum(map(sum, experiences[0].masks)) / 8
+    assert history(trainer, "episodes/sampled_tokens")[0] == experiences[0].mask_BT.sum() / 8
     assert history(trainer, "ratio")[0] == pytest.approx(1.0, abs=1e-5)
     for group in (experiences[0].completions[:4], experiences[0].completions[4:]):
-        assert len({tuple(ids) for ids in group}) > 1
+        assert len({tuple(ids.tolist()) for ids in group}) > 1
 
 
 def chat_tokens():
@@ -154,7 +155,9 @@ def test_rollouts_do_not_depend_on_the_timing_of_tools(tmp_path):
     for trial in range(4):
         environment = talkative(seed=trial, tool_timeout=5) if trial else talkative()
         seen.append(recorded(make(tmp_path, max_steps=1, arguments={"environment": environment}))[1][0])
-    assert all(one.completions == seen[0].completions and one.masks == seen[0].masks for one in seen)
+    for one in seen:
+        assert all(map(torch.equal, one.completions, seen[0].completions))
+        assert torch.equal(one.mask_BT, seen[0].mask_BT)
 
 
 @pytest.mark.parametrize("kind", [talkative, letters])
@@ -235,13 +238,14 @@ def test_a_turn_is_credited_with_what_comes_after_it():
 def test_credit_by_turns_in_training(tmp_path):
     trainer = make(tmp_path, arguments={"environment": letters()}, turn_level_credit=True, scale_rewards="none")
     _, experiences = recorded(trainer)
-    levels = [len(set(row[:-1])) for row in experiences[0].advantages]
+    rows = zip(experiences[0].advantages_BT.tolist(), experiences[0].lengths, strict=True)
+    levels = [len(set(row[: length - 1])) for row, length in rows]
     assert max(levels) > 1
     whole = make(tmp_path, arguments={"environment": letters()}, scale_rewards="none")
     _, plain = recorded(whole)
-    assert plain[0].completions == experiences[0].completions
-    first = [row[0] for row in experiences[0].advantages]
-    assert first == pytest.approx([row[0] for row in plain[0].advantages])  # everything comes after the first turn
+    assert all(map(torch.equal, plain[0].completions, experiences[0].completions))
+    first = experiences[0].advantages_BT[:, 0]
+    torch.testing.assert_close(first, plain[0].advantages_BT[:, 0])  # everything comes after the first turn
 
 
 def test_truncated_episodes_can_be_left_out(tmp_path):
@@ -249,7 +253,7 @@ def test_truncated_episodes_can_be_left_out(tmp_path):
     trainer = make(tmp_path, arguments={"environment": environment}, mask_truncated_completions=True, max_steps=1)
     _, experiences = recorded(trainer)
     assert all(len(ids) == LIMIT for ids in experiences[0].completions)
-    assert not any(map(any, experiences[0].masks))
+    assert not experiences[0].mask_BT.any()
     assert history(trainer, "completions/clipped_ratio") == [1.0]
 
 

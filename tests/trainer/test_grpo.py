@@ -13,7 +13,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import trl
 from trl.data.records import Rollout
+from trl.losses.loss_sum import LossSum
+from trl.losses.policy import clipped_surrogate
+from trl.models.scoring import score
 from trl.rewards.panel import RewardError
+from trl.rollout.experience import Experience
+from trl.trainer.on_policy import OnPolicyTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -77,6 +82,58 @@ def test_a_model_that_is_not_the_one_that_sampled_is_noticed(tmp_path):
         trained(tmp_path, arguments={"callbacks": [Meddler()]})
 
 
+@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
+def test_coarse_arithmetic_has_coarser_bounds(algorithm, tmp_path, monkeypatch):
+    """With TF32 the sampler's numbers differ visibly from the trainer's; that must not end a run."""
+
+    class Rounding(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(1.002)
+
+    def run(folder):
+        return trained(tmp_path / folder, algorithm=algorithm, arguments={"callbacks": [Rounding()]}, max_steps=1)
+
+    with pytest.raises(RuntimeError, match="at the first update the ratio is"):
+        run("exact")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # TF32
+    assert history(run("coarse"), "approx_kl")[0] > 1e-8
+
+
+def test_half_precision_is_checked_too(tmp_path):
+    class Meddler(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(3)
+
+    assert history(trained(tmp_path / "a", bf16=True, use_cpu=True, max_steps=1), "ratio")[0] == pytest.approx(
+        1.0, abs=0.02
+    )
+    with pytest.raises(RuntimeError, match="at the first update the ratio is"):
+        trained(tmp_path / "b", bf16=True, use_cpu=True, max_steps=1, arguments={"callbacks": [Meddler()]})
+
+
+def test_every_objective_is_checked(tmp_path):
+    """Also one that a stranger wrote: the base looks at its metrics."""
+
+    class Meddler(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(1.1)
+
+    class Plain(trl.RLOOTrainer):
+        def policy_objective(self, model, batch):
+            logprobs_BT = score(model, batch.packed).logprobs_BT
+            return clipped_surrogate(logprobs_BT, batch.old_logprobs_BT, batch.advantages_BT, batch.mask_BT)
+
+    trainer = Plain(
+        causal_lm(), early_letters, trl.RLOOConfig(output_dir=str(tmp_path), report_to="none", max_completion_length=6),
+        prompts(), processing_class=tokenizer(), callbacks=[Meddler()],
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="at the first update the ratio is"):
+        trainer.train()
+
+
 def with_dropout():
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config(attention_dropout=0.5))
@@ -97,8 +154,17 @@ def one_good_group(prompts, completions, **columns):
     return [sum(map(ord, text)) / 100 if prompt[0] in "af" else 1.0 for prompt, text in pairs]
 
 
-@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
-@pytest.mark.parametrize("settings", [{}, {"mask_truncated_completions": True, "max_completion_length": 12}])
+SKIPPING = [
+    ("GRPO", {}), ("GRPO", {"mask_truncated_completions": True, "max_completion_length": 12}),
+    ("GRPO", {"loss_type": "dr_grpo"}), ("GRPO", {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    ("GRPO", {"loss_type": "cispo"}), ("GRPO", {"loss_type": "sapo"}), ("GRPO", {"off_policy_mask_threshold": 0.1}),
+    ("GRPO", {"top_entropy_quantile": 0.5}), ("GRPO", {"advantage": "leave_one_out"}),
+    ("RLOO", {}), ("RLOO", {"mask_truncated_completions": True, "max_completion_length": 12}),
+]  # fmt: skip
+"""algorithms that do not compute rows without advantage"""
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), SKIPPING)
 def test_rows_that_cannot_matter_are_not_computed_and_the_gradient_is_the_same(
     algorithm, settings, tmp_path, monkeypatch
 ):
@@ -111,15 +177,82 @@ def test_rows_that_cannot_matter_are_not_computed_and_the_gradient_is_the_same(
         monkeypatch.setattr(
             trainer, "policy_objective", lambda m, b, i=inner, c=computed: c.append(b.packed.rows) or i(m, b)
         )
-        monkeypatch.setattr(trainer, "idle_rows_can_be_skipped", lambda s=skip: s)
-        if not skip:  # fully masked rows too
-            monkeypatch.setattr("trl.rollout.loader.any", lambda row: True, raising=False)
+        if not skip:
+            monkeypatch.setattr(trainer, "rows_with_gradient", lambda rows: torch.ones(len(rows)))
         trainer.train()
         monkeypatch.undo()
         seen[skip] = (sum(computed), history(trainer, "grad_norm")[0], trainer)
     assert seen[True][0] < seen[False][0] == 32
     assert seen[True][1] > 0
     assert seen[True][1] == pytest.approx(seen[False][1], rel=1e-5)
+
+
+def rows_of_experience(advantages):
+    """Rows of 1, 2, 3 and 4 tokens, the last one without a counted token."""
+    sizes = range(1, 5)
+    masks = [[int(n < 4)] * n for n in sizes]
+    rollout = Rollout([[1, 2]] * 4, [[2 + n] * n for n in sizes], [[-1.0] * n for n in sizes], masks)
+    return Experience.of(rollout, advantages=torch.tensor(advantages))
+
+
+def test_idle_and_masked_rows_are_counted_but_not_packed(tmp_path, monkeypatch):
+    trainer = make(tmp_path, max_completion_length=8)
+    collate, rows = trainer.rollouts.collate, rows_of_experience([0.0, 1.0, 0.0, 1.0])
+    assert collate(rows)["policy"].packed.rows == 1
+    for aggregation, count in (("token", 1 + 2 + 3), ("sequence", 3), ("constant", 4 * 8)):
+        trainer.aggregation = aggregation
+        assert collate(rows)["policy"].counted == count
+    idle = rows_of_experience([0.0] * 4)
+    assert collate(idle)["policy"].packed.rows == 0
+    monkeypatch.setattr(trainer, "least_rows", lambda: 1)  # as on several processes
+    assert collate(idle)["policy"].packed.rows == 1
+    monkeypatch.setattr(trainer, "zero_advantage_means_zero_gradient", lambda: False)
+    assert collate(idle)["policy"].packed.rows == 3
+
+
+def test_an_objective_learns_from_rows_without_advantage_unless_it_says_otherwise(tmp_path):
+    """The default of a new algorithm: nothing is left out. (Once it was, and an entropy bonus lost these rows.)"""
+
+    class Bonus(OnPolicyTrainer):
+        config_class = trl.RLOOConfig
+
+        def advantages(self, scores_BF, weights_F, kl_B):
+            return scores_BF[:, 0] - scores_BF[:, 0].mean()
+
+        def policy_objective(self, model, batch):
+            entropy_BT = score(model, batch.packed, entropy_gradient=True).entropy_BT
+            return LossSum(-entropy_BT.sum(), batch.mask_BT.sum())
+
+    settings = {"max_steps": 1, "max_completion_length": 6, "beta": 0.0, "logging_steps": 1}
+    trainer = Bonus(
+        causal_lm(), lambda completions, **_: [1.0] * len(completions), train_dataset=prompts(),
+        args=trl.RLOOConfig(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, **settings),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert history(trainer, "loss")[0] == pytest.approx(-4.6, abs=0.1)  # ln 100
+    assert history(trainer, "grad_norm")[0] > 0
+
+
+@pytest.mark.parametrize("settings", [{"entropy_coef": 0.5}, {"use_adaptive_entropy": True, "entropy_coef": 0.5}])
+def test_the_entropy_bonus_reaches_groups_of_equal_rewards(settings, tmp_path):
+    adaptive = {"entropy_target": 9.0} if "use_adaptive_entropy" in settings else {}
+    trainer = trained(
+        tmp_path, reward_funcs=lambda completions, **_: [1.0] * len(completions), max_steps=1, **settings, **adaptive
+    )
+    assert history(trainer, "loss")[0] == pytest.approx(-0.5 * 4.6, abs=0.05)
+    assert history(trainer, "grad_norm")[0] > 0
+
+
+def test_the_kl_in_the_loss_reaches_groups_of_equal_rewards(tmp_path):
+    arguments = {"ref_model": causal_lm(seed=1)}
+    rewards = {"reward_funcs": lambda completions, **_: [1.0] * len(completions), "arguments": arguments}
+    trainer = trained(tmp_path / "loss", max_steps=1, beta=0.5, **rewards)
+    assert history(trainer, "grad_norm")[0] > 0
+    rewards["arguments"] = {"ref_model": causal_lm(seed=1)}
+    assert not make(tmp_path / "loss", beta=0.5, **rewards).zero_advantage_means_zero_gradient()
+    rewards["arguments"] = {"ref_model": causal_lm(seed=1)}
+    assert make(tmp_path / "reward", beta=0.5, kl_placement="reward", **rewards).zero_advantage_means_zero_gradient()
 
 
 def test_nothing_to_learn_changes_nothing(tmp_path):
@@ -320,8 +453,8 @@ def test_dynamic_sampling_stops_at_its_cap(tmp_path):
     never = {"reward_funcs": lambda completions, **_: [0.0] * len(completions), "max_steps": 1}
     trainer = make(tmp_path, dynamic_sampling=True, dynamic_sampling_max_rounds=3, **never)
     calls = []
-    inner = trainer.sampler.sample
-    trainer.sampler.sample = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+    inner = trainer.source.draw
+    trainer.source.draw = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
     trainer.train()
     assert len(calls) == 3
     assert trainer.rollouts.state.position == 6

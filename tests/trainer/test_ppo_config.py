@@ -4,8 +4,9 @@ import sys
 
 import pytest
 import tyro
+from ppo_cases import batch, causal
 
-from trl.trainer.ppo_config import PPOConfig
+from trl import PPOConfig, PPOTrainer
 
 SEED_DEFAULTS = {
     "seed": 0, "log_with": None, "task_name": None, "model_name": None, "query_dataset": None, "reward_model": None,
@@ -87,3 +88,23 @@ def test_command_line():
     assert (config.batch_size, config.log_with, config.project_kwargs) == (8, "tensorboard", {"logging_dir": "x"})
     with pytest.raises(SystemExit):
         tyro.cli(PPOConfig, args=["--world-size", "2"], console_outputs=False)
+
+
+@pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
+def test_fields_that_change_before_the_trainer_is_built_have_their_effect(tiny_tokenizer):
+    config = PPOConfig(batch_size=8, mini_batch_size=8, steps=16)
+    config.mini_batch_size, config.batch_size, config.ppo_epochs = 1, 4, 1
+    trainer = PPOTrainer(config, causal(), tokenizer=tiny_tokenizer)
+    assert (config.backward_batch_size, config.total_ppo_epochs, config.global_backward_batch_size) == (1, 4, 1)
+    steps = []
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    trainer.step(*batch())
+    assert len(steps) == 4
+
+
+@pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
+def test_a_field_that_is_changed_to_a_wrong_value_is_refused(tiny_tokenizer):
+    config = PPOConfig(batch_size=4, mini_batch_size=2)
+    config.mini_batch_size = 3
+    with pytest.raises(ValueError, match=r"must be a multiple of .* inexact division: 4 / 3"):
+        PPOTrainer(config, causal(), tokenizer=tiny_tokenizer)

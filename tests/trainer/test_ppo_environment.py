@@ -10,7 +10,6 @@ from tokenizers_for_tests import TOOLS, byte_tokenizer
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.environment.chat_environment import ChatEnvironment
 from trl.environment.tools import SimpleCalculatorTool
-from trl.trainer import ppo_environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
 
@@ -46,21 +45,18 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def recorded(trainer, monkeypatch):
+def recorded(trainer):
     """`(what was given, what was said)` of every turn, the batches of all steps, and their statistics."""
     turns, batches, all_stats = [], [], []
-    make_sampler = ppo_environment.make_sampler
+    sampler = trainer.source.sampler
 
     class Recorder:
-        def __init__(self, *args, **kwargs):
-            self.sampler = make_sampler(*args, **kwargs)
-
         def sample(self, given, params, n=1):
-            said = self.sampler.sample(given, params, n)
+            said = sampler.sample(given, params, n)
             turns.extend((list(ids), completion.ids) for ids, (completion,) in zip(given, said, strict=True))
             return said
 
-    monkeypatch.setattr(ppo_environment, "make_sampler", Recorder)
+    trainer.source.sampler = Recorder()
     trainer.train(callback=lambda step, stats, batch: (batches.append(batch), all_stats.append(stats)))
     return turns, batches, all_stats
 
@@ -80,10 +76,10 @@ def check_exact(turns, batches):
 
 
 @pytest.mark.parametrize("kind", [talkative, letters])
-def test_train_plays_and_learns_from_what_was_sampled(kind, make, monkeypatch):
+def test_train_plays_and_learns_from_what_was_sampled(kind, make):
     trainer = make(kind())
     before = weights(trainer)
-    turns, batches, stats = recorded(trainer, monkeypatch)
+    turns, batches, stats = recorded(trainer)
     assert len(batches) == 3
     assert len(turns) == 3 * 4 * 3
     check_exact(turns, batches)
@@ -102,6 +98,14 @@ def test_the_first_pass_over_a_batch_has_ratio_one(make):
         assert torch.as_tensor(ratio) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_turns_are_sampled_at_the_temperature_that_scores_them(make):
+    assert make(talkative(), temperature=0.5).source.params(None).temperature == 0.5
+    ratios = []
+    trainer = make(talkative(), temperature=0.5, ppo_epochs=1, steps=4)
+    trainer.train(callback=lambda step, stats, batch: ratios.append(stats["ppo/policy/ratio"]))
+    assert torch.as_tensor(ratios[0]) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_reward_functions_read_the_episodes(make):
     seen = {}
 
@@ -117,7 +121,7 @@ def test_reward_functions_read_the_episodes(make):
         assert episode.text.endswith(text)
 
 
-def test_conversations_with_tools(make, monkeypatch):
+def test_conversations_with_tools(make):
     tokens = byte_tokenizer(TOOLS)
     ends = [tokens.convert_tokens_to_ids("<|im_end|>"), *range(20, len(tokens), 3)]
     model = causal(vocab_size=len(tokens), max_position_embeddings=1024, eos_token_id=ends[0])
@@ -125,7 +129,7 @@ def test_conversations_with_tools(make, monkeypatch):
     rows = [{"prompt": [{"role": "user", "content": letter}], "wanted": letter} for letter in "abcdef"]
     fields = {"max_new_tokens": 300, "generation_kwargs": {"eos_token_id": ends}, "steps": 4}
     trainer = make(environment, model=model, tokens=tokens, rows=rows, **fields)
-    turns, batches, _ = recorded(trainer, monkeypatch)
+    turns, batches, _ = recorded(trainer)
     assert len(turns) == 8
     check_exact(turns, batches)
 

@@ -1,10 +1,12 @@
-"""Rewards, advantages, packing: golden values of the seed and of the PPO papers."""
+"""Advantages and pieces: golden values of release 0.7.7 and of the PPO papers."""
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from trl.rollout.measure import PPOBatch, Sample, advantages, pack_samples, pieces, steps_of, whitened
+from trl.data.records import Rollout
+from trl.rollout.experience import Experience
+from trl.rollout.measure import advantages, pieces, steps_of, whitened
 
 NUMBERS = {"gamma": 1.0, "lam": 0.95, "whiten_rewards": False}
 
@@ -52,24 +54,18 @@ def test_whitening_counts_real_tokens_only(accelerator):
         whitened(accelerator, values, torch.zeros_like(mask))
 
 
-def test_packing_shares_equal_queries():
-    samples = [Sample([5, 6], [7], [1]), Sample([5, 6], [8, 9], [0, 1]), Sample([4], [3], [1])]
-    packed = pack_samples(samples)
-    assert packed.ids_N.tolist() == [5, 6, 7, 8, 9, 4, 3]
-    assert packed.mask_BT.tolist() == [[1, 0], [0, 1], [1, 0]]
+def rows(*sizes):
+    """Rows of so many prompt and response tokens."""
+    prompts, responses = [[1] * p for p, _ in sizes], [[1] * r for _, r in sizes]
+    return Experience.of(Rollout(prompts, responses, [], responses))
 
 
 def test_pieces():
-    samples = [Sample([1] * 3, [1] * 2, [1] * 2)] * 7
-    assert [len(piece) for piece in pieces(samples, rows=2, tokens=0)] == [2, 2, 2, 1]
-    assert [len(piece) for piece in pieces(samples, rows=1, tokens=15)] == [3, 3, 1]
-    assert [len(piece) for piece in pieces(samples, rows=4, tokens=15)] == [4, 3]
-    uneven = [Sample([], [1] * n, [1] * n) for n in (1, 1, 9, 1)]
-    assert [len(piece) for piece in pieces(uneven, rows=1, tokens=10)] == [2, 1, 1]
+    def lengths(of, **limits):
+        return [len(run) for run in pieces(of, **limits)]
 
-
-def test_select_narrows_to_its_rows():
-    samples = [Sample([1], [2], [1]), Sample([1], [2, 3, 4], [1, 1, 1])]
-    tensors = [torch.arange(6.0).view(2, 3) + i for i in range(5)]
-    short = PPOBatch(samples, *tensors).select([0])
-    assert (short.mask_BT.tolist(), short.returns_BT.tolist()) == ([[0.0]], [[4.0]])
+    even = rows(*[(3, 2)] * 7)
+    assert lengths(even, rows=2, tokens=0) == [2, 2, 2, 1]
+    assert lengths(even, rows=1, tokens=15) == [3, 3, 1]
+    assert lengths(even, rows=4, tokens=15) == [4, 3]
+    assert lengths(rows((0, 1), (0, 1), (0, 9), (0, 1)), rows=1, tokens=10) == [2, 1, 1]

@@ -57,6 +57,11 @@ def test_shared_layers_are_shared_and_frozen(make):
         make(causal(peft_config=lora()), num_shared_layers=1)
 
 
+def test_only_one_response_for_each_query(make):
+    with pytest.raises(ValueError, match="num_return_sequences: one response for each query"):
+        make().generate(batch()[0], num_return_sequences=2)
+
+
 # --- what a pass computes --------------------------------------------------------------------------------------------
 
 

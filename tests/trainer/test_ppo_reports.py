@@ -14,7 +14,7 @@ from datasets import Dataset
 from ppo_cases import COMMON, batch, causal, lora, maker
 
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from trl.trainer import ppo_statistics
+from trl.rollout.measure import check_first_ratio, is_coarse
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
 
@@ -204,13 +204,22 @@ def test_show_tokens(make, capsys):
 
 
 def test_half_precision_has_coarser_bounds(monkeypatch):
-    accelerator = SimpleNamespace(mixed_precision="no")
-    off = {"ratio": torch.tensor(1.001), "approx_kl": torch.tensor(1e-4)}
-    ppo_statistics.check_on_policy(off, accelerator, torch.nn.Linear(1, 1).to(torch.bfloat16))
-    with pytest.raises(RuntimeError):
-        ppo_statistics.check_on_policy(off, accelerator, torch.nn.Linear(1, 1))
+    off = {"ratio": torch.tensor(1.001), "policy_kl": torch.tensor(-1e-3), "approx_kl": torch.tensor(1e-4)}
+    exact = torch.nn.Linear(1, 1)
+    assert not is_coarse(exact, "no")
+    with pytest.raises(RuntimeError, match=r"the ratio is 1\.0010000 and approx_kl 1\.0e-04"):
+        check_first_ratio(off, coarse=False)
+    check_first_ratio(off, coarse=True)
+    assert is_coarse(torch.nn.Linear(1, 1).to(torch.bfloat16), None)
+    assert is_coarse(exact, "fp16")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # TF32
-    ppo_statistics.check_on_policy(off, accelerator, torch.nn.Linear(1, 1))
+    assert is_coarse(exact, "no")
+
+
+def test_nothing_is_checked_without_tokens_or_without_a_ratio():
+    zero = torch.tensor(0.0)
+    check_first_ratio({"ratio": zero, "policy_kl": zero, "approx_kl": zero}, coarse=False)
+    check_first_ratio({"loss": torch.tensor(5.0)}, coarse=False)
 
 
 def test_generic_logging_does_not_warn(make, caplog):

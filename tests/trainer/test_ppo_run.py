@@ -9,9 +9,11 @@ import transformers as t
 from datasets import Dataset
 
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl.data.records import Rollout
 from trl.rewards.panel import RewardError
+from trl.rollout.prompts import prompt_ids
+from trl.rollout.rewards import RolloutRewards, panel_of, total_scores
 from trl.trainer import checkpoints
-from trl.trainer.ppo_loop import panel_of, prompt_ids, scores_of
 
 COMMON = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -91,35 +93,33 @@ def test_rows_that_are_no_prompts(make, rows, what):
         make(dataset=rows).train()
 
 
-BATCH = {
-    "query": ["a", "b c"],
-    "response": ["d", "e f"],
-    "queries": [torch.tensor([4]), torch.tensor([5, 6])],
-    "responses": [torch.tensor([7]), torch.tensor([8, 9])],
-}
+TEXTS = ["d", "e f"]
 
 
 def lengths(completions, **columns):
     return [len(text) for text in completions]
 
 
-def scored(make, functions, tokenizers=None, rows=({}, {}), batch=BATCH):
-    return scores_of(panel_of(make(), functions, tokenizers), rows, batch)
+def scored(functions, own_tokenizer, tokenizers=None, prompts=("a", "b c"), **columns):
+    """Scores of two responses."""
+    rollout = Rollout([[4], [5, 6]], [[7], [8, 9]], [], [[1], [1, 1]], texts=TEXTS)
+    panel = panel_of(functions, tokenizers, own_tokenizer, "cpu")
+    return total_scores(RolloutRewards(panel)(rollout, prompts, columns))
 
 
-def test_scores_add_up(make):
+def test_scores_add_up(tiny_tokenizer):
     torch.manual_seed(1)
     model = t.AutoModelForSequenceClassification.from_config(t.LlamaConfig(**COMMON, num_labels=1)).eval()
     with torch.no_grad():  # "ad" and "b ce f", with EOS as in training
         alone = [model(input_ids=torch.tensor([ids])).logits[0, 0].item() for ids in ([3, 2], [5, 3, 9, 2])]
-    one = scored(make, model)
-    both = scored(make, [lengths, model, lengths])
+    one = scored(model, tiny_tokenizer)
+    both = scored([lengths, model, lengths], tiny_tokenizer)
     for row, (got, sum_) in enumerate(zip(one, both, strict=True)):
-        assert sum_.item() == pytest.approx(got.item() + 2 * len(BATCH["response"][row]))
+        assert sum_.item() == pytest.approx(got.item() + 2 * len(TEXTS[row]))
     assert [score.item() for score in one] == pytest.approx(alone, rel=1e-4)
 
 
-def test_reward_model_with_a_tokenizer_of_its_own(make, chat_tokenizer):
+def test_reward_model_with_a_tokenizer_of_its_own(tiny_tokenizer, chat_tokenizer):
     torch.manual_seed(1)
     config = t.BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
     model = t.AutoModelForSequenceClassification.from_config(config).eval()
@@ -130,10 +130,10 @@ def test_reward_model_with_a_tokenizer_of_its_own(make, chat_tokenizer):
             ]
             for text in ("ad", "b ce f")
         ]
-    torch.testing.assert_close(torch.stack(scored(make, model, chat_tokenizer)), torch.stack(expected))
+    torch.testing.assert_close(torch.stack(scored(model, tiny_tokenizer, chat_tokenizer)), torch.stack(expected))
 
 
-def test_conversations_and_columns_reach_the_functions(make):
+def test_conversations_and_columns_reach_the_functions(tiny_tokenizer):
     seen = {}
 
     def look(**asked):
@@ -141,7 +141,7 @@ def test_conversations_and_columns_reach_the_functions(make):
         return [0.0, 1.0]
 
     chat = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
-    scored(make, look, rows=[{"answer": 1}, {"answer": 2}], batch={**BATCH, "query": chat})
+    scored(look, tiny_tokenizer, prompts=chat, answer=[1, 2])
     assert (seen["answer"], seen["prompts"]) == ([1, 2], chat)
     assert seen["completions"][1] == [{"role": "assistant", "content": "e f"}]
     assert seen["completion_ids"] == [[7], [8, 9]]
@@ -155,9 +155,9 @@ def test_conversations_and_columns_reach_the_functions(make):
         (lambda **_: [1.0, None], ValueError, "completion 1 got a score from none"),
     ],
 )
-def test_scores_that_are_missing(make, function, error, message):
+def test_scores_that_are_missing(tiny_tokenizer, function, error, message):
     with pytest.raises(error, match=message):
-        scored(make, function)
+        scored(function, tiny_tokenizer)
 
 
 def test_nothing_to_score_with(make):

@@ -8,6 +8,9 @@ import torch
 from ppo_cases import STAT_KEYS, batch, causal, close, gpt2, maker
 
 from trl.models.prepare import enable_gradient_checkpointing
+from trl.rollout.experience import Experience
+from trl.rollout.measure import measure
+from trl.trainer.ppo_trainer import rollout_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
 
@@ -240,10 +243,11 @@ def test_full_kl_is_the_enumerated_one(make):
         )
         *_, mask = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
         expected = (trainer._kl_penalty(logits, reference) * mask).sum(1)
-        from trl.trainer.ppo_inputs import samples_of
-
-        measured = trainer._measure(samples_of(queries, responses, None))
-    torch.testing.assert_close(measured.kl_BT.sum(1), expected, rtol=1e-4, atol=1e-5)
+        rows = Experience.of(rollout_of(queries, responses, None))
+        _, kl_BT = measure(
+            trainer.actor, trainer.reference, rows, kl_penalty="full", rows=2, tokens=0, device=trainer.current_device
+        )
+    torch.testing.assert_close(kl_BT.sum(1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_temperature_scales_scoring(make):

@@ -1,28 +1,36 @@
 """Rollouts as data: order, resuming, micro-batches, files."""
 
+import doctest
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import load_dataset
 
 from trl.data.records import Rollout
-from trl.rollout.loader import Experience, RolloutLoader, RolloutState, policy_batch
+from trl.rollout import prompts
+from trl.rollout.collector import replace_groups
+from trl.rollout.experience import Experience, RolloutLoader, RolloutShape
 from trl.rollout.prompts import PromptStream
 from trl.rollout.report import record, table_of, write_parquet
-from trl.rollout.rewards import Rewards, RolloutRewards, replace_groups
+from trl.rollout.rewards import Rewards, RolloutRewards
 
 NAN = math.nan
 
 
-def experience(rows=4):
-    return Experience(
+def samples(rows=4):
+    """Rows of 1, 2, 3, ... tokens below one prompt."""
+    return Rollout(
         prompts=[[1, 2]] * rows,
         completions=[[3 + i] * (1 + i) for i in range(rows)],
         masks=[[1] * (1 + i) for i in range(rows)],
         logprobs=[[-1.0] * (1 + i) for i in range(rows)],
-        advantages=[[float(i % 2)] * (1 + i) for i in range(rows)],
     )
+
+
+def experience(rows=4):
+    return Experience.of(samples(rows), advantages=torch.arange(rows) % 2)
 
 
 def test_prompts_are_a_function_of_the_position():
@@ -34,6 +42,11 @@ def test_prompts_are_a_function_of_the_position():
     assert PromptStream(list(range(5)), seed=3, shuffle=False).take(3, 4) == [3, 4, 0, 1]
 
 
+def test_ranks_share_the_prompts_of_a_step():
+    assert doctest.testmod(prompts).attempted == 3
+    assert doctest.testmod(prompts).failed == 0
+
+
 def test_prompts_need_places():
     with pytest.raises(ValueError, match="map-style"):
         PromptStream(iter([1]), 0)
@@ -41,15 +54,17 @@ def test_prompts_need_places():
         PromptStream([], 0)
 
 
-def test_each_rollout_is_handed_out_as_often_as_asked_and_resumes_anywhere():
+def test_each_rollout_is_handed_out_as_often_as_asked_and_resumes_anywhere(tmp_path):
     def make(state):
         state.position += 2
-        made = experience()
+        made = samples()
         made.prompts = [[state.rollouts]] * 4
-        return made
+        return Experience.of(made, advantages=torch.ones(4))
 
-    def loader():
-        return RolloutLoader(make, lambda x: (x.prompts[0][0], x.completions), microbatches=2, iterations=2, length=9)
+    def loader(iterations=2):
+        shape = RolloutShape(2, 2, iterations, steps_per_generation=2)
+        collate = lambda x: (int(x.prompts[0]), [ids.tolist() for ids in x.completions])  # noqa: E731
+        return RolloutLoader(make, collate, shape, length=9)
 
     def read(source, count):
         stream = iter(source)
@@ -61,28 +76,39 @@ def test_each_rollout_is_handed_out_as_often_as_asked_and_resumes_anywhere():
     for cut in range(10):
         half, other = loader(), loader()
         read(half, cut)
-        other.state = RolloutState(**vars(half.state))
+        torch.save(half.plain_state(), tmp_path / "state.pt")
+        other.restore(torch.load(tmp_path / "state.pt", weights_only=True))
         assert read(other, 10 - cut) == whole[cut:]
+    read(half := loader(), 1)
+    with pytest.raises(ValueError, match=r"num_iterations=3: the checkpoint stands .* with 2"):
+        loader(3).restore(half.plain_state())
+    with pytest.raises(ValueError, match="in an older format"):
+        loader().restore({**half.plain_state(), "experience": {"prompts": [[1]], "masks": [[1]]}})
 
 
-def test_idle_and_masked_rows_are_counted_but_not_packed():
-    rows = experience()
-    rows.masks[3] = [0] * 4
-    batch = policy_batch(rows, "token", 8, skip_idle=True)
-    assert batch.packed.rows == 1  # rows 0 and 2 have no advantage, row 3 no counted token
-    assert batch.counted == 1 + 2 + 3
-    assert policy_batch(rows, "sequence", 8, skip_idle=True).counted == 3
-    assert policy_batch(rows, "constant", 8, skip_idle=True).counted == 4 * 8
-    assert policy_batch(rows, "token", 8, skip_idle=False).packed.rows == 3
+def test_select_and_cut_narrow_to_their_rows():
+    columns = ("old_logprobs_BT", "reference_BT", "values_BT", "returns_BT")
+    rows = replace(experience(), **{name: torch.arange(16.0).view(4, 4) + i for i, name in enumerate(columns)})
+    assert rows.advantages_BT.tolist() == [[0] * 4, [1, 1, 0, 0], [0] * 4, [1] * 4]
+    short = rows.select([1, 0])
+    assert [ids.tolist() for ids in short.completions] == [[4, 4], [3]]
+    assert (short.mask_BT.tolist(), short.returns_BT.tolist()) == ([[1, 1], [1, 0]], [[7, 8], [3, 4]])
+    assert sorted(length for piece in rows.cut(7) for length in piece.lengths) == [1, 2, 3, 4]
+    assert [piece.lengths for piece in rows.cut(7, whole_groups=True)] == [[1, 2, 3, 4]]
 
 
-def test_a_batch_without_a_live_row():
-    rows = experience()
-    rows.advantages = [[0.0] * len(ids) for ids in rows.completions]
-    assert policy_batch(rows, "token", 8, skip_idle=True).packed.rows == 0
-    kept = policy_batch(rows, "token", 8, skip_idle=True, least=1)
-    assert kept.packed.rows == 1
-    assert kept.counted == 10
+def test_a_batch_packs_its_rows_below_their_prompts():
+    rows = Experience.of(
+        Rollout([[5, 6], [5, 6], [4]], [[7], [8, 9], [3]], [[0.0], [0.0, 0.0], [0.0]], [[1], [0, 1], [1]]),
+        advantages=torch.ones(3),
+    )
+    batch = rows.batch()
+    assert batch.packed.ids_N.tolist() == [5, 6, 7, 8, 9, 4, 3]
+    assert batch.packed.mask_BT.tolist() == batch.mask_BT.tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert batch.counted == 3
+    assert rows.packed(masked=False).mask_BT.tolist() == [[1, 0], [1, 1], [1, 0]]
+    with pytest.raises(ValueError, match="it needs old_logprobs_BT and advantages_BT"):
+        replace(rows, advantages_BT=None).batch()
 
 
 def rewards(*rows, weights=None):
@@ -123,10 +149,10 @@ def test_dynamic_sampling_replaces_whole_groups():
 
 def test_overlong_is_one_more_reward():
     judge = RolloutRewards(None, [1.0], overlong=(4, 2))
-    samples = rollout(3)
-    samples.completions = [[1], [1] * 3, [1] * 4]
-    samples.rewards = [1.0, NAN, 0.5]
-    given = judge(samples, {}, None)
+    made = rollout(3)
+    made.completions = [[1], [1] * 3, [1] * 4]
+    made.rewards = [1.0, NAN, 0.5]
+    given = judge(made, [], {})
     assert given.names == ["reward", "overlong"]
     assert given.scores_BF.nan_to_num(9).tolist() == [[1.0, 0.0], [9.0, 9.0], [0.5, -1.0]]
     assert given.total_B().nan_to_num(9).tolist() == [1.0, 9.0, -0.5]
@@ -134,7 +160,7 @@ def test_overlong_is_one_more_reward():
 
 def test_a_rollout_without_rewards_is_refused():
     with pytest.raises(ValueError, match="rollout_func gave 0 rewards for 2"):
-        RolloutRewards(None, [1.0])(rollout(2), {}, None)
+        RolloutRewards(None, [1.0])(rollout(2), [], {})
     with pytest.raises(ValueError, match=r"reward_weights=\[1.0, 2.0\]"):
         RolloutRewards(None, [1.0, 2.0])
 
@@ -145,9 +171,10 @@ def test_metrics_by_hand():
     def add(name, total, count):
         seen[name] = total / count if count else None
 
-    samples = rollout(4)
-    samples.completions = [[1], [1, 2], [1, 2, 3], [1, 2]]
-    record(add, samples, rewards([1.0], [3.0], [NAN], [5.0]), [True, False, False, False], 2)
+    made = rollout(4)
+    made.completions = [[1], [1, 2], [1, 2, 3], [1, 2]]
+    made.metadata["truncated"][0] = True
+    record(add, made, rewards([1.0], [3.0], [NAN], [5.0]), 2)
     assert seen["completions/mean_length"] == 2
     assert seen["completions/clipped_ratio"] == 0.25
     assert seen["rewards/f0/mean"] == seen["reward"] == 3
@@ -159,8 +186,8 @@ def test_metrics_by_hand():
 def test_datasets_reads_the_files_of_a_run_together(tmp_path):
     chat = [{"role": "user", "content": "ä"}]
     for number, (prompt, reward) in enumerate([("plain", NAN), (chat, 2.0)]):
-        samples = rollout(2)
-        table = table_of(number, samples, [prompt] * 2, rewards([reward], [reward]), {"advantage": [0.5, -0.5]})
+        made = rollout(2)
+        table = table_of(number, made, [prompt] * 2, rewards([reward], [reward]), {"advantage": [0.5, -0.5]})
         path = write_parquet(tmp_path / "rollouts", number, table)
         assert path.name == f"rollout-00000{number}.parquet"
     rows = load_dataset(

@@ -1,4 +1,4 @@
-"""Rows of a batch in pieces of bounded length, so that memory follows tokens and not rows."""
+"""Batches are cut into pieces with a bounded number of tokens, which bounds the memory of a pass."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from trl.data.packing import best_fit_decreasing
 
 CPU_TOKENS = 1536
-"""tokens of a forward pass on the CPU where nothing else is asked for: more cost memory and gain no time"""
+"""tokens of a forward pass on the CPU if the user sets no budget; more tokens take more memory and no less time"""
 
 Row = Mapping[str, Any]
 
 
 def unasked_budget(device: torch.device, processes: int, *, mostly_scored: bool = False) -> int | None:
-    """Tokens of a forward pass where the user gives no number: processes of one run must make equally many.
+    """Tokens of a forward pass if the user sets no budget; None: no limit, as processes must make equally many passes.
 
-    mostly_scored: most tokens go through the head, as those of many completions of one prompt. They take twice the
-    memory, and half as many are as fast.
+    mostly_scored: most tokens go through the head, like many completions of one prompt. They take twice the memory, and
+    passes of half the size are as fast.
     """
     if device.type != "cpu" or processes > 1:
         return None
@@ -39,9 +39,9 @@ def row_tokens(row: Row) -> int:
 
 
 def balanced_pieces(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the rows of each piece: as few pieces of `max_tokens` as best-fit finds, and those equally full.
+    """Indices of the rows of each piece: as few pieces as best-fit finds, filled evenly, of at most `max_tokens`.
 
-    A row that is longer stands alone. Within a piece rows keep their order.
+    A longer row is a piece alone. Within a piece rows keep their order.
     """
     bins = best_fit_decreasing([min(length, max_tokens) for length in lengths], max_tokens)
     loads = [0] * len(bins)
@@ -57,9 +57,9 @@ def balanced_pieces(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def runs_of_groups(
     groups: Sequence[Any], lengths: Sequence[int], shared: Sequence[int], max_tokens: int
 ) -> list[range]:
-    """Indices of rows in runs of about `max_tokens` tokens, equally full; rows of one group stay together.
+    """Indices of rows in runs of about `max_tokens` tokens, filled evenly; rows of one group stay together.
 
-    A group is a run of equal entries of `groups`; it costs the `lengths` of its rows, and `shared` of one of them.
+    A group is a run of equal entries of `groups`. Its tokens: the `lengths` of its rows, and `shared` of one row.
     """
     starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
     ends = [*starts[1:], len(groups)]
@@ -76,7 +76,7 @@ def runs_of_groups(
 
 
 def collated(collate: Callable[[Any], dict[str, Any]], pieces: Sequence[Any]) -> dict[str, Any]:
-    """A batch of pieces under the key `pieces`; a single one is the batch."""
+    """The pieces' batches under the key `pieces`; of a single piece its batch alone."""
     return collate(pieces[0]) if len(pieces) == 1 else {"pieces": [collate(piece) for piece in pieces]}
 
 

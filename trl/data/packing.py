@@ -5,11 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import torch
+from torch import Tensor
 
-from trl.data.records import Branch, PackedBatch, Segment, TokenTree
+from trl.data.records import Branch, Ids, PackedBatch, Segment, TokenTree
 
 
 def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -32,84 +33,107 @@ def tree_from_sequences(sequences: Sequence[Sequence[int]], scored: Sequence[Seq
     return TokenTree(prompt=sequences[0][:prefix], branches=branches)
 
 
+def _flat(parts: Sequence[Ids]) -> Tensor:
+    """The parts laid end to end, as integers. [N]"""
+    if any(isinstance(part, Tensor) for part in parts):
+        return torch.cat([torch.as_tensor(part, dtype=torch.long) for part in parts])
+    return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.long)
+
+
+def _places(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """For parts laid end to end: which part each element belongs to, and its place in that part. [N], [N]"""
+    sizes = torch.tensor(lengths, dtype=torch.long)
+    part_N = torch.arange(len(sizes)).repeat_interleave(sizes)
+    return part_N, torch.arange(len(part_N)) - (sizes.cumsum(0) - sizes)[part_N]
+
+
+def _check(tree: TokenTree) -> None:
+    for branch in tree.branches:
+        if not len(tree.prompt) and not len(branch.ids):
+            raise ValueError("a row of the batch is empty: it has neither prompt nor completion tokens")
+        if branch.scored is not None and len(branch.scored) != len(branch.ids):
+            raise ValueError(f"a branch has {len(branch.ids)} tokens but {len(branch.scored)} entries in `scored`")
+
+
 class _Layout:
-    """The growing lists of a packed batch."""
+    """The parts of a packed batch in order: a prompt once, then its branches."""
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.position: list[int] = []
+        self.size = 0
+        self.parts: list[Ids] = []
+        self.positions: list[int] = []
+        """position of each part's first token in its own sequence"""
         self.segments: list[Segment] = []
-        self.scored: list[int] = []
-        self.target: list[int] = []
-        self.row: list[int] = []
-        self.slot: list[int] = []
-        self.last: list[int] = []
+        self.branches: list[Branch] = []
+        self.starts: list[int] = []
+        """packed index of each branch's first token"""
+        self.befores: list[int] = []
+        """packed index of the token that predicts it; -1: none"""
         self.row_segment: list[int] = []
         self.prompt_tokens: list[int] = []
 
-    def append_segment(self, ids: Sequence[int], first_position: int, parent: int) -> int:
-        start = len(self.ids)
-        self.ids += ids
-        self.position += range(first_position, first_position + len(ids))
-        self.segments.append(Segment(start, start + len(ids), parent))
-        return len(self.segments) - 1
-
-    def append_row(self, branch: Branch, start: int, before: int, segment: int, prompt_tokens: int) -> None:
-        """A row whose branch stands at packed index `start`; its first token is predicted at `before` (-1: nowhere)."""
-        row = len(self.row_segment)
-        for slot, token in enumerate(branch.ids):
-            predictor = before if slot == 0 else start + slot - 1
-            if predictor >= 0 and (branch.scored is None or branch.scored[slot]):
-                self.scored.append(predictor)
-                self.target.append(token)
-                self.row.append(row)
-                self.slot.append(slot)
-        self.last.append(start + len(branch.ids) - 1 if len(branch.ids) else before)
-        self.row_segment.append(segment)
-        self.prompt_tokens.append(prompt_tokens)
+    def _append(self, ids: Ids, position: int) -> None:
+        self.parts.append(ids)
+        self.positions.append(position)
+        self.size += len(ids)
 
     def append_tree(self, tree: TokenTree) -> None:
-        prompt = list(tree.prompt)
-        if len(tree.branches) == 1:  # nothing to share: one causal segment
-            segment = self.append_segment(prompt + list(tree.branches[0].ids), 0, -1)
-            start = self.segments[segment].start + len(prompt)
-            self.append_row(tree.branches[0], start, start - 1 if prompt else -1, segment, len(prompt))
-            return
-        parent = self.append_segment(prompt, 0, -1) if prompt else -1
-        before = len(self.ids) - 1 if prompt else -1
+        prompt_tokens, alone = len(tree.prompt), len(tree.branches) == 1  # a lone branch shares its prompt's segment
+        parent = -1
+        if prompt_tokens:
+            self._append(tree.prompt, 0)
+            if not alone:
+                parent = self._segment(self.size - prompt_tokens, -1)
+        before = self.size - 1 if prompt_tokens else -1
         for branch in tree.branches:
-            start = len(self.ids)
-            segment = self.append_segment(branch.ids, len(prompt), parent) if len(branch.ids) else parent
-            self.append_row(branch, start, before, segment, len(prompt))
+            start = self.size
+            self._append(branch.ids, prompt_tokens)
+            segment = parent
+            if alone or len(branch.ids):
+                segment = self._segment(start - prompt_tokens if alone else start, parent)
+            self.branches.append(branch)
+            self.starts.append(start)
+            self.befores.append(before)
+            self.row_segment.append(segment)
+            self.prompt_tokens.append(prompt_tokens)
+
+    def _segment(self, start: int, parent: int) -> int:
+        self.segments.append(Segment(start, self.size, parent))
+        return len(self.segments) - 1
 
 
 def pack(trees: Iterable[TokenTree]) -> PackedBatch:
-    """One packed batch of the trees; its rows are their branches in order.
+    """One packed batch of the trees; its rows are their branches in order. Parts may be lists or 1-d CPU tensors.
 
     The first token of a row without a prompt has nothing that predicts it, so it is never scored.
     """
     layout = _Layout()
-    widths = [0]
     for tree in trees:
-        for branch in tree.branches:
-            if not len(tree.prompt) and not len(branch.ids):
-                raise ValueError("a row of the batch is empty: it has neither prompt nor completion tokens")
-            if branch.scored is not None and len(branch.scored) != len(branch.ids):
-                raise ValueError(f"a branch has {len(branch.ids)} tokens but {len(branch.scored)} entries in `scored`")
-            widths.append(len(branch.ids))
+        _check(tree)
         layout.append_tree(tree)
+    part_N, place_N = _places([len(part) for part in layout.parts])
+    ids_N = _flat(layout.parts)
+    lengths = [len(branch.ids) for branch in layout.branches]
+    row_C, slot_C = _places(lengths)  # C: the tokens of all branches
+    start_B, before_B, length_B = (torch.tensor(x, dtype=torch.long) for x in (layout.starts, layout.befores, lengths))
+    index_C = start_B[row_C] + slot_C
+    predictor_C = torch.where(slot_C == 0, before_B[row_C], index_C - 1)
+    scored_C = predictor_C >= 0
+    if any(branch.scored is not None for branch in layout.branches):
+        masks = [[1] * len(b.ids) if b.scored is None else b.scored for b in layout.branches]
+        scored_C = scored_C & (_flat(masks) > 0)
     return PackedBatch(
-        ids_N=torch.tensor(layout.ids, dtype=torch.long),
-        position_N=torch.tensor(layout.position, dtype=torch.long),
+        ids_N=ids_N,
+        position_N=torch.tensor(layout.positions, dtype=torch.long)[part_N] + place_N,
         segments=tuple(layout.segments),
-        scored_S=torch.tensor(layout.scored, dtype=torch.long),
-        target_S=torch.tensor(layout.target, dtype=torch.long),
-        row_S=torch.tensor(layout.row, dtype=torch.long),
-        slot_S=torch.tensor(layout.slot, dtype=torch.long),
-        last_B=torch.tensor(layout.last, dtype=torch.long),
+        scored_S=predictor_C[scored_C],
+        target_S=ids_N[index_C[scored_C]],
+        row_S=row_C[scored_C],
+        slot_S=slot_C[scored_C],
+        last_B=torch.where(length_B > 0, start_B + length_B - 1, before_B),
         row_segment=tuple(layout.row_segment),
         prompt_tokens=tuple(layout.prompt_tokens),
-        width=max(widths),
+        width=max(lengths, default=0),
     )
 
 

@@ -1,4 +1,4 @@
-"""The records that flow through the house: token trees, packed batches and rollouts.
+"""The records that modules hand to each other: token trees, packed batches, completions and rollouts.
 
 Shape letters: B rows, T scored positions of the longest row, N packed tokens, S scored tokens.
 """
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 Record = TypeVar("Record", bound="TensorRecord")
+Ids = Sequence[int] | Tensor
+"""token ids, or one number for each of them: a list or a 1-d tensor"""
 
 
 class TensorRecord:
-    """A frozen dataclass of tensors that accelerate and `Trainer` can move between devices."""
+    """A frozen dataclass of tensors; accelerate and `Trainer` move it to a device by `to`."""
 
     def to(self: Record, device: Any, non_blocking: bool = False) -> Record:
         """The same record with every tensor on `device`."""
@@ -32,16 +34,16 @@ class TensorRecord:
 class Branch:
     """One row of a batch: a token sequence that continues its tree's prompt."""
 
-    ids: Sequence[int]
-    scored: Sequence[int] | None = None
-    """1 where the token's log-probability is wanted; None: all of them"""
+    ids: Ids
+    scored: Ids | None = None
+    """1 for tokens whose log-probability is computed; None: all of them"""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
     """A prompt and the sequences that continue it: chosen/rejected, a group of G, or one text with an empty prompt."""
 
-    prompt: Sequence[int]
+    prompt: Ids
     branches: Sequence[Branch]
 
 
@@ -55,7 +57,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch(TensorRecord):
-    """Token trees laid end to end: no padding, and a shared prompt stands once.
+    """Token trees laid end to end, without padding; a shared prompt is stored once.
 
     Row b of the batch is the b-th branch in order. Scored token s has its target `target_S[s]` predicted at packed
     position `scored_S[s]`, and stands at `[row_S[s], slot_S[s]]` of a `[B, T]` tensor.
@@ -104,7 +106,7 @@ class PackedBatch(TensorRecord):
 
 @dataclass
 class Completion:
-    """What a sampler made of one prompt."""
+    """One completion by a sampler."""
 
     ids: list[int]
     """sampled tokens, the stop token included"""
@@ -118,12 +120,12 @@ class Completion:
 
 @dataclass
 class Rollout:
-    """Samples of one phase, in prompt order, a group of equal prompts in a run."""
+    """Completions in the order of their prompts; those of one prompt follow each other."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
     logprobs: list[list[float]]
-    """of each completion token under the policy that sampled it; 0 where the token was not sampled"""
+    """of each completion token under the policy that sampled it; 0 where the token was not sampled; [] if unknown"""
     masks: list[list[int]]
     """1 = the policy sampled this token"""
     rewards: list[float] = field(default_factory=list)

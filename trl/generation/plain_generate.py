@@ -1,8 +1,8 @@
-"""Lists of queries in, lists of responses out, by a sampler or by the model's own `generate`."""
+"""Lists of queries in, lists of responses out, by a model's own `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,43 +11,9 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from trl.generation import make_sampler
-from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
+from trl.generation.generate_kwargs import asked_end_tokens
 from trl.generation.stopping import StringStoppingCriteria, end_tokens, until_end
 from trl.models.unwrap import is_encoder_decoder
-
-
-def respond(
-    model: Any, tokenizer: Any, queries: Sequence[Tensor], batch_size: int, kwargs: Mapping[str, Any]
-) -> list[Tensor]:
-    """A response to each query, `batch_size` at a time. `generate` samples what no sampler can."""
-    params = None if is_encoder_decoder(model) else sampling_params(model, kwargs)
-    if params is None:
-        parts = [generate_padded(model, tokenizer, part, kwargs) for part in _batches(queries, batch_size)]
-        return [response for part in parts for response in part]
-    sampler = make_sampler(model, tokenizer, max_rows=batch_size)
-    completions = sampler.sample([query.tolist() for query in queries], params)
-    return [
-        torch.tensor(group[0].ids, dtype=query.dtype, device=query.device)
-        for query, group in zip(queries, completions, strict=True)
-    ]
-
-
-def respond_at_lengths(
-    model: Any,
-    tokenizer: Any,
-    queries: Sequence[Tensor],
-    batch_size: int,
-    length_sampler: Callable[[], int] | None,
-    kwargs: Mapping[str, Any],
-) -> list[Tensor]:
-    """As `respond`; a `length_sampler` draws `max_new_tokens` anew for every `batch_size` queries."""
-    if length_sampler is None:
-        return respond(model, tokenizer, queries, batch_size, kwargs)
-    responses: list[Tensor] = []
-    for part in _batches(queries, batch_size):
-        responses += respond(model, tokenizer, part, batch_size, {**kwargs, "max_new_tokens": int(length_sampler())})
-    return responses
 
 
 def plain_generate(

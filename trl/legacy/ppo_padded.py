@@ -15,6 +15,7 @@ from trl.generation.plain_generate import padded as padded
 from trl.generation.plain_generate import padded_pair
 from trl.legacy.core import logprobs_from_logits
 from trl.models.unwrap import accepts
+from trl.rollout.experience import PolicyBatch
 
 
 def causal_inputs(queries: Sequence[Tensor], responses: Sequence[Tensor], pad: int, side: str) -> dict[str, Tensor]:
@@ -75,3 +76,29 @@ def forward_chunk(
     logits = logits[:, :-1] / temperature
     labels = inputs["decoder_input_ids" if is_encoder_decoder else "input_ids"][:, 1:]
     return logprobs_from_logits(logits, labels), logits, values[:, :-1]
+
+
+def as_batch(mask: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, returns: Tensor) -> PolicyBatch:
+    """Padded tensors as the record of a micro-batch; its tokens are nowhere, the model has run already. [B, T] each"""
+    nothing: Any = None
+    return PolicyBatch(
+        packed=nothing,
+        counted=mask.sum(),
+        mask_BT=mask,
+        old_logprobs_BT=old_logprobs,
+        advantages_BT=advantages,
+        values_BT=values,
+        returns_BT=returns,
+    )
+
+
+def show_tokens(tokenizer: Any, tokens: Tensor, masks: Tensor) -> None:
+    """Print tokens in two colours, by their mask."""
+    from rich import print as rich_print
+    from rich.text import Text
+
+    text = Text()
+    for token, mask in zip(tokens.tolist(), masks.tolist(), strict=True):
+        text.append(tokenizer.decode([token]), style="black on deep_sky_blue3" if mask else "black on cyan3")
+        text.append(" ")
+    rich_print(text)

@@ -1,55 +1,113 @@
-"""From responses and their scores to what PPO learns from: log-probabilities, values, rewards, advantages, returns.
+"""What models say of the tokens of a rollout, and what an actor-critic learns from that: advantages and returns.
 
-Shape letters: B responses, T tokens of the longest one. Masks: 1 = the policy chose this token.
+Shape letters: B responses, T tokens of the longest one, S scored tokens, V vocabulary. Masks: 1 = the policy chose
+this token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trl.data.microbatches import balanced_pieces
-from trl.data.packing import pack
-from trl.data.records import Branch, PackedBatch
+from trl.data.records import PackedBatch
 from trl.losses.advantages import generalized_advantages, whiten
 from trl.losses.kl import KL_PENALTIES, full
-from trl.losses.loss_sum import LossSum
+from trl.losses.loss_sum import LossSum, Measure
 from trl.models.forward import in_head, scored_states, within_forward
 from trl.models.head import Head, chunk_rows
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score, scores_at
-from trl.rollout.loader import prompt_trees
+from trl.rollout.experience import Experience, joined
 
 PACKED_TOKENS = 4096
 """tokens that a pass without gradient takes at a time, if that is more than the minibatch"""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A response, the query that it answers, and which of its tokens the policy chose."""
+def pieces(experience: Experience, rows: int, tokens: int = 0) -> Iterator[range]:
+    """Runs of at least `rows` rows (the last may be shorter); more while they take at most `tokens` when padded."""
+    lengths = [len(p) + len(c) for p, c in zip(experience.prompts, experience.completions, strict=True)]
+    start = width = 0
+    for end, length in enumerate(lengths):
+        if end - start >= rows and (end - start + 1) * max(width, length) > tokens:
+            yield range(start, end)
+            start, width = end, 0
+        width = max(width, length)
+    if start < len(lengths):
+        yield range(start, len(lengths))
 
-    query: list[int]
-    response: list[int]
-    mask: list[int]
 
-    @property
-    def tokens(self) -> int:
-        return len(self.query) + len(self.response)
+@torch.no_grad()
+def in_pieces(
+    experience: Experience,
+    runs: Iterator[range],
+    ask: Callable[[PackedBatch], Sequence[Tensor]],
+    device: Any,
+    *,
+    masked: bool = True,
+) -> list[Tensor]:
+    """What `ask` says of each token, one run of rows after the other, without gradient. [B, T] each
+
+    masked: of the tokens that count only; else of all tokens of the completions.
+    """
+    columns = [tuple(ask(experience.select(run).packed(masked=masked).to(device))) for run in runs]
+    return [joined(parts) for parts in zip(*columns, strict=True)]
 
 
-def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
-    """The samples in order; equal queries that follow each other are computed once."""
-    branches = [Branch(sample.response, sample.mask) for sample in samples]
-    return pack(prompt_trees([sample.query for sample in samples], branches))
+EXACT, COARSE = (1e-5, 1e-8), (2e-2, 1e-2)
+"""how far the mean ratio may be from 1, and approx_kl from 0, in the first update on what the policy has sampled"""
+
+
+def is_coarse(model: nn.Module, mixed_precision: str | None) -> bool:
+    """Whether two computations of one number differ visibly: half precision, TF32, quantised weights."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    quantised = any(getattr(module, "is_quantized", False) for module in model.modules())
+    half = bool(dtypes & {torch.float16, torch.bfloat16}) or mixed_precision not in ("no", None)
+    return half or quantised or _tf32()
+
+
+def _tf32() -> bool:
+    try:
+        if torch.get_float32_matmul_precision() != "highest":
+            return True
+    except RuntimeError:  # set by the newer switches, which torch then wants to be asked about alone
+        pass
+    switches: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn)
+    return any(getattr(switch, "fp32_precision", None) in ("tf32", "bf16") for switch in switches)
+
+
+def means_of(metrics: Mapping[str, Measure]) -> dict[str, Tensor]:
+    """The mean of each metric that brings its own count."""
+    pairs = {name: value for name, value in metrics.items() if isinstance(value, tuple)}
+    return {name: total / torch.as_tensor(count).clamp(min=1) for name, (total, count) in pairs.items()}
+
+
+def check_first_ratio(means: Mapping[str, Tensor | float], *, coarse: bool) -> None:
+    """RuntimeError unless a first update starts from the policy that sampled: at ratio 1 and approx_kl 0.
+
+    means: the update's metrics; an objective that reports no `ratio`, `policy_kl` and `approx_kl` is not checked. The
+    `ratio` may be of whole sequences, so the tokens' mean log-ratio is judged, which is `-policy_kl`.
+    """
+    if not {"ratio", "policy_kl", "approx_kl"} <= means.keys():
+        return
+    ratio, policy_kl, approx_kl = (float(means[name]) for name in ("ratio", "policy_kl", "approx_kl"))
+    if not ratio:  # no token counts: all completions are empty or masked out
+        return
+    of_ratio, of_kl = COARSE if coarse else EXACT
+    if not (abs(policy_kl) <= of_ratio and approx_kl <= of_kl):
+        raise RuntimeError(
+            f"at the first update the ratio is {ratio:.7f} and approx_kl {approx_kl:.1e}, where 1 and 0 are due: the "
+            "policy must still be itself. Did a callback change its weights, was it another model that sampled, or is "
+            "something in its forward pass random (dropout, noise on embeddings, a router)?"
+        )
 
 
 @dataclass(frozen=True)
 class ActorCritic:
-    """Who says what a token's log-probability is, and who what it is worth."""
+    """The policy, which gives a token's log-probability, and the critic, which gives its value."""
 
     model: nn.Module
     value_model: nn.Module | None = None
@@ -70,7 +128,7 @@ class ActorCritic:
         return Scores(scores.logprobs_BT, scores.entropy_BT, packed.spread(values_S))
 
     def within_forward(self, function: Callable[[ActorCritic], LossSum]) -> LossSum:
-        """`function` of these models below their wrappers, run as if it were the forward of each."""
+        """`function` of the models without their wrappers, run inside the wrappers' forward calls."""
 
         def below(policy: nn.Module) -> LossSum:
             if self.value_model is None:
@@ -82,83 +140,25 @@ class ActorCritic:
         return within_forward(self.model, below)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the models say of a batch of samples before the update. All [B, T], 0 where `mask_BT` is."""
-
-    mask_BT: Tensor
-    logprobs_BT: Tensor
-    values_BT: Tensor
-    reference_BT: Tensor
-    kl_BT: Tensor
-    """the penalised KL"""
-
-
-@dataclass(frozen=True)
-class PPOBatch:
-    """Samples and what to learn from each of their tokens. Tensors are [B, T], 0 where `mask_BT` is."""
-
-    samples: Sequence[Sample]
-    mask_BT: Tensor
-    old_logprobs_BT: Tensor
-    old_values_BT: Tensor
-    advantages_BT: Tensor
-    returns_BT: Tensor
-
-    def select(self, rows: Sequence[int]) -> PPOBatch:
-        """The batch of these rows, as wide as their longest response."""
-        samples = [self.samples[row] for row in rows]
-        width = max((len(sample.response) for sample in samples), default=0)
-        index = torch.as_tensor(list(rows), dtype=torch.long, device=self.mask_BT.device)
-        columns = (self.mask_BT, self.old_logprobs_BT, self.old_values_BT, self.advantages_BT, self.returns_BT)
-        return PPOBatch(samples, *(column[index, :width] for column in columns))
-
-    def cut(self, parts: Sequence[Sequence[int]], tokens: int | None) -> list[PPOBatch]:
-        """Micro-batches of these rows, part by part; those of more `tokens` in several, equally full."""
-        if tokens is None:
-            return [self.select(part) for part in parts]
-        lengths = [[self.samples[row].tokens for row in part] for part in parts]
-        return [
-            self.select([part[at] for at in piece])
-            for part, own in zip(parts, lengths, strict=True)
-            for piece in balanced_pieces(own, tokens)
-        ]
-
-
-def pieces(samples: Sequence[Sample], rows: int, tokens: int = PACKED_TOKENS) -> Iterator[Sequence[Sample]]:
-    """Runs of at least `rows` samples (the last may be shorter); more while they take at most `tokens` when padded."""
-    start = width = 0
-    for end, sample in enumerate(samples):
-        if end - start >= rows and (end - start + 1) * max(width, sample.tokens) > tokens:
-            yield samples[start:end]
-            start, width = end, 0
-        width = max(width, sample.tokens)
-    if start < len(samples):
-        yield samples[start:]
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """[b, t] tensors under each other, padded with 0 to the widest."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
-
-
 @torch.no_grad()
 def measure(
     actor: ActorCritic,
     reference: Reference,
-    samples: Sequence[Sample],
+    experience: Experience,
     *,
     kl_penalty: str,
     rows: int,
     tokens: int,
     device: Any,
-) -> Measured:
-    """One pass of the policy and one of the reference over the samples, in pieces; the full KL takes two more."""
-    columns: list[tuple[Tensor, ...]] = []
-    for piece in pieces(samples, rows, tokens):
-        packed = pack_samples(piece).to(device)
+) -> tuple[Experience, Tensor]:
+    """The experience with log-probabilities, values and the reference's numbers; and the penalised KL, [B, T].
+
+    One pass of the policy and one of the reference, in pieces; the full KL takes two more.
+    """
+
+    def ask(packed: PackedBatch) -> tuple[Tensor, ...]:
         scores = actor(packed)
+        assert scores.values_BT is not None
         with reference.model() as model:
             assert model is not None
             reference_BT = score(model, packed, temperature=actor.temperature).logprobs_BT
@@ -166,8 +166,14 @@ def measure(
             kl_BT = full_kl(actor, reference, packed)
         else:
             kl_BT = KL_PENALTIES[kl_penalty](scores.logprobs_BT, reference_BT)
-        columns.append((packed.mask_BT, scores.logprobs_BT, scores.values_BT, reference_BT, kl_BT))  # type: ignore[arg-type]
-    return Measured(*(_joined(parts) for parts in zip(*columns, strict=True)))
+        return packed.mask_BT, scores.logprobs_BT, scores.values_BT, reference_BT, kl_BT
+
+    runs = pieces(experience, rows, tokens)
+    mask_BT, logprobs_BT, values_BT, reference_BT, kl_BT = in_pieces(experience, runs, ask, device)
+    measured = replace(
+        experience, mask_BT=mask_BT, old_logprobs_BT=logprobs_BT, values_BT=values_BT, reference_BT=reference_BT
+    )
+    return measured, kl_BT
 
 
 @torch.no_grad()
@@ -193,7 +199,7 @@ def full_kl(actor: ActorCritic, reference: Reference, packed: PackedBatch) -> Te
 def get_global_statistics(
     accelerator: Any, xs: Tensor, mask: Tensor | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(mean, population variance, count)` over the processes of what `mask` (1 = counts) lets through. [], [], []"""
+    """`(mean, population variance, count)` over all processes of the values where `mask` is 1. [], [], []"""
     xs = xs.to(accelerator.device).float()
     weight = torch.ones_like(xs) if mask is None else mask.to(xs)
     total, count = accelerator.reduce(torch.stack([(xs * weight).sum(), weight.sum()]))
@@ -203,7 +209,7 @@ def get_global_statistics(
 
 
 def whitened(accelerator: Any, values_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True) -> Tensor:
-    """Values of unbiased variance 1 and, if `shift_mean`, mean 0; statistics of what counts, over all processes.
+    """The values scaled to unbiased variance 1, and shifted to mean 0 if `shift_mean`, over all processes.
 
     A single value has no spread: it becomes its distance from the mean, 0.
     """
@@ -214,7 +220,7 @@ def whitened(accelerator: Any, values_BT: Tensor, mask_BT: Tensor, shift_mean: b
 
 
 def steps_of(mask_BT: Tensor) -> Tensor:
-    """1 but in holes: positions that do not count, between some that do (the text of a tool, say). [B, T]"""
+    """0 in holes, 1 elsewhere: a hole does not count but lies between tokens that do, like a tool's text. [B, T]"""
     counts_BT = (mask_BT > 0).long()
     begun, to_come = counts_BT.cumsum(1) > 0, counts_BT.flip(1).cumsum(1).flip(1) > 0
     return (counts_BT.bool() | ~(begun & to_come)).to(mask_BT.dtype)
@@ -238,19 +244,15 @@ def advantages(
     return values_BT, whitened(accelerator, gae_BT, mask_BT).detach(), gae_BT + values_BT
 
 
-def ppo_batch(
-    accelerator: Any,
-    samples: Sequence[Sample],
-    measured: Measured,
-    rewards_BT: Tensor,
-    *,
-    gamma: float,
-    lam: float,
-    whiten_rewards: bool,
-) -> PPOBatch:
-    """What to learn from the samples, given the reward of each token."""
+def with_advantages(
+    accelerator: Any, measured: Experience, rewards_BT: Tensor, *, gamma: float, lam: float, whiten_rewards: bool
+) -> Experience:
+    """The measured experience with advantages and returns, given the reward of each token."""
+    assert measured.values_BT is not None
     mask_BT = measured.mask_BT
     values_BT, advantages_BT, returns_BT = advantages(
         accelerator, measured.values_BT, rewards_BT, mask_BT, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards
     )
-    return PPOBatch(samples, mask_BT, measured.logprobs_BT, values_BT, advantages_BT * mask_BT, returns_BT * mask_BT)
+    return replace(
+        measured, values_BT=values_BT, advantages_BT=advantages_BT * mask_BT, returns_BT=returns_BT * mask_BT
+    )

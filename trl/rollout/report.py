@@ -1,4 +1,4 @@
-"""What a rollout looked like: its metrics, a Parquet file of its rows, a table in the terminal."""
+"""Reports on a rollout: its metrics, a Parquet file of its rows, a table in the terminal."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TYPES = {"step": "int64", "prompt": "string", "completion": "string", "completio
 
 
 def table_of(
-    step: int, rollout: Rollout, prompts: Sequence[Any], rewards: Rewards | None, learned: Mapping[str, Sequence[Any]]
+    step: int, rollout: Rollout, prompts: Sequence[Any], rewards: Rewards, learned: Mapping[str, Sequence[Any]]
 ) -> Columns:
     """A row per completion: the texts, each reward (None: no opinion) and what is learned from it."""
-    scores = {} if rewards is None else dict(zip(rewards.names, rewards.scores_BF.T.tolist(), strict=True))
+    scores = dict(zip(rewards.names, rewards.scores_BF.T.tolist(), strict=True))
     return {
         "step": [step] * len(rollout),
         "prompt": list(prompts),
@@ -32,18 +32,16 @@ def table_of(
     }
 
 
-def record(
-    add: Callable[[str, float, float], None], rollout: Rollout, rewards: Rewards | None, truncated: Sequence[bool],
-    group: int,
-) -> None:  # fmt: skip
+def record(add: Callable[[str, float, float], None], rollout: Rollout, rewards: Rewards, group: int) -> None:
     """The rollout's metrics, as sums and counts: `add(name, total, count)`."""
+    truncated = rollout.metadata.get("truncated", [False] * len(rollout))
     lengths = [len(ids) for ids in rollout.completions]
     add("completions/mean_length", float(sum(lengths)), len(lengths))
     add("completions/clipped_ratio", float(sum(truncated)), len(lengths))
     if "turn_ends" in rollout.metadata:
         add("episodes/turns", float(sum(map(len, rollout.metadata["turn_ends"]))), len(lengths))
         add("episodes/sampled_tokens", float(sum(map(sum, rollout.masks))), len(lengths))
-    if rewards is None:
+    if not rewards.names:
         return
     for name, column_B, late in zip(rewards.names, rewards.scores_BF.unbind(1), rewards.timed_out, strict=True):
         known = column_B[~column_B.isnan()]

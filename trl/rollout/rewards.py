@@ -1,16 +1,15 @@
-"""The rewards of a rollout: who is asked, with what, and what the answers add up to."""
+"""The rewards of a rollout: reward functions are called, their answers added up or credited to turns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from trl.data.formats import is_conversational
 from trl.data.records import Rollout
 from trl.losses.policy import soft_overlong_punishment
 from trl.rewards.named import reward_panel
@@ -19,12 +18,17 @@ from trl.rewards.panel import RewardPanel
 
 @dataclass
 class Rewards:
-    """What each reward function said of each completion, NaN where it had no opinion."""
+    """What each of F reward functions said of each completion, NaN where it had no opinion."""
 
     names: list[str]
     scores_BF: Tensor
     weights_F: Tensor
     timed_out: list[bool]
+
+    @classmethod
+    def none(cls, rows: int) -> Rewards:
+        """Of completions that nobody judges, in an algorithm without rewards."""
+        return cls([], torch.zeros(rows, 0), torch.zeros(0), [])
 
     def total_B(self) -> Tensor:
         """The weighted sum; NaN for a completion that no function scored."""
@@ -38,17 +42,27 @@ class Rewards:
 
 
 def weighted_total(scores_BF: Tensor, weights_F: Tensor) -> Tensor:
-    """The weighted sum of what there is; NaN where there is nothing. [B]"""
+    """The weighted sum of the scores that are known; NaN where none is. [B]"""
     unscored_B = scores_BF.isnan().all(-1)
     return (scores_BF.nan_to_num() @ weights_F).masked_fill(unscored_B, torch.nan)
 
 
 class RolloutRewards:
-    """Scores rollouts with reward functions, and with the soft overlong punishment where it is asked for."""
+    """Scores rollouts with reward functions, and with the soft overlong punishment where it is asked for.
 
-    def __init__(self, panel: RewardPanel | None, weights: Sequence[float], overlong: tuple[int, int] | None = None):
+    panel: None where the rollouts carry their own rewards. weights: one for each function; None: 1 each.
+    overlong: `(longest completion, tokens before it that are punished)`.
+    """
+
+    def __init__(
+        self,
+        panel: RewardPanel | None,
+        weights: Sequence[float] | None = None,
+        overlong: tuple[int, int] | None = None,
+    ):
         self.panel, self.overlong = panel, overlong
         names = ["reward"] if panel is None else panel.names
+        weights = weights or [1.0] * len(names)
         if len(weights) != len(names):
             raise ValueError(
                 f"reward_weights={list(weights)}: give one weight for each of the {len(names)} reward functions"
@@ -56,16 +70,8 @@ class RolloutRewards:
         self.names = [*names, *(["overlong"] if overlong else [])]
         self.weights_F = torch.tensor([*weights, *([1.0] if overlong else [])], dtype=torch.float32)
 
-    @classmethod
-    def of(cls, config: Any, functions: Any, tokenizers: Any, device: torch.device) -> RolloutRewards:
-        """From a trainer's arguments; without functions the rollouts carry their own rewards."""
-        panel = None if functions is None else reward_panel(functions, tokenizers, config.reward_timeout, device)
-        weights = config.reward_weights or [1.0] * (1 if panel is None else len(panel.functions))
-        limits = None if config.overlong_cache is None else (config.max_completion_length, config.overlong_cache)
-        return cls(panel, weights, limits)
-
-    def __call__(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]], state: Any) -> Rewards:
-        """columns: those of the data set, a value per completion; they reach the functions by their names."""
+    def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
+        """prompts: texts or conversations, one for each completion. columns: further keywords of the functions."""
         if self.panel is None:
             if len(rollout.rewards) != len(rollout):
                 raise ValueError(
@@ -74,7 +80,7 @@ class RolloutRewards:
                 )
             scores, late = [rollout.rewards], [False]
         else:
-            verdict = self.panel(len(rollout), asked_of(rollout, columns, state))
+            verdict = self.panel(len(rollout), asked_of(rollout, prompts, columns))
             scores, late = verdict.scores, verdict.timed_out
         scores_BF = torch.tensor(scores, dtype=torch.float32).T
         if self.overlong is not None:
@@ -85,65 +91,62 @@ class RolloutRewards:
         return Rewards(self.names, scores_BF, self.weights_F, late)
 
 
-def asked_of(rollout: Rollout, columns: Mapping[str, Sequence[Any]], state: Any) -> dict[str, Any]:
-    """The keywords of a reward function."""
-    prompts = columns.get("prompt", [])
-    chat = bool(len(prompts)) and is_conversational({"prompt": prompts[0]})
-    given = {name: values for name, values in columns.items() if name not in ("prompt", "prompt_ids")}
+def asked_of(rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a reward function: a conversation is completed by a message, a text by a text."""
     extra = {name: values for name, values in rollout.metadata.items() if name not in ("truncated", "completions")}
-    said = [[{"role": "assistant", "content": t}] for t in rollout.texts] if chat else rollout.texts
+    said = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, rollout.texts, strict=True)
+    ]
     return {
-        **given,
+        **columns,
         **extra,
         "prompts": list(prompts),
         "completions": rollout.metadata.get("completions", said),
         "completion_ids": rollout.completions,
-        "trainer_state": state,
     }
 
 
-LIVE = ("histories", "environments")
-"""metadata that only reward functions read: objects that stay on their process"""
-
-
-def replace_groups(
-    rows: list[Any],
-    rollout: Rollout,
-    rewards: Rewards,
-    further: tuple[list[Any], Rollout, Rewards | None],
-    group: int,
-    places: Sequence[int] | None = None,
-    gather: Callable[[list[Any]], list[Any]] = list,
-) -> None:
-    """Put the further groups that are informative in the places of those that are not, in place.
-
-    places: of the groups among those of all ranks; gather: the list of all ranks from each one's part. Groups move in
-    the order of their places, so it does not matter how many ranks share a rollout.
-    """
-    new_rows, new_rollout, new_rewards = further
-    assert new_rewards is not None
-    places = range(len(rows)) if places is None else places
-    for name in LIVE:
-        rollout.metadata.pop(name, None)
-    here = {place: slice(i * group, (i + 1) * group) for i, place in enumerate(places)}
-    useful, fresh = (of.informative_groups(group).tolist() for of in (rewards, new_rewards))
-    holes = gather([place for place, kept in zip(places, useful, strict=True) if not kept])
-    theirs = _columns(new_rollout, rollout)
-    taken = [
-        (place, row, [column[here[place]] for column in theirs], new_rewards.scores_BF[here[place]])
-        for place, row, wanted in zip(places, new_rows, fresh, strict=True)
-        if wanted
+def panel_of(functions: Any, tokenizers: Any, default: Any, device: Any) -> RewardPanel:
+    """Reward functions as a panel; a reward model that names no tokenizer reads with `default`, the policy's."""
+    listed = functions if isinstance(functions, list | tuple) else [functions]
+    given = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
+    own = [
+        default if each is None and not getattr(getattr(source, "config", None), "_name_or_path", "") else each
+        for source, each in zip(listed, given, strict=False)
     ]
-    moved = dict(zip(sorted(holes), sorted(gather(taken), key=itemgetter(0)), strict=False))
-    for i, place in enumerate(places):
-        if place in moved:
-            _, rows[i], columns, rewards.scores_BF[here[place]] = moved[place]
-            for mine, values in zip(_columns(rollout, rollout), columns, strict=True):
-                if mine:
-                    mine[here[place]] = values
+    return reward_panel(list(listed), own + list(given[len(own) :]), None, device)
 
 
-def _columns(rollout: Rollout, like: Rollout) -> list[list[Any]]:
-    """All that a rollout knows of its completions, in the order of another one's metadata."""
-    names = ("prompts", "completions", "logprobs", "masks", "texts", "rewards")
-    return [*(getattr(rollout, name) for name in names), *(rollout.metadata[name] for name in like.metadata)]
+def total_scores(rewards: Rewards) -> list[Tensor]:
+    """The sum of the scores of each completion; ValueError for one that no function has scored."""
+    unscored = rewards.scores_BF.isnan().all(1).nonzero().flatten().tolist()
+    if unscored:
+        raise ValueError(
+            f"completion {unscored[0]} got a score from none of {', '.join(rewards.names)}: PPO needs one for each"
+        )
+    return list(rewards.scores_BF.nan_to_num().sum(1))
+
+
+def credit_turns(
+    rewards: Rewards, rollout: Rollout, advantages: Callable[[Rewards], Tensor], world_size: int
+) -> list[list[float]]:
+    """A number for each token: the advantage of its turn, by the rewards of this turn and the later ones.
+
+    A turn is compared with the same turn of the episodes that `advantages` compares with, if they have it; it cannot
+    have caused the rewards before it. A tool's tokens get the number of the turn that follows; they are masked.
+    """
+    turn_rewards, turn_ends = rollout.metadata["turn_rewards"], rollout.metadata["turn_ends"]
+    longest = [max(map(len, turn_ends), default=0)]
+    most = max(gather_object(longest) if world_size > 1 else longest)
+    credited: list[list[float]] = [[] for _ in turn_ends]
+    for turn in range(most):
+        scores_BF = rewards.scores_BF.clone()
+        scores_BF[:, 0] -= torch.tensor([sum(earned[:turn]) for earned in turn_rewards])
+        absent_B = torch.tensor([turn >= len(ends) for ends in turn_ends])
+        advantages_B = advantages(replace(rewards, scores_BF=scores_BF.masked_fill(absent_B[:, None], torch.nan)))
+        for row, ends, advantage in zip(credited, turn_ends, advantages_B.tolist(), strict=True):
+            if turn < len(ends):
+                row += [advantage] * (ends[turn] - len(row))
+    widths = map(len, rollout.completions)
+    return [row + [0.0] * (width - len(row)) for row, width in zip(credited, widths, strict=True)]

@@ -1,4 +1,4 @@
-"""Distillation on the student's own samples: the teacher's distribution at every token of them."""
+"""Distillation on the student's samples: at every token it learns the teacher's distribution."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from trl.losses.loss_sum import LossSum
 from trl.models.forward import in_head, scored_states
 from trl.models.head import map_logits
 from trl.models.prepare import load_model
-from trl.rollout.loader import Experience, PolicyBatch
+from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
+from trl.rollout.source import Rows, Source
 from trl.trainer.configuration import require
 from trl.trainer.preparation import each_dataset
-from trl.trainer.rollout_config import RolloutConfig
-from trl.trainer.rollout_trainer import RolloutTrainer
+from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer
 
 
 @dataclass
 class DistillationConfig(RolloutConfig):
-    """`TrainingArguments` and what distillation adds."""
+    """`TrainingArguments` and the settings of distillation."""
 
     num_generations: int = field(default=1)
     """completions of each prompt"""
     beta: float = field(default=1.0)
     """generalised Jensen-Shannon divergence: 0 is the forward KL(teacher || student), 1 the reverse KL"""
     lmbda: float = field(default=1.0)
-    """share of prompts whose completion is the student's own; the others take the data set's `completion`"""
+    """share of the prompts that the student completes; the others take the data set's `completion`"""
     teacher_model_name_or_path: str | None = field(default=None)
-    """the teacher, where it is not given as an object"""
+    """name or folder of the teacher, if it is not given as an object"""
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
     """keywords of `from_pretrained` for a teacher given by name"""
 
@@ -57,7 +57,7 @@ class GKDConfig(DistillationConfig):
     beta: float = field(default=0.5)
     """generalised Jensen-Shannon divergence: 0 is the forward KL(teacher || student), 1 the reverse KL"""
     lmbda: float = field(default=0.5)
-    """share of prompts whose completion is the student's own; the others take the data set's `completion`"""
+    """share of the prompts that the student completes; the others take the data set's `completion`"""
     max_completion_length: int = field(default=128)
     """longest completion in tokens"""
 
@@ -116,49 +116,17 @@ class DistillationTrainer(RolloutTrainer):
 
     # -- samples, the student's own or the data set's --------------------------------------------
 
-    @cached_property
-    def _encoder(self) -> TextEncoder:
-        return TextEncoder(self.processing_class)
-
-    def sample(
-        self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, places: Sequence[int] | None = None
-    ) -> Rollout:
-        generator, at = torch.Generator().manual_seed(seed % 2**63), range(len(rows)) if places is None else places
-        draws = torch.rand(max(at) + 1, generator=generator).tolist()
-        own = [draws[place] < self.args.lmbda for place in at]
-        asked = [row for row, is_own in zip(rows, own, strict=True) if is_own]
-        theirs = None if places is None else [place for place, is_own in zip(at, own, strict=True) if is_own]
-        sampled = super().sample(asked, group, seed, theirs) if asked else Rollout([], [], [], [])
-        rollout, place = Rollout([], [], [], [], metadata={"truncated": []}), 0
-        for row, is_own in zip(rows, own, strict=True):
-            ids, whole = ([], 0) if is_own else self._completion(row)
-            for _ in range(group):
-                if is_own:
-                    ids = sampled.completions[place]
-                    whole = len(ids) + int(sampled.metadata.get("truncated", [False] * len(sampled))[place])
-                    place += 1
-                rollout.prompts.append(list(row["prompt_ids"]))
-                rollout.completions.append(ids)
-                rollout.metadata["truncated"].append(whole > len(ids))
-        rollout.masks = [[1] * len(ids) for ids in rollout.completions]
-        rollout.logprobs = [[0.0] * len(ids) for ids in rollout.completions]  # nothing here reads them
-        rollout.texts = self.processing_class.batch_decode(rollout.completions, skip_special_tokens=True)
-        return rollout
-
-    def _completion(self, row: Mapping[str, Any]) -> tuple[list[int], int]:
-        """The data set's completion, cut to the limit, and how long it was."""
-        if isinstance(row["completion"], str):
-            ids = self._encoder.encode([row["completion"]])[0] + self._encoder.tail
-        else:
-            template = ChatTemplate(self.processing_class, self.args.chat_template_kwargs)
-            ids = self._encoder.encode(template.split(row["prompt"], [row["completion"]]).answers)[0]
-        return ids[: self.args.max_completion_length], len(ids)
+    def make_source(self) -> Source:
+        config = self.args
+        template = config.chat_template_kwargs
+        return MixedSource(
+            super().make_source(), config.lmbda, self.processing_class, config.max_completion_length, template
+        )
 
     def experience(
-        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+        self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
-        nothing = [[0.0] * len(ids) for ids in rollout.completions]
-        return Experience(rollout.prompts, rollout.completions, rollout.masks, rollout.logprobs, nothing), {}
+        return Experience.of(rollout, advantages=torch.zeros(len(rollout))), {}
 
     # -- objective -------------------------------------------------------------------------------
 
@@ -178,10 +146,56 @@ class DistillationTrainer(RolloutTrainer):
         return LossSum(losses_S.sum(), batch.counted)
 
     def evaluated(
-        self, model: nn.Module, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+        self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> LossSum:
         batch = self._collate(self.experience(rollout, rewards, rows)[0])["policy"].to(self.args.device)
         return self.objective(model, {"policy": batch})
+
+
+@dataclass
+class MixedSource:
+    """The student's own completions for a random share of the prompts, the data set's for the others."""
+
+    own: Source
+    share: float
+    tokenizer: Any
+    longest: int
+    """most tokens of a completion"""
+    template_kwargs: dict[str, Any] | None
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer)
+
+    def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
+        generator, at = torch.Generator().manual_seed((seed or 0) % 2**63), places or range(len(rows))
+        draws = torch.rand(max(at) + 1, generator=generator).tolist()
+        own = [draws[place] < self.share for place in at]
+        asked = [row for row, is_own in zip(rows, own, strict=True) if is_own]
+        theirs = None if places is None else [place for place, is_own in zip(at, own, strict=True) if is_own]
+        sampled = self.own.draw(asked, group, seed, theirs) if asked else Rollout([], [], [], [])
+        cut = sampled.metadata.get("truncated", [False] * len(sampled))
+        samples = iter(zip(sampled.completions, cut, strict=True))
+        rollout = Rollout([], [], [], [], metadata={"truncated": []})
+        for row, is_own in zip(rows, own, strict=True):
+            given = None if is_own else self._completion(row)
+            for _ in range(group):
+                ids, truncated = next(samples) if given is None else given
+                rollout.prompts.append(list(row["prompt_ids"]))
+                rollout.completions.append(ids)
+                rollout.metadata["truncated"].append(truncated)
+        rollout.masks = [[1] * len(ids) for ids in rollout.completions]
+        rollout.logprobs = [[0.0] * len(ids) for ids in rollout.completions]  # distillation does not read them
+        return rollout
+
+    def _completion(self, row: Mapping[str, Any]) -> tuple[list[int], bool]:
+        """The data set's completion, and whether it was cut to the limit."""
+        if isinstance(row["completion"], str):
+            ids = self._encoder.encode([row["completion"]])[0] + self._encoder.tail
+        else:
+            template = ChatTemplate(self.tokenizer, self.template_kwargs)
+            ids = self._encoder.encode(template.split(row["prompt"], [row["completion"]]).answers)[0]
+        return ids[: self.longest], len(ids) > self.longest
 
 
 class GKDTrainer(DistillationTrainer):

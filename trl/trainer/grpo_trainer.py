@@ -2,29 +2,211 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from trl.data.records import Rollout
 from trl.losses.loss_sum import Aggregation, LossSum
 from trl.losses.policy import (
     ADVANTAGES,
-    CLIP_RULES,
     REWARD_AGGREGATIONS,
+    ClipRule,
+    adaptive_entropy_coef,
+    cispo,
+    clip,
     group_relative,
     off_policy_mask,
     policy_loss,
+    sapo,
     top_entropy_mask,
 )
 from trl.models.scoring import score
-from trl.rollout.loader import PolicyBatch, padded
-from trl.trainer.adaptive_entropy import AdaptiveEntropy
-from trl.trainer.grpo_config import LOSS_TYPES, GRPOConfig
-from trl.trainer.on_policy import OnPolicyTrainer
+from trl.rollout.experience import Experience, PolicyBatch
+from trl.trainer.configuration import choose, refuse_unused, require
+from trl.trainer.on_policy import KLTerm, OnPolicyConfig, OnPolicyTrainer
+
+LOSS_TYPES: dict[str, tuple[str, Aggregation]] = {
+    "grpo": ("clip", "sequence"),
+    "dapo": ("clip", "token"),
+    "bnpo": ("clip", "token"),
+    "dr_grpo": ("clip", "constant"),
+    "cispo": ("cispo", "token"),
+    "sapo": ("sapo", "sequence"),
+}
+"""name -> (clip rule, aggregation)"""
+
+
+@dataclass
+class GRPOConfig(OnPolicyConfig):
+    """`TrainingArguments` and the settings of group-relative policy optimisation."""
+
+    loss_type: str = field(default="dapo")
+    """how tokens are averaged and clipped: grpo, dapo, bnpo, dr_grpo, cispo, sapo"""
+    epsilon: float = field(default=0.2)
+    """lower clip range of the ratio"""
+    epsilon_high: float | None = field(default=None)
+    """upper clip range; None: `epsilon`. For cispo: the largest weight itself"""
+    delta: float | None = field(default=None)
+    """two-sided clipping: upper bound of the ratio where the advantage is negative"""
+    importance_sampling_level: str = field(default="token")
+    """ratio of each token, or of the sequence (GSPO)"""
+    scale_rewards: Literal["group", "batch", "none", True, False] = field(default="group")
+    """divide advantages by the std of their group or of the batch, or not (none)"""
+    advantage: str | None = field(default=None)
+    """baseline by name, in place of the group's mean: leave_one_out, batch, group_then_batch, none, ..."""
+    multi_objective_aggregation: str = field(default="sum_then_normalize")
+    """several reward functions: sum_then_normalize, or normalize_then_sum (GDPO)"""
+    kl_estimator: str | None = field(default=None)
+    """estimate of the KL to the reference: k1, k2, k3; None: k3 in the loss, k1 in the reward"""
+    kl_placement: str = field(default="loss")
+    """where the KL acts: loss, or reward (each completion's reward minus beta times its KL)"""
+    use_bias_correction_kl: bool | None = field(default=None)
+    """weigh the KL term by the importance ratio, which makes its gradient unbiased; None: where it is in the loss"""
+    sapo_temperature_neg: float = field(default=1.05)
+    """sapo: steepness of the gate where the advantage is negative"""
+    sapo_temperature_pos: float = field(default=1.0)
+    """sapo: steepness of the gate where it is positive"""
+    top_entropy_quantile: float = field(default=1.0)
+    """learn from this share of the tokens only: those with the highest entropy"""
+    entropy_coef: float = field(default=0.0)
+    """weight of the entropy bonus"""
+    use_adaptive_entropy: bool = field(default=False)
+    """let that weight follow the entropy, from `entropy_coef` on"""
+    entropy_target: float = field(default=0.2)
+    """adaptive: entropy in nats a token; the bonus is off above it"""
+    entropy_coef_delta: float = field(default=0.005)
+    """adaptive: step of the weight"""
+    entropy_coef_min: float = field(default=0.0)
+    """adaptive: least weight"""
+    entropy_coef_max: float = field(default=1.0)
+    """adaptive: largest weight"""
+    off_policy_mask_threshold: float | None = field(default=None)
+    """leave out completions of negative advantage from which the policy has moved by more than this KL"""
+
+    def validate(self) -> None:
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        super().validate()
+        choose(self, "loss_type", LOSS_TYPES)
+        choose(self, "importance_sampling_level", ("token", "sequence", "sequence_token"))
+        choose(self, "scale_rewards", ("group", "batch", "none"))
+        choose(self, "advantage", (None, *ADVANTAGES))
+        choose(self, "multi_objective_aggregation", REWARD_AGGREGATIONS)
+        self._validate_clipping()
+        self._validate_kl()
+        if self.advantage is not None:
+            way_out = f"advantage={self.advantage!r} says how rewards are scaled; leave it out"
+            require(self, "scale_rewards", self.scale_rewards == "group", way_out)
+        alone = self.advantage in ("batch", "batch_mean", "none")
+        require(self, "num_generations", alone or self.num_generations >= 2, "a group needs at least 2 completions")
+        require(self, "top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "give a share in (0, 1]")
+        fields = ("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max")
+        refuse_unused(self, fields, self.use_adaptive_entropy, "use_adaptive_entropy=True")
+        for name in fields:
+            require(self, name, getattr(self, name) >= 0, "give a number >= 0")
+        least, most = self.entropy_coef_min, self.entropy_coef_max
+        fits = not self.use_adaptive_entropy or least <= self.entropy_coef <= most
+        require(self, "entropy_coef", fits, f"must lie in [entropy_coef_min, entropy_coef_max] = [{least}, {most}]")
+        threshold = self.off_policy_mask_threshold
+        require(self, "off_policy_mask_threshold", threshold is None or threshold > 0, "give a KL > 0, or None")
+
+    def _validate_clipping(self) -> None:
+        rule, high = LOSS_TYPES[self.loss_type][0], self.epsilon_high
+        no_effect = f"no effect with loss_type={self.loss_type!r}"
+        require(self, "epsilon", self.epsilon > 0, "give a range > 0")
+        require(self, "epsilon", rule == "clip" or self.epsilon == 0.2, no_effect)
+        least = 1 if rule == "cispo" else 0
+        require(self, "epsilon_high", high is None or high > least, "give a number > 0 (cispo: > 1)")
+        require(self, "epsilon_high", high is None or rule != "sapo", no_effect)
+        require(self, "delta", self.delta is None or rule == "clip", no_effect)
+        bound = 1 + (self.epsilon if high is None else high)
+        require(self, "delta", self.delta is None or self.delta > bound, f"must exceed 1 + epsilon_high = {bound}")
+        for name, default in (("sapo_temperature_neg", 1.05), ("sapo_temperature_pos", 1.0)):
+            value = getattr(self, name)
+            require(self, name, rule == "sapo" or value == default, no_effect)
+            require(self, name, value > 0, "give a steepness > 0")
+
+    def _validate_kl(self) -> None:
+        choose(self, "kl_estimator", (None, "k1", "k2", "k3"))
+        choose(self, "kl_placement", ("loss", "reward"))
+        in_loss, corrected = self.beta > 0 and self.kl_placement == "loss", self.use_bias_correction_kl
+        require(self, "use_bias_correction_kl", in_loss or not corrected, "needs beta > 0 and kl_placement='loss'")
+        flat = in_loss and self.kl_estimator == "k1" and corrected is False
+        require(self, "kl_estimator", not flat, "k1 in the loss needs use_bias_correction_kl: it has no gradient else")
+        for name, default in (("kl_estimator", None), ("kl_placement", "loss")):
+            used = self.beta > 0 or getattr(self, name) == default
+            require(self, name, used, "no effect with beta=0, which keeps no reference")
+        apart = self.multi_objective_aggregation == "normalize_then_sum"
+        way_out = "multi_objective_aggregation='normalize_then_sum' would rescale the KL; place it in the loss"
+        require(self, "kl_placement", in_loss or not (apart and self.beta), way_out)
+
+    def kl_term(self) -> KLTerm:
+        in_loss = self.kl_placement == "loss"
+        return KLTerm(self.beta, self.kl_estimator or ("k3" if in_loss else "k1"), in_loss)
+
+    def clip_rule(self) -> ClipRule:
+        """The rule of `loss_type` with its numbers."""
+        rule = LOSS_TYPES[self.loss_type][0]
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if rule == "clip":
+            return partial(clip, clip_low=self.epsilon, clip_high=high, delta=self.delta)
+        if rule == "sapo":
+            return partial(sapo, tau_pos=self.sapo_temperature_pos, tau_neg=self.sapo_temperature_neg)
+        return cispo if self.epsilon_high is None else partial(cispo, clip_high=self.epsilon_high - 1)
+
+
+class AdaptiveEntropy(TrainerCallback):
+    """The weight of an entropy bonus, which follows the policy's entropy: it rises after each optimizer step while the
+    entropy is below its target, and falls above it.
+
+    Skywork OR1 (arXiv:2505.22312); as there, the bonus counts only while the entropy is at most the target.
+    """
+
+    def __init__(self, config: GRPOConfig, reduce: Callable[[Tensor], Tensor]):
+        """reduce: the sum of a tensor over all ranks."""
+        self.config, self.reduce, self.coef = config, reduce, float(config.entropy_coef)
+        self.entropy: float | None = None
+        """of the last optimizer step, in nats a token"""
+        self._seen: list[Tensor] = []
+
+    @property
+    def active(self) -> float:
+        """The coefficient of the next step."""
+        return self.coef if self.entropy is None or self.entropy <= self.config.entropy_target else 0.0
+
+    def add(self, total: Tensor, tokens: Tensor) -> None:
+        """Count the entropies of a micro-batch: their sum, and the number of tokens."""
+        self._seen.append(torch.stack([total.detach(), tokens.to(total)]))
+
+    def state_of(self) -> dict[str, float | None]:
+        """What a checkpoint keeps."""
+        return {"coef": self.coef, "entropy": self.entropy}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what `state_of` gave."""
+        self.coef, self.entropy = state["coef"], state["entropy"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        mine = sum(self._seen, torch.zeros(2, device=args.device))
+        self._seen = []
+        total, tokens = self.reduce(mine).tolist()
+        if not tokens:
+            return
+        self.entropy = total / tokens
+        self.coef = adaptive_entropy_coef(
+            self.coef,
+            self.entropy,
+            target=self.config.entropy_target,
+            delta=self.config.entropy_coef_delta,
+            least=self.config.entropy_coef_min,
+            most=self.config.entropy_coef_max,
+        )
 
 
 class GRPOTrainer(OnPolicyTrainer):
@@ -42,20 +224,13 @@ class GRPOTrainer(OnPolicyTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.args
-        rule, aggregation = LOSS_TYPES[config.loss_type]
-        self.aggregation = cast(Aggregation, aggregation)
-        high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-        options = {
-            "clip": {"clip_low": config.epsilon, "clip_high": high, "delta": config.delta},
-            "cispo": {} if config.epsilon_high is None else {"clip_high": config.epsilon_high - 1},
-            "sapo": {"tau_pos": config.sapo_temperature_pos, "tau_neg": config.sapo_temperature_neg},
-        }[rule]
-        self._rule = partial(CLIP_RULES[rule], **options)
+        self.aggregation = LOSS_TYPES[config.loss_type][1]
+        self._rule = config.clip_rule()
         scaled = partial(group_relative, scale=config.scale_rewards)
         self._baseline = scaled if config.advantage is None else ADVANTAGES[config.advantage]
         self.entropy: AdaptiveEntropy | None = None
         if config.use_adaptive_entropy:
-            self.entropy = AdaptiveEntropy(self)
+            self.entropy = AdaptiveEntropy(config, lambda mine: self.accelerator.reduce(mine, "sum"))
             self.add_callback(self.entropy)
 
     def extra_state(self) -> dict[str, Any]:
@@ -66,17 +241,11 @@ class GRPOTrainer(OnPolicyTrainer):
         if self.entropy is not None and "entropy" in state:
             self.entropy.load(state["entropy"])
 
-    def kl_in_loss(self) -> bool:
-        return self.args.kl_placement == "loss"
-
-    def kl_estimator(self) -> str:
-        return self.args.kl_estimator or ("k3" if self.kl_in_loss() else "k1")
-
-    def idle_rows_can_be_skipped(self) -> bool:
-        return super().idle_rows_can_be_skipped() and not (self.args.entropy_coef or self.entropy)
+    def zero_advantage_means_zero_gradient(self) -> bool:
+        return not (self.kl.loss_weight or self.args.entropy_coef or self.entropy)
 
     def advantages(self, scores_BF: Tensor, weights_F: Tensor, kl_B: Tensor | None) -> Tensor:
-        if kl_B is not None and not self.kl_in_loss():
+        if kl_B is not None and not self.kl.in_loss:
             unscored_B = scores_BF.isnan().all(-1)
             penalty_B = (-kl_B).masked_fill(unscored_B, torch.nan)
             scores_BF = torch.cat([scores_BF, penalty_B[:, None]], 1)
@@ -84,22 +253,20 @@ class GRPOTrainer(OnPolicyTrainer):
         aggregate = REWARD_AGGREGATIONS[self.args.multi_objective_aggregation]
         return aggregate(scores_BF, weights_F, self.args.num_generations, self._baseline)
 
-    def token_weights(self, rollout: Rollout, masks: list[list[int]]) -> list[list[float]] | None:
-        """The tokens of high entropy under the policy that sampled, among those of all ranks."""
+    def token_weights(self, rows: Experience) -> Tensor | None:
+        """1 for the tokens of high entropy under the policy that sampled, among those of all ranks. [B, T]"""
         if self.args.top_entropy_quantile == 1.0:
             return None
-        entropy_BT = self.scored(self.model, rollout, entropy=True).entropy_BT
+        entropy_BT = self.scored(self.model, rows, entropy=True).entropy_BT
         assert entropy_BT is not None
-        mask_BT = padded(masks, entropy_BT.shape[1])
-        counted_N = entropy_BT[mask_BT > 0].tolist()
+        counted_N = entropy_BT[rows.mask_BT > 0].tolist()
         if self.args.world_size > 1:
             counted_N = gather_object(counted_N)
         all_N = torch.tensor(counted_N)
         if not len(all_N):
-            return [[0.0] * len(ids) for ids in rollout.completions]
+            return torch.zeros_like(entropy_BT)
         least = all_N[top_entropy_mask(all_N, torch.ones_like(all_N), self.args.top_entropy_quantile) > 0].min()
-        kept_BT = (entropy_BT >= least) * mask_BT
-        return [row[: len(ids)] for row, ids in zip(kept_BT.tolist(), rollout.completions, strict=True)]
+        return (entropy_BT >= least) * rows.mask_BT
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         config = self.args
@@ -114,7 +281,6 @@ class GRPOTrainer(OnPolicyTrainer):
         if self.entropy is not None and scores.entropy_BT is not None:
             self.entropy.add((scores.entropy_BT * batch.mask_BT).sum(), batch.mask_BT.sum())
             self.record("entropy_coef", coef)
-        self.check_first(scores.logprobs_BT, batch)
         weight_BT = batch.weight_BT
         if config.off_policy_mask_threshold is not None:
             fresh = off_policy_mask(
@@ -131,8 +297,8 @@ class GRPOTrainer(OnPolicyTrainer):
             level=config.importance_sampling_level,
             weight_BT=weight_BT,
             reference_BT=batch.reference_BT,
-            beta=config.beta if self.kl_in_loss() else 0.0,
-            kl=self.kl_estimator(),
+            beta=self.kl.loss_weight,
+            kl=self.kl.estimator,
             kl_importance=config.use_bias_correction_kl is not False,
             entropy_BT=scores.entropy_BT,
             entropy_coef=coef,

@@ -1,9 +1,10 @@
-"""Policy gradients on the policy's own samples: a number for each token, and an objective that reads it."""
+"""Policy gradients: rewards become an advantage for each token of the policy's own samples."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,11 +14,60 @@ from torch import Tensor, nn
 from trl.data.records import Rollout
 from trl.losses.kl import KL_ESTIMATORS
 from trl.models.reference import Reference
-from trl.rollout.episodes import credit_turns
-from trl.rollout.loader import Experience, PolicyBatch, padded
-from trl.rollout.rewards import Rewards
-from trl.trainer.grpo_config import OnPolicyConfig
-from trl.trainer.rollout_trainer import RolloutTrainer
+from trl.rollout.experience import Experience, padded
+from trl.rollout.rewards import Rewards, credit_turns
+from trl.trainer.configuration import require
+from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
+
+
+@dataclass(frozen=True)
+class KLTerm:
+    """The KL to the reference: its weight, its estimator, and where it acts."""
+
+    beta: float
+    estimator: str = "k1"
+    in_loss: bool = False
+    """in the loss of each token; else each completion's reward is reduced by beta times its KL"""
+
+    @property
+    def loss_weight(self) -> float:
+        return self.beta if self.in_loss else 0.0
+
+
+@dataclass
+class OnPolicyConfig(RewardedConfig):
+    """`RewardedConfig` and what the policy-gradient trainers share."""
+
+    beta: float = field(default=0.0)
+    """weight of the KL to the reference; 0: no reference is kept"""
+    mask_truncated_completions: bool = field(default=False)
+    """do not learn from completions that were cut at the length limit"""
+    turn_level_credit: bool = field(default=False)
+    """environments: credit each turn with the rewards from it on, compared with the same turn of its group"""
+    sync_ref_model: bool = field(default=False)
+    """move the reference towards the policy every `ref_model_sync_steps`"""
+    ref_model_mixup_alpha: float = field(default=0.6)
+    """share of the policy in the new reference"""
+    ref_model_sync_steps: int = field(default=512)
+    """optimizer steps between two moves"""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "beta", self.beta >= 0, "give a weight >= 0")
+        require(self, "sync_ref_model", not self.sync_ref_model or self.beta > 0, "beta=0 keeps no reference to move")
+        require(self, "ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "give a share in (0, 1]")
+        require(self, "ref_model_sync_steps", self.ref_model_sync_steps >= 1, "give a number of steps >= 1")
+        for name, default in (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512)):
+            used = self.sync_ref_model or getattr(self, name) == default
+            require(self, name, used, "no effect without sync_ref_model=True")
+
+    @property
+    def moves_reference(self) -> bool:
+        return self.sync_ref_model
+
+    def kl_term(self) -> KLTerm:
+        """How the KL to the reference acts: here it is part of the reward."""
+        return KLTerm(self.beta)
 
 
 class OnPolicyTrainer(RolloutTrainer):
@@ -30,7 +80,7 @@ class OnPolicyTrainer(RolloutTrainer):
         if self.args.turn_level_credit and (self.environment is None or self.rewards is None or self.rewards.panel):
             raise ValueError("turn_level_credit=True: needs an environment that gives the rewards, and no reward_funcs")
         self.reference = self._reference(ref_model)
-        self._first_step: int | None = None
+        self.kl = self.args.kl_term()
 
     def _reference(self, ref_model: nn.Module | str | None) -> Reference | None:
         if self.args.beta:
@@ -45,60 +95,47 @@ class OnPolicyTrainer(RolloutTrainer):
     def advantages(self, scores_BF: Tensor, weights_F: Tensor, kl_B: Tensor | None) -> Tensor:
         """Rewards of all ranks' completions by each reward function (NaN: no opinion) to advantages. [B]
 
-        kl_B: an estimate of each completion's KL to the reference, where there is one.
+        kl_B: an estimate of each completion's KL to the reference; None without a reference.
         """
 
-    def kl_in_loss(self) -> bool:
-        return False
-
-    def kl_estimator(self) -> str:
-        return "k1"
-
-    def idle_rows_can_be_skipped(self) -> bool:
-        return not (self.args.beta and self.kl_in_loss())
-
-    def token_weights(self, rollout: Rollout, masks: list[list[int]]) -> list[list[float]] | None:
-        """Factors of each token's surrogate that are known when the rollout is made."""
+    def token_weights(self, rows: Experience) -> Tensor | None:
+        """Factors of each token's surrogate that are known when the rollout is made. [B, T]"""
         return None
 
     # -- experience ------------------------------------------------------------------------------
 
     def experience(
-        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+        self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
-        assert rewards is not None
-        masks = rollout.masks
+        experience = Experience.of(rollout)
         if self.args.mask_truncated_completions:
-            cut = rollout.metadata.get("truncated", [False] * len(rollout))
-            masks = [[0] * len(mask) if over else mask for mask, over in zip(masks, cut, strict=True)]
-        reference = None
+            cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)))
+            experience = replace(experience, mask_BT=experience.mask_BT.masked_fill(cut_B[:, None], 0.0))
+        reference_BT = None
         if self.reference is not None:
             with self.reference.model() as model:
-                reference = self.measured(model, rollout)
-        kl_B = self._kl_B(rollout, reference)
-        advantages = self._over_all_ranks(rewards, kl_B).tolist()
-        per_token = [[a] * len(ids) for a, ids in zip(advantages, rollout.completions, strict=True)]
+                assert model is not None
+                reference_BT = self.scored(model, experience).logprobs_BT
+        kl_B = self._kl_B(rollout, reference_BT)
+        advantages_B = self._over_all_ranks(rewards, kl_B)
+        advantages_BT = experience.per_token(advantages_B)
         if self.args.turn_level_credit:
-            per_token = credit_turns(
-                rewards, rollout, lambda shifted: self._over_all_ranks(shifted, kl_B), self.args.world_size
-            )
-        experience = Experience(
-            prompts=rollout.prompts,
-            completions=rollout.completions,
-            masks=masks,
-            logprobs=rollout.logprobs,
-            advantages=per_token,
-            reference=reference,
-            weights=self.token_weights(rollout, masks),
+            world = self.args.world_size
+            credited = credit_turns(rewards, rollout, lambda shifted: self._over_all_ranks(shifted, kl_B), world)
+            advantages_BT = padded(credited)
+        experience = replace(
+            experience,
+            advantages_BT=advantages_BT,
+            reference_BT=reference_BT,
+            weight_BT=self.token_weights(experience),
         )
-        return experience, {"advantage": advantages}
+        return experience, {"advantage": advantages_B.tolist()}
 
-    def _kl_B(self, rollout: Rollout, reference: list[list[float]] | None) -> Tensor | None:
-        if reference is None:
+    def _kl_B(self, rollout: Rollout, reference_BT: Tensor | None) -> Tensor | None:
+        if reference_BT is None:
             return None
-        width = max(map(len, rollout.completions))
-        sampled_BT, reference_BT, mask_BT = (padded(x, width) for x in (rollout.logprobs, reference, rollout.masks))
-        return (KL_ESTIMATORS[self.kl_estimator()](sampled_BT, reference_BT) * mask_BT).sum(-1)
+        sampled_BT, mask_BT = padded(rollout.logprobs), padded(rollout.masks)
+        return (KL_ESTIMATORS[self.kl.estimator](sampled_BT, reference_BT) * mask_BT).sum(-1)
 
     def _over_all_ranks(self, rewards: Rewards, kl_B: Tensor | None) -> Tensor:
         """This rank's advantages; statistics over the batch see the completions of all ranks."""
@@ -114,36 +151,8 @@ class OnPolicyTrainer(RolloutTrainer):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         super().load_extra_state(state)
         rest = self.rollouts.state.experience
-        if rest and rest["reference"] is None and self.reference is not None:
+        if rest is not None and rest.reference_BT is None and self.reference is not None:
             raise ValueError(
                 f"beta={self.args.beta}: the checkpoint stands in the midst of a rollout that was made with beta=0; "
-                "resume with that, or from a checkpoint behind the end of a rollout"
+                "resume with that, or from a checkpoint after the end of a rollout"
             )
-
-    # -- the assertion of the first update -------------------------------------------------------
-
-    def check_first(self, logprobs_BT: Tensor, batch: PolicyBatch) -> None:
-        """RuntimeError unless the run's first update starts at ratio 1 (within 1e-5) and approx_kl below 1e-8.
-
-        Sampler and trainer are one model, so anything else is a mistake: dropout, or weights that changed in between.
-        Not asked where they rightly differ: low precision, dropout by choice, another engine in `rollout_func`.
-        """
-        if self._first_step is None:
-            fresh = self.rollouts.state.cursor <= self.args.gradient_accumulation_steps
-            self._first_step = self.state.global_step if fresh and self._exact() else -1
-        if self._first_step != self.state.global_step:
-            return
-        change_BT = (logprobs_BT.detach() - batch.old_logprobs_BT) * batch.mask_BT
-        tokens = batch.mask_BT.sum().clamp(min=1)
-        ratio = float(1 + ((change_BT.exp() - 1) * batch.mask_BT).sum() / tokens)
-        approx_kl = float((0.5 * change_BT**2).sum() / tokens)
-        if abs(ratio - 1) > 1e-5 or approx_kl > 1e-8:
-            raise RuntimeError(
-                f"at the first update the ratio is {ratio:.7f} and approx_kl {approx_kl:.1e}, where 1 and 0 are due: "
-                "the model that is trained is not the one that sampled; did a callback change it, or is dropout on?"
-            )
-
-    def _exact(self) -> bool:
-        types = {parameter.dtype for parameter in self.model.parameters()}
-        exact = types <= {torch.float32, torch.float64} and not (self.args.bf16 or self.args.fp16)
-        return exact and self.args.disable_dropout and self.rollout_func is None

@@ -1,4 +1,4 @@
-"""Online DPO: preference pairs that the policy has just sampled and a reward or a judge has ordered."""
+"""Online DPO: the policy samples pairs, and rewards or a judge say which completion of a pair is better."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from trl.losses.pairs import PairLogps, sum_pairs
 from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair_options, preference_loss
 from trl.models.scoring import score
 from trl.rewards.named import Judge, pairwise
-from trl.rollout.loader import Experience, PolicyBatch
+from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import choose, require
-from trl.trainer.rollout_config import RewardedConfig
-from trl.trainer.rollout_trainer import RolloutTrainer
+from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
 
 ONLINE_LOSSES = [n for n in PAIR_LOSSES if n not in REFERENCE_FREE | WHOLE_BATCH and "delta" not in pair_options(n)]
 
@@ -31,7 +30,7 @@ class OnlineDPOConfig(RewardedConfig):
     num_generations: int = field(default=2)
     """completions of each prompt; the best and the worst of them are a pair"""
     loss_type: str = field(default="sigmoid")
-    """pairwise loss: one of those of DPO that look at one pair at a time and at the reference"""
+    """pairwise loss: any of DPO's that needs a reference and one pair at a time"""
     beta: float = field(default=0.1)
     """scale of the log-ratios: the smaller, the further the policy may move"""
 
@@ -79,26 +78,21 @@ class OnlineDPOTrainer(RolloutTrainer):
         self.reference = self.make_reference(ref_model)
 
     def experience(
-        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+        self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
-        assert rewards is not None
         assert self.reference is not None
         best, worst, decided = ordered(rewards, self.args.num_generations)
         chosen = [row for pair in zip(best, worst, strict=True) for row in pair]
-        with self.reference.model() as model:
-            reference = self.measured(model, rollout)
-        preference = [0.0] * len(rollout)
+        preference_B = torch.zeros(len(rollout))
         for first, second, certain in zip(best, worst, decided, strict=True):
-            preference[first], preference[second] = (1.0, -1.0) if certain else (0.0, 0.0)
-        whole = Experience(
-            prompts=rollout.prompts,
-            completions=rollout.completions,
-            masks=[m if p else [0] * len(m) for m, p in zip(rollout.masks, preference, strict=True)],
-            logprobs=rollout.logprobs,
-            advantages=[[p] * len(ids) for p, ids in zip(preference, rollout.completions, strict=True)],
-            reference=reference,
-        )
-        return whole.select(chosen), {"preference": preference}
+            preference_B[first], preference_B[second] = (1.0, -1.0) if certain else (0.0, 0.0)
+        whole = Experience.of(rollout, advantages=preference_B)
+        with self.reference.model() as model:
+            assert model is not None
+            reference_BT = self.scored(model, whole).logprobs_BT
+        mask_BT = whole.mask_BT * (preference_B != 0)[:, None]
+        whole = replace(whole, mask_BT=mask_BT, reference_BT=reference_BT)
+        return whole.select(chosen), {"preference": preference_B.tolist()}
 
     def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
         batch = super()._collate(rows)["policy"]

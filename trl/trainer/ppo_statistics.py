@@ -1,4 +1,4 @@
-"""What a PPO step reports, under the seed's keys."""
+"""The statistics of a PPO step, under the keys of release 0.7.7."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 
 from trl.core import WANDB_PADDING, masked_mean
+from trl.rollout.experience import Experience, PolicyBatch
 
 METRICS = {
     "loss": "loss/total",
@@ -35,18 +37,18 @@ def moments(values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def seed_keys(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An optimizer step's mean metrics under the seed's keys."""
+    """An optimizer step's mean metrics under the keys of release 0.7.7."""
     return {METRICS[name]: value for name, value in metrics.items() if name in METRICS}
 
 
-def batch_keys(
-    values_BT: Tensor, returns_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, ratios: Tensor
-) -> dict[str, Tensor]:
+def batch_keys(batch: Experience | PolicyBatch, ratios: Tensor) -> dict[str, Tensor]:
     """What does not change from epoch to epoch, and the distribution of the ratios."""
-    counted = mask_BT > 0
-    values, returns = moments(values_BT, mask_BT), moments(returns_BT, mask_BT)
+    assert batch.values_BT is not None
+    assert batch.returns_BT is not None
+    assert batch.advantages_BT is not None
+    values, returns = moments(batch.values_BT, batch.mask_BT), moments(batch.returns_BT, batch.mask_BT)
     return {
-        "policy/advantages": advantages_BT[counted],
+        "policy/advantages": batch.advantages_BT[batch.mask_BT > 0],
         "policy/ratio": ratios,
         "returns/mean": returns[0],
         "returns/var": returns[1],
@@ -110,7 +112,7 @@ def step_stats(
 
 
 def gathered(accelerator: Any, stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Over all processes: numbers averaged, distributions laid together (padded with -1)."""
+    """The statistics of all processes: numbers averaged, distributions concatenated (padded with -1)."""
     names = sorted(name for name, value in stats.items() if isinstance(value, Tensor))
     together = dict(stats)
     scalars = [name for name in names if stats[name].ndim == 0]
@@ -144,39 +146,16 @@ class Clock:
         }
 
 
-ON_POLICY = {torch.float32: (1e-5, 1e-8), torch.float64: (1e-5, 1e-8)}
-"""how far the mean ratio may be from 1, and approxkl from 0, before anything was learnt"""
-ON_POLICY_HALF = (2e-2, 1e-2)
-"""the same in half precision and TF32"""
-
-
-def check_on_policy(means: Mapping[str, Tensor], accelerator: Any, model: nn.Module) -> None:
-    """RuntimeError unless the policy that is about to be updated is the one whose log-probabilities were taken.
-
-    A mean ratio of 0 is that of no tokens: all responses of the optimizer step are empty or masked out.
-    """
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} & {torch.float16, torch.bfloat16}
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    coarse = dtypes or tf32 or accelerator.mixed_precision not in ("no", None) or _is_quantized(model)
-    ratio, approx_kl = means["ratio"].item(), means["approx_kl"].item()
-    of_ratio, of_kl = ON_POLICY_HALF if coarse else ON_POLICY[torch.float32]
-    if ratio and not (abs(ratio - 1) <= of_ratio and approx_kl <= of_kl):
-        raise RuntimeError(
-            f"before the first update of a step the policy must still be itself, but its mean ratio is {ratio:.7f}, "
-            f"not 1, and approxkl {approx_kl:.3g}, not 0: is something random or stateful in the model's forward pass "
-            "(dropout that ignores eval mode, noise on embeddings, a router), or are its weights changed elsewhere?"
-        )
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return any(getattr(module, "is_quantized", False) for module in model.modules())
-
-
 def log_stats(
-    trainer: Any, stats: Mapping[str, Any], batch: Mapping[str, Any], rewards: Any, columns: Sequence[str]
+    accelerator: Accelerator,
+    stats: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    rewards: Any,
+    columns: Sequence[str],
+    tracker: str | None,
+    number: int,
 ) -> None:
-    """See `PPOTrainer.log_stats`."""
-    accelerator = trainer.accelerator
+    """See `PPOTrainer.log_stats`. number: of this call."""
     rewards_B = torch.as_tensor([float(reward) for reward in rewards], device=accelerator.device)
     rewards_B = accelerator.gather(rewards_B).flatten()
     logs = {
@@ -189,12 +168,10 @@ def log_stats(
         warnings.warn(
             "The game logs will not be logged because the batch does not contain the keys 'query' and 'response'. "
         )
-    elif trainer.config.log_with == "wandb":
+    elif tracker == "wandb":
         logs |= _game_log(batch, rewards_B, columns, accelerator)
-    # the tracker of tensorboard has no count of its own
-    step = {"step": trainer.logged_steps} if trainer.config.log_with == "tensorboard" else {}
-    accelerator.log(logs, **step)
-    trainer.logged_steps += 1
+    # the tracker of tensorboard does not count steps
+    accelerator.log(logs, **({"step": number} if tracker == "tensorboard" else {}))
 
 
 def _game_log(batch: Mapping[str, Any], rewards_B: Tensor, columns: Sequence[str], accelerator: Any) -> dict[str, Any]:

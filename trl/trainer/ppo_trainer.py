@@ -2,74 +2,281 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, tqdm
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, set_seed, stats_to_np
+from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, flatten_dict, set_seed, stats_to_np
 from trl.data.microbatches import unasked_budget
-from trl.generation.plain_generate import respond_at_lengths
+from trl.data.records import Rollout
+from trl.generation import make_sampler
+from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
+from trl.generation.plain_generate import generate_padded
 from trl.generation.stopping import end_tokens
+from trl.import_utils import is_wandb_available
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.legacy import ppo_padded
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
-from trl.losses.loss_sum import LossSum
+from trl.losses.loss_sum import LossSum, Measure, masked_sum
+from trl.losses.policy import clipped_surrogate, clipped_value
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
-from trl.models.prepare import equalise
+from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
+from trl.models.prepare import check_vocabulary, context_length, equalise
 from trl.models.reference import Reference
-from trl.models.unwrap import below_accelerate
+from trl.models.scoring import Scores, classifier_of
+from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder
 from trl.rewards.named import RewardSource
+from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.measure import (
     PACKED_TOKENS,
     ActorCritic,
-    Measured,
-    PPOBatch,
-    Sample,
     advantages,
+    check_first_ratio,
+    is_coarse,
     measure,
-    pack_samples,
-    ppo_batch,
+    with_advantages,
 )
-from trl.trainer import checkpoints, ppo_loop, ppo_setup, ppo_statistics
+from trl.rollout.prompts import PromptStream, with_prompts
+from trl.rollout.rewards import RolloutRewards, panel_of, total_scores
+from trl.rollout.source import EnvironmentSource, GenerateSource, SamplerSource, Source, environment_for_policy
+from trl.trainer import checkpoints, ppo_statistics
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import processing_class_of
 from trl.trainer.model_card import PPO_CARD, write_model_card
-from trl.trainer.ppo_config import PPOConfig
-from trl.trainer.ppo_environment import check_environment
-from trl.trainer.ppo_inputs import checked_batch, samples_of, show_tokens
-from trl.trainer.ppo_objective import terms
-from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments
+from trl.trainer.optim import TFAdam
+from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import Tally
 from trl.trainer.update import leave_zeros, optimizer_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SHOWN = {"score": "ppo/mean_scores", "kl": "objective/kl", "entropy": "ppo/policy/entropy"}
+"""what the progress bar shows"""
 STATE, OLD_RANDOM_STATE = "trainer_state.pt", "random_state-{rank}.pt"
 """files of a checkpoint; the second one is release 1.0.0's"""
+JSONDict = Annotated[dict[str, Any], tyro.conf.arg(metavar="JSON", constructor=json.loads)]
+Runtime = tyro.conf.Suppress
+
+
+@dataclass
+class PPOConfig:
+    """Numbers of `PPOTrainer`; as a command line through `tyro.cli(PPOConfig)`."""
+
+    exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]
+    """name of the experiment, for trackers"""
+    seed: int = 0
+    """seed of all random numbers"""
+    log_with: Literal["wandb", "tensorboard"] | None = None
+    """tracker that `log_stats` writes to"""
+    task_name: str | None = None
+    """for your own records: the tracker stores it, nothing reads it"""
+    model_name: str | None = None
+    """for your own records: the tracker stores it, nothing reads it"""
+    query_dataset: str | None = None
+    """for your own records: the tracker stores it, nothing reads it"""
+    reward_model: str | None = None
+    """for your own records: the tracker stores it, nothing reads it"""
+    remove_unused_columns: bool = True
+    """drop columns of a `Dataset` that the model does not take, except `label`, `prompt`, `query`, `response`"""
+    tracker_kwargs: JSONDict = field(default_factory=dict)
+    """`init_kwargs` of `Accelerator.init_trackers`"""
+    accelerator_kwargs: JSONDict = field(default_factory=dict)
+    """keywords of `Accelerator`"""
+    project_kwargs: JSONDict = field(default_factory=dict)
+    """keywords of `accelerate.utils.ProjectConfiguration`"""
+    tracker_project_name: str = "trl"
+    """project under which the tracker files the run"""
+    push_to_hub_if_best_kwargs: JSONDict = field(default_factory=dict)
+    """keywords of `push_to_hub` (`repo_id` is needed): the model is pushed whenever the mean score is the best yet"""
+
+    steps: int = 20000
+    """samples to train on, over the whole run; sets `total_ppo_epochs`"""
+    learning_rate: float = 1e-5
+    """of the default optimizer"""
+    adap_kl_ctrl: bool = True
+    """the KL coefficient follows the measured KL towards `target`; else it stays"""
+    init_kl_coef: float = 0.2
+    """the KL coefficient at the start"""
+    kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
+    """kl: log p - log p_ref; abs: its absolute value; mse: half its square; full: the exact KL over the vocabulary"""
+    target: float = 6
+    """KL per sequence that the adaptive coefficient aims at"""
+    horizon: float = 10000
+    """samples in which the adaptive coefficient follows"""
+    gamma: float = 1
+    """discount of GAE"""
+    lam: float = 0.95
+    """lambda of GAE"""
+    cliprange: float = 0.2
+    """the ratio is clipped to 1 +- this"""
+    cliprange_value: float = 0.2
+    """the value is clipped to the old one +- this"""
+    vf_coef: float = 0.1
+    """weight of the value loss"""
+    batch_size: int = 256
+    """samples of a step, on each process"""
+    forward_batch_size: int | None = None
+    """deprecated: older name of `mini_batch_size`"""
+    mini_batch_size: int = 1
+    """samples of a forward and backward pass; changes memory and speed, not the update"""
+    gradient_accumulation_steps: int = 1
+    """passes of an optimizer step"""
+    world_size: Annotated[int | None, Runtime] = None
+    """set by the trainer: number of processes"""
+    ppo_epochs: int = 4
+    """passes over each batch"""
+    max_grad_norm: float | None = None
+    """clip the norm of the gradient, at every optimizer step"""
+    optimize_cuda_cache: bool | None = None
+    """deprecated: older name of `optimize_device_cache`"""
+    optimize_device_cache: bool = False
+    """free cached device memory after each step: slower, a little less memory"""
+    early_stopping: bool = False
+    """end a step's epochs when the policy's KL to the policy before the step exceeds 1.5 `target_kl`"""
+    target_kl: float = 1
+    """see `early_stopping`"""
+    compare_steps: int = 1
+    """steps between two comparisons with the best score so far"""
+    ratio_threshold: float = 10.0
+    """an optimizer step whose mean ratio exceeds this is skipped"""
+    use_score_scaling: bool = False
+    """divide scores by their running standard deviation"""
+    use_score_norm: bool = False
+    """with `use_score_scaling`: subtract their running mean first"""
+    score_clip: float | None = None
+    """clip scores to +- this"""
+    whiten_rewards: bool = False
+    """scale the rewards of a batch to variance 1; their mean stays"""
+
+    temperature: float = 1.0
+    """of sampling *and* of the log-probabilities that the step computes"""
+    missing_eos_penalty: float | None = None
+    """EOS trick: a response that does not end in EOS (or `stop_token`) scores minus this, whatever its score was"""
+    stop_token: str | None = None
+    """text of a further token that ends a response in `train()`; the response is scored up to it"""
+    max_new_tokens: int = 32
+    """length limit of the responses in `train()`"""
+    generation_kwargs: JSONDict = field(default_factory=dict)
+    """further keywords of `generate` in `train()`, over do_sample=True, top_k=0, top_p=1.0"""
+    adam_style: Literal["torch", "tf"] = "torch"
+    """default optimizer; tf (`TFAdam`): far smaller first steps where gradients are small"""
+    adam_epsilon: float = 1e-8
+    """of the default optimizer; PPO papers use 1e-5"""
+    anneal_learning_rate: bool = False
+    """linearly to 0 over `total_ppo_epochs` steps; only with no `lr_scheduler` given"""
+    output_dir: str | None = None
+    """where `train()` puts its checkpoints"""
+    save_steps: int | None = None
+    """steps of `train()` between two checkpoints"""
+    save_total_limit: int = 2
+    """newest checkpoints that `train()` keeps"""
+
+    is_encoder_decoder: Annotated[bool | None, Runtime] = None
+    """set by the trainer"""
+    is_peft_model: Annotated[bool | None, Runtime] = None
+    """set by the trainer"""
+    backward_batch_size: Annotated[int | None, Runtime] = None
+    """samples of an optimizer step on each process: `mini_batch_size * gradient_accumulation_steps`"""
+    global_backward_batch_size: Annotated[int | None, Runtime] = None
+    """set by the trainer: samples of an optimizer step on all processes"""
+    global_batch_size: Annotated[int | None, Runtime] = None
+    """set by the trainer: samples of a step on all processes"""
+
+    def __post_init__(self) -> None:
+        if self.forward_batch_size is not None:
+            warnings.warn(
+                "Note that using `forward_batch_size` is deprecated, use `mini_batch_size` instead. "
+                "By setting it you overwrite `mini_batch_size` which affects both the batch size during forward passes "
+                "and also the mini batch size for PPO optimization."
+            )
+            self.mini_batch_size = self.forward_batch_size
+        if self.optimize_cuda_cache is not None:
+            warnings.warn("`optimize_cuda_cache` is deprecated, use `optimize_device_cache` instead.")
+            self.optimize_device_cache = self.optimize_cuda_cache
+        self.derive()
+
+    def derive(self) -> None:
+        """Check the fields and compute the numbers that follow from them; the trainer does so again when it is built.
+
+        So a field that was changed in the meantime has its effect.
+        """
+        self._validate()
+        self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
+        exact_div(
+            self.batch_size,
+            self.backward_batch_size,
+            "batch_size",
+            "mini_batch_size * gradient_accumulation_steps",
+            "`batch_size` must be a multiple of `mini_batch_size * gradient_accumulation_steps`",
+        )
+        self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
+        if self.log_with == "wandb" and not is_wandb_available():
+            raise ImportError(
+                'Please install wandb to use wandb logging. You can do this by running `pip install "trl[wandb]"`.'
+            )
+        if self.kl_penalty not in KL_PENALTIES:
+            raise AssertionError(f"kl_penalty={self.kl_penalty!r}: choose 'kl', 'abs', 'mse' or 'full'")
+
+    def _validate(self) -> None:
+        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "steps",
+                     "compare_steps", "max_new_tokens", "save_total_limit"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of at least 1")
+        for name in ("temperature", "adam_epsilon", "horizon", "target", "ratio_threshold", "cliprange", "target_kl"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number above 0")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number from 0 to 1")
+        for name in ("max_grad_norm", "score_clip", "save_steps"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number above 0, or None for none")
+        if self.adam_style not in ("torch", "tf"):
+            raise ValueError(f"adam_style={self.adam_style!r}: choose 'torch' or 'tf'")
+        if self.log_with not in (None, "wandb", "tensorboard"):
+            raise ValueError(f"log_with={self.log_with!r}: choose 'wandb', 'tensorboard' or None")
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ValueError("use_score_norm=True: it only has an effect with use_score_scaling=True")
+        if (self.save_steps is None) != (self.output_dir is None):
+            raise ValueError(
+                f"save_steps={self.save_steps!r}, output_dir={self.output_dir!r}: checkpoints need both, or neither"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, nested ones as `name/key`."""
+        return flatten_dict(dict(self.__dict__))
 
 
 class PPOTrainer(BaseTrainer):
     """Trains a language model with a value head against scores of its responses.
 
-    ref_model: what the KL is measured from. None: a frozen copy of the model as it is, sharing the layers before
+    ref_model: the reference of the KL. None: a frozen copy of the model as it is, sharing the layers before
     `num_shared_layers`; for a PEFT model, the model with its adapter switched off.
-    value_model: a model with a score head (num_labels=1) as critic; the policy's own value head then rests.
-    reward_funcs: what `train()` scores responses with: functions, their names, reward models or their folders; their
-    sum counts. reward_processing_classes: tokenizers of the reward models.
-    environment: who plays in `train()`, such as a `TextEnvironment`; an episode's score is the sum of its rewards.
+    value_model: a model with a score head (num_labels=1) as critic; the policy's value head is then frozen.
+    reward_funcs: functions, their names, reward models or their folders; `train()` scores a response with their sum.
+    reward_processing_classes: tokenizers of the reward models.
+    environment: such as a `TextEnvironment`; `train()` plays episodes in it, whose score is the sum of their rewards.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
@@ -94,20 +301,26 @@ class PPOTrainer(BaseTrainer):
     ):
         super().__init__(config)
         tokenizer = processing_class_of(processing_class, tokenizer)
-        ppo_setup.check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler, num_shared_layers)
+        check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler, num_shared_layers)
         assert config is not None
         assert model is not None
         set_seed(config.seed)
         self.config: PPOConfig = config
         self.tokenizer = tokenizer
         self.dataset = dataset
-        self.accelerator = ppo_setup.make_accelerator(config)
-        self.is_encoder_decoder = hasattr(model, "is_encoder_decoder")
+        self.accelerator = make_accelerator(config)
+        self.is_encoder_decoder = is_encoder_decoder(model)
         self.is_peft_model = getattr(model, "is_peft_model", False)
         self.is_distributed = self.accelerator.num_processes > 1
         self.current_device = self.accelerator.device
-        ppo_setup.complete_config(config, self)
-        ppo_setup.start_trackers(self.accelerator, config)
+        complete_config(
+            config,
+            self.accelerator.num_processes,
+            is_encoder_decoder=self.is_encoder_decoder,
+            is_peft_model=self.is_peft_model,
+            has_dataset=dataset is not None,
+        )
+        start_trackers(self.accelerator, config)
         reference: nn.Module | None = ref_model
         if reference is None and not self.is_peft_model:
             equalise(model)
@@ -119,9 +332,7 @@ class PPOTrainer(BaseTrainer):
         self.current_step = self.logged_steps = self.data_position = 0
         self.highest_reward = -float("inf")
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
-        self.environment = environment
-        if environment is not None:
-            check_environment(self, environment, reward_funcs)
+        self.environment = None if environment is None else self._ready(environment, reward_funcs)
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         if self.accelerator.process_index:  # each process samples with its own seed
             set_seed(config.seed + 1_000_003 * self.accelerator.process_index)
@@ -131,13 +342,13 @@ class PPOTrainer(BaseTrainer):
     ) -> None:
         """Put everything on the device and under accelerate."""
         if value_model is not None:
-            ppo_setup.check_critic(model, value_model, optimizer)
+            check_critic(model, value_model, optimizer)
         trained = [model] if value_model is None else [model, value_model]
         self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
-        optimizer = ppo_setup.make_optimizer(self.config, self._parameters) if optimizer is None else optimizer
-        lr_scheduler = ppo_setup.make_scheduler(self.config, optimizer, lr_scheduler)
+        optimizer = make_optimizer(self.config, self._parameters) if optimizer is None else optimizer
+        lr_scheduler = make_scheduler(self.config, optimizer, lr_scheduler)
         collator = DataCollatorForLanguageModeling(self.tokenizer, mlm=False)
-        self.model = model  # `prepare_dataloader` asks for its arguments
+        self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
         self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, collator, dataloader, lr_scheduler
@@ -156,7 +367,7 @@ class PPOTrainer(BaseTrainer):
         self, dataset: torch.utils.data.Dataset | Dataset, data_collator: Callable[[list[Any]], Any] | None = None
     ) -> torch.utils.data.DataLoader:
         """A loader of whole, shuffled batches; not yet under accelerate."""
-        return ppo_setup.make_dataloader(dataset, data_collator, below_accelerate(self.model), self.config)
+        return make_dataloader(dataset, data_collator, below_accelerate(self.model).forward, self.config)
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
@@ -186,21 +397,82 @@ class PPOTrainer(BaseTrainer):
             generation_kwargs.setdefault("temperature", self.config.temperature)
         queries = [query.to(self.current_device) for query in queries]
 
+        policy = below_accelerate(self.model)
+
         def responses_of(model: Any) -> Any:
-            responses = respond_at_lengths(
-                model, self.tokenizer, queries, batch_size, length_sampler, generation_kwargs
-            )
+            responses = self._respond(model, queries, batch_size, length_sampler, generation_kwargs)
             if return_prompt and not self.is_encoder_decoder:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0][None] if single else responses
 
-        policy = below_accelerate(self.model)
         with eval_mode(policy, checkpointing=True):
             response = responses_of(policy)
         if not generate_ref_response:
             return response
         with self.reference.model() as reference:
             return response, responses_of(below_accelerate(reference or policy))
+
+    def _respond(
+        self,
+        model: Any,
+        queries: Sequence[Tensor],
+        batch_size: int,
+        length_sampler: Callable[[], int] | None,
+        kwargs: Mapping[str, Any],
+    ) -> list[Tensor]:
+        """A response to each query; a `length_sampler` draws the length for every `batch_size` queries anew."""
+        responses: list[Tensor] = []
+        size = len(queries) if length_sampler is None else batch_size
+        for start in range(0, len(queries), size):
+            part = queries[start : start + size]
+            own = kwargs if length_sampler is None else {**kwargs, "max_new_tokens": int(length_sampler())}
+            rollout = self._source(model, own, batch_size).draw([{"prompt_ids": query.tolist()} for query in part])
+            responses += [query.new_tensor(ids) for query, ids in zip(part, rollout.completions, strict=True)]
+        return responses
+
+    def _source(self, model: Any, kwargs: Mapping[str, Any], max_rows: int) -> Source:
+        """A sampler, or the model's `generate` for keywords that no sampler knows."""
+        params = None if self.is_encoder_decoder else sampling_params(model, kwargs)
+        if params is None:
+            generate = partial(generate_padded, model, self.tokenizer, kwargs=kwargs)
+            return GenerateSource(generate, self.current_device, max_rows)
+        sampler = make_sampler(model, self.tokenizer, max_rows=max_rows)
+        return SamplerSource(sampler, lambda seed: replace(params, seed=seed))
+
+    @cached_property
+    def source(self) -> Source:
+        """What completes the prompts in `train`: the environment, a sampler or `generate`."""
+        policy, config, kwargs = below_accelerate(self.model), self.config, self._sampling_kwargs()
+        if self.environment is None:
+            return self._source(policy, kwargs, config.batch_size)
+        params = sampling_params(policy, kwargs)
+        if params is None:
+            raise ValueError(
+                "generation_kwargs: the turns of an environment are sampled, and only `generate` knows these"
+            )
+        sampler = make_sampler(policy, self.tokenizer, max_rows=config.batch_size)
+        context = context_length(below_value_head(policy))
+        return EnvironmentSource(
+            self.environment, sampler, lambda seed: replace(params, seed=seed), context, config.max_new_tokens
+        )
+
+    def _sampling_kwargs(self) -> dict[str, Any]:
+        """Keywords of `generate` in `train`."""
+        config, end = self.config, self.tokenizer.eos_token_id
+        ends = [*([] if end is None else [end]), *stop_tokens(config, self.tokenizer)]
+        kwargs: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.max_new_tokens}
+        kwargs |= {"eos_token_id": ends} if ends else {}
+        kwargs |= {"temperature": config.temperature} if config.temperature != 1 else {}
+        return {**kwargs, **config.generation_kwargs}
+
+    def _ready(self, environment: Any, reward_funcs: Any) -> Any:
+        """The environment with what it needs to play; ValueError for arguments that do not go together."""
+        if self.is_encoder_decoder:
+            raise ValueError("environment: an encoder-decoder cannot go on from an answer; train a causal model")
+        if self.config.missing_eos_penalty is not None:
+            raise ValueError("missing_eos_penalty: episodes of an environment end in other ways too; leave it out")
+        ends = end_tokens(self.model, self.tokenizer, asked_end_tokens(self._sampling_kwargs()))
+        return environment_for_policy(environment, self.tokenizer, ends, reward_funcs=reward_funcs)
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +486,7 @@ class PPOTrainer(BaseTrainer):
     ) -> dict[str, Any]:
         """`ppo_epochs` passes over a batch of responses and their scores; the statistics of it.
 
-        response_masks: 1 where the policy chose the token, for responses that hold text of others (tools).
+        response_masks: 1 where the policy chose the token; needed if responses contain the text of tools.
         """
         clock = ppo_statistics.Clock()
         queries, responses, scores, response_masks = self._step_safety_checker(
@@ -223,21 +495,21 @@ class PPOTrainer(BaseTrainer):
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
         config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
-        samples = samples_of(queries, responses, response_masks, start)
+        rollout = rollout_of(queries, responses, response_masks, start)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
-            measured = self._measure(samples)
+            measured, kl_BT = self._measure(Experience.of(rollout))
             clock.lap("forward_pass")
-            penalty_BT = -self.kl_ctl.value * measured.kl_BT
-            rewards_BT = token_rewards(scores_B, measured.kl_BT, measured.mask_BT, self.kl_ctl.value)
+            penalty_BT = -self.kl_ctl.value * kl_BT
+            rewards_BT = token_rewards(scores_B, kl_BT, measured.mask_BT, self.kl_ctl.value)
             clock.lap("compute_rewards")
-            batch = ppo_batch(self.accelerator, samples, measured, rewards_BT, **self._gae_numbers())
+            experience = with_advantages(self.accelerator, measured, rewards_BT, **self._gae_numbers())
             clock.lap("compute_advantages")
-            train_stats = self._update(batch)
+            train_stats = self._update(experience)
             clock.lap("optimize_step")
         stats = self.record_step_stats(
-            self.kl_ctl.value, logprobs=measured.logprobs_BT, ref_logprobs=measured.reference_BT,
+            self.kl_ctl.value, logprobs=measured.old_logprobs_BT, ref_logprobs=measured.reference_BT,
             masks=measured.mask_BT, scores=scores_B, non_score_reward=penalty_BT, train_stats=train_stats,
             queries=queries, responses=responses,
         )  # fmt: skip
@@ -264,7 +536,7 @@ class PPOTrainer(BaseTrainer):
         """Scores as the step learns from them: EOS trick, best-so-far push, scaling, normalising, clipping."""
         config = self.config
         if config.missing_eos_penalty is not None:
-            ends = {*end_tokens(self.model, self.tokenizer), *ppo_setup.stop_tokens(config, self.tokenizer)}
+            ends = {*end_tokens(self.model, self.tokenizer), *stop_tokens(config, self.tokenizer)}
             ended = torch.tensor([len(row) > 0 and int(row[-1]) in ends for row in responses], device=scores_B.device)
             scores_B = torch.where(ended, scores_B, -config.missing_eos_penalty)
         self._push_if_best(scores_B)
@@ -292,58 +564,52 @@ class PPOTrainer(BaseTrainer):
     def _budget(self) -> int | None:
         return unasked_budget(self.current_device, self.accelerator.num_processes)
 
-    def _measure(self, samples: Sequence[Sample]) -> Measured:
+    def _measure(self, experience: Experience) -> tuple[Experience, Tensor]:
         """Processes must make equally many passes, so only a single one may fill them up with tokens."""
         return measure(
-            self.actor, self.reference, samples, kl_penalty=self.config.kl_penalty, rows=self.config.mini_batch_size,
+            self.actor, self.reference, experience, kl_penalty=self.config.kl_penalty, rows=self.config.mini_batch_size,
             tokens=0 if self.is_distributed else self._budget or PACKED_TOKENS, device=self.current_device,
         )  # fmt: skip
 
     def _gae_numbers(self) -> dict[str, Any]:
         return {"gamma": self.config.gamma, "lam": self.config.lam, "whiten_rewards": self.config.whiten_rewards}
 
-    def _update(self, batch: PPOBatch) -> dict[str, Tensor]:
+    def _update(self, experience: Experience) -> dict[str, Tensor]:
         """Epochs x optimizer steps x micro-batches; the mean statistics of all optimizer steps."""
         history: list[dict[str, Tensor]] = []
         ratios: list[Tensor] = []
+        rows, budget = experience.to("cpu"), self._budget
         for _ in range(self.config.ppo_epochs):
-            order = np.random.permutation(len(batch.samples))
-            for rows in np.split(order, len(order) // (self.config.backward_batch_size or 1)):
-                parts = np.split(rows, self.config.gradient_accumulation_steps)
-                pieces = batch.cut([part.tolist() for part in parts], self._budget)
-                history.append(self._optimizer_step(pieces, ratios, first=not history))
+            order = np.random.permutation(len(rows))
+            for step in np.split(order, len(order) // (self.config.backward_batch_size or 1)):
+                parts = [rows.select(part.tolist()) for part in np.split(step, self.config.gradient_accumulation_steps)]
+                pieces = [piece for part in parts for piece in ([part] if budget is None else part.cut(budget))]
+                history.append(self._optimizer_step([piece.batch() for piece in pieces], ratios, first=not history))
             if self._early_stop(history[-1]["policy_kl"]):
                 break
         leave_zeros(self._parameters)
         means = {name: torch.stack([each[name] for each in history]).mean() for name in history[0]}
-        return ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(
-            batch.old_values_BT, batch.returns_BT, batch.advantages_BT, batch.mask_BT, torch.cat(ratios)
-        )
+        return ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, torch.cat(ratios))
 
-    def _optimizer_step(self, pieces: Sequence[PPOBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
+    def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
             if first:
-                ppo_statistics.check_on_policy(means, self.accelerator, self.model)
+                check_first_ratio(means, coarse=is_coarse(self.model, self.accelerator.mixed_precision))
             return self._ratio_is_sane(means["ratio"])
 
         return optimizer_step(
             self.accelerator, self.actor.models, self.optimizer, pieces,
             lambda piece: self.actor.within_forward(lambda actor: self._objective(actor, piece, ratios)),
-            lambda piece: piece.mask_BT.sum(),
+            lambda piece: piece.counted,
             parameters=self._parameters, max_grad_norm=self.config.max_grad_norm, accept=accept,
         )  # fmt: skip
 
-    def _objective(self, actor: ActorCritic, piece: PPOBatch, ratios: list[Tensor]) -> LossSum:
+    def _objective(self, actor: ActorCritic, batch: PolicyBatch, ratios: list[Tensor]) -> LossSum:
         """Clipped surrogate plus `vf_coef` times clipped value loss, summed over tokens."""
-        scores = actor(pack_samples(piece.samples).to(self.current_device), entropy=True)
-        assert scores.values_BT is not None
-        assert scores.entropy_BT is not None
-        ratios.append((scores.logprobs_BT.detach() - piece.old_logprobs_BT)[piece.mask_BT > 0].exp())
-        policy, value = terms(
-            self.config,
-            piece.old_logprobs_BT, piece.old_values_BT, scores.values_BT, scores.logprobs_BT, piece.mask_BT,
-            piece.advantages_BT, piece.returns_BT, scores.entropy_BT,
-        )  # fmt: skip
+        batch = batch.to(self.current_device)
+        scores = actor(batch.packed, entropy=True)
+        ratios.append((scores.logprobs_BT.detach() - batch.old_logprobs_BT)[batch.mask_BT > 0].exp())
+        policy, value = actor_critic_loss(self.config, batch, scores)
         return policy.plus(value)
 
     def _ratio_is_sane(self, ratio: Tensor) -> bool:
@@ -425,14 +691,13 @@ class PPOTrainer(BaseTrainer):
         advantages: Tensor, returns: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
         """(policy loss, `vf_coef` times value loss, statistics) of a minibatch; losses 0 where the ratio explodes."""
-        entropy = entropy_from_logits(logits)
-        policy, value = terms(self.config, old_logprobs, values, vpreds, logprobs, mask, advantages, returns, entropy)
+        batch = ppo_padded.as_batch(mask, old_logprobs, advantages, values, returns)
+        policy, value = actor_critic_loss(self.config, batch, Scores(logprobs, entropy_from_logits(logits), vpreds))
         sane = float(self._ratio_is_sane(policy.metrics["ratio"][0] / policy.metrics["ratio"][1]))
         tally = Tally(self.current_device)
         tally.add_loss(policy.plus(value))
-        stats = ppo_statistics.seed_keys(tally.tensors()) | ppo_statistics.batch_keys(
-            values, returns, advantages, mask, (logprobs - old_logprobs).detach()[mask > 0].exp()
-        )
+        ratios = (logprobs - old_logprobs).detach()[mask > 0].exp()
+        stats = ppo_statistics.seed_keys(tally.tensors()) | ppo_statistics.batch_keys(batch, ratios)
         return policy.mean * sane, value.mean * sane, stats
 
     @PPODecorators.empty_device_cache()
@@ -459,15 +724,30 @@ class PPOTrainer(BaseTrainer):
         """`total_ppo_epochs` steps on prompts of the data set; the last step's statistics.
 
         resume_from_checkpoint: a folder, or True for the newest in `output_dir` (from the start if there is none yet).
-        callback: called behind each step with its number, its statistics and its batch (texts, scores, tokens).
+        callback: called after each step with its number, its statistics and its batch (texts, scores, tokens).
         """
-        panel = ppo_loop.panel_of(self, self._reward_funcs, self._reward_tokenizers)
-        if self.config.output_dir is not None:
-            checkpoints.clean_up(self.config.output_dir)
-        found = checkpoints.find(resume_from_checkpoint, self.config.output_dir, is_old=_is_old_checkpoint)
+        config, rewards = self.config, self._rewards()
+        if config.output_dir is not None:
+            checkpoints.clean_up(config.output_dir)
+        found = checkpoints.find(resume_from_checkpoint, config.output_dir, is_old=_is_old_checkpoint)
         if found is not None:
             self._resume(found)
-        return ppo_loop.run(self, panel, callback)
+        stats: dict[str, Any] = {}
+        last, silent = config.total_ppo_epochs, not sys.stderr.isatty()
+        progress = tqdm(total=last, initial=self.data_position, desc="PPO", disable=silent)
+        for rows in self.batches():
+            batch = self._rollout(rows, rewards)
+            stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
+            self.log_stats(stats, batch, batch["scores"])
+            progress.update()
+            progress.set_postfix({name: f"{float(stats[key]):.3g}" for name, key in SHOWN.items()})
+            step = self.data_position
+            if callback is not None:
+                callback(step, stats, batch)
+            if config.save_steps is not None and (step % config.save_steps == 0 or step == last):
+                self.save_checkpoint(step)
+        progress.close()
+        return stats
 
     def save_checkpoint(self, step: int) -> None:
         """Save `checkpoint-N` of a run, and remove the oldest ones."""
@@ -479,8 +759,48 @@ class PPOTrainer(BaseTrainer):
             checkpoints.keep_newest(self.config.output_dir, limit, keep=[folder], is_old=_is_old_checkpoint)
 
     def batches(self) -> Iterator[list[dict[str, Any]]]:
-        """Rows of the data set for each step of the run that is left, in an order that `load_state` takes up again."""
-        return ppo_loop.batches(self)
+        """The rows of each step that the run still has to make; `load_state` goes on in the same order.
+
+        A step takes the next rows of the stream, of which each process has its part.
+        """
+        if self.dataset is None:
+            raise ValueError("dataset=None: give the trainer a data set of prompts")
+        config, accelerator = self.config, self.accelerator
+        stream = PromptStream(self.dataset, config.seed)
+        while self.data_position < config.total_ppo_epochs:
+            part = self.data_position * accelerator.num_processes + accelerator.process_index
+            self.data_position += 1
+            yield stream.take(part * config.batch_size, config.batch_size)
+
+    def _rewards(self) -> RolloutRewards:
+        """The reward functions; without any, an environment's rollouts carry their rewards."""
+        if self._reward_funcs is None and self.environment is None:
+            raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
+        if self._reward_funcs is None:
+            return RolloutRewards(None)
+        return RolloutRewards(
+            panel_of(self._reward_funcs, self._reward_tokenizers, self.tokenizer, self.accelerator.device)
+        )
+
+    def _rollout(self, rows: Sequence[Mapping[str, Any]], rewards: RolloutRewards) -> dict[str, Any]:
+        """A response to each row's prompt and its score, as a batch for `step` and for reports."""
+        asked = with_prompts(rows, self.tokenizer)
+        with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True):
+            rollout = self.source.draw(asked)
+        if not rollout.texts:
+            rollout.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.completions]
+        prompts = [row["prompt"] for row in asked]
+        names = [name for name in rows[0] if name not in ("prompts", "completions")]
+        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in names}
+        if self.environment is not None and "truncated" in rollout.metadata:
+            columns["truncated"] = rollout.metadata["truncated"]
+        batch: dict[str, Any] = {"query": prompts, "response": rollout.texts}
+        tokens = {"queries": rollout.prompts, "responses": rollout.completions}
+        if self.environment is not None:
+            tokens["masks"] = rollout.masks  # 1 where the policy chose the token
+        for name, lists in tokens.items():
+            batch[name] = [torch.tensor(ids, dtype=torch.long, device=self.current_device) for ids in lists]
+        return {**batch, "scores": total_scores(rewards(rollout, prompts, columns))}
 
     def save_state(self, directory: str | os.PathLike[str]) -> None:
         """Save all that the next step depends on, and the model as `save_pretrained` does, whole or not at all."""
@@ -596,7 +916,10 @@ class PPOTrainer(BaseTrainer):
         columns_to_log: Sequence[str] = ("query", "response"),
     ) -> None:
         """Send a step's statistics, `env/reward_*` and (wandb) a table of the batch's columns to the tracker."""
-        ppo_statistics.log_stats(self, stats, batch, rewards, columns_to_log)
+        ppo_statistics.log_stats(
+            self.accelerator, stats, batch, rewards, columns_to_log, self.config.log_with, self.logged_steps
+        )
+        self.logged_steps += 1
 
     def create_model_card(self, path: str, model_name: str | None = "TRL Model") -> None:
         """Write `README.md`; without a Hub account at hand, a warning instead."""
@@ -609,7 +932,254 @@ class PPOTrainer(BaseTrainer):
 
     def _show_tokens(self, tokens: Tensor, masks: Tensor) -> None:
         """Print tokens in two colours, by their mask."""
-        show_tokens(self.tokenizer, tokens, masks)
+        ppo_padded.show_tokens(self.tokenizer, tokens, masks)
+
+
+def actor_critic_loss(config: PPOConfig, batch: PolicyBatch, scores: Scores) -> tuple[LossSum, LossSum]:
+    """The clipped surrogate, and `vf_coef` times the clipped value loss, each with its metrics; summed over tokens."""
+    assert scores.values_BT is not None
+    assert scores.entropy_BT is not None
+    assert batch.values_BT is not None
+    assert batch.returns_BT is not None
+    mask_BT, clip = batch.mask_BT, config.cliprange
+    policy = clipped_surrogate(
+        scores.logprobs_BT, batch.old_logprobs_BT, batch.advantages_BT, mask_BT, clip_low=clip, clip_high=clip
+    )
+    value = clipped_value(scores.values_BT, batch.values_BT, batch.returns_BT, mask_BT, config.cliprange_value)
+    weighed = config.vf_coef * value.total
+    of_policy: dict[str, Measure] = {
+        **policy.metrics,
+        "policy": policy.total.detach(),
+        "entropy": masked_sum(scores.entropy_BT, mask_BT),
+        "advantage": masked_sum(batch.advantages_BT, mask_BT),
+    }
+    of_value: dict[str, Measure] = {**value.metrics, "value_loss": weighed.detach()}
+    return LossSum(policy.total, policy.count, of_policy), LossSum(weighed, value.count, of_value)
+
+
+# --- what a step is given -----------------------------------------------------------------------------------------
+
+
+def checked_batch(
+    batch_size: int,
+    queries: list[Tensor],
+    responses: list[Tensor],
+    scores: list[Tensor],
+    masks: list[Tensor] | None,
+    device: Any,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None]:
+    """The lists on `device`, scores as 0-d tensors; ValueError if they are not a batch."""
+    given = {"queries": queries, "responses": responses, "scores": scores}
+    if masks is not None:
+        given["masks"] = masks
+    for name, rows in given.items():
+        if not isinstance(rows, list):
+            raise ValueError(f"{name} must be a list of tensors - got {type(rows)}")
+        wrong = next((row for row in rows if not isinstance(row, Tensor)), None)
+        if wrong is not None:
+            raise ValueError(f"Elements in {name} must be tensors - got {type(wrong)}")
+        if batch_size is not None and len(rows) != batch_size:
+            raise ValueError(
+                f"Batch size ({batch_size}) does not match number of examples - but got {len(rows)} for: {name}"
+            )
+        given[name] = [row.to(device) for row in rows]
+    empty = next((row for row, query in enumerate(given["queries"]) if not query.numel()), None)
+    if empty is not None:
+        raise ValueError(f"queries[{empty}] is empty: give at least one token, such as the beginning-of-text token")
+    if not any(response.numel() for response in given["responses"]):
+        raise ValueError("responses: all of them are empty, there is nothing to learn from")
+    given["scores"] = [_score(row, score) for row, score in enumerate(given["scores"])]
+    for row, (response, mask) in enumerate(zip(given["responses"], given.get("masks", []), strict=False)):
+        if response.shape != mask.shape:
+            raise ValueError(
+                f"masks[{row}] has shape {tuple(mask.shape)}, its response {tuple(response.shape)}: they must agree"
+            )
+    return given["queries"], given["responses"], given["scores"], given.get("masks")
+
+
+def _score(row: int, score: Tensor) -> Tensor:
+    if score.dim() > 1:
+        raise ValueError(f"Scores must be 1-dimensional - got {score.dim()} for {score}")
+    if score.numel() != 1:
+        raise ValueError(f"scores[{row}] holds {score.numel()} numbers: give one score for each response")
+    if not torch.isfinite(score).all():
+        raise ValueError(f"scores[{row}]={score.item()} is not finite: give every response a number")
+    return score.reshape(())
+
+
+def rollout_of(
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
+    start_token_id: int | None = None,
+) -> Rollout:
+    """The lists as a rollout whose log-probabilities are unknown.
+
+    A leading `start_token_id` is left out: an encoder-decoder begins with it, no policy chose it.
+    """
+    rollout = Rollout(prompts=[query.tolist() for query in queries], completions=[], logprobs=[], masks=[])
+    for row, response in enumerate(responses):
+        ids = response.tolist()
+        mask = [1] * len(ids) if masks is None else [int(kept) for kept in masks[row].tolist()]
+        skip = int(start_token_id is not None and ids[:1] == [start_token_id])
+        rollout.completions.append(ids[skip:])
+        rollout.masks.append(mask[skip:])
+    return rollout
+
+
+# --- what a trainer is built from ---------------------------------------------------------------------------------
+
+
+def check_arguments(
+    config: Any, model: Any, ref_model: Any, tokenizer: Any, dataset: Any, lr_scheduler: Any, num_shared_layers: Any
+) -> None:
+    """ValueError for arguments of the wrong type, warnings for missing ones."""
+    if not isinstance(config, PPOConfig):
+        raise ValueError(f"config must be a PPOConfig, got {type(config)}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "
+            f"got {type(tokenizer)}"
+        )
+    supported = f"supported architectures are: {SUPPORTED_ARCHITECTURES}"
+    if not isinstance(model, PreTrainedModelWrapper):
+        raise ValueError(f"model must be a PreTrainedModelWrapper, got {type(model)} - {supported}")
+    check_vocabulary(model, tokenizer)
+    if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
+        raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)} - {supported}")
+    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset) and not _of_datasets(dataset):
+        raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
+    if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
+        raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
+    if ref_model is None and num_shared_layers is not None and model.is_peft_model:
+        raise ValueError(f"num_shared_layers={num_shared_layers}: a PEFT model is its own reference, nothing is copied")
+    if ref_model is not None and num_shared_layers is not None:
+        warnings.warn("num_shared_layers is ignored when ref_model is provided", UserWarning)
+    if dataset is None:
+        warnings.warn(
+            "No dataset is provided. Make sure to set config.batch_size to the correct value before training.",
+            UserWarning,
+        )
+    if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
+        raise ValueError("You have to specify repo_id in order to push the model to the hub!")
+
+
+def make_accelerator(config: PPOConfig) -> Accelerator:
+    """The accelerator of a config; the scheduler moves once per PPO step, however many processes there are."""
+    keywords = {"step_scheduler_with_optimizer": False, **config.accelerator_kwargs}
+    return Accelerator(
+        log_with=config.log_with,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        project_config=ProjectConfiguration(**config.project_kwargs),
+        **keywords,
+    )
+
+
+def start_trackers(accelerator: Accelerator, config: PPOConfig) -> None:
+    numbers = config.to_dict()
+    accelerator.init_trackers(
+        config.tracker_project_name,
+        config=numbers if config.log_with == "tensorboard" else {"trl_ppo_trainer_config": numbers},
+        init_kwargs=config.tracker_kwargs,
+    )
+
+
+def check_critic(model: Any, value_model: nn.Module, optimizer: Optimizer | None) -> None:
+    """A separate critic must have a score head and be trained; the policy's value head is then frozen."""
+    classifier_of(value_model)
+    model.v_head.requires_grad_(False)
+    if optimizer is not None:
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in trained for parameter in value_model.parameters()):
+            raise ValueError("optimizer: it holds no parameter of the `value_model`, which would never be trained")
+
+
+def make_optimizer(config: PPOConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """Adam as `adam_style` says; torch's in one pass over memory where all of it is on the CPU."""
+    rate, eps = config.learning_rate, config.adam_epsilon
+    if config.adam_style == "tf":
+        return TFAdam(parameters, lr=rate, eps=eps)
+    fused = all(each.device.type == "cpu" and each.is_floating_point() for each in parameters)
+    return Adam(parameters, lr=rate, eps=eps, fused=fused or None)
+
+
+def make_scheduler(config: PPOConfig, optimizer: Optimizer, given: LRScheduler | None) -> LRScheduler | None:
+    """The scheduler given, or a linear fall to 0 over the run if `anneal_learning_rate`."""
+    if not config.anneal_learning_rate:
+        return given
+    if given is not None:
+        raise ValueError("anneal_learning_rate=True: an `lr_scheduler` is given too; choose one of them")
+    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / config.total_ppo_epochs))
+
+
+def complete_config(
+    config: PPOConfig, processes: int, *, is_encoder_decoder: bool, is_peft_model: bool, has_dataset: bool
+) -> None:
+    """Check the config and add what is only known at run time."""
+    config.derive()
+    config.is_encoder_decoder, config.is_peft_model, config.world_size = is_encoder_decoder, is_peft_model, processes
+    config.global_backward_batch_size = (config.backward_batch_size or 1) * processes
+    config.global_batch_size = config.batch_size * processes
+    if processes > 1 and not has_dataset:
+        warnings.warn(
+            "No dataset is provided. With several processes prepare your own dataloader with "
+            "`trainer.accelerator.prepare(dataloader)`, or all of them train on the same prompts.",
+            UserWarning,
+        )
+
+
+def stop_tokens(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The id of `stop_token`; ValueError if it is not a single token."""
+    if config.stop_token is None:
+        return []
+    ids = tokenizer.encode(config.stop_token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(
+            f"stop_token={config.stop_token!r}: the tokenizer makes {len(ids)} tokens of it; give one token"
+        )
+    return list(ids)
+
+
+def _of_datasets(dataset: Any) -> bool:
+    from datasets import Dataset  # 80 MB that a script without a data set does not need
+
+    return isinstance(dataset, Dataset)
+
+
+def make_dataloader(
+    dataset: Any,
+    data_collator: Callable[[list[Any]], Any] | None,
+    forward: Callable[..., Any],
+    config: PPOConfig,
+) -> torch.utils.data.DataLoader:
+    """Whole shuffled batches without the columns that `forward` and reward functions do not take.
+
+    The order depends on the config's seed alone, not on the random numbers of sampling. See `remove_unused_columns`.
+    """
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        raise ValueError("dataset: rows are drawn by their place, a stream has none; give a map-style data set")
+    if not len(dataset):  # type: ignore[arg-type]
+        raise ValueError("dataset: it has no rows; give prompts")
+    if _of_datasets(dataset) and config.remove_unused_columns:
+        taken = {*inspect.signature(forward).parameters, "label", "prompt", "query", "response"}
+        unused = [name for name in dataset.column_names if name not in taken]
+        if len(unused) == len(dataset.column_names):
+            raise ValueError(
+                f"dataset: of its columns {unused} none is read; give it `input_ids`, `prompt` or `query`, or set "
+                "remove_unused_columns=False"
+            )
+        dataset = dataset.remove_columns(unused)
+    return torch.utils.data.DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size=config.batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=data_collator,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
 
 
 def _is_old_checkpoint(folder: Path) -> bool:

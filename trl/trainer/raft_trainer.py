@@ -1,9 +1,9 @@
-"""Fine-tuning on the best of one's own samples: best-of-n, rejection sampling."""
+"""Fine-tuning on the best samples of the policy: best-of-n, rejection sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from trl.data.records import Rollout
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll
 from trl.models.scoring import score
-from trl.rollout.loader import Experience, PolicyBatch
+from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import require
-from trl.trainer.rollout_config import RewardedConfig
-from trl.trainer.rollout_trainer import RolloutTrainer
+from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
 
 
 @dataclass
@@ -29,7 +28,7 @@ class RAFTConfig(RewardedConfig):
     keep_best: int = field(default=1)
     """completions of each prompt that are learned"""
     min_reward: float | None = field(default=None)
-    """learn none whose reward is lower (rejection sampling); None: the best of each group, whatever it is"""
+    """completions with a lower reward are not learned (rejection sampling); None: no bound"""
 
     def validate(self) -> None:
         super().validate()
@@ -44,17 +43,11 @@ class RAFTTrainer(RolloutTrainer):
     config_class = RAFTConfig
 
     def experience(
-        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+        self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
-        assert rewards is not None
         kept = best_rows(rewards.total_B(), self.args.num_generations, self.args.keep_best, self.args.min_reward)
-        experience = Experience(
-            prompts=rollout.prompts,
-            completions=rollout.completions,
-            masks=[m if keep else [0] * len(m) for m, keep in zip(rollout.masks, kept.tolist(), strict=True)],
-            logprobs=rollout.logprobs,
-            advantages=[[float(keep)] * len(ids) for keep, ids in zip(kept, rollout.completions, strict=True)],
-        )
+        experience = Experience.of(rollout, advantages=kept)
+        experience = replace(experience, mask_BT=experience.mask_BT * kept[:, None])
         self.record("kept_ratio", kept.float().sum(), len(kept))
         return experience, {"kept": kept.float().tolist()}
 
@@ -63,7 +56,7 @@ class RAFTTrainer(RolloutTrainer):
 
 
 def best_rows(rewards_B: Tensor, group: int, keep: int, least: float | None) -> Tensor:
-    """Which completions are among the `keep` best of their group, scored, and not below `least`. [B]"""
+    """Which completions are learned: scored, not below `least`, and among the `keep` best of their group. [B]"""
     total = rewards_B.view(-1, group).nan_to_num(nan=-torch.inf)
     places = total.argsort(dim=1, descending=True, stable=True)[:, :keep]
     among_best = torch.zeros_like(total, dtype=torch.bool).scatter(1, places, True)

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from torch import Tensor, nn
 
 from trl.losses.loss_sum import Aggregation, LossSum
 from trl.losses.policy import batch_relative, clipped_surrogate, leave_one_out
 from trl.models.scoring import score
-from trl.rollout.loader import PolicyBatch
+from trl.rollout.experience import PolicyBatch
 from trl.rollout.rewards import weighted_total
-from trl.trainer.grpo_config import RLOOConfig
-from trl.trainer.on_policy import OnPolicyTrainer
+from trl.trainer.configuration import require
+from trl.trainer.on_policy import OnPolicyConfig, OnPolicyTrainer
+
+
+@dataclass
+class RLOOConfig(OnPolicyConfig):
+    """`TrainingArguments` and the settings of REINFORCE leave-one-out; the KL is part of the reward."""
+
+    num_generations: int = field(default=2)
+    """completions of each prompt"""
+    beta: float = field(default=0.05)
+    """weight of the KL to the reference, subtracted from the reward"""
+    epsilon: float = field(default=0.2)
+    """lower clip range of the ratio"""
+    epsilon_high: float | None = field(default=None)
+    """upper clip range; None: `epsilon`"""
+    normalize_advantages: bool = field(default=False)
+    """whiten the advantages over the batch"""
+    reward_clip_range: tuple[float, float] | None = field(default=None)
+    """bounds of each completion's reward, before the KL"""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "num_generations", self.num_generations >= 2, "leave-one-out needs at least 2 completions")
+        require(self, "epsilon", self.epsilon > 0, "give a range > 0")
+        require(self, "epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "give a range > 0, or None")
+        bounds = self.reward_clip_range
+        require(self, "reward_clip_range", bounds is None or bounds[0] < bounds[1], "give (low, high) with low < high")
 
 
 class RLOOTrainer(OnPolicyTrainer):
@@ -23,6 +51,9 @@ class RLOOTrainer(OnPolicyTrainer):
     config_class = RLOOConfig
     aggregation: Aggregation = "sequence"
 
+    def zero_advantage_means_zero_gradient(self) -> bool:
+        return True
+
     def advantages(self, scores_BF: Tensor, weights_F: Tensor, kl_B: Tensor | None) -> Tensor:
         rewards_B = weighted_total(scores_BF, weights_F)
         if self.args.reward_clip_range is not None:
@@ -34,7 +65,6 @@ class RLOOTrainer(OnPolicyTrainer):
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         logprobs_BT = score(model, batch.packed, temperature=self.args.temperature).logprobs_BT
-        self.check_first(logprobs_BT, batch)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
         return clipped_surrogate(
             logprobs_BT,

@@ -1,9 +1,11 @@
-"""Learning from samples that the policy just made: prompts -> rollout -> experience -> micro-batches -> the loop."""
+"""Trainers that learn from rollouts of their own policy: prompts -> rollout -> experience -> micro-batches -> loss."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +17,218 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.data.encode import Limits
 from trl.data.microbatches import collated, unasked_budget
-from trl.data.packing import pack
 from trl.data.prompt_rows import PromptsJob
-from trl.data.records import Branch, Rollout
+from trl.data.records import PackedBatch, Rollout
 from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
-from trl.losses.loss_sum import Aggregation, LossSum
+from trl.generation.stopping import end_tokens
+from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
 from trl.models.prepare import context_length, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
-from trl.rewards.named import RewardSource
-from trl.rewards.panel import RewardError
+from trl.rewards.named import RewardSource, reward_panel
 from trl.rollout import report as rollout_report
-from trl.rollout.episodes import Played, play
-from trl.rollout.loader import Experience, PolicyBatch, RolloutLoader, RolloutState, policy_batch, prompt_trees
+from trl.rollout.collector import Collector
+from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
+from trl.rollout.measure import check_first_ratio, in_pieces, is_coarse, means_of
 from trl.rollout.prompts import PromptStream
-from trl.rollout.rewards import Rewards, RolloutRewards, replace_groups
-from trl.trainer.configuration import as_config, processing_class_of
+from trl.rollout.rewards import Rewards, RolloutRewards
+from trl.rollout.source import (
+    EnvironmentSource,
+    FunctionSource,
+    SamplerSource,
+    Seed,
+    Source,
+    environment_for_policy,
+    make_environment,
+)
+from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
 from trl.trainer.references import SyncReference
-from trl.trainer.rollout_config import RolloutConfig
+
+SAMPLING_KEYWORDS = ("min_new_tokens", "stop_strings", "stop_token_ids")
+"""what `generation_kwargs` may hold besides the fields of the config"""
+
+
+@dataclass
+class RolloutConfig(PostTrainingConfig):
+    """`TrainingArguments` and the settings of sampling: prompts, filters, how often each rollout is learned from."""
+
+    learning_rate: float = field(default=1e-6)
+    """initial learning rate"""
+    disable_dropout: bool = field(default=True)
+    """train without dropout; with it the first update's ratio is not 1"""
+    num_generations: int = field(default=8)
+    """completions of each prompt"""
+    num_generations_eval: int | None = field(default=None)
+    """completions of each prompt in evaluation; None: as `num_generations`"""
+    max_prompt_length: int | None = field(default=None)
+    """longest prompt in tokens, longer ones lose their start; None: never cut"""
+    max_completion_length: int = field(default=512)
+    """longest completion in tokens"""
+    steps_per_generation: int | None = field(default=None)
+    """micro-batches of one rollout; None: `gradient_accumulation_steps`, so a rollout is one optimizer step"""
+    generation_batch_size: int | None = field(default=None)
+    """completions of one rollout over all ranks; set this or `steps_per_generation`"""
+    num_iterations: int = field(default=1)
+    """passes over each rollout"""
+    shuffle_dataset: bool = field(default=True)
+    """draw the prompts in random order"""
+    temperature: float = field(default=1.0)
+    """sampling temperature; a policy is scored at the same"""
+    top_p: float = field(default=1.0)
+    """sample among the smallest set of tokens whose probability reaches this"""
+    top_k: int = field(default=0)
+    """sample among the k most probable tokens; 0: all"""
+    min_p: float | None = field(default=None)
+    """sample among tokens at least this fraction as probable as the most probable one"""
+    repetition_penalty: float = field(default=1.0)
+    """punish tokens that are in the prompt or the completion already; 1: off"""
+    generation_kwargs: dict[str, Any] | None = field(default=None)
+    """further sampling settings: min_new_tokens, stop_strings, stop_token_ids"""
+    max_tool_calling_iterations: int | None = field(default=None)
+    """rounds of tool calls in a conversation; None: as many as `max_completion_length` has room for"""
+    chat_template_kwargs: dict[str, Any] | None = field(default=None)
+    """variables for the chat template"""
+    padding_free: bool = field(default=True)
+    """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
+    pad_token: str | None = field(default=None)
+    """padding token, if it is another one than the tokenizer's"""
+    save_rollouts: bool = field(default=True)
+    """write each rollout's texts, rewards and advantages to `output_dir/rollouts/*.parquet`"""
+    log_completions: bool = field(default=False)
+    """print some completions at each rollout"""
+    num_completions_to_print: int | None = field(default=None)
+    """how many; None: all"""
+    log_unique_prompts: bool = field(default=False)
+    """print one completion of each prompt"""
+    use_vllm: bool = field(default=False)
+    """sample with vLLM: not supported yet"""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "use_vllm", not self.use_vllm, "vLLM is not supported yet; the local sampler needs no settings")
+        way_out = "a resumed run goes on where it stopped, in the midst of a rollout even; leave it False"
+        require(self, "ignore_data_skip", not self.ignore_data_skip, way_out)
+        require(self, "auto_find_batch_size", not self.auto_find_batch_size, "the batch size is part of a rollout")
+        for name in ("num_generations", "max_completion_length", "num_iterations", "per_device_train_batch_size",
+                     "gradient_accumulation_steps"):  # fmt: skip
+            require(self, name, getattr(self, name) >= 1, "give a whole number >= 1")
+        for name in ("num_generations_eval", "max_prompt_length", "steps_per_generation", "generation_batch_size",
+                     "num_completions_to_print", "max_tool_calling_iterations"):  # fmt: skip
+            value = getattr(self, name)
+            require(self, name, value is None or value >= 1, "give a whole number >= 1, or None")
+        require(
+            self, "temperature", self.temperature > 0, "give a number > 0: a policy that is greedy explores nothing"
+        )
+        require(self, "top_p", 0 < self.top_p <= 1, "give a probability in (0, 1]")
+        require(self, "top_k", self.top_k is None or self.top_k >= 0, "give a number of tokens, or 0 for all")
+        require(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "give a fraction in [0, 1], or None")
+        require(self, "repetition_penalty", self.repetition_penalty > 0, "give a number > 0; 1 is off")
+        unknown = set(self.generation_kwargs or {}) - set(SAMPLING_KEYWORDS)
+        require(self, "generation_kwargs", not unknown, f"choose among {', '.join(SAMPLING_KEYWORDS)}")
+        for name in ("num_completions_to_print", "log_unique_prompts"):
+            require(
+                self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
+            )
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether completions are drawn from another distribution than the policy at `temperature`."""
+        filters = (self.top_k or 0, self.top_p, self.min_p or 0.0, self.repetition_penalty)
+        return filters != (0, 1.0, 0.0, 1.0) or bool((self.generation_kwargs or {}).get("min_new_tokens"))
+
+    def token_settings(self) -> dict[str, str | None]:
+        return {"pad_token": self.pad_token}
+
+    @property
+    def pads_rows(self) -> bool:
+        return not self.padding_free
+
+    def refill_rounds(self) -> int:
+        """Rounds of sampling for each rollout at most."""
+        return 1
+
+    def place_in_data(self) -> dict[str, Any]:
+        """Nothing: prompts are counted, and a half-used rollout is compared with the settings that made it."""
+        return {}
+
+    def rollout_shape(self) -> RolloutShape:
+        """How a rollout is divided on each rank; ValueError where the batch sizes do not fit together."""
+        size, world, accumulation = self.per_device_train_batch_size, self.world_size, self.gradient_accumulation_steps
+        steps = self.steps_per_generation
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size % (size * world):
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size}: must be a multiple of "
+                    f"per_device_train_batch_size * processes = {size * world}"
+                )
+            implied = self.generation_batch_size // (size * world)
+            if steps not in (None, implied):
+                raise ValueError(
+                    f"steps_per_generation={steps}: generation_batch_size implies {implied}; set one of them"
+                )
+            steps = implied
+        steps = steps or accumulation
+        if steps % accumulation and accumulation % steps:
+            raise ValueError(
+                f"steps_per_generation={steps}: an optimizer step of gradient_accumulation_steps={accumulation} "
+                "micro-batches would straddle two rollouts; make one a multiple of the other"
+            )
+        if steps * size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: must divide the completions of a rollout on each rank, "
+                f"per_device_train_batch_size * steps_per_generation = {steps * size}"
+            )
+        return RolloutShape(size, self.num_generations, self.num_iterations, steps)
+
+
+@dataclass
+class RewardedConfig(RolloutConfig):
+    """`RolloutConfig` and the settings of reward functions."""
+
+    reward_weights: list[float] | None = field(default=None)
+    """weight of each reward function; None: 1 each"""
+    reward_timeout: float | str | list[float | None] | None = field(default=None)
+    """seconds after which a reward function has no opinion of a batch, for all or one each; None: wait"""
+    overlong_cache: int | None = field(default=None)
+    """soft punishment for the last so many tokens before the limit, from 0 up to 1; None: off"""
+    dynamic_sampling: bool = field(default=False)
+    """sample further prompts in place of groups whose rewards are all equal"""
+    dynamic_sampling_max_rounds: int = field(default=3)
+    """rounds of sampling for each rollout at most; groups of equal rewards that are left then stay"""
+
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "reward_timeout")
+
+    def validate(self) -> None:
+        super().validate()
+        rounds, cache = self.dynamic_sampling_max_rounds, self.overlong_cache
+        require(self, "dynamic_sampling_max_rounds", 1 <= rounds <= 64, "give a whole number from 1 to 64")
+        require(self, "dynamic_sampling", not self.dynamic_sampling or rounds > 1, "has no effect with 1 round")
+        weights = self.reward_weights or []
+        require(self, "reward_weights", all(map(math.isfinite, weights)), "give finite numbers")
+        timeouts: list[Any] = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
+        fits = all(seconds is None or seconds > 0 for seconds in timeouts)
+        require(self, "reward_timeout", fits, "give seconds > 0, or None")
+        fits = cache is None or 0 < cache <= self.max_completion_length
+        require(self, "overlong_cache", fits, "give tokens in (0, max_completion_length], or None")
+
+    def refill_rounds(self) -> int:
+        return self.dynamic_sampling_max_rounds if self.dynamic_sampling else 1
+
+
+def _prompts_job(config: RolloutConfig, tokenizer: Any, longest: int | None) -> PromptsJob:
+    return PromptsJob(
+        tokenizer=tokenizer,
+        limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
+        template_kwargs=config.chat_template_kwargs,
+        context_length=longest,
+    )
+
 
 RolloutFunction = Callable[[list[dict[str, Any]], Any], Rollout]
 """`(a row of the data set per completion, trainer) -> Rollout`, for environments and other engines"""
@@ -74,11 +265,19 @@ class RolloutTrainer(ObjectiveTrainer):
         tools: Sequence[Callable[..., Any]] | None = None,
     ):
         config = as_config(args, self.config_class)
-        self._microbatches, self._rows = config.rollout_shape()
+        shape = config.rollout_shape()
         if train_dataset is None:
             raise ValueError("train_dataset: on-policy training needs prompts; give rows with a column `prompt`")
-        played = Played(environment, tools, environment_factory)
-        if self.needs_rewards and reward_funcs is None and rollout_func is None and not played:
+        environment = make_environment(
+            environment,
+            tools,
+            environment_factory,
+            max_iterations=config.max_tool_calling_iterations,
+            template_kwargs=config.chat_template_kwargs,
+        )
+        if environment is not None and rollout_func is not None:
+            raise ValueError("rollout_func and an environment both make the rollouts: give one of them")
+        if self.needs_rewards and reward_funcs is None and rollout_func is None and environment is None:
             raise ValueError("reward_funcs: give reward functions, or a `rollout_func` whose rollouts have rewards")
         if isinstance(model, str):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
@@ -97,12 +296,7 @@ class RolloutTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
 
-        job = PromptsJob(
-            tokenizer=tokenizer,
-            limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
-            template_kwargs=config.chat_template_kwargs,
-            context_length=context_length(model),
-        )
+        job = _prompts_job(config, tokenizer, context_length(model))
 
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
@@ -121,21 +315,90 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ValueError(
                 "the weights are sharded (FSDP, DeepSpeed ZeRO-3), and the sampler needs them whole: train with DDP"
             )
-        self.rollout_func, self.sampler = rollout_func, make_sampler(self.model, tokenizer)
-        self.environment = played.prepare(self, reward_funcs)
-        self.rewards: RolloutRewards | None = None
-        if self.needs_rewards:
-            self.rewards = RolloutRewards.of(config, reward_funcs, reward_processing_classes, self.args.device)
+        self.sampler = make_sampler(self.model, tokenizer)
+        self.environment = None if environment is None else self._ready(environment, reward_funcs)
+        self.rollout_func = rollout_func
+        self.source = self.make_source()
+        self.rewards = self._rewards(reward_funcs, reward_processing_classes) if self.needs_rewards else None
         self.reference: Reference | None = None
+        self.collector = self._collector(shape)
+        self.rollouts = self._loader(shape)
+        self._before_first_update, self._checks_ratio = True, False
+
+    def _ready(self, environment: Any, reward_funcs: Any) -> Any:
+        """The environment with what it needs to play; ValueError for arguments that do not go together."""
+        return environment_for_policy(
+            environment,
+            self.processing_class,
+            end_tokens(self.model, self.processing_class, self.sampling_params(0).stop_token_ids),
+            reward_funcs=reward_funcs,
+            needs_rewards=self.needs_rewards,
+            max_prompt_length=self.args.max_prompt_length,
+        )
+
+    def _loader(self, shape: RolloutShape) -> RolloutLoader:
+        prompts = shape.rows // shape.num_generations * self.args.world_size
+        length = -(-len(self.train_dataset) // prompts) * shape.passes
+        return RolloutLoader(self._make_experience, self._in_passes, shape, length)
+
+    def make_source(self) -> Source:
+        """What completes the prompts: the environment, the user's function or the sampler."""
+        if self.rollout_func is not None:
+            function = self.rollout_func
+            return FunctionSource(lambda rows: function(rows, self))
+        config = self.args
+        if self.environment is None:
+            return SamplerSource(
+                self.sampler,
+                self.sampling_params,
+                reshaped=config.reshapes,
+                measure=self.logprobs_of if config.reshapes and config.temperature != 1.0 else None,
+            )
+        return EnvironmentSource(
+            self.environment,
+            self.sampler,
+            self.sampling_params,
+            context=context_length(self.model),
+            limit=config.max_completion_length,
+            rank=config.process_index,
+            measure=self.logprobs_of if config.reshapes else None,
+        )
+
+    def _rewards(self, functions: Any, tokenizers: Any) -> RolloutRewards:
+        config = self.args
+        panel = None
+        if functions is not None:
+            panel = reward_panel(functions, tokenizers, config.reward_timeout, config.device)
+        overlong = None if config.overlong_cache is None else (config.max_completion_length, config.overlong_cache)
+        return RolloutRewards(panel, config.reward_weights, overlong)
+
+    def _collector(self, shape: RolloutShape) -> Collector:
+        config = self.args
+        wanted = shape.rows // config.num_generations
         seed = config.seed if config.data_seed is None else config.data_seed
-        self.prompts = PromptStream(self.train_dataset, seed, config.shuffle_dataset)
-        self.rollouts = self._loader()
+        step = config.per_device_train_batch_size * min(config.gradient_accumulation_steps, shape.steps_per_generation)
+        whole, cut = divmod(step, config.num_generations)
+        return Collector(
+            self.source,
+            self.rewards,
+            PromptStream(self.train_dataset, seed, config.shuffle_dataset),
+            self.processing_class,
+            seed=config.seed,
+            group=config.num_generations,
+            wanted=wanted,
+            stretch=wanted if cut else whole,  # a group across two steps stays on one rank
+            rounds=config.refill_rounds(),
+            rank=config.process_index,
+            world=config.world_size,
+            unscored=self._write_unscored,
+        )
 
     def make_reference(self, ref_model: nn.Module | str | None) -> Reference:
         """The model given, or the policy without its adapter, or a frozen copy; it moves where the config says so."""
         config, given = self.args, None
         if ref_model is not None:
-            given = load_model(ref_model, AutoModelForCausalLM, config.model_init_kwargs)
+            keywords = config.loading_keywords() if isinstance(ref_model, str) else config.model_init_kwargs
+            given = load_model(ref_model, AutoModelForCausalLM, keywords)
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = self.accelerator.prepare_model(given, evaluation_mode=True)
         reference = Reference(self.model, given)
@@ -149,46 +412,44 @@ class RolloutTrainer(ObjectiveTrainer):
 
     @abstractmethod
     def experience(
-        self, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+        self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
         """What to learn from a rollout, and columns about it (a number per completion) for the rollout's file.
 
-        rows: of the data set, one for each group of completions.
+        rewards: without functions where the algorithm needs none. rows: of the data set, one for each group.
         """
 
     @abstractmethod
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
-        """The loss of a micro-batch's computed rows, summed; its count is that of all its rows."""
+        """The loss of a micro-batch, summed over the rows that are computed; the base divides by the count of all."""
 
-    def idle_rows_can_be_skipped(self) -> bool:
-        """Whether a completion without advantage has no gradient."""
+    def zero_advantage_means_zero_gradient(self) -> bool:
+        """Whether no term of the objective reaches a completion whose advantages are 0; it is then not computed.
+
+        An entropy bonus or a KL term in the loss does reach it.
+        """
         return False
 
-    # -- rollouts --------------------------------------------------------------------------------
+    def rows_with_gradient(self, rows: Experience) -> Tensor:
+        """Which rows of a micro-batch are computed; the others only count in the divisor. [B]"""
+        learned_BT = rows.mask_BT > 0
+        if self.zero_advantage_means_zero_gradient() and rows.advantages_BT is not None:
+            learned_BT = learned_BT & (rows.advantages_BT != 0)
+        return learned_BT.any(1)
 
-    def _loader(self) -> RolloutLoader:
-        prompts = self._rows // self.args.num_generations * self.args.world_size
-        names = ("per_device_train_batch_size", "num_generations", "num_iterations")
-        return RolloutLoader(
-            self._make_experience,
-            self._in_passes,
-            microbatches=self._microbatches,
-            iterations=self.args.num_iterations,
-            length=-(-len(self.train_dataset) // prompts) * self._microbatches * self.args.num_iterations,
-            shape={name: getattr(self.args, name) for name in names} | {"steps_per_generation": self._microbatches},
-        )
+    # -- rollouts --------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
         return self.rollouts
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self.args.ignore_data_skip = True  # the rollouts keep their own place; `Trainer` would skip some more
+        self.args.ignore_data_skip = True  # the loader knows its place; `Trainer` would skip batches once more
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = False
 
-    def sampling_params(self, seed: int | tuple[int, ...]) -> SamplingParams:
+    def sampling_params(self, seed: Seed) -> SamplingParams:
         config = self.args
         further: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.generation_kwargs or {}).items()}
         return SamplingParams(
@@ -202,73 +463,14 @@ class RolloutTrainer(ObjectiveTrainer):
             **further,
         )
 
-    def sample(
-        self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, places: Sequence[int] | None = None
-    ) -> Rollout:
-        """`group` completions of each prompt, in prompt order; log-probabilities are the policy's at `temperature`.
-
-        places: of the rows among those of all ranks, each of which has random numbers of its own; None: equal prompts
-        get equal completions.
-        """
-        if self.environment is not None:
-            rollout = play(self, rows, group, seed, places)
-            if self.args.reshapes:
-                rollout.logprobs = self.measured(self.model, rollout)
-        elif self.rollout_func is not None:
-            rollout = self.rollout_func([dict(row) for row in rows for _ in range(group)], self)
-            if len(rollout) != len(rows) * group:
-                raise ValueError(f"rollout_func gave {len(rollout)} completions for {len(rows) * group} rows")
-        else:
-            rollout = self._sampled(rows, group, seed, places)
-        if not rollout.texts:
-            rollout.texts = self.processing_class.batch_decode(rollout.completions, skip_special_tokens=True)
-        return rollout
-
-    def _sampled(
-        self, rows: Sequence[Mapping[str, Any]], group: int, seed: int, places: Sequence[int] | None
-    ) -> Rollout:
-        prompts = [list(row["prompt_ids"]) for row in rows]
-        own = seed if places is None else tuple(seed * 2**20 + place for place in places)
-        groups = self.sampler.sample(prompts, self.sampling_params(own), n=group)
-        flat = [completion for completions in groups for completion in completions]
-        reshaped = self.args.reshapes
-        rollout = Rollout(
-            prompts=[prompt for prompt in prompts for _ in range(group)],
-            completions=[completion.ids for completion in flat],
-            logprobs=[c.raw_logprobs if reshaped else c.logprobs for c in flat],
-            masks=[[1] * len(completion.ids) for completion in flat],
-            metadata={"truncated": [completion.finish_reason == "length" for completion in flat]},
-        )
-        if reshaped and self.args.temperature != 1.0:  # neither of the sampler's two is the policy at this temperature
-            rollout.logprobs = self.measured(self.model, rollout)
-        return rollout
-
-    def _scored(self, rollout: Rollout, rows: Sequence[Mapping[str, Any]], group: int) -> Rewards | None:
-        if self.rewards is None:
-            return None
-        columns = {name: [row[name] for row in rows for _ in range(group)] for name in rows[0]}
-        if "prompt" not in columns:
-            columns["prompt"] = self._prompt_texts(rows, group)
-        return self.rewards(rollout, columns, self.state)
-
-    def _prompt_texts(self, rows: Sequence[Mapping[str, Any]], group: int) -> list[Any]:
-        texts = [row["prompt"] if "prompt" in row else self.processing_class.decode(row["prompt_ids"]) for row in rows]
-        return [text for text in texts for _ in range(group)]
-
     def _make_experience(self, state: RolloutState) -> Experience:
         self.model.eval()  # `Trainer` switches back before each micro-batch
         with torch.no_grad():
-            return self._experience(state)
-
-    def _experience(self, state: RolloutState) -> Experience:
-        group, wanted = self.args.num_generations, self._rows // self.args.num_generations
-        rows, rollout, rewards = self._round(state, 0, wanted)
-        if rewards is not None and self.args.dynamic_sampling:
-            self._refill(state, rows, rollout, rewards)
-        experience, learned = self.experience(rollout, rewards, rows)
-        truncated = rollout.metadata.get("truncated", [False] * len(rollout))
-        rollout_report.record(self.record, rollout, rewards, truncated, group)
-        prompts = self._prompt_texts(rows, group)
+            rows, rollout, rewards = self.collector.collect(state, self.state)
+            experience, learned = self.experience(rollout, rewards, rows)
+        group = self.args.num_generations
+        rollout_report.record(self.record, rollout, rewards, group)
+        prompts = self.collector.prompt_texts(rows, group)
         table = rollout_report.table_of(self.state.global_step, rollout, prompts, rewards, learned)
         if self.args.save_rollouts:
             self._write(state.rollouts, "rollouts", table)
@@ -276,40 +478,10 @@ class RolloutTrainer(ObjectiveTrainer):
             rollout_report.print_table(table, self.args.num_completions_to_print, self.args.log_unique_prompts)
         return experience
 
-    def _places(self, wanted: int) -> list[int]:
-        """Which of the next prompts of all ranks are this one's: each optimizer step is of the same, however shared."""
-        world, rank = self.args.world_size, self.args.process_index
-        step = self.args.per_device_train_batch_size * min(self.args.gradient_accumulation_steps, self._microbatches)
-        whole, cut = divmod(step, self.args.num_generations)
-        stretch = wanted if cut else whole  # a group across two steps stays on one rank
-        return [(i // stretch * world + rank) * stretch + i % stretch for i in range(wanted)]
-
-    def _round(self, state: RolloutState, turn: int, wanted: int) -> tuple[list[Any], Rollout, Rewards | None]:
-        """The next prompts of the stream, sampled and scored; every rank takes its own part of them."""
-        group, places = self.args.num_generations, self._places(wanted)
-        rows = [row for place in places for row in self.prompts.take(state.position + place, 1)]
-        state.position += wanted * self.args.world_size
-        rollout = self.sample(rows, group, self._seed(state.rollouts, turn), places)
-        try:
-            return rows, rollout, self._scored(rollout, rows, group)
-        except RewardError:
-            prompts = self._prompt_texts(rows, group)
-            table = rollout_report.table_of(self.state.global_step, rollout, prompts, None, {})
-            self._write(state.rollouts, "unscored", table)
-            raise
-
-    def _refill(self, state: RolloutState, rows: list[Any], rollout: Rollout, rewards: Rewards) -> None:
-        """Dynamic sampling: groups whose rewards are all equal give their places to those of further prompts."""
-        group, places = self.args.num_generations, self._places(len(rows))
-        gather = gather_object if self.args.world_size > 1 else list
-        for turn in range(1, self.args.dynamic_sampling_max_rounds):
-            missing = (~rewards.informative_groups(group)).sum().float().to(self.args.device)
-            if not self.accelerator.reduce(missing, "sum").item():  # all ranks stop together
-                return
-            replace_groups(rows, rollout, rewards, self._round(state, turn, len(rows)), group, places, gather)
-
-    def _seed(self, rollout: int, turn: int = 0) -> int:
-        return (self.args.seed * 1_000_003 + rollout) * 64 + turn
+    def _write_unscored(self, number: int, rollout: Rollout, prompts: list[Any]) -> None:
+        nothing = Rewards.none(len(rollout))
+        table = rollout_report.table_of(self.state.global_step, rollout, prompts, nothing, {})
+        self._write(number, "unscored", table)
 
     def _write(self, number: int, folder: str, table: rollout_report.Columns) -> None:
         place = Path(str(self.args.output_dir)) / folder
@@ -317,29 +489,25 @@ class RolloutTrainer(ObjectiveTrainer):
             place = place / f"rank-{self.args.process_index}"
         rollout_report.write_parquet(place, number, table)
 
-    # -- what is known of completions ------------------------------------------------------------
+    # -- what models say of completions -----------------------------------------------------------
 
-    def measured(self, model: Any, rollout: Rollout) -> list[list[float]]:
-        """Log-probabilities of the completions under `model`, at the sampling temperature."""
-        scores = self.scored(model, rollout)
-        return [row[: len(ids)] for row, ids in zip(scores.logprobs_BT.tolist(), rollout.completions, strict=True)]
+    def logprobs_of(self, rollout: Rollout) -> list[list[float]]:
+        """Log-probabilities of the completions under the policy, at the sampling temperature."""
+        logprobs_BT = self.scored(self.model, Experience.of(rollout)).logprobs_BT
+        return [row[: len(ids)] for row, ids in zip(logprobs_BT.tolist(), rollout.completions, strict=True)]
 
-    @torch.no_grad()
-    def scored(self, model: nn.Module, rollout: Rollout, *, entropy: bool = False) -> Scores:
-        """`score` of a rollout's completions, in the micro-batches of training. [B, T], on the CPU"""
-        size, width = self.args.per_device_train_batch_size, max(map(len, rollout.completions))
-        pieces = []
-        for start in range(0, len(rollout), size):
-            branches = [Branch(ids) for ids in rollout.completions[start : start + size]]
-            packed = pack(prompt_trees(rollout.prompts[start : start + size], branches)).to(self.args.device)
-            with rows_padded(self.pads_rows):
-                pieces.append(score(model, packed, temperature=self.args.temperature, entropy=entropy))
+    def scored(self, model: nn.Module, rows: Experience, *, entropy: bool = False) -> Scores:
+        """`score` of all tokens of the completions, without gradient, in the micro-batches of training, on the CPU."""
 
-        def joined(parts: list[Tensor]) -> Tensor:
-            return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]).cpu()
+        def ask(packed: PackedBatch) -> list[Tensor]:
+            scores = score(model, packed, temperature=self.args.temperature, entropy=entropy)
+            return [scores.logprobs_BT] if scores.entropy_BT is None else [scores.logprobs_BT, scores.entropy_BT]
 
-        entropies = [piece.entropy_BT for piece in pieces if piece.entropy_BT is not None]
-        return Scores(joined([piece.logprobs_BT for piece in pieces]), joined(entropies) if entropies else None)
+        size = self.args.per_device_train_batch_size
+        runs = (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
+        with rows_padded(self.pads_rows):
+            columns = in_pieces(rows, runs, ask, self.args.device, masked=False)
+        return Scores(*(column.cpu() for column in columns))
 
     # -- the loop's side -------------------------------------------------------------------------
 
@@ -352,13 +520,19 @@ class RolloutTrainer(ObjectiveTrainer):
         budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
         if budget is None or self.pads_rows:
             return self._collate(rows)
-        return collated(self._collate, rows.in_pieces(budget))
+        return collated(self._collate, rows.cut(budget, whole_groups=True))
 
     def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
-        limit, skip = self.args.max_completion_length, self.idle_rows_can_be_skipped()
-        return {"policy": policy_batch(rows, self.aggregation, limit, skip_idle=skip, least=self.least_rows())}
+        count = counted(rows.mask_BT, self.aggregation, self.args.max_completion_length)
+        computed = self.rows_with_gradient(rows).nonzero().flatten()
+        kept = rows.select(computed if len(computed) else range(min(self.least_rows(), len(rows))))
+        return {"policy": kept.batch(count)}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
+        # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
+        fresh = self._before_first_update and self.rollouts.is_used_up
+        self._checks_ratio = fresh and self.args.disable_dropout and self.rollout_func is None
+        self._before_first_update = False
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for piece in pieces_of(batches):
             piece["policy"] = piece["policy"].to(device)
@@ -372,6 +546,9 @@ class RolloutTrainer(ObjectiveTrainer):
         if not policy.packed.rows:
             return LossSum(self.nothing(model), policy.counted)
         loss = self.policy_objective(model, policy)
+        if self._checks_ratio and model.training:
+            coarse = is_coarse(self.model, self.accelerator.mixed_precision)
+            check_first_ratio(means_of(loss.metrics), coarse=coarse)
         return LossSum(loss.total, policy.counted, loss.metrics)
 
     def nothing(self, model: nn.Module) -> Tensor:
@@ -381,9 +558,9 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Collective: every rank's half-used rollout."""
-        mine = [dict(vars(self.rollouts.state))]
+        mine = [self.rollouts.plain_state()]
         state: dict[str, Any] = {"rollouts": gather_object(mine) if self.args.world_size > 1 else mine}
-        if self.args.moves_reference and self.reference is not None and self.reference.frozen:
+        if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
             state["reference"] = self.reference.frozen.state_dict()
         return state
 
@@ -394,30 +571,28 @@ class RolloutTrainer(ObjectiveTrainer):
                 f"the checkpoint is of {len(ranks)} processes and this run has {self.args.world_size}: a half-used "
                 "rollout cannot be divided; resume with as many"
             )
-        self.rollouts.restore(RolloutState(**ranks[self.args.process_index]))
+        self.rollouts.restore(ranks[self.args.process_index])
         if "reference" in state and self.reference is not None and self.reference.frozen is not None:
             self.reference.frozen.load_state_dict(state["reference"])
 
     # -- evaluation ------------------------------------------------------------------------------
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, None, None]:
-        """An evaluation batch, sampled and scored; its loss is minus the mean reward."""
+        """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
         rows = inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
-        rollout = self.sample(rows, group, self._seed(-1))  # a row's draws depend on its prompt besides the seed
-        rewards = self._scored(rollout, rows, group)
-        truncated = rollout.metadata.get("truncated", [False] * len(rollout))
+        rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
+        rewards = self.collector.judge(rollout, rows, group, self.state)
 
         def add(name: str, total: float, count: float) -> None:
             self.record(name, total, count, mode="eval")
 
-        rollout_report.record(add, rollout, rewards, truncated, group)
+        rollout_report.record(add, rollout, rewards, group)
         return self.evaluated(model, rollout, rewards, rows), None, None
 
     def evaluated(
-        self, model: nn.Module, rollout: Rollout, rewards: Rewards | None, rows: Sequence[Mapping[str, Any]]
+        self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> LossSum:
-        """The loss of an evaluation batch."""
-        assert rewards is not None
+        """The loss of an evaluation batch: minus its mean reward."""
         total_B = rewards.total_B()
         return LossSum(-total_B.nansum(), (~total_B.isnan()).sum())

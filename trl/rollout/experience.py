@@ -1,0 +1,265 @@
+"""Experience: what is learned from a rollout, as tensors, and the loader that hands it out in micro-batches.
+
+Shape letters: B completions, T tokens of the longest one, P tokens of a prompt. Masks: 1 = counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.data.microbatches import balanced_pieces, runs_of_groups
+from trl.data.packing import pack
+from trl.data.records import Branch, PackedBatch, Rollout, TensorRecord, TokenTree
+from trl.losses.loss_sum import counted
+
+
+def padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Rows of numbers, filled up with zeros on the right. [B, T]"""
+    tensors = [torch.tensor(row, dtype=torch.float32) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True) if tensors else torch.zeros(0, 0)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """[b, t] tensors below each other, filled up with zeros to the widest. [B, T]"""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def group_numbers(prompts: Sequence[Tensor]) -> list[int]:
+    """For each prompt the number of its group: a group is a run of equal prompts."""
+    numbers: list[int] = []
+    for row, prompt in enumerate(prompts):
+        same = row > 0 and (prompt is prompts[row - 1] or torch.equal(prompt, prompts[row - 1]))
+        numbers.append(numbers[-1] + (not same) if row else 0)
+    return numbers
+
+
+@dataclass(frozen=True)
+class PolicyBatch(TensorRecord):
+    """A micro-batch: completions packed below their prompts, and numbers for each of their tokens. [B, T] each."""
+
+    packed: PackedBatch
+    counted: Tensor
+    """[] what the loss is divided by; rows that are not computed are counted too"""
+    mask_BT: Tensor
+    old_logprobs_BT: Tensor
+    advantages_BT: Tensor
+    reference_BT: Tensor | None = None
+    weight_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Experience(TensorRecord):
+    """A row for each completion: its tokens, and what is known or learned of each of them. `[B, T]`, 0 where no token.
+
+    Only the rows' tokens and mask are always there; `of` reads them from a rollout, an algorithm adds the rest.
+    """
+
+    prompts: list[Tensor]
+    """[P] each, on the CPU"""
+    completions: list[Tensor]
+    """[T] each, on the CPU"""
+    mask_BT: Tensor
+    """1 where the policy sampled the token and learns from it"""
+    old_logprobs_BT: Tensor | None = None
+    """under the policy that sampled, at the sampling temperature"""
+    advantages_BT: Tensor | None = None
+    reference_BT: Tensor | None = None
+    """the reference's log-probabilities"""
+    weight_BT: Tensor | None = None
+    """factors of the surrogate"""
+    values_BT: Tensor | None = None
+    """the critic's, before the update"""
+    returns_BT: Tensor | None = None
+
+    @classmethod
+    def of(cls, rollout: Rollout, **columns: Any) -> Experience:
+        """The rows of a rollout with further columns. `advantages` [B]: one number for all tokens of a row."""
+        rows = cls(
+            prompts=[torch.tensor(ids, dtype=torch.long) for ids in rollout.prompts],
+            completions=[torch.tensor(ids, dtype=torch.long) for ids in rollout.completions],
+            mask_BT=padded(rollout.masks),
+            old_logprobs_BT=padded(rollout.logprobs) if rollout.logprobs else None,
+        )
+        advantages_B = columns.pop("advantages", None)
+        if advantages_B is not None:
+            columns["advantages_BT"] = rows.per_token(advantages_B)
+        return replace(rows, **columns)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(ids) for ids in self.completions]
+
+    def per_token(self, numbers_B: Tensor) -> Tensor:
+        """The number of each row at all its tokens. [B, T]"""
+        width = max(self.lengths, default=0)
+        inside_BT = torch.arange(width) < torch.tensor(self.lengths)[:, None]
+        return torch.where(inside_BT, numbers_B.to(torch.float32)[:, None], 0.0)
+
+    def select(self, rows: Sequence[int] | Tensor) -> Experience:
+        """These rows, as wide as their longest completion."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        chosen = index.tolist()
+        width = max((len(self.completions[row]) for row in chosen), default=0)
+        columns = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        tensors = {k: v[index.to(v.device), :width] for k, v in columns.items() if isinstance(v, Tensor)}
+        ragged = {name: [columns[name][row] for row in chosen] for name in ("prompts", "completions")}
+        return Experience(**{**columns, **tensors, **ragged})
+
+    def cut(self, max_tokens: int, *, whole_groups: bool = False) -> list[Experience]:
+        """The rows in pieces of about `max_tokens` tokens, equally full. `whole_groups`: equal prompts in a run stay
+        together and their prompt counts once; the rows keep their order."""
+        prompts = [len(ids) for ids in self.prompts]
+        pieces: Sequence[Sequence[int]]
+        if whole_groups:
+            pieces = runs_of_groups(group_numbers(self.prompts), self.lengths, prompts, max_tokens)
+        else:
+            pieces = balanced_pieces([p + t for p, t in zip(prompts, self.lengths, strict=True)], max_tokens)
+        return [self.select(piece) for piece in pieces]
+
+    def packed(self, *, masked: bool = True) -> PackedBatch:
+        """The rows as one packed batch, runs of equal prompts as trees; `masked`: only what counts is scored."""
+        branches: list[list[Branch]] = []
+        prompts: list[Tensor] = []
+        for row, number in enumerate(group_numbers(self.prompts)):
+            if number == len(prompts):
+                prompts.append(self.prompts[row])
+                branches.append([])
+            ids = self.completions[row]
+            branches[-1].append(Branch(ids, self.mask_BT[row, : len(ids)] if masked else None))
+        return pack(TokenTree(*tree) for tree in zip(prompts, branches, strict=True))
+
+    def batch(self, count: Tensor | None = None) -> PolicyBatch:
+        """All rows as a micro-batch; `count`: what its loss is divided by, where that is not the number of tokens."""
+        if self.old_logprobs_BT is None or self.advantages_BT is None:
+            raise ValueError("experience: it needs old_logprobs_BT and advantages_BT before it can be learned from")
+        return PolicyBatch(
+            packed=self.packed(),
+            counted=counted(self.mask_BT, "token") if count is None else count,
+            mask_BT=self.mask_BT,
+            old_logprobs_BT=self.old_logprobs_BT,
+            advantages_BT=self.advantages_BT,
+            reference_BT=self.reference_BT,
+            weight_BT=self.weight_BT,
+            values_BT=self.values_BT,
+            returns_BT=self.returns_BT,
+        )
+
+
+@dataclass(frozen=True)
+class RolloutShape:
+    """The settings that a rollout is made for."""
+
+    per_device_train_batch_size: int
+    num_generations: int
+    num_iterations: int
+    steps_per_generation: int
+    """micro-batches of one rollout"""
+
+    @property
+    def rows(self) -> int:
+        """Completions of one rollout."""
+        return self.per_device_train_batch_size * self.steps_per_generation
+
+    @property
+    def passes(self) -> int:
+        """How many micro-batches are handed out of each rollout."""
+        return self.steps_per_generation * self.num_iterations
+
+
+@dataclass
+class RolloutState:
+    """Where the stream of rollouts stands."""
+
+    position: int = 0
+    """prompts drawn so far, over all ranks"""
+    rollouts: int = 0
+    """rollouts made so far"""
+    cursor: int = 0
+    """micro-batches of the current rollout that were handed out"""
+    experience: Experience | None = None
+    """the current rollout; None before the first"""
+
+    def plain(self) -> dict[str, Any]:
+        """Dicts of tensors and numbers, for a checkpoint."""
+        experience = None if self.experience is None else dict(vars(self.experience))
+        return {**vars(self), "experience": experience}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> RolloutState:
+        """Take back what `plain` gave."""
+        experience = plain["experience"]
+        if experience and "mask_BT" not in experience:
+            raise ValueError(
+                "the checkpoint stands in the midst of a rollout in an older format; resume from one after the "
+                "end of a rollout"
+            )
+        return cls(**{**plain, "experience": Experience(**experience) if experience else None})
+
+
+class RolloutLoader:
+    """Endless micro-batches of fresh rollouts, which `Trainer` reads like a data set.
+
+    A rollout is made when its first micro-batch is asked for, so it sees the weights after the last optimizer step.
+    make: `(state) -> Experience` samples and scores a rollout and moves `state.position` on.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[RolloutState], Experience],
+        collate: Callable[[Experience], Any],
+        shape: RolloutShape,
+        length: int,
+    ):
+        self.make, self.collate, self.shape, self._length = make, collate, shape, length
+        self.state = RolloutState()
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether the next micro-batch is the first one of a new rollout."""
+        return self.state.experience is None or self.state.cursor == self.shape.passes
+
+    def plain_state(self) -> dict[str, Any]:
+        """The state and the shape, for a checkpoint."""
+        return {**self.state.plain(), "shape": asdict(self.shape)}
+
+    def restore(self, plain: dict[str, Any]) -> None:
+        """Go on from a `plain_state`; ValueError if it has a half-used rollout that other settings made."""
+        theirs = RolloutShape(**plain["shape"])
+        state = {name: value for name, value in plain.items() if name != "shape"}
+        if not state["experience"] or state["cursor"] == theirs.passes:
+            self.state = RolloutState.of({**state, "experience": None})
+            return
+        for name, value in asdict(self.shape).items():
+            if (made_with := getattr(theirs, name)) != value:
+                raise ValueError(
+                    f"{name}={value}: the checkpoint stands in the midst of a rollout that was made with "
+                    f"{made_with}; resume with that, or from a checkpoint after the end of a rollout"
+                )
+        self.state = RolloutState.of(state)
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            if self.is_used_up:
+                self.state.experience = self.make(self.state)
+                self.state.rollouts, self.state.cursor = self.state.rollouts + 1, 0
+            current = self.state.experience
+            assert current is not None
+            size = -(-len(current) // self.shape.steps_per_generation)
+            start = self.state.cursor % self.shape.steps_per_generation * size
+            self.state.cursor += 1
+            yield self.collate(current.select(range(start, min(start + size, len(current)))))
