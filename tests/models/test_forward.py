@@ -12,8 +12,8 @@ from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.generation import LocalSampler, make_sampler
 from trl.models import forward
-from trl.models.forward import in_head, pattern_lengths, plan_of, precision_of, rows_padded, scored_states
-from trl.models.scoring import logits_and_labels, score
+from trl.models.forward import pattern_lengths, plan_of, precision_of, rows_padded
+from trl.models.scoring import in_head, logits_and_labels, score, scored_states
 
 
 def batch(longest=7):

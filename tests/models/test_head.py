@@ -7,7 +7,7 @@ import torch
 
 from trl.kernels import head_tiles as tiled
 from trl.kernels.step_memory import in_place
-from trl.models import head as heads
+from trl.models import scoring as heads
 
 
 def plain(module, hidden, targets, scale, softcap, temperature):

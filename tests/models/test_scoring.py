@@ -8,8 +8,7 @@ from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.kernels.tree_attention import TreeLayout
 from trl.models.forward import padded_inputs, plan_of, rows_padded
-from trl.models.head import CHUNK_ELEMENTS
-from trl.models.scoring import rewards, score
+from trl.models.scoring import CHUNK_ELEMENTS, rewards, score
 
 COMMON = {
     "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

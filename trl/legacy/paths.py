@@ -46,6 +46,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "losses.reward": ("losses.supervised",),
     "models.checkpoints": ("models.weight_files",),
     "models.gradient_place": ("kernels.step_memory", "kernels.layers"),
+    "models.head": ("models.scoring",),
     "models.last_layer": ("kernels.layers",),
     "models.layout": ("kernels.tree_attention",),
     "models.linear_logprobs": ("kernels.head_tiles",),

@@ -1,7 +1,7 @@
 """The forward pass of a batch: rows packed, rows padded, or an encoder and a decoder.
 
-What is read of a pass is computed inside the call of the module that reads it (`in_head`): FSDP, DeepSpeed and DDP then
-see a module that is called as usual. A probe of a few tokens finds out how a network may be run (`ForwardPlan`).
+What is read of a pass is computed inside the call of the module that reads it (`in_module`): FSDP, DeepSpeed and DDP
+then see a module that is called as usual. A probe of a few tokens finds out how a network may be run (`ForwardPlan`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels.layers import fast, swapped_forward
 from trl.losses.loss_sum import LossSum
 from trl.models.attention import enable_tree_attention, inside_tree
-from trl.models.head import Head, head_of
 from trl.models.unwrap import (
     accepts,
     adapter_state,
@@ -43,24 +42,6 @@ PROBE_ERRORS = (TypeError, ValueError, AttributeError, NotImplementedError, Runt
 
 
 # -- what is computed of a pass, and where ----------------------------------------------------
-
-
-def in_head(
-    model: nn.Module, packed: PackedBatch, function: Callable[[Head, Tensor], Tensor | Sequence[Tensor]]
-) -> tuple[Tensor, ...]:
-    """`function(head, states_SD)` on the states that predict the scored tokens, inside the head's own call.
-
-    The function returns one or several tensors whose first axis is S.
-    """
-    head = head_of(below_value_head(model))
-    inside = replace(head, project=head.module.forward)
-    return in_module(model, head.module, packed, lambda states_SD: function(inside, states_SD))
-
-
-def scored_states(model: nn.Module, packed: PackedBatch) -> tuple[Head, Tensor]:
-    """The head and the states that predict the scored tokens, for passes without gradient. Head, [S, D]"""
-    (states_SD,) = in_head(model, packed, lambda head, states_SD: states_SD)
-    return head_of(below_value_head(model)), states_SD
 
 
 def in_module(
@@ -395,15 +376,6 @@ def probe_rows(network: Any, longest: int = 0) -> tuple[PackedBatch, float]:
     return packed.to(next(network.parameters()).device), min((p for p in patterns if p >= length), default=inf)
 
 
-def plain_forward(
-    model: nn.Module, packed: PackedBatch, function: Callable[[Head, Tensor], Tensor]
-) -> tuple[Tensor, str]:
-    """What `in_head` gives for padded rows, the reference of each probe, and the precision inside the forward."""
-    head = head_of(below_value_head(model))
-    inside = replace(head, project=head.module.forward)
-    return _measured(model, head.module, packed, PADDED, lambda states_SD: function(inside, states_SD))
-
-
 def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
     """Whether packed rows give the states that padded rows give, with the last layer narrowed or whole."""
     network = below_value_head(model)
@@ -412,7 +384,7 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
     shares_prompts = switched_off or not learns_prompt(network)  # else virtual tokens stand before each row
     with eval_no_grad(model):
         try:
-            expected_SD, precision = _measured(model, module, packed, PADDED)
+            expected_SD, precision = measured_pass(model, module, packed, PADDED)
             enable_tree_attention(network)
             tolerance = TOLERANCES[precision].states * float(expected_SD.abs().max())
             for narrow in (True, False) if shares_prompts else ():
@@ -428,7 +400,7 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
     return replace(known, packed=False, narrow=False, reach=inf)
 
 
-def _measured(
+def measured_pass(
     model: nn.Module,
     module: nn.Module,
     packed: PackedBatch,
@@ -450,7 +422,7 @@ def _computes(
     model: nn.Module, module: nn.Module, packed: PackedBatch, plan: ForwardPlan, expected_SD: Tensor, tolerance: float
 ) -> bool:
     try:
-        states_SD, _ = _measured(model, module, packed, plan)
+        states_SD, _ = measured_pass(model, module, packed, plan)
     except PROBE_ERRORS as error:
         logger.debug("probe of %s failed: %s", type(below_value_head(model)).__name__, error)
         return False

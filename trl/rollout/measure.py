@@ -17,10 +17,9 @@ from trl.data.records import PackedBatch
 from trl.losses.advantages import generalized_advantages, whiten
 from trl.losses.kl import KL_PENALTIES, full
 from trl.losses.loss_sum import LossSum, Measure
-from trl.models.forward import in_head, scored_states, within_forward
-from trl.models.head import Head, chunk_rows
+from trl.models.forward import within_forward
 from trl.models.reference import Reference
-from trl.models.scoring import Scores, score, scores_at
+from trl.models.scoring import Head, Scores, chunk_rows, in_head, score, scored_states, scores_at
 from trl.rollout.experience import Experience, joined
 
 PACKED_TOKENS = 4096

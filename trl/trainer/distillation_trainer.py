@@ -16,9 +16,8 @@ from trl.data.encode import TextEncoder
 from trl.data.records import Rollout
 from trl.losses.distillation import generalized_jsd
 from trl.losses.loss_sum import LossSum
-from trl.models.forward import in_head, scored_states
-from trl.models.head import map_logits
 from trl.models.prepare import load_model
+from trl.models.scoring import in_head, map_logits, scored_states
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.rollout.source import Rows, Source

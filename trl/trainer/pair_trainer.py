@@ -24,11 +24,10 @@ from trl.losses.kto import mismatched_kl
 from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import check_pair_options, preference_loss
-from trl.models.forward import eval_no_grad, in_head
-from trl.models.head import Head, log_collision, mean_logits, token_logprobs
+from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length
 from trl.models.reference import Reference
-from trl.models.scoring import score
+from trl.models.scoring import Head, in_head, log_collision, mean_logits, score, token_logprobs
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
