@@ -21,6 +21,9 @@ _names = {
     ],
     "trl.models.modeling_base": ["PreTrainedModelWrapper", "create_reference_model"],
     "trl.models.modeling_value_head": ["AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"],
+    "trl.scripts.data_config": ["DatasetMixtureConfig", "ScriptArguments", "get_dataset"],
+    "trl.scripts.model_config": ["ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"],
+    "trl.scripts.parser": ["TrlParser", "init_zero_verbose"],
     "trl.trainer.ddpo_config": ["DDPOConfig"],
     "trl.trainer.dpo_trainer": [
         "CPOConfig", "CPOTrainer", "DPOConfig", "DPOTrainer", "ORPOConfig", "ORPOTrainer", "SimPOConfig",

@@ -41,11 +41,26 @@ def last_line(capsys) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["quickstart", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["quickstart", "--help"], ["schema", "--help"]])
 def test_help_loads_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", LAZY, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "quickstart" in done.stdout
+    assert "trl" in done.stdout
+
+
+def cpu_seconds(*words):
+    """CPU time of a new interpreter: the best of three, as a busy machine makes it longer."""
+    code = "import subprocess, sys, os; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);" + (
+        "t = os.times(); print(t.children_user + t.children_system)"
+    )
+    line = [sys.executable, "-c", code, sys.executable, *words]
+    return min(float(subprocess.run(line, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+
+
+def test_starting_is_quick():
+    empty = cpu_seconds("-c", "pass")
+    assert cpu_seconds("-m", "trl", "--help") < 0.5
+    assert cpu_seconds("-c", "import trl") - empty < 0.1
 
 
 def test_every_command_of_the_table_loads_and_says_what_it_does():

@@ -6,7 +6,7 @@ import pytest
 from tokenizers_for_tests import word_tokenizer
 
 from trl.cli.main import COMMANDS, Training, run
-from trl.cli.training import field_docs
+from trl.scripts.describe import field_docs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore:You passed a model_id")
 

@@ -11,6 +11,7 @@ from trl.legacy.paths import MOVED
 MODULES = (Path(__file__).parent / "old_modules.txt").read_text(encoding="utf-8").splitlines()
 """`module: its public names`, as they were before the rooms `kernels`, `legacy`, `quickstart` and `rollout` existed"""
 GONE: dict[str, set[str]] = {
+    "trl.cli.training": {"Job", "command_of", "fields_on", "lora", "rows_of"},  # `TrlParser` reads the words
     "trl.data.mapping": {"map_rows"},
     "trl.environment.turn_loop": {"take_turns"},
     "trl.generation.sampling_mode": {"sampling_mode"},

@@ -140,7 +140,7 @@ CASES: dict[str, Case] = {
     "sft": Case(
         "SFTTrainer", "SFTConfig", causal_lm, texts,
         wrong={"loss_type": "x", "truncation_mode": "x", "packing_strategy": "x", "max_length": 0,
-               "dataset_batch_size": 0, "dataset_kwargs": {"x": 1}, "remove_unused_columns": True,
+               "dataset_batch_size": 0, "dataset_kwargs": {"x": 1},
                "dataset_num_proc": 0, "num_of_sequences": 5},
     ),
     "sft-dft": Case("SFTTrainer", "SFTConfig", causal_lm, texts, settings={"loss_type": "dft"}),

@@ -87,6 +87,7 @@ SHOWN = {
     "model_init_kwargs": ("test_sft_trainer", "test_model_by_name_with_its_own_tokenizer"),
     "evaluation_strategy": ("test_reward_trainer", "test_older_spelling_of_the_evaluation_strategy"),
     "remove_unused_columns": ("test_reward_trainer", "test_words_and_warnings_of_older_releases"),
+    "trust_remote_code": ("test_config_fields", "test_code_of_a_model_runs_only_where_it_is_trusted"),
     "padding_free": ("test_conformity", "test_packed_equals_padded"),
     "max_tokens_per_microbatch": ("test_token_budget", "test_a_budget_changes_nothing_but_the_passes"),
     "eos_token": ("test_sft_trainer", "test_eos_pad_and_template_of_the_config"),
@@ -210,3 +211,71 @@ def test_frequent_logs(tmp_path):
     trainer = build("sft", tmp_path, max_steps=4, logging_steps=2)
     trainer.train()
     assert len(history(trainer, "loss")) == 2
+
+
+@pytest.fixture
+def model_with_code(tmp_path, monkeypatch):
+    """A folder whose model brings a class of its own along."""
+    import json
+
+    from conformity import causal_lm
+    from tokenizers_for_tests import word_tokenizer
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    causal_lm().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    lines = ["from transformers import LlamaForCausalLM", "", "", "class Brought(LlamaForCausalLM):", "    pass", ""]
+    (folder / "brought.py").write_text("\n".join(lines))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "brought.Brought"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:You passed a model_id:UserWarning")
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
+def test_code_of_a_model_runs_only_where_it_is_trusted(name, trusted, model_with_code, tmp_path):
+    from datasets import Dataset
+
+    row = {"SFT": {"text": "a b"}, "DPO": {"prompt": "a ", "chosen": "b", "rejected": "c"}, "GRPO": {"prompt": "a"}}
+    args = getattr(trl, f"{name}Config")(
+        output_dir=str(tmp_path / "out"), trust_remote_code=trusted, report_to="none", max_steps=1
+    )
+    more = {"reward_funcs": "repetition"} if name == "GRPO" else {}
+    rows = Dataset.from_list([row[name]] * 8)
+    trainer = getattr(trl, f"{name}Trainer")(model_with_code, args=args, train_dataset=rows, **more)
+    assert type(trainer.model).__name__ == ("Brought" if trusted else "LlamaForCausalLM")
+
+
+@pytest.mark.filterwarnings("ignore:You passed a model_id:UserWarning")
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO"])
+def test_quantisation_is_told_to_the_loader(name, model_with_code, tmp_path, monkeypatch):
+    from conformity import causal_lm, reward_model
+    from datasets import Dataset
+    from tokenizers_for_tests import word_tokenizer
+
+    told = []
+
+    def load(source, auto_class, keywords, **how):
+        told.append((source, keywords.get("quantization_config")))
+        raise InterruptedError
+
+    for module in ("preparation", "rollout_trainer"):
+        monkeypatch.setattr(f"trl.trainer.{module}.load_model", load)
+    rows = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c", "completion": "b", "label": True}] * 8)
+    args = getattr(trl, f"{name}Config")(output_dir=str(tmp_path / "out"), report_to="none", max_steps=1)
+    more = {"reward_funcs": "repetition"} if name in ("GRPO", "RLOO") else {}
+    trainer = getattr(trl, f"{name}Trainer")
+    with pytest.raises(InterruptedError):
+        trainer(model_with_code, args=args, train_dataset=rows, quantization_config={"load_in_4bit": True}, **more)
+    assert told == [(model_with_code, {"load_in_4bit": True})]
+    monkeypatch.undo()
+    loaded = reward_model() if name == "Reward" else causal_lm()
+    with pytest.raises(ValueError, match="quantization_config: says how a model is loaded"):
+        trainer(
+            loaded, args=args, train_dataset=rows, processing_class=word_tokenizer(),
+            quantization_config={"load_in_4bit": True}, **more,
+        )  # fmt: skip

@@ -5,29 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from trl import __version__
+from trl.scripts.exit_codes import INTERRUPTED, exit_code, fail, one_line
+from trl.scripts.jobs import JOBS, Training
 
-@dataclass(frozen=True)
-class Training:
-    """A command that trains on a file of rows."""
-
-    trainer: str
-    help: str
-    rewards: bool = False
-    """the trainer takes reward functions"""
-    task: str = "CAUSAL_LM"
-    """`task_type` of the LoRA config"""
-
-    @property
-    def config(self) -> str:
-        return self.trainer.removesuffix("Trainer") + "Config"
+__all__ = ["COMMANDS", "Other", "Training", "main", "one_line", "run"]
 
 
 @dataclass(frozen=True)
@@ -40,41 +29,41 @@ class Other:
 
 COMMANDS: dict[str, Training | Other] = {
     "quickstart": Other("trl.quickstart.command", "Imitate, reward, reinforce: the whole job here, with a report."),
-    "sft": Training("SFTTrainer", "Fine-tune on texts, prompts with completions, or conversations."),
-    "reward": Training("RewardTrainer", "Train a reward model on preference pairs.", task="SEQ_CLS"),
-    "prm": Training("PRMTrainer", "Train a reward model of single steps.", task="TOKEN_CLS"),
-    "dpo": Training("DPOTrainer", "Optimise on preference pairs, against a reference."),
-    "orpo": Training("ORPOTrainer", "Optimise on preference pairs, without a reference (odds ratio)."),
-    "cpo": Training("CPOTrainer", "Optimise on preference pairs, without a reference (contrastive)."),
-    "simpo": Training("SimPOTrainer", "Optimise on preference pairs, without a reference (per token)."),
-    "kto": Training("KTOTrainer", "Optimise on completions that are good or not."),
-    "grpo": Training("GRPOTrainer", "Reinforce on groups of own completions.", rewards=True),
-    "rloo": Training("RLOOTrainer", "Reinforce, each completion against the mean of the others.", rewards=True),
+    **JOBS,
+    "schema": Other("trl.scripts.describe", "Print the JSON schema of a training command's YAML file."),
+    "env": Other("trl.scripts.env", "Print the versions and devices that a bug report should name."),
 }
-"""every command and its line in `trl --help`; an entry here is all that a new command needs"""
-
-INTERRUPTED = 130
-BAD_INPUT = 2
-SPEAK_FOR_THEMSELVES = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
-"""errors whose text is written for users; for others the type is printed too"""
-
+"""every command and its line in `trl --help`; an entry here, or in `JOBS`, is all that a new command needs"""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 UsageError: Any = typer.BadParameter.__base__
 """the class of typer's own copy of click, which may differ from the installed click"""
 
 
+class RawCommand(TyperCommand):
+    """Leaves its words to the function: a training command has hundreds of settings, read by `TrlParser`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return ctx.args
+
+
 def load_command(name: str) -> Any:
     """The command with its options; its module is imported here."""
-    entry, settings = COMMANDS[name], None
-    if isinstance(entry, Training):
-        training = importlib.import_module("trl.cli.training")
-        function, settings = training.command_of(entry), training.PASS_ON
-    else:
-        function = importlib.import_module(entry.module).command
+    entry = COMMANDS[name]
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    single.command(name, context_settings=settings)(function)
+    if isinstance(entry, Training):
+        single.command(name, cls=RawCommand, help=entry.help)(_training_command(name, entry))
+    else:
+        single.command(name)(importlib.import_module(entry.module).command)
     return typer.main.get_command(single)
+
+
+def _training_command(name: str, job: Training) -> Callable[[typer.Context], int]:
+    def command(context: typer.Context) -> int:
+        return importlib.import_module("trl.scripts.training").command(name, job, context.args)
+
+    return command
 
 
 class LazyGroup(TyperGroup):
@@ -84,16 +73,24 @@ class LazyGroup(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return TyperCommand(cmd_name, help=COMMANDS[cmd_name].help) if cmd_name in COMMANDS else None
+        name = cmd_name.replace("-", "_")
+        return TyperCommand(name, help=COMMANDS[name].help) if name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command if command is None else load_command(str(name)), rest
+        return name, command if command is None else load_command(str(command.name)), rest
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
 
 
 @app.callback(cls=LazyGroup)
 def root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes anywhere in the line."),
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_show_version),
 ) -> None:
     """Post-training of language models: one command for each job."""
 
@@ -105,37 +102,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The exit code of the command line; an error becomes one line on stderr."""
-    debug = "--debug" in arguments
     # spinning OpenMP threads make a shared machine many times slower; read when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = [word for word in arguments if word != "--debug"] or ["--help"]
+    return exit_code(lambda: _call(words), debug="--debug" in arguments)
+
+
+def _call(words: list[str]) -> int:
     try:
-        code = typer.main.get_command(app)(words, prog_name="trl", standalone_mode=False)
+        return typer.main.get_command(app)(words, prog_name="trl", standalone_mode=False)
+    except typer.Abort:
+        return INTERRUPTED
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else "trl"
-        return _fail(f"{error.format_message()} (see `{where} --help`)")
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        return _fail(one_line(error))
-    if code == INTERRUPTED:
-        print("interrupted", file=sys.stderr)
-    return code if isinstance(code, int) else 0
-
-
-def one_line(error: BaseException) -> str:
-    """An error as a single line that names the thing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, SPEAK_FOR_THEMSELVES):
-        return text
-    return f"{type(error).__name__}: {text} (an unforeseen error; --debug shows where)"
-
-
-def _fail(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
-    return BAD_INPUT
+        return fail(f"{error.format_message()} (see `{where} --help`)")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,7 @@ def sampled_kl(trainer: PPOTrainer, lines: Sequence[Line]) -> list[float]:
     inputs = trainer.prepare_model_inputs(queries, responses)
     policy, _, _, mask = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
     with trainer.reference.model() as reference:
+        assert reference is not None
         frozen, _, _, _ = trainer.batched_forward_pass(reference, queries, responses, inputs)
     return [float(kl) for kl in ((policy - frozen) * mask).sum(1)]
 

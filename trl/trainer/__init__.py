@@ -6,6 +6,7 @@ _names = {
     "trl.legacy.collators": ["DataCollatorForCompletionOnlyLM"],
     "trl.legacy.constant_length": ["ConstantLengthDataset"],
     "trl.models.prepare": ["disable_dropout_in_model", "peft_module_casting_to_bf16"],
+    "trl.scripts.model_config": ["ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"],
     "trl.trainer.base": ["BaseTrainer"],
     "trl.trainer.ddpo_config": ["DDPOConfig"],
     "trl.trainer.dpo_trainer": ["DPOTrainer"],

@@ -24,8 +24,10 @@ class PostTrainingConfig(TrainingArguments):
     """mixed precision in bfloat16; None: where the GPU does it well and `fp16` is off"""
     logging_steps: float = field(default=10)
     """optimizer steps between two logs; below 1: a fraction of the whole run"""
-    remove_unused_columns: bool = field(default=False)
-    """must stay False: the trainers choose their columns themselves"""
+    remove_unused_columns: bool = field(default=True)
+    """has no effect, set or not: the trainers drop the columns that they do not need, and only those"""
+    trust_remote_code: bool = field(default=False)
+    """run code that a model's folder or Hub repository brings along, where the model is given by name"""
     model_init_kwargs: dict[str, Any] | str | None = field(default=None)
     """keywords of `from_pretrained`, where the model is given by name"""
     dataset_num_proc: int | None = field(default=None)
@@ -44,6 +46,7 @@ class PostTrainingConfig(TrainingArguments):
             self.evaluation_strategy = None
         if self.bf16 is None:
             self.bf16 = bool(not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        self.remove_unused_columns = False  # `Trainer` knows only what the model takes
         for name in self.json_fields():  # JSON from a command line
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, _json(name, value))
@@ -56,8 +59,17 @@ class PostTrainingConfig(TrainingArguments):
         super().__post_init__()
         self.validate()
 
+    def loading_keywords(self, quantization_config: Any = None) -> dict[str, Any]:
+        """Keywords of `from_pretrained` for a model that is given by name."""
+        keywords = dict(self.model_init_kwargs) if isinstance(self.model_init_kwargs, dict) else {}
+        if self.trust_remote_code:
+            keywords.setdefault("trust_remote_code", True)
+        if quantization_config is not None:
+            keywords["quantization_config"] = quantization_config
+        return keywords
+
     def json_fields(self) -> tuple[str, ...]:
-        """Names of the fields that hold dicts and may be given as JSON text."""
+        """Names of the fields that may be given as JSON text."""
         return ("model_init_kwargs",)
 
     def token_settings(self) -> dict[str, str | None]:
@@ -66,10 +78,6 @@ class PostTrainingConfig(TrainingArguments):
 
     def validate(self) -> None:
         """Raise a ValueError that names the field, its value and the way out. Subclasses extend it."""
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True: the trainer needs columns that the model does not; leave it False"
-            )
         if self.dataset_num_proc is not None:
             require(self, "dataset_num_proc", self.dataset_num_proc >= 1, "give a number of processes >= 1, or None")
 
@@ -97,7 +105,7 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name}={text!r}: not JSON ({error}); give a dict") from error
+        raise ValueError(f"{name}={text!r}: not JSON ({error}); give a dict, or the type of the field") from error
 
 
 def require(config: Any, name: str, holds: bool, way_out: str) -> None:

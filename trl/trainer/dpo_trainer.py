@@ -33,7 +33,7 @@ REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 class DPOConfig(PairConfig, ReferenceConfig):
     """`TrainingArguments` with the settings of direct preference optimisation."""
 
-    loss_type: str | list[str] = field(default="sigmoid")
+    loss_type: str | list[str] = field(default_factory=lambda: ["sigmoid"])
     """one pairwise loss, or several to be added"""
     loss_weights: list[float] | None = field(default=None)
     """weight of each of several losses; None: 1 each"""

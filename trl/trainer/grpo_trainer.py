@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -56,7 +56,7 @@ class GRPOConfig(OnPolicyConfig):
     """two-sided clipping: upper bound of the ratio where the advantage is negative"""
     importance_sampling_level: str = field(default="token")
     """ratio of each token, or of the sequence (GSPO)"""
-    scale_rewards: str | bool = field(default="group")
+    scale_rewards: Literal["group", "batch", "none", True, False] = field(default="group")
     """divide advantages by the std of their group or of the batch, or not (none)"""
     advantage: str | None = field(default=None)
     """baseline by name, in place of the group's mean: leave_one_out, batch, group_then_batch, none, ..."""

@@ -34,7 +34,8 @@ def prepare_tokenizer(tokenizer: Any, model: nn.Module | str | None, config: Pos
         raise ValueError(
             "tokenizer: none was given and the model does not say where it came from: pass `processing_class`"
         )
-    tokenizer = read_tokenizer(tokenizer)
+    trusted = {"trust_remote_code": True} if config.trust_remote_code and isinstance(tokenizer, str) else {}
+    tokenizer = read_tokenizer(tokenizer, **trusted)
     apply_token_settings(tokenizer, **config.token_settings())
     return ensure_pad_token(tokenizer)
 
@@ -155,6 +156,8 @@ def prepare_model(
         if not isinstance(model, str):
             raise ValueError("quantization_config: says how a model is loaded, but yours is already instantiated")
         kwargs = {**(kwargs or {}), "quantization_config": quantization_config}
+    if config.trust_remote_code and isinstance(model, str):
+        kwargs = {"trust_remote_code": True, **(kwargs or {})}
     model = load_model(model, auto_class, kwargs, owner=owner)
     if peft_config is not None:
         model = wrap_peft(

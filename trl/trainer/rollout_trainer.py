@@ -192,7 +192,7 @@ class RewardedConfig(RolloutConfig):
 
     reward_weights: list[float] | None = field(default=None)
     """weight of each reward function; None: 1 each"""
-    reward_timeout: float | list[float | None] | None = field(default=None)
+    reward_timeout: float | str | list[float | None] | None = field(default=None)
     """seconds after which a reward function has no opinion of a batch, for all or one each; None: wait"""
     overlong_cache: int | None = field(default=None)
     """soft punishment for the last so many tokens before the limit, from 0 up to 1; None: off"""
@@ -201,6 +201,9 @@ class RewardedConfig(RolloutConfig):
     dynamic_sampling_max_rounds: int = field(default=3)
     """rounds of sampling for each rollout at most; groups of equal rewards that are left then stay"""
 
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "reward_timeout")
+
     def validate(self) -> None:
         super().validate()
         rounds, cache = self.dynamic_sampling_max_rounds, self.overlong_cache
@@ -208,7 +211,7 @@ class RewardedConfig(RolloutConfig):
         require(self, "dynamic_sampling", not self.dynamic_sampling or rounds > 1, "has no effect with 1 round")
         weights = self.reward_weights or []
         require(self, "reward_weights", all(map(math.isfinite, weights)), "give finite numbers")
-        timeouts = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
+        timeouts: list[Any] = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
         fits = all(seconds is None or seconds > 0 for seconds in timeouts)
         require(self, "reward_timeout", fits, "give seconds > 0, or None")
         fits = cache is None or 0 < cache <= self.max_completion_length
@@ -254,6 +257,7 @@ class RolloutTrainer(ObjectiveTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         *,
+        quantization_config: Any = None,
         tokenizer: Any = None,
         rollout_func: RolloutFunction | None = None,
         environment: Any = None,
@@ -277,7 +281,8 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ValueError("reward_funcs: give reward functions, or a `rollout_func` whose rollouts have rewards")
         if isinstance(model, str):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
-            model = load_model(model, AutoModelForCausalLM, config.model_init_kwargs)  # type: ignore[arg-type]
+            keywords, quantization_config = config.loading_keywords(quantization_config), None
+            model = load_model(model, AutoModelForCausalLM, keywords)
         tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model, config)
         model = prepare_model(
             model,
@@ -288,6 +293,7 @@ class RolloutTrainer(ObjectiveTrainer):
             owner=type(self).__name__,
             dropout=not config.disable_dropout,
             init_kwargs={},
+            quantization_config=quantization_config,
         )
 
         job = _prompts_job(config, tokenizer, context_length(model))
@@ -391,7 +397,8 @@ class RolloutTrainer(ObjectiveTrainer):
         """The model given, or the policy without its adapter, or a frozen copy; it moves where the config says so."""
         config, given = self.args, None
         if ref_model is not None:
-            given = load_model(ref_model, AutoModelForCausalLM, config.model_init_kwargs)
+            keywords = config.loading_keywords() if isinstance(ref_model, str) else config.model_init_kwargs
+            given = load_model(ref_model, AutoModelForCausalLM, keywords)
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = self.accelerator.prepare_model(given, evaluation_mode=True)
         reference = Reference(self.model, given)

@@ -1,5 +1,6 @@
 """Names that scripts import from here since release 0.7.7; their code is in other modules."""
 
+from trl.import_utils import lazy_names
 from trl.legacy.collators import (
     DataCollatorForCompletionOnlyLM,
     DPODataCollatorWithPadding,
@@ -37,3 +38,7 @@ __all__ = [
     "peft_module_casting_to_bf16",
     "trl_sanitze_kwargs_for_tagging",
 ]
+
+# scripts of today import these from here; the room `scripts` lies above this one, so they are read when asked for
+_of_scripts = ["ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"]
+__getattr__ = lazy_names(__name__, {"trl.scripts.model_config": _of_scripts})[0]

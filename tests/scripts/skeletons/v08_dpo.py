@@ -11,7 +11,6 @@ Run: python dpo.py --dataset_name hh --model_name_or_path gpt2 --per_device_trai
 import tiny
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.commands.cli_utils import DPOScriptArguments, TrlParser
 
 from trl import (
     DPOConfig,
@@ -22,6 +21,7 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from trl.commands.cli_utils import DPOScriptArguments, TrlParser
 from trl.trainer.utils import SIMPLE_CHAT_TEMPLATE
 
 parser = TrlParser((DPOScriptArguments, DPOConfig, ModelConfig))

@@ -12,9 +12,9 @@ Run: python ppo.py --learning_rate 3e-6 --output_dir minimal/ppo --per_device_tr
 import tiny
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
-from trl.trainer.ppov2_trainer import PPOv2Config, PPOv2Trainer
 
 from trl import ModelConfig
+from trl.trainer.ppov2_trainer import PPOv2Config, PPOv2Trainer
 from trl.trainer.utils import SIMPLE_CHAT_TEMPLATE
 
 config, model_config = HfArgumentParser((PPOv2Config, ModelConfig)).parse_args_into_dataclasses()

@@ -5,9 +5,9 @@ Rows: none.
 
 import tiny
 from datasets import Dataset
-from trl.data_utils import apply_chat_template, is_conversational, maybe_apply_chat_template
 
 from trl import SFTConfig
+from trl.data_utils import apply_chat_template, is_conversational, maybe_apply_chat_template
 from trl.trainer import SFTTrainer
 from trl.trainer.utils import pad, selective_log_softmax
 

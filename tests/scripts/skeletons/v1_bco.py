@@ -5,6 +5,7 @@ Rows: trl.experimental.bco; trainer BCO.
 
 import tiny
 from datasets import Dataset
+
 from trl.experimental.bco import BCOConfig, BCOTrainer
 
 args = BCOConfig(

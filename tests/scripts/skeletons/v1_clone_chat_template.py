@@ -6,9 +6,9 @@ Rows: clone_chat_template; trl.chat_template_utils.
 import tiny
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.chat_template_utils import get_training_chat_template
 
 from trl import SFTConfig, SFTTrainer, clone_chat_template
+from trl.chat_template_utils import get_training_chat_template
 
 name = tiny.folder("Llama-3.2-1B", chat=False)
 model = AutoModelForCausalLM.from_pretrained(name)

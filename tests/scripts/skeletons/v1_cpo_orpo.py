@@ -11,10 +11,10 @@ Run: python cpo.py --dataset_name ultrafeedback --model_name_or_path gpt2 --per_
 import tiny
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from trl import ModelConfig, ScriptArguments, get_peft_config
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 for config_class, trainer_class in ((CPOConfig, CPOTrainer), (ORPOConfig, ORPOTrainer)):
     parser = HfArgumentParser((ScriptArguments, config_class, ModelConfig))

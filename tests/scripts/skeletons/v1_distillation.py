@@ -10,9 +10,9 @@ Run: python distillation.py --model_name_or_path Qwen3-0.6B --teacher_model_name
 
 import tiny
 from datasets import load_dataset
-from trl.experimental.distillation import DistillationConfig, DistillationTrainer
 
 from trl import ModelConfig, ScriptArguments, TrlParser
+from trl.experimental.distillation import DistillationConfig, DistillationTrainer
 
 parser = TrlParser((ScriptArguments, DistillationConfig, ModelConfig))
 script_args, training_args, model_args = parser.parse_args_and_config()

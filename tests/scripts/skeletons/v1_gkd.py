@@ -11,9 +11,9 @@ Run: python gkd.py --model_name_or_path Qwen2-0.5B --teacher_model_name_or_path 
 import tiny
 from datasets import load_dataset
 from transformers import AutoTokenizer, GenerationConfig
-from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from trl import LogCompletionsCallback, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 parser = TrlParser((ScriptArguments, GKDConfig, ModelConfig))
 script_args, training_args, model_args = parser.parse_args_and_config()

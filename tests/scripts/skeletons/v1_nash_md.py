@@ -5,6 +5,7 @@ Rows: trl.experimental.nash_md; trainer NashMD.
 
 import tiny
 from datasets import Dataset
+
 from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
 
 trainer = NashMDTrainer(

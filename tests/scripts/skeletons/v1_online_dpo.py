@@ -5,6 +5,7 @@ Rows: trl.experimental.online_dpo; OnlineDPOConfig.max_new_tokens.
 
 import tiny
 from datasets import Dataset
+
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 

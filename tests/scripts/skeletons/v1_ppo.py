@@ -13,9 +13,9 @@ Run: python ppo.py --dataset_name sentiment --dataset_train_split train --learni
 import tiny
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
-from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from trl import ModelConfig, ScriptArguments, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 parser = HfArgumentParser((ScriptArguments, PPOConfig, ModelConfig))
 script_args, training_args, model_args = parser.parse_args_into_dataclasses()

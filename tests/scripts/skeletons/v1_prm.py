@@ -10,9 +10,9 @@ Run: python prm.py --model_name_or_path Qwen2-0.5B-Instruct --dataset_name prm80
 import tiny
 from datasets import load_dataset
 from transformers import AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser
-from trl.experimental.prm import PRMConfig, PRMTrainer
 
 from trl import ModelConfig, ScriptArguments, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl.experimental.prm import PRMConfig, PRMTrainer
 
 parser = HfArgumentParser((ScriptArguments, PRMConfig, ModelConfig))
 script_args, training_args, model_args = parser.parse_args_into_dataclasses()

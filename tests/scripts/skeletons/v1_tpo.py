@@ -5,6 +5,7 @@ Rows: trl.experimental.tpo; trainer TPO.
 
 import tiny
 from datasets import Dataset
+
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 rows = [row | {"reference": row["chosen"]} for row in tiny.PAIRS]

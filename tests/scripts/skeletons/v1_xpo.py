@@ -5,6 +5,7 @@ Rows: trl.experimental.xpo; trainer XPO.
 
 import tiny
 from datasets import Dataset
+
 from trl.experimental.xpo import XPOConfig, XPOTrainer
 
 trainer = XPOTrainer(

@@ -1,0 +1,142 @@
+"""Which rows a script trains on: one data set by name, or a mixture of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass
+class ScriptArguments:
+    """The data set of a script."""
+
+    dataset_name: str | None = field(default=None)
+    """Hub name, file (.jsonl, .json, .csv, .parquet, .txt), folder of files, or folder of `save_to_disk`"""
+    dataset_config: str | None = field(default=None)
+    """configuration of the data set, `name` of `datasets.load_dataset`"""
+    dataset_train_split: str = field(default="train")
+    """split to train on"""
+    dataset_test_split: str = field(default="test")
+    """split to evaluate on, where `eval_strategy` asks for evaluation"""
+    dataset_streaming: bool = field(default=False)
+    """read the rows while training, instead of loading them first"""
+    ignore_bias_buffers: bool = field(default=False)
+    """distributed training: do not synchronise boolean buffers (a work-around for some models)"""
+
+
+@dataclass
+class GRPOScriptArguments(ScriptArguments):
+    """The data set and the rewards of a script that trains on a policy's own completions."""
+
+    reward_model_name_or_path: str | None = field(default=None)
+    """reward model: folder or Hub name"""
+    reward_funcs: list[str] | None = field(default=None, metadata={"action": "extend"})
+    """what to reward: names such as accuracy_reward, package.module.function, file.py:function, reward-model folders"""
+
+
+RLOOScriptArguments = GRPOScriptArguments
+
+
+@dataclass
+class SFTScriptArguments(ScriptArguments):
+    """`ScriptArguments` by the name and with the fields of releases 0.9 and 0.10."""
+
+    gradient_checkpointing_use_reentrant: bool = field(default=False)
+    """read by scripts of that time, which hand it to `gradient_checkpointing_kwargs`"""
+
+
+@dataclass
+class DPOScriptArguments(SFTScriptArguments):
+    """`ScriptArguments` by the name and with the fields of releases 0.9 and 0.10."""
+
+    sanity_check: bool = field(default=False)
+    """read by scripts of that time, which then train on 1,000 rows"""
+
+
+@dataclass
+class DatasetConfig:
+    """One data set of a mixture; the fields are arguments of `datasets.load_dataset`."""
+
+    path: str
+    """Hub name, or folder"""
+    name: str | None = field(default=None)
+    """configuration of the data set"""
+    data_dir: str | None = field(default=None)
+    """folder inside of it"""
+    data_files: str | list[str] | dict[str, Any] | None = field(default=None)
+    """files to read"""
+    split: str = field(default="train")
+    """split to take"""
+    columns: list[str] | None = field(default=None)
+    """columns to keep; None: all"""
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """Several data sets that are trained on as one."""
+
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    """data sets, one after the other: objects with path, name, data_dir, data_files, split and columns"""
+    streaming: bool = field(default=False)
+    """read the rows while training, instead of loading them first"""
+    test_split_size: float | None = field(default=None)
+    """share (or number) of rows that is split off for evaluation; None: none"""
+
+    def __post_init__(self) -> None:
+        self.datasets = [DatasetConfig(**one) if isinstance(one, Mapping) else one for one in self.datasets]
+
+
+def get_dataset(mixture_config: DatasetMixtureConfig) -> Any:
+    """The mixture as a `DatasetDict` with `train`, and `test` where `test_split_size` asks for it."""
+    import datasets
+
+    if not mixture_config.datasets:
+        raise ValueError("datasets: the mixture is empty; give one data set or more")
+    if mixture_config.streaming and mixture_config.test_split_size is not None:
+        size = mixture_config.test_split_size
+        raise ValueError(f"test_split_size={size}: rows that are streamed cannot be split; set streaming=False")
+    parts = []
+    for one in mixture_config.datasets:
+        keywords = {name: value for name, value in asdict(one).items() if name not in ("path", "columns")}
+        part = named_dataset(one.path, "datasets", streaming=mixture_config.streaming, **keywords)
+        parts.append(part if one.columns is None else part.select_columns(one.columns))
+    mixed = datasets.concatenate_datasets(parts)
+    if mixture_config.streaming:
+        return datasets.IterableDatasetDict({"train": mixed})
+    if mixture_config.test_split_size is None:
+        return datasets.DatasetDict({"train": mixed})
+    size = mixture_config.test_split_size
+    return mixed.train_test_split(test_size=int(size) if size >= 1 else size, shuffle=True)
+
+
+def named_dataset(path: str, option: str, *, split: str | None = None, **keywords: Any) -> Any:
+    """The rows of a file, a folder of `save_to_disk`, a folder of files, or a Hub name; all splits, or one of them.
+
+    `option` is the setting that named them; `keywords` go to `datasets.load_dataset`.
+    """
+    import datasets
+
+    place = Path(path)
+    if place.suffix in FILE_FORMATS:
+        if not place.exists():
+            raise ValueError(f"--{option} {path}: there is no such file")
+        keywords |= {"path": FILE_FORMATS[place.suffix], "data_files": path, "name": None}
+        return datasets.load_dataset(split=split, **keywords)
+    if place.is_file():
+        raise ValueError(f"--{option} {path}: give a file of {', '.join(FILE_FORMATS)}, or a folder")
+    if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
+        loaded = datasets.load_from_disk(path)
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
+        return splits if split is None else split_of(splits, split, option)
+    return datasets.load_dataset(path, split=split, **keywords)
+
+
+def split_of(dataset: Any, split: str, option: str) -> Any:
+    """One split of a data set; the ValueError names the splits that it has."""
+    if split not in dataset:
+        raise ValueError(f"--{option} {split}: the data set has no such split; choose one of {', '.join(dataset)}")
+    return dataset[split]

@@ -1,0 +1,53 @@
+"""The training jobs of the `trl` command. Nothing heavy is imported here: `trl --help` lists them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Training:
+    """A job that trains on a data set."""
+
+    trainer: str
+    help: str
+    rewards: bool = False
+    """the trainer takes reward functions"""
+    task: str = "CAUSAL_LM"
+    """`task_type` of the LoRA config"""
+    row: str = '{"prompt": "..."}'
+    """what a row of the data set looks like"""
+    more: str = ""
+    """what the example of `--help` needs besides a model and data"""
+
+    @property
+    def config(self) -> str:
+        return self.trainer.removesuffix("Trainer") + "Config"
+
+
+TEXT = (
+    '{"text": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+)
+PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+STEPS = '{"prompt": "...", "completions": ["step", "step"], "labels": [true, false]}'
+LABELLED = '{"prompt": "...", "completion": "...", "label": true}'
+TEACHER = "--teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct "
+
+JOBS = {
+    "sft": Training("SFTTrainer", "Fine-tune on texts, prompts with completions, or conversations.", row=TEXT),
+    "reward": Training("RewardTrainer", "Train a reward model on preference pairs.", task="SEQ_CLS", row=PAIR),
+    "prm": Training("PRMTrainer", "Train a reward model of single steps.", task="TOKEN_CLS", row=STEPS),
+    "dpo": Training("DPOTrainer", "Optimise on preference pairs, against a reference.", row=PAIR),
+    "orpo": Training("ORPOTrainer", "Optimise on preference pairs, without a reference (odds ratio).", row=PAIR),
+    "cpo": Training("CPOTrainer", "Optimise on preference pairs, without a reference (contrastive).", row=PAIR),
+    "simpo": Training("SimPOTrainer", "Optimise on preference pairs, without a reference (per token).", row=PAIR),
+    "kto": Training("KTOTrainer", "Optimise on completions that are good or not.", row=LABELLED),
+    "grpo": Training("GRPOTrainer", "Reinforce on groups of own completions.", rewards=True),
+    "rloo": Training("RLOOTrainer", "Reinforce, each completion against the mean of the others.", rewards=True),
+    "raft": Training("RAFTTrainer", "Imitate the best of own completions.", rewards=True),
+    "online_dpo": Training("OnlineDPOTrainer", "Optimise on pairs of own completions.", rewards=True),
+    "distillation": Training("DistillationTrainer", "Learn from a teacher on own completions.", more=TEACHER),
+    "gkd": Training("GKDTrainer", "Learn from a teacher on own completions and on given ones.",
+                    row='{"prompt": "...", "completion": "..."}', more=TEACHER),
+}  # fmt: skip
+"""command -> what it trains; an entry here is all that a new command needs"""

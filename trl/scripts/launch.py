@@ -1,0 +1,102 @@
+"""Several processes: a job starts itself again through accelerate's launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+PROFILES = Path(__file__).parent / "accelerate_configs"
+LAUNCHED = "TRL_LAUNCHED"
+"""environment variable of processes that the launcher started"""
+
+
+@dataclass
+class LaunchArguments:
+    """How many processes train, and how they share the work."""
+
+    num_processes: int | None = field(default=None)
+    """processes to start, one for each GPU; None: one, or as many as there are GPUs with `--accelerate_config`"""
+    accelerate_config: str | None = field(default=None)
+    """ddp, fsdp2, zero2, zero3, or a file that `accelerate config` wrote"""
+    num_machines: int | None = field(default=None)
+    """machines that train together"""
+    machine_rank: int | None = field(default=None)
+    """which of them this one is, from 0"""
+    main_process_ip: str | None = field(default=None)
+    """address of machine 0"""
+    main_process_port: int | None = field(default=None)
+    """port of machine 0; None: a free one"""
+    gpu_ids: str | None = field(default=None)
+    """GPUs of this machine to use, as 0,1,3"""
+
+    def wanted(self) -> bool:
+        """Whether other processes are to be started: not from a process that a launcher has started."""
+        inside = LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
+        return not inside and (self.accelerate_config is not None or (self.num_processes or 1) > 1)
+
+
+def launcher_words(launch: LaunchArguments, module: str, words: Sequence[str]) -> list[str]:
+    """The command line of `accelerate launch` that runs `python -m module words` in every process."""
+    line = []
+    profile = launch.accelerate_config or _default_profile()
+    if profile is not None:
+        file, ours = profile_file(profile)
+        line += ["--config_file", str(file)]
+        if launch.num_processes is None and ours:
+            line += ["--num_processes", str(_devices())]
+    given = {entry.name: getattr(launch, entry.name) for entry in fields(launch) if entry.name != "accelerate_config"}
+    if (launch.num_machines or 1) == 1 and launch.main_process_port is None:
+        given["main_process_port"] = 0  # a free one
+    for name, value in given.items():
+        if value is not None:
+            line += [f"--{name}", str(value)]
+    return [*line, "-m", module, *words]
+
+
+def profile_file(profile: str) -> tuple[Path, bool]:
+    """The file of a profile's name, or the file itself; and whether it is one of ours."""
+    ours = PROFILES / f"{profile}.yaml"
+    if ours.exists() and "/" not in profile:
+        return ours, True
+    if Path(profile).is_file():
+        return Path(profile), False
+    names = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml")))
+    raise ValueError(f"accelerate_config={profile!r}: choose one of {names}, or give a file that is there")
+
+
+def _default_profile() -> str | None:
+    """Data parallelism; None where `accelerate config` has written a default, which the launcher then reads."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    return None if os.path.isfile(default_config_file) else "ddp"
+
+
+def _devices() -> int:
+    import torch
+
+    return max(torch.accelerator.device_count(), 1)
+
+
+def start(launch: LaunchArguments, module: str, words: Sequence[str]) -> int:
+    """Start the processes and wait for them; the exit code of the first one that failed, or 0."""
+    import subprocess
+
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = launch_command_parser().parse_args(launcher_words(launch, module, words))
+    os.environ[LAUNCHED] = "1"
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        return max(error.get_first_failure()[1].exitcode, 1)
+    except subprocess.CalledProcessError as error:
+        return max(error.returncode, 1)
+    finally:
+        del os.environ[LAUNCHED]
+    return 0

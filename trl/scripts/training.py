@@ -1,0 +1,281 @@
+"""A training job from a command line: settings from its words and from YAML, rows, rewards, trainer."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trl
+from trl.scripts import launch
+from trl.scripts.data_config import (
+    DatasetMixtureConfig,
+    GRPOScriptArguments,
+    ScriptArguments,
+    get_dataset,
+    named_dataset,
+    split_of,
+)
+from trl.scripts.exit_codes import exit_code
+from trl.scripts.hints import read_value, settings_hints, takes_no_word, takes_several
+from trl.scripts.jobs import JOBS, Training
+from trl.scripts.launch import LaunchArguments
+from trl.scripts.model_config import ModelConfig, get_peft_config, loading_keywords
+from trl.scripts.parser import TrlParser, read_yaml, set_environment, suggestion, take_config
+
+ALIASES = {
+    "model": "model_name_or_path",
+    "torch_dtype": "dtype",
+    "data": "dataset_name",
+    "reward": "reward_funcs",
+    "rewards": "reward_funcs",
+    "max_seq_length": "max_length",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run
+}
+"""other names of settings, on the line and in YAML"""
+
+
+@dataclass
+class JobArguments:
+    """What only the `trl` command takes."""
+
+    eval_data: str | None = field(default=None)
+    """rows to evaluate on, where they are not a split of the data set; named like `dataset_name`"""
+    lora_rank: int | None = field(default=None)
+    """train a LoRA adapter of this rank on all linear modules: `use_peft`, `lora_r`, `lora_alpha` twice the rank"""
+
+
+def dataclasses_of(job: Training) -> tuple[type, ...]:
+    """The dataclasses whose fields are the job's settings."""
+    script = GRPOScriptArguments if job.rewards else ScriptArguments
+    return ModelConfig, script, DatasetMixtureConfig, getattr(trl, job.config), JobArguments, LaunchArguments
+
+
+class JobParser(TrlParser):
+    """Reads the words of a line and a YAML file into dicts of settings, and checks each value by its type."""
+
+    def __init__(self, job: Training):
+        classes = dataclasses_of(job)
+        self.job = job
+        self.hints = {name: hint for one in classes for name, hint in settings_hints(one).items()}
+        super().__init__(classes, add_help=False, allow_abbrev=False)
+        for action in self._actions:
+            hint = self.hints[action.dest]
+            action.default, action.type, action.choices = argparse.SUPPRESS, None, None  # `read_value` does that
+            if action.nargs != 0:
+                several, alone = takes_several(hint), takes_no_word(hint)
+                action.nargs = "*" if several and alone else "+" if several else "?" if alone else None
+                action.const = True
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message.removeprefix("argument "))
+
+    def settings_of_words(self, words: Sequence[str]) -> dict[str, Any]:
+        """The settings that stand on the line."""
+        namespace, rest = self.parse_known_args([self._canonical_word(word) for word in words])
+        if rest:
+            first = next((word for word in rest if word.startswith("--")), rest[0])
+            if not first.startswith("--"):
+                raise ValueError(f"{first!r}: expected --setting before it")
+            raise ValueError(self._unknown(first[2:].partition("=")[0]))
+        given: dict[str, Any] = {}
+        for name, value in vars(namespace).items():
+            one = value[0] if isinstance(value, list) and len(value) == 1 else value
+            given[name] = read_value(f"--{name}", self.hints[name], True if value == [] else one)
+        return given
+
+    def settings_of_file(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a YAML file, under the same names."""
+        given: dict[str, Any] = {}
+        for key, value in settings.items():
+            name = self._canonical(key)
+            if name not in self.hints:
+                raise ValueError(self._unknown(key))
+            if name in given:
+                raise ValueError(f"{key}: the file gives {name} twice, under two of its names")
+            given[name] = read_value(key, self.hints[name], value)
+        return given
+
+    def _canonical(self, name: str) -> str:
+        return name if name in self.hints else ALIASES.get(name, name)
+
+    def _canonical_word(self, word: str) -> str:
+        if not word.startswith("--"):
+            return word
+        name, equals, value = word[2:].partition("=")
+        return f"--{self._canonical(name.replace('-', '_'))}{equals}{value}"
+
+    def _unknown(self, name: str) -> str:
+        if ALIASES.get(name, name) == "reward_funcs":
+            return "--reward: this command learns from its data, not from rewards"
+        near = suggestion(name, [*self.hints, *ALIASES])
+        return f"{name}: {self.job.config} has no such field{near} (`--fields` lists the fields)"
+
+
+def merged(job: Training, of_file: dict[str, Any], of_words: dict[str, Any]) -> dict[str, Any]:
+    """One dict of settings: the line wins, and `lora_rank` becomes what it stands for."""
+    short = False
+    for source in (of_file, of_words):
+        rank = source.pop("lora_rank", None)
+        if rank is not None:
+            short = True
+            if source.get("lora_r", rank) != rank:
+                raise ValueError(f"lora_rank={rank}, lora_r={source['lora_r']}: two names of one setting; give one")
+            if rank < 1:
+                raise ValueError(f"lora_rank={rank}: give a rank >= 1")
+            source |= {"lora_r": rank, "use_peft": source.get("use_peft", True)}
+    for name, other in (("dataset_name", "datasets"), ("datasets", "dataset_name")):
+        if name in of_words and other not in of_words:
+            of_file.pop(other, None)  # the line says which data
+    settings = {**of_file, **of_words}
+    if short:
+        settings.setdefault("lora_alpha", 2 * settings["lora_r"])
+        settings.setdefault("lora_target_modules", ["all-linear"])
+    settings.setdefault("lora_task_type", job.task)
+    return settings
+
+
+def command(name: str, job: Training, words: Sequence[str]) -> int:
+    """Run `trl NAME words`; returns the exit code."""
+    from trl.scripts.describe import show_fields, show_help
+
+    if {"--help", "-h"} & set(words):
+        show_help(name, job)
+        return 0
+    if "--fields" in words:
+        show_fields(job)
+        return 0
+    path, line = take_config(words)
+    file = {} if path is None else read_yaml(path)
+    set_environment(file.pop("env", {}))
+    parser = JobParser(job)
+    settings = merged(job, parser.settings_of_file(file), parser.settings_of_words(line))
+    for key, alias in (("model_name_or_path", "model"), ("dataset_name", "data")):
+        if not settings.get(key) and not (key == "dataset_name" and settings.get("datasets")):
+            raise ValueError(f"--{alias}: say which (`--{key}` or `--{alias}` on the line, or in --config)")
+    if job.rewards and not (settings.get("reward_funcs") or settings.get("reward_model_name_or_path")):
+        raise ValueError("--reward: say what to reward (`--reward_funcs` or `--reward`, one or more)")
+    several = LaunchArguments(**{key: settings[key] for key in settings_hints(LaunchArguments) if key in settings})
+    if several.wanted():
+        return launch.start(several, "trl", [name, *words])
+    for note in without_effect(settings):
+        print(f"note: {note}", file=sys.stderr)
+    folder = train(job, *parser.parse_dict(settings)[:5])
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"saved to {folder}")
+    return 0
+
+
+def without_effect(settings: Mapping[str, Any]) -> list[str]:
+    """A line for each group of settings that were given and have no effect."""
+    notes = []
+    for starts, needed in ((("lora_", "use_rslora", "use_dora"), "use_peft"), (("bnb_", "use_bnb"), "load_in_4bit")):
+        names = [name for name in settings if name.startswith(starts) and name != "lora_task_type"]
+        if names and not settings.get(needed):
+            notes.append(f"{', '.join(names)}: no effect without --{needed}")
+    if settings.get("eval_data") and settings.get("eval_strategy", "no") == "no":
+        notes.append("eval_data: no effect without --eval_strategy")
+    return notes
+
+
+def train(
+    job: Training,
+    model: ModelConfig,
+    script: ScriptArguments,
+    mixture: DatasetMixtureConfig,
+    config: Any,
+    own: JobArguments,
+) -> str:
+    """Train and save the model; returns its folder."""
+    from trl.models.prepare import load_tokenizer
+
+    train_dataset, eval_dataset = datasets_of(script, mixture, own.eval_data, config.eval_strategy != "no")
+    arguments: dict[str, Any] = {}
+    if isinstance(script, GRPOScriptArguments):
+        models = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+        arguments["reward_funcs"] = [*models, *map(reward_function, script.reward_funcs or [])]
+    keywords = loading_keywords(model, config.trust_remote_code)
+    where = {name: keywords[name] for name in ("revision", "trust_remote_code") if name in keywords}
+    if where:
+        arguments["processing_class"] = load_tokenizer(str(model.model_name_or_path), **where)
+    config.model_init_kwargs = {**keywords, **(config.model_init_kwargs or {})}
+    trainer = getattr(trl, job.trainer)(
+        model=model.model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model),
+        **arguments,
+    )
+    if script.ignore_bias_buffers:
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, each in buffers if str(each.dtype) == "torch.bool"
+        ]
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(config.output_dir)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return str(config.output_dir)
+
+
+def datasets_of(
+    script: ScriptArguments, mixture: DatasetMixtureConfig, eval_data: str | None, evaluates: bool
+) -> tuple[Any, Any]:
+    """The rows to train and to evaluate on."""
+    if mixture.datasets and script.dataset_name:
+        raise ValueError(f"dataset_name={script.dataset_name!r}, datasets: two answers to one question; give one")
+    streaming = script.dataset_streaming
+    if mixture.datasets:
+        splits = get_dataset(mixture)
+    else:
+        splits = named_dataset(str(script.dataset_name), "data", name=script.dataset_config, streaming=streaming)
+    rows = split_of(splits, script.dataset_train_split, "dataset_train_split")
+    if eval_data is not None:
+        others = named_dataset(eval_data, "eval-data", streaming=streaming)
+        split = script.dataset_test_split if script.dataset_test_split in others else "train"
+        return rows, split_of(others, split, "dataset_test_split")
+    return rows, split_of(splits, script.dataset_test_split, "dataset_test_split") if evaluates else None
+
+
+def reward_function(name: str) -> Any:
+    """A reward by name: of ours, with or without its ending `_reward`, or a function of a module or a file.
+
+    The folder or Hub name of a reward model is left to the trainer, which has its tokenizer and its device.
+    """
+    from trl.rewards import REWARDS, get_soft_overlong_punishment, reward_named
+
+    place, _, function = name.partition(":")
+    if function and Path(place).suffix == ".py":
+        return _function_of_file(name, place, function)
+    if name == "get_soft_overlong_punishment":
+        return get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
+    if name.removesuffix("_reward") in REWARDS:
+        return reward_named(name.removesuffix("_reward"))
+    if "/" in name or Path(name).exists():
+        return name
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # where a user's modules are
+    return reward_named(name if function or "." not in name else ":".join(name.rsplit(".", 1)))
+
+
+def _function_of_file(name: str, place: str, function: str) -> Callable[..., Any]:
+    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    if spec is None or spec.loader is None or not Path(place).exists():
+        raise ValueError(f"--reward {name}: there is no file {place}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ValueError(f"--reward {name}: {place} has no function {function!r}")
+    return getattr(module, function)
+
+
+def run_script(name: str) -> None:
+    """`python -m trl.scripts.NAME ...`: as `trl NAME ...`."""
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    sys.exit(exit_code(lambda: command(name, JOBS[name], words), debug="--debug" in sys.argv))
