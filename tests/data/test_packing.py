@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl.data.packed_dataset import pack_dataset
-from trl.data.packing import best_fit_decreasing, pack, tree_from_sequences
+from trl.data.packing import best_fit_decreasing, pack
 from trl.data.records import Branch, Segment, TokenTree
 
 
@@ -44,13 +44,6 @@ def test_an_empty_completion_ends_at_its_prompt():
 def test_impossible_trees_are_refused(tree, message):
     with pytest.raises(ValueError, match=message):
         pack([tree])
-
-
-def test_tree_from_sequences_ends_the_prompt_before_the_first_scored_token():
-    assert tree_from_sequences([[1, 2, 3, 4], [1, 2, 5]]).prompt == [1, 2]
-    tree = tree_from_sequences([[1, 2, 3], [1, 2, 5]], scored=[[0, 1, 1], [0, 1, 1]])
-    assert tree.prompt == [1]
-    assert [branch.ids for branch in tree.branches] == [[2, 3], [2, 5]]
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))

@@ -5,32 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import chain, takewhile
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from trl.data.records import Branch, Ids, PackedBatch, Segment, TokenTree
-
-
-def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all sequences have in common."""
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
-
-
-def tree_from_sequences(sequences: Sequence[Sequence[int]], scored: Sequence[Sequence[int]] | None = None) -> TokenTree:
-    """Whole sequences as branches below their longest common prefix, whose tokens are then scored in no branch.
-
-    `scored` masks the whole sequences; the prefix ends before the first token that any of them scores.
-    """
-    prefix = shared_prefix(sequences)
-    if scored is not None:
-        prefix = min([prefix, *(next((i for i, s in enumerate(mask) if s), prefix) for mask in scored)])
-    branches = [
-        Branch(ids=ids[prefix:], scored=None if scored is None else scored[row][prefix:])
-        for row, ids in enumerate(sequences)
-    ]
-    return TokenTree(prompt=sequences[0][:prefix], branches=branches)
 
 
 def _flat(parts: Sequence[Ids]) -> Tensor:

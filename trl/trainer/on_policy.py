@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trl.data.records import Rollout
 from trl.losses.kl import KL_ESTIMATORS
+from trl.losses.policy import mask_truncated
 from trl.models.reference import Reference
 from trl.rollout.experience import Experience, padded
 from trl.rollout.rewards import Rewards, credit_turns
@@ -110,7 +111,7 @@ class OnPolicyTrainer(RolloutTrainer):
         experience = Experience.of(rollout)
         if self.args.mask_truncated_completions:
             cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)))
-            experience = replace(experience, mask_BT=experience.mask_BT.masked_fill(cut_B[:, None], 0.0))
+            experience = replace(experience, mask_BT=mask_truncated(experience.mask_BT, cut_B))
         reference_BT = None
         if self.reference is not None:
             with self.reference.model() as model:
