@@ -426,6 +426,9 @@ def test_eos_pad_and_template_of_the_config(tmp_path):
     assert own.chat_template.startswith("{% for m")
     with pytest.raises(ValueError, match="eos_token='<nothing>': not in the tokenizer's vocabulary"):
         trainer_of(config(tmp_path, eos_token="<nothing>"), processing_class=word_tokenizer())
+    word_tokenizer(chat_template="{{ messages }}").save_pretrained(tmp_path / "other")
+    trainer_of(config(tmp_path, chat_template_path=str(tmp_path / "other")), processing_class=own)
+    assert own.chat_template == "{{ messages }}"
     with pytest.raises(ValueError, match=r"chat_template_path=.*give a file"):
         trainer_of(config(tmp_path, chat_template_path=str(tmp_path / "none")), processing_class=word_tokenizer())
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trl.legacy import absent
+
 MOVED: dict[str, tuple[str, ...]] = {
+    "chat_template_utils": ("models.chat_setup",),
     "cli.assets": ("quickstart.assets",),
     "cli.intervals": ("quickstart.intervals",),
     "cli.language_model": ("quickstart.language_model",),
@@ -33,6 +36,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "data.mapping": ("data.row_job", "data.tokenize"),
     "data.pairs": ("legacy.dpo", "data.batches"),
     "data.truncation": ("data.encode",),
+    "data_utils": ("data.formats", "data.packed_dataset"),
     "environment.answer_renderer": ("environment.chat_environment",),
     "environment.own_environment": ("environment.episodes",),
     "environment.plain_generate": ("generation.plain_generate",),
@@ -40,6 +44,17 @@ MOVED: dict[str, tuple[str, ...]] = {
     "environment.stopping": ("generation.stopping",),
     "environment.tool_text": ("environment.tool_calls",),
     "environment.turn_loop": ("environment.episodes",),
+    "experimental": (),
+    "experimental.bco": ("trainer.kto_trainer",),
+    "experimental.cpo": ("trainer.dpo_trainer",),
+    "experimental.distillation": ("trainer.distillation_trainer",),
+    "experimental.gkd": ("trainer.distillation_trainer",),
+    "experimental.gspo_token": ("trainer.grpo_trainer",),
+    "experimental.kto": ("trainer.kto_trainer",),
+    "experimental.online_dpo": ("trainer.online_dpo_trainer",),
+    "experimental.orpo": ("trainer.dpo_trainer",),
+    "experimental.ppo": ("trainer.ppo_trainer", "models.modeling_value_head", "models.modeling_base"),
+    "experimental.prm": ("trainer.prm_trainer",),
     "generation.choose": ("generation.local",),
     "generation.sampling_mode": ("models.unwrap",),
     "losses.reference_free": ("losses.preference",),
@@ -55,43 +70,57 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.rotary": ("kernels.layers",),
     "models.stand_in": ("kernels.layers",),
     "models.tree_attention": ("kernels.tree_attention",),
+    "models.utils": ("models.chat_setup", "models.modeling_base", "models.prepare", "models.unwrap"),
     "models.wrapped": ("models.forward", "models.prepare"),
     "rewards.pairwise": ("rewards.named",),
     "scripts.utils": ("scripts.parser", "scripts.data_config", "scripts.model_config"),
-    "trainer.ddpo_files": ("trainer.ddpo_setup",),
     "trainer.adaptive_entropy": ("trainer.grpo_trainer",),
+    "trainer.base_config": ("trainer.configuration",),
+    "trainer.base_trainer": ("trainer.base",),
+    "trainer.bco_config": ("trainer.kto_trainer",),
+    "trainer.bco_trainer": ("trainer.kto_trainer",),
+    "trainer.cpo_config": ("trainer.dpo_trainer",),
+    "trainer.cpo_trainer": ("trainer.dpo_trainer",),
+    "trainer.ddpo_files": ("trainer.ddpo_setup",),
+    "trainer.distillation_config": ("trainer.distillation_trainer",),
     "trainer.dpo_config": ("trainer.dpo_trainer", "trainer.pair_trainer"),
     "trainer.dpo_padded": ("legacy.dpo",),
     "trainer.environment_rollouts": ("rollout.source", "rollout.rewards"),
     "trainer.eval_samples": ("trainer.pair_trainer",),
     "trainer.experience": ("rollout.measure",),
+    "trainer.gkd_config": ("trainer.distillation_trainer",),
+    "trainer.gkd_trainer": ("trainer.distillation_trainer",),
+    "trainer.grpo_config": ("trainer.grpo_trainer", "trainer.rloo_trainer", "trainer.on_policy"),
     "trainer.heap": ("kernels.step_memory",),
     "trainer.kto_config": ("trainer.kto_trainer",),
     "trainer.model_config": ("scripts.model_config",),
+    "trainer.online_dpo_config": ("trainer.online_dpo_trainer",),
+    "trainer.orpo_config": ("trainer.dpo_trainer",),
+    "trainer.orpo_trainer": ("trainer.dpo_trainer",),
     "trainer.ppo_checkpoint": ("trainer.checkpoints",),
+    "trainer.ppo_config": ("trainer.ppo_trainer",),
+    "trainer.ppo_environment": ("trainer.ppo_trainer",),
     "trainer.ppo_generation": ("generation.plain_generate", "generation.stopping"),
+    "trainer.ppo_inputs": ("trainer.ppo_trainer", "legacy.ppo_padded"),
+    "trainer.ppo_loop": ("trainer.ppo_trainer", "rollout.prompts", "rollout.rewards"),
+    "trainer.ppo_objective": ("trainer.ppo_trainer",),
     "trainer.ppo_padded": ("legacy.ppo_padded",),
+    "trainer.ppo_setup": ("trainer.ppo_trainer",),
     "trainer.preference_config": ("trainer.configuration", "trainer.references"),
     "trainer.prm_config": ("trainer.prm_trainer",),
     "trainer.prompt_stream": ("rollout.prompts",),
     "trainer.reward_config": ("trainer.reward_trainer",),
     "trainer.reward_shift": ("trainer.statistics",),
+    "trainer.rloo_config": ("trainer.rloo_trainer", "trainer.on_policy"),
+    "trainer.rollout_config": ("trainer.rollout_trainer",),
     "trainer.rollout_report": ("rollout.report",),
     "trainer.rollout_rewards": ("rollout.rewards", "rollout.collector"),
-    "trainer.grpo_config": ("trainer.grpo_trainer", "trainer.rloo_trainer", "trainer.on_policy"),
-    "trainer.ppo_config": ("trainer.ppo_trainer",),
-    "trainer.ppo_environment": ("trainer.ppo_trainer",),
-    "trainer.ppo_inputs": ("trainer.ppo_trainer", "legacy.ppo_padded"),
-    "trainer.ppo_loop": ("trainer.ppo_trainer", "rollout.prompts", "rollout.rewards"),
-    "trainer.ppo_objective": ("trainer.ppo_trainer",),
-    "trainer.ppo_setup": ("trainer.ppo_trainer",),
-    "trainer.rollout_config": ("trainer.rollout_trainer",),
     "trainer.rollouts": ("rollout.experience",),
     "trainer.sft_config": ("trainer.sft_trainer",),
     "trainer.sft_data": ("trainer.sft_trainer",),
     "trainer.training_configs": ("trainer.reward_trainer",),
 }
-"""path below `trl` before -> where its names live now, looked through in this order"""
+"""path below `trl` before, or in other releases -> where its names live now, looked through in this order"""
 
 RENAMED: dict[str, str] = {
     "base_model": "below_peft",
@@ -115,11 +144,15 @@ class Window(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # code that inspects all modules must not load them
             raise AttributeError(name)
+        if below := sys.modules.get(f"{self.__name__}.{name}"):
+            return below
+        absent.refuse(name)
         for home in self._homes:
             found = _example(home, self.__name__) if home in IN_EXAMPLES.values() else importlib.import_module(home)
             if hasattr(found, RENAMED.get(name, name)):
                 return getattr(found, RENAMED.get(name, name))
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; it reads {', '.join(self._homes)}")
+        reads = f"it reads {', '.join(self._homes)}" if self._homes else "it is a window on trainers of `trl`"
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; {reads}")
 
 
 def _example(name: str, asked: str) -> ModuleType:
@@ -141,3 +174,7 @@ def open_windows() -> None:
         sys.modules[f"trl.{old}"] = Window(f"trl.{old}", tuple(f"trl.{home}" for home in homes))
     for old, home in IN_EXAMPLES.items():
         sys.modules[f"trl.{old}"] = Window(f"trl.{old}", (home,))
+    for old in ("chat_template_utils", "commands", "data_utils", "experimental"):  # attributes of `trl`, as any module
+        window = sys.modules["trl"].__dict__[old] = sys.modules[f"trl.{old}"]
+        window.__dict__["__path__"] = []  # `import` asks for a module below it
+    absent.refuse_absent_modules()
