@@ -56,7 +56,7 @@ def test_repetition_penalty_of_other_releases():
     assert penalty(completions=["a b a b a", "a b c"], prompts=["", ""]) == [-0.5, 0]
     assert penalty([chat("A b a B a")]) == [-0.5]
     assert texts.get_repetition_penalty_reward(ngram_size=4, max_penalty=-2.0)(["a a a"]) == [0]
-    with pytest.raises(ValueError, match="max_penalty=1.0"):
+    with pytest.raises(ValueError, match=r"max_penalty=1\.0"):
         texts.get_repetition_penalty_reward(2, 1.0)
     with pytest.raises(ValueError, match="ngram_size=0"):
         texts.get_repetition_penalty_reward(0, -1.0)
