@@ -230,6 +230,22 @@ def test_older_packing_is_the_constant_length_dataset(tmp_path):
     trainer.train()
 
 
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_older_packing_of_conversations(keys, tmp_path):
+    """Release 0.8-0.11 rendered them by the chat template."""
+    own = word_tokenizer(chat_template="{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}")
+    column = "messages" if keys[0] == "role" else "conversations"
+    talk = [[dict(zip(keys, ("user", "a b"), strict=True)), dict(zip(keys, ("assistant", "c"), strict=True))]]
+    with pytest.warns(UserWarning, match="training your model with `max_steps` strategy"):
+        trainer = trainer_of(
+            plain(tmp_path), datasets.Dataset.from_dict({column: talk * 4}), packing=True, max_seq_length=6,
+            num_of_sequences=2, chars_per_token=100.0, processing_class=own,
+        )  # fmt: skip
+    unknown, eos = own.unk_token_id, own.eos_token_id
+    rows = [[unknown, 4, 5, unknown, 6, eos]] * len(trainer.train_dataset)  # `user a b assistant c`
+    assert [row["input_ids"] for row in trainer.train_dataset] == rows
+
+
 @pytest.mark.filterwarnings("ignore:The dataset reached end")
 def test_a_ready_constant_length_dataset(tmp_path):
     ready = ConstantLengthDataset(tokenizer(), texts(), dataset_text_field="text", seq_length=8)
