@@ -35,7 +35,8 @@ WINDOWS = {
         DistillationTrainer GKDConfig GKDTrainer GRPOConfig GRPOTrainer KTOConfig KTOTrainer LogCompletionsCallback
         ModelConfig ORPOConfig ORPOTrainer OnlineDPOConfig OnlineDPOTrainer PRMConfig PRMTrainer RLOOConfig RLOOTrainer
         RichProgressCallback SFTConfig SyncRefModelCallback get_peft_config get_quantization_config""",
-    "trl.trainer.base_trainer": "BaseTrainer",
+    "trl.trainer.base_config": "_BaseConfig",
+    "trl.trainer.base_trainer": "BaseTrainer _BaseTrainer",
     "trl.trainer.bco_config": "BCOConfig",
     "trl.trainer.bco_trainer": "BCOTrainer",
     "trl.trainer.callbacks": "BEMACallback LogCompletionsCallback RichProgressCallback SyncRefModelCallback",

@@ -164,5 +164,5 @@ class Absent:
 
 def refuse_absent_modules() -> None:
     """Let `import` say what to use in place of a module that is not here."""
-    if not any(isinstance(finder, type) and finder.__qualname__ == "Absent" for finder in sys.meta_path):
+    if Absent not in sys.meta_path:
         sys.meta_path.append(Absent)

@@ -76,7 +76,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "scripts.utils": ("scripts.parser", "scripts.data_config", "scripts.model_config"),
     "trainer.adaptive_entropy": ("trainer.grpo_trainer",),
     "trainer.base_config": ("trainer.configuration",),
-    "trainer.base_trainer": ("trainer.base",),
+    "trainer.base_trainer": ("trainer.objective",),
     "trainer.bco_config": ("trainer.kto_trainer",),
     "trainer.bco_trainer": ("trainer.kto_trainer",),
     "trainer.cpo_config": ("trainer.dpo_trainer",),
@@ -123,6 +123,9 @@ MOVED: dict[str, tuple[str, ...]] = {
 """path below `trl` before, or in other releases -> where its names live now, looked through in this order"""
 
 RENAMED: dict[str, str] = {
+    "BaseTrainer": "ObjectiveTrainer",
+    "_BaseConfig": "PostTrainingConfig",
+    "_BaseTrainer": "ObjectiveTrainer",
     "base_model": "below_peft",
     "only_at": "computed_at",
     "stand_in": "swapped_forward",

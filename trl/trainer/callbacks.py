@@ -51,7 +51,7 @@ class SyncRefModelCallback(TrainerCallback):
 
 
 class RichProgressCallback(TrainerCallback):
-    """Shows the progress of training and evaluation, and what is logged, in the terminal of the first process."""
+    """Shows in the terminal how far training and its evaluations are, and what is logged; on the first process only."""
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
@@ -63,7 +63,10 @@ class RichProgressCallback(TrainerCallback):
             return
         if name not in self._bars:
             self._bars[name] = self.progress.add_task(name, total=total)
-        self.progress.update(self._bars[name], **({"advance": 1} if to is None else {"completed": to}))
+        if to is None:
+            self.progress.advance(self._bars[name])
+        else:
+            self.progress.update(self._bars[name], completed=to)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,7 +74,10 @@ class RichProgressCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress, self._bars = Progress(*columns), {}
+        self.progress, self._bars = (
+            Progress(*columns, console=Console()),
+            {},
+        )  # an own one: a failed run may hold another
         self.progress.start()
         self._advance("training", state.max_steps, state.global_step)
 
