@@ -1,6 +1,7 @@
 """Names and modules of other releases: windows on what is here, and errors that say what to use for what is not."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -93,9 +94,8 @@ def test_each_way_out_is_one_line_about_names_that_exist():
     for _, _, way in absent.ABSENT:
         assert "\n" not in way
         assert way.split()[0] in ("use", "give", "leave", "merge", "log")
-        for word in way.replace("(", " ").replace(",", " ").replace(":", " ").split():
-            if word.endswith(("Trainer", "Callback", "Config")):
-                assert hasattr(trl, word), word
+        for word in re.findall(r"\b[A-Z]\w*(?:Trainer|Callback|Config)\b", way):
+            assert hasattr(trl, word), word
 
 
 def test_an_unknown_name_and_module_are_plain_errors():
