@@ -54,6 +54,6 @@ if is_diffusers_available():
         "trl.trainer.ddpo_trainer": ["DDPOTrainer"],
     }  # fmt: skip
 
-paths.open_windows()
+paths.open_windows(__path__[0])
 __getattr__, __dir__, __all__ = lazy_names(__name__, _names, absent.refuse)
 __all__ += ["__version__"]

@@ -1,6 +1,8 @@
 """Every module of the project's earlier layout can still be imported by its old name."""
 
 import importlib
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -53,3 +55,24 @@ def test_a_name_that_a_window_lacks():
     window = importlib.import_module("trl.trainer.heap")
     with pytest.raises(AttributeError, match=r"it reads trl\.kernels\.step_memory"):
         window.keep_nothing  # noqa: B018
+
+
+def test_a_window_is_a_module_of_its_package():
+    code = """
+import importlib, importlib.util, pydoc, sys
+import trl.trainer.ppo_config
+assert trl.trainer.ppo_config.PPOConfig is trl.PPOConfig
+assert importlib.util.find_spec("trl.models.head") is not None
+assert importlib.util.find_spec("trl.models.no_such_module") is None
+assert "PPOConfig" in dir(trl.trainer.ppo_config)
+assert importlib.reload(trl.trainer.ppo_config).PPOConfig is trl.PPOConfig
+assert pydoc.locate("trl.trainer.ppo_config.PPOConfig") is trl.PPOConfig
+from trl.trainer.dpo_config import *
+assert DPOConfig is trl.DPOConfig
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_an_old_path_runs_as_a_program():
+    command = [sys.executable, "-W", "ignore", "-m", "trl.cli.intervals"]
+    subprocess.run(command, check=True)

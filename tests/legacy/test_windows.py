@@ -62,6 +62,7 @@ def test_names_of_a_window(module):
 
 
 def test_a_window_shows_the_same_objects():
+    import trl.data_utils
     from trl.experimental import ppo
     from trl.experimental.bco import BCOTrainer
     from trl.experimental.cpo import CPOTrainer
@@ -103,7 +104,7 @@ def test_an_unknown_name_and_module_are_plain_errors():
         exec("from trl.experimental.ppo import Anything")
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'trl\.experimental\.anything'"):
         importlib.import_module("trl.experimental.anything")
-    with pytest.raises(AttributeError, match="it is a window on trainers"):
+    with pytest.raises(AttributeError, match="it is a folder of windows"):
         trl.experimental.anything  # noqa: B018
 
 

@@ -5,11 +5,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-
 ABSENT: tuple[tuple[str, str, str], ...] = (
     (
         "NashMDTrainer NashMDConfig GeometricMixtureWrapper",
@@ -150,19 +145,3 @@ def refuse(name: str) -> None:
         raise refusal(name, NAMES[name])
     if name in OF_DIFFUSERS:
         raise ImportError(f"{name} needs diffusers: pip install diffusers", name=name)
-
-
-class Absent:
-    """Asked by `import` after all others: raises for the modules of the table."""
-
-    @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name in MODULES:
-            raise refusal(name, MODULES[name])
-        return None
-
-
-def refuse_absent_modules() -> None:
-    """Let `import` say what to use in place of a module that is not here."""
-    if Absent not in sys.meta_path:
-        sys.meta_path.append(Absent)

@@ -7,9 +7,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+from importlib.machinery import (
+    BYTECODE_SUFFIXES,
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+    SourcelessFileLoader,
+)
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from trl.legacy import absent
@@ -44,7 +55,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "environment.stopping": ("generation.stopping",),
     "environment.tool_text": ("environment.tool_calls",),
     "environment.turn_loop": ("environment.episodes",),
-    "experimental": (),
     "experimental.bco": ("trainer.kto_trainer",),
     "experimental.cpo": ("trainer.dpo_trainer",),
     "experimental.distillation": ("trainer.distillation_trainer",),
@@ -140,44 +150,94 @@ IN_EXAMPLES = {"models.digits_base": "digits.digits_base", "models.modeling_digi
 class Window(ModuleType):
     """A module of an older layout, which reads its names from today's modules when they are asked for."""
 
-    def __init__(self, name: str, homes: tuple[str, ...]):
-        super().__init__(name, f"A window on {', '.join(homes)}.")
-        self.__dict__["_homes"] = homes
-
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # code that inspects all modules must not load them
+        if name.startswith("__") and name != "__all__":  # code that inspects all modules must not load them
             raise AttributeError(name)
-        if below := sys.modules.get(f"{self.__name__}.{name}"):
-            return below
+        if name == "__all__":
+            return dir(self)
         absent.refuse(name)
-        for home in self._homes:
-            found = _example(home, self.__name__) if home in IN_EXAMPLES.values() else importlib.import_module(home)
+        homes = _homes(self.__name__)
+        for home in homes:
+            found = _home(home, self.__name__)
             if hasattr(found, RENAMED.get(name, name)):
                 return getattr(found, RENAMED.get(name, name))
-        reads = f"it reads {', '.join(self._homes)}" if self._homes else "it is a window on trainers of `trl`"
+        reads = f"it reads {', '.join(homes)}" if homes else "it is a folder of windows"
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; {reads}")
 
+    def __dir__(self) -> list[str]:
+        found = [_home(home, self.__name__) for home in _homes(self.__name__)]
+        return sorted({name for home in found for name in vars(home) if not name.startswith("_")})
 
-def _example(name: str, asked: str) -> ModuleType:
+
+def _homes(window: str) -> tuple[str, ...]:
+    """The modules that a window reads, by their full names."""
+    below = window.removeprefix("trl.")
+    return (IN_EXAMPLES[below],) if below in IN_EXAMPLES else tuple(f"trl.{home}" for home in MOVED.get(below, ()))
+
+
+def _home(home: str, asked: str) -> ModuleType:
+    if home not in IN_EXAMPLES.values():
+        return importlib.import_module(home)
     folder = Path(__file__).parents[2] / "examples" / "digits"
     if not folder.is_dir():
-        raise ImportError(f"{asked} is an example now: take examples/{name.replace('.', '/')}.py from the source")
+        raise ImportError(f"{asked} is an example now: take examples/{home.replace('.', '/')}.py from the source")
     if "digits" not in sys.modules:
         spec = importlib.util.spec_from_file_location("digits", folder / "__init__.py")
         assert spec is not None
         assert spec.loader is not None
         sys.modules["digits"] = package = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
-    return importlib.import_module(name)
+    return importlib.import_module(home)
 
 
-def open_windows() -> None:
-    """Put a window where each module was; `import` finds it there."""
-    for old, homes in MOVED.items():
-        sys.modules[f"trl.{old}"] = Window(f"trl.{old}", tuple(f"trl.{home}" for home in homes))
-    for old, home in IN_EXAMPLES.items():
-        sys.modules[f"trl.{old}"] = Window(f"trl.{old}", (home,))
-    for old in ("chat_template_utils", "commands", "data_utils", "experimental"):  # attributes of `trl`, as any module
-        window = sys.modules["trl"].__dict__[old] = sys.modules[f"trl.{old}"]
-        window.__dict__["__path__"] = []  # `import` asks for a module below it
-    absent.refuse_absent_modules()
+class _Opener:
+    """The loader of a window."""
+
+    def create_module(self, spec: ModuleSpec) -> Window:
+        return Window(spec.name, f"A window on {', '.join(_homes(spec.name))}.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """A window has no code."""
+
+    def get_code(self, name: str) -> CodeType:
+        """`python -m` of an older path runs today's module."""
+        home = _homes(name)[0]
+        return compile(f"import runpy\nrunpy.run_module({home!r}, run_name='__main__', alter_sys=True)", name, "exec")
+
+
+class _Room(FileFinder):
+    """Finds the modules of a folder of `trl`, and windows where modules of an older layout were.
+
+    It is asked for names in that folder only, so no other import is slower.
+    """
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = super().find_spec(fullname, target)
+        below = fullname.removeprefix("trl.")
+        if spec is not None and spec.loader is not None:
+            return spec
+        if fullname in absent.MODULES:
+            raise absent.refusal(fullname, absent.MODULES[fullname])
+        if below in _packages():
+            found = ModuleSpec(fullname, _Opener(), is_package=True)  # type: ignore[arg-type]
+            found.submodule_search_locations = [os.path.join(self.path, below.rpartition(".")[2])]
+            return found
+        return ModuleSpec(fullname, _Opener()) if _homes(fullname) else None  # type: ignore[arg-type]
+
+
+def _packages() -> set[str]:
+    """The packages that hold windows or lack a module, below `trl`."""
+    lacking = (module.removeprefix("trl.") for module in absent.MODULES)
+    return {key.rpartition(".")[0] for key in (*MOVED, *IN_EXAMPLES, *lacking)} - {""}
+
+
+def open_windows(root: str) -> None:
+    """Let `import` find the windows. root: the folder of `trl`, as it stands in `trl.__path__`."""
+    kinds = (
+        (ExtensionFileLoader, EXTENSION_SUFFIXES),
+        (SourceFileLoader, SOURCE_SUFFIXES),
+        (SourcelessFileLoader, BYTECODE_SUFFIXES),
+    )
+    for package in {"", *_packages()}:
+        folder = os.path.join(root, *package.split(".")) if package else root
+        sys.path_importer_cache[folder] = _Room(folder, *kinds)

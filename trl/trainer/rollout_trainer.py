@@ -323,7 +323,9 @@ class RolloutTrainer(ObjectiveTrainer):
         self.reference: Reference | None = None
         self.collector = self._collector(shape)
         self.rollouts = self._loader(shape)
-        self._before_first_update, self._checks_ratio = True, False
+        self._before_first_update = True
+        self._ratio_is_one_at: int | None = None
+        """number of the optimizer step that must start at ratio 1"""
 
     def _ready(self, environment: Any, reward_funcs: Any) -> Any:
         """The environment with what it needs to play; ValueError for arguments that do not go together."""
@@ -531,7 +533,8 @@ class RolloutTrainer(ObjectiveTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
         fresh = self._before_first_update and self.rollouts.is_used_up
-        self._checks_ratio = fresh and self.args.disable_dropout and self.rollout_func is None
+        exact = self.args.disable_dropout and self.rollout_func is None
+        self._ratio_is_one_at = self.state.global_step if fresh and exact else None
         self._before_first_update = False
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for piece in pieces_of(batches):
@@ -546,7 +549,7 @@ class RolloutTrainer(ObjectiveTrainer):
         if not policy.packed.rows:
             return LossSum(self.nothing(model), policy.counted)
         loss = self.policy_objective(model, policy)
-        if self._checks_ratio and model.training:
+        if self._ratio_is_one_at == self.state.global_step and model.training:
             coarse = is_coarse(self.model, self.accelerator.mixed_precision)
             check_first_ratio(means_of(loss.metrics), coarse=coarse)
         return LossSum(loss.total, policy.counted, loss.metrics)
