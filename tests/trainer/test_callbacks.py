@@ -154,7 +154,6 @@ def test_completions_where_they_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="num_prompts=0"):
         LogCompletionsCallback(trainer, num_prompts=0)
     trainer.add_callback(LogCompletionsCallback(trainer))
-    trainer.args.eval_steps = None
     with pytest.raises(ValueError, match="freq=None: the config has no eval_steps"):
         trainer.train()
     trainer = trainer_of(config(tmp_path), eval_dataset=pairs())

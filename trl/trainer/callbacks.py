@@ -87,7 +87,7 @@ class RichProgressCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        loader = kwargs.get("eval_dataloader")
+        loader: Any = kwargs.get("eval_dataloader")
         self._advance("evaluation", len(loader) if hasattr(loader, "__len__") else None)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -139,7 +139,7 @@ class LogCompletionsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.freq is None and not state.eval_steps:
+        if self.freq is None and not args.eval_steps:  # the state's own default is a number
             raise ValueError("freq=None: the config has no eval_steps; say after how many steps completions are logged")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
