@@ -15,6 +15,9 @@ QUESTIONS = {
     "torchvision": import_utils.is_torchvision_available,
     "rich": import_utils.is_rich_available,
     "wandb": import_utils.is_wandb_available,
+    "deepspeed": import_utils.is_deepspeed_available,
+    "liger_kernel": import_utils.is_liger_kernel_available,
+    "vllm": import_utils.is_vllm_available,
 }
 
 

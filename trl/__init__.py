@@ -1,7 +1,7 @@
 """Post-training of language models, whole on one machine. Names are imported when first read (PEP 562)."""
 
 from trl.import_utils import is_diffusers_available, lazy_names
-from trl.legacy import paths
+from trl.legacy import absent, paths
 
 __version__ = "1.0.0"
 
@@ -19,11 +19,15 @@ _names = {
     "trl.import_utils": [
         "is_diffusers_available", "is_npu_available", "is_peft_available", "is_wandb_available", "is_xpu_available",
     ],
+    "trl.models.chat_setup": ["clone_chat_template", "get_training_chat_template", "setup_chat_format"],
     "trl.models.modeling_base": ["PreTrainedModelWrapper", "create_reference_model"],
     "trl.models.modeling_value_head": ["AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"],
     "trl.scripts.data_config": ["DatasetMixtureConfig", "ScriptArguments", "get_dataset"],
     "trl.scripts.model_config": ["ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"],
     "trl.scripts.parser": ["TrlParser", "init_zero_verbose"],
+    "trl.trainer.callbacks": [
+        "BEMACallback", "LogCompletionsCallback", "RichProgressCallback", "SyncRefModelCallback",
+    ],
     "trl.trainer.ddpo_config": ["DDPOConfig"],
     "trl.trainer.dpo_trainer": [
         "CPOConfig", "CPOTrainer", "DPOConfig", "DPOTrainer", "ORPOConfig", "ORPOTrainer", "SimPOConfig",
@@ -32,7 +36,7 @@ _names = {
     "trl.trainer.distillation_trainer": ["DistillationConfig", "DistillationTrainer", "GKDConfig", "GKDTrainer"],
     "trl.trainer.grpo_trainer": ["GRPOConfig", "GRPOTrainer"],
     "trl.trainer.iterative_sft_trainer": ["IterativeSFTTrainer"],
-    "trl.trainer.kto_trainer": ["KTOConfig", "KTOTrainer"],
+    "trl.trainer.kto_trainer": ["BCOConfig", "BCOTrainer", "KTOConfig", "KTOTrainer"],
     "trl.trainer.online_dpo_trainer": ["OnlineDPOConfig", "OnlineDPOTrainer"],
     "trl.trainer.ppo_trainer": ["PPOConfig", "PPOTrainer"],
     "trl.trainer.prm_trainer": ["PRMConfig", "PRMTrainer"],
@@ -51,5 +55,5 @@ if is_diffusers_available():
     }  # fmt: skip
 
 paths.open_windows(__path__[0])
-__getattr__, __dir__, __all__ = lazy_names(__name__, _names)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _names, absent.refuse)
 __all__ += ["__version__"]

@@ -20,6 +20,9 @@ from trl.import_utils import is_peft_available as is_peft_available
 from trl.import_utils import is_wandb_available as is_wandb_available
 from trl.import_utils import is_xpu_available as is_xpu_available
 from trl.legacy.collators import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
+from trl.models.chat_setup import clone_chat_template as clone_chat_template
+from trl.models.chat_setup import get_training_chat_template as get_training_chat_template
+from trl.models.chat_setup import setup_chat_format as setup_chat_format
 from trl.models.modeling_base import PreTrainedModelWrapper as PreTrainedModelWrapper
 from trl.models.modeling_base import create_reference_model as create_reference_model
 from trl.models.modeling_sd_base import DDPOPipelineOutput as DDPOPipelineOutput
@@ -37,6 +40,10 @@ from trl.scripts.model_config import get_peft_config as get_peft_config
 from trl.scripts.model_config import get_quantization_config as get_quantization_config
 from trl.scripts.parser import TrlParser as TrlParser
 from trl.scripts.parser import init_zero_verbose as init_zero_verbose
+from trl.trainer.callbacks import BEMACallback as BEMACallback
+from trl.trainer.callbacks import LogCompletionsCallback as LogCompletionsCallback
+from trl.trainer.callbacks import RichProgressCallback as RichProgressCallback
+from trl.trainer.callbacks import SyncRefModelCallback as SyncRefModelCallback
 from trl.trainer.ddpo_config import DDPOConfig as DDPOConfig
 from trl.trainer.ddpo_trainer import DDPOTrainer as DDPOTrainer
 from trl.trainer.distillation_trainer import DistillationConfig as DistillationConfig
@@ -54,6 +61,8 @@ from trl.trainer.dpo_trainer import SimPOTrainer as SimPOTrainer
 from trl.trainer.grpo_trainer import GRPOConfig as GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as GRPOTrainer
 from trl.trainer.iterative_sft_trainer import IterativeSFTTrainer as IterativeSFTTrainer
+from trl.trainer.kto_trainer import BCOConfig as BCOConfig
+from trl.trainer.kto_trainer import BCOTrainer as BCOTrainer
 from trl.trainer.kto_trainer import KTOConfig as KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer as KTOTrainer
 from trl.trainer.online_dpo_trainer import OnlineDPOConfig as OnlineDPOConfig

@@ -9,16 +9,19 @@ from typing import Any
 
 
 def lazy_names(
-    package: str, names: Mapping[str, Sequence[str]]
+    package: str, names: Mapping[str, Sequence[str]], refuse: Callable[[str], None] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`(__getattr__, __dir__, __all__)` of a namespace whose names live in the modules that are the keys of `names`.
 
     PEP 562: the module behind a name is imported when the name is first read, so `import trl` loads no torch.
+    `refuse`: raises for names that have an error of their own.
     """
     home = {name: module for module, listed in names.items() for name in listed}
 
     def load(name: str) -> Any:
         if name not in home:
+            if refuse is not None:
+                refuse(name)
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(home[name]), name)
         importlib.import_module(package).__dict__[name] = value
@@ -60,6 +63,18 @@ def is_rich_available() -> bool:
 
 def is_wandb_available() -> bool:
     return is_installed("wandb")
+
+
+def is_deepspeed_available() -> bool:
+    return is_installed("deepspeed")
+
+
+def is_liger_kernel_available() -> bool:
+    return is_installed("liger_kernel")
+
+
+def is_vllm_available() -> bool:
+    return is_installed("vllm")
 
 
 def _at_least(package: str, version: str) -> bool:

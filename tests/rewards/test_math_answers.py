@@ -4,7 +4,13 @@ import threading
 
 import pytest
 
-from trl.rewards.math_answers import accuracy_reward, exact_match_reward, reasoning_accuracy_reward, same_answer
+from trl.rewards.math_answers import (
+    accuracy_reward,
+    exact_match_reward,
+    get_cosine_scaled_reward,
+    reasoning_accuracy_reward,
+    same_answer,
+)
 
 pytest.importorskip("math_verify")
 
@@ -49,3 +55,17 @@ def test_reasoning_counts_only_what_follows_the_thoughts():
 
 def test_exact_match():
     assert exact_match_reward(["12 ", "13"], [12, "12"]) == [1.0, 0.0]
+
+
+def test_cosine_scaled_reward():
+    """cos(0) = 1, cos(pi/3) = 1/2, cos(pi/2) = 0, cos(pi) = -1, between the ends 1 and 0.5, or -1 and -0.5."""
+    reward = get_cosine_scaled_reward(max_len=6)
+    right = ["42".rjust(n) for n in (2, 3, 6, 9)]
+    wrong = ["", "43".rjust(2), "43".rjust(3), "43".rjust(6)]
+    assert reward(right, ["42"] * 4) == pytest.approx([0.875, 0.75, 0.5, 0.5])
+    assert reward(wrong, ["42"] * 4) == pytest.approx([-1, -0.875, -0.75, -0.5])
+    assert reward(["42"], [""]) == [None]
+    other = get_cosine_scaled_reward(-10.0, -5.0, 5.0, 10.0, 4)
+    assert other([[{"role": "assistant", "content": "42"}]], solution=["42"], prompts=[""]) == pytest.approx([7.5])
+    with pytest.raises(ValueError, match="max_len=0"):
+        get_cosine_scaled_reward(max_len=0)

@@ -50,6 +50,18 @@ def test_soft_overlong_punishment():
         texts.get_soft_overlong_punishment(10, 11)
 
 
+def test_repetition_penalty_of_other_releases():
+    """`a b a b a`: half of the pairs repeat; three words hold no run of four."""
+    penalty = texts.get_repetition_penalty_reward(2, -1.0)
+    assert penalty(completions=["a b a b a", "a b c"], prompts=["", ""]) == [-0.5, 0]
+    assert penalty([chat("A b a B a")]) == [-0.5]
+    assert texts.get_repetition_penalty_reward(ngram_size=4, max_penalty=-2.0)(["a a a"]) == [0]
+    with pytest.raises(ValueError, match=r"max_penalty=1\.0"):
+        texts.get_repetition_penalty_reward(2, 1.0)
+    with pytest.raises(ValueError, match="ngram_size=0"):
+        texts.get_repetition_penalty_reward(0, -1.0)
+
+
 def test_repetition():
     """`a b a b a`: pairs ab, ba, ab, ba: half of them have been there before."""
     penalty = texts.repetition_penalty(2, most=3.0)

@@ -193,8 +193,6 @@ def test_a_step_raises_the_margin(tmp_path):
         ({"discopop_tau": 0.1}, "discopop_tau: has no effect"),
         ({"ipo_average_log_prob": True}, "average: has no effect"),
         ({"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3: it has no effect"),
-        ({"ref_model_sync_steps": 4}, "ref_model_sync_steps=4: it has no effect without sync_ref_model=True"),
-        ({"ref_model_mixup_alpha": 0.4}, "ref_model_mixup_alpha=0.4: it has no effect"),
         ({"precompute_ref_batch_size": 4}, "precompute_ref_batch_size=4: it has no effect"),
         ({"reference_free": True, "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl': it has no"),
         ({"reference_free": True, "precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: it has no"),
@@ -325,6 +323,14 @@ def test_synchronised_reference_moves(tmp_path):
     assert moved
     with pytest.raises(ValueError, match="sync_ref_model=True: the reference is no model of its own"):
         trainer_of(config(tmp_path, sync_ref_model=True), model=adapted())
+
+
+@pytest.mark.parametrize("asked", [{"ref_model_sync_steps": 4}, {"ref_model_mixup_alpha": 0.4}])
+def test_how_the_reference_moves_where_it_does_not(asked, tmp_path):
+    """A callback that moves it may be added after construction, so training says it."""
+    trainer = trainer_of(config(tmp_path, **asked))
+    with pytest.raises(ValueError, match="it has no effect without sync_ref_model=True or a SyncRefModelCallback"):
+        trainer.train()
 
 
 def test_a_reference_where_none_is_used(tmp_path):

@@ -135,3 +135,24 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
         KTOTrainer(causal_lm(), quantization_config={}, train_dataset=unpaired(), processing_class=tokenizer())
     with pytest.raises(ValueError, match="model: none was given"):
         KTOTrainer(train_dataset=unpaired(), processing_class=tokenizer())
+
+
+def test_bco_is_kto_with_its_loss(tmp_path):
+    """By its config, by plain TrainingArguments and by `loss_type`: one training."""
+    from transformers import TrainingArguments
+
+    from trl import BCOConfig, BCOTrainer
+
+    settings = {**PLAIN, "output_dir": str(tmp_path), "max_steps": 2}
+    common = {"train_dataset": unpaired(), "processing_class": tokenizer()}
+    runs = [
+        BCOTrainer(causal_lm(), args=BCOConfig(**settings, max_length=None), **common),
+        BCOTrainer(causal_lm(), args=TrainingArguments(**settings), **common),
+        KTOTrainer(causal_lm(), args=KTOConfig(**settings, loss_type="bco", max_length=None), **common),
+    ]
+    losses = []
+    for trainer in runs:
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == losses[1] == losses[2]
+    assert runs[1].args.loss_type == "bco"

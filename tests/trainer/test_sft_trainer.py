@@ -230,6 +230,22 @@ def test_older_packing_is_the_constant_length_dataset(tmp_path):
     trainer.train()
 
 
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_older_packing_of_conversations(keys, tmp_path):
+    """Release 0.8-0.11 rendered them by the chat template."""
+    own = word_tokenizer(chat_template="{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}")
+    column = "messages" if keys[0] == "role" else "conversations"
+    talk = [[dict(zip(keys, ("user", "a b"), strict=True)), dict(zip(keys, ("assistant", "c"), strict=True))]]
+    with pytest.warns(UserWarning, match="training your model with `max_steps` strategy"):
+        trainer = trainer_of(
+            plain(tmp_path), datasets.Dataset.from_dict({column: talk * 4}), packing=True, max_seq_length=6,
+            num_of_sequences=2, chars_per_token=100.0, processing_class=own,
+        )  # fmt: skip
+    unknown, eos = own.unk_token_id, own.eos_token_id
+    rows = [[unknown, 4, 5, unknown, 6, eos]] * len(trainer.train_dataset)  # `user a b assistant c`
+    assert [row["input_ids"] for row in trainer.train_dataset] == rows
+
+
 @pytest.mark.filterwarnings("ignore:The dataset reached end")
 def test_a_ready_constant_length_dataset(tmp_path):
     ready = ConstantLengthDataset(tokenizer(), texts(), dataset_text_field="text", seq_length=8)
@@ -426,6 +442,9 @@ def test_eos_pad_and_template_of_the_config(tmp_path):
     assert own.chat_template.startswith("{% for m")
     with pytest.raises(ValueError, match="eos_token='<nothing>': not in the tokenizer's vocabulary"):
         trainer_of(config(tmp_path, eos_token="<nothing>"), processing_class=word_tokenizer())
+    word_tokenizer(chat_template="{{ messages }}").save_pretrained(tmp_path / "other")
+    trainer_of(config(tmp_path, chat_template_path=str(tmp_path / "other")), processing_class=own)
+    assert own.chat_template == "{{ messages }}"
     with pytest.raises(ValueError, match=r"chat_template_path=.*give a file"):
         trainer_of(config(tmp_path, chat_template_path=str(tmp_path / "none")), processing_class=word_tokenizer())
 

@@ -23,7 +23,10 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from trl.legacy import absent
+
 MOVED: dict[str, tuple[str, ...]] = {
+    "chat_template_utils": ("models.chat_setup",),
     "cli.assets": ("quickstart.assets",),
     "cli.intervals": ("quickstart.intervals",),
     "cli.language_model": ("quickstart.language_model",),
@@ -44,6 +47,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "data.mapping": ("data.row_job", "data.tokenize"),
     "data.pairs": ("legacy.dpo", "data.batches"),
     "data.truncation": ("data.encode",),
+    "data_utils": ("data.formats", "data.packed_dataset"),
     "environment.answer_renderer": ("environment.chat_environment",),
     "environment.own_environment": ("environment.episodes",),
     "environment.plain_generate": ("generation.plain_generate",),
@@ -51,6 +55,16 @@ MOVED: dict[str, tuple[str, ...]] = {
     "environment.stopping": ("generation.stopping",),
     "environment.tool_text": ("environment.tool_calls",),
     "environment.turn_loop": ("environment.episodes",),
+    "experimental.bco": ("trainer.kto_trainer",),
+    "experimental.cpo": ("trainer.dpo_trainer",),
+    "experimental.distillation": ("trainer.distillation_trainer",),
+    "experimental.gkd": ("trainer.distillation_trainer",),
+    "experimental.gspo_token": ("trainer.grpo_trainer",),
+    "experimental.kto": ("trainer.kto_trainer",),
+    "experimental.online_dpo": ("trainer.online_dpo_trainer",),
+    "experimental.orpo": ("trainer.dpo_trainer",),
+    "experimental.ppo": ("trainer.ppo_trainer", "models.modeling_value_head", "models.modeling_base"),
+    "experimental.prm": ("trainer.prm_trainer",),
     "generation.choose": ("generation.local",),
     "generation.sampling_mode": ("models.unwrap",),
     "losses.reference_free": ("losses.preference",),
@@ -66,45 +80,62 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.rotary": ("kernels.layers",),
     "models.stand_in": ("kernels.layers",),
     "models.tree_attention": ("kernels.tree_attention",),
+    "models.utils": ("models.chat_setup", "models.modeling_base", "models.prepare", "models.unwrap"),
     "models.wrapped": ("models.forward", "models.prepare"),
     "rewards.pairwise": ("rewards.named",),
     "scripts.utils": ("scripts.parser", "scripts.data_config", "scripts.model_config"),
-    "trainer.ddpo_files": ("trainer.ddpo_setup",),
     "trainer.adaptive_entropy": ("trainer.grpo_trainer",),
+    "trainer.base_config": ("trainer.configuration",),
+    "trainer.base_trainer": ("trainer.objective",),
+    "trainer.bco_config": ("trainer.kto_trainer",),
+    "trainer.bco_trainer": ("trainer.kto_trainer",),
+    "trainer.cpo_config": ("trainer.dpo_trainer",),
+    "trainer.cpo_trainer": ("trainer.dpo_trainer",),
+    "trainer.ddpo_files": ("trainer.ddpo_setup",),
+    "trainer.distillation_config": ("trainer.distillation_trainer",),
     "trainer.dpo_config": ("trainer.dpo_trainer", "trainer.pair_trainer"),
     "trainer.dpo_padded": ("legacy.dpo",),
     "trainer.environment_rollouts": ("rollout.source", "rollout.rewards"),
     "trainer.eval_samples": ("trainer.pair_trainer",),
     "trainer.experience": ("rollout.measure",),
+    "trainer.gkd_config": ("trainer.distillation_trainer",),
+    "trainer.gkd_trainer": ("trainer.distillation_trainer",),
+    "trainer.grpo_config": ("trainer.grpo_trainer", "trainer.rloo_trainer", "trainer.on_policy"),
     "trainer.heap": ("kernels.step_memory",),
     "trainer.kto_config": ("trainer.kto_trainer",),
     "trainer.model_config": ("scripts.model_config",),
+    "trainer.online_dpo_config": ("trainer.online_dpo_trainer",),
+    "trainer.orpo_config": ("trainer.dpo_trainer",),
+    "trainer.orpo_trainer": ("trainer.dpo_trainer",),
     "trainer.ppo_checkpoint": ("trainer.checkpoints",),
+    "trainer.ppo_config": ("trainer.ppo_trainer",),
+    "trainer.ppo_environment": ("trainer.ppo_trainer",),
     "trainer.ppo_generation": ("generation.plain_generate", "generation.stopping"),
+    "trainer.ppo_inputs": ("trainer.ppo_trainer", "legacy.ppo_padded"),
+    "trainer.ppo_loop": ("trainer.ppo_trainer", "rollout.prompts", "rollout.rewards"),
+    "trainer.ppo_objective": ("trainer.ppo_trainer",),
     "trainer.ppo_padded": ("legacy.ppo_padded",),
+    "trainer.ppo_setup": ("trainer.ppo_trainer",),
     "trainer.preference_config": ("trainer.configuration", "trainer.references"),
     "trainer.prm_config": ("trainer.prm_trainer",),
     "trainer.prompt_stream": ("rollout.prompts",),
     "trainer.reward_config": ("trainer.reward_trainer",),
     "trainer.reward_shift": ("trainer.statistics",),
+    "trainer.rloo_config": ("trainer.rloo_trainer", "trainer.on_policy"),
+    "trainer.rollout_config": ("trainer.rollout_trainer",),
     "trainer.rollout_report": ("rollout.report",),
     "trainer.rollout_rewards": ("rollout.rewards", "rollout.collector"),
-    "trainer.grpo_config": ("trainer.grpo_trainer", "trainer.rloo_trainer", "trainer.on_policy"),
-    "trainer.ppo_config": ("trainer.ppo_trainer",),
-    "trainer.ppo_environment": ("trainer.ppo_trainer",),
-    "trainer.ppo_inputs": ("trainer.ppo_trainer", "legacy.ppo_padded"),
-    "trainer.ppo_loop": ("trainer.ppo_trainer", "rollout.prompts", "rollout.rewards"),
-    "trainer.ppo_objective": ("trainer.ppo_trainer",),
-    "trainer.ppo_setup": ("trainer.ppo_trainer",),
-    "trainer.rollout_config": ("trainer.rollout_trainer",),
     "trainer.rollouts": ("rollout.experience",),
     "trainer.sft_config": ("trainer.sft_trainer",),
     "trainer.sft_data": ("trainer.sft_trainer",),
     "trainer.training_configs": ("trainer.reward_trainer",),
 }
-"""path below `trl` before -> where its names live now, looked through in this order"""
+"""path below `trl` before, or in other releases -> where its names live now, looked through in this order"""
 
 RENAMED: dict[str, str] = {
+    "BaseTrainer": "ObjectiveTrainer",
+    "_BaseConfig": "PostTrainingConfig",
+    "_BaseTrainer": "ObjectiveTrainer",
     "base_model": "below_peft",
     "only_at": "computed_at",
     "stand_in": "swapped_forward",
@@ -124,12 +155,14 @@ class Window(ModuleType):
             raise AttributeError(name)
         if name == "__all__":
             return dir(self)
+        absent.refuse(name)
         homes = _homes(self.__name__)
         for home in homes:
             found = _home(home, self.__name__)
             if hasattr(found, RENAMED.get(name, name)):
                 return getattr(found, RENAMED.get(name, name))
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; it reads {', '.join(homes)}")
+        reads = f"it reads {', '.join(homes)}" if homes else "it is a folder of windows"
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; {reads}")
 
     def __dir__(self) -> list[str]:
         found = [_home(home, self.__name__) for home in _homes(self.__name__)]
@@ -183,6 +216,8 @@ class _Room(FileFinder):
         below = fullname.removeprefix("trl.")
         if spec is not None and spec.loader is not None:
             return spec
+        if fullname in absent.MODULES:
+            raise absent.refusal(fullname, absent.MODULES[fullname])
         if below in _packages():
             found = ModuleSpec(fullname, _Opener(), is_package=True)  # type: ignore[arg-type]
             found.submodule_search_locations = [os.path.join(self.path, below.rpartition(".")[2])]
@@ -191,8 +226,9 @@ class _Room(FileFinder):
 
 
 def _packages() -> set[str]:
-    """The packages that hold windows, below `trl`."""
-    return {key.rpartition(".")[0] for key in (*MOVED, *IN_EXAMPLES)} - {""}
+    """The packages that hold windows or lack a module, below `trl`."""
+    lacking = (module.removeprefix("trl.") for module in absent.MODULES)
+    return {key.rpartition(".")[0] for key in (*MOVED, *IN_EXAMPLES, *lacking)} - {""}
 
 
 def open_windows(root: str) -> None:

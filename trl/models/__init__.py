@@ -3,6 +3,9 @@
 from trl.import_utils import is_diffusers_available, lazy_names
 
 _names = {
+    "trl.models.chat_setup": [
+        "SIMPLE_CHAT_TEMPLATE", "clone_chat_template", "setup_chat_format", "unwrap_model_for_generation",
+    ],
     "trl.models.modeling_base": ["PreTrainedModelWrapper", "create_reference_model"],
     "trl.models.modeling_value_head": [
         "SUPPORTED_ARCHITECTURES", "AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead",

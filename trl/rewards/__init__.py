@@ -3,14 +3,16 @@
 from trl.import_utils import lazy_names
 
 _names = {
-    "trl.rewards.math_answers": ["accuracy_reward", "exact_match_reward", "reasoning_accuracy_reward"],
+    "trl.rewards.math_answers": [
+        "accuracy_reward", "exact_match_reward", "get_cosine_scaled_reward", "reasoning_accuracy_reward",
+    ],
     "trl.rewards.named": ["REWARDS", "reward_named"],
     "trl.rewards.panel": ["RewardError", "RewardPanel"],
     "trl.rewards.reward_model": ["RewardModel"],
     "trl.rewards.sentiment": ["sentiment_reward"],
     "trl.rewards.texts": [
-        "get_soft_overlong_punishment", "length_penalty", "pattern_reward", "repetition_penalty",
-        "think_answer_format_reward", "think_format_reward",
+        "get_repetition_penalty_reward", "get_soft_overlong_punishment", "length_penalty", "pattern_reward",
+        "repetition_penalty", "think_answer_format_reward", "think_format_reward",
     ],
 }  # fmt: skip
 

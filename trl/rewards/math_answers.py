@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -51,3 +52,35 @@ def reasoning_accuracy_reward(
 def exact_match_reward(completions: Sequence[Completion], solution: Sequence[str], **columns: Any) -> list[float]:
     """1 where the completion equals the row's `solution` apart from white space around both; else 0."""
     return [float(text_of(c).strip() == str(s).strip()) for c, s in zip(completions, solution, strict=True)]
+
+
+def get_cosine_scaled_reward(
+    min_value_wrong: float = -1.0,
+    max_value_wrong: float = -0.5,
+    min_value_correct: float = 0.5,
+    max_value_correct: float = 1.0,
+    max_len: int = 1000,
+) -> Callable[..., list[float | None]]:
+    """A reward function on the row's `solution`: a short right answer is worth more, a short wrong one less.
+
+    The cosine reward of arXiv:2502.03373, from length 0 (`max_value_correct`, `min_value_wrong`) to `max_len`
+    (`min_value_correct`, `max_value_wrong`), where it stays. Lengths are those of the texts in characters. None where
+    the solution cannot be parsed.
+    """
+    if max_len < 1:
+        raise ValueError(f"max_len={max_len}: give a number of characters >= 1")
+
+    def cosine_scaled_reward(
+        completions: Sequence[Completion], solution: Sequence[str], **columns: Any
+    ) -> list[float | None]:
+        def scaled(text: str, right: float | None) -> float | None:
+            if right is None:
+                return None
+            start, end = (max_value_correct, min_value_correct) if right else (min_value_wrong, max_value_wrong)
+            angle = math.pi * min(len(text) / max_len, 1.0)
+            return end + 0.5 * (start - end) * (1.0 + math.cos(angle))
+
+        texts = [text_of(completion) for completion in completions]
+        return [scaled(text, right) for text, right in zip(texts, accuracy_reward(texts, solution), strict=True)]
+
+    return cosine_scaled_reward

@@ -79,3 +79,17 @@ def repetition_penalty(size: int = 3, most: float = 1.0) -> Reward:
         return [-most * repeated_share(text_of(completion).lower().split(), size) for completion in completions]
 
     return repetition
+
+
+def get_repetition_penalty_reward(ngram_size: int, max_penalty: float) -> Reward:
+    """A reward function: `max_penalty`, at most 0, times the share of runs of words that repeat an earlier run.
+
+    The N-gram penalty of arXiv:2502.03373. A text shorter than `ngram_size` words has reward 0.
+    """
+    if max_penalty > 0:
+        raise ValueError(f"max_penalty={max_penalty}: it is added to the reward; give a number of at most 0")
+    if ngram_size < 1:
+        raise ValueError(f"ngram_size={ngram_size}: give a number of words >= 1")
+    penalty = repetition_penalty(ngram_size, -max_penalty)
+    penalty.__name__ = "repetition_penalty_reward"
+    return penalty

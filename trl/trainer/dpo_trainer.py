@@ -20,7 +20,7 @@ from trl.models.reference import Reference
 from trl.models.scoring import score
 from trl.trainer.configuration import as_config, choose, older_style, refuse_unused, require, with_keywords
 from trl.trainer.pair_trainer import PairConfig, PairTrainer
-from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_reference
+from trl.trainer.references import ReferenceColumns, ReferenceConfig, follows, make_reference
 
 WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo")
 """losses that have other trainers"""
@@ -203,7 +203,7 @@ class DPOTrainer(PairTrainer):
         return self.reference.frozen
 
     def extra_state(self) -> dict[str, Any]:
-        moved = {"reference": self.reference.state()} if self.args.sync_ref_model else {}
+        moved = {"reference": self.reference.state()} if follows(self) else {}
         return {**super().extra_state(), **moved}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, as_config, choose, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import answer_limits, each_dataset, prepare, refuse_collator
-from trl.trainer.references import ReferenceColumns, ReferenceConfig, make_reference
+from trl.trainer.references import ReferenceColumns, ReferenceConfig, follows, make_reference
 from trl.trainer.statistics import RewardShift
 
 REFERENCE_COLUMNS = ("reference_logps", "reference_kl_logps")
@@ -49,6 +49,14 @@ class KTOConfig(PreferenceConfig, ReferenceConfig):
         choose(self, "loss_type", UNPAIRED_LOSSES)
         for name in ("desirable_weight", "undesirable_weight"):
             require(self, name, getattr(self, name) >= 0, "give a number >= 0")
+
+
+@dataclass
+class BCOConfig(KTOConfig):
+    """`KTOConfig` with the binary classifier objective."""
+
+    loss_type: str = field(default="bco")
+    """kto, bco or apo_zero_unpaired"""
 
 
 def with_mismatched(dataset: Any, name: str) -> Any:
@@ -96,6 +104,8 @@ class KTOTrainer(ObjectiveTrainer):
     """
 
     _tag_names = ("trl", "kto")
+    config_class: type[KTOConfig] = KTOConfig
+    """makes the config where `args` are plain TrainingArguments, or none"""
 
     def __init__(
         self,
@@ -119,7 +129,7 @@ class KTOTrainer(ObjectiveTrainer):
         refuse_collator(self, data_collator)
         if compute_metrics is not None:
             raise ValueError("compute_metrics: completions without a pair give nothing to compare; leave it out")
-        config = as_config(args, KTOConfig)
+        config = as_config(args, self.config_class)
         model, model_init, tokenizer = prepare(
             self,
             model,
@@ -179,7 +189,7 @@ class KTOTrainer(ObjectiveTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Collective: rewards that wait for the next step are taken into the mean of all ranks."""
-        moved = {"reference": self.reference.state()} if self.args.sync_ref_model else {}
+        moved = {"reference": self.reference.state()} if follows(self) else {}
         if self.shift is None:
             return moved
         self.shift.close_step(self.accelerator)
@@ -257,3 +267,10 @@ class KTOTrainer(ObjectiveTrainer):
         if self.args.loss_type == "kto":
             result.metrics["kl"] = (batch["kl"] * len(log_ratio_B), len(log_ratio_B))
         return result
+
+
+class BCOTrainer(KTOTrainer):
+    """`KTOTrainer` with `loss_type="bco"`: binary classifier optimisation (arXiv:2404.04656)."""
+
+    _tag_names = ("trl", "bco")
+    config_class = BCOConfig

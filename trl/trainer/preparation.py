@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from trl.data.encode import Limits
+from trl.models.chat_setup import template_at
 from trl.models.prepare import (
     align_special_tokens,
     check_vocabulary,
@@ -55,12 +55,7 @@ def apply_token_settings(
             raise ValueError(f"{name}={token!r}: not in the tokenizer's vocabulary; add it there or choose another")
         setattr(tokenizer, name, token)
     if chat_template_path is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(
-                f"chat_template_path={chat_template_path!r}: {error.strerror}; give a file with a Jinja template"
-            ) from error
+        tokenizer.chat_template = template_at(chat_template_path)
 
 
 def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) -> Any:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCal
 from trl.models.forward import eval_no_grad, rows_padded
 from trl.models.prepare import disable_dropout_in_model, is_peft_model, load_model
 from trl.models.reference import Reference
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer
 
@@ -47,8 +48,6 @@ class ReferenceConfig(OfflineConfig):
         super().validate()
         require(self, "ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "give a share in (0, 1]")
         require(self, "ref_model_sync_steps", self.ref_model_sync_steps > 0, "give a number of steps > 0")
-        sync = ("ref_model_mixup_alpha", "ref_model_sync_steps")
-        refuse_unused(self, sync, self.sync_ref_model, "sync_ref_model=True")
         batch, precomputes = self.precompute_ref_batch_size, self.precompute_ref_log_probs
         require(self, "precompute_ref_batch_size", batch is None or batch > 0, "give a number of rows > 0, or None")
         refuse_unused(self, ("precompute_ref_batch_size",), precomputes, "precompute_ref_log_probs=True")
@@ -66,6 +65,18 @@ class SyncReference(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0:
             self.reference.sync(self.alpha)
+
+
+def follows(trainer: ObjectiveTrainer) -> bool:
+    """Whether the reference moves, by the config or by a `SyncRefModelCallback`."""
+    added = any(isinstance(callback, SyncRefModelCallback) for callback in trainer.callback_handler.callbacks)
+    return bool(trainer.args.sync_ref_model) or added
+
+
+def check_sync(trainer: ObjectiveTrainer) -> None:
+    """ValueError where the config says how the reference moves, and nothing moves it; callbacks come late."""
+    sync = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+    refuse_unused(trainer.args, sync, follows(trainer), "sync_ref_model=True or a SyncRefModelCallback")
 
 
 def make_reference(
@@ -132,6 +143,7 @@ class ReferenceColumns:
 
     def fill(self) -> None:
         """Give every data set of the trainer its columns."""
+        check_sync(self.trainer)
         if not self.trainer.args.precompute_ref_log_probs:
             return
         trainer = self.trainer

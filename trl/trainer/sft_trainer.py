@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.batches import rows_of_padded, sequence_trees
+from trl.data.chat import ChatTemplate, read_tools
 from trl.data.encode import TRUNCATION_MODES, Limits
-from trl.data.formats import column_names
+from trl.data.formats import column_names, maybe_convert_to_chatml
 from trl.data.packed_dataset import pack_dataset
 from trl.data.packing import pack
+from trl.data.row_job import messages_of
 from trl.data.supervised_rows import SupervisedJob, supervised_row
 from trl.data.tokenize import has_rows, tokenize
 from trl.generation.stopping import end_tokens
@@ -202,8 +204,23 @@ class SupervisedData:
                 f"`formatting_func` argument. (columns of the {name} data: {', '.join(column_names(dataset, name))})"
             )
 
+    def _rendered(self, columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str] | None:
+        """Makes the text of a conversation by the chat template; None where no column holds conversations."""
+        column = next((name for name in ("messages", "conversations", "conversation") if name in columns), None)
+        if column is None:
+            return None
+        template = ChatTemplate(self.tokenizer, ends=self.ends)
+
+        def text_of(row: Mapping[str, Any]) -> str:
+            said = messages_of(maybe_convert_to_chatml({"messages": row[column]}), "messages")
+            return template.of_row(row).render(said, read_tools(row.get("tools")))
+
+        return text_of
+
     def _constant_length(self, dataset: Any, name: str) -> Any:
         func, columns = self.formatting_func, column_names(dataset, name)
+        if func is None and self.config.dataset_text_field not in columns:
+            func = self._rendered(columns)
         if func is None and self.config.dataset_text_field not in columns:
             raise ValueError(
                 "You need to pass a `dataset_text_field` or `formatting_func` argument to the SFTTrainer if you want "

@@ -1,0 +1,198 @@
+"""Callbacks that scripts add: completions, progress, moving references, averages of the weights."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conformity import causal_lm, pairs, texts, tokenizer
+from datasets import Dataset
+from dpo_cases import PLAIN, config, trainer_of
+from tokenizers_for_tests import CHATML, byte_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerControl, TrainerState
+
+from trl import (
+    BEMACallback,
+    LogCompletionsCallback,
+    RichProgressCallback,
+    SFTConfig,
+    SFTTrainer,
+    SyncRefModelCallback,
+)
+from trl.trainer.callbacks import prompts_of
+
+# -- the reference moves ----------------------------------------------------------------------
+
+
+def test_a_reference_follows_by_hand():
+    policy, reference = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    policy.weight.data.fill_(10.0)
+    reference.weight.data.fill_(0.0)
+    callback = SyncRefModelCallback(reference)
+    args = SimpleNamespace(ref_model_sync_steps=2, ref_model_mixup_alpha=0.3)
+    seen = []
+    for step in range(1, 5):
+        callback.on_step_end(args, TrainerState(global_step=step), TrainerControl(), model=policy)
+        seen.append(reference.weight.item())
+    assert seen == pytest.approx([0, 3, 3, 3 + 0.3 * 7])
+    assert not reference.weight.requires_grad
+    with pytest.raises(ValueError, match="ref_model: None cannot move"):
+        SyncRefModelCallback(None)
+    with pytest.raises(ValueError, match="ref_model_sync_steps: SyncRefModelCallback reads it from the config"):
+        callback.on_step_end(SimpleNamespace(), TrainerState(), TrainerControl(), model=policy)
+
+
+def test_the_callback_does_what_the_setting_does(tmp_path):
+    asked = {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25, "max_steps": 3}
+    by_setting = trainer_of(config(tmp_path, sync_ref_model=True, **asked))
+    by_callback = trainer_of(config(tmp_path, **asked))
+    by_callback.add_callback(SyncRefModelCallback(by_callback.ref_model, by_callback.accelerator))
+    for trainer in (by_setting, by_callback):
+        trainer.train()
+        assert "reference" in trainer.extra_state()  # a checkpoint holds what has moved
+    moved = by_callback.ref_model.state_dict()
+    assert all(torch.equal(value, moved[name]) for name, value in by_setting.ref_model.state_dict().items())
+
+
+# -- averages ---------------------------------------------------------------------------------
+
+
+def test_bema_by_hand(tmp_path):
+    """lag 1, multiplier 3: ages 1 + 3 t. Both powers 1/2; weights 0, then 4, 8, ... at steps 1, 2, ..."""
+    model = nn.Linear(1, 1, bias=False)
+    callback = BEMACallback(update_freq=1, ema_power=0.5, bias_power=0.5, lag=1, multiplier=3.0)
+    model.weight.data.zero_()
+    callback.on_train_begin(None, TrainerState(), TrainerControl(), model=model)
+    average = 0.0
+    for step in (1, 2, 3):
+        model.weight.data.fill_(4.0 * step)
+        callback.on_step_end(None, TrainerState(global_step=step), TrainerControl(), model=model)
+        share = (1 + 3 * step) ** -0.5
+        average += share * (4 * step - average)
+        assert float(callback.weights["weight"]) == pytest.approx(average + share * 4 * step)
+    assert average == pytest.approx(2 + 6 / 7**0.5 + (12 - 2 - 6 / 7**0.5) / 10**0.5)  # the first share is 1/2
+    with callback.averaged(model):
+        assert model.weight.item() == pytest.approx(float(callback.weights["weight"]))
+    assert model.weight.item() == 12
+
+
+def run_bema(weights, **settings):
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.zero_()
+    callback = BEMACallback(**settings)
+    callback.on_train_begin(None, TrainerState(), TrainerControl(), model=model)
+    for step, weight in enumerate(weights, start=1):
+        model.weight.data.fill_(weight)
+        callback.on_step_end(None, TrainerState(global_step=step), TrainerControl(), model=model)
+    return float(callback.weights["weight"])
+
+
+def test_bema_s_settings():
+    assert run_bema([5.0, 7.0], update_freq=1, ema_power=0.0, bias_power=0.0) == 7  # each share is 1: no average
+    assert run_bema([5.0, 7.0], update_freq=3) == 0  # no update yet
+    assert run_bema([5.0, 7.0], update_freq=1, update_after=2) == 7  # training has begun to count there
+    assert run_bema([5.0], update_freq=1, ema_power=9.0, bias_power=0.0, min_ema_multiplier=0.5) == 2.5
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    callback = BEMACallback()
+    callback.on_train_begin(None, TrainerState(), TrainerControl(), model=frozen)
+    assert callback.weights == {}
+    for wrong, words in (({"update_freq": 0}, "update_freq=0"), ({"lag": 0, "multiplier": 0.0}, "lag=0, multiplier=0")):
+        with pytest.raises(ValueError, match=words):
+            BEMACallback(**wrong)
+
+
+def test_bema_is_saved(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), **PLAIN | {"max_steps": 2})
+    callback = BEMACallback(update_freq=1)
+    model = causal_lm()
+    trainer = SFTTrainer(model, args, train_dataset=texts(), processing_class=tokenizer(), callbacks=[callback])
+    trainer.train()
+    saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "bema").named_parameters())
+    assert (tmp_path / "bema" / "tokenizer_config.json").exists()
+    assert all(torch.allclose(saved[name], value) for name, value in callback.weights.items())
+    own = dict(model.named_parameters())
+    assert any(not torch.equal(saved[name], value) for name, value in own.items())
+
+
+# -- completions ------------------------------------------------------------------------------
+
+GREEDY = GenerationConfig(max_new_tokens=3, do_sample=False)
+
+
+def test_completions_of_evaluation_prompts(tmp_path, capsys):
+    trainer = trainer_of(config(tmp_path, max_steps=4, report_to="none"), eval_dataset=pairs())
+    callback = LogCompletionsCallback(trainer, GREEDY, num_prompts=2, freq=2)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert [row[0] for row in callback.table] == [2, 2, 4, 4]
+    assert [row[1] for row in callback.table[:2]] == [prompt.strip() for prompt in pairs()["prompt"][:2]]
+    ids = torch.tensor([trainer.eval_dataset[1]["prompt_ids"]])
+    with torch.no_grad():
+        own = trainer.model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY)
+    text = tokenizer().decode(own[0, ids.shape[1] :], skip_special_tokens=True)
+    assert callback.table[3][2] == text
+    assert "completions" in capsys.readouterr().out
+
+
+def test_completions_change_nothing_else(tmp_path):
+    def weights(log):
+        trainer = trainer_of(config(tmp_path, max_steps=2), eval_dataset=pairs())
+        if log:
+            trainer.add_callback(LogCompletionsCallback(trainer, num_prompts=1, freq=1))
+        trainer.train()
+        return trainer.model.state_dict()
+
+    with_log = weights(True)
+    assert all(torch.equal(value, with_log[name]) for name, value in weights(False).items())
+
+
+def test_completions_where_they_cannot_be(tmp_path):
+    trainer = trainer_of(config(tmp_path))
+    with pytest.raises(ValueError, match="it has no eval_dataset"):
+        LogCompletionsCallback(trainer)
+    trainer = trainer_of(config(tmp_path), eval_dataset=pairs())
+    with pytest.raises(ValueError, match="num_prompts=0"):
+        LogCompletionsCallback(trainer, num_prompts=0)
+    trainer.add_callback(LogCompletionsCallback(trainer))
+    with pytest.raises(ValueError, match="freq=None: the config has no eval_steps"):
+        trainer.train()
+    trainer = trainer_of(config(tmp_path), eval_dataset=pairs())
+    trainer.add_callback(LogCompletionsCallback(trainer, GenerationConfig(num_beams=2), freq=1))
+    with pytest.raises(ValueError, match="generation_config: a setting of it is none of sampling"):
+        trainer.train()
+
+
+def test_prompts_of_rows():
+    words = tokenizer()
+    rows = [{"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}, {"prompt_ids": [4, 5]}, {"prompt": "a b"}]
+    assert prompts_of(rows, words, None) == [[5, 6], [4, 5], words("a b")["input_ids"]]
+    assert prompts_of({"first": rows[1:]}, words, 1) == [[4, 5]]
+    chat = byte_tokenizer(CHATML)
+    talk = Dataset.from_list([{"prompt": [{"role": "user", "content": "hi"}]}])
+    (ids,) = prompts_of(talk, chat, None)
+    assert chat.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ValueError, match=r"eval_dataset: a row with the columns .*'loss_mask'.* has no prompt"):
+        prompts_of([{"input_ids": [5, 6], "loss_mask": [0, 1]}], words, None)
+
+
+# -- progress ---------------------------------------------------------------------------------
+
+
+def test_progress_in_the_terminal(tmp_path, capsys):
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_of(config(tmp_path, **settings), eval_dataset=pairs(), callbacks=[RichProgressCallback])
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert "training" in shown
+    assert "2/2" in shown
+    assert "step 2: loss" in shown
+    assert "eval_loss" in shown
+
+
+def test_other_processes_show_nothing(capsys):
+    callback = RichProgressCallback()
+    state = TrainerState(max_steps=3, is_world_process_zero=False)
+    for event in ("on_train_begin", "on_step_end", "on_prediction_step", "on_evaluate", "on_log", "on_train_end"):
+        getattr(callback, event)(None, state, TrainerControl(), logs={"loss": 1.0})
+    assert callback.progress is None
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,308 @@
+"""Callbacks that scripts add to a trainer: completions in a table, a progress bar, moving references and averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl.data.chat import ChatTemplate
+from trl.data.formats import is_conversational
+from trl.generation import make_sampler
+from trl.generation.generate_kwargs import sampling_params
+from trl.models.forward import eval_no_grad
+from trl.models.reference import Reference
+from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
+
+
+class SyncRefModelCallback(TrainerCallback):
+    """TR-DPO (arXiv:2404.09656): moves a reference model towards the policy every `args.ref_model_sync_steps` steps.
+
+    By `args.ref_model_mixup_alpha`, the share of the policy. `accelerator`: unwraps the policy, where it is given.
+    """
+
+    def __init__(self, ref_model: nn.Module, accelerator: Accelerator | None = None):
+        if ref_model is None:
+            raise ValueError("ref_model: None cannot move; give the trainer a reference model of its own")
+        self.ref_model, self.accelerator = ref_model, accelerator
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for name in ("ref_model_sync_steps", "ref_model_mixup_alpha"):
+            if not hasattr(args, name):
+                raise ValueError(f"{name}: SyncRefModelCallback reads it from the config, and yours has no such field")
+        if state.global_step % args.ref_model_sync_steps == 0:
+            policy = kwargs["model"]
+            policy = policy if self.accelerator is None else self.accelerator.unwrap_model(policy)
+            self.sync_target_model(policy, self.ref_model, args.ref_model_mixup_alpha)
+
+    @staticmethod
+    def sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
+        """The target becomes alpha * model + (1 - alpha) * target."""
+        Reference(model, target_model).sync(alpha)
+
+
+class RichProgressCallback(TrainerCallback):
+    """Shows in the terminal how far training and its evaluations are, and what is logged; on the first process only."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+        self._bars: dict[str, TaskID] = {}
+
+    def _advance(self, name: str, total: int | None, to: int | None = None) -> None:
+        """Move a bar, which is made when it is first moved, to a place or by one."""
+        if self.progress is None:
+            return
+        if name not in self._bars:
+            self._bars[name] = self.progress.add_task(name, total=total)
+        if to is None:
+            self.progress.advance(self._bars[name])
+        else:
+            self.progress.update(self._bars[name], completed=to)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress, self._bars = (
+            Progress(*columns, console=Console()),
+            {},
+        )  # an own one: a failed run may hold another
+        self.progress.start()
+        self._advance("training", state.max_steps, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._advance("training", state.max_steps, state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        loader: Any = kwargs.get("eval_dataloader")
+        self._advance("evaluation", len(loader) if hasattr(loader, "__len__") else None)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress is not None and "evaluation" in self._bars:
+            self.progress.remove_task(self._bars.pop("evaluation"))
+
+    on_predict = on_evaluate
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress is not None:
+            logs = {name: value for name, value in (kwargs.get("logs") or {}).items() if name != "total_flos"}
+            text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items())
+            self.progress.console.print(f"step {state.global_step}: {text}", markup=False, highlight=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress, self._bars = None, {}
+
+
+class LogCompletionsCallback(TrainerCallback):
+    """Samples completions of evaluation prompts and logs them as a table `completions`.
+
+    To Weights & Biases and to Comet where the config reports there; to the terminal where it reports to neither.
+    generation_config: as for `generate`; None: the model's own. num_prompts: the first so many prompts; None: all.
+    freq: optimizer steps between two tables; None: `eval_steps`.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        generation_config: GenerationConfig | None = None,
+        num_prompts: int | None = None,
+        freq: int | None = None,
+    ):
+        if trainer.eval_dataset is None:
+            raise ValueError("trainer: it has no eval_dataset, whose prompts are completed; give it one")
+        for name, value in (("num_prompts", num_prompts), ("freq", freq)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give a number >= 1, or None")
+        self.trainer, self.generation_config, self.num_prompts, self.freq = (
+            trainer, generation_config, num_prompts, freq
+        )  # fmt: skip
+        self.table: list[tuple[int, str, str]] = []
+        """step, prompt and completion of all rows so far"""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.freq is None and not args.eval_steps:  # the state's own default is a number
+            raise ValueError("freq=None: the config has no eval_steps; say after how many steps completions are logged")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % int(self.freq or state.eval_steps) == 0:
+            rows = self._completed(state.global_step)
+            self.table += rows
+            if state.is_world_process_zero:
+                self._show(rows, args.report_to)
+
+    def _completed(self, step: int) -> list[tuple[int, str, str]]:
+        """Step, prompt and completion of each prompt. Every process samples all, as a sharded model needs."""
+        trainer = self.trainer
+        tokenizer = trainer.processing_class
+        prompts = prompts_of(trainer.eval_dataset, tokenizer, self.num_prompts)
+        asked = {} if self.generation_config is None else {"generation_config": self.generation_config}
+        model = below_accelerate(trainer.model)
+        params = sampling_params(model, asked, seed=int(trainer.args.seed) + step)
+        if params is None:
+            raise ValueError(
+                "generation_config: a setting of it is none of sampling (beams, penalties of n-grams); use do_sample, "
+                "temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens and min_new_tokens"
+            )
+        with eval_no_grad(model):
+            groups = make_sampler(model, tokenizer).sample(prompts, params)
+        texts = tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
+        asked_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        return [(step, *row) for row in zip(asked_texts, texts, strict=True)]
+
+    def _show(self, rows: Sequence[tuple[int, str, str]], report_to: Sequence[str]) -> None:
+        columns = ["step", "prompt", "completion"]
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"completions": wandb.Table(columns=columns, data=[list(row) for row in self.table])})
+        if "comet_ml" in report_to:
+            import comet_ml
+
+            if (experiment := comet_ml.get_running_experiment()) is not None:
+                experiment.log_table("completions.csv", tabular_data=self.table, headers=columns)
+        if not {"wandb", "comet_ml"} & set(report_to):
+            table = Table(*columns, title="completions", show_lines=True)
+            for row in rows:
+                table.add_row(*map(str, row))
+            Console().print(table, markup=False)
+
+
+def prompts_of(dataset: Any, tokenizer: Any, most: int | None) -> list[list[int]]:
+    """The ids of the first prompts of an evaluation set, of the first one of several; ValueError where it has none."""
+    rows = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    prompts: list[list[int]] = []
+    for row in rows:
+        if most is not None and len(prompts) == most:
+            break
+        prompts.append(_prompt_of(row, tokenizer))
+    return prompts
+
+
+def _prompt_of(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    if row.get("prompt_ids") is not None:
+        return list(row["prompt_ids"])
+    if row.get("prompt") is not None:
+        if is_conversational(row):
+            return list(tokenizer(ChatTemplate(tokenizer).prompt(row["prompt"]), add_special_tokens=False)["input_ids"])
+        return list(tokenizer(row["prompt"])["input_ids"])
+    start = next((i for i, learned in enumerate(row.get("loss_mask", ())) if learned), 0)
+    if start <= 1:  # no prompt that a completion follows; the first token is never learned
+        raise ValueError(
+            f"eval_dataset: a row with the columns {sorted(row)} has no prompt; LogCompletionsCallback completes rows "
+            "with `prompt`"
+        )
+    return list(row["input_ids"][:start])
+
+
+class BEMACallback(TrainerCallback):
+    """Keeps a bias-corrected moving average of the trained weights (BEMA, arXiv:2508.00180).
+
+    At step t, a multiple of `update_freq` beyond `update_after`, with theta_0 the weights at `update_after`:
+
+        beta_t = max((lag + multiplier * t)^-ema_power, min_ema_multiplier)
+        average = (1 - beta_t) * average + beta_t * theta_t
+        alpha_t = (lag + multiplier * t)^-bias_power, or 0 for bias_power = 0
+        weights = average + alpha_t * (theta_t - theta_0)
+
+    When training ends, a model with these weights is in `output_dir/bema`. `device` holds them. A run that resumes from
+    a checkpoint begins a new average.
+    """
+
+    def __init__(
+        self,
+        update_freq: int = 400,
+        ema_power: float = 0.5,
+        bias_power: float = 0.2,
+        lag: int = 10,
+        update_after: int = 0,
+        multiplier: float = 1.0,
+        min_ema_multiplier: float = 0.0,
+        device: str = "cpu",
+    ):
+        if update_freq < 1:
+            raise ValueError(f"update_freq={update_freq}: give a number of steps >= 1")
+        if lag + multiplier * (update_after + 1) <= 0:
+            raise ValueError(f"lag={lag}, multiplier={multiplier}: powers of their sum are taken; give one above 0")
+        self.update_freq, self.update_after, self.device = update_freq, update_after, device
+        self.ema_power, self.bias_power = ema_power, bias_power
+        self.lag, self.multiplier, self.min_ema_multiplier = lag, multiplier, min_ema_multiplier
+        self.start: dict[str, Tensor] = {}
+        self.average: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    def _trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        named = below_accelerate(model).named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def _begin(self, model: nn.Module) -> None:
+        kept = {name: p.detach().to(self.device, torch.float32, copy=True) for name, p in self._trained(model).items()}
+        self.start, self.average = kept, {name: value.clone() for name, value in kept.items()}
+        self.weights = {name: value.clone() for name, value in kept.items()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if is_sharded(kwargs["model"]):
+            raise ValueError("BEMACallback: the model is sharded (FSDP, ZeRO-3), and its whole weights are averaged")
+        self._begin(kwargs["model"])
+
+    @torch.no_grad()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        if step <= self.update_after:
+            if step == self.update_after:
+                self._begin(kwargs["model"])
+            return
+        if (step - self.update_after) % self.update_freq:
+            return
+        age = self.lag + self.multiplier * step
+        beta = max(age**-self.ema_power, self.min_ema_multiplier)
+        alpha = age**-self.bias_power if self.bias_power else 0.0
+        for name, parameter in self._trained(kwargs["model"]).items():
+            now, average = parameter.to(self.device, torch.float32), self.average[name]
+            average.lerp_(now, beta)
+            self.weights[name] = average + alpha * (now - self.start[name])
+
+    @contextmanager
+    def averaged(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model with the averaged weights; afterwards it has its own again."""
+        trained = self._trained(model)
+        own = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        try:
+            for name, parameter in trained.items():
+                parameter.data.copy_(self.weights[name])
+            yield model
+        finally:
+            for name, parameter in trained.items():
+                parameter.data.copy_(own[name])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(str(args.output_dir)) / "bema"
+        with self.averaged(kwargs["model"]) as model:
+            below_value_head(model).save_pretrained(folder)
+        if kwargs.get("processing_class") is not None:
+            kwargs["processing_class"].save_pretrained(folder)
