@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -55,12 +56,24 @@ def apply_token_settings(
             raise ValueError(f"{name}={token!r}: not in the tokenizer's vocabulary; add it there or choose another")
         setattr(tokenizer, name, token)
     if chat_template_path is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(
-                f"chat_template_path={chat_template_path!r}: {error.strerror}; give a file with a Jinja template"
-            ) from error
+        tokenizer.chat_template = chat_template_at(chat_template_path)
+
+
+def chat_template_at(place: str) -> str:
+    """The template in a Jinja file, or that of the tokenizer in a folder or Hub repository."""
+    path = Path(place)
+    try:
+        if path.is_file() or path.suffix:
+            return path.read_text(encoding="utf-8")
+        template = read_tokenizer(place).chat_template
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"chat_template_path={place!r}: {reason}; give a file with a Jinja template, or a tokenizer's folder"
+        ) from error
+    if not isinstance(template, str):
+        raise ValueError(f"chat_template_path={place!r}: this tokenizer has no chat template of its own; give another")
+    return template
 
 
 def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) -> Any:
@@ -73,22 +86,40 @@ def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) ->
 
 
 def fitting_length(config: Any, model: nn.Module | None) -> int | None:
-    """`config.max_length`; if it is the default and the model's context is shorter, the length of that context."""
+    """`config.max_length`, or the length of the model's context where that is shorter, with a warning if it was set."""
     limit = None if model is None else context_length(model)
     length = config.max_length
     if limit is None or length is None or length <= limit:
         return length
-    if length != type(config).__dataclass_fields__["max_length"].default:
-        raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
+    if asked_length(config, limit) is not None:
+        warnings.warn(f"max_length={length}: the model has {limit} positions, and rows may have as many tokens")
     return limit
+
+
+def asked_length(config: Any, length: int | None) -> int | None:
+    """`config.max_length` where it was set and is longer than the length that fits the model; else None."""
+    asked = config.max_length
+    if length is None or asked is None or asked <= length:
+        return None
+    return None if asked == type(config).__dataclass_fields__["max_length"].default else asked
 
 
 def answer_limits(config: PreferenceConfig, model: nn.Module | None, encoder_decoder: bool) -> Limits:
     """How long prompts and answers may be; an encoder-decoder holds them apart, so the default bounds no whole row."""
     length = config.max_length if encoder_decoder else fitting_length(config, model)
+    asked = asked_length(config, length)
     if encoder_decoder and length == type(config).__dataclass_fields__["max_length"].default:
         length = None
-    return Limits(length, config.max_prompt_length, config.max_completion_length, config.truncation_mode)
+    return Limits(length, config.max_prompt_length, config.max_completion_length, config.truncation_mode, asked)
+
+
+def check_router(model: Any, config: PostTrainingConfig) -> None:
+    """ValueError where a mixture of experts is to learn from its router's auxiliary loss, which is not computed."""
+    coefficient = config.router_aux_loss_coef
+    if coefficient and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is not None:
+        raise ValueError(
+            f"router_aux_loss_coef={coefficient!r}: the router's auxiliary loss is not computed here; leave it out"
+        )
 
 
 def label_kwargs(config: PostTrainingConfig, model: Any, labels: int) -> dict[str, Any] | None:
@@ -173,6 +204,7 @@ def prepare_model(
         disable_dropout_in_model(model)
     if getattr(model.config, "output_router_logits", False):
         raise ValueError("output_router_logits=True: the router's auxiliary loss is not computed here; set it to False")
+    check_router(model, config)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
         align_special_tokens(model, tokenizer)
