@@ -111,11 +111,16 @@ SHOWN = {
     "log_completions": ("test_on_policy_fields", "test_what_is_printed"),
     "num_completions_to_print": ("test_on_policy_fields", "test_what_is_printed"),
     "log_unique_prompts": ("test_on_policy_fields", "test_what_is_printed"),
-    "use_vllm": ("test_conformity", "test_a_wrong_value_is_named"),
+    "use_vllm": ("test_settings", "test_vllm_is_replaced_by_the_local_sampler"),
     "reward_timeout": ("test_grpo", "test_one_that_hangs_leaves_the_judgement_to_the_others"),
     "dynamic_sampling": ("test_grpo", "test_dynamic_sampling_fills_the_rollout"),
     "dynamic_sampling_max_rounds": ("test_grpo", "test_dynamic_sampling_stops_at_its_cap"),
     "teacher_model_name_or_path": ("test_on_policy_fields", "test_a_teacher_by_name"),
+    "teacher_model_revision": ("test_settings", "test_a_teacher_by_two_equal_names_and_a_revision"),
+    "seq_kd": ("test_settings", "test_what_would_change_numbers_raises"),
+    "max_length": ("test_settings", "test_lengths_of_online_dpo"),
+    "missing_eos_penalty": ("test_settings", "test_a_completion_without_end_is_punished"),
+    "reward_model_path": ("test_settings", "test_online_dpo_with_a_reward_model_by_name"),
     "teacher_model_init_kwargs": ("test_on_policy_fields", "test_a_teacher_by_name"),
 }
 CONFIGS = {

@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 
 from trl.data.encode import TRUNCATION_MODES
-from trl.trainer.settings import accepted, default_of, fit_to_machine, log_without_effect, switch_liger_off, translate
+from trl.trainer.settings import (
+    accepted,
+    default_of,
+    fit_to_machine,
+    log_without_effect,
+    rename,
+    switch_liger_off,
+    translate,
+)
 
 Config = TypeVar("Config", bound="PostTrainingConfig")
 
@@ -244,6 +252,12 @@ class PreferenceConfig(OfflineConfig):
     padding_value: int | None = accepted("padding_value")
     is_encoder_decoder: bool | None = accepted("is_encoder_decoder")
     use_logits_to_keep: bool = accepted("use_logits_to_keep", False)
+    max_target_length: int | None = accepted("max_target_length")
+
+    def translate(self) -> None:
+        super().translate()
+        rename(self, "max_target_length", "max_completion_length")
+        self.max_target_length = None
 
     def token_settings(self) -> dict[str, str | None]:
         return {"pad_token": self.pad_token}

@@ -49,7 +49,7 @@ from trl.trainer.configuration import PostTrainingConfig, as_config, processing_
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
 from trl.trainer.references import SyncReference
-from trl.trainer.settings import accepted, default_of
+from trl.trainer.settings import accepted, default_of, rename
 
 SAMPLING_KEYWORDS = ("min_new_tokens", "stop_strings", "stop_token_ids")
 """what `generation_kwargs` may hold besides the fields of the config"""
@@ -143,8 +143,12 @@ class RolloutConfig(PostTrainingConfig):
     log_completions_hub_repo: str | None = accepted("log_completions_hub_repo")
     log_completions_steps: int | None = accepted("log_completions_steps")
 
+    wandb_log_unique_prompts: bool | None = accepted("wandb_log_unique_prompts")
+
     def translate(self) -> None:
         super().translate()
+        rename(self, "wandb_log_unique_prompts", "log_unique_prompts")
+        self.wandb_log_unique_prompts = None
         if self.use_vllm:
             self._use_local_sampler()
 

@@ -79,6 +79,8 @@ TRANSLATED: dict[str, str] = {
     "evaluation_strategy": "becomes `eval_strategy`",
     "max_seq_length": "becomes `max_length`",
     "max_new_tokens": "becomes `max_completion_length`",
+    "max_target_length": "becomes `max_completion_length`",
+    "wandb_log_unique_prompts": "becomes `log_unique_prompts`",
     "router_aux_loss_coef": "has no effect on a dense model; a mixture of experts is refused with it, because the "
     "router's auxiliary loss is not computed here",
 }
