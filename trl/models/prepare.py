@@ -136,7 +136,7 @@ def _without_gpu_kernels(kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(attention, str) and "flash" in attention:
         warnings.warn(f"attn_implementation={attention!r} needs a GPU: sdpa computes the same attention here")
         kwargs["attn_implementation"] = "sdpa"
-    quantisation = kwargs.get("quantization_config")
+    quantisation: Any = kwargs.get("quantization_config")
     settings = quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation
     bits = isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit"))
     if bits and not is_bitsandbytes_available():

@@ -60,7 +60,7 @@ class OnlineDPOConfig(RewardedConfig):
             require(self, "max_length", room > 0, f"give more than max_completion_length={self.max_completion_length}")
             self.max_prompt_length = min(room, self.max_prompt_length or room)
         if self.per_device_train_batch_size == 1:  # one prompt elsewhere
-            vars(self)["per_device_train_batch_size"] = self.num_generations
+            self.__dict__["per_device_train_batch_size"] = self.num_generations
             logger.warning(
                 "per_device_train_batch_size=1: batch sizes count completions, and %d of them are the one prompt",
                 self.num_generations,
