@@ -41,6 +41,22 @@ def is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+def pip_install(*packages: str) -> str:
+    """The command that installs packages, for an error text.
+
+    It never is `pip install "trl[...]"`: pip would fetch another project's package of that name.
+    """
+    return "pip install " + " ".join(f'"{each}"' if set(each) & set("[]<>=") else each for each in packages)
+
+
+def is_gpu_available() -> bool:
+    """Whether torch has an accelerator for which kernels of the field are written (not Apple's)."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is not None and device.type != "mps"
+
+
 def is_peft_available() -> bool:
     return is_installed("peft")
 

@@ -16,7 +16,7 @@ def digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('the digits need scikit-learn: pip install "trl[diffusers]"') from error
+        raise ImportError("the digits need scikit-learn: pip install scikit-learn pillow") from error
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
 

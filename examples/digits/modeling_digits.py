@@ -24,7 +24,7 @@ try:
     from diffusers.image_processor import VaeImageProcessor
     from tqdm.auto import tqdm
 except ImportError as error:
-    raise ImportError('diffusion pipelines need diffusers: pip install "trl[diffusers]"') from error
+    raise ImportError("diffusion pipelines need diffusers: pip install diffusers peft") from error
 
 NOTHING = 10
 """the class of the empty prompt"""

@@ -72,7 +72,7 @@ def test_every_command_of_the_table_loads_and_says_what_it_does():
     ("error", "line"),
     [
         (ValueError("no column\n  'text'"), "error: no column 'text'"),
-        (ImportError('pip install "trl[peft]"'), 'error: pip install "trl[peft]"'),
+        (ImportError("pip install peft"), "error: pip install peft"),
         (OSError(28, "No space left on device", "a.bin"), "error: [Errno 28] No space left on device: 'a.bin'"),
         (KeyError("x"), "error: KeyError: 'x' (an unforeseen error; --debug shows where)"),
         (ZeroDivisionError(), "error: ZeroDivisionError: ZeroDivisionError (an unforeseen error; --debug shows where)"),

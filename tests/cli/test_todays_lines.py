@@ -244,7 +244,8 @@ def test_a_wrong_file_is_one_line(text, message, settings, capsys):
 
 
 @pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is installed")
-def test_quantisation_says_which_package_it_needs(tmp_path, capsys):
+def test_quantisation_says_which_package_it_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl.models.prepare.is_gpu_available", lambda: True)
     assert start(f"sft {MODEL} text.jsonl --load_in_4bit --use_peft", tmp_path) == 2
     assert "bitsandbytes" in capsys.readouterr().err.splitlines()[-1]
 

@@ -109,8 +109,40 @@ def test_names_of_today_and_of_yesterday(monkeypatch):
     with pytest.raises(ValueError, match="both say how to quantise"):
         modern_init_kwargs({"load_in_4bit": True, "quantization_config": object()})
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ImportError, match=r"trl\[quantization\]"):
+    monkeypatch.setattr("trl.models.prepare.is_gpu_available", lambda: True)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
         modern_init_kwargs({"load_in_4bit": True})
+
+
+@pytest.mark.parametrize(
+    ("given", "loaded"),
+    [
+        ({"load_in_4bit": True, "dtype": "auto"}, {"dtype": "auto"}),
+        ({"quantization_config": {"load_in_8bit": True}}, {}),
+        ({"attn_implementation": "flash_attention_2"}, {"attn_implementation": "sdpa"}),
+        ({"attn_implementation": "kernels-community/flash-attn3"}, {"attn_implementation": "sdpa"}),
+    ],
+)
+def test_what_needs_a_gpu_is_replaced_with_a_warning(given, loaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("trl.models.prepare.is_gpu_available", lambda: False)
+    with pytest.warns(UserWarning, match="needs a GPU") as told:
+        assert modern_init_kwargs(given) == loaded
+    assert len(told) == 1
+    monkeypatch.setattr("trl.models.prepare.is_gpu_available", lambda: True)
+    if "attn_implementation" in given:
+        assert modern_init_kwargs(given) == given
+
+
+def test_a_quantisation_object_is_left_out_too(monkeypatch):
+    from transformers import BitsAndBytesConfig
+
+    monkeypatch.setattr(BitsAndBytesConfig, "post_init", lambda self: None)
+    quantisation = BitsAndBytesConfig(load_in_4bit=True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("trl.models.prepare.is_gpu_available", lambda: False)
+    with pytest.warns(UserWarning, match="`quantization_config` needs a GPU and bitsandbytes"):
+        assert modern_init_kwargs({"quantization_config": quantisation}) == {}
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -199,7 +231,7 @@ def test_what_is_no_adapter_config(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="PEFT is not installed and you passed a `peft_config`"):
         wrap_peft(tiny_model("llama"), object())
-    with pytest.raises(ImportError, match=r"trl\[peft\]"):
+    with pytest.raises(ImportError, match="pip install peft"):
         peft_module_casting_to_bf16(tiny_model("llama"))
 
 

@@ -212,7 +212,7 @@ def test_a_model_too_short_for_the_lines_is_named(tmp_path, tiny_tokenizer):
 
 def test_extras_are_checked_first(monkeypatch):
     monkeypatch.setattr(quickstart, "NEEDED", ("scipy", "no_such_package"))
-    with pytest.raises(ImportError, match=r'needs no_such_package: `pip install "trl\[quickstart\]"`'):
+    with pytest.raises(ImportError, match="needs no_such_package: pip install no_such_package"):
         quickstart.check_extras()
 
 

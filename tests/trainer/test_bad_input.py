@@ -137,8 +137,22 @@ def test_prompts_longer_than_the_model(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "kto", "prm"])
 def test_max_length_beyond_the_model(name, tmp_path):
-    with pytest.raises(ValueError, match="max_length=65: the model has 64 positions"):
+    with pytest.warns(UserWarning, match="max_length=65: the model has 64 positions"):
         start(name, tmp_path, settings={"max_length": 65})
+
+
+@pytest.mark.filterwarnings("ignore:max_length=80:UserWarning")
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "prm", "reward"])
+def test_a_row_that_needs_more_than_the_model(name, tmp_path):
+    long = " ".join(["a"] * 70)
+    rows = {
+        "kto": {"prompt": ["a ", "b "], "completion": [long, "c"], "label": [True, False]},
+        "sft": {"prompt": ["a "], "completion": [long]},
+        "prm": {"prompt": ["a "], "completions": [[long]], "labels": [[True]]},
+    }.get(name, {"prompt": ["a "], "chosen": [long], "rejected": ["c"]})
+    with pytest.raises(ValueError, match=r"max_length=80: a row has 7\d tokens .* set max_length=64") as error:
+        start(name, tmp_path, datasets.Dataset.from_dict(rows), settings={"max_length": 80})
+    assert one_line(error)
 
 
 def test_identical_pairs(tmp_path):

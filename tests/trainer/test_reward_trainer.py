@@ -125,7 +125,7 @@ def test_words_and_warnings_of_older_releases(tmp_path):
         pytest.raises(ValueError, match=r"You cannot specify both `max_length` and `args\.max_length`"),
     ):
         trainer_of(tmp_path, settings={"max_length": 20}, max_length=30)
-    with pytest.raises(ValueError, match=r"max_length=100: the model has 64 positions"):
+    with pytest.warns(UserWarning, match=r"max_length=100: the model has 64 positions"):
         trainer_of(tmp_path, settings={"max_length": 100})
     with pytest.raises(ValueError, match="num_labels=2: a reward model has 1"):
         trainer_of(tmp_path, model=AutoModelForSequenceClassification.from_config(config(num_labels=2)))

@@ -45,11 +45,14 @@ def pair_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def rows_of_padded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_of_padded(batch: Mapping[str, Any], collator: str = "the data collator") -> list[dict[str, Any]]:
     """Supervised rows of a batch with `input_ids`, `labels` and perhaps `attention_mask`, padded on either side."""
-    missing = [name for name in ("input_ids", "labels") if name not in batch]
-    if missing:
-        raise ValueError(f"the data collator returned {sorted(batch)}: it must give `input_ids` and `labels`")
+    if any(batch.get(name) is None for name in ("input_ids", "labels")):
+        found = sorted(name for name, value in batch.items() if value is not None)
+        raise ValueError(
+            f"{collator} returned {found}: it must give `input_ids` and `labels`; leave it out, or take "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False), which makes labels"
+        )
     rows = []
     mask_BL = batch.get("attention_mask")
     for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):

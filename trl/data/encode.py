@@ -217,6 +217,8 @@ class Limits:
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
     truncation_mode: str = "keep_start"
+    asked_length: int | None = None
+    """a longer `max_length` that was asked for and the model has no positions for: rows that need it are refused"""
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in TRUNCATION_MODES:
@@ -226,10 +228,18 @@ class Limits:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: should be at least 1, or None for no limit")
 
+    def _refuse(self, length: int) -> None:
+        if self.asked_length is not None and self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"max_length={self.asked_length}: a row has {length} tokens and the model {self.max_length} positions; "
+                f"set max_length={self.max_length}, which cuts such rows"
+            )
+
     def fit_row(self, ids: list[int], mask: list[int], pinned: int) -> tuple[list[int], list[int]]:
         """A row and its mask within `max_length`."""
         if self.max_length is None:
             return ids, mask
+        self._refuse(len(ids))
         limit, mode = self.max_length, self.truncation_mode
         return cut(ids, limit, mode, pinned), cut(mask, limit, mode, pinned)
 
@@ -249,6 +259,7 @@ class Limits:
             answers = [answer[: self.max_completion_length] for answer in answers]
         if self.max_length is not None:
             longest = max(map(len, answers))
+            self._refuse(len(prompt) + longest)
             if mode == "keep_end":
                 prompt = cut(prompt, max(0, self.max_length - longest), mode, pinned)
             answers = [answer[: max(0, self.max_length - len(prompt))] for answer in answers]

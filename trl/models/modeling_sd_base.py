@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl.import_utils import pip_install
 from trl.models.ddim import (
     DDPOSchedulerOutput,
     DenoisingDistribution,
@@ -26,7 +27,7 @@ try:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 except ImportError as error:
-    raise ImportError('diffusion pipelines need diffusers: pip install "trl[diffusers]"') from error
+    raise ImportError(f"diffusion pipelines need diffusers: {pip_install('diffusers', 'peft')}") from error
 
 __all__ = [
     "DDPOPipelineOutput",

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from trl.import_utils import is_peft_available
+from trl.import_utils import is_peft_available, pip_install
 from trl.models.weight_files import find_file
 
 if is_peft_available():
@@ -49,7 +49,7 @@ def is_peft_config(config: Any) -> bool:
 def require_peft(wanted_by: str) -> None:
     """ImportError where PEFT is not installed."""
     if not is_peft_available():
-        raise ImportError(f'PEFT is not installed and {wanted_by} needs it: pip install "trl[peft]"')
+        raise ImportError(f"PEFT is not installed and {wanted_by} needs it: {pip_install('peft')}")
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -100,7 +100,7 @@ def wrap_peft(
     if not is_peft_available():
         raise ValueError(
             "PEFT is not installed and you passed a `peft_config` in the trainer's kwargs, please install it to use "
-            'the PEFT models: pip install "trl[peft]"'
+            f"the PEFT models: {pip_install('peft')}"
         )
     if not is_peft_config(peft_config):
         raise ValueError(

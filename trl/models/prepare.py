@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from trl.import_utils import is_bitsandbytes_available
+from trl.import_utils import is_bitsandbytes_available, is_gpu_available, pip_install
 from trl.models.peft_support import (
     find_adapter,
     is_peft_model,
@@ -114,9 +114,34 @@ def modern_init_kwargs(init_kwargs: dict[str, Any]) -> dict[str, Any]:
         wanted = " and ".join(f"`{name}`" for name, value in bits.items() if value)
         if kwargs.get("quantization_config") is not None:
             raise ValueError(f"{wanted} and `quantization_config` both say how to quantise: pass one of them")
-        if not is_bitsandbytes_available():
-            raise ImportError(f'{wanted} needs bitsandbytes: pip install "trl[quantization]"')
-        kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
+        if is_bitsandbytes_available():
+            kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
+        else:
+            _refuse_or_leave_whole(wanted)
+    return _without_gpu_kernels(kwargs)
+
+
+def _refuse_or_leave_whole(wanted: str) -> None:
+    """Where bitsandbytes is not installed: ImportError on a GPU; without one, a warning that the weights stay whole."""
+    if is_gpu_available():
+        raise ImportError(f"{wanted} needs bitsandbytes: {pip_install('bitsandbytes')}")
+    warnings.warn(f"{wanted} needs a GPU and bitsandbytes: the weights are loaded whole, in the `dtype` that is asked")
+
+
+def _without_gpu_kernels(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords without what needs a GPU, where there is none; one warning each."""
+    if is_gpu_available():
+        return kwargs
+    attention = kwargs.get("attn_implementation")
+    if isinstance(attention, str) and "flash" in attention:
+        warnings.warn(f"attn_implementation={attention!r} needs a GPU: sdpa computes the same attention here")
+        kwargs["attn_implementation"] = "sdpa"
+    quantisation: Any = kwargs.get("quantization_config")
+    settings = quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation
+    bits = isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit"))
+    if bits and not is_bitsandbytes_available():
+        _refuse_or_leave_whole("`quantization_config`")
+        del kwargs["quantization_config"]
     return kwargs
 
 

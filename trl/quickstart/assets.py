@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trl.import_utils import pip_install
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -129,7 +131,7 @@ def _convert_gguf(archive: Path, target: Path) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ImportError('reading SmolLM2 needs gguf: `pip install "trl[quickstart]"`') from error
+        raise ImportError(f"reading SmolLM2 needs gguf: {pip_install('gguf')}") from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl.import_utils import pip_install
+
 if TYPE_CHECKING:
     from trl.quickstart.intervals import Interval
     from trl.quickstart.language_model import Pair
@@ -64,7 +66,7 @@ def check_extras() -> None:
     """ImportError with the names of missing packages, before anything is computed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f'the quickstart needs {", ".join(missing)}: `pip install "trl[quickstart]"`')
+        raise ImportError(f"the quickstart needs {', '.join(missing)}: {pip_install(*missing)}")
 
 
 def prepare_folder(folder: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trl.import_utils import pip_install
 from trl.models.prepare import context_length
 from trl.quickstart.recipe import Recipe
 
@@ -84,7 +85,7 @@ def adapters(model: nn.Module, share: float) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError('the quickstart trains adapters: `pip install "trl[quickstart]"`') from error
+        raise ImportError(f"the quickstart trains adapters with peft: {pip_install('peft')}") from error
     linear = {
         name.rsplit(".", 1)[1]: type(module).__name__
         for name, module in model.named_modules()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl.import_utils import pip_install
 from trl.quickstart.intervals import Interval
 
 BEFORE = "#8a94a6"
@@ -53,7 +54,7 @@ def _drawing(columns: int, width: float, height: float) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('a report needs matplotlib: `pip install "trl[plots]"`') from error
+        raise ImportError(f"a report needs matplotlib: {pip_install('matplotlib')}") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 

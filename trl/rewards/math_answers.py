@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from trl.import_utils import pip_install
 from trl.rewards.texts import Completion, text_of
 
 
@@ -16,7 +17,7 @@ def _verifier() -> tuple[Any, Any, Any]:
     try:
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     except ImportError as error:
-        raise ImportError('math rewards need math-verify: `pip install "trl[rewards]"`') from error
+        raise ImportError(f"math rewards need math-verify: {pip_install('math-verify[antlr4_13_2]')}") from error
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its signals are off
     return parse, verify, (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 

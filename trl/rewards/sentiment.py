@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from trl.import_utils import pip_install
 from trl.rewards.texts import Completion, text_of
 
 
@@ -14,7 +15,9 @@ def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise ImportError('the sentiment reward needs vaderSentiment: `pip install "trl[rewards]"`') from error
+        raise ImportError(
+            f"the sentiment reward needs vaderSentiment: {pip_install('vaderSentiment==3.3.2')}"
+        ) from error
     return SentimentIntensityAnalyzer()
 
 

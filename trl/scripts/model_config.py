@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
-from trl.import_utils import is_peft_available
+from trl.import_utils import is_peft_available, pip_install
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -75,7 +75,7 @@ def get_peft_config(model_args: ModelConfig) -> Any:
     if not model_args.use_peft:
         return None
     if not is_peft_available():
-        raise ValueError("use_peft=True: needs the package peft; run `pip install peft`")
+        raise ValueError(f"use_peft=True: needs the package peft; run `{pip_install('peft')}`")
     from peft import LoraConfig
 
     return LoraConfig(

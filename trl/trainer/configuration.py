@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-import torch
 from transformers import TrainingArguments
 
 from trl.data.encode import TRUNCATION_MODES
+from trl.trainer.settings import (
+    accepted,
+    default_of,
+    fit_to_machine,
+    log_without_effect,
+    rename,
+    switch_liger_off,
+    translate,
+)
 
 Config = TypeVar("Config", bound="PostTrainingConfig")
 
@@ -32,8 +40,21 @@ class PostTrainingConfig(TrainingArguments):
     """keywords of `from_pretrained`, where the model is given by name"""
     dataset_num_proc: int | None = field(default=None)
     """processes that tokenise the data"""
-    evaluation_strategy: str | None = field(default=None)
-    """older spelling of `eval_strategy`"""
+    evaluation_strategy: str | None = accepted("evaluation_strategy")
+    warmup_ratio: float | None = accepted("warmup_ratio")
+    no_cuda: bool = accepted("no_cuda", False)
+    use_liger: bool = accepted("use_liger", False)
+    logging_dir: str | None = accepted("logging_dir")
+    router_aux_loss_coef: float | None = accepted("router_aux_loss_coef")
+    use_liger_kernel: bool = accepted("use_liger_kernel", False)
+    use_liger_loss: bool = accepted("use_liger_loss", False)
+    pad_to_multiple_of: int | str | None = accepted("pad_to_multiple_of")
+    group_by_length: bool = accepted("group_by_length", False)
+    overwrite_output_dir: bool = accepted("overwrite_output_dir", False)
+    save_safetensors: bool = accepted("save_safetensors", True)
+    use_mps_device: bool = accepted("use_mps_device", False)
+    half_precision_backend: str = accepted("half_precision_backend", "auto")
+    include_tokens_per_second: bool = accepted("include_tokens_per_second", False)
 
     @property
     def pads_rows(self) -> bool:
@@ -41,11 +62,8 @@ class PostTrainingConfig(TrainingArguments):
         return False
 
     def __post_init__(self) -> None:
-        if self.evaluation_strategy is not None:
-            self.eval_strategy = self.evaluation_strategy
-            self.evaluation_strategy = None
-        if self.bf16 is None:
-            self.bf16 = bool(not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        self.translate()
+        fit_to_machine(self)
         self.remove_unused_columns = False  # `Trainer` knows only what the model takes
         for name in self.json_fields():  # JSON from a command line
             if isinstance(value := getattr(self, name), str):
@@ -58,6 +76,13 @@ class PostTrainingConfig(TrainingArguments):
                 setattr(self, newer, getattr(self, older))
         super().__post_init__()
         self.validate()
+        if self.process_index == 0:
+            log_without_effect(self)
+        switch_liger_off(self)
+
+    def translate(self) -> None:
+        """Give today's fields the values of fields that other releases had. Subclasses extend it."""
+        translate(self)
 
     def loading_keywords(self, quantization_config: Any = None) -> dict[str, Any]:
         """Keywords of `from_pretrained` for a model that is given by name."""
@@ -116,7 +141,7 @@ def require(config: Any, name: str, holds: bool, way_out: str) -> None:
 
 def refuse_unused(config: Any, names: Sequence[str], used: bool, needs: str) -> None:
     """Raise a ValueError if one of the fields was set and they are not used."""
-    defaults = {entry.name: _default(entry) for entry in fields(config)}
+    defaults = {entry.name: default_of(entry) for entry in fields(config)}
     for name in names:
         require(config, name, used or getattr(config, name) == defaults[name], f"it has no effect without {needs}")
 
@@ -128,10 +153,6 @@ def choose(config: Any, name: str, choices: Any) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
 
 
-def _default(entry: Any) -> Any:
-    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
-
-
 def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Config:
     """`args` as the trainer's own config; plain TrainingArguments keep their values and gain the config's fields."""
     if args is None:
@@ -141,7 +162,7 @@ def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Con
     if not isinstance(args, TrainingArguments):
         raise ValueError(f"args must be a {config_class.__name__} or TrainingArguments, got {type(args).__name__}")
     config = object.__new__(config_class)
-    config.__dict__.update({entry.name: _default(entry) for entry in fields(config_class)})
+    config.__dict__.update({entry.name: default_of(entry) for entry in fields(config_class)})
     config.__dict__.update(args.__dict__)  # already through its own __post_init__: devices are set up once
     config.remove_unused_columns = False
     config.validate()
@@ -160,7 +181,7 @@ def with_keywords(config: Config, given: Mapping[str, Any]) -> Config:
     A keyword that contradicts a value set in the config is a ValueError: one of them would be ignored. The caller's
     own object stays as it is.
     """
-    defaults = {entry.name: _default(entry) for entry in fields(config)}
+    defaults = {entry.name: default_of(entry) for entry in fields(config)}
     changed = {}
     for name, value in given.items():
         current = getattr(config, name)
@@ -182,6 +203,7 @@ def with_keywords(config: Config, given: Mapping[str, Any]) -> Config:
 class OfflineConfig(PostTrainingConfig):
     """The settings that the trainers on a data set share."""
 
+    activation_offloading: bool = accepted("activation_offloading", False)
     padding_free: bool = field(default=True)
     """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
     max_tokens_per_microbatch: int | None = field(default=None)
@@ -226,6 +248,16 @@ class PreferenceConfig(OfflineConfig):
     """train without dropout"""
     pad_token: str | None = field(default=None)
     """padding token, where it is not the tokenizer's own"""
+    label_pad_token_id: int = accepted("label_pad_token_id", -100)
+    padding_value: int | None = accepted("padding_value")
+    is_encoder_decoder: bool | None = accepted("is_encoder_decoder")
+    use_logits_to_keep: bool = accepted("use_logits_to_keep", False)
+    max_target_length: int | None = accepted("max_target_length")
+
+    def translate(self) -> None:
+        super().translate()
+        rename(self, "max_target_length", "max_completion_length")
+        self.max_target_length = None
 
     def token_settings(self) -> dict[str, str | None]:
         return {"pad_token": self.pad_token}

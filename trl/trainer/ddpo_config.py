@@ -6,7 +6,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from trl.import_utils import is_bitsandbytes_available, is_torchvision_available
+from trl.import_utils import is_bitsandbytes_available, is_torchvision_available, pip_install
 from trl.trainer.configuration import choose, require
 
 
@@ -97,7 +97,7 @@ class DDPOConfig:
         if self.log_with == "wandb" and not is_torchvision_available():
             warnings.warn("Wandb image logging requires torchvision to be installed")
         if self.train_use_8bit_adam and not is_bitsandbytes_available():
-            raise ImportError('train_use_8bit_adam=True needs bitsandbytes: pip install "trl[quantization]"')
+            raise ImportError(f"train_use_8bit_adam=True needs bitsandbytes: {pip_install('bitsandbytes')}")
         self._check_ranges()
 
     def _check_ranges(self) -> None:

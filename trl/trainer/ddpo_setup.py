@@ -12,6 +12,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import AutocastKwargs, ProjectConfiguration, parse_flag_from_env
 from torch import nn
 
+from trl.import_utils import pip_install
 from trl.trainer.checkpoints import Checkpoint, Torn, find, is_whole
 from trl.trainer.ddpo_config import DDPOConfig
 from trl.trainer.statistics import PerPromptStatTracker
@@ -47,7 +48,7 @@ def create_accelerator(config: DDPOConfig, *, own_autocast: bool) -> Accelerator
         raise ValueError("mixed_precision='fp16': needs a GPU; on a CPU choose 'no' (exact) or 'bf16'")
     name = config.log_with
     if name in ("wandb", "tensorboard") and name not in map(str, get_available_trackers()):
-        raise ImportError(f'log_with={name!r}: {name} is not installed; pip install "trl[{name}]"')
+        raise ImportError(f"log_with={name!r}: {name} is not installed; {pip_install(name)}")
     directory = os.path.join(config.logdir, config.run_name)
     project = {
         "project_dir": directory,

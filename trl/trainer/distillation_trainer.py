@@ -24,6 +24,7 @@ from trl.rollout.source import Rows, Source
 from trl.trainer.configuration import require
 from trl.trainer.preparation import each_dataset
 from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer
+from trl.trainer.settings import accepted, rename
 
 
 @dataclass
@@ -40,6 +41,8 @@ class DistillationConfig(RolloutConfig):
     """name or folder of the teacher, if it is not given as an object"""
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
     """keywords of `from_pretrained` for a teacher given by name"""
+    teacher_model_revision: str | None = field(default=None)
+    """branch, tag or commit of a teacher given by name"""
 
     def validate(self) -> None:
         super().validate()
@@ -59,6 +62,21 @@ class GKDConfig(DistillationConfig):
     """share of the prompts that the student completes; the others take the data set's `completion`"""
     max_completion_length: int = field(default=128)
     """longest completion in tokens"""
+    max_new_tokens: int | None = accepted("max_new_tokens")
+    learning_rate: float = field(default=2e-5)
+    """initial learning rate"""
+    seq_kd: bool = field(default=False)
+    """learn the teacher's own completions: not supported, raises"""
+
+    def translate(self) -> None:
+        super().translate()
+        rename(self, "max_new_tokens", "max_completion_length")
+        self.max_new_tokens = self.max_completion_length
+
+    def validate(self) -> None:
+        super().validate()
+        way_out = "sample the teacher's completions first, give them as column `completion`, and set lmbda=0"
+        require(self, "seq_kd", not self.seq_kd, way_out)
 
 
 class DistillationTrainer(RolloutTrainer):
@@ -100,10 +118,12 @@ class DistillationTrainer(RolloutTrainer):
     def _teacher(self, given: nn.Module | str | None) -> nn.Module:
         config = self.args
         named = config.teacher_model_name_or_path
-        if (given is None) == (named is None):
+        if (given is None) == (named is None) and given != named:
             raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path; not both")
         source = named if given is None else given
-        teacher = load_model(source, AutoModelForCausalLM, config.teacher_model_init_kwargs)  # type: ignore[arg-type]
+        if source is None:
+            raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path")
+        teacher = load_model(source, AutoModelForCausalLM, self._teacher_keywords(source))
         sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, self.model)]  # type: ignore[operator]
         if min(sizes) < len(self.processing_class):
             raise ValueError(
@@ -112,6 +132,14 @@ class DistillationTrainer(RolloutTrainer):
             )
         teacher.requires_grad_(False).eval()
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _teacher_keywords(self, source: nn.Module | str) -> dict[str, Any]:
+        config = self.args
+        keywords = dict(config.teacher_model_init_kwargs or {})
+        if isinstance(source, str):
+            keywords |= {"revision": config.teacher_model_revision} if config.teacher_model_revision else {}
+            keywords |= {"trust_remote_code": True} if config.trust_remote_code else {}
+        return keywords
 
     # -- samples, the student's own or the data set's --------------------------------------------
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.microbatches import BudgetCollator, unasked_budget
@@ -94,6 +95,10 @@ class ObjectiveTrainer(Trainer):
         self._seal = SealCheckpoints()
         self.add_callback(self._seal)
         self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
+        folder = getattr(self.args, "logging_dir", None)
+        for callback in self.callback_handler.callbacks if folder else ():
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = folder
 
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""

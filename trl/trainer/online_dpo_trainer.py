@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,9 @@ from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.trainer.configuration import choose, require
 from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
+from trl.trainer.settings import accepted, rename
+
+logger = logging.getLogger(__name__)
 
 ONLINE_LOSSES = [n for n in PAIR_LOSSES if n not in REFERENCE_FREE | WHOLE_BATCH and "delta" not in pair_options(n)]
 
@@ -27,12 +31,40 @@ ONLINE_LOSSES = [n for n in PAIR_LOSSES if n not in REFERENCE_FREE | WHOLE_BATCH
 class OnlineDPOConfig(RewardedConfig):
     """`TrainingArguments` and what online DPO adds; batch sizes count completions."""
 
+    learning_rate: float = field(default=5e-7)
+    """initial learning rate"""
+    temperature: float = field(default=0.9)
+    """sampling temperature; the policy is scored at the same"""
+    max_completion_length: int = field(default=64)
+    """longest completion in tokens"""
+    max_new_tokens: int | None = accepted("max_new_tokens")
+    max_length: int | None = field(default=None)
+    """longest prompt + completion in tokens: the prompt loses its start; None: prompts are as long as they are"""
+    missing_eos_penalty: float | None = field(default=None)
+    """subtracted from the reward of a completion that was cut at the length limit; None: nothing"""
+    reward_model_path: str | None = field(default=None)
+    """name or folder of a reward model, where no reward is given as an object"""
     num_generations: int = field(default=2)
     """completions of each prompt; the best and the worst of them are a pair"""
     loss_type: str = field(default="sigmoid")
     """pairwise loss: any of DPO's that needs a reference and one pair at a time"""
     beta: float = field(default=0.1)
     """scale of the log-ratios: the smaller, the further the policy may move"""
+
+    def translate(self) -> None:
+        super().translate()
+        rename(self, "max_new_tokens", "max_completion_length")
+        self.max_new_tokens = self.max_completion_length
+        if self.max_length is not None:
+            room = self.max_length - self.max_completion_length
+            require(self, "max_length", room > 0, f"give more than max_completion_length={self.max_completion_length}")
+            self.max_prompt_length = min(room, self.max_prompt_length or room)
+        if self.per_device_train_batch_size == 1:  # one prompt elsewhere
+            self.__dict__["per_device_train_batch_size"] = self.num_generations
+            logger.warning(
+                "per_device_train_batch_size=1: batch sizes count completions, and %d of them are the one prompt",
+                self.num_generations,
+            )
 
     def validate(self) -> None:
         super().validate()
@@ -50,7 +82,8 @@ class OnlineDPOTrainer(RolloutTrainer):
     """Optimise a policy on pairs of its own completions (arXiv:2402.04792): the best and the worst of each group.
 
     A group without two completions of different reward teaches nothing. `judge`: instead of reward functions, a
-    function `(prompts, pairs) -> 0, 1 or -1 each`, or an object with such a method `judge`.
+    function `(prompts, pairs) -> 0, 1 or -1 each`, or an object with such a method `judge`. `reward_model` and
+    `reward_processing_class` are older names of `reward_funcs` and `reward_processing_classes`.
     """
 
     _tag_names = ("trl", "online-dpo")
@@ -65,8 +98,18 @@ class OnlineDPOTrainer(RolloutTrainer):
         *more: Any,
         judge: Judge | Any = None,
         ref_model: nn.Module | str | None = None,
+        reward_model: nn.Module | str | None = None,
+        reward_processing_class: Any = None,
         **kwargs: Any,
     ):
+        if reward_model is not None:
+            if reward_funcs is not None:
+                raise ValueError("reward_model: an older name of reward_funcs; give one of them")
+            reward_funcs = reward_model
+        if reward_funcs is None and judge is None:
+            reward_funcs = getattr(args, "reward_model_path", None)
+        if reward_processing_class is not None:
+            kwargs["reward_processing_classes"] = reward_processing_class
         if judge is not None:
             if reward_funcs is not None:
                 raise ValueError("judge: reward_funcs order the completions already; give one of them")
@@ -81,6 +124,7 @@ class OnlineDPOTrainer(RolloutTrainer):
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
         assert self.reference is not None
+        rewards = without_end(rewards, rollout, self.args.missing_eos_penalty)
         best, worst, decided = ordered(rewards, self.args.num_generations)
         chosen = [row for pair in zip(best, worst, strict=True) for row in pair]
         preference_B = torch.zeros(len(rollout))
@@ -111,6 +155,20 @@ class OnlineDPOTrainer(RolloutTrainer):
         decided_B = (lengths_B[0::2] > 0).float()
         result = preference_loss(pair, {self.args.loss_type: 1.0}, {"beta": self.args.beta}, weight_B=decided_B)
         return LossSum(result.total, batch.counted, result.metrics)
+
+
+def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Rewards:
+    """The rewards with a further column: minus the penalty for completions that were cut at the length limit."""
+    if penalty is None:
+        return rewards
+    cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)), dtype=torch.float32)
+    lost_B = (-penalty * cut_B).masked_fill(rewards.scores_BF.isnan().all(-1), torch.nan)
+    return Rewards(
+        [*rewards.names, "missing_eos"],
+        torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
+        torch.cat([rewards.weights_F, torch.ones(1)]),
+        [*rewards.timed_out, False],
+    )
 
 
 def ordered(rewards: Rewards, group: int) -> tuple[list[int], list[int], list[bool]]:

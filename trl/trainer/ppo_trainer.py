@@ -31,7 +31,7 @@ from trl.generation import make_sampler
 from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
 from trl.generation.plain_generate import generate_padded
 from trl.generation.stopping import end_tokens
-from trl.import_utils import is_wandb_available
+from trl.import_utils import is_wandb_available, pip_install
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.legacy import ppo_padded
 from trl.losses.advantages import token_rewards
@@ -233,7 +233,7 @@ class PPOConfig:
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
         if self.log_with == "wandb" and not is_wandb_available():
             raise ImportError(
-                'Please install wandb to use wandb logging. You can do this by running `pip install "trl[wandb]"`.'
+                f"Please install wandb to use wandb logging. You can do this by running `{pip_install('wandb')}`."
             )
         if self.kl_penalty not in KL_PENALTIES:
             raise AssertionError(f"kl_penalty={self.kl_penalty!r}: choose 'kl', 'abs', 'mse' or 'full'")

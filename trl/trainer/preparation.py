@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -68,22 +69,40 @@ def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) ->
 
 
 def fitting_length(config: Any, model: nn.Module | None) -> int | None:
-    """`config.max_length`; if it is the default and the model's context is shorter, the length of that context."""
+    """`config.max_length`, or the length of the model's context where that is shorter, with a warning if it was set."""
     limit = None if model is None else context_length(model)
     length = config.max_length
     if limit is None or length is None or length <= limit:
         return length
-    if length != type(config).__dataclass_fields__["max_length"].default:
-        raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
+    if asked_length(config, limit) is not None:
+        warnings.warn(f"max_length={length}: the model has {limit} positions, and rows may have as many tokens")
     return limit
+
+
+def asked_length(config: Any, length: int | None) -> int | None:
+    """`config.max_length` where it was set and is longer than the length that fits the model; else None."""
+    asked = config.max_length
+    if length is None or asked is None or asked <= length:
+        return None
+    return None if asked == type(config).__dataclass_fields__["max_length"].default else asked
 
 
 def answer_limits(config: PreferenceConfig, model: nn.Module | None, encoder_decoder: bool) -> Limits:
     """How long prompts and answers may be; an encoder-decoder holds them apart, so the default bounds no whole row."""
     length = config.max_length if encoder_decoder else fitting_length(config, model)
+    asked = asked_length(config, length)
     if encoder_decoder and length == type(config).__dataclass_fields__["max_length"].default:
         length = None
-    return Limits(length, config.max_prompt_length, config.max_completion_length, config.truncation_mode)
+    return Limits(length, config.max_prompt_length, config.max_completion_length, config.truncation_mode, asked)
+
+
+def check_router(model: Any, config: PostTrainingConfig) -> None:
+    """ValueError where a mixture of experts is to learn from its router's auxiliary loss, which is not computed."""
+    coefficient = config.router_aux_loss_coef
+    if coefficient and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is not None:
+        raise ValueError(
+            f"router_aux_loss_coef={coefficient!r}: the router's auxiliary loss is not computed here; leave it out"
+        )
 
 
 def label_kwargs(config: PostTrainingConfig, model: Any, labels: int) -> dict[str, Any] | None:
@@ -168,6 +187,7 @@ def prepare_model(
         disable_dropout_in_model(model)
     if getattr(model.config, "output_router_logits", False):
         raise ValueError("output_router_logits=True: the router's auxiliary loss is not computed here; set it to False")
+    check_router(model, config)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
         align_special_tokens(model, tokenizer)

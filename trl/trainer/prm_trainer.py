@@ -20,7 +20,15 @@ from trl.losses.supervised import stepwise_cross_entropy
 from trl.models.scoring import scores_at
 from trl.trainer.configuration import OfflineConfig, as_config, require
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, fitting_length, label_count, label_kwargs, prepare, refuse_collator
+from trl.trainer.preparation import (
+    asked_length,
+    each_dataset,
+    fitting_length,
+    label_count,
+    label_kwargs,
+    prepare,
+    refuse_collator,
+)
 
 
 @dataclass
@@ -105,7 +113,13 @@ class PRMTrainer(ObjectiveTrainer):
         )
         if model is not None and label_count(model) != 2:
             raise ValueError(f"num_labels={label_count(model)}: a process reward model has 2, wrong and right")
-        limits = Limits(fitting_length(config, model), config.max_prompt_length, config.max_completion_length)
+        length = fitting_length(config, model)
+        limits = Limits(
+            length,
+            config.max_prompt_length,
+            config.max_completion_length,
+            asked_length=asked_length(config, length),
+        )
 
         def tokenised(dataset: Any, name: str) -> Any:
             job = StepwiseJob(

@@ -23,7 +23,7 @@ from trl.models.scoring import rewards
 from trl.trainer.configuration import OfflineConfig, as_config, require, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
-from trl.trainer.preparation import each_dataset, label_count, label_kwargs, prepare
+from trl.trainer.preparation import asked_length, each_dataset, fitting_length, label_count, label_kwargs, prepare
 
 
 @dataclass
@@ -100,7 +100,8 @@ class RewardTrainer(ObjectiveTrainer):
             init_kwargs=label_kwargs(config, model, 1),
             quantization_config=quantization_config,
         )
-        job = PairsJob(tokenizer=tokenizer, limits=Limits(_length(config, model)))
+        length = _length(config, model)
+        job = PairsJob(tokenizer=tokenizer, limits=Limits(length, asked_length=asked_length(config, length)))
 
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
@@ -172,10 +173,7 @@ def _length(config: RewardConfig, model: nn.Module | None) -> int:
     limit = None if model is None else context_length(model)
     if model is not None and label_count(model) != 1:
         raise ValueError(f"num_labels={label_count(model)}: a reward model has 1; load it with num_labels=1")
-    length = config.max_length or min(1024, limit or 1024)
-    if limit is not None and length > limit:
-        raise ValueError(f"max_length={length}: the model has {limit} positions; give at most that")
-    return length
+    return fitting_length(config, model) or min(1024, limit or 1024)
 
 
 def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from trl.trainer.configuration import PostTrainingConfig, as_config, processing_
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
 from trl.trainer.references import SyncReference
+from trl.trainer.settings import accepted, default_of, rename
 
 SAMPLING_KEYWORDS = ("min_new_tokens", "stop_strings", "stop_token_ids")
 """what `generation_kwargs` may hold besides the fields of the config"""
@@ -106,11 +108,66 @@ class RolloutConfig(PostTrainingConfig):
     log_unique_prompts: bool = field(default=False)
     """print one completion of each prompt"""
     use_vllm: bool = field(default=False)
-    """sample with vLLM: not supported yet"""
+    """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
+    vllm_mode: str = accepted("vllm_mode", "colocate")
+    vllm_model_impl: str = accepted("vllm_model_impl", "vllm")
+    vllm_enable_sleep_mode: bool = accepted("vllm_enable_sleep_mode", False)
+    vllm_structured_outputs_regex: str | None = accepted("vllm_structured_outputs_regex")
+    vllm_guided_decoding_regex: str | None = accepted("vllm_guided_decoding_regex")
+    vllm_server_base_url: str | None = accepted("vllm_server_base_url")
+    vllm_server_host: str = accepted("vllm_server_host", "0.0.0.0")
+    vllm_server_port: int = accepted("vllm_server_port", 8000)
+    vllm_server_timeout: float = accepted("vllm_server_timeout", 240.0)
+    vllm_group_port: int = accepted("vllm_group_port", 51216)
+    vllm_device: str | None = accepted("vllm_device")
+    vllm_dtype: str | None = accepted("vllm_dtype")
+    vllm_enable_prefix_caching: bool | None = accepted("vllm_enable_prefix_caching")
+    vllm_gpu_memory_utilization: float = accepted("vllm_gpu_memory_utilization", 0.3)
+    vllm_max_model_length: int | None = accepted("vllm_max_model_length")
+    vllm_max_model_len: int | None = accepted("vllm_max_model_len")
+    vllm_tensor_parallel_size: int = accepted("vllm_tensor_parallel_size", 1)
+    vllm_importance_sampling_correction: bool = accepted("vllm_importance_sampling_correction", True)
+    vllm_importance_sampling_mode: str = accepted("vllm_importance_sampling_mode", "sequence_mask")
+    vllm_importance_sampling_clip_max: float | None = accepted("vllm_importance_sampling_clip_max", 3.0)
+    vllm_importance_sampling_clip_min: float | None = accepted("vllm_importance_sampling_clip_min")
+    vllm_importance_sampling_cap: float | None = accepted("vllm_importance_sampling_cap")
+    ds3_gather_for_generation: bool = accepted("ds3_gather_for_generation", True)
+    cache_implementation: str | None = accepted("cache_implementation")
+    use_transformers_paged: bool = accepted("use_transformers_paged", False)
+    use_transformers_continuous_batching: bool = accepted("use_transformers_continuous_batching", False)
+    transformers_continuous_batching_config: dict[str, Any] | str | None = accepted(  # noqa: RUF009
+        "transformers_continuous_batching_config"
+    )
+    cast_lm_head_to_fp32: bool = accepted("cast_lm_head_to_fp32", False)
+    log_multimodal: bool = accepted("log_multimodal", True)
+    log_completions_hub_repo: str | None = accepted("log_completions_hub_repo")
+    log_completions_steps: int | None = accepted("log_completions_steps")
+
+    wandb_log_unique_prompts: bool | None = accepted("wandb_log_unique_prompts")
+
+    def translate(self) -> None:
+        super().translate()
+        rename(self, "wandb_log_unique_prompts", "log_unique_prompts")
+        self.wandb_log_unique_prompts = None
+        if self.use_vllm:
+            self._use_local_sampler()
+
+    def _use_local_sampler(self) -> None:
+        """Leave vLLM's settings; ValueError where the completions would not be those that were asked for."""
+        defaults = {entry.name: default_of(entry) for entry in fields(self) if entry.name.startswith("vllm_")}
+        for name in ("vllm_server_base_url", "vllm_server_host"):
+            way_out = "no vLLM server can be asked yet; without it and `use_vllm` the local sampler draws the same"
+            require(self, name, getattr(self, name) == defaults[name], way_out)
+        for name in ("vllm_structured_outputs_regex", "vllm_guided_decoding_regex"):
+            require(self, name, getattr(self, name) is None, "the local sampler follows no pattern; leave it out")
+        warnings.warn(
+            "use_vllm=True: vLLM is not supported yet; the local sampler draws the completions, from the same "
+            "distribution"
+        )
+        self.__dict__.update(defaults, use_vllm=False)
 
     def validate(self) -> None:
         super().validate()
-        require(self, "use_vllm", not self.use_vllm, "vLLM is not supported yet; the local sampler needs no settings")
         way_out = "a resumed run goes on where it stopped, in the midst of a rollout even; leave it False"
         require(self, "ignore_data_skip", not self.ignore_data_skip, way_out)
         require(self, "auto_find_batch_size", not self.auto_find_batch_size, "the batch size is part of a rollout")

@@ -38,13 +38,14 @@ from trl.trainer.configuration import (
     with_keywords,
 )
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import each_dataset, fitting_length, prepare
+from trl.trainer.preparation import asked_length, each_dataset, fitting_length, prepare
+from trl.trainer.settings import accepted, rename
 
 PACKING_STRATEGIES = ("bfd", "wrapped", "constant_length")
 DATASET_KWARGS = ("add_special_tokens", "append_concat_token", "skip_prepare_dataset")
 ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "completion", "input_ids"}
 """each of these columns alone shows what a row is"""
-LOSSES: dict[str, Callable[[Tensor, Tensor], LossSum]] = {"nll": nll, "dft": dft}
+LOSSES: dict[str, Callable[[Tensor, Tensor], LossSum]] = {"nll": nll, "chunked_nll": nll, "dft": dft}
 
 
 @dataclass
@@ -66,7 +67,7 @@ class SFTConfig(OfflineConfig):
     learn_tool_results: bool = field(default=False)
     """learn what tools and users say inside a completion too (conversational rows with a prompt)"""
     loss_type: str = field(default="nll")
-    """nll, or dft (each token weighs its own probability)"""
+    """nll (also called chunked_nll: it always comes in chunks), or dft (each token weighs its own probability)"""
     packing: bool = field(default=False)
     """fill rows of `max_length` tokens with whole sequences, so that every batch has the same size"""
     packing_strategy: str = field(default="bfd")
@@ -89,6 +90,12 @@ class SFTConfig(OfflineConfig):
     """constant_length only: sequences that the buffer holds"""
     chars_per_token: float = field(default=3.6)
     """constant_length only: estimated characters per token, from which the size of the buffer follows"""
+    max_seq_length: int | None = accepted("max_seq_length")
+
+    def translate(self) -> None:
+        super().translate()
+        rename(self, "max_seq_length", "max_length")
+        self.max_seq_length = None
 
     def json_fields(self) -> tuple[str, ...]:
         return (*super().json_fields(), "dataset_kwargs")
@@ -182,7 +189,9 @@ class SupervisedData:
         )
         job = SupervisedJob(
             tokenizer=self.tokenizer,
-            limits=Limits(max_length, truncation_mode=config.truncation_mode),
+            limits=Limits(
+                max_length, truncation_mode=config.truncation_mode, asked_length=asked_length(config, max_length)
+            ),
             text_field=config.dataset_text_field,
             completion_only_loss=config.completion_only_loss,
             assistant_only_loss=config.assistant_only_loss,
@@ -259,7 +268,8 @@ class PackingCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if self.inner is not None:
-            rows = rows_of_padded(self.inner([_for_collator(row) for row in rows]))
+            name = f"the data collator {type(self.inner).__name__}"
+            rows = rows_of_padded(self.inner([_for_collator(row) for row in rows]), name)
         elif "loss_mask" not in rows[0]:
             rows = [supervised_row(row) for row in rows]
         return {"packed": pack(sequence_trees(rows))}

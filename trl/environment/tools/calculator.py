@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from trl.import_utils import pip_install
+
 Number = int | float
 
 _LONGEST_EXPRESSION = 500
@@ -30,7 +32,7 @@ class SimpleCalculatorTool:
         try:
             from simpleeval import SimpleEval
         except ImportError as error:
-            raise ImportError('SimpleCalculatorTool needs simpleeval: pip install "trl[tools]"') from error
+            raise ImportError(f"SimpleCalculatorTool needs simpleeval: {pip_install('simpleeval')}") from error
         self.whole_numbers = whole_numbers
         self._evaluator: type[Any] = SimpleEval
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trl.import_utils import pip_install
+
 
 class DocumentSearchTool:
     """Answers a query with the best passages, or with "Nothing found." if none has a word of the query."""
@@ -27,7 +29,7 @@ class DocumentSearchTool:
         try:
             import bm25s
         except ImportError as error:
-            raise ImportError('DocumentSearchTool needs bm25s: pip install "trl[tools]"') from error
+            raise ImportError(f"DocumentSearchTool needs bm25s: {pip_install('bm25s')}") from error
         for field, value in (("passage_length", passage_length), ("results", results)):
             if value < 1:
                 raise ValueError(f"{field}={value}: give 1 or more")
