@@ -151,6 +151,11 @@ def _mask_or(original: str) -> Callable[..., Any]:
     return mask
 
 
+def own_attention(model: Any) -> str:
+    """The name of the attention implementation that the model has been given."""
+    return (getattr(model.config, "_attn_implementation", None) or "eager").removeprefix(PREFIX)
+
+
 def enable_tree_attention(model: Any) -> None:
     """Let a transformers model take `tree=`; it keeps its own attention for every other call."""
     original = model.config._attn_implementation or "eager"
