@@ -250,6 +250,64 @@ def test_an_attention_set_after_the_probe_is_a_new_state():
 # -- the head ---------------------------------------------------------------------------------
 
 
+def whole_rows(model, packed):
+    """Log-probabilities by the model's own logits, a row at a time."""
+    for row in range(packed.rows):
+        ids = packed.ids_N[packed.row_indices(row)]
+        logprobs = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
+        yield row, logprobs[:-1].gather(1, ids[1:, None])[packed.prompt_tokens[row] - 1 :, 0]
+
+
+FACTORS = {
+    "falcon_h1": (
+        t.FalconH1Config,
+        {"lm_head_multiplier": 0.5, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4,
+         "mamba_n_groups": 1, "mamba_chunk_size": 4},
+    ),
+    "recurrent_gemma": (
+        t.RecurrentGemmaConfig,
+        {"num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 8, "num_key_value_heads": 1,
+         "logits_soft_cap": 2.0},
+    ),
+    "cohere": (t.CohereConfig, {"logit_scale": 0.3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@torch.no_grad()
+def test_factors_of_the_logits_by_all_their_names(name):
+    config_class, more = FACTORS[name]
+    sizes = {key: value for key, value in SIZES.items() if key not in more}
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(config_class(**sizes, **more)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    packed = batch()
+    found_BT = score(model, packed).logprobs_BT
+    for row, expected in whole_rows(model, packed):
+        torch.testing.assert_close(found_BT[row, : len(expected)], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("change", ["factor", "forbidden words"])
+def test_logits_changed_in_an_unknown_way_are_refused(change, autocast):
+    class Changed(t.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if change == "factor":
+                output.logits = output.logits * 1.5
+            else:  # as Chameleon does with the words of images
+                output.logits[..., [8, 9]] = torch.finfo(output.logits.dtype).min
+            return output
+
+    model = Changed(t.LlamaConfig(**SIZES)).eval()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(ValueError, match="Changed changes its logits after `Linear`, its head"),
+    ):
+        score(model, batch())
+
+
 @pytest.mark.parametrize("name", ["llama", "bloom", "bart"])
 def test_what_is_read_is_computed_in_the_heads_only_call(name):
     model, packed = tiny_model(name), batch()

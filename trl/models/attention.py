@@ -165,6 +165,8 @@ def enable_tree_attention(model: Any) -> None:
     AttentionInterface.register(name, _tree_or(original))
     AttentionMaskInterface.register(name, _mask_or(original))
     model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise NotImplementedError(f"the attention of {type(model).__name__} cannot be replaced")
 
 
 @contextmanager

@@ -228,15 +228,29 @@ def eval_mode(*models: nn.Module, checkpointing: bool = False) -> Iterator[None]
     """Eval mode; the training flags of all modules come back.
 
     checkpointing: layers that checkpoint their activations stay in training mode, without which they would keep them.
+    Dropout whose rate they hold as a number is 0 for the while.
     """
     before = {module: module.training for module in chain.from_iterable(model.modules() for model in models)}
+    rates: list[tuple[nn.Module, str, float]] = []
     for module in before:
         module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
+        if module.training:
+            rates += [(module, name, rate) for name, rate in dropout_rates(module).items()]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
         for module, training in before.items():
             module.training = training
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+
+
+def dropout_rates(module: nn.Module) -> dict[str, float]:
+    """The rates of dropout, and of skipped layers, that a module holds as numbers."""
+    named = {name: value for name, value in vars(module).items() if "dropout" in name or "layerdrop" in name}
+    return {name: value for name, value in named.items() if isinstance(value, float)}
 
 
 @contextmanager
@@ -474,8 +488,9 @@ def in_float32(model: nn.Module) -> Iterator[None]:
                 kept[weight] = weight.data
                 weight.data = weight.data.float()
 
-    network, backends = below_value_head(model), (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    rounding = [backend.fp32_precision for backend in backends]  # type: ignore[attr-defined]
+    torch_backends: Any = torch.backends
+    network, backends = below_value_head(model), (torch_backends.cuda.matmul, torch_backends.mkldnn.matmul)
+    rounding = [backend.fp32_precision for backend in backends]
     plain = vars(model).get("_original_forward")  # accelerate has put autocast around it
     with ExitStack() as stack:
         stack.callback(lambda: restore(list(kept)))
@@ -484,7 +499,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             stack.enter_context(swapped_forward(model, plain))
         for backend, setting in zip(backends, rounding, strict=True):
             stack.callback(setattr, backend, "fp32_precision", setting)
-            backend.fp32_precision = "ieee"  # type: ignore[attr-defined]
+            backend.fp32_precision = "ieee"
         for layer, weights in _layers(network):
             if not any(weight.dtype in HALF for weight in weights):
                 continue
