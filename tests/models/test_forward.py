@@ -238,6 +238,15 @@ def test_half_precision_still_packs(name, dtype):
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_where_nothing_is_exact_the_whole_decides(name, monkeypatch):
+    """Sharded or quantised weights of half precision cannot be converted for a probe."""
+    monkeypatch.setattr(forward, "_expected_exactly", lambda *how: None)
+    model = tiny_model(name).bfloat16()
+    score(model, batch())
+    assert plan_of(model).packed == (name == "llama")
+
+
 def test_an_attention_set_after_the_probe_is_a_new_state():
     model = tiny_model("llama")
     before = score(model, batch()).logprobs_BT
