@@ -247,8 +247,9 @@ def test_where_nothing_is_exact_the_whole_decides(name, monkeypatch):
     assert plan_of(model).packed == (name == "llama")
 
 
-def test_an_attention_set_after_the_probe_is_a_new_state():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_an_attention_set_after_the_probe_is_a_new_state(name):
+    model = tiny_model(name)
     before = score(model, batch()).logprobs_BT
     for implementation in ("eager", "sdpa", "eager"):
         model.set_attn_implementation(implementation)
