@@ -235,10 +235,12 @@ def test_a_large_head_is_packed_and_put_back(bias):
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning")
-def test_adapters_with_virtual_tokens_take_the_fallback():
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_adapters_with_virtual_tokens_take_the_fallback(kind):
     import peft
 
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(build("llama"), config)
     model.prompt_encoder.default.embedding.weight.data.normal_()
     with pytest.raises(NotLocal, match="virtual tokens"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as t
-from tiny_models import tiny_model
+from tiny_models import lora, tiny_model
 
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
@@ -168,10 +168,12 @@ def test_exact_products_are_the_default():
 
 
 def test_rounded_products_leave_the_engine_and_packing(rounded, monkeypatch):
-    """As tensor cores read float32: 10 bits of the mantissa."""
+    """As tensor cores read float32 while it is allowed: 10 bits of the mantissa."""
     plain = F.linear
 
     def linear(x, weight, bias=None):
+        if torch.backends.mkldnn.matmul.fp32_precision == "ieee":
+            return plain(x, weight, bias)
         return plain(*((each.view(torch.int32) & -8192).view(torch.float32) for each in (x, weight)), bias)
 
     monkeypatch.setattr(F, "linear", linear)
@@ -189,7 +191,131 @@ def test_each_precision_has_its_own_probe():
     assert plan_of(model).reach == 0
 
 
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "float16", "rounded"])
+def test_what_float32_refuses_no_coarser_precision_accepts(how, request):
+    """Bloom's biases of far keys count places in the packed row: rounding hides it on a few tokens."""
+    if how == "rounded":
+        request.getfixturevalue("rounded")
+    for initial in (0.02, 0.08):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 60, "hidden_size": 16, "n_layer": 2, "n_head": 2}
+        model = t.BloomForCausalLM(t.BloomConfig(**sizes, initializer_range=initial)).eval()
+        half = getattr(torch, how, None) if "float" in how else None
+        model = model if half is None else model.to(half)
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            torch.testing.assert_close(*both(model, batch()), rtol=0, atol=0)
+            assert not plan_of(model).packed
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, weights[name])
+            assert weight.dtype == weights[name].dtype
+
+
+def test_autocast_that_accelerate_puts_into_the_forward_is_off_in_the_probe():
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = tiny_model("bloom")
+    model._original_forward = model.forward
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    score(model, batch())
+    assert not plan_of(model).packed
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "gemma2", "gemma3", "lora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_still_packs(name, dtype):
+    configs = {"qwen3": t.Qwen3Config, "gemma2": t.Gemma2Config, "gemma3": t.Gemma3TextConfig}
+    if name == "lora":
+        model = pytest.importorskip("peft").get_peft_model(tiny_model("llama"), lora(), autocast_adapter_dtype=False)
+    else:
+        model = causal(configs[name]) if name in configs else tiny_model(name)
+    with torch.autocast("cpu", dtype):
+        score(model, batch())
+        assert plan_of(model).packed
+    model = model.to(dtype)
+    score(model, batch())
+    assert plan_of(model).packed
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_where_nothing_is_exact_the_whole_decides(name, monkeypatch):
+    """Sharded or quantised weights of half precision cannot be converted for a probe."""
+    monkeypatch.setattr(forward, "_expected_exactly", lambda *how: None)
+    model = tiny_model(name).bfloat16()
+    score(model, batch())
+    assert plan_of(model).packed == (name == "llama")
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_an_attention_set_after_the_probe_is_a_new_state(name):
+    model = tiny_model(name)
+    before = score(model, batch()).logprobs_BT
+    for implementation in ("eager", "sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        torch.testing.assert_close(score(model, batch()).logprobs_BT, before, rtol=0, atol=1e-5)
+        assert plan_of(model).packed
+
+
 # -- the head ---------------------------------------------------------------------------------
+
+
+def whole_rows(model, packed):
+    """Log-probabilities by the model's own logits, a row at a time."""
+    for row in range(packed.rows):
+        ids = packed.ids_N[packed.row_indices(row)]
+        logprobs = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
+        yield row, logprobs[:-1].gather(1, ids[1:, None])[packed.prompt_tokens[row] - 1 :, 0]
+
+
+FACTORS = {
+    "falcon_h1": (
+        t.FalconH1Config,
+        {"lm_head_multiplier": 0.5, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4,
+         "mamba_n_groups": 1, "mamba_chunk_size": 4},
+    ),
+    "recurrent_gemma": (
+        t.RecurrentGemmaConfig,
+        {"num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 8, "num_key_value_heads": 1,
+         "logits_soft_cap": 2.0},
+    ),
+    "cohere": (t.CohereConfig, {"logit_scale": 0.3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@torch.no_grad()
+def test_factors_of_the_logits_by_all_their_names(name):
+    config_class, more = FACTORS[name]
+    sizes = {key: value for key, value in SIZES.items() if key not in more}
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(config_class(**sizes, **more)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    packed = batch()
+    found_BT = score(model, packed).logprobs_BT
+    for row, expected in whole_rows(model, packed):
+        torch.testing.assert_close(found_BT[row, : len(expected)], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("change", ["factor", "forbidden words"])
+def test_logits_changed_in_an_unknown_way_are_refused(change, autocast):
+    class Changed(t.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if change == "factor":
+                output.logits = output.logits * 1.5
+            else:  # as Chameleon does with the words of images
+                output.logits[..., [8, 9]] = torch.finfo(output.logits.dtype).min
+            return output
+
+    model = Changed(t.LlamaConfig(**SIZES)).eval()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(ValueError, match="Changed changes its logits after `Linear`, its head"),
+    ):
+        score(model, batch())
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "bart"])

@@ -448,3 +448,16 @@ def test_json_from_a_command_line(tmp_path):
     assert config(tmp_path, model_init_kwargs=json.dumps({"a": 1})).model_init_kwargs == {"a": 1}
     with pytest.raises(ValueError, match=r"model_init_kwargs='\{': not JSON"):
         config(tmp_path, model_init_kwargs="{")
+
+
+@pytest.mark.parametrize("case", ["frozen", "precomputed", "adapter", "given"])
+def test_the_reference_computes_in_the_policys_precision(case, tmp_path):
+    """A policy that is still its reference has the loss ln 2, under autocast too."""
+    arguments = {"ref_model": causal_lm()} if case == "given" else {}
+    if case == "adapter":
+        arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    args = config(tmp_path, bf16=True, use_cpu=True, max_steps=1, precompute_ref_log_probs=case == "precomputed")
+    trainer = trainer_of(args, **arguments)
+    trainer.train()
+    assert history(trainer, "loss") == [pytest.approx(math.log(2), abs=1e-6)]
+    assert history(trainer, "rewards/margins") == [0]

@@ -7,12 +7,15 @@ import pytest
 import torch
 import transformers as t
 from ppo_cases import COMMON, SAMPLING, batch, causal, gpt2, lora, maker
+from tiny_models import tiny_model
 
 from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.core import LengthSampler
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.models import create_reference_model
+from trl.models.forward import dropout_rates
+from trl.models.prepare import enable_gradient_checkpointing
 from trl.models.scoring import score
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
@@ -151,6 +154,26 @@ def test_separate_value_model(make):
 
 
 # --- generation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["opt", "bart", "t5"])
+def test_checkpointed_layers_that_hold_their_dropout_as_a_number(name, make):
+    """They stay in training mode while the policy is measured and updated, and must not drop anything."""
+    rates = {"dropout_rate": 0.3} if name == "t5" else {"dropout": 0.3, "attention_dropout": 0.3}
+    wrapper = AutoModelForCausalLMWithValueHead if name == "opt" else AutoModelForSeq2SeqLMWithValueHead
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model(name, vocab_size=1000, **rates)
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        torch.manual_seed(0)
+        trainer = make(wrapper.from_pretrained(model))
+        held = [dropout_rates(module) for module in trainer.model.modules()]
+        np.random.seed(0)
+        found.append(trainer.step(*batch()))
+        assert [dropout_rates(module) for module in trainer.model.modules()] == held
+    for key in ("ppo/loss/policy", "ppo/loss/value", "ppo/policy/entropy"):
+        assert found[1][key] == pytest.approx(found[0][key], abs=1e-4)
 
 
 def test_generate_shapes(make):

@@ -79,13 +79,25 @@ class TransformersSampler:
             mask[index, place] = 1
         # PEFT's own `generate` adds the virtual tokens of an adapter, but with a cache it loses them after the first
         # token, because transformers has renamed the cache. So it runs without one. Other adapters are layers.
-        virtual = learns_prompt(self.model)
-        model: Any = self.model if virtual else below_peft(self.model)
-        model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
-            do_sample=False, use_cache=not virtual, logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
-            stopping_criteria=StoppingCriteriaList([_Done(rows)]),
-        )  # fmt: skip
+        virtual, base = learns_prompt(self.model), below_peft(self.model)
+        model: Any = self.model if virtual else base
+        prefix = base.register_forward_pre_hook(_only_the_prefix, with_kwargs=True) if virtual else None
+        try:
+            model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
+                do_sample=False, use_cache=not virtual, logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
+                stopping_criteria=StoppingCriteriaList([_Done(rows)]),
+            )  # fmt: skip
+        finally:
+            if prefix is not None:
+                prefix.remove()
+
+
+def _only_the_prefix(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before each step PEFT hands over a learned prefix anew; what the step before made of its own would hide it."""
+    if kwargs.get("past_key_values") is not None:
+        kwargs.pop("cache", None)
+    return args, kwargs
 
 
 class _Choose(LogitsProcessor):

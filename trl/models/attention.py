@@ -151,6 +151,11 @@ def _mask_or(original: str) -> Callable[..., Any]:
     return mask
 
 
+def own_attention(model: Any) -> str:
+    """The name of the attention implementation that the model has been given."""
+    return (getattr(model.config, "_attn_implementation", None) or "eager").removeprefix(PREFIX)
+
+
 def enable_tree_attention(model: Any) -> None:
     """Let a transformers model take `tree=`; it keeps its own attention for every other call."""
     original = model.config._attn_implementation or "eager"
@@ -160,6 +165,8 @@ def enable_tree_attention(model: Any) -> None:
     AttentionInterface.register(name, _tree_or(original))
     AttentionMaskInterface.register(name, _mask_or(original))
     model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise NotImplementedError(f"the attention of {type(model).__name__} cannot be replaced")
 
 
 @contextmanager

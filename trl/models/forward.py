@@ -24,7 +24,7 @@ from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels.layers import fast, swapped_forward
 from trl.losses.loss_sum import LossSum
-from trl.models.attention import enable_tree_attention, inside_tree
+from trl.models.attention import enable_tree_attention, inside_tree, own_attention
 from trl.models.unwrap import (
     accepts,
     adapter_state,
@@ -114,20 +114,26 @@ def _as_output(parts: Sequence[Tensor], hidden: Tensor) -> Tensor:
     return nn.functional.pad(numbers, (0, batch * length - len(numbers))).view(batch, length, 1)
 
 
-def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, index_S: Tensor) -> None:
+def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, index_S: Tensor) -> Any:
+    """The model's call, and what it returns."""
     network = below_value_head(model)
     with ExitStack() as stack:
         wrapper = below_accelerate(model)
         if wrapper is not network:  # its own forward computes values everywhere and keeps the states of all layers
             stack.enter_context(swapped_forward(wrapper, lambda **inputs: network(**inputs)))
         if is_encoder_decoder(model):
-            model(**encoder_decoder_inputs(model, packed))
-        elif not plan.packed:
-            model(**padded_inputs_of(model, packed))
-        else:
-            stack.enter_context(inside_tree())
-            tree = stack.enter_context(fast(network, packed, index_S if plan.narrow else None))
-            model(input_ids=packed.ids_N[None], position_ids=packed.position_N[None], tree=tree, use_cache=False)
+            return model(**encoder_decoder_inputs(model, packed))
+        if not plan.packed:
+            return model(**padded_inputs_of(model, packed))
+        enable_tree_attention(network)  # again where somebody has set the attention since the probe
+        stack.enter_context(inside_tree())
+        tree = stack.enter_context(fast(network, packed, index_S if plan.narrow else None))
+        return model(input_ids=packed.ids_N[None], position_ids=packed.position_N[None], tree=tree, use_cache=False)
+
+
+def padded_pass(model: nn.Module, packed: PackedBatch) -> Any:
+    """What the model returns for the rows padded, with its own logits."""
+    return _run(model, packed, PADDED, packed.scored_S)
 
 
 def within_forward(model: nn.Module, function: Callable[[nn.Module], LossSum]) -> LossSum:
@@ -222,15 +228,29 @@ def eval_mode(*models: nn.Module, checkpointing: bool = False) -> Iterator[None]
     """Eval mode; the training flags of all modules come back.
 
     checkpointing: layers that checkpoint their activations stay in training mode, without which they would keep them.
+    Dropout whose rate they hold as a number is 0 for the while.
     """
     before = {module: module.training for module in chain.from_iterable(model.modules() for model in models)}
+    rates: list[tuple[nn.Module, str, float]] = []
     for module in before:
         module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
+        if module.training:
+            rates += [(module, name, rate) for name, rate in dropout_rates(module).items()]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
         for module, training in before.items():
             module.training = training
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+
+
+def dropout_rates(module: nn.Module) -> dict[str, float]:
+    """The rates of dropout, and of skipped layers, that a module holds as numbers."""
+    named = {name: value for name, value in vars(module).items() if "dropout" in name or "layerdrop" in name}
+    return {name: value for name, value in named.items() if isinstance(value, float)}
 
 
 @contextmanager
@@ -304,14 +324,19 @@ _plans: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], ForwardPlan]] = WeakK
 def plan_of(model: nn.Module) -> ForwardPlan:
     """What is known so far of the model as it is now."""
     network = below_value_head(model)
-    return _plans.get(network, {}).get((adapter_state(network), precision_of(network)), PADDED)
+    return _plans.get(network, {}).get(_state_of(network), PADDED)
 
 
 def note(model: nn.Module, plan: ForwardPlan) -> ForwardPlan:
     """Keep what was found out of the model as it is now."""
     network = below_value_head(model)
-    _plans.setdefault(network, {})[adapter_state(network), precision_of(network)] = plan
+    _plans.setdefault(network, {})[_state_of(network)] = plan
     return plan
+
+
+def _state_of(network: nn.Module) -> tuple[Any, ...]:
+    """What a plan depends on and a user may change: adapter, precision, attention implementation."""
+    return adapter_state(network), precision_of(network), own_attention(network)
 
 
 def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> ForwardPlan:
@@ -384,12 +409,12 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
     shares_prompts = switched_off or not learns_prompt(network)  # else virtual tokens stand before each row
     with eval_no_grad(model):
         try:
-            expected_SD, precision = measured_pass(model, module, packed, PADDED)
+            as_now = _expected(model, module, packed)
+            exact = as_now if as_now.is_exact else _expected_exactly(model, module, packed)
             enable_tree_attention(network)
-            tolerance = TOLERANCES[precision].states * float(expected_SD.abs().max())
             for narrow in (True, False) if shares_prompts else ():
                 plan = replace(known, packed=True, narrow=narrow, reach=reach)
-                if _computes(model, module, packed, plan, expected_SD, tolerance):
+                if _computes(model, module, packed, plan, as_now, exact):
                     return plan
         except PROBE_ERRORS as error:
             logger.debug("probe of %s failed: %s", type(network).__name__, error)
@@ -398,6 +423,102 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
         type(network).__name__,
     )
     return replace(known, packed=False, narrow=False, reach=inf)
+
+
+class Expected(NamedTuple):
+    """What padded rows give, against which packed rows are compared."""
+
+    states_SD: Tensor
+    precision: str
+
+    @property
+    def is_exact(self) -> bool:
+        return self.precision in ("float64", "float32")
+
+    def agrees(self, states_SD: Tensor) -> bool:
+        tolerance = TOLERANCES[self.precision].states * float(self.states_SD.abs().max())
+        return torch.allclose(states_SD, self.states_SD, rtol=0, atol=tolerance)
+
+    def agrees_on_the_whole(self, states_SD: Tensor) -> bool:
+        """By the root mean square of the difference, where nothing exact can be computed."""
+        difference, own = (states_SD - self.states_SD).float().square().mean(), self.states_SD.float().square().mean()
+        return float(difference.sqrt()) <= ROUNDED[self.precision] * float(own.sqrt())
+
+
+HALF = (torch.float16, torch.bfloat16)
+ROUNDED = {"tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
+"""root mean square of the difference of equal computations, relative to that of the states: in bfloat16 at most half of
+it for llama, qwen3, gemma2, gemma3, gpt2 and opt of 2 to 8 layers, nearly all for a router of experts, more for ALiBi
+whose biases matter; the others, with 3 bits more, have an eighth of it"""
+
+
+def _expected(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Expected:
+    return Expected(*measured_pass(model, module, packed, PADDED))
+
+
+def _expected_exactly(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Expected | None:
+    """What padded rows give in float32; None where the model cannot be run so: sharded in half precision, quantised."""
+    half = any(weight.dtype in HALF for weight in model.parameters())
+    if (half and is_sharded(model)) or any(getattr(inner, "is_quantized", False) for inner in model.modules()):
+        return None
+    try:
+        with in_float32(model):
+            states_SD, _ = measured_pass(model, module, packed, PADDED)
+    except PROBE_ERRORS as error:
+        logger.debug("%s does not run in float32: %s", type(below_value_head(model)).__name__, error)
+        return None
+    return Expected(states_SD, "float32") if states_SD.dtype == torch.float32 else None
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Within it passes without gradient compute in float32: without autocast, each layer with float32 weights.
+
+    A layer's weights are converted while it is called, so one layer more is in memory.
+    """
+    kept: dict[Tensor, Tensor] = {}
+
+    def restore(weights: Sequence[Tensor]) -> None:
+        for weight in weights:
+            if weight in kept:
+                weight.data = kept.pop(weight)
+
+    def convert(weights: Sequence[Tensor]) -> None:
+        for weight in weights:
+            if weight.dtype in HALF and weight not in kept:
+                kept[weight] = weight.data
+                weight.data = weight.data.float()
+
+    torch_backends: Any = torch.backends
+    network, backends = below_value_head(model), (torch_backends.cuda.matmul, torch_backends.mkldnn.matmul)
+    rounding = [backend.fp32_precision for backend in backends]
+    plain = vars(model).get("_original_forward")  # accelerate has put autocast around it
+    with ExitStack() as stack:
+        stack.callback(lambda: restore(list(kept)))
+        stack.enter_context(torch.autocast(next(network.parameters()).device.type, enabled=False))
+        if plain is not None:
+            stack.enter_context(swapped_forward(model, plain))
+        for backend, setting in zip(backends, rounding, strict=True):
+            stack.callback(setattr, backend, "fp32_precision", setting)
+            backend.fp32_precision = "ieee"
+        for layer, weights in _layers(network):
+            if not any(weight.dtype in HALF for weight in weights):
+                continue
+            before = layer.register_forward_pre_hook(lambda *call, own=weights: convert(own), prepend=True)
+            after = layer.register_forward_hook(lambda *call, own=weights: restore(own), always_call=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """The layers of a network whole, and the other modules with the weights of their own."""
+    yield module, list(module.parameters(recurse=False))
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((layer, list(layer.parameters())) for layer in child)
+        else:
+            yield from _layers(child)
 
 
 def measured_pass(
@@ -419,11 +540,28 @@ def measured_pass(
 
 
 def _computes(
-    model: nn.Module, module: nn.Module, packed: PackedBatch, plan: ForwardPlan, expected_SD: Tensor, tolerance: float
+    model: nn.Module,
+    module: nn.Module,
+    packed: PackedBatch,
+    plan: ForwardPlan,
+    as_now: Expected,
+    exact: Expected | None,
 ) -> bool:
+    """Whether packed rows by this plan give what padded rows give: in the precision of now, and in float32.
+
+    Rounding hides what separates two computations (ALiBi's biases of far keys), so float32 decides where it can.
+    """
     try:
         states_SD, _ = measured_pass(model, module, packed, plan)
+        if not as_now.agrees(states_SD):
+            return False
+        if exact is None:
+            return as_now.agrees_on_the_whole(states_SD)
+        if exact is as_now:
+            return True
+        with in_float32(model):
+            states_SD, _ = measured_pass(model, module, packed, plan)
     except PROBE_ERRORS as error:
         logger.debug("probe of %s failed: %s", type(below_value_head(model)).__name__, error)
         return False
-    return torch.allclose(states_SD, expected_SD, rtol=0, atol=tolerance)
+    return exact.agrees(states_SD)

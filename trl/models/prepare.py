@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.import_utils import is_bitsandbytes_available, is_gpu_available, pip_install
+from trl.models.forward import dropout_rates
 from trl.models.peft_support import (
     find_adapter,
     is_peft_model,
@@ -247,9 +248,8 @@ def disable_dropout_in_model(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
-                setattr(module, name, 0.0)
+        for name in dropout_rates(module):
+            setattr(module, name, 0.0)
 
 
 def neftune_post_forward_hook(module: nn.Module, input: Any, output: Tensor) -> Tensor:

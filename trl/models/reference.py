@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,15 +21,24 @@ class Reference:
     A model that the user gave; else the policy with its adapter switched off, if it has one; else a frozen copy of the
     policy as it is now. `precomputed`: its log-probabilities are in the data, and `m` is None.
     After `accelerator.prepare` assign the prepared models to `policy` and, if it is not None, to `frozen`.
+    autocast: the context in which the policy computes; the reference then computes in the same precision.
     """
 
-    def __init__(self, policy: nn.Module, given: nn.Module | None = None, *, precomputed: bool = False):
+    def __init__(
+        self,
+        policy: nn.Module,
+        given: nn.Module | None = None,
+        *,
+        precomputed: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
         if given is not None and below_accelerate(given) is below_accelerate(policy):
             raise ValueError("the reference is the policy itself: leave it out for a frozen copy, or load it again")
         if given is not None and precomputed:
             raise ValueError("a reference model and precomputed reference log-probabilities: pass one of them")
         self.policy = policy
         self.precomputed = precomputed
+        self.autocast = autocast
         self.adapter_off = given is None and not precomputed and is_peft_model(below_value_head(policy))
         self.frozen: nn.Module | None = None
         if given is not None:
@@ -42,11 +51,12 @@ class Reference:
     def model(self) -> Iterator[nn.Module | None]:
         """The reference in eval mode and without gradients; afterwards the policy is as it was before."""
         if self.precomputed:
-            yield None
+            with self.autocast():
+                yield None
             return
         model = self.policy if self.frozen is None else self.frozen
         adapter_off = below_value_head(self.policy).disable_adapter() if self.adapter_off else nullcontext()
-        with eval_mode(model), _gradients_as_before(model), adapter_off, torch.no_grad():
+        with eval_mode(model), _gradients_as_before(model), adapter_off, torch.no_grad(), self.autocast():
             yield model
 
     def state(self) -> dict[str, Any]:

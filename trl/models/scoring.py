@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,15 @@ from trl.kernels.head_tiles import LinearLogprobs
 from trl.kernels.step_memory import place_of
 from trl.models.forward import (
     PADDED,
+    PROBE_ERRORS,
     encoder_decoder_inputs,
+    eval_no_grad,
     in_module,
     is_encoder,
     measured_pass,
     padded_inputs_of,
+    padded_pass,
+    probe_rows,
     virtual_tokens,
 )
 from trl.models.unwrap import below_accelerate, below_peft, below_value_head, is_encoder_decoder
@@ -40,15 +45,16 @@ def chunk_rows(vocabulary: int) -> int:
 class Head:
     """An output embedding and what the model does to its logits afterwards.
 
-    `project` is the module's own forward, for a function that runs inside a call of the module (`forward.in_head`).
+    `project` is the module's own forward, for a function that runs inside a call of the module (`in_head`).
     """
 
     module: nn.Module
     vocabulary: int
     scale: float = 1.0
-    """logits are multiplied by it (cohere's `logit_scale`, granite's `1 / logits_scaling`)"""
+    """logits are multiplied by it (cohere's `logit_scale`, falcon_h1's `lm_head_multiplier`, granite's
+    `1 / logits_scaling`)"""
     softcap: float | None = None
-    """then softcap * tanh(logits / softcap) (gemma2, gemma3)"""
+    """then softcap * tanh(logits / softcap) (gemma2, gemma3, recurrent_gemma)"""
     project: Callable[[Tensor], Tensor] | None = None
     """None: the module is called, with its hooks"""
 
@@ -72,11 +78,57 @@ def head_of(model: Any) -> Head:
     if module is None:
         raise ValueError(f"{type(model).__name__} has no language-model head (`get_output_embeddings()` is None)")
     config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale = float(_first_of(config, "logit_scale", "lm_head_multiplier") or 1.0)
     if getattr(config, "logits_scaling", None):
         scale /= config.logits_scaling
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = _first_of(config, "final_logit_softcapping", "logits_soft_cap")
     return Head(module, config.vocab_size, scale, softcap)
+
+
+def _first_of(config: Any, *names: str) -> float | None:
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+_checked: WeakKeyDictionary[nn.Module, Head] = WeakKeyDictionary()
+"""by network: its head as it was when its logits were those of the model"""
+
+
+def check_head(model: nn.Module, head: Head) -> None:
+    """ValueError unless the head says all that the model does to its logits: a pass of a few tokens, once a model."""
+    network = below_value_head(model)
+    if _checked.get(network) == head:
+        return
+    states: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        states.append(output.detach().clone())  # what follows may write into it
+
+    hook = head.module.register_forward_hook(keep)
+    try:
+        with eval_no_grad(model):
+            outputs.append(padded_pass(below_accelerate(model), probe_rows(network)[0]).logits)
+        differs = _differ(replace(head, project=lambda logits: logits).logits(states[0]), outputs[0], states[0].dtype)
+    except PROBE_ERRORS:  # the pass that was asked for says what is wrong
+        differs = False
+    finally:
+        hook.remove()
+    if differs:
+        raise ValueError(
+            f"{type(below_peft(network)).__name__} changes its logits after `{type(head.module).__name__}`, its head, "
+            "in a way that is not known here (a factor, a soft-cap, words that it forbids), so its log-probabilities "
+            "would be wrong: set what does so in its config to nothing, or let the module that "
+            "`get_output_embeddings()` returns do it"
+        )
+    _checked[network] = head
+
+
+def _differ(ours: Tensor, own: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits differ by more than rounding them, in this type, does. Weights that are broken say nothing."""
+    if ours.shape != own.shape or not ours.isfinite().all():
+        return False
+    exact = {dtype, own.dtype} <= {torch.float32, torch.float64}
+    return not torch.allclose(ours, own.float(), rtol=0, atol=(1e-4 if exact else 3e-2) * float(ours.abs().max()))
 
 
 def map_logits(
@@ -157,6 +209,7 @@ def in_head(
     The function returns one or several tensors whose first axis is S.
     """
     head = head_of(below_value_head(model))
+    check_head(model, head)
     inside = replace(head, project=head.module.forward)
     return in_module(model, head.module, packed, lambda states_SD: function(inside, states_SD))
 

@@ -100,7 +100,8 @@ def check_first_ratio(means: Mapping[str, Tensor | float], *, coarse: bool) -> N
         raise RuntimeError(
             f"at the first update the ratio is {ratio:.7f} and approx_kl {approx_kl:.1e}, where 1 and 0 are due: the "
             "policy must still be itself. Did a callback change its weights, was it another model that sampled, or is "
-            "something in its forward pass random (dropout, noise on embeddings, a router)?"
+            "something in its forward pass random (noise on embeddings, a router, dropout in layers that gradient "
+            "checkpointing keeps in training mode)?"
         )
 
 

@@ -92,14 +92,14 @@ def make_reference(
 
     absent: the objective uses no reference.
     """
-    config = trainer.args
+    config, autocast = trainer.args, trainer.accelerator.autocast
     if absent:
         if ref_model is not None:
             raise ValueError("ref_model: the objective has no reference (reference_free=True); leave it out")
         return Reference(trainer.model, precomputed=True)
     if ref_model is None:
         ahead = config.precompute_ref_log_probs and not is_peft_model(trainer.model)
-        reference = Reference(trainer.model, precomputed=ahead or _all_have(trainer, columns))
+        reference = Reference(trainer.model, precomputed=ahead or _all_have(trainer, columns), autocast=autocast)
     else:
         auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         given = load_model(ref_model, auto_class, config.ref_model_init_kwargs, owner=type(trainer).__name__)
@@ -107,7 +107,7 @@ def make_reference(
             disable_dropout_in_model(given)
         if given is not trainer.model:  # else `Reference` says what is wrong with that
             given = trainer.accelerator.prepare_model(given, evaluation_mode=True)
-        reference = Reference(trainer.model, given)
+        reference = Reference(trainer.model, given, autocast=autocast)
     if config.sync_ref_model:
         if reference.frozen is None:
             raise ValueError("sync_ref_model=True: the reference is no model of its own and cannot move: give one")

@@ -460,7 +460,7 @@ class RolloutTrainer(ObjectiveTrainer):
             given = load_model(ref_model, AutoModelForCausalLM, keywords)
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = self.accelerator.prepare_model(given, evaluation_mode=True)
-        reference = Reference(self.model, given)
+        reference = Reference(self.model, given, autocast=self.accelerator.autocast)
         if config.moves_reference:
             if reference.frozen is None:
                 raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
