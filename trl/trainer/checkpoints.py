@@ -336,7 +336,7 @@ class LimitOfUser(TrainerCallback):
         self._held: tuple[int | None] | None = None
 
     def hold(self, args: TrainingArguments) -> None:
-        """Called when the weights of a checkpoint are written."""
+        """Called when the weights of a checkpoint are written after which `on_save` or `on_train_end` comes."""
         self._held = self._held or (args.save_total_limit,)
         args.save_total_limit = None
 
@@ -346,12 +346,6 @@ class LimitOfUser(TrainerCallback):
             (args.save_total_limit,), self._held = self._held, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.give_back(args)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Where something else than the training loop saved, `on_save` was not called."""
         self.give_back(args)
 
     def on_train_end(

@@ -142,8 +142,8 @@ class ObjectiveTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what `from_pretrained` reads, whole or not at all."""
         target = str(output_dir or self.args.output_dir)
-        own = output_dir is not None and Path(target).name == f"{PREFIX}{self.state.global_step}"
-        if _internal_call and own:
+        named = output_dir is not None and Path(target).name == f"{PREFIX}{self.state.global_step}"
+        if _internal_call and named:
             self._begin_checkpoint(Path(target))
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks write together
             super().save_model(target, _internal_call=True)
@@ -161,7 +161,7 @@ class ObjectiveTrainer(Trainer):
         super().save_model(str(folder), _internal_call=True)
         if state and self.args.should_save:
             write_state(folder / EXTRA_STATE, state)
-        if self.is_in_train:
+        if self.is_in_train and (self.control.should_save or self.args.enable_jit_checkpoint):
             self._seal.limit.hold(self.args)
 
     def describe_run(self) -> Run:
@@ -204,7 +204,7 @@ class ObjectiveTrainer(Trainer):
         state = read_state(file) if file.exists() else None
         way_out = "set ignore_data_skip=True to begin anew in the data, "
         check_settings(found, run, has_place=not self.args.ignore_data_skip, way_out=way_out)
-        if state is not None:  # the last check is inside: nothing has changed if it refuses
+        if state is not None:  # may refuse it too, before anything changes
             self.load_extra_state(state)
         if found.is_model_only:
             logger.warning("%s was written with save_only_model=True: the optimizer starts anew", found.folder)
