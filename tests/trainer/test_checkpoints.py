@@ -303,6 +303,7 @@ def test_older_checkpoints_go_after_the_new_one_is_whole(tmp_path):
     class Watch(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
             seen.append(sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*")))
+            assert args.save_total_limit == 1
 
         def on_step_end(self, args, state, control, **kwargs):
             assert args.save_total_limit == 1
@@ -313,6 +314,44 @@ def test_older_checkpoints_go_after_the_new_one_is_whole(tmp_path):
     assert seen[1] == ["checkpoint-1", "checkpoint-2"]  # not sealed yet, so the older one is still there
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
     assert trainer.args.save_total_limit == 1
+
+
+def test_the_limit_comes_back_where_no_on_save_follows(tmp_path):
+    """Saved by something else than the loop, in a run and outside; a run that ends amid a save."""
+    seen = []
+
+    class Saves(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.save_model(str(tmp_path / "mine" / f"checkpoint-{state.global_step}"), _internal_call=True)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(args.save_total_limit)
+
+    trainer = KINDS["dpo"].start(tmp_path / "run", save_total_limit=3, save_strategy="no", max_steps=2)
+    trainer.add_callback(Saves())
+    trainer.save_model(str(tmp_path / "checkpoint-0"), _internal_call=True)
+    assert trainer.args.save_total_limit == 3
+    trainer.train()
+    assert seen == [3, 3]
+    assert trainer.args.save_total_limit == 3
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    trainer = KINDS["dpo"].start(tmp_path / "run", save_total_limit=3)
+    trainer._save_rng_state = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.args.save_total_limit == 3
+
+
+def test_only_a_checkpoint_is_written_as_one(tmp_path):
+    """`Trainer`'s inner flag with another folder saves the model: what else lies there stays."""
+    trainer = KINDS["dpo"].start(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path), _internal_call=True)
+    assert is_whole(tmp_path / "checkpoint-1", contents=True)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
@@ -469,6 +508,70 @@ def test_what_makes_a_continuation_meaningless(run, kind, changed, what):
     folder, *_ = run(kind)
     with pytest.raises(ValueError, match=what):
         KINDS[kind].run(folder, True, **changed)
+
+
+def plain(value):
+    """The same in lists and numbers, which can be compared."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else repr(value)
+
+
+def everything(trainer):
+    """All of a trainer that a step depends on, and this process's random state."""
+    own = {"weights": weights(trainer), "random": random_state()}
+    if trainer.optimizer is not None:
+        own["optimizer"] = trainer.optimizer.state_dict()
+    for name in ("extra_state", "_state"):
+        own[name] = getattr(trainer, name, dict)()
+    progress = getattr(trainer, "progress", None)
+    own["progress"] = progress and progress.state_dict()
+    return plain(own)
+
+
+def another_optimizer(trainer):
+    trainer.optimizer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+
+
+REFUSALS = [
+    *((kind, changed, None, what) for kind, changed, what in MEANINGLESS),
+    ("ppo", {}, another_optimizer, r"optimizer: the checkpoint's has groups of \[.*\] weights, this run's of"),
+    ("ddpo", {}, another_optimizer, r"optimizer: the checkpoint's has groups of \[.*\] weights, this run's of"),
+    *((kind, {}, "random", "could not read .*rng_state-0") for kind in ("ppo", "ddpo")),
+]
+
+
+@pytest.mark.parametrize(("kind", "changed", "spoil", "what"), REFUSALS)
+def test_a_refused_resume_changes_nothing(run, kind, changed, spoil, what):
+    """Weights, optimizer, KL coefficient, moments, counters and random state are those of before."""
+    folder, _, newest, _ = run(kind)
+    if spoil == "random":
+        manifest = read_manifest(newest)
+        (newest / "rng_state-0.pt").write_bytes(b"no state")
+        seal(newest, Run(**manifest["run"]), step=manifest["step"], world_size=1)
+    trainer = KINDS[kind].start(folder, **changed)
+    if callable(spoil):
+        spoil(trainer)
+    was = everything(trainer)
+    with pytest.raises(ValueError, match=what):
+        KINDS[kind].resume(trainer, newest)
+    now = everything(trainer)
+    assert [name for name in was if was[name] != now[name]] == []
+
+
+def test_ignore_data_skip_is_a_way_out(run, caplog):
+    """Without a place in the data another batch size is one line, as in release 1.0.0."""
+    folder, _, newest, _ = run("dpo")
+    without_last(newest)
+    changed = {"per_device_train_batch_size": 2}
+    with pytest.raises(ValueError, match="resume with that, set ignore_data_skip=True to begin anew in the data, or"):
+        KINDS["dpo"].run(folder, True, **changed)
+    trainer = KINDS["dpo"].start(folder, ignore_data_skip=True, **changed)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert "rows in an optimizer step 4 -> 2" in caplog.text
 
 
 DIFFERENT = [

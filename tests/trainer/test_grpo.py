@@ -573,8 +573,12 @@ def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
 def test_a_rollout_is_used_up_with_the_settings_that_made_it(changed, what, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "max_steps": 4}
     trained(tmp_path, **{**settings, "max_steps": 2})
+    refused = make(tmp_path, **{**settings, **changed})
+    before, drawn = str(refused.extra_state()), torch.get_rng_state()
     with pytest.raises(ValueError, match=what):
-        make(tmp_path, **{**settings, **changed}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        refused.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert str(refused.extra_state()) == before  # a refused resume changes nothing
+    assert torch.equal(torch.get_rng_state(), drawn)
     resumed = make(tmp_path, **{**settings, **changed})
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 4

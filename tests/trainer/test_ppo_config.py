@@ -1,12 +1,16 @@
 """PPOConfig: the seed's fields, errors and command line."""
 
 import sys
+import warnings
 
+import numpy as np
 import pytest
+import torch
 import tyro
 from ppo_cases import batch, causal
 
 from trl import PPOConfig, PPOTrainer
+from trl.rollout.rewards import Rewards
 
 SEED_DEFAULTS = {
     "seed": 0, "log_with": None, "task_name": None, "model_name": None, "query_dataset": None, "reward_model": None,
@@ -100,6 +104,65 @@ def test_fields_that_change_before_the_trainer_is_built_have_their_effect(tiny_t
     trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     trainer.step(*batch())
     assert len(steps) == 4
+
+
+@pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
+@pytest.mark.parametrize("changes", [
+    {"mini_batch_size": 1}, {"mini_batch_size": 4}, {"gradient_accumulation_steps": 2}, {"temperature": 0.5},
+    {"init_kl_coef": 0.9},
+])  # fmt: skip
+def test_fields_that_change_after_the_trainer_is_built_reach_the_next_step(tiny_tokenizer, changes):
+    """The step is that of a trainer that was built with them."""
+
+    def make(**fields):
+        return PPOTrainer(PPOConfig(**{**numbers, **fields}), causal(), tokenizer=tiny_tokenizer)
+
+    def end(trainer):
+        trainer.ref_model.pretrained_model.lm_head.weight.data *= 1.5  # so that the KL is not 0
+        np.random.seed(0)
+        trainer.step(*batch())
+        return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+    numbers = {"batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-3, "ppo_epochs": 1}
+    changed, built = make(), make(**changes)
+    for name, value in changes.items():
+        setattr(changed.config, name, value)
+    whole = end(changed)
+    assert changed.accelerator.gradient_accumulation_steps == built.config.gradient_accumulation_steps
+    assert torch.equal(whole, end(built))
+    assert not torch.equal(whole, end(make()))
+    assert changed.config.to_dict() == built.config.to_dict()
+
+
+@pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
+def test_changes_that_come_too_late_or_are_wrong(tiny_tokenizer):
+    config = PPOConfig(batch_size=4, mini_batch_size=2, ppo_epochs=1)
+    trainer = PPOTrainer(config, causal(), tokenizer=tiny_tokenizer)
+    trainer.step(*batch())
+    coefficient = trainer.kl_ctl.value
+    config.init_kl_coef = 0.9
+    with pytest.warns(UserWarning, match=r"init_kl_coef=0\.9: training has begun.*set `trainer\.kl_ctl\.value`"):
+        trainer.step(*batch())
+    assert trainer.kl_ctl.value == pytest.approx(coefficient, rel=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step(*batch())  # said once
+    config.temperature = 0.0
+    with pytest.raises(ValueError, match=r"temperature=0\.0: give a number above 0"):
+        trainer.step(*batch())
+    config.temperature, config.mini_batch_size = 1.0, 3
+    with pytest.raises(ValueError, match=r"must be a multiple of .* inexact division: 4 / 3"):
+        trainer.step(*batch())
+
+
+@pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")
+def test_sampling_follows_a_changed_temperature(tiny_tokenizer):
+    trainer = PPOTrainer(PPOConfig(batch_size=1), causal(), tokenizer=tiny_tokenizer)
+    assert trainer.source.params(None).temperature == 1.0
+    trainer.config.temperature = 0.5
+    trainer._rollout([{"prompt": "a b"}], lambda *_: Rewards(["one"], torch.zeros(1, 1), torch.ones(1), [False]))
+    assert trainer.source.params(None).temperature == 0.5
+    assert trainer.actor.temperature == 0.5
 
 
 @pytest.mark.filterwarnings("ignore:No dataset is provided:UserWarning")

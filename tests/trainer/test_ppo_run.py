@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as t
 from datasets import Dataset
+from ppo_cases import batch
 
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.data.records import Rollout
@@ -201,6 +202,22 @@ def test_step_users_resume_through_batches(make, tmp_path):
     again = make()
     again.load_state(tmp_path / "state")
     assert torch.equal(go(again), whole)
+
+
+def test_a_script_with_rows_of_its_own_has_no_place_in_the_data(make, tmp_path, caplog):
+    """It may go on with another batch size, as release 1.0.0 let it; one that reads `batches` may not."""
+    first = make()
+    first.step(*batch())
+    first.save_state(tmp_path / "state")
+    again = make(batch_size=2)
+    again.load_state(tmp_path / "state")
+    assert torch.equal(weights(again), weights(first))
+    assert "rows in a step 4 -> 2" in caplog.text
+    again.step(*batch(rows=2))
+    next(first.batches())
+    first.save_state(tmp_path / "state")
+    with pytest.raises(ValueError, match=r"rows in a step=2: .* was written with 4"):
+        make(batch_size=2).load_state(tmp_path / "state")
 
 
 def test_checkpoint_is_a_model_folder(make, tmp_path):

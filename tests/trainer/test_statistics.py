@@ -119,3 +119,11 @@ def test_exact_div():
     assert exact_div(8, 2, "a", "b") == 4
     with pytest.raises(ValueError, match=r"no, a=7, b=2, inexact division: 7 / 2 = 3\.5"):
         exact_div(7, 2, "a", "b", "no")
+
+
+def test_compute_accuracy_by_its_older_path():
+    from trl.trainer import statistics
+
+    assert statistics.compute_accuracy is compute_accuracy
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        statistics.absent  # noqa: B018

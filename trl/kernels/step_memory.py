@@ -46,13 +46,18 @@ class Memory:
         self.tensor = torch.empty_like(like, requires_grad=False)
         self._storage = self.tensor.untyped_storage()._cdata
         self._alone = self._uses()
+        self._handles = self._python_handles()
 
     def is_held(self) -> bool:
-        """Whether another tensor or array uses it: a gradient, a view of it; True where torch cannot say."""
-        return _use_count is None or self._uses() > self._alone
+        """Whether anybody else uses it: a gradient, a view, an array, its storage; True where torch cannot say."""
+        return _use_count is None or self._uses() > self._alone or self._python_handles() > self._handles
 
     def _uses(self) -> int:
         return 0 if _use_count is None else int(_use_count(self._storage))
+
+    def _python_handles(self) -> int:
+        """Those who hold the storage itself, which is one object in Python and does not count as a use."""
+        return sys.getrefcount(self.tensor.untyped_storage())
 
 
 @dataclass(frozen=True)

@@ -160,14 +160,19 @@ def check_identity(checkpoint: Checkpoint, run: Run, world_size: int) -> None:
     _check_equal(checkpoint, checkpoint.manifest["run"]["identity"], run.identity)
 
 
-def check_settings(checkpoint: Checkpoint, run: Run) -> None:
-    """ValueError for what must be equal and is not; one line in the log for everything else that differs."""
+def check_settings(checkpoint: Checkpoint, run: Run, *, has_place: bool = True, way_out: str = "") -> None:
+    """ValueError for what must be equal and is not; one line in the log for everything else that differs.
+
+    has_place: whether the run goes on at a place in the data; if not, nothing must be equal. way_out: what an error
+    names besides the settings of the checkpoint and a new run.
+    """
     if checkpoint.manifest is None:
         return
     theirs = checkpoint.manifest["run"]
-    _check_equal(checkpoint, theirs["fixed"], run.fixed)
-    before = {**theirs["settings"], **checkpoint.manifest["versions"]}
-    now = {**run.settings, **_versions()}
+    if has_place:
+        _check_equal(checkpoint, theirs["fixed"], run.fixed, way_out)
+    before = {**theirs["fixed"], **theirs["settings"], **checkpoint.manifest["versions"]}
+    now = {**run.fixed, **run.settings, **_versions()}
     different = [
         f"{name} {before[name]!r} -> {now[name]!r}" for name in now if before.get(name, now[name]) != now[name]
     ]
@@ -175,12 +180,23 @@ def check_settings(checkpoint: Checkpoint, run: Run) -> None:
         logger.warning("%s was written with other settings: %s", checkpoint.folder, ", ".join(different))
 
 
-def _check_equal(checkpoint: Checkpoint, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def check_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """ValueError for the state of an optimizer that trains another number of weights, before any of it is loaded."""
+    both = (optimizer.state_dict(), state)
+    ours, theirs = ([len(group["params"]) for group in each.get("param_groups", ())] for each in both)
+    if ours != theirs:
+        raise ValueError(
+            f"optimizer: the checkpoint's has groups of {theirs} weights, this run's of {ours}: resume with the same "
+            "trained weights and an optimizer that was built in the same way"
+        )
+
+
+def _check_equal(checkpoint: Checkpoint, theirs: Mapping[str, Any], ours: Mapping[str, Any], way_out: str = "") -> None:
     for name, value in ours.items():
         if theirs.get(name, value) != value:
             raise ValueError(
                 f"{name}={value!r}: the checkpoint {checkpoint.folder} was written with {theirs[name]!r}; resume with "
-                "that, or start a new run from its weights"
+                f"that, {way_out}or start a new run from its weights"
             )
 
 
@@ -309,17 +325,47 @@ def clean_up(output_dir: str | os.PathLike[str], prefix: str = PREFIX) -> None:
     processes.wait_for_everyone()
 
 
+class LimitOfUser(TrainerCallback):
+    """Keeps `Trainer` from removing older checkpoints before the new one is whole.
+
+    For that `save_total_limit` is None while `Trainer` writes; other callbacks, which come after this one, see the
+    user's number.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[int | None] | None = None
+
+    def hold(self, args: TrainingArguments) -> None:
+        """Called when the weights of a checkpoint are written after which `on_save` or `on_train_end` comes."""
+        self._held = self._held or (args.save_total_limit,)
+        args.save_total_limit = None
+
+    def give_back(self, args: TrainingArguments) -> None:
+        """Put the user's number back, if it is held."""
+        if self._held is not None:
+            (args.save_total_limit,), self._held = self._held, None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.give_back(args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.give_back(args)
+
+
 class SealCheckpoints(TrainerCallback):
     """Makes the checkpoints of transformers' `Trainer` whole.
 
     `Trainer` writes into `checkpoint-N` itself. `begin` puts a folder of that name aside before the first file, and the
     manifest is written after the last one. Only then are older checkpoints removed, and the one that was put aside.
+    It is to be called after all other callbacks, and its `limit` before them.
     """
 
     def __init__(self) -> None:
         self.run: Run | None = None
+        self.limit = LimitOfUser()
         self._open: Path | None = None
-        self._limit: int | None = None
 
     def begin(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
         """Called by every process before anything is written into `folder`."""
@@ -331,18 +377,20 @@ class SealCheckpoints(TrainerCallback):
             shutil.rmtree(folder, ignore_errors=True)
         PartialState().wait_for_everyone()
         state.stateful_callbacks[MANIFEST] = {}  # tells a folder that lost its manifest from one of release 1.0.0
-        self._open, self._limit = folder, args.save_total_limit
+        self._open = folder
 
-    def hold_rotation(self, args: TrainingArguments) -> None:
-        """Keep `Trainer` from removing older checkpoints before the new one is whole."""
-        args.save_total_limit = None
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget a folder that was saved outside of a run."""
+        self._open = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by `Trainer` after its last file of a checkpoint."""
         folder, self._open = self._open, None
+        self.limit.give_back(args)
         if folder is None:
             return
-        args.save_total_limit = self._limit
         PartialState().wait_for_everyone()
         if args.should_save and folder.is_dir():
             names = (
@@ -353,21 +401,22 @@ class SealCheckpoints(TrainerCallback):
             seal(folder, self.run, step=state.global_step, world_size=args.world_size, expected=expected)
             shutil.rmtree(hidden(folder, FORMER), ignore_errors=True)
             best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
-            keep_newest(folder.parent, self._limit, keep=[folder, *best], is_old=is_old_trainer_checkpoint)
+            keep_newest(folder.parent, args.save_total_limit, keep=[folder, *best], is_old=is_old_trainer_checkpoint)
         PartialState().wait_for_everyone()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Seal what was saved on a signal (`enable_jit_checkpoint`), after which `Trainer` does not call `on_save`."""
-        self.on_save(args, state, control)
+        if args.enable_jit_checkpoint:
+            self.on_save(args, state, control)
 
     def undo(self, args: TrainingArguments) -> None:
         """Take away a checkpoint that could not be written; what it was to replace gets its name back."""
         folder, self._open = self._open, None
+        self.limit.give_back(args)
         if folder is None:
             return
-        args.save_total_limit = self._limit
         if args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
             undo_rename(folder)

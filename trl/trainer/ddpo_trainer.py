@@ -391,16 +391,18 @@ class DDPOTrainer(BaseTrainer):
             return 0
         run, processes = self.describe_run(), self.accelerator.num_processes
         checkpoints.check_identity(found, run, processes)
+        state = checkpoints.read_state(found.folder / STATE)
+        own = checkpoints.RANDOM_STATE.format(rank=self.accelerator.process_index)
+        random_state = checkpoints.read_state(found.folder / own)
+        checkpoints.check_optimizer(self.optimizer, state["optimizer"])
         checkpoints.check_settings(found, run)
         self.accelerator.print(f"Resuming from {found.folder}")
         self.sd_pipeline.load_checkpoint([self.accelerator.unwrap_model(self._prepared)], str(found.folder))
-        state = checkpoints.read_state(found.folder / STATE)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress.load_state_dict(state["progress"])
-        own = checkpoints.RANDOM_STATE.format(rank=self.accelerator.process_index)
-        checkpoints.set_random_state(checkpoints.read_state(found.folder / own))
+        checkpoints.set_random_state(random_state)
         return checkpoints.number_of(found.folder, PREFIX) + 1
 
     def _save_pretrained(self, save_directory: Any) -> None:

@@ -26,6 +26,7 @@ from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 from trl.trainer.checkpoints import (
+    PREFIX,
     Checkpoint,
     Run,
     SealCheckpoints,
@@ -94,6 +95,7 @@ class ObjectiveTrainer(Trainer):
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
         self._seal = SealCheckpoints()
         self.add_callback(self._seal)
+        self.callback_handler.callbacks.insert(0, self._seal.limit)
         self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
         folder = getattr(self.args, "logging_dir", None)
         for callback in self.callback_handler.callbacks if folder else ():
@@ -145,7 +147,8 @@ class ObjectiveTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what `from_pretrained` reads, whole or not at all."""
         target = str(output_dir or self.args.output_dir)
-        if _internal_call and output_dir is not None:
+        named = output_dir is not None and Path(target).name == f"{PREFIX}{self.state.global_step}"
+        if _internal_call and named:
             self._begin_checkpoint(Path(target))
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks write together
             super().save_model(target, _internal_call=True)
@@ -163,7 +166,8 @@ class ObjectiveTrainer(Trainer):
         super().save_model(str(folder), _internal_call=True)
         if state and self.args.should_save:
             write_state(folder / EXTRA_STATE, state)
-        self._seal.hold_rotation(self.args)
+        if self.is_in_train and (self.control.should_save or self.args.enable_jit_checkpoint):
+            self._seal.limit.hold(self.args)
 
     def describe_run(self) -> Run:
         """What a checkpoint of this run is compared with when a later run resumes from it."""
@@ -195,13 +199,18 @@ class ObjectiveTrainer(Trainer):
                 f"could not save checkpoint-{self.state.global_step} to {folder!r}: {reason}; earlier checkpoints are "
                 "whole: free some space and go on with train(resume_from_checkpoint=True)"
             ) from error
+        finally:
+            self._seal.limit.give_back(self.args)
 
     def _resume(self, found: Checkpoint, run: Run) -> None:
         """Compare a checkpoint with this run, and take back what `extra_state` gave."""
         check_identity(found, run, self.args.world_size)
-        if (found.folder / EXTRA_STATE).exists():
-            self.load_extra_state(read_state(found.folder / EXTRA_STATE))
-        check_settings(found, run)
+        file = found.folder / EXTRA_STATE
+        state = read_state(file) if file.exists() else None
+        way_out = "set ignore_data_skip=True to begin anew in the data, "
+        check_settings(found, run, has_place=not self.args.ignore_data_skip, way_out=way_out)
+        if state is not None:  # may refuse it too, before anything changes
+            self.load_extra_state(state)
         if found.is_model_only:
             logger.warning("%s was written with save_only_model=True: the optimizer starts anew", found.folder)
 

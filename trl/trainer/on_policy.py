@@ -150,9 +150,11 @@ class OnPolicyTrainer(RolloutTrainer):
         return advantages_B[start : start + len(rewards.scores_BF)]
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        before = self.rollouts.state
         super().load_extra_state(state)
         rest = self.rollouts.state.experience
         if rest is not None and rest.reference_BT is None and self.reference is not None:
+            self.rollouts.state = before
             raise ValueError(
                 f"beta={self.args.beta}: the checkpoint stands in the midst of a rollout that was made with beta=0; "
                 "resume with that, or from a checkpoint after the end of a rollout"

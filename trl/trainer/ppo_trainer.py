@@ -328,6 +328,7 @@ class PPOTrainer(BaseTrainer):
         self._prepare(model, value_model, reference, optimizer, data_collator, lr_scheduler)
         adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         self.kl_ctl: Any = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
+        self._built_with = _followed(config)
         self.running = RunningMoments(self.accelerator)
         self.current_step = self.logged_steps = self.data_position = 0
         self.highest_reward = -float("inf")
@@ -489,6 +490,7 @@ class PPOTrainer(BaseTrainer):
         response_masks: 1 where the policy chose the token; needed if responses contain the text of tools.
         """
         clock = ppo_statistics.Clock()
+        self._follow_config()
         queries, responses, scores, response_masks = self._step_safety_checker(
             self.config.batch_size, queries, responses, scores, response_masks
         )
@@ -520,6 +522,30 @@ class PPOTrainer(BaseTrainer):
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
+
+    def _follow_config(self) -> None:
+        """Take over what a script has changed in the config since the last step, where something was built from it."""
+        config, now = self.config, _followed(self.config)
+        changed = {name for name, value in now.items() if value != self._built_with[name]}
+        if not changed:
+            return
+        if changed & {"mini_batch_size", "gradient_accumulation_steps"}:
+            config.derive()
+            config.global_backward_batch_size = (config.backward_batch_size or 1) * self.accelerator.num_processes
+            self.accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+        if "temperature" in changed:
+            if not config.temperature > 0:
+                raise ValueError(f"temperature={config.temperature!r}: give a number above 0")
+            self.actor = replace(self.actor, temperature=config.temperature)
+            self.__dict__.pop("source", None)  # which samples at the old one
+        if "init_kl_coef" in changed and self.current_step:
+            warnings.warn(
+                f"init_kl_coef={config.init_kl_coef!r}: training has begun, so it has no effect; set "
+                "`trainer.kl_ctl.value`"
+            )
+        elif "init_kl_coef" in changed:
+            self.kl_ctl.value = config.init_kl_coef
+        self._built_with = now
 
     def _step_safety_checker(
         self,
@@ -784,6 +810,7 @@ class PPOTrainer(BaseTrainer):
 
     def _rollout(self, rows: Sequence[Mapping[str, Any]], rewards: RolloutRewards) -> dict[str, Any]:
         """A response to each row's prompt and its score, as a batch for `step` and for reports."""
+        self._follow_config()
         asked = with_prompts(rows, self.tokenizer)
         with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True):
             rollout = self.source.draw(asked)
@@ -830,12 +857,16 @@ class PPOTrainer(BaseTrainer):
         run = self.describe_run()
         checkpoints.check_identity(found, run, self.accelerator.num_processes)
         allowed = [] if found.manifest else checkpoints.numpy_globals()
-        self._restore(checkpoints.read_state(found.folder / STATE, allowed=allowed))
-        checkpoints.check_settings(found, run)
         own = (checkpoints.RANDOM_STATE if found.manifest else OLD_RANDOM_STATE).format(
             rank=self.accelerator.process_index
         )
-        checkpoints.set_random_state(checkpoints.read_state(found.folder / own, allowed=allowed))
+        state = checkpoints.read_state(found.folder / STATE, allowed=allowed)
+        random_state = checkpoints.read_state(found.folder / own, allowed=allowed)
+        self._check_state(state)
+        # a script that calls `step` with rows of its own has no place in the data
+        checkpoints.check_settings(found, run, has_place=state["counters"]["data_position"] > 0)
+        self._restore(state)
+        checkpoints.set_random_state(random_state)
 
     def describe_run(self) -> checkpoints.Run:
         """What a checkpoint of this run is compared with when a later run resumes from it."""
@@ -862,8 +893,8 @@ class PPOTrainer(BaseTrainer):
         models = {"model": self.model, "value_model": self.value_model}
         return {name: model for name, model in models.items() if model is not None}
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Put a state back; ValueError, before anything changes, if the trainer was built differently."""
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """ValueError for a state of a trainer that was built differently."""
         if state["world_size"] != self.accelerator.num_processes:
             raise ValueError(
                 f"the checkpoint was written by {state['world_size']} processes, this run has "
@@ -884,10 +915,20 @@ class PPOTrainer(BaseTrainer):
                 raise ValueError(
                     f"{name} trains other weights than the checkpoint's ({odd[0]!r} is only in one of them)"
                 )
-        with torch.no_grad():
-            for name, weights in own.items():
-                for key, parameter in weights.items():
-                    parameter.copy_(state["weights"][name][key])
+            for key, parameter in own[name].items():
+                if (shape := state["weights"][name][key].shape) != parameter.shape:
+                    raise ValueError(
+                        f"{name}: {key!r} has shape {tuple(parameter.shape)}, in the checkpoint {tuple(shape)}: build "
+                        "the trainer from the model that training started with"
+                    )
+        checkpoints.check_optimizer(self.optimizer, state["optimizer"])
+
+    @torch.no_grad()
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Put a state back that `_check_state` has let pass."""
+        for name, model in self._models().items():
+            for key, parameter in _trained(model).items():
+                parameter.copy_(state["weights"][name][key])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["scheduler"])
@@ -1073,6 +1114,12 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
         project_config=ProjectConfiguration(**config.project_kwargs),
         **keywords,
     )
+
+
+def _followed(config: PPOConfig) -> dict[str, Any]:
+    """The fields from which something is built that a later change of them must reach."""
+    names = ("mini_batch_size", "gradient_accumulation_steps", "temperature", "init_kl_coef")
+    return {name: getattr(config, name) for name in names}
 
 
 def start_trackers(accelerator: Accelerator, config: PPOConfig) -> None:

@@ -12,7 +12,11 @@ from accelerate import Accelerator
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from trl.import_utils import lazy_names
 from trl.rollout.measure import get_global_statistics
+
+# scripts import it from here; it is read when asked for, as it brings a trainer along
+__getattr__ = lazy_names(__name__, {"trl.trainer.reward_trainer": ["compute_accuracy"]})[0]
 
 
 class AdaptiveKLController:
