@@ -322,16 +322,17 @@ def test_a_teacher_by_two_equal_names_and_a_revision(tmp_path, monkeypatch):
 
 
 def test_the_template_of_a_folder(tmp_path, chat_tokenizer):
-    from trl.trainer.preparation import chat_template_at
+    from trl.models.chat_setup import template_at
 
     chat_tokenizer.save_pretrained(tmp_path / "chat")
-    assert chat_template_at(str(tmp_path / "chat")) == chat_tokenizer.chat_template
+    assert template_at(str(tmp_path / "chat")) == chat_tokenizer.chat_template
     tokenizer().save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="this tokenizer has no chat template of its own"):
-        chat_template_at(str(tmp_path / "base"))
-    for missing in ("none.jinja", "nowhere"):
-        with pytest.raises(ValueError, match=f"chat_template_path='{missing}': .*give a file with a Jinja template"):
-            chat_template_at(missing)
+    with pytest.raises(ValueError, match="the tokenizer there has no chat template"):
+        template_at(str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"chat_template_path='none\.jinja': .*give a file with a Jinja template"):
+        template_at("none.jinja")
+    with pytest.raises(OSError, match="could not load a tokenizer from 'nowhere'"):
+        template_at("nowhere")
 
 
 def test_a_collator_without_labels_is_named(tmp_path):
