@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trl.kernels.step_memory import place_of
 from trl.losses.loss_sum import LossSum
 from trl.trainer.tally import Tally
 
@@ -61,4 +62,5 @@ def leave_zeros(parameters: Iterable[nn.Parameter]) -> None:
     """Give trained parameters without a gradient a gradient of zeros, as release 0.7.7 left them after a step."""
     for parameter in parameters:
         if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            place = place_of(parameter)  # the memory that the last gradient had, where it was kept
+            parameter.grad = torch.zeros_like(parameter) if place is None else place.gradient()
