@@ -134,8 +134,7 @@ class Experience(TensorRecord):
         return [self.select(piece) for piece in pieces]
 
     def packed_once(self) -> Experience:
-        """The same rows, packed by the mask of now: micro-batches are put together from them, however often they come.
-        """
+        """The same rows, packed by the mask they have now; all micro-batches are put together from that."""
         packed_rows = rows_alone([TokenTree(prompt, [branch]) for prompt, branch in self._branches(masked=True)])
         return replace(self, packed_rows=packed_rows)
 
