@@ -109,6 +109,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.orpo_trainer": ("trainer.dpo_trainer",),
     "trainer.ppo_checkpoint": ("trainer.checkpoints",),
     "trainer.ppo_config": ("trainer.ppo_trainer",),
+    "trainer.ppov2_config": ("trainer.ppo_trainer",),
+    "trainer.ppov2_trainer": ("trainer.ppo_trainer",),
     "trainer.ppo_environment": ("trainer.ppo_trainer",),
     "trainer.ppo_generation": ("generation.plain_generate", "generation.stopping"),
     "trainer.ppo_inputs": ("trainer.ppo_trainer", "legacy.ppo_padded"),

@@ -37,6 +37,7 @@ NO_EFFECT: dict[str, str] = {
     "half_precision_backend": "has no effect: torch's own mixed precision is the only one",
     "include_tokens_per_second": "has no effect: `include_num_input_tokens_seen` counts tokens",
     "ds3_gather_for_generation": "has no effect: the sampler needs the weights whole, and DeepSpeed ZeRO-3 is refused",
+    "local_rollout_forward_batch_size": "has no effect: passes without gradient take as many rows as fit their tokens",
     "cache_implementation": _CACHE,
     "use_transformers_paged": _CACHE,
     "use_transformers_continuous_batching": _CACHE,
