@@ -102,6 +102,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "trainer.gkd_trainer": ("trainer.distillation_trainer",),
     "trainer.grpo_config": ("trainer.grpo_trainer", "trainer.rloo_trainer", "trainer.on_policy"),
     "trainer.heap": ("kernels.step_memory",),
+    "trainer.iterative_sft_config": ("trainer.iterative_sft_trainer",),
     "trainer.kto_config": ("trainer.kto_trainer",),
     "trainer.model_config": ("scripts.model_config",),
     "trainer.online_dpo_config": ("trainer.online_dpo_trainer",),

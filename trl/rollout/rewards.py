@@ -151,6 +151,20 @@ def panel_of(functions: Any, tokenizers: Any, default: Any, device: Any) -> Rewa
     return reward_panel(list(listed), own + list(given[len(own) :]), None, device)
 
 
+def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Rewards:
+    """The rewards with a further column: minus the penalty for completions that were cut at the length limit."""
+    if penalty is None:
+        return rewards
+    cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)), dtype=torch.float32)
+    lost_B = (-penalty * cut_B).masked_fill(rewards.scores_BF.isnan().all(-1), torch.nan)
+    return Rewards(
+        [*rewards.names, "missing_eos"],
+        torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
+        torch.cat([rewards.weights_F, torch.ones(1)]),
+        [*rewards.timed_out, False],
+    )
+
+
 def total_scores(rewards: Rewards) -> list[Tensor]:
     """The sum of the scores of each completion; ValueError for one that no function has scored."""
     unscored = rewards.scores_BF.isnan().all(1).nonzero().flatten().tolist()

@@ -16,7 +16,7 @@ _names = {
     "trl.trainer.distillation_trainer": ["DistillationConfig", "DistillationTrainer", "GKDConfig", "GKDTrainer"],
     "trl.trainer.dpo_trainer": ["CPOConfig", "CPOTrainer", "DPOConfig", "DPOTrainer", "ORPOConfig", "ORPOTrainer"],
     "trl.trainer.grpo_trainer": ["GRPOConfig", "GRPOTrainer"],
-    "trl.trainer.iterative_sft_trainer": ["IterativeSFTTrainer"],
+    "trl.trainer.iterative_sft_trainer": ["IterativeSFTConfig", "IterativeSFTTrainer"],
     "trl.trainer.kto_trainer": ["BCOConfig", "BCOTrainer", "KTOConfig", "KTOTrainer"],
     "trl.trainer.online_dpo_trainer": ["OnlineDPOConfig", "OnlineDPOTrainer"],
     "trl.trainer.ppo_trainer": ["PPOConfig", "PPOTrainer"],

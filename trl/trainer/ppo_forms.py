@@ -10,7 +10,7 @@ import copy
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from dataclasses import Field, dataclass, fields, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from trl.trainer.configuration import PostTrainingConfig
-from trl.trainer.settings import ADAMW, NO_EFFECT, TRANSLATED, accepted, default_of, logger
+from trl.trainer.settings import ADAMW, NO_EFFECT, TRANSLATED, OfForm, WholeOfForm, accepted, default_of, logger
 
 OLDER, TODAY = "0.7.7", "today"
 """the forms"""
@@ -67,42 +67,14 @@ ELSEWHERE = {*NO_EFFECT, *TRANSLATED}
 """fields whose line `PostTrainingConfig` writes, or which it translates"""
 
 
-class OfForm(float):
-    """A default for which today's form has another one; the same number from a user is a plain float."""
-
-    today: float | None
-
-    def __new__(cls, number: float, today: float | None) -> OfForm:
-        made = super().__new__(cls, number)
-        made.today = today
-        return made
-
-    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return float(self), self.today
-
-
-class WholeOfForm(int):
-    """As `OfForm`, of whole numbers."""
-
-    today: int | None
-
-    def __new__(cls, number: int, today: int | None) -> WholeOfForm:
-        made = super().__new__(cls, number)
-        made.today = today
-        return made
-
-    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return int(self), self.today
-
-
 def _common_fields() -> type:
     """A dataclass with what `PostTrainingConfig` has beside the shared fields, by keyword only; `tyro` hides it."""
     types = get_type_hints(PostTrainingConfig)
 
     def same(entry: Field[Any]) -> Any:
-        given = {"default": entry.default} if entry.default is not MISSING else {}
-        made = {"default_factory": entry.default_factory} if entry.default_factory is not MISSING else {}
-        return field(**given, **made, metadata=dict(entry.metadata), kw_only=True)
+        copied: Any = copy.copy(entry)  # its default, its factory and its help
+        copied.kw_only = True
+        return copied
 
     kept = [entry for entry in fields(PostTrainingConfig) if entry.name not in SHARED]
     return make_dataclass(
@@ -191,7 +163,7 @@ def in_form(value: Any, form: str | None) -> Any:
     if not isinstance(value, OfForm | WholeOfForm):
         return value
     if form == TODAY:
-        return value.today
+        return value.other
     return float(value) if isinstance(value, OfForm) else int(value)
 
 
@@ -255,7 +227,9 @@ def numbers_of(config: Any, rows: int | None) -> dict[str, Any]:
     return {
         **{name: value for name, value in shared.items() if name not in ("output_dir", "save_steps", "stop_token")},
         "save_total_limit": shared["save_total_limit"] or sys.maxsize,
-        "missing_eos_penalty": -config.penalty_reward_value if config.non_eos_penalty else shared["missing_eos_penalty"],
+        "missing_eos_penalty": -config.penalty_reward_value
+        if config.non_eos_penalty
+        else shared["missing_eos_penalty"],
         "stop_token": None if config.stop_token == "eos" else config.stop_token,
         "steps": math.ceil(_episodes(config, rows, batch * arguments.world_size) / arguments.world_size),
         "batch_size": batch,

@@ -71,8 +71,9 @@ from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import PostTrainingConfig, processing_class_of
 from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.optim import TFAdam
-from trl.trainer.ppo_forms import OfForm, TodaysSettings, WholeOfForm
+from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
+from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import Tally
 from trl.trainer.update import leave_zeros, optimizer_step
@@ -98,7 +99,7 @@ class PPOConfig(TodaysSettings):
 
     exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]
     """name of the experiment, for trackers"""
-    seed: int = WholeOfForm(0, today=42)
+    seed: int = WholeOfForm(0, other=42)
     """seed of all random numbers"""
     log_with: Literal["wandb", "tensorboard"] | None = None
     """tracker that `log_stats` writes to"""
@@ -125,7 +126,7 @@ class PPOConfig(TodaysSettings):
 
     steps: int = 20000
     """samples to train on, over the whole run; sets `total_ppo_epochs`"""
-    learning_rate: float = OfForm(1e-5, today=3e-6)
+    learning_rate: float = OfForm(1e-5, other=3e-6)
     """of the default optimizer; today's form: 3e-6"""
     adap_kl_ctrl: bool = True
     """the KL coefficient follows the measured KL towards `target`; else it stays"""
@@ -183,7 +184,7 @@ class PPOConfig(TodaysSettings):
     whiten_rewards: bool = False
     """scale the rewards of a batch to variance 1; their mean stays"""
 
-    temperature: float = OfForm(1.0, today=0.7)
+    temperature: float = OfForm(1.0, other=0.7)
     """of sampling *and* of the log-probabilities that the step computes; today's form: 0.7"""
     missing_eos_penalty: float | None = None
     """EOS trick: a response that does not end in EOS (or `stop_token`) scores minus this, whatever its score was;
@@ -205,7 +206,7 @@ class PPOConfig(TodaysSettings):
     """where `train()` puts its checkpoints"""
     save_steps: int | None = None
     """steps of `train()` between two checkpoints"""
-    save_total_limit: int = WholeOfForm(2, today=None)
+    save_total_limit: int = WholeOfForm(2, other=None)
     """newest checkpoints that `train()` keeps; today's form: all"""
 
     is_encoder_decoder: Annotated[bool | None, Runtime] = None
@@ -221,6 +222,7 @@ class PPOConfig(TodaysSettings):
 
     def __post_init__(self) -> None:
         self._form = ppo_forms.form_of(self)
+        self.include_num_input_tokens_seen = self.include_num_input_tokens_seen or "no"  # as a parser reads "no"
         if self._form is not None:
             self._take_defaults()
         if self._form == ppo_forms.TODAY:
@@ -230,9 +232,7 @@ class PPOConfig(TodaysSettings):
         if self.output_dir is None and self.save_steps is not None:
             raise ValueError(f"save_steps={self.save_steps!r}, output_dir=None: checkpoints need both, or neither")
         if self._form == ppo_forms.OLDER and self.save_steps is None and self.output_dir is not None:
-            raise ValueError(
-                f"save_steps=None, output_dir={self.output_dir!r}: checkpoints need both, or neither"
-            )
+            raise ValueError(f"save_steps=None, output_dir={self.output_dir!r}: checkpoints need both, or neither")
         if self.forward_batch_size is not None:
             warnings.warn(
                 "Note that using `forward_batch_size` is deprecated, use `mini_batch_size` instead. "
@@ -340,9 +340,9 @@ class PPOTrainer(BaseTrainer):
     reward_processing_classes: tokenizers of the reward models.
     environment: such as a `TextEnvironment`; `train()` plays episodes in it, whose score is the sum of their rewards.
 
-    Today's form (a config of that form, or any argument from `args` to `optimizers`): `model` is a language model without
-    a value head; `reward_model` reads the tokens of prompt and response; `eval_dataset` holds prompts to show samples of;
-    `policy` and `ref_policy` are older names of `model` and `ref_model`.
+    Today's form (a config of that form, or any argument from `args` to `optimizers`): `model` is a language model
+    without a value head; `reward_model` reads the tokens of prompt and response; `eval_dataset` holds prompts to show
+    samples of; `policy` and `ref_policy` are older names of `model` and `ref_model`.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
@@ -374,6 +374,18 @@ class PPOTrainer(BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
+        if isinstance(model, PreTrainedTokenizerBase):  # today's order: args, tokenizer, model, ref_model, ...
+            places = (model, ref_model, tokenizer, dataset, optimizer, data_collator, num_shared_layers, lr_scheduler)
+            processing_class, model, ref_model, reward_model, train_dataset = (
+                ppo_forms.one_of(name, given, name, place)
+                for name, given, place in zip(
+                    ("processing_class", "model", "ref_model", "reward_model", "train_dataset"),
+                    (processing_class, None, None, reward_model, train_dataset), places, strict=False,
+                )
+            )  # fmt: skip
+            value_model = ppo_forms.one_of("value_model", value_model, "value_model", data_collator)
+            data_collator, eval_dataset = num_shared_layers, ppo_forms.one_of("", eval_dataset, "", lr_scheduler)
+            tokenizer = dataset = optimizer = num_shared_layers = lr_scheduler = None
         tokenizer = processing_class_of(processing_class, tokenizer)
         self.args = ppo_forms.one_of("args", args, "config", config)
         self.arguments: PostTrainingConfig | None = None
@@ -385,7 +397,8 @@ class PPOTrainer(BaseTrainer):
         }  # fmt: skip
         older = {"dataset": dataset, "optimizer": optimizer, "num_shared_layers": num_shared_layers,
                  "lr_scheduler": lr_scheduler}  # fmt: skip
-        config, self._token_rewards = self.args, None
+        config = self.args
+        self._token_rewards: TokenRewards | None = None
         if isinstance(config, PPOConfig) and ppo_forms.takes_todays_form(config, call, older):
             config, self.arguments, tokenizer = self._numbers(train_dataset, tokenizer, model, policy)
             model, ref_model = self._models_of(model, policy, ref_model, ref_policy, tokenizer, peft_config)
