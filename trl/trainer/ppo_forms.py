@@ -153,7 +153,7 @@ def given_fields(config: Any) -> list[str]:
 def _is_given(value: Any, default: Any) -> bool:
     if isinstance(default, OfForm | WholeOfForm):
         return value is not default
-    if default == "no" and value is False:  # as parsers read it
+    if (default == "no" and value is False) or (default == "" and not value):  # as parsers read these defaults
         return False
     return bool(value != default)
 
@@ -301,11 +301,36 @@ def one_of(newer: str, value: Any, older: str, older_value: Any) -> Any:
     return older_value if value is None else value
 
 
-def takes_todays_form(config: Any, today: dict[str, Any], older: dict[str, Any]) -> bool:
+ORDER = (
+    "model", "ref_model", "tokenizer", "dataset", "optimizer", "data_collator", "num_shared_layers", "lr_scheduler"
+)  # fmt: skip
+"""the arguments of release 0.7.7 behind the config"""
+TODAYS_ORDER = (
+    "processing_class", "model", "ref_model", "reward_model", "train_dataset", "value_model", "data_collator",
+    "eval_dataset",
+)  # fmt: skip
+"""those of 0.8 to today"""
+ONLY_OLDER_ARGUMENTS = ("dataset", "optimizer", "num_shared_layers", "lr_scheduler")
+
+
+def from_todays_order(
+    places: Sequence[Any], parts: dict[str, Any], today: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments where they stand in today's order, `places`, beside those that were given by name."""
+    parts, today = {**parts, **dict.fromkeys(ORDER)}, dict(today)
+    for name, value in zip(TODAYS_ORDER, places, strict=True):
+        held = today if name in today else parts
+        held[name] = one_of(name, held[name], f"argument {TODAYS_ORDER.index(name) + 2}", value)
+    return parts, today
+
+
+def takes_todays_form(config: Any, today: dict[str, Any], parts: dict[str, Any]) -> bool:
     """Whether a trainer's call is of today's form, which its config then takes.
 
-    ValueError where arguments (today's form's and the older one's) and config are of different forms.
+    today: arguments that only today's form has; parts: the others. ValueError where arguments and config are of
+    different forms.
     """
+    older = {name: parts[name] for name in ONLY_OLDER_ARGUMENTS}
     arguments = {TODAY: _named(today), OLDER: _named(older)}
     form = config.form
     if form is None:
@@ -313,7 +338,8 @@ def takes_todays_form(config: Any, today: dict[str, Any], older: dict[str, Any])
     other = OLDER if form == TODAY else TODAY
     if wrong := arguments[other]:
         names = "of release 0.7.7" if other == OLDER else "of 0.12 and later"
-        held = config.given_fields() or arguments[form]
+        held = [name for name in given_fields(config) if name not in (*SHARED, *SET_BY_TRAINER)]
+        held = held or arguments[form]
         raise ValueError(
             f"{', '.join(wrong)}: of the form {names}, and {', '.join(held[:3])} of the other one; use one of them "
             f"({WAYS[wrong[0]]})"

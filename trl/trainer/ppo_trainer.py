@@ -222,7 +222,8 @@ class PPOConfig(TodaysSettings):
 
     def __post_init__(self) -> None:
         self._form = ppo_forms.form_of(self)
-        self.include_num_input_tokens_seen = self.include_num_input_tokens_seen or "no"  # as a parser reads "no"
+        # a parser reads these defaults otherwise
+        self.include_num_input_tokens_seen, self.debug = self.include_num_input_tokens_seen or "no", self.debug or ""
         if self._form is not None:
             self._take_defaults()
         if self._form == ppo_forms.TODAY:
@@ -374,40 +375,36 @@ class PPOTrainer(BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
-        if isinstance(model, PreTrainedTokenizerBase):  # today's order: args, tokenizer, model, ref_model, ...
-            places = (model, ref_model, tokenizer, dataset, optimizer, data_collator, num_shared_layers, lr_scheduler)
-            processing_class, model, ref_model, reward_model, train_dataset = (
-                ppo_forms.one_of(name, given, name, place)
-                for name, given, place in zip(
-                    ("processing_class", "model", "ref_model", "reward_model", "train_dataset"),
-                    (processing_class, None, None, reward_model, train_dataset), places, strict=False,
-                )
-            )  # fmt: skip
-            value_model = ppo_forms.one_of("value_model", value_model, "value_model", data_collator)
-            data_collator, eval_dataset = num_shared_layers, ppo_forms.one_of("", eval_dataset, "", lr_scheduler)
-            tokenizer = dataset = optimizer = num_shared_layers = lr_scheduler = None
-        tokenizer = processing_class_of(processing_class, tokenizer)
-        self.args = ppo_forms.one_of("args", args, "config", config)
-        self.arguments: PostTrainingConfig | None = None
-        self.eval_dataset = eval_dataset
-        call = {
+        places = (model, ref_model, tokenizer, dataset, optimizer, data_collator, num_shared_layers, lr_scheduler)
+        today = {
             "args": args, "policy": policy, "ref_policy": ref_policy, "reward_model": reward_model,
             "train_dataset": train_dataset, "eval_dataset": eval_dataset, "peft_config": peft_config,
             "callbacks": callbacks, "optimizers": None if optimizers == (None, None) else optimizers,
         }  # fmt: skip
-        older = {"dataset": dataset, "optimizer": optimizer, "num_shared_layers": num_shared_layers,
-                 "lr_scheduler": lr_scheduler}  # fmt: skip
-        config = self.args
+        parts = dict(zip(ppo_forms.ORDER, places, strict=True))
+        parts |= {"processing_class": processing_class, "value_model": value_model}
+        if isinstance(model, PreTrainedTokenizerBase):
+            parts, today = ppo_forms.from_todays_order(places, parts, today)
+        self.args = ppo_forms.one_of("args", args, "config", config)
+        self.arguments: PostTrainingConfig | None = None
+        self.eval_dataset = today["eval_dataset"]
         self._token_rewards: TokenRewards | None = None
-        if isinstance(config, PPOConfig) and ppo_forms.takes_todays_form(config, call, older):
-            config, self.arguments, tokenizer = self._numbers(train_dataset, tokenizer, model, policy)
-            model, ref_model = self._models_of(model, policy, ref_model, ref_policy, tokenizer, peft_config)
-            reward_funcs = self._scorer(reward_model, reward_funcs, reward_processing_classes)
-            dataset, (optimizer, lr_scheduler) = train_dataset, optimizers
+        parts["tokenizer"] = processing_class_of(parts.pop("processing_class"), parts["tokenizer"])
+        parts |= {"reward_funcs": reward_funcs, "reward_processing_classes": reward_processing_classes}
+        config = self.args
+        if isinstance(config, PPOConfig) and ppo_forms.takes_todays_form(config, today, parts):
+            config = self._take_todays_form(parts, today)
         super().__init__(config)
+        self._build(config, environment=environment, callbacks=callbacks, **parts)
+
+    def _build(
+        self, config: PPOConfig | None, *, model: Any, ref_model: Any, tokenizer: Any, dataset: Any, optimizer: Any,
+        data_collator: Any, num_shared_layers: int | None, lr_scheduler: Any, value_model: Any, reward_funcs: Any,
+        reward_processing_classes: Any, environment: Any, callbacks: list[TrainerCallback] | None,
+    ) -> None:  # fmt: skip
+        """Check the parts and put them together."""
         check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler, num_shared_layers)
         assert config is not None
-        assert isinstance(model, PreTrainedModelWrapper)
         set_seed(config.seed)
         self.config: PPOConfig = config
         self.tokenizer = tokenizer
@@ -634,6 +631,8 @@ class PPOTrainer(BaseTrainer):
 
     def _follow_config(self) -> None:
         """Take over what a script has changed in the config since the last step, where something was built from it."""
+        if self.arguments is not None:
+            self._follow_args()
         config, now = self.config, _followed(self.config)
         changed = {name for name, value in now.items() if value != self._built_with[name]}
         if not changed:
@@ -894,32 +893,46 @@ class PPOTrainer(BaseTrainer):
 
     # --- today's form -------------------------------------------------------------------------------------------------
 
-    def _numbers(
-        self, dataset: Any, tokenizer: Any, *models: Any
-    ) -> tuple[PPOConfig, PostTrainingConfig, PreTrainedTokenizerBase]:
-        """The older form's numbers of the config, its `TrainingArguments` and the tokenizer with a padding token."""
-        rows = len(dataset) if hasattr(dataset, "__len__") else None
-        config, arguments = PPOConfig(**ppo_forms.numbers_of(self.args, rows)), self.args.arguments
-        config.output_dir = self.args.output_dir
-        given = next((model for model in (*models, self._path("sft_model_path")) if model is not None), None)
+    def _take_todays_form(self, parts: dict[str, Any], today: Mapping[str, Any]) -> PPOConfig:
+        """Make the older form's parts of today's, in place; the config's numbers in the older form."""
+        config, dataset = PPOConfig(**self._numbers(today["train_dataset"])), today["train_dataset"]
+        config.output_dir, self.arguments = self.args.output_dir, self.args.arguments
+        self._told = self._numbers(dataset)
         set_seed(config.seed)  # the value head is drawn
-        return config, arguments, prepare_tokenizer(tokenizer, given, arguments)
+        policy = ppo_forms.one_of("model", parts["model"], "policy", today["policy"])
+        policy = self._path("sft_model_path") if policy is None else policy
+        parts["tokenizer"] = prepare_tokenizer(parts["tokenizer"], policy, self.arguments)
+        parts["model"] = ppo_today.policy_of(
+            policy, self.arguments, parts["tokenizer"], today["peft_config"], self.args.model_adapter_name
+        )
+        reference = ppo_forms.one_of("ref_model", parts["ref_model"], "ref_policy", today["ref_policy"])
+        parts["ref_model"] = ppo_today.reference_of(reference, policy, self.arguments)
+        tokenizers = parts["reward_processing_classes"]
+        parts["reward_funcs"] = self._scorer(today["reward_model"], parts["reward_funcs"], tokenizers)
+        parts["dataset"], (parts["optimizer"], parts["lr_scheduler"]) = dataset, today["optimizers"] or (None, None)
+        return config
+
+    def _numbers(self, dataset: Any) -> dict[str, Any]:
+        """What the config of today's form says, in the older form."""
+        return ppo_forms.numbers_of(self.args, len(dataset) if hasattr(dataset, "__len__") else None)
+
+    def _follow_args(self) -> None:
+        """Take over what a script or a callback has changed in the config of today's form since the last step."""
+        now = self._numbers(self.dataset)
+        changed = {name: value for name, value in now.items() if value != self._told[name]}
+        if not changed:
+            return
+        for name, value in changed.items():
+            setattr(self.config, name, value)
+        self.config.derive()
+        self._told = now
+        if "init_kl_coef" in changed:
+            self.kl_ctl.value = self._built_with["init_kl_coef"] = self.config.init_kl_coef
+        self.__dict__.pop("source", None)  # which samples as before
 
     def _path(self, name: str) -> str | None:
         """The folder or name that a field of the config was given; None for its default."""
         return getattr(self.args, name) if name in self.args.given_fields() else None
-
-    def _models_of(
-        self, model: Any, policy: Any, ref_model: Any, ref_policy: Any, tokenizer: Any, peft_config: Any
-    ) -> tuple[PreTrainedModelWrapper, PreTrainedModelWrapper | None]:
-        """The policy and its reference, behind value heads."""
-        assert self.arguments is not None
-        given = ppo_forms.one_of("model", model, "policy", policy)
-        given = self._path("sft_model_path") if given is None else given
-        adapter = self.args.model_adapter_name
-        wrapped = ppo_today.policy_of(given, self.arguments, tokenizer, peft_config, adapter)
-        reference = ppo_forms.one_of("ref_model", ref_model, "ref_policy", ref_policy)
-        return wrapped, ppo_today.reference_of(reference, given, self.arguments)
 
     def _scorer(self, reward_model: Any, reward_funcs: Any, tokenizers: Any) -> Any:
         """What scores the responses: reward functions, or a model that reads tokens, which is put aside."""

@@ -19,7 +19,8 @@ config = PPOv2Config(
 rows = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in tiny.PROMPTS]
 trainer = PPOv2Trainer(
     config=config, tokenizer=tokenizer, policy=tiny.model(AutoModelForCausalLM),
-    ref_policy=tiny.model(AutoModelForCausalLM), reward_model=tiny.model(AutoModelForSequenceClassification, num_labels=1),
+    ref_policy=tiny.model(AutoModelForCausalLM),
+    reward_model=tiny.model(AutoModelForSequenceClassification, num_labels=1),
     value_model=tiny.model(AutoModelForSequenceClassification, num_labels=1), train_dataset=Dataset.from_list(rows),
     data_collator=DataCollatorWithPadding(tokenizer), eval_dataset=Dataset.from_list(rows[:2]),
 )  # fmt: skip

@@ -19,7 +19,8 @@ config = RLOOConfig(
 rows = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in tiny.PROMPTS]
 trainer = RLOOTrainer(
     config=config, processing_class=tokenizer, policy=tiny.model(AutoModelForCausalLM),
-    ref_policy=tiny.model(AutoModelForCausalLM), reward_model=tiny.model(AutoModelForSequenceClassification, num_labels=1),
+    ref_policy=tiny.model(AutoModelForCausalLM),
+    reward_model=tiny.model(AutoModelForSequenceClassification, num_labels=1),
     train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows[:2]),
 )  # fmt: skip
 trainer.train()
