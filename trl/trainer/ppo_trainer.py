@@ -222,8 +222,9 @@ class PPOConfig(TodaysSettings):
 
     def __post_init__(self) -> None:
         self._form = ppo_forms.form_of(self)
-        # a parser reads these defaults otherwise
-        self.include_num_input_tokens_seen, self.debug = self.include_num_input_tokens_seen or "no", self.debug or ""
+        for name, default in (("include_num_input_tokens_seen", "no"), ("debug", "")):
+            if not getattr(self, name):  # a parser reads these defaults otherwise
+                setattr(self, name, default)
         if self._form is not None:
             self._take_defaults()
         if self._form == ppo_forms.TODAY:
@@ -381,7 +382,7 @@ class PPOTrainer(BaseTrainer):
             "train_dataset": train_dataset, "eval_dataset": eval_dataset, "peft_config": peft_config,
             "callbacks": callbacks, "optimizers": None if optimizers == (None, None) else optimizers,
         }  # fmt: skip
-        parts = dict(zip(ppo_forms.ORDER, places, strict=True))
+        parts: dict[str, Any] = dict(zip(ppo_forms.ORDER, places, strict=True))
         parts |= {"processing_class": processing_class, "value_model": value_model}
         if isinstance(model, PreTrainedTokenizerBase):
             parts, today = ppo_forms.from_todays_order(places, parts, today)

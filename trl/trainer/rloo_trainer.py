@@ -124,7 +124,7 @@ class RLOOConfig(OnPolicyConfig, EarlierSettings):
         size = self.per_device_train_batch_size * self.gradient_accumulation_steps * batches * self.world_size
         updates = math.ceil(self.total_episodes / size) * self.num_iterations * batches
         require(self, "max_steps", self.max_steps in (-1, updates), f"total_episodes={self.total_episodes} says it")
-        self.max_steps = updates
+        self.__dict__["max_steps"] = updates
 
     def validate(self) -> None:
         super().validate()
@@ -186,8 +186,7 @@ class RLOOTrainer(OnPolicyTrainer):
         self._token_model = None
         if reward_model is not None and kwargs.get("reward_processing_classes") is None and reads_tokens(reward_model):
             self._token_model = reward_model
-        for name in ("train_dataset", "eval_dataset"):
-            kwargs[name] = _with_prompt_ids(kwargs.get(name))
+        kwargs |= {name: _with_prompt_ids(kwargs[name]) for name in ("train_dataset", "eval_dataset") if name in kwargs}
         reference = one_of("ref_model", ref_model, "ref_policy", ref_policy)
         super().__init__(model, source, args, *more, ref_model=reference, **kwargs)
 
