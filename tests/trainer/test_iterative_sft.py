@@ -107,7 +107,7 @@ def test_a_config_says_how_sequences_are_cut(tmp_path):
     config = IterativeSFTConfig(output_dir=str(tmp_path), max_length=2, truncation_mode="keep_start", max_steps=1)
     trainer = IterativeSFTTrainer(causal_lm(), config, tokenizer())
     assert trainer._cut(torch.tensor([1, 2, 3])).tolist() == [1, 2]
-    with pytest.raises(ValueError, match="cannot specify both `max_length` and `args.max_length`: 3 against 2"):
+    with pytest.raises(ValueError, match=r"cannot specify both `max_length` and `args\.max_length`: 3 against 2"):
         IterativeSFTTrainer(causal_lm(), config, tokenizer(), max_length=3)
     with pytest.raises(ValueError, match="truncation_mode='x': choose one of 'keep_end', 'keep_start'"):
         IterativeSFTConfig(output_dir=str(tmp_path), truncation_mode="x")

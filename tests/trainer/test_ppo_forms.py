@@ -180,6 +180,15 @@ def test_a_token_that_the_reward_model_lacks(tiny_tokenizer):
         TokenRewards(scorer(), "cpu")(rollout, [""], {})
 
 
+def test_one_model_as_reward_and_critic(tiny_tokenizer, tmp_path):
+    model = scorer()
+    trainer = todays(tiny_tokenizer, tmp_path, call={"reward_model": model, "value_model": model}, total_episodes=4)
+    before = trainer._token_rewards.model.score.weight.clone()
+    trainer.train()
+    assert torch.equal(before, trainer._token_rewards.model.score.weight)
+    assert not torch.equal(before, trainer.value_model.score.weight)
+
+
 def test_metrics_have_todays_names(tiny_tokenizer, tmp_path):
     trainer = todays(tiny_tokenizer, tmp_path, total_episodes=4, missing_eos_penalty=2.0)
     stats = trainer.train()

@@ -19,7 +19,7 @@ _names = {
     "trl.trainer.iterative_sft_trainer": ["IterativeSFTConfig", "IterativeSFTTrainer"],
     "trl.trainer.kto_trainer": ["BCOConfig", "BCOTrainer", "KTOConfig", "KTOTrainer"],
     "trl.trainer.online_dpo_trainer": ["OnlineDPOConfig", "OnlineDPOTrainer"],
-    "trl.trainer.ppo_trainer": ["PPOConfig", "PPOTrainer"],
+    "trl.trainer.ppo_trainer": ["PPOConfig", "PPOTrainer", "PPOv2Config", "PPOv2Trainer"],
     "trl.trainer.prm_trainer": ["PRMConfig", "PRMTrainer"],
     "trl.trainer.reward_trainer": ["RewardConfig", "RewardTrainer", "compute_accuracy"],
     "trl.trainer.rloo_trainer": ["RLOOConfig", "RLOOTrainer"],

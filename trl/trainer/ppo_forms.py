@@ -209,6 +209,8 @@ def arguments_of(config: Any) -> PostTrainingConfig:
     shared = {name: in_form(own[name], TODAY) for name in SHARED if name in own}
     shared |= {"max_grad_norm": shared["max_grad_norm"] or 0.0, "save_steps": shared["save_steps"] or 500}
     made = PostTrainingConfig(**copy.deepcopy(own | shared))
+    if made.push_to_hub and made.process_index == 0:
+        logger.warning("push_to_hub=True: the model is uploaded when `trainer.push_to_hub()` is called")
     if ignored and made.process_index == 0:
         logger.warning("%s: PPO does not read this", ", ".join(ignored))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -875,6 +876,8 @@ class PPOTrainer(BaseTrainer):
         self._begin_run(last)
         progress = tqdm(total=last, initial=self.data_position, desc="PPO", disable=silent)
         for rows in self.batches():
+            if self.progress is not None:
+                self.progress.begin_update()
             batch = self._rollout(rows, rewards)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
             stops = self._report(stats, batch)
@@ -908,8 +911,10 @@ class PPOTrainer(BaseTrainer):
         )
         reference = ppo_forms.one_of("ref_model", parts["ref_model"], "ref_policy", today["ref_policy"])
         parts["ref_model"] = ppo_today.reference_of(reference, policy, self.arguments)
-        tokenizers = parts["reward_processing_classes"]
-        parts["reward_funcs"] = self._scorer(today["reward_model"], parts["reward_funcs"], tokenizers)
+        scorer, tokenizers = today["reward_model"], parts["reward_processing_classes"]
+        if scorer is not None and scorer is parts["value_model"]:
+            scorer = copy.deepcopy(scorer)  # one of them learns
+        parts["reward_funcs"] = self._scorer(scorer, parts["reward_funcs"], tokenizers)
         parts["dataset"], (parts["optimizer"], parts["lr_scheduler"]) = dataset, today["optimizers"] or (None, None)
         return config
 
@@ -960,7 +965,7 @@ class PPOTrainer(BaseTrainer):
 
     def _ended(self, responses: Sequence[Tensor]) -> list[bool]:
         """Which responses hold the end token, or stop at the stop token."""
-        stop = getattr(self.args, "stop_token_id", None)
+        stop = self.args.stop_token_id
         stops = [*stop_tokens(self.config, self.tokenizer), *([] if stop is None else [stop])]
         return [ppo_today.holds_end(row, self.tokenizer.eos_token_id, stops) for row in responses]
 
@@ -979,6 +984,8 @@ class PPOTrainer(BaseTrainer):
         if self.progress is not None:
             rows = len(self.dataset) / (self.config.batch_size * self.accelerator.num_processes)  # type: ignore[arg-type]
             self.progress.begin(updates, self.data_position, rows)
+            if self.progress.arguments.eval_on_start and self.eval_dataset is not None:
+                self.evaluate()
 
     def _report(self, stats: dict[str, Any], batch: Mapping[str, Any]) -> bool:
         """Send a step's statistics where the form sends them; whether a callback asks to stop."""
@@ -1064,9 +1071,15 @@ class PPOTrainer(BaseTrainer):
         return model if self.arguments is None else model.pretrained_model
 
     def push_to_hub(self, repo_id: str | None = None, *, dataset_name: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Upload the model; `repo_id` is today's form's `hub_model_id`, or the name of its folder."""
+        """Upload the model; by default under today's form's `hub_model_id`, or the name of its folder.
+
+        dataset_name: for the message of the commit. Further keywords are those of `PyTorchModelHubMixin`.
+        """
         if repo_id is None and self.arguments is not None:
             repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).name
+            kwargs = {"token": self.args.hub_token, "private": self.args.hub_private_repo, **kwargs}
+        if dataset_name is not None:
+            kwargs.setdefault("commit_message", f"Trained on {dataset_name}")
         if repo_id is None:
             raise ValueError("repo_id: say under which name the model is uploaded")
         return super().push_to_hub(repo_id, **kwargs)
