@@ -78,3 +78,18 @@ def test_rewards_are_normalised_over_the_batch(tiny_tokenizer, tmp_path):
     trainer = trainer_of(tiny_tokenizer, tmp_path, normalize_reward=True)
     advantages_B = trainer.advantages(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.ones(1), None)
     assert advantages_B.tolist() == pytest.approx([-0.7746, 0.7746, -0.7746, 0.7746], abs=1e-4)
+
+
+def test_models_by_the_paths_of_the_config(tiny_tokenizer, tmp_path):
+    policy, reward = str(tmp_path / "policy"), str(tmp_path / "reward")
+    language_model(0).save_pretrained(policy)
+    t.AutoModelForSequenceClassification.from_config(t.LlamaConfig(**COMMON, num_labels=1)).save_pretrained(reward)
+    for folder in (policy, reward):
+        tiny_tokenizer.save_pretrained(folder)
+    fields = {"sft_model_path": policy, "reward_model_path": reward}
+    config = RLOOConfig(output_dir=str(tmp_path), **{**EARLIER, **QUIET, **fields})
+    trainer = RLOOTrainer(config=config, train_dataset=Dataset.from_list([{"prompt": "a b"}] * 4))
+    assert torch.equal(trainer.model.lm_head.weight, language_model(0).lm_head.weight)
+    assert len(trainer.rewards.panel.names) == 1
+    with pytest.raises(ValueError, match="model: none was given; pass a model, a folder or a Hub name"):
+        RLOOTrainer(config=RLOOConfig(output_dir=str(tmp_path)), reward_funcs=len)

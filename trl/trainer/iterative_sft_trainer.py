@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,8 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         tokenizer = processing_class_of(processing_class, tokenizer)
         if isinstance(model, str):
             tokenizer = read_tokenizer(model) if tokenizer is None else tokenizer
-            model = cast(PreTrainedModel, load_model(model, AutoModelForCausalLM, config.loading_keywords()))
+            model = load_model(model, AutoModelForCausalLM, config.loading_keywords())  # type: ignore[assignment]
+        assert not isinstance(model, str)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"tokenizer must be a PreTrainedTokenizerBase, got {type(tokenizer)}")
         if model is None or not (isinstance(model, PreTrainedModel) or is_peft_model(model)):

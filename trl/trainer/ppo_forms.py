@@ -338,7 +338,7 @@ def takes_todays_form(config: Any, today: dict[str, Any], parts: dict[str, Any])
     if form is None:
         form = TODAY if arguments[TODAY] else OLDER
     other = OLDER if form == TODAY else TODAY
-    if wrong := arguments[other]:
+    if wrong := [name for name in arguments[other] if name != "args"]:  # which is clear in either form
         names = "of release 0.7.7" if other == OLDER else "of 0.12 and later"
         held = [name for name in given_fields(config) if name not in (*SHARED, *SET_BY_TRAINER)]
         held = held or arguments[form]
@@ -355,7 +355,6 @@ WAYS = {
     "optimizer": "optimizer is optimizers=(optimizer, None) there",
     "lr_scheduler": "lr_scheduler is optimizers=(optimizer, lr_scheduler) there",
     "num_shared_layers": "leave num_shared_layers out: the reference is a whole copy there",
-    "args": "args is config there",
     "policy": "policy is model there, with a value head",
     "ref_policy": "ref_policy is ref_model there, with a value head",
     "reward_model": "reward_model is reward_funcs there",

@@ -353,8 +353,8 @@ class PPOTrainer(BaseTrainer):
     def __init__(
         self,
         config: PPOConfig | None = None,
-        model: PreTrainedModelWrapper | None = None,
-        ref_model: PreTrainedModelWrapper | None = None,
+        model: nn.Module | str | None = None,
+        ref_model: nn.Module | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: torch.utils.data.Dataset | Dataset | None = None,
         optimizer: torch.optim.Optimizer | None = None,
