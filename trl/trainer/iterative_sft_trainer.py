@@ -93,7 +93,8 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         tokenizer = processing_class_of(processing_class, tokenizer)
         if isinstance(model, str):
             tokenizer = read_tokenizer(model) if tokenizer is None else tokenizer
-            model = load_model(model, AutoModelForCausalLM, config.loading_keywords())  # type: ignore[assignment]
+            loaded: Any = load_model(model, AutoModelForCausalLM, config.loading_keywords())
+            model = loaded
         assert not isinstance(model, str)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"tokenizer must be a PreTrainedTokenizerBase, got {type(tokenizer)}")

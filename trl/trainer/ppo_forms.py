@@ -25,6 +25,8 @@ from trl.trainer.settings import ADAMW, NO_EFFECT, TRANSLATED, OfForm, WholeOfFo
 OLDER, TODAY = "0.7.7", "today"
 """the forms"""
 
+EXAMPLE = "EleutherAI/pythia-160m"
+"""the default of paths of models, which scripts of 0.8 to today load by themselves; no trainer loads it unasked"""
 SHARED = (
     "exp_name", "seed", "learning_rate", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef",
     "gradient_accumulation_steps", "max_grad_norm", "whiten_rewards", "temperature", "missing_eos_penalty",
@@ -114,9 +116,9 @@ class TodaysSettings(_CommonSettings):
     """see `non_eos_penalty`"""
     num_sample_generations: int = 10
     """today's form: times in a run that responses to prompts of `eval_dataset` are printed; 0: never"""
-    reward_model_path: str = "EleutherAI/pythia-160m"
+    reward_model_path: str = EXAMPLE
     """today's form: for your script, and where `reward_model` is not given, the reward model to load"""
-    sft_model_path: str = "EleutherAI/pythia-160m"
+    sft_model_path: str = EXAMPLE
     """today's form: for your script, and where `model` is not given, the policy to load"""
     model_adapter_name: str | None = None
     """today's form: the adapter to train, of a PEFT model with several"""

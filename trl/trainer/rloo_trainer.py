@@ -18,7 +18,7 @@ from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards, RolloutRewards, TokenRewards, weighted_total, without_end
 from trl.trainer.configuration import require
 from trl.trainer.on_policy import OnPolicyConfig, OnPolicyTrainer
-from trl.trainer.ppo_forms import one_of
+from trl.trainer.ppo_forms import EXAMPLE, one_of
 from trl.trainer.ppo_today import print_samples, reads_tokens
 from trl.trainer.settings import OfForm, accepted, rename
 
@@ -55,9 +55,9 @@ class EarlierSettings:
     """scale the rewards of a batch to mean 0 and deviation 1, before `reward_clip_range`"""
     token_level_kl: bool = field(default=False)
     """0.13-0.16: refused; the KL of a completion is that of all its tokens"""
-    reward_model_path: str | None = field(default=None)
+    reward_model_path: str = field(default=EXAMPLE)
     """for your script, and where no reward is given as an object, the reward model to load"""
-    sft_model_path: str | None = field(default=None)
+    sft_model_path: str = field(default=EXAMPLE)
     """for your script, and where `model` is not given, the policy to load"""
     num_sample_generations: int | None = accepted("num_sample_generations")
     local_rollout_forward_batch_size: int = accepted("local_rollout_forward_batch_size", 64)
@@ -146,7 +146,7 @@ class RLOOConfig(OnPolicyConfig, EarlierSettings):
 EARLIER = tuple(
     name
     for name, entry in EarlierSettings.__dataclass_fields__.items()
-    if entry.default is None and name not in ("missing_eos_penalty", "reward_model_path", "sft_model_path", "exp_name")
+    if entry.default is None and name not in ("missing_eos_penalty", "exp_name")
 )
 """fields that only releases 0.9-0.16 have, and whose value there says which form a config has"""
 
@@ -177,12 +177,12 @@ class RLOOTrainer(OnPolicyTrainer):
     ):
         args = one_of("args", args, "config", config)
         model = one_of("model", model, "policy", policy)
-        model = getattr(args, "sft_model_path", None) if model is None else model
+        model = _path(args, "sft_model_path") if model is None else model
         if model is None:
             raise ValueError("model: none was given; pass a model, a folder or a Hub name")
         source = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
         if source is None and not any(kwargs.get(name) for name in ("rollout_func", "environment", "tools")):
-            source = getattr(args, "reward_model_path", None)
+            source = _path(args, "reward_model_path")
         self._token_model = None
         if reward_model is not None and kwargs.get("reward_processing_classes") is None and reads_tokens(reward_model):
             self._token_model = reward_model
@@ -247,6 +247,12 @@ class RLOOTrainer(OnPolicyTrainer):
             reference_BT=batch.reference_BT,
             how=self.aggregation,
         )
+
+
+def _path(args: Any, name: str) -> str | None:
+    """The folder or name that a field was given; None for its default."""
+    given = getattr(args, name, None)
+    return None if given == EXAMPLE else given
 
 
 def _with_prompt_ids(dataset: Any) -> Any:
