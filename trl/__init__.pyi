@@ -60,6 +60,7 @@ from trl.trainer.dpo_trainer import SimPOConfig as SimPOConfig
 from trl.trainer.dpo_trainer import SimPOTrainer as SimPOTrainer
 from trl.trainer.grpo_trainer import GRPOConfig as GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as GRPOTrainer
+from trl.trainer.iterative_sft_trainer import IterativeSFTConfig as IterativeSFTConfig
 from trl.trainer.iterative_sft_trainer import IterativeSFTTrainer as IterativeSFTTrainer
 from trl.trainer.kto_trainer import BCOConfig as BCOConfig
 from trl.trainer.kto_trainer import BCOTrainer as BCOTrainer
@@ -69,6 +70,8 @@ from trl.trainer.online_dpo_trainer import OnlineDPOConfig as OnlineDPOConfig
 from trl.trainer.online_dpo_trainer import OnlineDPOTrainer as OnlineDPOTrainer
 from trl.trainer.ppo_trainer import PPOConfig as PPOConfig
 from trl.trainer.ppo_trainer import PPOTrainer as PPOTrainer
+from trl.trainer.ppo_trainer import PPOv2Config as PPOv2Config
+from trl.trainer.ppo_trainer import PPOv2Trainer as PPOv2Trainer
 from trl.trainer.prm_trainer import PRMConfig as PRMConfig
 from trl.trainer.prm_trainer import PRMTrainer as PRMTrainer
 from trl.trainer.raft_trainer import RAFTConfig as RAFTConfig

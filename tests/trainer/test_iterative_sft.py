@@ -7,7 +7,7 @@ from conformity import causal_lm, tokenizer
 from datasets import Dataset
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
-from trl import IterativeSFTTrainer, SFTConfig
+from trl import IterativeSFTConfig, IterativeSFTTrainer, SFTConfig
 from trl.models import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:No data collator is provided", "ignore:No labels are provided")
@@ -130,3 +130,14 @@ def test_wrong_constructions_are_refused(tmp_path):
         build(tmp_path, max_steps=-1)
     with pytest.raises(ValueError, match="truncation_mode='x'"):
         build(tmp_path, truncation_mode="x")
+
+
+def test_a_config_says_how_sequences_are_cut(tmp_path):
+    """Keywords of older releases say the same, and may not contradict it."""
+    config = IterativeSFTConfig(output_dir=str(tmp_path), max_length=2, truncation_mode="keep_start", max_steps=1)
+    trainer = IterativeSFTTrainer(causal_lm(), config, tokenizer())
+    assert trainer._cut(torch.tensor([1, 2, 3])).tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"cannot specify both `max_length` and `args\.max_length`: 3 against 2"):
+        IterativeSFTTrainer(causal_lm(), config, tokenizer(), max_length=3)
+    with pytest.raises(ValueError, match="truncation_mode='x': choose one of 'keep_end', 'keep_start'"):
+        IterativeSFTConfig(output_dir=str(tmp_path), truncation_mode="x")

@@ -9,6 +9,7 @@ from ppo_cases import causal
 from test_config_fields import HERE
 
 from trl import PPOConfig, PPOTrainer
+from trl.trainer.ppo_forms import ONLY_TODAY
 
 BASE = {"batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-2, "ppo_epochs": 2, "steps": 12,
         "max_new_tokens": 4, "init_kl_coef": 0.2}  # fmt: skip
@@ -98,7 +99,8 @@ def outcome(trainer):
 
 
 def test_every_field_is_in_a_table():
-    assert {entry.name for entry in fields(PPOConfig)} == CHANGED.keys() | SHOWN.keys()
+    own = {entry.name for entry in fields(PPOConfig)} - set(ONLY_TODAY)  # of which `test_ppo_forms` has a table
+    assert own == CHANGED.keys() | SHOWN.keys()
 
 
 @pytest.mark.filterwarnings("ignore:The average ratio:UserWarning", "ignore:KL divergence is starting:UserWarning")

@@ -109,6 +109,11 @@ BECOMES = [
         "GRPOConfig", {"wandb_log_unique_prompts": True, "log_completions": True}, {"log_unique_prompts": True},
     ),
     ("OnlineDPOConfig", {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 2}),
+    ("RLOOConfig", {"rloo_k": 4, "num_ppo_epochs": 3}, {"num_generations": 4, "num_iterations": 3, "temperature": 0.7}),
+    ("RLOOConfig", {"kl_coef": 0.3, "cliprange": 0.1, "response_length": 9},
+     {"beta": 0.3, "epsilon": 0.1, "max_completion_length": 9}),
+    ("RLOOConfig", {"normalize_advantage": True, "num_sample_generations": 2, "exp_name": "small"},
+     {"normalize_advantages": True, "log_completions": True, "run_name": "small"}),
 ]  # fmt: skip
 
 

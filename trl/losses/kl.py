@@ -45,5 +45,5 @@ def full(logprobs_BTV: Tensor, reference_BTV: Tensor) -> Tensor:
 KL_ESTIMATORS: dict[str, KLEstimator] = {"k1": k1, "k2": k2, "k3": k3}
 """of the sampled token, by the names of Schulman's note"""
 
-KL_PENALTIES: dict[str, KLEstimator] = {"kl": k1, "abs": absolute, "mse": k2, "full": full}
+KL_PENALTIES: dict[str, KLEstimator] = {"kl": k1, "abs": absolute, "mse": k2, "k3": k3, "full": full}
 """by the names of `PPOConfig.kl_penalty`; `full` takes log-distributions"""

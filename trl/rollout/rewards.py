@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from trl.data.records import Rollout
 from trl.losses.policy import soft_overlong_punishment
+from trl.models.scoring import rewards as rewards_of
+from trl.models.unwrap import below_peft
 from trl.rewards.named import reward_panel
 from trl.rewards.panel import RewardPanel
+from trl.rollout.experience import Experience
+from trl.rollout.measure import PACKED_TOKENS, pieces
 
 
 @dataclass
@@ -91,6 +95,35 @@ class RolloutRewards:
         return Rewards(self.names, scores_BF, self.weights_F, late)
 
 
+class TokenRewards(RolloutRewards):
+    """Scores rollouts with a reward model that reads the policy's tokens: prompt and completion, at the last of them.
+
+    tokens: that a pass takes, if that is more than one completion.
+    """
+
+    def __init__(self, model: nn.Module, device: Any, tokens: int = PACKED_TOKENS):
+        super().__init__(None)
+        self.model, self.device, self.tokens = model.to(device).eval().requires_grad_(False), device, tokens
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
+        self._check(rollout)
+        rows = Experience.of(rollout)
+        runs = pieces(rows, 1, self.tokens)
+        parts = [rewards_of(self.model, rows.select(run).packed(masked=False).to(self.device)).cpu() for run in runs]
+        return Rewards(self.names, torch.cat(parts)[:, None], self.weights_F, [False])
+
+    def _check(self, rollout: Rollout) -> None:
+        """ValueError for a token that the model does not have: it belongs to another tokenizer than the policy's."""
+        held = below_peft(self.model).get_input_embeddings().num_embeddings
+        largest = max(max(ids, default=0) for ids in (*rollout.prompts, *rollout.completions))
+        if largest >= held:
+            raise ValueError(
+                f"reward_model: it has {held} tokens, and the policy wrote token {largest}; give its tokenizer as "
+                "`reward_processing_classes`, and it reads the texts"
+            )
+
+
 def asked_of(rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of a reward function: a conversation is completed by a message, a text by a text."""
     extra = {name: values for name, values in rollout.metadata.items() if name not in ("truncated", "completions")}
@@ -116,6 +149,20 @@ def panel_of(functions: Any, tokenizers: Any, default: Any, device: Any) -> Rewa
         for source, each in zip(listed, given, strict=False)
     ]
     return reward_panel(list(listed), own + list(given[len(own) :]), None, device)
+
+
+def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Rewards:
+    """The rewards with a further column: minus the penalty for completions that were cut at the length limit."""
+    if penalty is None:
+        return rewards
+    cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)), dtype=torch.float32)
+    lost_B = (-penalty * cut_B).masked_fill(rewards.scores_BF.isnan().all(-1), torch.nan)
+    return Rewards(
+        [*rewards.names, "missing_eos"],
+        torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
+        torch.cat([rewards.weights_F, torch.ones(1)]),
+        [*rewards.timed_out, False],
+    )
 
 
 def total_scores(rewards: Rewards) -> list[Tensor]:

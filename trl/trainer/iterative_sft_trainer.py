@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -23,10 +25,18 @@ from trl.data.records import Branch, TokenTree
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll, smoothed
 from trl.models.forward import rows_padded, within_forward
-from trl.models.prepare import is_peft_model
+from trl.models.prepare import is_peft_model, load_model, read_tokenizer
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
-from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
+from trl.trainer.configuration import (
+    PostTrainingConfig,
+    as_config,
+    choose,
+    processing_class_of,
+    refuse_unused,
+    require,
+    with_keywords,
+)
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.settings import BY_STEPS, log_without_effect
 from trl.trainer.update import leave_zeros, optimizer_step
@@ -34,36 +44,60 @@ from trl.trainer.update import leave_zeros, optimizer_step
 TRUNCATION_SIDES = {"keep_end": "left", "keep_start": "right"}
 
 
+@dataclass
+class IterativeSFTConfig(PostTrainingConfig):
+    """`TrainingArguments` and how a step cuts its sequences."""
+
+    max_length: int | None = field(default=None)
+    """longest sequence in tokens; None: never cut"""
+    truncation_mode: str = field(default="keep_end")
+    """which end of a long sequence stays: keep_end or keep_start"""
+    optimize_device_cache: bool = field(default=False)
+    """free cached device memory after each step: slower, a little less memory"""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "max_length", self.max_length is None or self.max_length > 0, "give a length > 0, or None")
+        choose(self, "truncation_mode", TRUNCATION_SIDES)
+
+
 class IterativeSFTTrainer(ObjectiveTrainer):
     """Fine-tune with `step(input_ids | texts, ...)`: between steps the caller may sample, filter and score.
 
     One call is one pass over the given sequences, in shuffled mini-batches of
-    `per_device_train_batch_size * gradient_accumulation_steps`, an optimizer and scheduler step each.
+    `per_device_train_batch_size * gradient_accumulation_steps`, an optimizer and scheduler step each. `max_length`,
+    `truncation_mode` and `optimize_device_cache` are keywords of older releases for fields of the config.
     """
 
     _tag_names = ("trl", "iterative-sft")
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel | str | None = None,
         args: TrainingArguments | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
         eval_dataset: Any = None,
         max_length: int | None = None,
-        truncation_mode: str = "keep_end",
+        truncation_mode: str | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         compute_metrics: Callable[..., dict[str, float]] | None = None,
-        optimize_device_cache: bool = False,
+        optimize_device_cache: bool | None = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
     ):
-        config = as_config(args, PostTrainingConfig)
-        refuse_unused(config, ("model_init_kwargs",), False, "a model given by name")
+        config = as_config(args, PostTrainingConfig if isinstance(args, PostTrainingConfig) else IterativeSFTConfig)
+        cut = _cutting(config, max_length, truncation_mode, optimize_device_cache)
+        refuse_unused(config, ("model_init_kwargs",), isinstance(model, str), "a model given by name")
         refuse_unused(config, ("dataset_num_proc", "neftune_noise_alpha"), False, "another trainer")
         log_without_effect(config, BY_STEPS)
         tokenizer = processing_class_of(processing_class, tokenizer)
+        if isinstance(model, str):
+            tokenizer = read_tokenizer(model) if tokenizer is None else tokenizer
+            loaded: Any = load_model(model, AutoModelForCausalLM, config.loading_keywords())
+            model = loaded
+        assert not isinstance(model, str)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"tokenizer must be a PreTrainedTokenizerBase, got {type(tokenizer)}")
         if model is None or not (isinstance(model, PreTrainedModel) or is_peft_model(model)):
@@ -73,13 +107,11 @@ class IterativeSFTTrainer(ObjectiveTrainer):
                 "When no scheduler is provided, you need to set the total number of training steps to perform "
                 "`max_steps`"
             )
-        if truncation_mode not in TRUNCATION_SIDES:
-            raise ValueError(f"truncation_mode={truncation_mode!r}: choose 'keep_end' or 'keep_start'")
         if not model.can_generate():
             warnings.warn(f"{type(model).__name__} cannot generate text", UserWarning, stacklevel=2)
-        self.max_length, self.truncation_mode = max_length, truncation_mode
+        self.max_length, self.truncation_mode = cut.max_length, cut.truncation_mode
         self.is_encoder_decoder = is_encoder_decoder(model)
-        tokenizer.truncation_side = TRUNCATION_SIDES[truncation_mode]
+        tokenizer.truncation_side = TRUNCATION_SIDES[self.truncation_mode]
         super().__init__(
             model=model,
             args=config,
@@ -97,7 +129,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         )
         self.model_wrapped = self.model
         self._order = torch.Generator().manual_seed(self.args.seed)
-        PPODecorators.optimize_device_cache = optimize_device_cache
+        PPODecorators.optimize_device_cache = cut.optimize_device_cache
 
     # -- what came in -------------------------------------------------------------------------
 
@@ -257,6 +289,17 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         if self.compute_metrics is None:
             return result, None, None
         return result, *logits_and_labels(model, inputs["packed"])
+
+
+def _cutting(
+    config: PostTrainingConfig, max_length: int | None, truncation_mode: str | None, optimize_device_cache: bool | None
+) -> IterativeSFTConfig:
+    """The config with the keywords of older releases; of another trainer's config only the keywords count."""
+    own = config if isinstance(config, IterativeSFTConfig) else IterativeSFTConfig(use_cpu=config.use_cpu)
+    given = {
+        "max_length": max_length, "truncation_mode": truncation_mode, "optimize_device_cache": optimize_device_cache,
+    }  # fmt: skip
+    return with_keywords(own, given)
 
 
 def _default_collator(tokenizer: Any, encoder_decoder: bool) -> Callable[[Any], Mapping[str, Any]]:

@@ -17,7 +17,7 @@ from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair
 from trl.models.scoring import score
 from trl.rewards.named import Judge, pairwise
 from trl.rollout.experience import Experience, PolicyBatch
-from trl.rollout.rewards import Rewards
+from trl.rollout.rewards import Rewards, without_end
 from trl.trainer.configuration import Setting, choose, require
 from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
 from trl.trainer.settings import accepted, rename
@@ -156,20 +156,6 @@ class OnlineDPOTrainer(RolloutTrainer):
         decided_B = (lengths_B[0::2] > 0).float()
         result = preference_loss(pair, {self.args.loss_type: 1.0}, {"beta": self.args.beta}, weight_B=decided_B)
         return LossSum(result.total, batch.counted, result.metrics)
-
-
-def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Rewards:
-    """The rewards with a further column: minus the penalty for completions that were cut at the length limit."""
-    if penalty is None:
-        return rewards
-    cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)), dtype=torch.float32)
-    lost_B = (-penalty * cut_B).masked_fill(rewards.scores_BF.isnan().all(-1), torch.nan)
-    return Rewards(
-        [*rewards.names, "missing_eos"],
-        torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
-        torch.cat([rewards.weights_F, torch.ones(1)]),
-        [*rewards.timed_out, False],
-    )
 
 
 def ordered(rewards: Rewards, group: int) -> tuple[list[int], list[int], list[bool]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +20,17 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, tqdm
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, tqdm
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+)
 
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, flatten_dict, set_seed, stats_to_np
 from trl.data.microbatches import unasked_budget
@@ -41,7 +49,7 @@ from trl.losses.policy import clipped_surrogate, clipped_value
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
-from trl.models.prepare import check_vocabulary, context_length, equalise
+from trl.models.prepare import check_vocabulary, context_length, equalise, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, classifier_of
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder
@@ -57,13 +65,16 @@ from trl.rollout.measure import (
     with_advantages,
 )
 from trl.rollout.prompts import PromptStream, with_prompts
-from trl.rollout.rewards import RolloutRewards, panel_of, total_scores
+from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_scores
 from trl.rollout.source import EnvironmentSource, GenerateSource, SamplerSource, Source, environment_for_policy
-from trl.trainer import checkpoints, ppo_statistics
+from trl.trainer import checkpoints, ppo_forms, ppo_statistics, ppo_today
 from trl.trainer.base import BaseTrainer
-from trl.trainer.configuration import processing_class_of
+from trl.trainer.configuration import PostTrainingConfig, processing_class_of
 from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.optim import TFAdam
+from trl.trainer.ppo_forms import TodaysSettings
+from trl.trainer.preparation import prepare_tokenizer
+from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import Tally
 from trl.trainer.update import leave_zeros, optimizer_step
@@ -80,12 +91,16 @@ Runtime = tyro.conf.Suppress
 
 
 @dataclass
-class PPOConfig:
-    """Numbers of `PPOTrainer`; as a command line through `tyro.cli(PPOConfig)`."""
+class PPOConfig(TodaysSettings):
+    """Numbers of `PPOTrainer`; as a command line through `tyro.cli(PPOConfig)`.
+
+    Of one of two forms: these fields, which release 0.7.7 has, or those of 0.12 and later (`TodaysSettings` and
+    `ppo_forms.SHARED`), which `HfArgumentParser` reads. A mixture is a ValueError.
+    """
 
     exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]
     """name of the experiment, for trackers"""
-    seed: int = 0
+    seed: int = WholeOfForm(0, other=42)
     """seed of all random numbers"""
     log_with: Literal["wandb", "tensorboard"] | None = None
     """tracker that `log_stats` writes to"""
@@ -112,14 +127,15 @@ class PPOConfig:
 
     steps: int = 20000
     """samples to train on, over the whole run; sets `total_ppo_epochs`"""
-    learning_rate: float = 1e-5
-    """of the default optimizer"""
+    learning_rate: float = OfForm(1e-5, other=3e-6)
+    """of the default optimizer; today's form: 3e-6"""
     adap_kl_ctrl: bool = True
     """the KL coefficient follows the measured KL towards `target`; else it stays"""
     init_kl_coef: float = 0.2
     """the KL coefficient at the start"""
-    kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
-    """kl: log p - log p_ref; abs: its absolute value; mse: half its square; full: the exact KL over the vocabulary"""
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = "kl"
+    """kl: log p - log p_ref; abs: its absolute value; mse: half its square; k3: p_ref / p - 1 + log p - log p_ref;
+    full: the exact KL over the vocabulary"""
     target: float = 6
     """KL per sequence that the adaptive coefficient aims at"""
     horizon: float = 10000
@@ -169,12 +185,14 @@ class PPOConfig:
     whiten_rewards: bool = False
     """scale the rewards of a batch to variance 1; their mean stays"""
 
-    temperature: float = 1.0
-    """of sampling *and* of the log-probabilities that the step computes"""
+    temperature: float = OfForm(1.0, other=0.7)
+    """of sampling *and* of the log-probabilities that the step computes; today's form: 0.7"""
     missing_eos_penalty: float | None = None
-    """EOS trick: a response that does not end in EOS (or `stop_token`) scores minus this, whatever its score was"""
+    """EOS trick: a response that does not end in EOS (or `stop_token`) scores minus this, whatever its score was;
+    today's form: this is subtracted from its score"""
     stop_token: str | None = None
-    """text of a further token that ends a response in `train()`; the response is scored up to it"""
+    """text of a further token that ends a response in `train()`; the response is scored up to it; today's form: "eos"
+    is the end token, and without one (or `stop_token_id`) every response is as long as `response_length`"""
     max_new_tokens: int = 32
     """length limit of the responses in `train()`"""
     generation_kwargs: JSONDict = field(default_factory=dict)
@@ -189,8 +207,8 @@ class PPOConfig:
     """where `train()` puts its checkpoints"""
     save_steps: int | None = None
     """steps of `train()` between two checkpoints"""
-    save_total_limit: int = 2
-    """newest checkpoints that `train()` keeps"""
+    save_total_limit: int = WholeOfForm(2, other=None)
+    """newest checkpoints that `train()` keeps; today's form: all"""
 
     is_encoder_decoder: Annotated[bool | None, Runtime] = None
     """set by the trainer"""
@@ -204,6 +222,20 @@ class PPOConfig:
     """set by the trainer: samples of a step on all processes"""
 
     def __post_init__(self) -> None:
+        self._form = ppo_forms.form_of(self)
+        for name, default in (("include_num_input_tokens_seen", "no"), ("debug", "")):
+            if not getattr(self, name):  # a parser reads these defaults otherwise
+                setattr(self, name, default)
+        if self._form is not None:
+            self._take_defaults()
+        if self._form == ppo_forms.TODAY:
+            ppo_forms.check_today(self)
+            self.world_size = self.arguments.world_size
+            return
+        if self.output_dir is None and self.save_steps is not None:
+            raise ValueError(f"save_steps={self.save_steps!r}, output_dir=None: checkpoints need both, or neither")
+        if self._form == ppo_forms.OLDER and self.save_steps is None and self.output_dir is not None:
+            raise ValueError(f"save_steps=None, output_dir={self.output_dir!r}: checkpoints need both, or neither")
         if self.forward_batch_size is not None:
             warnings.warn(
                 "Note that using `forward_batch_size` is deprecated, use `mini_batch_size` instead. "
@@ -236,7 +268,7 @@ class PPOConfig:
                 f"Please install wandb to use wandb logging. You can do this by running `{pip_install('wandb')}`."
             )
         if self.kl_penalty not in KL_PENALTIES:
-            raise AssertionError(f"kl_penalty={self.kl_penalty!r}: choose 'kl', 'abs', 'mse' or 'full'")
+            raise AssertionError(f"kl_penalty={self.kl_penalty!r}: choose 'kl', 'abs', 'mse', 'k3' or 'full'")
 
     def _validate(self) -> None:
         for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "steps",
@@ -258,14 +290,47 @@ class PPOConfig:
             raise ValueError(f"log_with={self.log_with!r}: choose 'wandb', 'tensorboard' or None")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm=True: it only has an effect with use_score_scaling=True")
-        if (self.save_steps is None) != (self.output_dir is None):
-            raise ValueError(
-                f"save_steps={self.save_steps!r}, output_dir={self.output_dir!r}: checkpoints need both, or neither"
-            )
+
+    @property
+    def form(self) -> str | None:
+        """The form of the fields that were given; None: they fit both, and the trainer's arguments decide."""
+        return self._form
+
+    def given_fields(self) -> list[str]:
+        """Names of the fields that have another value than their default."""
+        return ppo_forms.given_fields(self)
+
+    def take_form(self, form: str) -> None:
+        """Be of a form, where the fields fit both; the defaults that depend on it are then this form's."""
+        if self._form is None:
+            self._form = form
+            self._take_defaults()
+
+    def _take_defaults(self) -> None:
+        for name in ppo_forms.SHARED:
+            setattr(self, name, ppo_forms.in_form(getattr(self, name), self._form))
+
+    @property
+    def arguments(self) -> PostTrainingConfig:
+        """Today's form: what it says as `TrainingArguments`; made anew where a field has changed."""
+        said = ppo_forms.said_of(self)
+        if self.__dict__.get("_said") != said:
+            self._said, self._arguments = said, ppo_forms.arguments_of(self)
+        return self._arguments
+
+    if not TYPE_CHECKING:  # whose base class says what there is
+
+        def __getattr__(self, name: str) -> Any:
+            """Today's form: what `TrainingArguments` have beside their fields, such as `device`."""
+            if name.startswith("_") or self.__dict__.get("_form") != ppo_forms.TODAY:
+                raise AttributeError(f"'PPOConfig' object has no attribute {name!r}")
+            return getattr(self.arguments, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, nested ones as `name/key`."""
-        return flatten_dict(dict(self.__dict__))
+        """All fields of its form, nested ones as `name/key`."""
+        left_out = () if self._form == ppo_forms.TODAY else ppo_forms.ONLY_TODAY
+        held = {name: value for name, value in self.__dict__.items() if name[0] != "_" and name not in left_out}
+        return flatten_dict(held)
 
 
 class PPOTrainer(BaseTrainer):
@@ -277,6 +342,10 @@ class PPOTrainer(BaseTrainer):
     reward_funcs: functions, their names, reward models or their folders; `train()` scores a response with their sum.
     reward_processing_classes: tokenizers of the reward models.
     environment: such as a `TextEnvironment`; `train()` plays episodes in it, whose score is the sum of their rewards.
+
+    Today's form (a config of that form, or any argument from `args` to `optimizers`): `model` is a language model
+    without a value head; `reward_model` reads the tokens of prompt and response; `eval_dataset` holds prompts to show
+    samples of; `policy` and `ref_policy` are older names of `model` and `ref_model`.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
@@ -284,8 +353,8 @@ class PPOTrainer(BaseTrainer):
     def __init__(
         self,
         config: PPOConfig | None = None,
-        model: PreTrainedModelWrapper | None = None,
-        ref_model: PreTrainedModelWrapper | None = None,
+        model: nn.Module | str | None = None,
+        ref_model: nn.Module | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: torch.utils.data.Dataset | Dataset | None = None,
         optimizer: torch.optim.Optimizer | None = None,
@@ -298,12 +367,46 @@ class PPOTrainer(BaseTrainer):
         reward_funcs: RewardSource | Sequence[RewardSource] | None = None,
         reward_processing_classes: Any = None,
         environment: Any = None,
+        args: PPOConfig | None = None,
+        policy: nn.Module | str | None = None,
+        ref_policy: nn.Module | str | None = None,
+        reward_model: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ):
+        places = (model, ref_model, tokenizer, dataset, optimizer, data_collator, num_shared_layers, lr_scheduler)
+        today = {
+            "args": args, "policy": policy, "ref_policy": ref_policy, "reward_model": reward_model,
+            "train_dataset": train_dataset, "eval_dataset": eval_dataset, "peft_config": peft_config,
+            "callbacks": callbacks, "optimizers": None if optimizers == (None, None) else optimizers,
+        }  # fmt: skip
+        parts: dict[str, Any] = dict(zip(ppo_forms.ORDER, places, strict=True))
+        parts |= {"processing_class": processing_class, "value_model": value_model}
+        if isinstance(model, PreTrainedTokenizerBase):
+            parts, today = ppo_forms.from_todays_order(places, parts, today)
+        self.args = ppo_forms.one_of("args", args, "config", config)
+        self.arguments: PostTrainingConfig | None = None
+        self.eval_dataset = today["eval_dataset"]
+        self._token_rewards: TokenRewards | None = None
+        parts["tokenizer"] = processing_class_of(parts.pop("processing_class"), parts["tokenizer"])
+        parts |= {"reward_funcs": reward_funcs, "reward_processing_classes": reward_processing_classes}
+        config = self.args
+        if isinstance(config, PPOConfig) and ppo_forms.takes_todays_form(config, today, parts):
+            config = self._take_todays_form(parts, today)
         super().__init__(config)
-        tokenizer = processing_class_of(processing_class, tokenizer)
+        self._build(config, environment=environment, callbacks=callbacks, **parts)
+
+    def _build(
+        self, config: PPOConfig | None, *, model: Any, ref_model: Any, tokenizer: Any, dataset: Any, optimizer: Any,
+        data_collator: Any, num_shared_layers: int | None, lr_scheduler: Any, value_model: Any, reward_funcs: Any,
+        reward_processing_classes: Any, environment: Any, callbacks: list[TrainerCallback] | None,
+    ) -> None:  # fmt: skip
+        """Check the parts and put them together."""
         check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler, num_shared_layers)
         assert config is not None
-        assert model is not None
         set_seed(config.seed)
         self.config: PPOConfig = config
         self.tokenizer = tokenizer
@@ -335,6 +438,7 @@ class PPOTrainer(BaseTrainer):
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         PPODecorators.optimize_device_cache = config.optimize_device_cache
+        self.progress = None if self.arguments is None else self._progress(self.arguments, callbacks)
         if self.accelerator.process_index:  # each process samples with its own seed
             set_seed(config.seed + 1_000_003 * self.accelerator.process_index)
 
@@ -346,7 +450,11 @@ class PPOTrainer(BaseTrainer):
             check_critic(model, value_model, optimizer)
         trained = [model] if value_model is None else [model, value_model]
         self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
+        if optimizer is None and self.arguments is not None:
+            optimizer = ppo_forms.optimizer_of(self.arguments, self._parameters, self.config.adam_epsilon)
         optimizer = make_optimizer(self.config, self._parameters) if optimizer is None else optimizer
+        if lr_scheduler is None and self.arguments is not None:
+            lr_scheduler = ppo_forms.scheduler_of(self.arguments, self.config.total_ppo_epochs, optimizer)
         lr_scheduler = make_scheduler(self.config, optimizer, lr_scheduler)
         collator = DataCollatorForLanguageModeling(self.tokenizer, mlm=False)
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
@@ -532,6 +640,8 @@ class PPOTrainer(BaseTrainer):
 
     def _follow_config(self) -> None:
         """Take over what a script has changed in the config since the last step, where something was built from it."""
+        if self.arguments is not None:
+            self._follow_args()
         config, now = self.config, _followed(self.config)
         changed = {name for name, value in now.items() if value != self._built_with[name]}
         if not changed:
@@ -598,7 +708,10 @@ class PPOTrainer(BaseTrainer):
     def _shaped(self, scores_B: Tensor, responses: Sequence[Tensor]) -> Tensor:
         """Scores as the step learns from them: EOS trick, best-so-far push, scaling, normalising, clipping."""
         config = self.config
-        if config.missing_eos_penalty is not None:
+        if config.missing_eos_penalty is not None and self._subtracts_missing_eos:
+            ended = torch.tensor(self._ended(responses), device=scores_B.device)
+            scores_B = torch.where(ended, scores_B, scores_B - config.missing_eos_penalty)
+        elif config.missing_eos_penalty is not None:
             ends = {*end_tokens(self.model, self.tokenizer), *stop_tokens(config, self.tokenizer)}
             ended = torch.tensor([len(row) > 0 and int(row[-1]) in ends for row in responses], device=scores_B.device)
             scores_B = torch.where(ended, scores_B, -config.missing_eos_penalty)
@@ -797,11 +910,14 @@ class PPOTrainer(BaseTrainer):
             self._resume(found)
         stats: dict[str, Any] = {}
         last, silent = config.total_ppo_epochs, not sys.stderr.isatty()
+        self._begin_run(last)
         progress = tqdm(total=last, initial=self.data_position, desc="PPO", disable=silent)
         for rows in self.batches():
+            if self.progress is not None:
+                self.progress.begin_update()
             batch = self._rollout(rows, rewards)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
-            self.log_stats(stats, batch, batch["scores"])
+            stops = self._report(stats, batch)
             progress.update()
             progress.set_postfix({name: f"{float(stats[key]):.3g}" for name, key in SHOWN.items()})
             step = self.data_position
@@ -809,8 +925,201 @@ class PPOTrainer(BaseTrainer):
                 callback(step, stats, batch)
             if config.save_steps is not None and (step % config.save_steps == 0 or step == last):
                 self.save_checkpoint(step)
+            if stops:
+                break
         progress.close()
+        if self.progress is not None:
+            self.progress.end()
         return stats
+
+    # --- today's form -------------------------------------------------------------------------------------------------
+
+    def _take_todays_form(self, parts: dict[str, Any], today: Mapping[str, Any]) -> PPOConfig:
+        """Make the older form's parts of today's, in place; the config's numbers in the older form."""
+        config, dataset = PPOConfig(**self._numbers(today["train_dataset"])), today["train_dataset"]
+        config.output_dir, self.arguments = self.args.output_dir, self.args.arguments
+        self._told = self._numbers(dataset)
+        set_seed(config.seed)  # the value head is drawn
+        policy = ppo_forms.one_of("model", parts["model"], "policy", today["policy"])
+        policy = self._path("sft_model_path") if policy is None else policy
+        parts["tokenizer"] = prepare_tokenizer(parts["tokenizer"], policy, self.arguments)
+        parts["model"] = ppo_today.policy_of(
+            policy, self.arguments, parts["tokenizer"], today["peft_config"], self.args.model_adapter_name
+        )
+        reference = ppo_forms.one_of("ref_model", parts["ref_model"], "ref_policy", today["ref_policy"])
+        parts["ref_model"] = ppo_today.reference_of(reference, policy, self.arguments)
+        scorer, tokenizers = today["reward_model"], parts["reward_processing_classes"]
+        if scorer is not None and scorer is parts["value_model"]:
+            scorer = copy.deepcopy(scorer)  # one of them learns
+        parts["reward_funcs"] = self._scorer(scorer, parts["reward_funcs"], tokenizers)
+        parts["dataset"], (parts["optimizer"], parts["lr_scheduler"]) = dataset, today["optimizers"] or (None, None)
+        return config
+
+    def _numbers(self, dataset: Any) -> dict[str, Any]:
+        """What the config of today's form says, in the older form."""
+        return ppo_forms.numbers_of(self.args, len(dataset) if hasattr(dataset, "__len__") else None)
+
+    def _follow_args(self) -> None:
+        """Take over what a script or a callback has changed in the config of today's form since the last step."""
+        now = self._numbers(self.dataset)
+        changed = {name: value for name, value in now.items() if value != self._told[name]}
+        if not changed:
+            return
+        for name, value in changed.items():
+            setattr(self.config, name, value)
+        self.config.derive()
+        self._told = now
+        if "init_kl_coef" in changed:
+            self.kl_ctl.value = self._built_with["init_kl_coef"] = self.config.init_kl_coef
+        self.__dict__.pop("source", None)  # which samples as before
+
+    def _path(self, name: str) -> str | None:
+        """The folder or name that a field of the config was given; None for its default."""
+        return getattr(self.args, name) if name in self.args.given_fields() else None
+
+    def _scorer(self, reward_model: Any, reward_funcs: Any, tokenizers: Any) -> Any:
+        """What scores the responses: reward functions, or a model that reads tokens, which is put aside."""
+        assert self.arguments is not None
+        source = ppo_forms.one_of("reward_model", reward_model, "reward_funcs", reward_funcs)
+        source = self._path("reward_model_path") if source is None else source
+        if isinstance(source, str) and tokenizers is None and Path(source).is_dir():
+            keywords = {"num_labels": 1, **self.arguments.loading_keywords()}
+            source = load_model(source, AutoModelForSequenceClassification, keywords)
+        if tokenizers is None and reward_funcs is None and ppo_today.reads_tokens(source):
+            self._token_rewards = TokenRewards(source, self.arguments.device)
+        return source
+
+    def _progress(self, arguments: PostTrainingConfig, callbacks: list[TrainerCallback] | None) -> ppo_today.Progress:
+        return ppo_today.Progress(
+            arguments, callbacks, model=self.model, processing_class=self.tokenizer, optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+        )  # fmt: skip
+
+    @property
+    def _subtracts_missing_eos(self) -> bool:
+        """Today's form subtracts the penalty; that of 0.7.7 and of 0.8-0.10 puts it in the score's place."""
+        return self.arguments is not None and not self.args.non_eos_penalty
+
+    def _ended(self, responses: Sequence[Tensor]) -> list[bool]:
+        """Which responses hold the end token, or stop at the stop token."""
+        stop = self.args.stop_token_id
+        stops = [*stop_tokens(self.config, self.tokenizer), *([] if stop is None else [stop])]
+        return [ppo_today.holds_end(row, self.tokenizer.eos_token_id, stops) for row in responses]
+
+    @property
+    def state(self) -> TrainerState | None:
+        """Today's form: where the run stands, with its `log_history`."""
+        return None if self.progress is None else self.progress.state
+
+    def add_callback(self, callback: Any) -> None:
+        """Today's form: a callback of transformers more."""
+        if self.progress is None:
+            raise ValueError("add_callback: the form of release 0.7.7 has `train(callback=...)`")
+        self.progress.handler.add_callback(callback)
+
+    def _begin_run(self, updates: int) -> None:
+        if self.progress is not None:
+            rows = len(self.dataset) / (self.config.batch_size * self.accelerator.num_processes)  # type: ignore[arg-type]
+            self.progress.begin(updates, self.data_position, rows)
+            if self.progress.arguments.eval_on_start and self.eval_dataset is not None:
+                self.evaluate()
+
+    def _report(self, stats: dict[str, Any], batch: Mapping[str, Any]) -> bool:
+        """Send a step's statistics where the form sends them; whether a callback asks to stop."""
+        if self.progress is None or self.arguments is None:
+            self.log_stats(stats, batch, batch["scores"])
+            return False
+        progress, step, samples = self.progress, self.data_position, self.args.num_sample_generations
+        progress.end_update()
+        if progress.control.should_log:
+            self._log_today(stats, batch["responses"])
+        if samples and self.eval_dataset is not None and step % max(1, self.config.total_ppo_epochs // samples) == 0:
+            self.generate_completions(sampling=True)
+        if progress.control.should_evaluate and self.eval_dataset is not None:
+            self.evaluate()
+        if progress.control.should_save and self.config.output_dir is not None:
+            self.save_checkpoint(step)
+            progress.saved()
+        return bool(progress.control.should_training_stop)
+
+    def _log_today(self, stats: Mapping[str, Any], responses: Sequence[Tensor]) -> None:
+        assert self.progress is not None
+        ended = torch.tensor(sum(self._ended(responses)), device=self.current_device)
+        logs = ppo_today.todays_metrics(
+            stats, vf_coef=self.config.vf_coef, ended=int(self.accelerator.reduce(ended, "sum")),
+            episode=self.data_position * (self.config.global_batch_size or 1),
+            seconds=time.perf_counter() - self.progress.started,
+        )  # fmt: skip
+        self.progress.log(logs)
+        self.accelerator.log(logs, step=self.data_position)
+
+    def generate_completions(self, sampling: bool = False) -> dict[str, list[Any]]:
+        """The most probable responses to the prompts of `eval_dataset`, and their scores, as a table on the console.
+
+        sampling: to the first `per_device_eval_batch_size` prompts only. The columns of the table are returned.
+        """
+        columns = self._completions(self.args.per_device_eval_batch_size if sampling else None)
+        if self.accelerator.is_main_process:
+            ppo_today.print_samples(columns)
+        return columns
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """The mean score of the most probable responses to the prompts of `eval_dataset`."""
+        scores = self._completions(None, eval_dataset)["score"]
+        metrics = {"eval_objective/scores": sum(scores) / len(scores)}
+        if self.progress is not None:
+            self.progress.log(metrics)
+            self.progress.evaluated(metrics)
+        self.accelerator.log(metrics, step=self.data_position)
+        return metrics
+
+    def _completions(self, most: int | None, dataset: Any = None) -> dict[str, list[Any]]:
+        """Prompts, most probable responses and scores, of all processes."""
+        dataset = self.eval_dataset if dataset is None else dataset
+        if dataset is None:
+            raise ValueError("eval_dataset=None: give the trainer a data set of prompts to respond to")
+        rewards, policy = self._rewards(), below_accelerate(self.model)
+        kwargs = {**self._sampling_kwargs(), "do_sample": False}
+        size = self.args.per_device_eval_batch_size if self.arguments is not None else self.config.batch_size
+        source = self._source(policy, kwargs, size)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        places = range(len(dataset))[: most if most is None else most * world][rank::world]
+        columns: dict[str, list[Any]] = {"query": [], "model response": [], "score": []}
+        for start in range(0, len(places), size):
+            rows = [dataset[place] for place in places[start : start + size]]
+            batch = self._rollout(rows, rewards, source)
+            columns["query"] += batch["query"]
+            columns["model response"] += batch["response"]
+            columns["score"] += [float(score) for score in batch["scores"]]
+        return {name: gather_object(values) for name, values in columns.items()} if world > 1 else columns
+
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
+        """The policy and the tokenizer, in a folder that transformers loads; without the value head in today's form."""
+        folder = self.config.output_dir if output_dir is None else output_dir
+        if folder is None:
+            raise ValueError("output_dir=None: say where the model goes")
+        if self.accelerator.is_main_process:
+            self._saved_model().save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _saved_model(self) -> Any:
+        model = below_accelerate(self.model)
+        return model if self.arguments is None else model.pretrained_model
+
+    def push_to_hub(self, repo_id: str | None = None, *, dataset_name: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Upload the model; by default under today's form's `hub_model_id`, or the name of its folder.
+
+        dataset_name: for the message of the commit. Further keywords are those of `PyTorchModelHubMixin`.
+        """
+        if repo_id is None and self.arguments is not None:
+            repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).name
+            kwargs = {"token": self.args.hub_token, "private": self.args.hub_private_repo, **kwargs}
+        if dataset_name is not None:
+            kwargs.setdefault("commit_message", f"Trained on {dataset_name}")
+        if repo_id is None:
+            raise ValueError("repo_id: say under which name the model is uploaded")
+        return super().push_to_hub(repo_id, **kwargs)
 
     def save_checkpoint(self, step: int) -> None:
         """Save `checkpoint-N` of a run, and remove the oldest ones."""
@@ -837,6 +1146,8 @@ class PPOTrainer(BaseTrainer):
 
     def _rewards(self) -> RolloutRewards:
         """The reward functions; without any, an environment's rollouts carry their rewards."""
+        if self._token_rewards is not None:
+            return self._token_rewards
         if self._reward_funcs is None and self.environment is None:
             raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
         if self._reward_funcs is None:
@@ -845,12 +1156,14 @@ class PPOTrainer(BaseTrainer):
             panel_of(self._reward_funcs, self._reward_tokenizers, self.tokenizer, self.accelerator.device)
         )
 
-    def _rollout(self, rows: Sequence[Mapping[str, Any]], rewards: RolloutRewards) -> dict[str, Any]:
+    def _rollout(
+        self, rows: Sequence[Mapping[str, Any]], rewards: RolloutRewards, source: Source | None = None
+    ) -> dict[str, Any]:
         """A response to each row's prompt and its score, as a batch for `step` and for reports."""
         self._follow_config()
         asked = with_prompts(rows, self.tokenizer)
         with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True):
-            rollout = self.source.draw(asked)
+            rollout = (self.source if source is None else source).draw(asked)
         if not rollout.texts:
             rollout.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.completions]
         prompts = [row["prompt"] for row in asked]
@@ -878,7 +1191,7 @@ class PPOTrainer(BaseTrainer):
     def _write_state(self, folder: Path) -> None:
         if self.accelerator.is_main_process:
             checkpoints.write_state(folder / STATE, self._state())
-            below_accelerate(self.model).save_pretrained(folder)
+            self._saved_model().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
     def load_state(self, directory: str | os.PathLike[str]) -> None:
@@ -1004,13 +1317,17 @@ class PPOTrainer(BaseTrainer):
         write_model_card(path, model_name, PPO_CARD)
 
     def _save_pretrained(self, save_directory: Any) -> None:
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
+        self._saved_model().save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(str(save_directory))
 
     def _show_tokens(self, tokens: Tensor, masks: Tensor) -> None:
         """Print tokens in two colours, by their mask."""
         ppo_padded.show_tokens(self.tokenizer, tokens, masks)
+
+
+PPOv2Config, PPOv2Trainer = PPOConfig, PPOTrainer
+"""names of releases 0.8-0.11"""
 
 
 def actor_critic_loss(config: PPOConfig, batch: PolicyBatch, scores: Scores) -> tuple[LossSum, LossSum]:

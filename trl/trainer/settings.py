@@ -50,6 +50,7 @@ NO_EFFECT: dict[str, str] = {
     "half_precision_backend": _MIXED,
     "include_tokens_per_second": "has no effect: `include_num_input_tokens_seen` counts tokens",
     "ds3_gather_for_generation": "has no effect: the sampler needs the weights whole, and DeepSpeed ZeRO-3 is refused",
+    "local_rollout_forward_batch_size": "has no effect: passes without gradient take as many rows as fit their tokens",
     "cache_implementation": _CACHE,
     "use_transformers_paged": _CACHE,
     "use_transformers_continuous_batching": _CACHE,
@@ -95,6 +96,14 @@ TRANSLATED: dict[str, str] = {
     "max_seq_length": "becomes `max_length`",
     "max_new_tokens": "becomes `max_completion_length`",
     "max_target_length": "becomes `max_completion_length`",
+    "rloo_k": "becomes `num_generations`",
+    "num_ppo_epochs": "becomes `num_iterations` of RLOO",
+    "kl_coef": "becomes `beta` of RLOO",
+    "cliprange": "becomes `epsilon` of RLOO",
+    "response_length": "becomes `max_completion_length` of RLOO",
+    "normalize_advantage": "becomes `normalize_advantages`",
+    "num_sample_generations": "becomes `log_completions` of RLOO, where it is not 0",
+    "exp_name": "becomes `run_name` of RLOO",
     "wandb_log_unique_prompts": "becomes `log_unique_prompts`",
 }
 """field of another release -> what it becomes here"""
@@ -211,6 +220,34 @@ ADAMW = {
 """names of AdamW that a machine without a GPU, or today's transformers, does not have"""
 GONE = {"adamw_apex_fused", "adamw_hf"}
 """those of them that transformers has dropped"""
+
+
+class OfForm(float):
+    """A default for which another form of the settings has another one; a user's own number is a plain float."""
+
+    other: float | None
+
+    def __new__(cls, number: float, other: float | None) -> OfForm:
+        made = super().__new__(cls, number)
+        made.other = other
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return float(self), self.other
+
+
+class WholeOfForm(int):
+    """As `OfForm`, of whole numbers."""
+
+    other: int | None
+
+    def __new__(cls, number: int, other: int | None) -> WholeOfForm:
+        made = super().__new__(cls, number)
+        made.other = other
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return int(self), self.other
 
 
 def accepted(name: str, default: Any = None) -> Any:
