@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl.data.any_text import console, visible
 from trl.data.chat import ChatTemplate
 from trl.data.formats import is_conversational
 from trl.generation import make_sampler
@@ -75,7 +75,7 @@ class RichProgressCallback(TrainerCallback):
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress, self._bars = (
-            Progress(*columns, console=Console()),
+            Progress(*columns, console=console()),
             {},
         )  # an own one: a failed run may hold another
         self.progress.start()
@@ -183,8 +183,8 @@ class LogCompletionsCallback(TrainerCallback):
         if not {"wandb", "comet_ml"} & set(report_to):
             table = Table(*columns, title="completions", show_lines=True)
             for row in rows:
-                table.add_row(*map(str, row))
-            Console().print(table, markup=False)
+                table.add_row(*(visible(str(value)) for value in row))
+            console().print(table, markup=False)
 
 
 def prompts_of(dataset: Any, tokenizer: Any, most: int | None) -> list[list[int]]:
