@@ -52,7 +52,10 @@ def inspect_row(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], lo
     text = Text()
     for number, piece in enumerate(pieces(unwrap_tokenizer(tokenizer), input_ids, loss_mask)):
         shown = visible(piece.text)
-        text.append(shown.replace("\n", "↵\n") if piece.learned else shown, style=_SHADES[number % 2] if piece.learned else CONTEXT)
+        text.append(
+            shown.replace("\n", "↵\n") if piece.learned else shown,
+            style=_SHADES[number % 2] if piece.learned else CONTEXT,
+        )
     return text
 
 

@@ -292,4 +292,7 @@ def _with_said(messages: Messages, said: str) -> Messages:
 
 
 async def _awaited(result: Any, timeout: float | None) -> Any:
-    return await asyncio.wait_for(result, timeout)
+    try:
+        return await asyncio.wait_for(result, timeout)
+    except TimeoutError as error:
+        raise error if str(error) or timeout is None else TimeoutError(f"no answer within {timeout:g} s") from None

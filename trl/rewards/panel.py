@@ -50,8 +50,8 @@ class RewardPanel:
     A `RewardError` names a function that fails, gives the wrong number of values, or a value that is neither None nor a
     finite number. One that times out counts as if it had returned None for every completion; an async function is then
     cancelled, any other keeps running on its thread. `MOST_LATE` calls of one function that still run so are a
-    `RewardError`: threads cannot be stopped, and must not pile up. Functions without a time-out run one after the other on the
-    caller's thread; async ones run on threads at the same time.
+    `RewardError`: threads cannot be stopped, and must not pile up. Functions without a time-out run one after the other
+    on the caller's thread; async ones run on threads at the same time.
 
     timeout: seconds, for all or one each; None waits.
     """

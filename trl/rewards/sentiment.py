@@ -9,7 +9,6 @@ from typing import Any
 from trl.import_utils import pip_install
 from trl.rewards.texts import Completion, text_of
 
-
 LONGEST = 10_000
 """characters of a text that are rated; VADER's time grows with the square of the words"""
 
