@@ -76,16 +76,23 @@ def write_parquet(directory: Path, number: int, columns: Mapping[str, Sequence[A
         for name, values in columns.items()
     }
     name = f"rollout-{number:06d}.parquet"
+    try:
+        table = pyarrow.table(plain, schema=schema)
+    except UnicodeEncodeError:  # lone surrogates
+        texts = {name: list(map(_encodable, values)) for name, values in plain.items() if TYPES.get(name) == "string"}
+        table = pyarrow.table({**plain, **texts}, schema=schema)
     with writing(directory) as beside:
-        parquet.write_table(pyarrow.table(plain, schema=schema), beside / name)
+        parquet.write_table(table, beside / name)
     return directory / name
 
 
 def _written(value: Any) -> str | None:
-    """A text, or a conversation as JSON, that a file can hold."""
-    if value is None:
-        return None
-    return encodable(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
+    """A text, or a conversation as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _encodable(text: str | None) -> str | None:
+    return None if text is None else encodable(text)
 
 
 def print_table(columns: Mapping[str, Sequence[Any]], most: int | None, unique: bool) -> None:
