@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +129,14 @@ def test_the_command_says_which_rewards_are_code():
 def test_the_programs_of_its_page_run():
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "security.md").read_text(), re.DOTALL)
     exec(compile(program, "security.md", "exec"), {})
+
+
+def test_a_reward_of_images_cannot_end_the_run():
+    """R4, variant: DDPO calls its reward function itself."""
+    from trl.trainer.ddpo_trainer import DDPOTrainer
+
+    def leave(*_):
+        raise SystemExit(0)
+
+    with pytest.raises(RuntimeError, match=r"reward_function asked the program to end: SystemExit\(0\)"):
+        DDPOTrainer._score(SimpleNamespace(reward_fn=leave), ([], [], []))
