@@ -293,6 +293,14 @@ def _with_said(messages: Messages, said: str) -> Messages:
 
 async def _awaited(result: Any, timeout: float | None) -> Any:
     try:
-        return await asyncio.wait_for(result, timeout)
+        return await asyncio.wait_for(_without_exit(result), timeout)
     except TimeoutError as error:
         raise error if str(error) or timeout is None else TimeoutError(f"no answer within {timeout:g} s") from None
+
+
+async def _without_exit(result: Any) -> Any:
+    """What is awaited; SystemExit, which a task would not keep to itself, as another exception."""
+    try:
+        return await result
+    except SystemExit as error:
+        raise RuntimeError(str(error)) from error

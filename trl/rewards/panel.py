@@ -127,7 +127,7 @@ class _Call:
 
     async def _within_time(self, value: Any) -> Any:
         left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
-        task = asyncio.ensure_future(value)
+        task = asyncio.ensure_future(_without_exit(value))
         done, _ = await asyncio.wait([task], timeout=left)
         if not done:
             self._late = True
@@ -151,6 +151,14 @@ class _Call:
         if self._error is not None:
             raise RewardError(f"reward function {name!r} failed: {self._error!r}") from self._error
         return self._value
+
+
+async def _without_exit(value: Any) -> Any:
+    """What is awaited; SystemExit, which a task would not keep to itself, as the cause of another exception."""
+    try:
+        return await value
+    except SystemExit as error:
+        raise RuntimeError(repr(error)) from error
 
 
 def checked(name: str, value: Any, count: int) -> list[float]:
