@@ -227,7 +227,8 @@ def test_calls_are_found(text, content, calls):
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "JSON object of the arguments"),
         ('<tool_call>{"name": "f", "arguments": "{"}</tool_call>', "the arguments are no JSON"),
         ('<tool_call>{"name": "f"}', "not closed by </tool_call>"),
-        ("<tool_call>" + "[" * 100_000 + "</tool_call>", "no JSON"),
+        ("<tool_call>" + "[" * 60_000 + "</tool_call>", "no JSON"),
+        ("<tool_call>" + "[" * 100_000 + "</tool_call>", "the call is longer than 65536 characters"),
     ],
 )
 def test_what_is_wrong_with_a_call_is_said(text, error):

@@ -18,7 +18,7 @@ x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86_
 
 def locked(*locks: str) -> PythonInterpreterTool:
     tool = PythonInterpreterTool(timeout=20)
-    tool._locks = locks
+    tool.sandbox._locks = locks
     return tool
 
 
@@ -166,27 +166,27 @@ print(len('ab'), json.dumps([1]), math.pi, 'X' in os.environ, decimal.getcontext
 def test_nothing_survives_to_the_next_program(tool):
     first = tool(FRESH)
     assert first == "2 [1] 3.141592653589793 False 28 True"
-    (interpreter,) = tool._idle
+    (interpreter,) = tool.sandbox._idle
     tool(LEFT_BEHIND)
     assert tool(FRESH) == first
     tool("import sys\nsys.stdout.close()\nsys.stderr.close()")
     assert tool(FRESH) == first
-    assert tool._idle == [interpreter]
+    assert tool.sandbox._idle == [interpreter]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_an_interpreter_that_was_killed_while_it_waited_is_replaced(tool, how):
     assert tool("1") == "1"
-    (interpreter,) = tool._idle
+    (interpreter,) = tool.sandbox._idle
     os.kill(interpreter._child.pid, how)
     assert tool("2") == "2"
-    assert tool._idle != [interpreter]
+    assert tool.sandbox._idle != [interpreter]
 
 
 def test_one_that_is_stopped_is_an_answer():
     tool = PythonInterpreterTool(timeout=1, processes=1)
     assert tool("1") == "1"
-    os.kill(tool._idle[0]._child.pid, signal.SIGSTOP)
+    os.kill(tool.sandbox._idle[0]._child.pid, signal.SIGSTOP)
     assert tool("2") == "TimeoutError: not started within 1 s"
     assert tool("3") == "3"
 
@@ -197,7 +197,7 @@ DYING = """
 from trl.environment.tools import PythonInterpreterTool
 tool = PythonInterpreterTool(timeout=60)
 tool("1")
-print(tool._idle[0]._child.pid, flush=True)
+print(tool.sandbox._idle[0]._child.pid, flush=True)
 tool("import time\\ntime.sleep(60)")
 """
 

@@ -2,6 +2,8 @@ import contextlib
 import functools
 import os
 import socket
+import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -12,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl.environment.tools import PythonInterpreterTool, python_process
-from trl.environment.tools import python as python_tool
+from trl.environment.tools import LocalSandbox, PythonInterpreterTool, Ran, python_process
+from trl.environment.tools import sandbox as local
 
 SECRET = "the-secret-of-the-trainer"
 EVERY_LOCK = {"all": ("limits", "kernel", "modules", "hook"), "no kernel": ("limits", "modules", "hook")}
@@ -27,7 +29,7 @@ def run() -> PythonInterpreterTool:
 
 def locked(locks, timeout: float = 20) -> PythonInterpreterTool:
     tool = PythonInterpreterTool(timeout=timeout)
-    tool._locks = locks
+    tool.sandbox._locks = locks
     return tool
 
 
@@ -95,17 +97,17 @@ def test_limits_must_be_positive(field):
 def test_an_interpreter_serves_many_programs_and_ends_with_its_tool():
     tool = PythonInterpreterTool(timeout=20, processes=1)
     assert tool("import sys\nsys.x = 1") == ""
-    (interpreter,) = tool._idle
+    (interpreter,) = tool.sandbox._idle
     assert tool("import sys\nhasattr(sys, 'x')") == "False"
-    assert tool._idle == [interpreter]
+    assert tool.sandbox._idle == [interpreter]
     tool("while True: print(1)")
-    assert not tool._idle
+    assert not tool.sandbox._idle
     assert not interpreter.usable
     assert tool("2") == "2"
-    (interpreter,) = tool._idle
+    (interpreter,) = tool.sandbox._idle
     os.kill(interpreter._child.pid, 9)
     assert tool("3") == "3"
-    (interpreter,) = tool._idle
+    (interpreter,) = tool.sandbox._idle
     del tool
     assert not interpreter.usable
 
@@ -116,16 +118,119 @@ def test_many_at_once():
         assert list(pool.map(tool, [f"{i} * {i}" for i in range(12)])) == [str(i * i) for i in range(12)]
 
 
-def test_a_system_without_seccomp_is_told(monkeypatch):
-    python_tool._isolation.cache_clear()
-    refused = (b"OSError: seccomp was refused", "exited")
-    monkeypatch.setattr(python_tool.Interpreter, "run", lambda *args, **kwargs: refused)
-    with pytest.warns(UserWarning, match="cannot filter system calls"):
-        tool = PythonInterpreterTool()
-    assert (tool.isolation, tool._locks) == ("audit hook", ("limits", "modules", "hook"))
-    with pytest.raises(RuntimeError, match="could not be locked: OSError: seccomp was refused"):
-        tool("1")
-    python_tool._isolation.cache_clear()
+@pytest.fixture
+def no_seccomp(monkeypatch):
+    local._refusal.cache_clear()
+    run = local.Interpreter.run
+    with monkeypatch.context() as patched:
+        refused = (b"Traceback\nOSError: [Errno 22] seccomp was refused\n", "exited")
+        patched.setattr(local.Interpreter, "run", lambda *args, **kwargs: refused)
+        assert local._refusal() == "OSError: [Errno 22] seccomp was refused"
+    assert local.Interpreter.run is run
+    yield
+    local._refusal.cache_clear()
+
+
+def test_without_seccomp_nothing_runs(no_seccomp):
+    """C9"""
+    with pytest.raises(RuntimeError, match=r"cannot hold programs \(OSError: .*refused\): use Linux .* `unsafe=True`"):
+        PythonInterpreterTool()
+    with pytest.raises(RuntimeError, match="cannot hold programs"):
+        LocalSandbox()
+
+
+def test_without_seccomp_it_takes_unsafe(no_seccomp, monkeypatch):
+    """C9: then the environment of the trainer is not the program's, and no file opens."""
+    monkeypatch.setenv("SECRET_OF_THE_TRAINER", SECRET)
+    with pytest.warns(UserWarning, match="unsafe=True: the kernel of this system cannot hold programs"):
+        tool = PythonInterpreterTool(timeout=20, unsafe=True)
+    assert (tool.isolation, tool.sandbox._locks) == ("audit hook", ("limits", "modules", "hook"))
+    assert tool("1 + 1") == "2"
+    assert tool("import os\nSECRET in os.environ.values() or len(os.environ)".replace("SECRET", repr(SECRET))) in "4567"
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64" or os.uname().sysname != "Linux", reason="numbers of x86_64")
+def test_a_kernel_that_really_refuses():
+    """C9: a process that may set no filter, as in some containers."""
+    code = """
+import ctypes, struct
+steps = [(0x20, 0, 0, 0), (0x15, 0, 3, 157), (0x20, 0, 0, 16), (0x15, 0, 1, 22), (6, 0, 0, 0x50016)]
+steps += [(6, 0, 0, 0x7FFF0000)]
+code = b"".join(struct.pack("HBBI", *step) for step in steps)  # prctl(PR_SET_SECCOMP) fails with EINVAL
+held = ctypes.create_string_buffer(code, len(code))
+program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(held)), 16)
+prctl = ctypes.CDLL(None).prctl
+prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+assert not prctl(38, 1, 0, 0, 0) and not prctl(22, 2, ctypes.addressof(program), 0, 0)
+from trl.environment.tools import PythonInterpreterTool
+try:
+    PythonInterpreterTool()
+except RuntimeError as error:
+    print(error)
+print(PythonInterpreterTool(timeout=20, unsafe=True)("6 * 7"))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    refusal, answer = ran.stdout.splitlines()
+    assert "(OSError: [Errno 22] seccomp was refused)" in refusal
+    assert answer == "42"
+    assert "can delete your files" in ran.stderr
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="limits of Linux")
+def test_limits_alone_open_nothing(outside):
+    """C9: native code, and descriptors that were closed first."""
+    program = """
+        import ctypes, os
+        library = ctypes.CDLL(None, use_errno=True)
+        for fd in (0, 2):
+            os.close(fd)
+        paths = [SECRET, '/etc/passwd', f'/proc/{PARENT}/environ', '/proc/self/environ', NEW]
+        print([library.open(path.encode(), flags, 0o666) for path in paths for flags in (0, 1, 0o101)])
+        print(library.socket(2, 1, 0), library.memfd_create(b'x', 0), library.fork())
+        """
+    tool = PythonInterpreterTool(timeout=20, modules=["ctypes"])
+    tool.sandbox._locks = ("limits",)
+    answer = tool(outside.program(program))
+    assert set(answer.replace("[", " ").replace("]", " ").replace(",", " ").split()) == {"-1"}
+    outside.check(answer)
+
+
+# --- sandboxes of the user ----------------------------------------------------------------------------------------
+
+
+class Elsewhere:
+    def __init__(self, answer) -> None:
+        self.answer, self.asked = answer, []
+
+    def run(self, program, *, timeout, memory, max_output):
+        self.asked.append((program, timeout, memory, max_output))
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("3\n", "3\n"[:1]),
+        (Ran("3\n"), "3"),
+        (Ran("in\n", "timed out"), "in\nTimeoutError: stopped after 2 s"),
+        (Ran("", "SIGKILL"), "The process died: SIGKILL"),
+        ("x" * 30, "x" * 20 + "\nOutput cut after 20 characters."),
+    ],
+)
+def test_a_sandbox_of_the_user(answer, text, no_seccomp):
+    sandbox = Elsewhere(answer)
+    tool = PythonInterpreterTool(timeout=2, memory=64, max_output=20, sandbox=sandbox)
+    assert tool("1 + 2") == text
+    assert sandbox.asked == [("1 + 2", 2, 64, 20)]
+    assert tool.isolation == "Elsewhere"
+
+
+def test_what_a_sandbox_of_the_user_cannot_be():
+    for setting in ({"modules": ["math"]}, {"processes": 2}, {"unsafe": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))}=.*: the sandbox that you give has settings"):
+            PythonInterpreterTool(sandbox=Elsewhere(""), **setting)
+    with pytest.raises(ValueError, match="sandbox=3: it has no method `run`"):
+        PythonInterpreterTool(sandbox=3)
 
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="seccomp is Linux's")

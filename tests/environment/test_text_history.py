@@ -83,9 +83,7 @@ def test_show_tokens(tiny_tokenizer, capsys):
 
 def test_colours_stand_where_the_speaker_changes(history, monkeypatch):
     printed = []
-    import rich
-
-    monkeypatch.setattr(rich, "print", printed.append)
+    monkeypatch.setattr("rich.console.Console.print", lambda console, text: printed.append(text))
     history.show_text()
     spans = [(span.start, span.end, span.style) for span in printed[0].spans]
     assert spans == [

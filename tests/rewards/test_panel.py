@@ -162,3 +162,78 @@ CASES = [([], None, "at least one"), ([3], None, "3 is not"), ([broken], [1.0, 2
 def test_what_cannot_be_a_panel(functions, timeout, what):
     with pytest.raises(ValueError, match=what):
         RewardPanel(functions, timeout)
+
+
+# --- what ends and what never does --------------------------------------------------------------------------------
+
+
+def leaves(**columns):
+    raise SystemExit(0)
+
+
+def leaves_by_exec(**columns):
+    exec("import sys; sys.exit()")
+
+
+async def leaves_later(**columns):
+    leaves()
+
+
+class Leaves:
+    def __call__(self, **columns):
+        quit(3)
+
+
+@pytest.mark.parametrize("function", [leaves, leaves_by_exec, leaves_later, Leaves()])
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_a_function_cannot_end_the_run(function, timeout):
+    """R4"""
+    with pytest.raises(RewardError, match=rf"'{name_of(function)}' failed: .*SystemExit\("):
+        ask(function, timeout=timeout)
+
+
+def test_ctrl_c_is_no_failure_of_a_function():
+    def interrupted(**columns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(interrupted)
+
+
+def test_functions_that_hang_do_not_pile_up():
+    """C23: a cap with an error, and calls that have ended after all do not count."""
+    release = threading.Event()
+
+    def hangs(**columns):
+        release.wait(20)
+
+    panel, threads = RewardPanel([hangs, lambda **_: [1.0, 1.0]], [0.01, None]), threading.active_count()
+    for number in range(4):
+        assert panel(2, {}).timed_out == [True, False]
+        assert threading.active_count() == threads + number + 1
+    with pytest.raises(RewardError, match="'hangs': 4 calls still run after their reward_timeout"):
+        panel(2, {})
+    assert threading.active_count() == threads + 4
+    release.set()
+    for late in panel._late["hangs"]:
+        late._thread.join()
+    assert threading.active_count() == threads
+    with pytest.raises(RewardError, match="gave None"):  # it is asked again
+        panel(2, {})
+
+
+def test_late_calls_that_end_never_add_up():
+    """C23"""
+    releases = []
+
+    def slow(**columns):
+        releases.append(threading.Event())
+        releases[-1].wait(20)
+        return [1.0]
+
+    panel, threads = RewardPanel([slow], 0.01), threading.active_count()
+    for _ in range(12):
+        assert panel(1, {}).timed_out == [True]
+        releases[-1].set()
+        panel._late["slow"][-1]._thread.join()
+    assert threading.active_count() == threads

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from trl.data.any_text import visible
 from trl.data.encode import unwrap_tokenizer
 
 CONTEXT = "grey50"
@@ -50,8 +51,11 @@ def inspect_row(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], lo
     """The row as rich text: learned tokens on green in two alternating shades, the others grey."""
     text = Text()
     for number, piece in enumerate(pieces(unwrap_tokenizer(tokenizer), input_ids, loss_mask)):
-        visible = piece.text.replace("\n", "↵\n") if piece.learned else piece.text
-        text.append(visible, style=_SHADES[number % 2] if piece.learned else CONTEXT)
+        shown = visible(piece.text)
+        text.append(
+            shown.replace("\n", "↵\n") if piece.learned else shown,
+            style=_SHADES[number % 2] if piece.learned else CONTEXT,
+        )
     return text
 
 
@@ -74,8 +78,8 @@ def inspect_html(
         spans = []
         for piece in pieces(unwrap_tokenizer(tokenizer), input_ids, loss_mask):
             tag = "b" if piece.learned else "span"
-            visible = escape(piece.text.replace("\n", "↵\n") if piece.learned else piece.text)
-            spans.append(f'<{tag} title="{" ".join(map(str, piece.ids))}">{visible}</{tag}>')
+            shown = escape(piece.text.replace("\n", "↵\n") if piece.learned else piece.text)
+            spans.append(f'<{tag} title="{" ".join(map(str, piece.ids))}">{shown}</{tag}>')
         counts = f"{len(input_ids)} tokens, {sum(map(bool, loss_mask))} learned (green)"
         sections.append(f"<h2>{escape(heading)}</h2><small>{counts}</small><pre>{''.join(spans)}</pre>")
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'

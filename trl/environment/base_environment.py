@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trl.data.any_text import encodable
 from trl.data.records import Rollout
 from trl.environment.episodes import Environment, Episode, accepted
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import ToolCalls
+from trl.environment.tool_calls import LONGEST_CALL, ToolCalls, error_text, is_interrupt
 from trl.environment.turns import ModelTurns, SampledTurns, Turns
 from trl.generation.sampler import Sampler
 from trl.generation.stopping import StringStoppingCriteria
@@ -202,19 +202,25 @@ class TextEnvironment(Environment):
         """
         tools = self.tools if tools is None else tools
         name, query = self.parse_tool_call(text)
+        if query is not None and len(query) > LONGEST_CALL:
+            return f"Tool error: the call is longer than {LONGEST_CALL} characters"
         if name is None or query is None:
             return f"Unknown tool call: {text}"
         if name not in tools:
             return f"Unknown tool {name}."
         try:
-            answer = tools[name](query)
-        except Exception as error:
-            return f"Tool error: {error}"
+            with self.late_calls.calling(name):
+                answer = tools[name](query)
+        except BaseException as error:  # SystemExit too: a tool must not end the run
+            if is_interrupt(error):
+                raise
+            return error_text(error)
         if not isinstance(answer, str):
             raise TypeError(f"tools[{name!r}] answered with {type(answer).__name__}; a tool answers with a string")
         return answer
 
     def _append_response(self, history: TextHistory, response: str) -> None:
+        response = encodable(response)
         if len(response) > self.max_tool_response:
             response = response[: self.max_tool_response - 3] + "..."
         text = response + self.response_token
@@ -222,11 +228,15 @@ class TextEnvironment(Environment):
 
     def parse_tool_call(self, text: str) -> tuple[str, str] | tuple[None, None]:
         """`(tool, query)` of `...<request><tool>query<call>...`; `(None, None)` if `text` holds no such call."""
-        request = re.search(f"{re.escape(self.request_token)}(.*?){re.escape(self.call_token)}", text, re.DOTALL)
-        tool = re.search(r"<(.*?)>", request.group(1)) if request else None
-        if request is None or tool is None:
-            return None, None
-        return tool.group(1), request.group(1).split(">", 1)[1]
+        start = text.find(self.request_token)
+        end = -1 if start < 0 else text.find(self.call_token, start + len(self.request_token))
+        request = text[start + len(self.request_token) : max(end, 0)]
+        for line in request.split("\n"):
+            opening = line.find("<")
+            closing = line.find(">", opening)
+            if 0 <= opening < closing:
+                return line[opening + 1 : closing], request.split(">", 1)[1]
+        return None, None
 
     # --- the end --------------------------------------------------------------------------------------------------
 
@@ -236,7 +246,10 @@ class TextEnvironment(Environment):
             raise ValueError("reward_fn=None: no rewards can be computed; pass a function of the last text segments")
         rewards: Sequence[Any] = [0.0] * len(histories)
         if self.reward_fn is not None:
-            rewards = self.reward_fn([history.last_text_segment for history in histories], **reward_kwargs)
+            try:
+                rewards = self.reward_fn([history.last_text_segment for history in histories], **reward_kwargs)
+            except SystemExit as error:
+                raise RuntimeError(f"reward_fn asked the program to end: {error!r}; return a reward instead") from error
         if len(rewards) != len(histories):
             raise ValueError(f"reward_fn gave {len(rewards)} rewards for {len(histories)} episodes; give one for each")
         for history, reward in zip(histories, rewards, strict=True):

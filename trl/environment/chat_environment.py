@@ -6,6 +6,7 @@ import asyncio
 import copy
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -13,14 +14,17 @@ from typing import Any, NamedTuple, Self
 import torch
 from transformers.utils.chat_template_utils import get_json_schema
 
+from trl.data.any_text import encodable
 from trl.data.chat import ChatTemplate, Messages
 from trl.data.encode import TextEncoder
 from trl.data.formats import maybe_convert_to_chatml
 from trl.data.records import Rollout
 from trl.environment.episodes import Environment, Episode, OwnEnvironment
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import JsonCalls, ToolCall, ToolParser, call_id
+from trl.environment.tool_calls import JsonCalls, Spoken, ToolCall, ToolParser, call_id, error_text, is_interrupt
 from trl.environment.turns import SampledTurns
+
+logger = logging.getLogger(__name__)
 
 
 class ChatEnvironment(Environment):
@@ -133,8 +137,8 @@ class ChatEnvironment(Environment):
         history = episode.history
         tokens = history.tokens[slice(*history.token_spans[-1])]
         closed = int(tokens[-1]) in self.renderer.ends
-        spoken = self.parser(str(self.renderer.template.tokenizer.decode(tokens[:-1] if closed else tokens)))
-        message: dict[str, Any] = {"role": "assistant", "content": spoken.content}
+        spoken = self._parsed(str(self.renderer.template.tokenizer.decode(tokens[:-1] if closed else tokens)))
+        message: dict[str, Any] = {"role": "assistant", "content": encodable(spoken.content)}
         if spoken.calls:
             message["tool_calls"] = [call.message(place) for place, call in enumerate(spoken.calls)]
         episode.messages.append(message)
@@ -146,6 +150,14 @@ class ChatEnvironment(Environment):
         tools = self.tools if episode.own is None else {**self.tools, **episode.own.tools}
         return [partial(self._answer, tools, call) for call in spoken.calls]
 
+    def _parsed(self, text: str) -> Spoken:
+        """What the parser finds; if it fails, the turn is a call that cannot be read."""
+        try:
+            return self.parser(text)
+        except Exception as error:
+            logger.warning("parser: it failed on %r: %r; the model reads that its call cannot be read", text, error)
+            return Spoken(text, [ToolCall("unknown", error=f"the call cannot be read ({type(error).__name__})")])
+
     def _answer(self, tools: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
         """The answer to a call. Errors become text that the model reads."""
         if call.error:
@@ -153,19 +165,25 @@ class ChatEnvironment(Environment):
         if call.name not in tools:
             return f"Unknown tool {call.name}."
         try:
-            result = tools[call.name](**call.arguments)
-            if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
+            with self.late_calls.calling(call.name):
+                result = tools[call.name](**call.arguments)
+                if inspect.isawaitable(result):
+                    result = asyncio.run(_awaited(result, self.tool_timeout))
             text = result if isinstance(result, str) else "" if result is None else json.dumps(result, default=str)
-        except Exception as error:
-            text = f"Tool error: {error}"
+        except BaseException as error:  # SystemExit too: a tool must not end the run
+            if is_interrupt(error):
+                raise
+            text = error_text(error)
+        text = encodable(text)
         most = self.max_tool_response
         return text if most is None or len(text) <= most else text[: max(most - 3, 0)] + "..."
 
     def _hear(self, episode: Episode) -> None:
         """Append the tools' answers as the template renders them."""
         history = episode.history
-        names = [call["function"]["name"] for call in episode.messages[-1]["tool_calls"]]
+        known = {schema["function"]["name"] for schema in self.schemas}
+        called = [call["function"]["name"] for call in episode.messages[-1]["tool_calls"]]
+        names = [name if name in known else "unknown" for name in called]  # no template meets what a model made up
         answers = [Answer(*answer) for answer in zip(names, episode.answers, strict=True)]
         text, ids = self.renderer(answers, closed=int(history.tokens[-1]) == self.renderer.end_id)
         history.append_segment(text, torch.tensor(ids), system=True)
@@ -273,5 +291,16 @@ def _with_said(messages: Messages, said: str) -> Messages:
     return [*messages[:-1], {**messages[-1], "content": more}]
 
 
-async def _awaited(result: Any) -> Any:
-    return await result
+async def _awaited(result: Any, timeout: float | None) -> Any:
+    try:
+        return await asyncio.wait_for(_without_exit(result), timeout)
+    except TimeoutError as error:
+        raise error if str(error) or timeout is None else TimeoutError(f"no answer within {timeout:g} s") from None
+
+
+async def _without_exit(result: Any) -> Any:
+    """What is awaited; SystemExit, which a task would not keep to itself, as another exception."""
+    try:
+        return await result
+    except SystemExit as error:
+        raise RuntimeError(str(error)) from error

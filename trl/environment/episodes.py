@@ -8,13 +8,14 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from trl.data.records import Rollout
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import ToolCalls
+from trl.environment.tool_calls import LateCalls, ToolCalls
 from trl.environment.turns import SampledTurns, Turns
 
 _RESET = "reset"
@@ -78,6 +79,7 @@ class Environment:
         self.environment_factory = environment_factory
         self.tool_timeout = tool_timeout
         self.tool_workers = tool_workers
+        self.late_calls = LateCalls(tool_timeout)
 
     # --- what trainers ask ----------------------------------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class Environment:
                 "tokenizer=None: an environment needs one to play; construct it with one, or take "
                 "`environment.for_policy(tokenizer, end_ids)`"
             )
-        own = None if self.environment_factory is None else OwnEnvironment(self.environment_factory)
+        own = None if self.environment_factory is None else OwnEnvironment(self.environment_factory, self.tool_timeout)
         said = "" if own is None else own.reset(row)
         return Episode(self._open(row, said, ids), index, seed, own=own)
 
@@ -231,8 +233,11 @@ class OwnEnvironment:
     Its attribute `reward`, where it has one, is the sum of the rewards so far; a true `done` ends the episode.
     """
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
-        self.instance = factory()
+    def __init__(self, factory: Callable[[], Any], timeout: float | None = None) -> None:
+        """`timeout`: seconds that a call waits for an earlier one that is late."""
+        self.timeout = -1.0 if timeout is None else timeout
+        with _no_exit("environment_factory"):
+            self.instance = factory()
         if not callable(getattr(self.instance, _RESET, None)):
             raise ValueError(f"environment_factory: {type(self.instance).__name__} has no method reset(); give it one")
         self._lock = threading.Lock()
@@ -242,15 +247,20 @@ class OwnEnvironment:
     def _one_at_a_time(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self._lock:  # a call that timed out may still be running
+            if not self._lock.acquire(timeout=self.timeout):  # a call that timed out may still be running
+                raise TimeoutError("an earlier call of this environment still runs")
+            try:
                 return method(*args, **kwargs)
+            finally:
+                self._lock.release()
 
         return call
 
     def reset(self, row: Mapping[str, Any]) -> str:
         """Begin an episode with those columns of the row that `reset` takes. What it returns is added to the prompt."""
         reset = getattr(self.instance, _RESET)
-        said = reset(**accepted(reset, row))
+        with _no_exit(f"{type(self.instance).__name__}.reset()"):
+            said = reset(**accepted(reset, row))
         if said is not None and not isinstance(said, str):
             raise TypeError(f"{type(self.instance).__name__}.reset() gave {type(said).__name__}; give a text or None")
         return said or ""
@@ -268,6 +278,15 @@ class OwnEnvironment:
         reward = float(getattr(self.instance, "reward", 0.0))
         grown, self._credited = reward - self._credited, reward
         return grown
+
+
+@contextmanager
+def _no_exit(what: str) -> Iterator[None]:
+    """RuntimeError where the code of an environment asks the program to end."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"{what} asked the program to end: {error!r}; raise another exception instead") from error
 
 
 def public_methods(environment: Any) -> dict[str, Callable[..., Any]]:

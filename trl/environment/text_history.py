@@ -12,6 +12,7 @@ from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl import import_utils
+from trl.data.any_text import console, encodable, visible
 
 _HTML_COLOURS = {"Prompt": "#d9d9d9", "System": "#00d7af", "Model": "#5fd7ff", "Reward": "#ffafff"}
 
@@ -111,15 +112,14 @@ class TextHistory:
         if not import_utils.is_rich_available():
             warnings.warn(f"install rich to display {what}")
             return
-        from rich import print as rich_print
         from rich.text import Text
 
         text = Text()
         for piece, role in pieces:
-            text.append(piece, style=self._style(role) if role else "")
+            text.append(visible(piece), style=self._style(role) if role else "")
         if show_reward:
             text.append(f"\n\nReward: {self.reward}", style=self.reward_color)
-        rich_print(text)
+        console().print(text)
         if show_legend:
             self.show_colour_legend()
 
@@ -127,7 +127,8 @@ class TextHistory:
         """The episode as HTML with a legend; with a `tokenizer`, each token has a frame."""
 
         def coloured(text: str, role: str, frame: str = "") -> str:
-            return f'<span style="background:{_HTML_COLOURS[role]};color:#000;{frame}">{html.escape(text)}</span>'
+            shown = html.escape(encodable(text))
+            return f'<span style="background:{_HTML_COLOURS[role]};color:#000;{frame}">{shown}</span>'
 
         parts = []
         edge = "border-right:1px solid #fff8;"

@@ -1,16 +1,28 @@
-"""Tool calls: how a chat model writes them, and how those of many rows run at once, each with a time-out."""
+"""Tool calls: how a chat model writes them, and how those of many rows run at once, each with a time-out.
+
+What a model writes ends no run: unreadable calls, and whatever a tool raises, become text that the model reads.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from trl.data.any_text import encodable, encodable_values
+
+logger = logging.getLogger(__name__)
+
+LONGEST_CALL = 65_536
+"""characters; a longer call is answered with an error"""
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,15 @@ class ToolCall:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", encodable(self.name))
+        object.__setattr__(self, "error", encodable(self.error))
+        try:
+            object.__setattr__(self, "arguments", encodable_values(self.arguments))
+        except ValueError as error:
+            object.__setattr__(self, "arguments", {})
+            object.__setattr__(self, "error", f"the arguments cannot be read: {error}")
 
     def message(self, number: int) -> dict[str, Any]:
         """The entry of a chat message's `tool_calls`."""
@@ -64,6 +85,8 @@ class JsonCalls:
 
 
 def _read(text: str) -> ToolCall:
+    if len(text) > LONGEST_CALL:
+        return ToolCall("unknown", error=f"the call is longer than {LONGEST_CALL} characters")
     try:
         call = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -81,6 +104,58 @@ def _read(text: str) -> ToolCall:
     return ToolCall(call["name"], arguments)
 
 
+def error_text(error: BaseException) -> str:
+    """What the model reads of an exception of a tool."""
+    try:
+        return f"Tool error: {error}"
+    except Exception:  # its own text cannot be made
+        return f"Tool error: {type(error).__name__}"
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is the user's Ctrl-C, and not something that a tool raised, such as SystemExit."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+
+
+class LateCalls:
+    """Keeps count of tool calls that go on after their time-out: a thread cannot be stopped, so it must not pile up.
+
+    A tool with `most` such calls is not called again until one of them has ended: TimeoutError.
+    """
+
+    def __init__(self, timeout: float | None, most: int = 4) -> None:
+        self.timeout, self.most = timeout, most
+        self._began: dict[object, tuple[str, float]] = {}
+        self._told: set[str] = set()
+
+    def count(self, tool: str) -> int:
+        """How many calls of this tool go on after their time-out."""
+        if self.timeout is None:
+            return 0
+        latest = time.monotonic() - self.timeout
+        return sum(name == tool and began <= latest for name, began in list(self._began.values()))
+
+    @contextmanager
+    def calling(self, tool: str) -> Iterator[None]:
+        """The call of a tool in the block."""
+        late = self.count(tool)
+        if late >= self.most:
+            if tool not in self._told:
+                self._told.add(tool)
+                logger.warning(
+                    "tool %r: %d calls still run after tool_timeout=%g s, so it is not called until one of them ends; "
+                    "the model reads an error instead. A thread cannot be stopped: run such work in a process", tool,
+                    late, self.timeout,
+                )  # fmt: skip
+            raise TimeoutError(f"{late} earlier calls of {tool} still run after their time-out")
+        token = object()
+        self._began[token] = (tool, time.monotonic())
+        try:
+            yield
+        finally:
+            del self._began[token]
+
+
 Answer = Callable[[], str]
 
 
@@ -93,8 +168,8 @@ class _Running:
 class ToolCalls:
     """Runs calls in at most `workers` threads; with `timeout=None` in the calling thread, one after the other.
 
-    A thread cannot be stopped: a call that times out keeps running, and its late answer is dropped. Work that may
-    never end belongs in a separate process.
+    A thread cannot be stopped: a call that times out keeps running, and its late answer is dropped (`LateCalls` bounds
+    how many do). Work that may never end belongs in a separate process.
     """
 
     def __init__(self, timeout: float | None, workers: int) -> None:

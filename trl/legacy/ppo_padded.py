@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl.data.any_text import console, visible
 from trl.generation.plain_generate import padded as padded
 from trl.generation.plain_generate import padded_pair
 from trl.legacy.core import logprobs_from_logits
@@ -94,11 +95,10 @@ def as_batch(mask: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Ten
 
 def show_tokens(tokenizer: Any, tokens: Tensor, masks: Tensor) -> None:
     """Print tokens in two colours, by their mask."""
-    from rich import print as rich_print
     from rich.text import Text
 
     text = Text()
     for token, mask in zip(tokens.tolist(), masks.tolist(), strict=True):
-        text.append(tokenizer.decode([token]), style="black on deep_sky_blue3" if mask else "black on cyan3")
+        text.append(visible(tokenizer.decode([token])), style="black on deep_sky_blue3" if mask else "black on cyan3")
         text.append(" ")
-    rich_print(text)
+    console().print(text)

@@ -90,7 +90,8 @@ def _from_pretrained(auto_class: Any, source: str, model_args: tuple[Any, ...], 
     if not os.path.exists(source) and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         raise OSError(f"could not load a model from {source!r}: there is no such folder")
     try:
-        return auto_class.from_pretrained(source, *model_args, **init_kwargs)
+        # False, not None: transformers would ask at the terminal whether to run the code of an unknown model.
+        return auto_class.from_pretrained(source, *model_args, **{"trust_remote_code": False, **init_kwargs})
     except ImportError:
         raise
     except Exception as error:  # transformers, safetensors, json and the Hub each have their own
@@ -164,7 +165,7 @@ def read_tokenizer(name_or_tokenizer: str | os.PathLike[str] | PreTrainedTokeniz
     tokenizer: Any = name_or_tokenizer
     if isinstance(name_or_tokenizer, str | os.PathLike):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_tokenizer, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_tokenizer, **{"trust_remote_code": False, **kwargs})
         except Exception as error:  # as many kinds as there are tokenizers
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise OSError(

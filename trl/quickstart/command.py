@@ -217,6 +217,7 @@ def replace_folder(place: Path, *parts: Any) -> None:
 
 def summarise(run: Run, report: Path, progress: Progress) -> None:
     """Print the figures as a table, the verdict, and the path of the report."""
+    from rich.markup import escape
     from rich.table import Table
 
     def cell(interval: Interval, form: str) -> str:
@@ -237,4 +238,4 @@ def summarise(run: Run, report: Path, progress: Progress) -> None:
         progress.say(f"[green]The independent judge rates the lines higher: {change}.[/]")
     else:
         progress.say(f"[red]Not shown: the judge's change, {change}, may be chance; the interval is not above 0.[/]")
-    progress.say(f"Report: {report.resolve()}")
+    progress.say(f"Report: {escape(str(report.resolve()))}")

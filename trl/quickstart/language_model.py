@@ -32,8 +32,8 @@ def open_model(name: str | Path) -> Pair:
     if str(name).startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"--model {name}: there is no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # missing files, unknown types, damaged weights and more
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

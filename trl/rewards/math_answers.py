@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
-from trl.import_utils import pip_install
 from trl.rewards.texts import Completion, text_of
+from trl.rewards.verifier import SECONDS, same_answers
 
 
-@cache
-def _verifier() -> tuple[Any, Any, Any]:
-    try:
-        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-    except ImportError as error:
-        raise ImportError(f"math rewards need math-verify: {pip_install('math-verify[antlr4_13_2]')}") from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its signals are off
-    return parse, verify, (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-
-
-def same_answer(text: str, solution: str) -> bool | None:
+def same_answer(text: str, solution: str, seconds: float = SECONDS) -> bool | None:
     r"""Whether the answer in `text` (the last `\boxed{}`, or else formula or number) equals the solution's.
 
-    None: the solution cannot be parsed, which is not the writer's fault. It has no time limit, which would need signals
-    of the main thread: give the trainer a `reward_timeout`.
+    None: the solution cannot be parsed, which is not the writer's fault. `seconds`: of CPU time; what takes longer is
+    stopped and is not the same.
     """
-    parse, verify, extraction = _verifier()
-    limits = {"extraction_config": extraction, "parsing_timeout": None}
-    gold = parse(solution, **limits) or parse(f"${solution}$", **limits)
-    if not gold:
-        return None
-    return bool(verify(gold, parse(text, **limits), timeout_seconds=None))
+    return same_answers([(text, solution)], seconds)[0]
 
 
-def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str], **columns: Any) -> list[float | None]:
-    """1 for the right answer, 0 for a wrong one or none, None where the row's `solution` cannot be parsed."""
-    same = [same_answer(text_of(c), str(gold)) for c, gold in zip(completions, solution, strict=True)]
+def accuracy_reward(
+    completions: Sequence[Completion], solution: Sequence[str], *, verify_seconds: float = SECONDS, **columns: Any
+) -> list[float | None]:
+    """1 for the right answer, 0 for a wrong one or none, None where the row's `solution` cannot be parsed.
+
+    An answer that takes more than `verify_seconds` to verify counts as wrong.
+    """
+    texts = [text_of(completion) for completion in completions]
+    same = same_answers([(text, str(gold)) for text, gold in zip(texts, solution, strict=True)], verify_seconds)
     return [None if right is None else float(right) for right in same]
 
 
 def reasoning_accuracy_reward(
-    completions: Sequence[Completion], solution: Sequence[str], **columns: Any
+    completions: Sequence[Completion], solution: Sequence[str], *, verify_seconds: float = SECONDS, **columns: Any
 ) -> list[float | None]:
     """`accuracy_reward` of what follows `</think>`; 0 where the thinking never ends."""
     answers = [text_of(completion).partition("</think>")[2] for completion in completions]
-    return accuracy_reward(answers, solution)
+    return accuracy_reward(answers, solution, verify_seconds=verify_seconds)
 
 
 def exact_match_reward(completions: Sequence[Completion], solution: Sequence[str], **columns: Any) -> list[float]:

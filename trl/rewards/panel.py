@@ -18,6 +18,10 @@ RewardFunction = Callable[..., Any]
 """`f(prompts=, completions=, completion_ids=, **columns) -> one float or None per completion`; may be `async`"""
 
 
+MOST_LATE = 4
+"""calls of a function that may go on after their time-out"""
+
+
 class RewardError(RuntimeError):
     """A reward function did not give one finite number (or None) per completion."""
 
@@ -45,8 +49,9 @@ class RewardPanel:
 
     A `RewardError` names a function that fails, gives the wrong number of values, or a value that is neither None nor a
     finite number. One that times out counts as if it had returned None for every completion; an async function is then
-    cancelled, any other keeps running on its thread. Functions without a time-out run one after the other on the
-    caller's thread; async ones run on threads at the same time.
+    cancelled, any other keeps running on its thread. `MOST_LATE` calls of one function that still run so are a
+    `RewardError`: threads cannot be stopped, and must not pile up. Functions without a time-out run one after the other
+    on the caller's thread; async ones run on threads at the same time.
 
     timeout: seconds, for all or one each; None waits.
     """
@@ -62,12 +67,23 @@ class RewardPanel:
             raise ValueError(f"reward_timeout={timeout}: give one for each of the {len(functions)} reward functions")
         self.functions, self.timeouts = list(functions), timeouts
         self.names = _distinct([name_of(function) for function in functions])
+        self._late: dict[str, list[_Call]] = {name: [] for name in self.names}
 
     def __call__(self, count: int, columns: Mapping[str, Any]) -> Verdict:
+        for name, late in self._late.items():
+            late[:] = [call for call in late if call.is_running]
+            if len(late) >= MOST_LATE:
+                raise RewardError(
+                    f"reward function {name!r}: {len(late)} calls still run after their reward_timeout. A thread "
+                    "cannot be stopped: let the function end in time by itself, or work in a process that it can kill"
+                )
         calls = [_Call(*each, columns) for each in zip(self.functions, self.timeouts, strict=True)]
         for call in sorted(calls, key=lambda call: not call.threaded):  # threads first: they run meanwhile
             call.start()
         done = [call.join() for call in calls]
+        for name, call in zip(self.names, calls, strict=True):
+            if call.is_running:
+                self._late[name].append(call)
         scores = [
             checked(name, call.result(name), count) if finished else [math.nan] * count
             for name, call, finished in zip(self.names, calls, done, strict=True)
@@ -104,18 +120,25 @@ class _Call:
         try:
             value = self._function(**self._columns)
             self._value = asyncio.run(self._within_time(value)) if inspect.isawaitable(value) else value
-        except Exception as error:  # raised in the caller's thread
+        except BaseException as error:  # raised in the caller's thread; SystemExit too, which must not end the run
+            if isinstance(error, KeyboardInterrupt) and not self.threaded:
+                raise
             self._error = error
 
     async def _within_time(self, value: Any) -> Any:
         left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
-        task = asyncio.ensure_future(value)
+        task = asyncio.ensure_future(_without_exit(value))
         done, _ = await asyncio.wait([task], timeout=left)
         if not done:
             self._late = True
             task.cancel()
             return None
         return task.result()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its thread is at work."""
+        return self._thread.is_alive()
 
     def join(self) -> bool:
         """Wait for the call; whether it ended in time."""
@@ -128,6 +151,14 @@ class _Call:
         if self._error is not None:
             raise RewardError(f"reward function {name!r} failed: {self._error!r}") from self._error
         return self._value
+
+
+async def _without_exit(value: Any) -> Any:
+    """What is awaited; SystemExit, which a task would not keep to itself, as the cause of another exception."""
+    try:
+        return await value
+    except SystemExit as error:
+        raise RuntimeError(repr(error)) from error
 
 
 def checked(name: str, value: Any, count: int) -> list[float]:

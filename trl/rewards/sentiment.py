@@ -9,6 +9,9 @@ from typing import Any
 from trl.import_utils import pip_install
 from trl.rewards.texts import Completion, text_of
 
+LONGEST = 10_000
+"""characters of a text that are rated; VADER's time grows with the square of the words"""
+
 
 @cache
 def _analyzer() -> Any:
@@ -22,8 +25,8 @@ def _analyzer() -> Any:
 
 
 def sentiment(text: str) -> float:
-    """VADER's compound score, -1 (most negative) to 1 (most positive)."""
-    return float(_analyzer().polarity_scores(text)["compound"])
+    """VADER's compound score of the first `LONGEST` characters, -1 (most negative) to 1 (most positive)."""
+    return float(_analyzer().polarity_scores(text[:LONGEST])["compound"])
 
 
 def variety(text: str) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trl.data.any_text import console, encodable, visible
 from trl.data.records import Rollout
 from trl.models.weight_files import writing
 from trl.rollout.rewards import Rewards
@@ -71,28 +72,43 @@ def write_parquet(directory: Path, number: int, columns: Mapping[str, Sequence[A
     arrow = {"int64": pyarrow.int64(), "string": pyarrow.string(), "list": pyarrow.list_(pyarrow.int64())}
     schema = pyarrow.schema([(name, arrow.get(TYPES.get(name, ""), pyarrow.float64())) for name in columns])
     plain = {
-        name: [v if v is None or isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False) for v in values]
-        if TYPES.get(name) == "string"
-        else list(values)
+        name: [_written(value) for value in values] if TYPES.get(name) == "string" else list(values)
         for name, values in columns.items()
     }
     name = f"rollout-{number:06d}.parquet"
+    try:
+        table = pyarrow.table(plain, schema=schema)
+    except UnicodeEncodeError:  # lone surrogates
+        texts = {name: list(map(_encodable, values)) for name, values in plain.items() if TYPES.get(name) == "string"}
+        table = pyarrow.table({**plain, **texts}, schema=schema)
     with writing(directory) as beside:
-        parquet.write_table(pyarrow.table(plain, schema=schema), beside / name)
+        parquet.write_table(table, beside / name)
     return directory / name
 
 
+def _written(value: Any) -> str | None:
+    """A text, or a conversation as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _encodable(text: str | None) -> str | None:
+    return None if text is None else encodable(text)
+
+
 def print_table(columns: Mapping[str, Sequence[Any]], most: int | None, unique: bool) -> None:
-    """Some completions with their rewards, in the terminal; `unique`: the first of each prompt."""
-    from rich.console import Console
+    """Some completions with their rewards, in the terminal, literally; `unique`: the first of each prompt."""
     from rich.table import Table
+    from rich.text import Text
 
     numbers = [name for name in columns if name not in TYPES]
     rows = list(range(len(columns["prompt"])))
     if unique:
         rows = [i for i in rows if columns["prompt"].index(columns["prompt"][i]) == i]
-    table = Table("prompt", "completion", *numbers, title=f"step {columns['step'][0]}", show_lines=True)
+    table = Table(title=f"step {columns['step'][0]}", show_lines=True)
+    for name in ("prompt", "completion", *numbers):
+        table.add_column(Text(visible(name)))
     for i in rows[:most]:
         shown = ["-" if (value := columns[name][i]) is None else f"{value:.2f}" for name in numbers]
-        table.add_row(str(columns["prompt"][i])[-200:], columns["completion"][i], *shown)
-    Console().print(table)
+        texts = (str(columns["prompt"][i])[-200:], columns["completion"][i])
+        table.add_row(*(Text(visible(text)) for text in texts), *shown)
+    console().print(table)

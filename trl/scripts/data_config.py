@@ -35,7 +35,8 @@ class GRPOScriptArguments(ScriptArguments):
     reward_model_name_or_path: str | None = field(default=None)
     """reward model: folder or Hub name"""
     reward_funcs: list[str] | None = field(default=None, metadata={"action": "extend"})
-    """what to reward: names such as accuracy_reward, package.module.function, file.py:function, reward-model folders"""
+    """what to reward: names such as accuracy_reward, package.module.function, file.py:function (both
+    run that code), reward-model folders"""
 
 
 RLOOScriptArguments = GRPOScriptArguments

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl.data.any_text import console, visible
 from trl.data.chat import ChatTemplate
 from trl.data.formats import is_conversational
 from trl.generation import make_sampler
@@ -73,12 +74,11 @@ class RichProgressCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # an own console: a failed run may hold another
-        self.progress, self._bars = Progress(*columns, console=Console()), {}
+        self.progress, self._bars = Progress(*columns, console=console()), {}
         self.progress.start()
         self._advance("training", state.max_steps, state.global_step)
 
@@ -182,13 +182,12 @@ class LogCompletionsCallback(TrainerCallback):
             if (experiment := comet_ml.get_running_experiment()) is not None:
                 experiment.log_table("completions.csv", tabular_data=self.table, headers=columns)
         if not {"wandb", "comet_ml"} & set(report_to):
-            from rich.console import Console
             from rich.table import Table
 
             table = Table(*columns, title="completions", show_lines=True)
             for row in rows:
-                table.add_row(*map(str, row))
-            Console().print(table, markup=False)
+                table.add_row(*(visible(str(value)) for value in row))
+            console().print(table, markup=False)
 
 
 def prompts_of(dataset: Any, tokenizer: Any, most: int | None) -> list[list[int]]:

@@ -243,8 +243,11 @@ class DDPOTrainer(BaseTrainer):
 
     def _score(self, pair: Sequence[Any]) -> tuple[Tensor, Metadata]:
         images, prompts, prompt_metadata = pair
-        answer = self.reward_fn(images, prompts, prompt_metadata)
-        rewards, metadata = asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
+        try:
+            answer = self.reward_fn(images, prompts, prompt_metadata)
+            rewards, metadata = asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
+        except SystemExit as error:
+            raise RuntimeError(f"reward_function asked the program to end: {error!r}; return rewards") from error
         rewards_B = torch.as_tensor(rewards, dtype=torch.float32, device=self.accelerator.device)
         if rewards_B.shape != (len(prompts),):
             raise ValueError(

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "trl.environment.tools.calculator": ["SimpleCalculatorTool"],
         "trl.environment.tools.python": ["PythonInterpreterTool"],
+        "trl.environment.tools.sandbox": ["LocalSandbox", "Ran", "Sandbox"],
         "trl.environment.tools.search": ["DocumentSearchTool"],
     },
 )

@@ -30,6 +30,7 @@ class Interpreter:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """settings: of `python_worker`. RuntimeError if the child does not start."""
         self.owner = os.getpid()
+        self.settings = settings
         self._control, theirs = os.pipe()
         flags = ["-s", "-P", "-B", "-W", "ignore", *([] if settings["modules"] else ["-S"])]
         self._child = subprocess.Popen(

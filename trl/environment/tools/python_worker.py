@@ -3,13 +3,15 @@
 This is a script that imports nothing from the package. It first loads the modules that programs may use. Then each
 program gets a fork of the process, in which these doors are closed before it runs:
 
-1. rlimits: CPU time, memory, no files written, no descriptors, no processes; root becomes nobody.
+1. rlimits: CPU time, memory, no files written, no new descriptors (so no file opens and no socket is made), no
+   processes; root becomes nobody.
 2. The kernel (seccomp, Linux): no system call that opens, creates, connects, forks, executes, signals or traces.
    A program can still read its memory, write to the pipe and read the clock.
 3. The functions of `os` that reach outside the process are replaced; importers are removed.
 4. An audit hook refuses every event that is not known to be harmless.
 
-Where the kernel has no seccomp, 1, 3 and 4 remain: good against accidents and simple attacks, not against an exploit.
+Where the kernel has no seccomp, 1, 3 and 4 remain, and it takes `unsafe=True` to run anything: they are good against
+accidents and simple attacks. A program that means harm can still delete files and read other processes' memory.
 """
 
 import ast
@@ -64,7 +66,7 @@ def limit(seconds: int, memory: int) -> None:
             in_use = int(numbers.read().split()[0]) * resource.getpagesize()
     except OSError:
         in_use = 0
-    limits = {"CPU": seconds, "AS": in_use + memory, "FSIZE": 0, "CORE": 0, "NOFILE": 3, "NPROC": 0, "MEMLOCK": 0}
+    limits = {"CPU": seconds, "AS": in_use + memory, "FSIZE": 0, "CORE": 0, "NOFILE": 0, "NPROC": 0, "MEMLOCK": 0}
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         try:
             os.setgroups([])

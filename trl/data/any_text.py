@@ -1,0 +1,60 @@
+"""Text of any kind, as models write it: made fit for tokenizers, files and terminals."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""lone surrogates, and what moves a terminal's cursor, changes its colours or turns the direction of writing"""
+
+
+def encodable(text: str) -> str:
+    r"""The text with lone surrogates spelled out (`\ud800`): neither UTF-8 nor a tokenizer takes them."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def visible(text: str) -> str:
+    r"""The text as a terminal can show it literally: control characters and lone surrogates are spelled out."""
+    return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def encodable_values(value: Any, depth: int = 100) -> Any:
+    """A JSON value whose texts and names are `encodable`; ValueError where it is nested deeper than `depth`."""
+    if isinstance(value, str):
+        return encodable(value)
+    if not isinstance(value, dict | list):
+        return value
+    if depth == 0:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, list):
+        return [encodable_values(each, depth - 1) for each in value]
+    return {encodable_values(name, depth - 1): encodable_values(each, depth - 1) for name, each in value.items()}
+
+
+class _Lenient:
+    """A stream that spells out what its encoding has no bytes for, where the stream below would raise."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text) or 0)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            return int(self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding)) or 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def console() -> Console:
+    """rich's console on the standard output; any text can be printed to it, whatever encoding that has."""
+    from rich.console import Console
+
+    return Console(file=_Lenient(sys.stdout))  # type: ignore[arg-type]  # it has all that a stream has
