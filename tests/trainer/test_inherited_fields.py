@@ -19,6 +19,7 @@ from trl.losses.supervised import nll, smoothed
 from trl.models.scoring import logits_and_labels, score
 from trl.scripts.describe import field_docs
 from trl.trainer import settings
+from trl.trainer.ppo_forms import ONLY_TODAY
 from trl.trainer.settings import INHERITED, means
 
 CONFIGS = [
@@ -44,7 +45,8 @@ def test_every_field_says_what_it_does(config):
 @pytest.mark.parametrize("name", ["PPOConfig", "DDPOConfig"])
 def test_so_does_every_field_of_configs_of_their_own(name):
     config = getattr(trl, name)
-    assert {entry.name for entry in fields(config)} <= set(field_docs(config))
+    own = {entry.name for entry in fields(config)} - set(ONLY_TODAY)  # of which `test_ppo_forms` has a table
+    assert own <= set(field_docs(config))
 
 
 def test_a_field_of_a_new_release_is_missed():
