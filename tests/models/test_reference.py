@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peft import get_peft_model
 from tiny_models import lora, tiny_model
 from torch.testing import assert_close
 
 from trl.models.modeling_base import create_reference_model
 from trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead
+from trl.models.peft_support import add_adapter
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate
 
@@ -20,7 +20,8 @@ def logits(model):
 
 
 def adapted(wrapped):
-    model = get_peft_model(tiny_model("llama"), lora(lora_dropout=0.5))
+    """A policy with an adapter that is new, and no LoRA of zeros."""
+    model = add_adapter(tiny_model("llama"), lora(lora_dropout=0.5))
     return AutoModelForCausalLMWithValueHead.from_pretrained(model) if wrapped else model
 
 

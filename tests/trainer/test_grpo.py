@@ -96,7 +96,10 @@ def test_coarse_arithmetic_has_coarser_bounds(algorithm, tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError, match="at the first update the ratio is"):
         run("exact")
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # TF32
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")  # another device's switch
+    with pytest.raises(RuntimeError, match="at the first update the ratio is"):
+        run("other device")
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "tf32")
     assert history(run("coarse"), "approx_kl")[0] > 1e-8
 
 

@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from trl.import_utils import is_peft_available, pip_install
+from trl.models.precision import raise_trained
 from trl.models.weight_files import find_file
 
 if is_peft_available():
@@ -79,7 +81,41 @@ def add_adapter(model: nn.Module, peft_config: Any, **kbit_arguments: Any) -> nn
             "leave them out, or pass a `quantization_config`"
         )
     with _without_library_noise():
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
+    raise_trained(adapted)
+    _put_on[adapted] = _changes(adapted)
+    return adapted
+
+
+_put_on: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""PEFT models that were made here, and how often their weights had been written to then"""
+
+
+def _changes(model: nn.Module) -> int:
+    return sum(weight._version for weight in model.parameters())
+
+
+def base_is_start(model: Any) -> bool:
+    """Whether a PEFT model without its adapter is what training starts from.
+
+    It is with an adapter that was put on here and has not been trained, unless its initialisation changed the base
+    (PiSSA, OLoRA, CorDA), and with a LoRA whose B is 0. An adapter that has learned something belongs to the start.
+    """
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    new = _put_on.get(model) == _changes(model)
+    if new and not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in configs):
+        return True
+    beside = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+    plain = all(
+        str(config.peft_type).endswith("LORA")
+        and getattr(config, "bias", None) == "none"
+        and not any(getattr(config, name, None) for name in beside)
+        for config in configs
+    )
+    if not plain:
+        return False
+    second = [weight for name, weight in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
+    return bool(second) and all(weight.numel() and not weight.any() for weight in second)
 
 
 def wrap_peft(
@@ -124,6 +160,7 @@ def wrap_peft(
     model = add_adapter(model, peft_config, **kbit)
     if bf16 and getattr(model, "is_loaded_in_4bit", False):
         peft_module_casting_to_bf16(model)
+        raise_trained(model)
     return model
 
 
@@ -152,7 +189,9 @@ def find_adapter(source: str, **where: Any) -> Any | None:
 def load_adapter(base: nn.Module, source: str, *, is_trainable: bool, **where: Any) -> nn.Module:
     """A PEFT model of `base` with the adapter that lies at `source`."""
     with _without_library_noise():
-        return PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **where)
+        adapted = PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **where)
+    raise_trained(adapted)
+    return adapted
 
 
 def reward_head_weights(source: str, modules: tuple[str, ...], token: str | bool | None = None) -> dict[str, Any]:

@@ -42,7 +42,8 @@ from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
 from trl.models.prepare import check_vocabulary, context_length, equalise
-from trl.models.reference import Reference
+from trl.models.precision import check_trainable, frozen_dtype, precision_of, say_memory, warn_of_half
+from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Scores, classifier_of
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder
 from trl.rewards.named import RewardSource
@@ -52,7 +53,6 @@ from trl.rollout.measure import (
     ActorCritic,
     advantages,
     check_first_ratio,
-    is_coarse,
     measure,
     with_advantages,
 )
@@ -272,7 +272,7 @@ class PPOTrainer(BaseTrainer):
     """Trains a language model with a value head against scores of its responses.
 
     ref_model: the reference of the KL. None: a frozen copy of the model as it is, sharing the layers before
-    `num_shared_layers`; for a PEFT model, the model with its adapter switched off.
+    `num_shared_layers`; for a PEFT model whose adapter is new, the model with its adapter switched off.
     value_model: a model with a score head (num_labels=1) as critic; the policy's value head is then frozen.
     reward_funcs: functions, their names, reward models or their folders; `train()` scores a response with their sum.
     reward_processing_classes: tokenizers of the reward models.
@@ -322,7 +322,9 @@ class PPOTrainer(BaseTrainer):
         )
         start_trackers(self.accelerator, config)
         reference: nn.Module | None = ref_model
-        if reference is None and not self.is_peft_model:
+        if reference is None and self.is_peft_model:
+            reference = None if needs_no_copy(model) else copy_of(model)
+        elif reference is None:
             equalise(model)
             reference = create_reference_model(model, num_shared_layers=num_shared_layers)
         self._prepare(model, value_model, reference, optimizer, data_collator, lr_scheduler)
@@ -620,7 +622,7 @@ class PPOTrainer(BaseTrainer):
     def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
             if first:
-                check_first_ratio(means, coarse=is_coarse(self.model, self.accelerator.mixed_precision))
+                check_first_ratio(means, lambda: precision_of(self.model))
             return self._ratio_is_sane(means["ratio"])
 
         return optimizer_step(
@@ -805,7 +807,10 @@ class PPOTrainer(BaseTrainer):
         if self._reward_funcs is None:
             return RolloutRewards(None)
         return RolloutRewards(
-            panel_of(self._reward_funcs, self._reward_tokenizers, self.tokenizer, self.accelerator.device)
+            panel_of(
+                self._reward_funcs, self._reward_tokenizers, self.tokenizer, self.accelerator.device,
+                like=frozen_dtype(self.model, self.accelerator.mixed_precision),
+            )  # fmt: skip
         )
 
     def _rollout(self, rows: Sequence[Mapping[str, Any]], rewards: RolloutRewards) -> dict[str, Any]:
@@ -1086,6 +1091,7 @@ def check_arguments(
     if not isinstance(model, PreTrainedModelWrapper):
         raise ValueError(f"model must be a PreTrainedModelWrapper, got {type(model)} - {supported}")
     check_vocabulary(model, tokenizer)
+    check_trainable(model)
     if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
         raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)} - {supported}")
     if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset) and not _of_datasets(dataset):

@@ -172,7 +172,7 @@ def prepare_model(
         kwargs = {**(kwargs or {}), "quantization_config": quantization_config}
     if config.trust_remote_code and isinstance(model, str):
         kwargs = {"trust_remote_code": True, **(kwargs or {})}
-    model = load_model(model, auto_class, kwargs, owner=owner)
+    model = load_model(model, auto_class, kwargs, owner=owner, whole=peft_config is None)
     if peft_config is not None:
         model = wrap_peft(
             model,
