@@ -301,7 +301,7 @@ def _state_of(network: nn.Module) -> tuple[Any, ...]:
     weight = next(network.parameters())
     kind, backends = weight.device.type, torch.backends
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    switches: tuple[Any, ...] = (backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, backends.mkldnn.matmul)
+    switches: list[Any] = [backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, backends.mkldnn.matmul]
     rounding = tuple(switch.fp32_precision for switch in switches)
     return adapter_state(network), own_attention(network), weight.dtype, autocast, rounding
 

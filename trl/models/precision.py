@@ -7,6 +7,7 @@ beside a policy follows it. Computed: autocast where the settings ask for it. To
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ def heads_of(network: nn.Module) -> dict[str, nn.Module]:
     body = getattr(network, "base_model_prefix", "")
     if not body or not hasattr(network, body):
         return {}
-    return {name: part for name, part in network.named_children() if name != body and any(True for _ in part.parameters())}
+    beside = ((name, part) for name, part in network.named_children() if name != body)
+    return {name: part for name, part in beside if next(part.parameters(), None) is not None}
 
 
 def raise_trained(model: nn.Module) -> None:
@@ -140,11 +142,11 @@ def warn_of_half(model: nn.Module, learning_rate: float) -> None:
     total = sum(_numel(weight) for weight in half)
     moved = sum(_numel(weight) * _share_moved(weight.detach(), learning_rate) for weight in half) / max(total, 1)
     name = _name(half[0].dtype)
-    limit = 2 * learning_rate / torch.finfo(half[0].dtype).eps
+    limit = 2.0 ** (1 + math.floor(math.log2(2 * learning_rate / torch.finfo(half[0].dtype).eps)))
     warnings.warn(
         f"{total:,} trained weights are stored in {name}: a step of learning_rate={learning_rate:g} moves weights "
-        f"below {limit:.2g} only, {moved:.1%} of them, and rounding undoes it for the others; leave `dtype` out to train "
-        "in float32, and set bf16=True to compute in bfloat16"
+        f"below {limit:.2g} only, {moved:.1%} of them, and rounding undoes it for the others; leave `dtype` out to "
+        "train in float32, and set bf16=True to compute in bfloat16"
     )
 
 
@@ -200,9 +202,11 @@ def say_memory(model: nn.Module, others: Iterable[nn.Module], optimizer: Any) ->
 
 def _states(optimizer: Any) -> float | None:
     """Numbers that an optimizer keeps for each trained one; None where nobody knows before."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # below accelerate's
     if isinstance(optimizer, torch.optim.SGD):
         return float(bool(optimizer.defaults.get("momentum")))
-    name = str(getattr(optimizer, "value", optimizer if isinstance(optimizer, str) else type(optimizer).__name__)).lower()
+    chosen = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
+    name = str(getattr(optimizer, "value", chosen)).lower()  # an enum of transformers
     return next((states for part, states in STATES.items() if part in name), None)
 
 
@@ -211,7 +215,8 @@ def _bytes(weights: Iterable[Tensor]) -> int:
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+    unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0] / 20), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"
 
 
 def _dtypes(weights: Iterable[Tensor]) -> str:
@@ -248,8 +253,8 @@ TOLERANCES = {
     "bfloat16": Tolerance(2e-1, 5e-2, 3e-2, 2e-2, 1e-2),
 }
 """by the precision of the products; from exact to coarse. `rounded`: in bfloat16 at most half of it for llama, qwen3,
-gemma2, gemma3, gpt2 and opt of 2 to 8 layers, nearly all for a router of experts, more for ALiBi whose biases matter; the
-others, with 3 bits more, have an eighth of it"""
+gemma2, gemma3, gpt2 and opt of 2 to 8 layers, nearly all for a router of experts, more for ALiBi whose biases matter;
+the others, with 3 bits more, have an eighth of it"""
 
 
 def coarsest(precisions: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from trl.models.unwrap import below_accelerate, below_value_head
 
 
 def needs_no_copy(policy: nn.Module) -> bool:
-    """Whether the policy with its adapter switched off is the policy as it is now: a new adapter has learned nothing."""
+    """Whether the policy with its adapter switched off is the policy as it is now: the adapter is new."""
     network = below_value_head(policy)
     return is_peft_model(network) and base_is_start(network)
 
@@ -68,6 +68,11 @@ class Reference:
             self.frozen = given.eval().requires_grad_(False)
         elif not precomputed and not self.adapter_off:
             self.frozen = copy_of(policy, share=share)
+
+    @property
+    def kept(self) -> list[nn.Module]:
+        """The separate model, if there is one."""
+        return [] if self.frozen is None else [self.frozen]
 
     @contextmanager
     def model(self) -> Iterator[nn.Module | None]:

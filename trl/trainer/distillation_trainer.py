@@ -16,8 +16,8 @@ from trl.data.encode import TextEncoder
 from trl.data.records import Rollout
 from trl.losses.distillation import generalized_jsd
 from trl.losses.loss_sum import LossSum
-from trl.models.prepare import load_model
 from trl.models.precision import frozen_dtype
+from trl.models.prepare import load_model
 from trl.models.scoring import in_head, map_logits, scored_states
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
@@ -135,6 +135,9 @@ class DistillationTrainer(RolloutTrainer):
             )
         teacher.requires_grad_(False).eval()
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def frozen_models(self) -> list[nn.Module]:
+        return [*super().frozen_models(), self.teacher]
 
     def _teacher_keywords(self, source: nn.Module | str) -> dict[str, Any]:
         config = self.args

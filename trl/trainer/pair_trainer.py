@@ -154,6 +154,9 @@ class PairTrainer(ObjectiveTrainer):
         self.shift = RewardShift() if "bco_pair" in self.losses else None
         self.reference: Reference | None = None
 
+    def frozen_models(self) -> list[nn.Module]:
+        return [] if self.reference is None else self.reference.kept
+
     def extra_state(self) -> dict[str, Any]:
         """Collective: rewards that wait for the next step are taken into the mean of all ranks."""
         if self.shift is None:

@@ -41,11 +41,11 @@ from trl.losses.policy import clipped_surrogate, clipped_value
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
-from trl.models.prepare import check_vocabulary, context_length, equalise
 from trl.models.precision import check_trainable, frozen_dtype, precision_of, say_memory, warn_of_half
+from trl.models.prepare import check_vocabulary, context_length, equalise
 from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Scores, classifier_of
-from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder
+from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, learns_prompt
 from trl.rewards.named import RewardSource
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.measure import (
@@ -305,6 +305,7 @@ class PPOTrainer(BaseTrainer):
         assert config is not None
         assert model is not None
         set_seed(config.seed)
+        warn_of_half(model, config.learning_rate)
         self.config: PPOConfig = config
         self.tokenizer = tokenizer
         self.dataset = dataset
@@ -360,6 +361,8 @@ class PPOTrainer(BaseTrainer):
         self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self.reference = Reference(self.model, self.ref_model)
         self.actor = ActorCritic(self.model, self.value_model, self.config.temperature)
+        if self.accelerator.is_main_process:
+            say_memory(nn.ModuleList(trained), self.reference.kept, optimizer)
 
     @property
     def processing_class(self) -> Any:
@@ -806,12 +809,9 @@ class PPOTrainer(BaseTrainer):
             raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
         if self._reward_funcs is None:
             return RolloutRewards(None)
-        return RolloutRewards(
-            panel_of(
-                self._reward_funcs, self._reward_tokenizers, self.tokenizer, self.accelerator.device,
-                like=frozen_dtype(self.model, self.accelerator.mixed_precision),
-            )  # fmt: skip
-        )
+        like = frozen_dtype(self.model, self.accelerator.mixed_precision)
+        tokenizers, device = self._reward_tokenizers, self.accelerator.device
+        return RolloutRewards(panel_of(self._reward_funcs, tokenizers, self.tokenizer, device, like))
 
     def _rollout(self, rows: Sequence[Mapping[str, Any]], rewards: RolloutRewards) -> dict[str, Any]:
         """A response to each row's prompt and its score, as a batch for `step` and for reports."""
@@ -1092,6 +1092,11 @@ def check_arguments(
         raise ValueError(f"model must be a PreTrainedModelWrapper, got {type(model)} - {supported}")
     check_vocabulary(model, tokenizer)
     check_trainable(model)
+    if learns_prompt(model):
+        raise ValueError(
+            "PromptLearningConfig is not supported for PPO training. Use an adapter of the weights, such as LoRA, or "
+            "train virtual tokens with GRPO or RLOO."
+        )
     if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
         raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)} - {supported}")
     if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset) and not _of_datasets(dataset):

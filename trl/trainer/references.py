@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
 from trl.models.forward import eval_no_grad, rows_padded
-from trl.models.prepare import disable_dropout_in_model, load_model
 from trl.models.precision import dtype_of
+from trl.models.prepare import disable_dropout_in_model, load_model
 from trl.models.reference import Reference, needs_no_copy
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require

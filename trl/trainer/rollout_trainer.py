@@ -26,11 +26,12 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
-from trl.models.prepare import context_length, load_model
 from trl.models.precision import dtype_of, frozen_dtype, precision_of
+from trl.models.prepare import context_length, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.rewards.named import RewardSource, reward_panel
+from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
 from trl.rollout.collector import Collector
 from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
@@ -455,7 +456,7 @@ class RolloutTrainer(ObjectiveTrainer):
         )
 
     def make_reference(self, ref_model: nn.Module | str | None) -> Reference:
-        """The model given, or the policy without its new adapter, or a frozen copy; it moves where the config says so."""
+        """The model given, the policy without its new adapter, or a frozen copy; it moves where the config says so."""
         config, given = self.args, None
         if ref_model is not None:
             keywords = config.loading_keywords() if isinstance(ref_model, str) else config.model_init_kwargs
@@ -609,13 +610,22 @@ class RolloutTrainer(ObjectiveTrainer):
             return LossSum(self.nothing(model), policy.counted)
         loss = self.policy_objective(model, policy)
         if self._ratio_is_one_at == self.state.global_step and model.training:
-            check_first_ratio(means_of(loss.metrics), lambda: precision_of(self.model))
+            check_first_ratio(means_of(loss.metrics), self._precision)
         return LossSum(loss.total, policy.counted, loss.metrics)
+
+    def _precision(self) -> str:
+        with self.accelerator.autocast():
+            return precision_of(self.model)
 
     def nothing(self, model: nn.Module) -> Tensor:
         """A zero that every trained parameter takes part in, for a micro-batch without a row to compute. []"""
         zero = torch.zeros((), device=self.args.device)
         return sum((p.flatten()[:1].sum() * 0.0 for p in model.parameters() if p.requires_grad), zero)
+
+    def frozen_models(self) -> list[nn.Module]:
+        panel = None if self.rewards is None else self.rewards.panel
+        judges = [] if panel is None else [each.model for each in panel.functions if isinstance(each, RewardModel)]
+        return [*([] if self.reference is None else self.reference.kept), *judges]
 
     def extra_state(self) -> dict[str, Any]:
         """Collective: every rank's half-used rollout."""
