@@ -169,7 +169,7 @@ def test_what_a_step_moves_is_what_the_warning_says(dtype, step):
     layer = torch.nn.Linear(64, 64, bias=False).to(dtype)
     before = layer.weight.detach().clone()
     moved = float((before + step != before).float().mean() + (before - step != before).float().mean()) / 2
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="are stored in") as told:
         warn_of_half(layer, step)
     (warning,) = told
     share = float(str(warning.message).split("only, ")[1].split("%")[0]) / 100

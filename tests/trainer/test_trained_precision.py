@@ -17,7 +17,12 @@ import trl
 from trl.models.peft_support import base_is_start
 
 NAMES = ["sft", "reward", "dpo-sigmoid", "kto", "prm", "orpo", "grpo", "online-dpo", "distillation", "rloo", "raft"]
-pytestmark = pytest.mark.filterwarnings("ignore:You passed a model_id", "ignore:No dataset is provided")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You passed a model_id",
+    "ignore:No dataset is provided",
+    "ignore:.past_key_values. is deprecated:FutureWarning",
+    "ignore:Position ids are not supported",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +68,9 @@ def test_nearly_all_weights_move_at_the_default_rate(half, tmp_path, monkeypatch
     with caplog.at_level(logging.WARNING, logger="trl.models.precision"):
         trainer.train()
         trainer.train()
-    moved = sum(int((weight != before[name]).sum()) for name, weight in trainer.model.named_parameters())
-    assert moved / sum(weight.numel() for weight in before.values()) > 0.95
+    inner = [name for name in before if "layers" in name]  # embeddings of words that no row has do not move
+    moved = sum(int((trainer.model.get_parameter(name) != before[name]).sum()) for name in inner)
+    assert moved / sum(before[name].numel() for name in inner) > 0.95
     size = f"{4e-6 * sum(weight.numel() for weight in before.values()):.1f} MB"
     assert size == "0.1 MB"
     (line,) = [message for message in caplog.messages if message.startswith("memory: ")]
@@ -85,10 +91,8 @@ def test_a_reference_by_name_starts_equal(case, adapter, half, tmp_path, monkeyp
 
 
 def test_teachers_and_reward_models_follow_the_policy(half, tmp_path, monkeypatch):
-    arguments = {
-        "grpo": {"reward_funcs": half[conformity.reward_model]},
-        "distillation": {"teacher_model": half[causal_lm]},
-    }
+    judge, teacher = half[conformity.reward_model], half[causal_lm]
+    arguments = {"grpo": {"reward_funcs": judge}, "distillation": {"teacher_model": teacher}}
     for case, given in arguments.items():
         monkeypatch.setitem(CASES, "followed", replace(CASES[case], arguments=lambda given=given: dict(given)))
         if case == "grpo":

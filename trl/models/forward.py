@@ -299,9 +299,10 @@ def note(model: nn.Module, plan: ForwardPlan) -> ForwardPlan:
 def _state_of(network: nn.Module) -> tuple[Any, ...]:
     """What a plan depends on and a user may change: adapter, precision, attention implementation."""
     weight = next(network.parameters())
-    kind, backends = weight.device.type, torch.backends
+    kind = weight.device.type
+    backends: Any = torch.backends
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    switches: list[Any] = [backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, backends.mkldnn.matmul]
+    switches = [backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, backends.mkldnn.matmul]
     rounding = tuple(switch.fp32_precision for switch in switches)
     return adapter_state(network), own_attention(network), weight.dtype, autocast, rounding
 
