@@ -35,6 +35,14 @@ def test_given_model_is_frozen_and_used():
     assert not any(parameter.requires_grad for parameter in given.parameters())
 
 
+def test_a_reference_of_another_dtype_is_said(caplog):
+    Reference(tiny_model("llama"), tiny_model("llama"))
+    assert not caplog.messages
+    Reference(tiny_model("llama"), tiny_model("llama").to(torch.bfloat16))
+    (message,) = caplog.messages
+    assert message.startswith("the reference is stored in torch.bfloat16 and the policy in torch.float32: by rounding")
+
+
 def test_frozen_copy_keeps_the_policy_of_its_making():
     policy = tiny_model("llama").train()
     before = logits(policy).detach()

@@ -129,8 +129,8 @@ def check_trainable(model: nn.Module) -> None:
     name = type(network).__name__
     if hasattr(network, "peft_config"):
         raise ValueError(
-            f"{name} has no trainable weight: its adapter was loaded for inference; load it with `is_trainable=True`, as "
-            "in `PeftModel.from_pretrained(base, path, is_trainable=True)`"
+            f"{name} has no trainable weight: its adapter was loaded for inference; load it with `is_trainable=True`: "
+            "`PeftModel.from_pretrained(base, path, is_trainable=True)`"
         )
     raise ValueError(f"{name} has no trainable weight: call `requires_grad_(True)` on what is to be trained")
 

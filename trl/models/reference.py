@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -13,8 +14,11 @@ from torch import nn
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import create_reference_model
 from trl.models.peft_support import base_is_start, is_peft_model
+from trl.models.precision import dtype_of
 from trl.models.prepare import equalise
 from trl.models.unwrap import below_accelerate, below_value_head
+
+logger = logging.getLogger(__name__)
 
 
 def needs_no_copy(policy: nn.Module) -> bool:
@@ -66,8 +70,17 @@ class Reference:
         self.frozen: nn.Module | None = None
         if given is not None:
             self.frozen = given.eval().requires_grad_(False)
+            self._warn_of_rounding(given)
         elif not precomputed and not self.adapter_off:
             self.frozen = copy_of(policy, share=share)
+
+    def _warn_of_rounding(self, given: nn.Module) -> None:
+        own, other = dtype_of(self.policy), dtype_of(given)
+        if own is not None and other is not None and own != other:
+            logger.warning(
+                "the reference is stored in %s and the policy in %s: by rounding their log-probabilities differ from "
+                "the start; load both in one dtype, or give both by name", other, own,
+            )  # fmt: skip
 
     @property
     def kept(self) -> list[nn.Module]:
