@@ -324,12 +324,12 @@ def test_virtual_tokens_are_trained_by_grpo(kind, bf16, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_ppo_says_at_once_that_it_trains_none(kind, tiny_tokenizer):
     adapted = peft.get_peft_model(causal().pretrained_model, PROMPTS[kind]())
-    told = r"PromptLearningConfig is not supported for PPO training\. .*such as LoRA"
+    told = r"PromptLearningConfig is not supported for PPO training\."
     with pytest.raises(ValueError, match=told):
         trl.AutoModelForCausalLMWithValueHead.from_pretrained(adapted)
     model = causal()
     model.pretrained_model = adapted
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=f"{told} .*such as LoRA"):
         trl.PPOTrainer(trl.PPOConfig(batch_size=4), model, tokenizer=tiny_tokenizer)
 
 

@@ -304,10 +304,7 @@ def _with_adapter(model: Any, peft_config: Any, kbit_kwargs: dict[str, Any]) -> 
             f"{', '.join(kbit_kwargs)} prepare a quantised model for a new adapter: pass `peft_config` too"
         )
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            "PromptLearningConfig is not supported for PPO training. Use an adapter of the weights, such as LoRA, or "
-            "train virtual tokens with GRPO or RLOO."
-        )
+        raise ValueError("PromptLearningConfig is not supported for PPO training.")
     return model
 
 

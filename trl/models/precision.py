@@ -145,9 +145,9 @@ def warn_of_half(model: nn.Module, learning_rate: float) -> None:
     name = _name(half[0].dtype)
     limit = 2.0 ** (1 + math.floor(math.log2(2 * learning_rate / torch.finfo(half[0].dtype).eps)))
     warnings.warn(
-        f"{total:,} trained weights are stored in {name}: a step of learning_rate={learning_rate:g} moves weights "
-        f"below {limit:.2g} only, {moved:.1%} of them, and rounding undoes it for the others; leave `dtype` out to "
-        "train in float32, and set bf16=True to compute in bfloat16"
+        f"{total:,} trained weights are stored in {name}: a step of learning_rate={learning_rate:g} moves {moved:.1%} "
+        f"of them, those below {limit:.2g}, and rounding undoes it for all others; leave `dtype` out to train in "
+        "float32, and set bf16=True to compute in bfloat16"
     )
 
 
