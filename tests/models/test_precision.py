@@ -230,6 +230,7 @@ def switches():
     for each in backends:
         each.fp32_precision = "none"  # as torch starts
     yield
+    torch.set_float32_matmul_precision("highest")  # which keeps a state of its own
     for each, value in zip(backends, before, strict=True):
         each.fp32_precision = value
 
