@@ -103,6 +103,7 @@ LINES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:[0-9,]+ trained weights are stored in bfloat16")
 @pytest.mark.parametrize("line", LINES)
 def test_a_line_trains(line, tmp_path, capsys):
     sampled = line.split()[0] in ("grpo", "rloo", "raft", "online_dpo", "online-dpo")

@@ -12,7 +12,8 @@ from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.generation import LocalSampler, make_sampler
 from trl.models import forward
-from trl.models.forward import pattern_lengths, plan_of, precision_of, rows_padded
+from trl.models.forward import pattern_lengths, plan_of, rows_padded
+from trl.models.precision import precision_of
 from trl.models.scoring import check_head, head_of, in_head, logits_and_labels, score, scored_states
 
 

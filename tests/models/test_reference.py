@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peft import get_peft_model
 from tiny_models import lora, tiny_model
 from torch.testing import assert_close
 
 from trl.models.modeling_base import create_reference_model
 from trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead
+from trl.models.peft_support import add_adapter
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate
 
@@ -20,7 +20,8 @@ def logits(model):
 
 
 def adapted(wrapped):
-    model = get_peft_model(tiny_model("llama"), lora(lora_dropout=0.5))
+    """A policy with an adapter that is new, and no LoRA of zeros."""
+    model = add_adapter(tiny_model("llama"), lora(lora_dropout=0.5))
     return AutoModelForCausalLMWithValueHead.from_pretrained(model) if wrapped else model
 
 
@@ -32,6 +33,14 @@ def test_given_model_is_frozen_and_used():
         assert not model.training
         assert not logits(model).requires_grad
     assert not any(parameter.requires_grad for parameter in given.parameters())
+
+
+def test_a_reference_of_another_dtype_is_said(caplog):
+    Reference(tiny_model("llama"), tiny_model("llama"))
+    assert not caplog.messages
+    Reference(tiny_model("llama"), tiny_model("llama").to(torch.bfloat16))
+    (message,) = caplog.messages
+    assert message.startswith("the reference is stored in torch.bfloat16 and the policy in torch.float32: by rounding")
 
 
 def test_frozen_copy_keeps_the_policy_of_its_making():

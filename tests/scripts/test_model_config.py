@@ -59,13 +59,13 @@ def test_a_device_map_needs_an_accelerator():
 def test_names_of_older_releases():
     older = ModelConfig(torch_dtype="float16", trust_remote_code=True)
     assert (older.dtype, older.torch_dtype, older.trust_remote_code) == ("float16", "float16", True)
-    assert (ModelConfig().torch_dtype, ModelConfig().trust_remote_code) == ("float32", False)
+    assert (ModelConfig().torch_dtype, ModelConfig().trust_remote_code) == (None, False)
     with pytest.raises(ValueError, match="dtype='half': choose one of auto"):
         ModelConfig(dtype="half")
 
 
 def test_what_from_pretrained_is_told():
-    assert loading_keywords(ModelConfig()) == {"dtype": "float32"}
+    assert loading_keywords(ModelConfig()) == {}
     model = ModelConfig(model_revision="v1", attn_implementation="eager", dtype=None)
     assert loading_keywords(model) == {"revision": "v1", "attn_implementation": "eager"}
     keywords = loading_keywords(ModelConfig(load_in_4bit=True))

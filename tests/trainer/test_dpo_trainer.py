@@ -322,7 +322,7 @@ def test_synchronised_reference_moves(tmp_path):
     moved = [name for name, value in trainer.ref_model.state_dict().items() if not torch.equal(value, start[name])]
     assert moved
     with pytest.raises(ValueError, match="sync_ref_model=True: the reference is no model of its own"):
-        trainer_of(config(tmp_path, sync_ref_model=True), model=adapted())
+        trainer_of(config(tmp_path, sync_ref_model=True), peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"))
 
 
 @pytest.mark.parametrize("asked", [{"ref_model_sync_steps": 4}, {"ref_model_mixup_alpha": 0.4}])

@@ -187,6 +187,7 @@ def test_the_tests_named_here_exist(file, test):
     assert f"def {test}(" in (HERE / f"{file}.py").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:[0-9,]+ trained weights are stored in bfloat16")
 def test_model_by_name(tmp_path, monkeypatch):
     causal_lm().save_pretrained(tmp_path / "model")
     monkeypatch.setitem(CASES, "grpo", replace(CASES["grpo"], model=lambda: str(tmp_path / "model")))

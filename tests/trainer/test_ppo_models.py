@@ -126,6 +126,7 @@ def test_padded_architecture(make):
     assert np.isfinite(stats["ppo/loss/total"])
 
 
+@pytest.mark.filterwarnings("ignore:[0-9,]+ trained weights are stored in bfloat16")
 def test_bfloat16(make):
     model = causal()
     model.pretrained_model.to(torch.bfloat16)

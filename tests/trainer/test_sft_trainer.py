@@ -308,6 +308,7 @@ def test_a_keyword_against_the_config_is_refused_and_the_callers_config_stays(tm
     assert (trainer.args.max_length, args.max_length) == (10, 1024)
 
 
+@pytest.mark.filterwarnings("ignore:[0-9,]+ trained weights are stored in bfloat16")
 def test_model_by_name_with_its_own_tokenizer(tmp_path):
     causal_lm().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")

@@ -10,7 +10,8 @@ from trl.data.records import PackedBatch
 from trl.generation.engine import Engine
 from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
-from trl.models.forward import TOLERANCES, eval_no_grad, note, plan_of, probe_rows
+from trl.models.forward import eval_no_grad, note, plan_of, probe_rows
+from trl.models.precision import TOLERANCES
 from trl.models.scoring import plain_forward
 from trl.models.unwrap import accepts, below_peft, below_value_head, is_encoder_decoder, learns_prompt, reads_rows
 

@@ -25,6 +25,7 @@ from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels.layers import fast, swapped_forward
 from trl.losses.loss_sum import LossSum
 from trl.models.attention import enable_tree_attention, inside_tree, own_attention
+from trl.models.precision import HALF, TOLERANCES, coarsest, precision_of
 from trl.models.unwrap import (
     accepts,
     adapter_state,
@@ -293,45 +294,6 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 # -- the probe --------------------------------------------------------------------------------
 
 
-class Tolerance(NamedTuple):
-    """By how much two ways to compute the same numbers may differ."""
-
-    states: float
-    """of the head's input, relative to the largest"""
-    logits: float
-    """in standard deviations of the logits"""
-
-
-TOLERANCES = {
-    "float64": Tolerance(1e-3, 1e-4),
-    "float32": Tolerance(1e-3, 1e-4),
-    "tf32": Tolerance(3e-2, 5e-2),
-    "float16": Tolerance(3e-2, 5e-2),
-    "bfloat16": Tolerance(2e-1, 5e-2),
-}
-"""by the precision of the products; from exact to coarse"""
-
-
-def precision_of(model: nn.Module) -> str:
-    """The precision in which the model's products are computed now, a key of `TOLERANCES`.
-
-    It is that of autocast, else of the weights; "tf32" where the device rounds the factors of float32 products.
-    """
-    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if weight is None:
-        return "float32"
-    kind, dtype = weight.device.type, weight.dtype
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    if dtype == torch.float32:
-        backends: Any = torch.backends
-        own = (backends.cuda if kind == "cuda" else backends.mkldnn).matmul.fp32_precision
-        setting = backends.fp32_precision if own == "none" else own
-        return "tf32" if setting in ("tf32", "bf16") else "float32"
-    name = str(dtype).removeprefix("torch.")
-    return name if name in TOLERANCES else "bfloat16"
-
-
 @dataclass(frozen=True)
 class ForwardPlan:
     """How a network computes a batch, with its adapter as it is now and in the precision of now."""
@@ -366,7 +328,13 @@ def note(model: nn.Module, plan: ForwardPlan) -> ForwardPlan:
 
 def _state_of(network: nn.Module) -> tuple[Any, ...]:
     """What a plan depends on and a user may change: adapter, precision, attention implementation."""
-    return adapter_state(network), precision_of(network), own_attention(network)
+    weight = next(network.parameters())
+    kind = weight.device.type
+    backends: Any = torch.backends
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    switches = [backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, backends.mkldnn.matmul]
+    rounding = tuple(switch.fp32_precision for switch in switches)
+    return adapter_state(network), own_attention(network), weight.dtype, autocast, rounding
 
 
 def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> ForwardPlan:
@@ -473,14 +441,7 @@ class Expected(NamedTuple):
     def agrees_on_the_whole(self, states_SD: Tensor) -> bool:
         """By the root mean square of the difference, where nothing exact can be computed."""
         difference, own = (states_SD - self.states_SD).float().square().mean(), self.states_SD.float().square().mean()
-        return float(difference.sqrt()) <= ROUNDED[self.precision] * float(own.sqrt())
-
-
-HALF = (torch.float16, torch.bfloat16)
-ROUNDED = {"tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
-"""root mean square of the difference of equal computations, relative to that of the states: in bfloat16 at most half of
-it for llama, qwen3, gemma2, gemma3, gpt2 and opt of 2 to 8 layers, nearly all for a router of experts, more for ALiBi
-whose biases matter; the others, with 3 bits more, have an eighth of it"""
+        return float(difference.sqrt()) <= TOLERANCES[self.precision].rounded * float(own.sqrt())
 
 
 def _expected(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Expected:
@@ -567,7 +528,7 @@ def measured_pass(
         return function(states_SD)
 
     (result,) = _pass(model, module, packed, measure, packed.scored_S, packed.row_S, plan)
-    return result, max(precisions, key=list(TOLERANCES).index)
+    return result, coarsest(precisions)
 
 
 def _computes(

@@ -94,7 +94,8 @@ class PreTrainedModelWrapper(nn.Module):
         Our keywords: `peft_config` (put a new adapter on), `is_trainable` (go on training the adapter that the folder
         holds), `reward_adapter` and `reward_adapter_name` (an adapter with a score head, see `compute_reward_score`),
         the class's `supported_args`, and those of PEFT's `prepare_model_for_kbit_training`. All others go to
-        `from_pretrained` of the inner model. A head's weights that the folder holds are loaded.
+        `from_pretrained` of the inner model. A head's weights that the folder holds are loaded. Without a `dtype` the
+        weights are float32, and those below an adapter as they were saved.
         """
         adapters = {name: kwargs.pop(name, None) for name in ("peft_config", "reward_adapter")}
         reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_adapter")
@@ -107,7 +108,8 @@ class PreTrainedModelWrapper(nn.Module):
             source = os.fspath(source)
             pretrained_kwargs = cls._with_device_map(pretrained_kwargs)
             loader = cls.transformers_parent_class
-            inner = load_model(source, loader, pretrained_kwargs, *model_args, is_trainable=is_trainable)
+            whole = adapters["peft_config"] is None
+            inner = load_model(source, loader, pretrained_kwargs, *model_args, is_trainable=is_trainable, whole=whole)
             has_adapter = is_peft_model(inner)
         elif isinstance(source, cls.supported_pretrained_model_architectures) or is_peft_model(source):
             inner = cls._given(source, model_args, pretrained_kwargs)

@@ -8,13 +8,16 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from trl.import_utils import is_peft_available, pip_install
+from trl.models.precision import heads_of, raise_trained
 from trl.models.weight_files import find_file
 
 if is_peft_available():
@@ -79,7 +82,41 @@ def add_adapter(model: nn.Module, peft_config: Any, **kbit_arguments: Any) -> nn
             "leave them out, or pass a `quantization_config`"
         )
     with _without_library_noise():
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
+    raise_trained(adapted)
+    _put_on[adapted] = _changes(adapted)
+    return adapted
+
+
+_put_on: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""PEFT models that were made here, and how often their weights had been written to then"""
+
+
+def _changes(model: nn.Module) -> int:
+    return sum(weight._version for weight in model.parameters())
+
+
+def base_is_start(model: Any) -> bool:
+    """Whether a PEFT model without its adapter is what training starts from.
+
+    It is with an adapter that was put on here and has not been trained, unless its initialisation changed the base
+    (PiSSA, OLoRA, CorDA), and with a LoRA whose B is 0. An adapter that has learned something belongs to the start.
+    """
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    new = _put_on.get(model) == _changes(model)
+    if new and not any(isinstance(getattr(config, "init_lora_weights", None), str) for config in configs):
+        return True
+    beside = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+    plain = all(
+        str(config.peft_type).endswith("LORA")
+        and getattr(config, "bias", None) == "none"
+        and not any(getattr(config, name, None) for name in beside)
+        for config in configs
+    )
+    if not plain:
+        return False
+    second = [weight for name, weight in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
+    return bool(second) and all(weight.numel() and not weight.any() for weight in second)
 
 
 def wrap_peft(
@@ -91,11 +128,13 @@ def wrap_peft(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     bf16: bool = False,
     merge: bool = False,
+    task: str | None = None,
 ) -> nn.Module:
     """`model` with a new adapter, ready to be trained: k-bit preparation, gradients of the inputs, bf16 casting.
 
     `owner`: the trainer's name, for messages. A model that has an adapter already is merged with it if `merge`, else
     ValueError. After k-bit preparation checkpointing is on: the caller turns it off in its own arguments.
+    task: the `task_type` of a classifier's adapter (SEQ_CLS, TOKEN_CLS), whose head is trained and saved with it.
     """
     if not is_peft_available():
         raise ValueError(
@@ -114,6 +153,8 @@ def wrap_peft(
                 "train the adapter it has, or pass `model.merge_and_unload()`"
             )
         model = model.merge_and_unload()
+    if task is not None:
+        peft_config = for_classifier(model, peft_config, task)
     kbit: dict[str, Any] = {}
     if is_quantized(model):
         kbit = {"use_gradient_checkpointing": gradient_checkpointing}
@@ -124,7 +165,36 @@ def wrap_peft(
     model = add_adapter(model, peft_config, **kbit)
     if bf16 and getattr(model, "is_loaded_in_4bit", False):
         peft_module_casting_to_bf16(model)
+        raise_trained(model)
     return model
+
+
+def for_classifier(model: nn.Module, peft_config: Any, task: str) -> Any:
+    """The config with the `task_type` of a classifier, and its head among `modules_to_save`; said where it changes."""
+    config, told, heads = deepcopy(peft_config), peft_config.task_type, list(heads_of(model))
+    if not heads or not hasattr(config, "modules_to_save"):
+        raise ValueError(
+            f"task_type={told!r}: the head of {type(model).__name__} cannot be trained with a "
+            f"{type(config).__name__}: name it in `modules_to_save` of a LoraConfig with task_type={task!r}"
+        )
+    if getattr(told, "value", told) != task:
+        logger.warning(
+            "task_type=%s: %s is a classifier, so its adapter gets task_type=%r, and the head (%s) is trained and "
+            "saved with it", getattr(told, "value", told), type(model).__name__, task, ", ".join(heads),
+        )  # fmt: skip
+    config.task_type = task
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
+    return config
+
+
+def warn_of_frozen_head(model: Any) -> None:
+    """Warn of an adapter of a classifier that leaves the head as it is, and without it when it is saved."""
+    heads = heads_of(model.get_base_model())
+    if not any(weight.requires_grad for head in heads.values() for weight in head.parameters()):
+        warnings.warn(
+            f"the adapter leaves the head ({', '.join(heads)}) as it is, and is saved without it: make it with "
+            "task_type='SEQ_CLS' (TOKEN_CLS for process rewards) or modules_to_save=[...], or pass `peft_config` here"
+        )
 
 
 def peft_module_casting_to_bf16(model: nn.Module) -> None:
@@ -152,7 +222,9 @@ def find_adapter(source: str, **where: Any) -> Any | None:
 def load_adapter(base: nn.Module, source: str, *, is_trainable: bool, **where: Any) -> nn.Module:
     """A PEFT model of `base` with the adapter that lies at `source`."""
     with _without_library_noise():
-        return PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **where)
+        adapted = PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **where)
+    raise_trained(adapted)
+    return adapted
 
 
 def reward_head_weights(source: str, modules: tuple[str, ...], token: str | bool | None = None) -> dict[str, Any]:

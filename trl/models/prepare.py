@@ -25,6 +25,7 @@ from trl.models.peft_support import (
     peft_module_casting_to_bf16,
     wrap_peft,
 )
+from trl.models.precision import dtype_keywords
 from trl.models.unwrap import below_value_head
 from trl.models.weight_files import HUB_ARGUMENTS
 
@@ -55,10 +56,15 @@ def load_model(
     *model_args: Any,
     owner: str | None = None,
     is_trainable: bool = True,
+    whole: bool = True,
+    like: torch.dtype | None = None,
+    frozen: bool = False,
 ) -> nn.Module:
     """The model of a folder, a Hub name or an object; a PEFT model where the folder holds an adapter.
 
     `owner`: the trainer that was given the model. It warns about a name and refuses `init_kwargs` with an object.
+    whole: its weights are trained, in float32 unless a dtype is asked for; False: an adapter is put on, and they stay
+    as they were saved. frozen: nothing is trained, and the weights are stored `like` the policy's (None: as saved).
     OSError says in one line why a folder or name cannot be read.
     """
     if not isinstance(name_or_model, str | os.PathLike):
@@ -76,14 +82,17 @@ def load_model(
     where = {name: init_kwargs[name] for name in HUB_ARGUMENTS if name in init_kwargs}
     adapter = find_adapter(source, **where)
     if adapter is None:
+        init_kwargs |= dtype_keywords(source, init_kwargs, where, trained=whole and not frozen, like=like)
         return _from_pretrained(auto_class, source, model_args, init_kwargs)
     if not adapter.base_model_name_or_path:
         raise OSError(f"the adapter {source!r} does not say which model it belongs to (`base_model_name_or_path`)")
     base_kwargs = {name: value for name, value in init_kwargs.items() if name not in ("revision", "subfolder")}
     if adapter.revision:
         base_kwargs["revision"] = adapter.revision
+    of_base = {name: base_kwargs[name] for name in HUB_ARGUMENTS if name in base_kwargs}
+    base_kwargs |= dtype_keywords(adapter.base_model_name_or_path, base_kwargs, of_base, trained=False, like=like)
     base = _from_pretrained(auto_class, adapter.base_model_name_or_path, model_args, base_kwargs)
-    return load_adapter(base, source, is_trainable=is_trainable, **where)
+    return load_adapter(base, source, is_trainable=is_trainable and not frozen, **where)
 
 
 def _from_pretrained(auto_class: Any, source: str, model_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> Any:
@@ -108,9 +117,9 @@ def _from_pretrained(auto_class: Any, source: str, model_args: tuple[Any, ...], 
 def modern_init_kwargs(init_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keywords of `from_pretrained` in today's spelling: `torch_dtype`, `load_in_8bit`, `load_in_4bit` still work."""
     kwargs = dict(init_kwargs)
-    dtype = kwargs.pop("torch_dtype", None)
-    if dtype is not None:
-        kwargs.setdefault("dtype", dtype)
+    dtype, newer = kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None)
+    if dtype is not None or newer is not None:
+        kwargs["dtype"] = dtype if newer is None else newer
     bits = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
     if any(bits.values()):
         wanted = " and ".join(f"`{name}`" for name, value in bits.items() if value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,17 +13,41 @@ from torch import nn
 
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import create_reference_model
-from trl.models.prepare import equalise, is_peft_model
+from trl.models.peft_support import base_is_start, is_peft_model
+from trl.models.precision import dtype_of
+from trl.models.prepare import equalise
 from trl.models.unwrap import below_accelerate, below_value_head
+
+logger = logging.getLogger(__name__)
+
+
+def needs_no_copy(policy: nn.Module) -> bool:
+    """Whether the policy with its adapter switched off is the policy as it is now: the adapter is new."""
+    network = below_value_head(policy)
+    return is_peft_model(network) and base_is_start(network)
+
+
+def copy_of(policy: nn.Module, *, share: bool = True) -> nn.Module:
+    """A frozen copy of the policy as it is now; below an adapter, it shares the frozen weights with the policy.
+
+    share: False where the weights will be sharded, each model's by itself.
+    """
+    model = below_accelerate(policy)
+    equalise(model)
+    if not share or not is_peft_model(below_value_head(model)):
+        return create_reference_model(model)
+    frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    return deepcopy(model, frozen).eval().requires_grad_(False)
 
 
 class Reference:
     """`with reference.model() as m:` is the one place that knows what the reference is.
 
-    A model that the user gave; else the policy with its adapter switched off, if it has one; else a frozen copy of the
+    A model that the user gave; else the policy with its adapter switched off, if that is new; else a frozen copy of the
     policy as it is now. `precomputed`: its log-probabilities are in the data, and `m` is None.
     After `accelerator.prepare` assign the prepared models to `policy` and, if it is not None, to `frozen`.
     autocast: the context in which the policy computes; the reference then computes in the same precision.
+    share: see `copy_of`.
     """
 
     def __init__(
@@ -31,6 +57,7 @@ class Reference:
         *,
         precomputed: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        share: bool = True,
     ):
         if given is not None and below_accelerate(given) is below_accelerate(policy):
             raise ValueError("the reference is the policy itself: leave it out for a frozen copy, or load it again")
@@ -39,13 +66,26 @@ class Reference:
         self.policy = policy
         self.precomputed = precomputed
         self.autocast = autocast
-        self.adapter_off = given is None and not precomputed and is_peft_model(below_value_head(policy))
+        self.adapter_off = given is None and not precomputed and needs_no_copy(policy)
         self.frozen: nn.Module | None = None
         if given is not None:
             self.frozen = given.eval().requires_grad_(False)
+            self._warn_of_rounding(given)
         elif not precomputed and not self.adapter_off:
-            equalise(below_accelerate(policy))
-            self.frozen = create_reference_model(below_accelerate(policy))
+            self.frozen = copy_of(policy, share=share)
+
+    def _warn_of_rounding(self, given: nn.Module) -> None:
+        own, other = dtype_of(self.policy), dtype_of(given)
+        if own is not None and other is not None and own != other:
+            logger.warning(
+                "the reference is stored in %s and the policy in %s: by rounding their log-probabilities differ from "
+                "the start; load both in one dtype, or give both by name", other, own,
+            )  # fmt: skip
+
+    @property
+    def kept(self) -> list[nn.Module]:
+        """The separate model, if there is one."""
+        return [] if self.frozen is None else [self.frozen]
 
     @contextmanager
     def model(self) -> Iterator[nn.Module | None]:
@@ -60,13 +100,25 @@ class Reference:
             yield model
 
     def state(self) -> dict[str, Any]:
-        """The weights of a separate reference model, which a checkpoint needs because they may have moved."""
-        return {} if self.frozen is None else below_accelerate(self.frozen).state_dict()
+        """The weights of a separate reference model, which a checkpoint needs because they may have moved.
+
+        Those that it shares with the policy are not among them.
+        """
+        if self.frozen is None:
+            return {}
+        shared = self._shared()
+        state = below_accelerate(self.frozen).state_dict()
+        return {name: value for name, value in state.items() if name not in shared}
 
     def load(self, state: dict[str, Any]) -> None:
         """Load what `state` returned."""
         if self.frozen is not None:
-            below_accelerate(self.frozen).load_state_dict(state)
+            below_accelerate(self.frozen).load_state_dict(state, strict=not self._shared())
+
+    def _shared(self) -> set[str]:
+        policy = dict(below_accelerate(self.policy).named_parameters())
+        reference = below_accelerate(self.frozen).named_parameters() if self.frozen is not None else ()
+        return {name for name, kept in reference if kept is policy.get(name)}
 
     @torch.no_grad()
     def sync(self, alpha: float = 1.0) -> None:

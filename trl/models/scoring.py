@@ -31,6 +31,7 @@ from trl.models.forward import (
     probe_rows,
     virtual_tokens,
 )
+from trl.models.precision import TOLERANCES, coarsest
 from trl.models.unwrap import below_accelerate, below_peft, below_value_head, is_encoder_decoder
 
 CHUNK_ELEMENTS = 3 * 2**21
@@ -134,8 +135,8 @@ def _differ(ours: Tensor, own: Tensor, dtype: torch.dtype) -> bool:
     """Whether logits differ by more than rounding them, in this type, does. Weights that are broken say nothing."""
     if ours.shape != own.shape or not ours.isfinite().all():
         return False
-    exact = {dtype, own.dtype} <= {torch.float32, torch.float64}
-    return not torch.allclose(ours, own.float(), rtol=0, atol=(1e-4 if exact else 3e-2) * float(ours.abs().max()))
+    precision = coarsest(str(each).removeprefix("torch.") for each in (dtype, own.dtype))
+    return not torch.allclose(ours, own.float(), rtol=0, atol=TOLERANCES[precision].logits * float(ours.abs().max()))
 
 
 def map_logits(

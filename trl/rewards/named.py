@@ -33,8 +33,13 @@ REWARDS: dict[str, RewardFunction] = {
 """name -> `f(prompts, completions, completion_ids, **columns) -> one number or None each`"""
 
 
-def reward_named(name: str, tokenizer: Any = None, device: torch.device | str = "cpu") -> RewardFunction:
-    """An entry of `REWARDS`, `package.module:function`, or the folder (or hub name) of a reward model."""
+def reward_named(
+    name: str, tokenizer: Any = None, device: torch.device | str = "cpu", like: torch.dtype | None = None
+) -> RewardFunction:
+    """An entry of `REWARDS`, `package.module:function`, or the folder (or hub name) of a reward model.
+
+    like: the dtype of a reward model's weights; None: as they were saved.
+    """
     if name in REWARDS:
         return REWARDS[name]
     module, colon, function = name.partition(":")
@@ -45,7 +50,7 @@ def reward_named(name: str, tokenizer: Any = None, device: torch.device | str = 
             f"reward_funcs={name!r}: no folder of that name; choose one of {', '.join(REWARDS)}, "
             "`package.module:function`, or a reward model's folder"
         )
-    model = load_model(name, AutoModelForSequenceClassification, {"num_labels": 1})
+    model = load_model(name, AutoModelForSequenceClassification, {"num_labels": 1}, frozen=True, like=like)
     return of_model(model, name if tokenizer is None else tokenizer, device)
 
 
@@ -70,8 +75,12 @@ def reward_panel(
     tokenizers: Any = None,
     timeout: float | Sequence[float | None] | None = None,
     device: torch.device | str = "cpu",
+    like: torch.dtype | None = None,
 ) -> RewardPanel:
-    """One panel of functions, names, reward models and folders. `tokenizers`: of the models, one each or for all."""
+    """One panel of functions, names, reward models and folders. `tokenizers`: of the models, one each or for all.
+
+    like: see `reward_named`.
+    """
     listed = list(functions) if isinstance(functions, list | tuple) else [functions]
     given = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
     if len(given) != len(listed):
@@ -79,7 +88,7 @@ def reward_panel(
 
     def function_of(source: RewardSource, tokenizer: Any) -> RewardFunction:
         if isinstance(source, str):
-            return reward_named(source, tokenizer, device)
+            return reward_named(source, tokenizer, device, like)
         if isinstance(source, PreTrainedModel):
             return of_model(source, tokenizer, device)
         return source

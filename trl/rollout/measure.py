@@ -18,6 +18,7 @@ from trl.losses.advantages import generalized_advantages, whiten
 from trl.losses.kl import KL_PENALTIES, full
 from trl.losses.loss_sum import LossSum, Measure
 from trl.models.forward import within_forward
+from trl.models.precision import TOLERANCES
 from trl.models.reference import Reference
 from trl.models.scoring import Head, Scores, chunk_rows, in_head, score, scored_states, scores_at
 from trl.rollout.experience import Experience, joined
@@ -56,53 +57,34 @@ def in_pieces(
     return [joined(parts) for parts in zip(*columns, strict=True)]
 
 
-EXACT, COARSE = (1e-5, 1e-8), (2e-2, 1e-2)
-"""how far the mean ratio may be from 1, and approx_kl from 0, in the first update on what the policy has sampled"""
-
-
-def is_coarse(model: nn.Module, mixed_precision: str | None) -> bool:
-    """Whether two computations of one number differ visibly: half precision, TF32, quantised weights."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    quantised = any(getattr(module, "is_quantized", False) for module in model.modules())
-    half = bool(dtypes & {torch.float16, torch.bfloat16}) or mixed_precision not in ("no", None)
-    return half or quantised or _tf32()
-
-
-def _tf32() -> bool:
-    try:
-        if torch.get_float32_matmul_precision() != "highest":
-            return True
-    except RuntimeError:  # set by the newer switches, which torch then wants to be asked about alone
-        pass
-    switches: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn)
-    return any(getattr(switch, "fp32_precision", None) in ("tf32", "bf16") for switch in switches)
-
-
 def means_of(metrics: Mapping[str, Measure]) -> dict[str, Tensor]:
     """The mean of each metric that brings its own count."""
     pairs = {name: value for name, value in metrics.items() if isinstance(value, tuple)}
     return {name: total / torch.as_tensor(count).clamp(min=1) for name, (total, count) in pairs.items()}
 
 
-def check_first_ratio(means: Mapping[str, Tensor | float], *, coarse: bool) -> None:
+def check_first_ratio(means: Mapping[str, Tensor | float], precision: Callable[[], str]) -> None:
     """RuntimeError unless a first update starts from the policy that sampled: at ratio 1 and approx_kl 0.
 
     means: the update's metrics; an objective that reports no `ratio`, `policy_kl` and `approx_kl` is not checked. The
     `ratio` may be of whole sequences, so the tokens' mean log-ratio is judged, which is `-policy_kl`.
+    precision: in which the policy computes (`precision_of`); asked only of numbers that float32 would not give.
     """
     if not {"ratio", "policy_kl", "approx_kl"} <= means.keys():
         return
     ratio, policy_kl, approx_kl = (float(means[name]) for name in ("ratio", "policy_kl", "approx_kl"))
     if not ratio:  # no token counts: all completions are empty or masked out
         return
-    of_ratio, of_kl = COARSE if coarse else EXACT
-    if not (abs(policy_kl) <= of_ratio and approx_kl <= of_kl):
-        raise RuntimeError(
-            f"at the first update the ratio is {ratio:.7f} and approx_kl {approx_kl:.1e}, where 1 and 0 are due: the "
-            "policy must still be itself. Did a callback change its weights, was it another model that sampled, or is "
-            "something in its forward pass random (noise on embeddings, a router, dropout in layers that gradient "
-            "checkpointing keeps in training mode)?"
-        )
+    for tolerance in (lambda: "float32", precision):
+        bound = TOLERANCES[tolerance()]
+        if abs(policy_kl) <= bound.ratio and approx_kl <= bound.kl:
+            return
+    raise RuntimeError(
+        f"at the first update the ratio is {ratio:.7f} and approx_kl {approx_kl:.1e}, where 1 and 0 are due: the "
+        "policy must still be itself. Did a callback change its weights, was it another model that sampled, or is "
+        "something in its forward pass random (noise on embeddings, a router, dropout in layers that gradient "
+        "checkpointing keeps in training mode)?"
+    )
 
 
 @dataclass(frozen=True)

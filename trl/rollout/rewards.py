@@ -140,15 +140,18 @@ def asked_of(rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any
     }
 
 
-def panel_of(functions: Any, tokenizers: Any, default: Any, device: Any) -> RewardPanel:
-    """Reward functions as a panel; a reward model that names no tokenizer reads with `default`, the policy's."""
+def panel_of(functions: Any, tokenizers: Any, default: Any, device: Any, like: Any = None) -> RewardPanel:
+    """Reward functions as a panel; a reward model that names no tokenizer reads with `default`, the policy's.
+
+    like: the dtype of reward models that are given by name.
+    """
     listed = functions if isinstance(functions, list | tuple) else [functions]
     given = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
     own = [
         default if each is None and not getattr(getattr(source, "config", None), "_name_or_path", "") else each
         for source, each in zip(listed, given, strict=False)
     ]
-    return reward_panel(list(listed), own + list(given[len(own) :]), None, device)
+    return reward_panel(list(listed), own + list(given[len(own) :]), None, device, like)
 
 
 def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Rewards:

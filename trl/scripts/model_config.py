@@ -19,9 +19,10 @@ class ModelConfig:
     model_revision: str = field(default="main")
     """branch, tag or commit on the Hub"""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = field(
-        default="float32", metadata={"aliases": ["--torch_dtype", "--torch-dtype"]}
+        default=None, metadata={"aliases": ["--torch_dtype", "--torch-dtype"]}
     )
-    """precision of the weights; auto: as they were saved"""
+    """precision of the weights; auto: as they were saved; None: float32 where they are trained, and as they were saved
+    below an adapter"""
     attn_implementation: str | None = field(default=None)
     """attention: sdpa, eager, flash_attention_2, or a kernel of the Hub; None: the model's default"""
     use_peft: bool = field(default=False)

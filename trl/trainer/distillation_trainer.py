@@ -16,6 +16,7 @@ from trl.data.encode import TextEncoder
 from trl.data.records import Rollout
 from trl.losses.distillation import generalized_jsd
 from trl.losses.loss_sum import LossSum
+from trl.models.precision import frozen_dtype
 from trl.models.prepare import load_model
 from trl.models.scoring import in_head, map_logits, scored_states
 from trl.rollout.experience import Experience, PolicyBatch
@@ -130,7 +131,9 @@ class DistillationTrainer(RolloutTrainer):
         source = named if given is None else given
         if source is None:
             raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path")
-        teacher = load_model(source, AutoModelForCausalLM, self._teacher_keywords(source))
+        like = frozen_dtype(self.model, self.accelerator.mixed_precision)
+        keywords = self._teacher_keywords(source)
+        teacher: Any = load_model(source, AutoModelForCausalLM, keywords, frozen=True, like=like)
         sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, self.model)]  # type: ignore[operator]
         if min(sizes) < len(self.processing_class):
             raise ValueError(
@@ -139,6 +142,9 @@ class DistillationTrainer(RolloutTrainer):
             )
         teacher.requires_grad_(False).eval()
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def frozen_models(self) -> list[nn.Module]:
+        return [*super().frozen_models(), self.teacher]
 
     def _teacher_keywords(self, source: nn.Module | str) -> dict[str, Any]:
         config = self.args

@@ -122,6 +122,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        self.say_memory()
         self._own_collator = data_collator
         self.create_optimizer_and_scheduler(self.args.max_steps)
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(

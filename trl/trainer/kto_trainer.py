@@ -183,6 +183,9 @@ class KTOTrainer(ObjectiveTrainer):
             "eval_dataset": each_dataset(eval_dataset, tokenised, "eval"),
         }
 
+    def frozen_models(self) -> list[nn.Module]:
+        return self.reference.kept
+
     @property
     def ref_model(self) -> nn.Module | None:
         """The reference, if it is a separate model; None if it is the policy without its adapter."""

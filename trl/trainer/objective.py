@@ -27,6 +27,7 @@ from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import LossSum
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
+from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
@@ -90,6 +91,8 @@ class ObjectiveTrainer(Trainer):
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _with_lengths(kwargs.get(name), own)
         super().__init__(*args, processing_class=processing_class, **kwargs)
+        check_trainable(self.model)
+        warn_of_half(self.model, self.args.learning_rate)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or show it one "
@@ -102,6 +105,7 @@ class ObjectiveTrainer(Trainer):
                 "and DeepSpeed do not allow; leave it out"
             )
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
+        self._memory_said = False
         self._metrics: Any = {mode: Appended(partial(self._tallies.__getitem__, mode)) for mode in self._tallies}
         self._seal = SealCheckpoints()
         self.add_callback(self._seal)
@@ -121,6 +125,17 @@ class ObjectiveTrainer(Trainer):
 
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""
+
+    def frozen_models(self) -> list[nn.Module]:
+        """Models beside the trained one that stay in memory: a reference, a teacher."""
+        return []
+
+    def say_memory(self) -> None:
+        """Say once, before training, what weights, gradients and optimizer take."""
+        if not self._memory_said and self.is_world_process_zero():
+            chosen = self.optimizer_cls_and_kwargs[0].__name__ if self.optimizer_cls_and_kwargs else self.args.optim
+            say_memory(self.model, self.frozen_models(), self.optimizer or chosen)
+        self._memory_said = True
 
     def prepare_evaluation(self, eval_dataset: Any) -> Any:
         """Evaluation rows in the form that the collator takes; a name or None means the trainer's own data set."""
@@ -195,6 +210,7 @@ class ObjectiveTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self.prepare_data()
+        self.say_memory()
         folder = str(self.args.output_dir)
         clean_up(folder)
         found = find(resume_from_checkpoint, folder, is_old=is_old_trainer_checkpoint)

@@ -178,6 +178,9 @@ class PairTrainer(ObjectiveTrainer):
                 f"loss_type={self.args.loss_type!r}: bco_pair keeps a mean; choose it, or not, before the run"
             )
 
+    def frozen_models(self) -> list[nn.Module]:
+        return [] if self.reference is None else self.reference.kept
+
     def extra_state(self) -> dict[str, Any]:
         """Collective: rewards that wait for the next step are taken into the mean of all ranks."""
         if self.shift is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -43,7 +44,7 @@ def policy_of(
     adapter: the one to train, of a PEFT model with several.
     """
     if isinstance(model, str):
-        model = load_model(model, AutoModelForCausalLM, arguments.loading_keywords())
+        model = load_model(model, AutoModelForCausalLM, arguments.loading_keywords(), whole=peft_config is None)
     if isinstance(model, PreTrainedModelWrapper):
         if peft_config is not None:
             raise ValueError("peft_config: the model has a value head already; give the language model alone")
@@ -63,14 +64,16 @@ def policy_of(
     return wrapped
 
 
-def reference_of(model: Any, policy: Any, arguments: PostTrainingConfig) -> PreTrainedModelWrapper | None:
-    """The reference behind a value head, which nothing reads; None stays None."""
+def reference_of(
+    model: Any, policy: Any, like: torch.dtype | None, arguments: PostTrainingConfig
+) -> PreTrainedModelWrapper | None:
+    """The reference behind a value head that nothing reads, stored `like` where it is given by name; None stays None."""
     if model is None or isinstance(model, PreTrainedModelWrapper):
         return model
-    if model is policy:
+    if isinstance(model, nn.Module) and model is policy:
         raise ValueError("ref_model: it is the policy itself; leave it out for a frozen copy, or load it again")
     if isinstance(model, str):
-        model = load_model(model, AutoModelForCausalLM, arguments.loading_keywords())
+        model = load_model(model, AutoModelForCausalLM, arguments.loading_keywords(), frozen=True, like=like)
     _check_model("ref_model", model)
     return AutoModelForCausalLMWithValueHead.from_pretrained(model)
 

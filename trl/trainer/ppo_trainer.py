@@ -49,10 +49,11 @@ from trl.losses.policy import clipped_surrogate, clipped_value
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
+from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precision_of, say_memory, warn_of_half
 from trl.models.prepare import check_vocabulary, context_length, equalise, load_model
-from trl.models.reference import Reference
+from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Scores, classifier_of
-from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder
+from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, learns_prompt
 from trl.rewards.named import RewardSource
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.measure import (
@@ -60,7 +61,6 @@ from trl.rollout.measure import (
     ActorCritic,
     advantages,
     check_first_ratio,
-    is_coarse,
     measure,
     with_advantages,
 )
@@ -337,7 +337,7 @@ class PPOTrainer(BaseTrainer):
     """Trains a language model with a value head against scores of its responses.
 
     ref_model: the reference of the KL. None: a frozen copy of the model as it is, sharing the layers before
-    `num_shared_layers`; for a PEFT model, the model with its adapter switched off.
+    `num_shared_layers`; for a PEFT model whose adapter is new, the model with its adapter switched off.
     value_model: a model with a score head (num_labels=1) as critic; the policy's value head is then frozen.
     reward_funcs: functions, their names, reward models or their folders; `train()` scores a response with their sum.
     reward_processing_classes: tokenizers of the reward models.
@@ -408,6 +408,7 @@ class PPOTrainer(BaseTrainer):
         check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler, num_shared_layers)
         assert config is not None
         set_seed(config.seed)
+        warn_of_half(model, config.learning_rate)
         self.config: PPOConfig = config
         self.tokenizer = tokenizer
         self.dataset = dataset
@@ -425,7 +426,9 @@ class PPOTrainer(BaseTrainer):
         )
         start_trackers(self.accelerator, config)
         reference: nn.Module | None = ref_model
-        if reference is None and not self.is_peft_model:
+        if reference is None and self.is_peft_model:
+            reference = None if needs_no_copy(model) else copy_of(model)
+        elif reference is None:
             equalise(model)
             reference = create_reference_model(model, num_shared_layers=num_shared_layers)
         self._prepare(model, value_model, reference, optimizer, data_collator, lr_scheduler)
@@ -466,6 +469,8 @@ class PPOTrainer(BaseTrainer):
         self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self.reference = Reference(self.model, self.ref_model)
         self.actor = ActorCritic(self.model, self.value_model, self.config.temperature)
+        if self.accelerator.is_main_process:
+            say_memory(nn.ModuleList(trained), self.reference.kept, optimizer)
 
     @property
     def processing_class(self) -> Any:
@@ -770,7 +775,7 @@ class PPOTrainer(BaseTrainer):
     def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
             if first:
-                check_first_ratio(means, coarse=is_coarse(self.model, self.accelerator.mixed_precision))
+                check_first_ratio(means, lambda: precision_of(self.model))
             return self._ratio_is_sane(means["ratio"])
 
         return optimizer_step(
@@ -947,11 +952,12 @@ class PPOTrainer(BaseTrainer):
             policy, self.arguments, parts["tokenizer"], today["peft_config"], self.args.model_adapter_name
         )
         reference = ppo_forms.one_of("ref_model", parts["ref_model"], "ref_policy", today["ref_policy"])
-        parts["ref_model"] = ppo_today.reference_of(reference, policy, self.arguments)
+        parts["ref_model"] = ppo_today.reference_of(reference, policy, dtype_of(parts["model"]), self.arguments)
         scorer, tokenizers = today["reward_model"], parts["reward_processing_classes"]
         if scorer is not None and scorer is parts["value_model"]:
             scorer = copy.deepcopy(scorer)  # one of them learns
-        parts["reward_funcs"] = self._scorer(scorer, parts["reward_funcs"], tokenizers)
+        like = frozen_dtype(parts["model"], self.arguments.mixed_precision)
+        parts["reward_funcs"] = self._scorer(scorer, parts["reward_funcs"], tokenizers, like)
         parts["dataset"], (parts["optimizer"], parts["lr_scheduler"]) = dataset, today["optimizers"] or (None, None)
         return config
 
@@ -977,14 +983,17 @@ class PPOTrainer(BaseTrainer):
         """The folder or name that a field of the config was given; None for its default."""
         return getattr(self.args, name) if name in self.args.given_fields() else None
 
-    def _scorer(self, reward_model: Any, reward_funcs: Any, tokenizers: Any) -> Any:
-        """What scores the responses: reward functions, or a model that reads tokens, which is put aside."""
+    def _scorer(self, reward_model: Any, reward_funcs: Any, tokenizers: Any, like: torch.dtype | None) -> Any:
+        """What scores the responses: reward functions, or a model that reads tokens, which is put aside.
+
+        One given by name is stored `like`.
+        """
         assert self.arguments is not None
         source = ppo_forms.one_of("reward_model", reward_model, "reward_funcs", reward_funcs)
         source = self._path("reward_model_path") if source is None else source
         if isinstance(source, str) and tokenizers is None and Path(source).is_dir():
             keywords = {"num_labels": 1, **self.arguments.loading_keywords()}
-            source = load_model(source, AutoModelForSequenceClassification, keywords)
+            source = load_model(source, AutoModelForSequenceClassification, keywords, frozen=True, like=like)
         if tokenizers is None and reward_funcs is None and ppo_today.reads_tokens(source):
             self._token_rewards = TokenRewards(source, self.arguments.device)
         return source
@@ -1152,9 +1161,9 @@ class PPOTrainer(BaseTrainer):
             raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
         if self._reward_funcs is None:
             return RolloutRewards(None)
-        return RolloutRewards(
-            panel_of(self._reward_funcs, self._reward_tokenizers, self.tokenizer, self.accelerator.device)
-        )
+        like = frozen_dtype(self.model, self.accelerator.mixed_precision)
+        tokenizers, device = self._reward_tokenizers, self.accelerator.device
+        return RolloutRewards(panel_of(self._reward_funcs, tokenizers, self.tokenizer, device, like))
 
     def _rollout(
         self, rows: Sequence[Mapping[str, Any]], rewards: RolloutRewards, source: Source | None = None
@@ -1440,6 +1449,12 @@ def check_arguments(
     if not isinstance(model, PreTrainedModelWrapper):
         raise ValueError(f"model must be a PreTrainedModelWrapper, got {type(model)} - {supported}")
     check_vocabulary(model, tokenizer)
+    check_trainable(model)
+    if learns_prompt(model):
+        raise ValueError(
+            "PromptLearningConfig is not supported for PPO training. Use an adapter of the weights, such as LoRA, or "
+            "train virtual tokens with GRPO or RLOO."
+        )
     if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
         raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)} - {supported}")
     if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset) and not _of_datasets(dataset):

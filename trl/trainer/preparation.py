@@ -8,9 +8,11 @@ from functools import wraps
 from typing import Any
 
 from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from trl.data.encode import Limits
 from trl.models.chat_setup import template_at
+from trl.models.peft_support import is_peft_model, warn_of_frozen_head
 from trl.models.prepare import (
     align_special_tokens,
     check_vocabulary,
@@ -142,6 +144,10 @@ def prepare(
     return None if model is None else prepare_model(model, **settings), made, tokenizer
 
 
+TASKS: dict[type, str] = {AutoModelForSequenceClassification: "SEQ_CLS", AutoModelForTokenClassification: "TOKEN_CLS"}
+"""what the adapter of a classifier is for"""
+
+
 def prepare_model(
     model: nn.Module | str,
     config: PostTrainingConfig,
@@ -163,7 +169,7 @@ def prepare_model(
         kwargs = {**(kwargs or {}), "quantization_config": quantization_config}
     if config.trust_remote_code and isinstance(model, str):
         kwargs = {"trust_remote_code": True, **(kwargs or {})}
-    model = load_model(model, auto_class, kwargs, owner=owner)
+    model = load_model(model, auto_class, kwargs, owner=owner, whole=peft_config is None)
     if peft_config is not None:
         model = wrap_peft(
             model,
@@ -173,7 +179,10 @@ def prepare_model(
             gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs,
             bf16=bool(config.bf16),
             merge=merge,
+            task=TASKS.get(auto_class),
         )
+    elif auto_class in TASKS and is_peft_model(model):
+        warn_of_frozen_head(model)
     if not dropout:
         disable_dropout_in_model(model)
     if tokenizer is not None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
 from trl.models.forward import eval_no_grad, rows_padded
-from trl.models.prepare import disable_dropout_in_model, is_peft_model, load_model
-from trl.models.reference import Reference
+from trl.models.precision import dtype_of
+from trl.models.prepare import disable_dropout_in_model, load_model
+from trl.models.reference import Reference, needs_no_copy
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer
@@ -88,7 +89,7 @@ def make_reference(
     encoder_decoder: bool = False,
 ) -> Reference:
     """The reference: the model given; else none if the rows bring its numbers or if they are computed before training;
-    else the policy without its adapter, or a frozen copy of the policy.
+    else the policy without its new adapter, or a frozen copy of the policy.
 
     absent: the objective uses no reference.
     """
@@ -98,11 +99,13 @@ def make_reference(
             raise ValueError("ref_model: the objective has no reference (reference_free=True); leave it out")
         return Reference(trainer.model, precomputed=True)
     if ref_model is None:
-        ahead = config.precompute_ref_log_probs and not is_peft_model(trainer.model)
-        reference = Reference(trainer.model, precomputed=ahead or _all_have(trainer, columns), autocast=autocast)
+        ahead = config.precompute_ref_log_probs and not needs_no_copy(trainer.model)
+        known, share = ahead or _all_have(trainer, columns), not trainer.is_fsdp_enabled
+        reference = Reference(trainer.model, precomputed=known, autocast=autocast, share=share)
     else:
         auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        given = load_model(ref_model, auto_class, config.ref_model_init_kwargs, owner=type(trainer).__name__)
+        owner, like = type(trainer).__name__, dtype_of(trainer.model)
+        given = load_model(ref_model, auto_class, config.ref_model_init_kwargs, owner=owner, frozen=True, like=like)
         if config.disable_dropout:
             disable_dropout_in_model(given)
         if given is not trainer.model:  # else `Reference` says what is wrong with that

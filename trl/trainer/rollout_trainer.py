@@ -26,14 +26,16 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
+from trl.models.precision import dtype_of, frozen_dtype, precision_of
 from trl.models.prepare import context_length, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.rewards.named import RewardSource, reward_panel
+from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
 from trl.rollout.collector import Collector
 from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
-from trl.rollout.measure import check_first_ratio, in_pieces, is_coarse, means_of
+from trl.rollout.measure import check_first_ratio, in_pieces, means_of
 from trl.rollout.prompts import PromptStream
 from trl.rollout.rewards import Rewards, RolloutRewards
 from trl.rollout.source import (
@@ -359,7 +361,7 @@ class RolloutTrainer(ObjectiveTrainer):
         if isinstance(model, str):
             tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
             keywords, quantization_config = config.loading_keywords(quantization_config), None
-            model = load_model(model, AutoModelForCausalLM, keywords)
+            model = load_model(model, AutoModelForCausalLM, keywords, whole=peft_config is None)
         tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model, config)
         model = prepare_model(
             model,
@@ -490,7 +492,8 @@ class RolloutTrainer(ObjectiveTrainer):
         config = self.args
         panel = None
         if functions is not None:
-            panel = reward_panel(functions, tokenizers, config.reward_timeout, config.device)
+            like = frozen_dtype(self.model, self.accelerator.mixed_precision)
+            panel = reward_panel(functions, tokenizers, config.reward_timeout, config.device, like=like)
         overlong = None if config.overlong_cache is None else (config.max_completion_length, config.overlong_cache)
         return RolloutRewards(panel, config.reward_weights, overlong)
 
@@ -516,11 +519,11 @@ class RolloutTrainer(ObjectiveTrainer):
         )
 
     def make_reference(self, ref_model: nn.Module | str | None) -> Reference:
-        """The model given, or the policy without its adapter, or a frozen copy; it moves where the config says so."""
+        """The model given, the policy without its new adapter, or a frozen copy; it moves where the config says so."""
         config, given = self.args, None
         if ref_model is not None:
             keywords = config.loading_keywords() if isinstance(ref_model, str) else config.model_init_kwargs
-            given = load_model(ref_model, AutoModelForCausalLM, keywords)
+            given = load_model(ref_model, AutoModelForCausalLM, keywords, frozen=True, like=dtype_of(self.model))
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = self.accelerator.prepare_model(given, evaluation_mode=True)
         reference = Reference(self.model, given, autocast=self.accelerator.autocast)
@@ -671,21 +674,29 @@ class RolloutTrainer(ObjectiveTrainer):
             return LossSum(self.nothing(model), policy.counted)
         loss = self.policy_objective(model, policy)
         if self._ratio_is_one_at == self.state.global_step and model.training:
-            coarse = is_coarse(self.model, self.accelerator.mixed_precision)
-            check_first_ratio(means_of(loss.metrics), coarse=coarse)
+            check_first_ratio(means_of(loss.metrics), self._precision)
         return LossSum(loss.total, policy.counted, loss.metrics)
+
+    def _precision(self) -> str:
+        with self.accelerator.autocast():
+            return precision_of(self.model)
 
     def nothing(self, model: nn.Module) -> Tensor:
         """A zero that every trained parameter takes part in, for a micro-batch without a row to compute. []"""
         zero = torch.zeros((), device=self.args.device)
         return sum((p.flatten()[:1].sum() * 0.0 for p in model.parameters() if p.requires_grad), zero)
 
+    def frozen_models(self) -> list[nn.Module]:
+        panel = None if self.rewards is None else self.rewards.panel
+        judges = [] if panel is None else [each.model for each in panel.functions if isinstance(each, RewardModel)]
+        return [*([] if self.reference is None else self.reference.kept), *judges]
+
     def extra_state(self) -> dict[str, Any]:
         """Collective: every rank's half-used rollout."""
         mine = [self.rollouts.plain_state()]
         state: dict[str, Any] = {"rollouts": gather_object(mine) if self.args.world_size > 1 else mine}
         if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
-            state["reference"] = self.reference.frozen.state_dict()
+            state["reference"] = self.reference.state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -696,8 +707,8 @@ class RolloutTrainer(ObjectiveTrainer):
                 "rollout cannot be divided; resume with as many"
             )
         self.rollouts.restore(ranks[self.args.process_index])
-        if "reference" in state and self.reference is not None and self.reference.frozen is not None:
-            self.reference.frozen.load_state_dict(state["reference"])
+        if "reference" in state and self.reference is not None:
+            self.reference.load(state["reference"])
 
     # -- evaluation ------------------------------------------------------------------------------
 
