@@ -45,7 +45,7 @@ PACKING_STRATEGIES = ("bfd", "wrapped", "constant_length")
 DATASET_KWARGS = ("add_special_tokens", "append_concat_token", "skip_prepare_dataset")
 ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "completion", "input_ids"}
 """each of these columns alone shows what a row is"""
-LOSSES: dict[str, Callable[[Tensor, Tensor], LossSum]] = {"nll": nll, "chunked_nll": nll, "dft": dft}
+LOSSES: dict[str, Callable[..., LossSum]] = {"nll": nll, "chunked_nll": nll, "dft": dft}
 
 
 @dataclass
@@ -386,7 +386,8 @@ class SFTTrainer(ObjectiveTrainer):
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         packed = batch["packed"]
-        return LOSSES[self.args.loss_type](score(model, packed).logprobs_BT, packed.mask_BT)
+        scores = score(model, packed, entropy=True, tops=True)
+        return LOSSES[self.args.loss_type](scores.logprobs_BT, packed.mask_BT, scores.entropy_BT, scores.top_BT)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """The loss; with `compute_metrics` also the logits of all positions [B, L, V] and the labels [B, L]."""
