@@ -111,7 +111,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("logits/rejected", "the same of rejected completions", "drifts slowly", (*PAIRS, "KTO")),
     Metric(
-        "rewards/<what>", "DPO's `chosen`, `rejected`, `margins` and `accuracies`, of the best and the worst of a group",
+        "rewards/<what>", "DPO's `chosen`, `rejected`, `margins`, `accuracies`, of the best and the worst of a group",
         "as DPO's", ("OnlineDPO",), "", False,
     ),
     Metric("logps/<side>", "log-probabilities of these two", "as DPO's", ("OnlineDPO",), "", False),

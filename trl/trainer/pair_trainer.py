@@ -22,7 +22,7 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.import_utils import is_wandb_available
 from trl.losses.kto import mismatched_kl
-from trl.losses.loss_sum import LossSum, Measure, masked_sum
+from trl.losses.loss_sum import LossSum, Measure
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import check_pair_options, preference_loss
 from trl.models.forward import eval_no_grad
@@ -285,11 +285,12 @@ def _token_metrics(scores: Scores, mask_BT: Tensor) -> dict[str, Measure]:
     assert scores.logits_BT is not None
     assert scores.entropy_BT is not None
     assert scores.top_BT is not None
+    chosen, rejected = mask_BT[0::2].sum(), mask_BT[1::2].sum()
     return {
-        "logits/chosen": masked_sum(scores.logits_BT[0::2], mask_BT[0::2]),
-        "logits/rejected": masked_sum(scores.logits_BT[1::2], mask_BT[1::2]),
-        "entropy": masked_sum(scores.entropy_BT, mask_BT),
-        "mean_token_accuracy": masked_sum(scores.top_BT[0::2], mask_BT[0::2]),
+        "logits/chosen": (scores.logits_BT[0::2].sum(), chosen),
+        "logits/rejected": (scores.logits_BT[1::2].sum(), rejected),
+        "entropy": (scores.entropy_BT.sum(), chosen + rejected),
+        "mean_token_accuracy": (scores.top_BT[0::2].sum(), chosen),
     }
 
 
