@@ -63,3 +63,9 @@ def test_at_the_reference_point_every_completion_costs_a_half():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="Unknown loss type: sigmoid"):
         unpaired_loss("sigmoid", RATIO, DESIRABLE, beta=0.1)
+
+
+def test_log_probabilities_are_recorded_for_either_side():
+    loss = unpaired_loss("kto", RATIO, DESIRABLE, beta=0.1, kl=0.0, logps_B=torch.tensor([-3.0, -5.0]))
+    assert [x.item() for x in loss.metrics["logps/chosen"]] == [-3.0, 1.0]
+    assert [x.item() for x in loss.metrics["logps/rejected"]] == [-5.0, 1.0]

@@ -1,22 +1,23 @@
 import pytest
 import torch
 
-from trl.losses.loss_sum import LossSum, aggregate, counted, masked_sum
+from trl.losses.loss_sum import LossSum, aggregate, counted, extreme, masked_sum, row_share
 
 LOSS = torch.tensor([[1.0, 2.0, 6.0], [4.0, 9.0, 9.0]])
 MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
 
 
 @pytest.mark.parametrize(
-    ("how", "max_tokens", "total", "count"), [("token", 0, 13.0, 4), ("sequence", 0, 7.0, 2), ("constant", 5, 13.0, 10)]
+    ("how", "max_tokens", "total", "count"),
+    [("token", 0, 13.0, 4), ("sequence", 0, 7.0, 2), ("constant", 5, 13.0, 10), ("sequence_sum", 0, 13.0, 2)],
 )
-def test_the_three_ways_to_add_up(how, max_tokens, total, count):
+def test_the_four_ways_to_add_up(how, max_tokens, total, count):
     got_total, got_count = aggregate(LOSS, MASK, how, max_tokens)
     assert got_total.item() == pytest.approx(total)
     assert got_count.item() == count == counted(MASK, how, max_tokens).item()
 
 
-@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("how", ["token", "sequence", "constant", "sequence_sum"])
 def test_micro_batches_add_up_to_the_batch(how):
     whole, whole_count = aggregate(LOSS, MASK, how, 5)
     parts = [aggregate(LOSS[i : i + 1], MASK[i : i + 1], how, 5) for i in range(2)]
@@ -24,7 +25,7 @@ def test_micro_batches_add_up_to_the_batch(how):
     assert sum(count for _, count in parts) == whole_count
 
 
-@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("how", ["token", "sequence", "constant", "sequence_sum"])
 def test_padding_changes_nothing(how):
     padded = torch.nn.functional.pad(LOSS, (0, 2), value=123.0), torch.nn.functional.pad(MASK, (0, 2))
     assert torch.equal(torch.stack(aggregate(*padded, how, 5)), torch.stack(aggregate(LOSS, MASK, how, 5)))
@@ -60,3 +61,13 @@ def test_constant_needs_the_limit_and_other_names_are_refused():
         counted(MASK, "constant")
     with pytest.raises(ValueError, match="aggregation='mean'"):
         counted(MASK, "mean")
+
+
+def test_extremes_by_hand():
+    assert extreme(torch.tensor([3.0, -1.0]), largest=True).value.item() == 3
+    assert extreme(torch.tensor([3.0, -1.0]), largest=False).value.item() == -1
+    assert extreme(torch.zeros(0), largest=True).value.item() == -torch.inf
+    flags, mask = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    assert row_share(flags, mask, largest=True).value.item() == 1
+    assert row_share(flags, mask, largest=False).value.item() == 0.5  # a row without tokens has no share
+    assert row_share(flags[2:], mask[2:], largest=False).value.item() == torch.inf

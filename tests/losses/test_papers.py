@@ -2,22 +2,26 @@
 
 import importlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from trl.losses.kl import KL_ESTIMATORS
 from trl.losses.kto import UNPAIRED_LOSSES
+from trl.losses.loss_sum import Aggregation
 from trl.losses.pairs import F_DIVERGENCES
 from trl.losses.policy import ADVANTAGES, CLIP_RULES, RATIO_LEVELS
 from trl.losses.preference import PAIR_LOSSES
+from trl.trainer.grpo_trainer import LOSS_TYPES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "papers.md").read_text()
-NAMES = [
-    name
-    for table in (PAIR_LOSSES, UNPAIRED_LOSSES, F_DIVERGENCES, ADVANTAGES, CLIP_RULES, RATIO_LEVELS, KL_ESTIMATORS)
-    for name in table
-]
+TABLES: tuple[Iterable[str], ...] = (
+    PAIR_LOSSES, UNPAIRED_LOSSES, F_DIVERGENCES, ADVANTAGES, CLIP_RULES, RATIO_LEVELS, KL_ESTIMATORS, LOSS_TYPES,
+    get_args(Aggregation),
+)  # fmt: skip
+NAMES = [name for table in TABLES for name in table]
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES)))

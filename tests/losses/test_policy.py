@@ -15,6 +15,7 @@ from trl.losses.policy import (
     kl_in_loss,
     policy_loss,
     sapo,
+    vespo,
 )
 
 ONE = torch.ones(1, 1)
@@ -36,8 +37,8 @@ SEED_ADVANTAGES = torch.tensor(
 def test_the_seeds_policy_loss():
     loss = clipped_surrogate(SEED_OLD + SEED_SHIFT, SEED_OLD, SEED_ADVANTAGES, SEED_MASK, clip_low=0.2, clip_high=0.2)
     assert loss.mean.item() == pytest.approx(0.074728, abs=1e-6)
-    means = {name: (total / count).item() for name, (total, count) in loss.metrics.items()}
-    assert means["clip_fraction"] == pytest.approx(0.333333, abs=1e-6)
+    means = {name: (x[0] / x[1]).item() for name, x in loss.metrics.items() if isinstance(x, tuple)}
+    assert means["clip_ratio/region_mean"] == pytest.approx(0.333333, abs=1e-6)
     assert means["approx_kl"] == pytest.approx(0.050208, abs=1e-6)
     assert means["policy_kl"] == pytest.approx(-0.008333, abs=1e-6)
 
@@ -105,10 +106,10 @@ def test_at_the_first_step_every_rule_is_the_policy_gradient(rule, level):
         logprobs, old, advantages, mask, rule=CLIP_RULES[rule], level=level, how="constant", max_tokens=4
     )
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
-    spread = mask.sum(-1, keepdim=True) if level == "trajectory" and rule != "cispo" else 1.0
+    spread = mask.sum(-1, keepdim=True) if level == "trajectory" and rule not in ("cispo", "vespo") else 1.0
     torch.testing.assert_close(gradient, -advantages * mask * spread)
     assert loss.metrics["ratio"][0].item() == pytest.approx(8.0)
-    assert loss.metrics["approx_kl"][0].item() == loss.metrics["clip_fraction"][0].item() == 0.0
+    assert loss.metrics["approx_kl"][0].item() == loss.metrics["clip_ratio/region_mean"][0].item() == 0.0
 
 
 def test_gspo_by_hand():
@@ -169,6 +170,75 @@ def test_the_terms_add_up_by_hand():
     recorded = clipped_surrogate(zero, zero, ONE, ONE, **terms)
     assert recorded.total.item() == pytest.approx(-0.5)
     assert recorded.metrics["entropy"][0].item() == 2.0
+
+
+@pytest.mark.parametrize("how", ["token", "sequence", "constant", "sequence_sum"])
+def test_the_entropy_bonus_is_the_mean_of_a_token_whatever_the_aggregation(how):
+    """Entropies 3, 1, 1 and 5 of four tokens: 2.5, at coefficient .2 a half off the loss."""
+    rows, mask = torch.full((2, 3), -1.0), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    entropies = torch.tensor([[3.0, 1.0, 1.0], [5.0, 7.0, 7.0]])
+    numbers = (rows, rows - 0.1, torch.ones(2, 1), mask)
+    plain = clipped_surrogate(*numbers, how=how, max_tokens=3)
+    whole = clipped_surrogate(*numbers, how=how, max_tokens=3, entropy_BT=entropies, entropy_coef=0.2)
+    assert (plain.mean - whole.mean).item() == pytest.approx(0.5)
+    share = plain.count / mask.sum()
+    total = torch.zeros(())
+    for row in (slice(0, 1), slice(1, 2)):  # micro-batches, told the share of the step
+        part = [x[row] for x in numbers]
+        terms = {"entropy_BT": entropies[row], "entropy_coef": 0.2, "entropy_share": share}
+        total = total + clipped_surrogate(*part, how=how, max_tokens=3, **terms).total
+    torch.testing.assert_close(total, whole.total)
+
+
+def test_the_shares_that_are_clipped_by_hand():
+    """Ratios 2, 1, 1 | .5 | 2 and A = 1, -1, 1: above in rows 1 (1 of 3) and 3 (all), below in row 2 (all)."""
+    ratios = torch.tensor([[2.0, 1.0, 1.0], [0.5, 9.0, 9.0], [2.0, 2.0, 9.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    advantages = torch.tensor([[1.0], [-1.0], [1.0]])
+    metrics = clipped_surrogate(ratios.log(), torch.zeros(3, 3), advantages, mask).metrics
+    assert metrics["clip_ratio/high_mean"][0].item() == 3
+    assert metrics["clip_ratio/low_mean"][0].item() == 1
+    assert metrics["clip_ratio/region_mean"] == (4, 6)
+    assert metrics["clip_ratio/low_min"].value.item() == 0
+    assert metrics["clip_ratio/high_max"].value.item() == 1
+    one = clipped_surrogate(ratios[:1].log(), torch.zeros(1, 3), advantages[:1], mask[:1]).metrics
+    assert one["clip_ratio/high_max"].value.item() == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight"),
+    [
+        (1.0, 2.0, 1.0), (1.0, -2.0, 1.0),
+        (2.0, 1.0, 4 * exp(-3)), (0.5, 1.0, 0.25 * exp(1.5)),  # w^2 e^(3 (1 - w))
+        (2.0, -1.0, 8 * exp(-2)), (0.5, -1.0, 0.125 * exp(1)),  # w^3 e^(2 (1 - w))
+    ],
+)  # fmt: skip
+def test_vespo_by_hand(ratio, advantage, weight):
+    logprob = torch.tensor([[-0.5]], requires_grad=True)
+    got = vespo(torch.tensor([[log(ratio)]]), logprob, torch.tensor([[advantage]]))
+    assert got.loss_BT.item() == pytest.approx(0.5 * weight * advantage)
+    got.loss_BT.sum().backward()
+    assert logprob.grad.item() == pytest.approx(-weight * advantage)
+    assert not torch.stack([got.low_BT, got.high_BT]).any()
+
+
+def test_vespo_weighs_all_tokens_by_the_ratio_of_their_completion():
+    """Log-ratios log 2 and 0: w = 2 for both tokens, 4 e^-3 of each log-probability; of ratios per token only one."""
+    logprobs = torch.tensor([[-1.0, -3.0]])
+    old = logprobs - torch.tensor([[log(2), 0.0]])
+    loss = policy_loss(logprobs, old, ONE, torch.ones(1, 2), rule=vespo, level="trajectory")
+    assert loss.total.item() == pytest.approx(4 * 4 * exp(-3))
+    assert loss.count == 2
+
+
+def test_luspo_by_hand():
+    """Sequence ratio sqrt 2 clipped to 1.2, A = 1 and -1; lengths 2 and 1: (-1.2 * 2 + 1 * 1) / 2."""
+    logprobs = torch.tensor([[-1.0, -3.0], [-1.0, 0.0]])
+    old = logprobs - torch.tensor([[log(2), 0.0], [0.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    terms = {"level": "sequence", "how": "sequence_sum"}
+    loss = clipped_surrogate(logprobs, old, torch.tensor([[1.0], [-1.0]]), mask, **terms)
+    assert loss.mean.item() == pytest.approx(-0.7)
 
 
 def test_terms_without_their_tensor_are_refused():

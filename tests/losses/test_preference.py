@@ -53,6 +53,7 @@ def test_the_seeds_reference_free_numbers():
 
 BY_HAND = [
     ("sigmoid", {}, 0.5981389),
+    ("sigmoid_norm", {}, log(1 + exp(-0.1 * (1 / 5 + 1 / 4)))),
     ("robust", {"label_smoothing": 0.1}, 0.5731389),  # (.9 * .598139 - .1 * .798139) / .8
     ("hinge", {}, 0.8),
     ("ipo", {}, 9.0),
@@ -259,4 +260,31 @@ def test_a_reference_free_term_sees_the_policy_itself_under_a_divergence():
 def test_objectives_per_token_report_rewards_per_token():
     loss = preference_loss(WORDS, {"simpo": 1.0}, {"beta": 2.0, "gamma": 0.5})
     assert loss.metrics["rewards/margins"].item() == pytest.approx(2 * log(2), abs=1e-6)
-    assert PER_TOKEN <= REFERENCE_FREE <= set(PAIR_LOSSES)
+    assert set(PAIR_LOSSES) >= PER_TOKEN | REFERENCE_FREE
+
+
+def test_sigmoid_norm_by_hand():
+    """c = -2 over 4 tokens, r = -6 over 3: beta (-.5 + 2) = 1.5 at beta 1, where `sigmoid` sees 4."""
+    pair = PairLogps(*(torch.tensor([x]) for x in (-8.0, -9.0, -6.0, -3.0, 4.0, 3.0)))
+    loss = preference_loss(pair, {"sigmoid_norm": 1.0}, {"beta": 1.0})
+    assert loss.total.item() == pytest.approx(log(1 + exp(-1.5)))
+    assert loss.metrics["rewards/margins"].item() == pytest.approx(1.5)
+    smoothed = PAIR_LOSSES["sigmoid_norm"](pair, beta=1.0, label_smoothing=0.25)
+    assert smoothed.item() == pytest.approx(log(1 + exp(-1.5)) + 0.25 * 1.5)
+
+
+def test_sigmoid_norm_of_equal_lengths_is_dpo_at_a_smaller_beta():
+    pair = PairLogps(*(torch.tensor([x]) for x in (-8.0, -9.0, -6.0, -3.0, 4.0, 4.0)))
+    torch.testing.assert_close(PAIR_LOSSES["sigmoid_norm"](pair, beta=2.0), PAIR_LOSSES["sigmoid"](pair, beta=0.5))
+
+
+def test_the_parts_of_orpo_by_hand():
+    """p = 1/2 (odds 1) against 1/5 (odds 1/4): log odds log 4, log sigma of it log 4/5."""
+    pair = PairLogps(torch.tensor([0.5]).log() * 2, torch.tensor([0.2]).log() * 3, None, None,
+                     torch.tensor([2.0]), torch.tensor([3.0]))  # fmt: skip
+    loss = preference_loss(pair, {"orpo": 1.0}, {"beta": 0.1})
+    assert loss.metrics["nll_loss"].item() == pytest.approx(log(2))
+    assert loss.metrics["log_odds_chosen"].item() == pytest.approx(log(4))
+    assert loss.metrics["log_odds_ratio"].item() == pytest.approx(log(0.8))
+    assert loss.total.item() == pytest.approx(log(2) - 0.1 * log(0.8))
+    assert "nll_loss" not in preference_loss(pair, {"simpo": 1.0}, {"beta": 0.1}).metrics

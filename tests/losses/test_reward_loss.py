@@ -18,6 +18,8 @@ def test_margin_and_centre_by_hand():
     assert bradley_terry(chosen, rejected, torch.tensor([0.5])).total.item() == pytest.approx(0.4740770, abs=1e-6)
     loss = bradley_terry(chosen, rejected, torch.tensor([0.5]), center=0.1)
     assert loss.total.item() == pytest.approx(1.3740770, abs=1e-6)
+    assert loss.metrics.pop("mean_reward") == (3, 2)
+    assert [loss.metrics.pop(f"{which}_reward").value.item() for which in ("min", "max")] == [1, 2]
     assert {name: value.item() for name, value in loss.metrics.items()} == {
         "accuracy": 1.0,
         "margin": 1.0,

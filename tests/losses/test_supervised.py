@@ -13,6 +13,10 @@ def test_nll_by_hand():
     assert loss.total.item() == pytest.approx(3 * log(2))
     assert loss.count.item() == 2
     assert [x.item() for x in loss.metrics["entropy"]] == [4.0, 2.0]
+    for function in (nll, dft):
+        counted = function(PROBABILITIES.log(), torch.tensor([[1.0, 1.0, 0.0]]), None, torch.tensor([[1.0, 0.0, 1.0]]))
+        assert [x.item() for x in counted.metrics["mean_token_accuracy"]] == [1.0, 2.0]
+        assert "entropy" not in counted.metrics
 
 
 def test_dft_by_hand():

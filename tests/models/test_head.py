@@ -15,7 +15,8 @@ def plain(module, hidden, targets, scale, softcap, temperature):
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logp = (logits / temperature).log_softmax(-1)
-    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+    tops = (logp.argmax(-1) == targets).float()
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1), tops
 
 
 @pytest.mark.parametrize("kept", [0, 60, 10**6])
@@ -28,10 +29,14 @@ def test_like_a_log_softmax(kept, softcap, trained, monkeypatch):
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 23).requires_grad_(trained)
     hidden, targets = torch.randn(7, 4, requires_grad=True), torch.randint(0, 23, (7,))
+    targets[::2] = module(hidden).argmax(-1)[::2]  # some are the first choice
     weights = torch.randn(7)
     found = heads.token_logprobs(heads.Head(module, 23, 0.7, softcap), hidden, targets, temperature=1.3, entropy=True)
     expected = plain(module, hidden, targets, 0.7, softcap, 1.3)
     torch.testing.assert_close(found, expected)
+    assert 4 <= found[2].sum() < 7
+    slow = heads.logprobs_and_entropy(heads.Head(module, 23, 0.7, softcap), hidden, targets, 1.3)
+    torch.testing.assert_close(slow, expected)
     learned = [hidden, *(module.parameters() if trained else [])]
     ours, theirs = (torch.autograd.grad((weights * pair[0]).sum(), learned) for pair in (found, expected))
     torch.testing.assert_close(ours, theirs)
@@ -55,7 +60,7 @@ def test_far_logits_stay_finite():
     module = torch.nn.Linear(1, 3, bias=False)
     module.weight.data[:] = torch.tensor([[1e4], [0.0], [-1e4]])
     hidden = torch.ones(3, 1, requires_grad=True)
-    logprobs, entropies = heads.token_logprobs(heads.Head(module, 3), hidden, torch.arange(3), entropy=True)
+    logprobs, entropies, _ = heads.token_logprobs(heads.Head(module, 3), hidden, torch.arange(3), entropy=True)
     assert logprobs.tolist() == [0.0, -1e4, -2e4]
     assert entropies.tolist() == [0.0] * 3
     logprobs.sum().backward()
@@ -81,7 +86,7 @@ def test_no_scored_token_has_a_gradient_of_zero(placed):
         junk = torch.full_like(module.weight, float("nan"))
         del junk  # what fresh memory may hold
         hidden = torch.zeros(0, 3, requires_grad=True)
-        logprobs, entropies = heads.token_logprobs(heads.Head(module, 5), hidden, torch.zeros(0, dtype=torch.long))
+        logprobs, entropies, _ = heads.token_logprobs(heads.Head(module, 5), hidden, torch.zeros(0, dtype=torch.long))
         logprobs.sum().backward()
     assert logprobs.shape == entropies.shape == (0,)
     assert not module.weight.grad.any()
@@ -95,7 +100,7 @@ def test_words_that_never_come_may_fill_tiles(monkeypatch):
     module.bias.data[:] = torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, -torch.inf])
     module.weight.data.zero_()
     hidden = torch.ones(1, 2, requires_grad=True)
-    logprobs, _ = heads.token_logprobs(heads.Head(module, 6), hidden, torch.tensor([2]))
+    logprobs, *_ = heads.token_logprobs(heads.Head(module, 6), hidden, torch.tensor([2]))
     logprobs.sum().backward()
     assert logprobs.item() == pytest.approx(math.log(0.5))
     assert module.bias.grad.tolist() == [0, 0, 0.5, -0.5, 0, 0]
@@ -103,7 +108,7 @@ def test_words_that_never_come_may_fill_tiles(monkeypatch):
 
 def test_words_beyond_the_named_vocabulary_count_as_the_model_counts_them():
     module = torch.nn.Linear(2, 4, bias=False)
-    logprobs, _ = heads.token_logprobs(heads.Head(module, 3), torch.zeros(1, 2), torch.tensor([0]))
+    logprobs, *_ = heads.token_logprobs(heads.Head(module, 3), torch.zeros(1, 2), torch.tensor([0]))
     logprobs.sum().backward()
     assert logprobs.item() == pytest.approx(math.log(1 / 4))
     assert not module.weight.grad.any()

@@ -126,7 +126,8 @@ def test_padded_methods_equal_the_packed_objective(tmp_path):
     assert set(metrics) == {
         f"eval_{name}" for name in (
             "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-            "logps/rejected", "logits/chosen", "logits/rejected",
+            "logps/rejected", "logits/chosen", "logits/rejected", "entropy",
+                "mean_token_accuracy",
         )
     }  # fmt: skip
 

@@ -218,7 +218,9 @@ def test_metrics_by_hand():
     made = rollout(4)
     made.completions = [[1], [1, 2], [1, 2, 3], [1, 2]]
     made.metadata["truncated"][0] = True
-    record(add, made, rewards([1.0], [3.0], [NAN], [5.0]), 2)
+    record(
+        add, lambda name, found: seen.update({name: found.value.item()}), made, rewards([1.0], [3.0], [NAN], [5.0]), 2
+    )
     assert seen["completions/mean_length"] == 2
     assert seen["completions/clipped_ratio"] == 0.25
     assert seen["rewards/f0/mean"] == seen["reward"] == 3

@@ -138,6 +138,10 @@ class Softmax:
         """log p of the targets."""
         return self.chosen - self.peak - self.total.log()
 
+    def tops(self) -> Tensor:
+        """1 where no word is likelier than the target."""
+        return (self.chosen >= self.peak).to(self.chosen.dtype)
+
     def entropies(self) -> Tensor:
         """-sum p log p; 0 unless wanted."""
         return self.total.log() - self.mean / self.total if self.want_entropy else self.mean
@@ -205,7 +209,7 @@ class Kept:
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """log p of the targets and the entropies (not differentiable). [S], [S] float32
+    """log p of the targets; their entropies, and which are the likeliest (no gradient). [S], [S], [S] float32
 
     A frozen head needs only the gradient of h, which the forward pass knows up to a factor for each row: the logits are
     then computed once. A trained head keeps exponentials up to a budget, and computes the others again in the backward
@@ -216,12 +220,12 @@ class LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head, temperature: float,
         want_entropy: bool, learns: bool, place: Place | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         linear = Linear(weight, bias, head, temperature)
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         frozen = learns and hidden.requires_grad and not head_trains
         kept = Kept(KEPT_ELEMENTS if learns and head_trains else 0)
-        logprobs, entropies, peak, total, slope = torch.zeros(5, len(hidden), device=hidden.device)
+        logprobs, entropies, tops, peak, total, slope = torch.zeros(6, len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if frozen else None
         for rows in row_blocks(len(hidden)):
             hidden_RD, ids_R = hidden[rows], ids[rows]
@@ -238,18 +242,18 @@ class LinearLogprobs(torch.autograd.Function):
                     of_hidden.take(exponentials, words, targets, cap_slope, rescale_R)
                 elif keeps:
                     kept.take((rows.start, words.start), exponentials, cap_slope, softmax.peak, weight.dtype)
-            logprobs[rows], entropies[rows] = softmax.logprobs(), softmax.entropies()
+            logprobs[rows], entropies[rows], tops[rows] = softmax.logprobs(), softmax.entropies(), softmax.tops()
             peak[rows], total[rows], slope[rows] = softmax.peak, softmax.total, softmax.target_slope()
             if gradient is not None and of_hidden is not None:
                 gradient[rows] = of_hidden.finished(softmax, ids_R)
         ctx.linear, ctx.kept, ctx.place = linear, kept.tiles, place
         ctx.save_for_backward(hidden, weight, bias, ids, gradient, peak, total, slope)
-        ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        ctx.mark_non_differentiable(entropies, tops)
+        return logprobs, entropies, tops
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_S: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, ids, gradient, peak, total, slope = ctx.saved_tensors
         if gradient is not None:
             return (gradient * grad_S[:, None].to(gradient.dtype), *[None] * 8)

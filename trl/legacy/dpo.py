@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trl.data.encode import Ids
 from trl.legacy.collators import pad_to_length
-from trl.losses.loss_sum import LossSum
+from trl.losses.loss_sum import Extreme, LossSum
 from trl.losses.pairs import PairLogps
 from trl.losses.preference import PAIR_LOSSES, pair_options
 from trl.models.unwrap import is_encoder_decoder
@@ -226,5 +226,11 @@ def pair_losses(
 
 def mean_metrics(result: LossSum, prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean loss, and the mean of each metric under `prefix` + its name."""
-    pairs = {name: v if isinstance(v, tuple) else (v, result.count) for name, v in result.metrics.items()}
-    return result.mean, {prefix + name: total / count for name, (total, count) in pairs.items()}
+    means: dict[str, Tensor] = {}
+    for name, value in result.metrics.items():
+        if isinstance(value, Extreme):
+            means[prefix + name] = value.value
+            continue
+        total, count = value if isinstance(value, tuple) else (value, result.count)
+        means[prefix + name] = total / count
+    return result.mean, means

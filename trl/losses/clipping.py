@@ -108,5 +108,28 @@ def sapo(
     return Surrogate(loss, never, never)
 
 
-CLIP_RULES: dict[str, Callable[..., Surrogate]] = {"clip": clip, "cispo": cispo, "sapo": sapo}
+def vespo(
+    log_ratio: Tensor,
+    logprobs_BT: Tensor,
+    advantages: Tensor,
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+) -> Surrogate:
+    """`-sg[w^k exp(lambda (1 - w))] A log p`: VESPO (arXiv:2602.10693), k and lambda by the sign of A.
+
+    w is the ratio of the whole completion (`trajectory_ratio`). The weight is 1 at w = 1; k lessens it below, lambda
+    above.
+    """
+    log_w, positive = log_ratio.detach(), advantages >= 0
+    k, decay = torch.where(positive, k_pos, k_neg), torch.where(positive, lambda_pos, lambda_neg)
+    weight = (k * log_w + decay * (1 - log_w.exp())).exp()
+    loss = -weight * advantages * logprobs_BT
+    never = torch.zeros_like(loss, dtype=torch.bool)
+    return Surrogate(loss, never, never)
+
+
+CLIP_RULES: dict[str, Callable[..., Surrogate]] = {"clip": clip, "cispo": cispo, "sapo": sapo, "vespo": vespo}
 """the keyword-only parameters of a rule are its options"""

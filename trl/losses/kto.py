@@ -55,11 +55,13 @@ def unpaired_loss(
     beta: float,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    logps_B: Tensor | None = None,
     **state: Tensor | float,
 ) -> LossSum:
     """The objective `name` summed over the completions; desirable and other ones have separate weights.
 
-    log_ratio_B: `log policy - log reference` of each completion. state: `kl` for kto, `delta` for bco.
+    log_ratio_B: `log policy - log reference` of each completion. logps_B: the first of the two, which is only recorded.
+    state: `kl` for kto, `delta` for bco.
     """
     if name not in UNPAIRED_LOSSES:
         raise ValueError(f"Unknown loss type: {name}. Should be one of {list(UNPAIRED_LOSSES)}")
@@ -71,4 +73,7 @@ def unpaired_loss(
             "rewards/chosen": masked_sum(beta * log_ratio_B, desirable_B),
             "rewards/rejected": masked_sum(beta * log_ratio_B, ~desirable_B),
         }
+        if logps_B is not None:
+            metrics["logps/chosen"] = masked_sum(logps_B, desirable_B)
+            metrics["logps/rejected"] = masked_sum(logps_B, ~desirable_B)
     return LossSum(total, len(desirable_B), metrics)

@@ -6,8 +6,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Aggregation = Literal["token", "sequence", "constant"]
-Measure = Tensor | tuple[Tensor, Tensor | float]
+Aggregation = Literal["token", "sequence", "constant", "sequence_sum"]
+
+
+@dataclass(frozen=True, slots=True)
+class Extreme:
+    """A metric that is the least or the most of what was seen, in place of a mean; infinite where nothing was. []"""
+
+    value: Tensor
+    largest: bool
+
+
+Measure = Tensor | tuple[Tensor, Tensor | float] | Extreme
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +33,7 @@ class LossSum:
     count: Tensor | float
     """what `total` was summed over: tokens, sequences or pairs"""
     metrics: dict[str, Measure] = field(default_factory=dict)
-    """[] detached sums over the same count, or `(sum, count)` where a metric is counted in something else"""
+    """[] detached sums over the same count, `(sum, count)` where a metric is counted in something else, extremes"""
 
     @property
     def mean(self) -> Tensor:
@@ -38,11 +48,11 @@ class LossSum:
 def counted(mask_BT: Tensor, how: Aggregation, max_tokens: int = 0) -> Tensor:
     """The count of `aggregate`. It follows from the mask alone, so it is known before any forward pass. []
 
-    Rows without a single counted token count for nothing in `sequence`; `constant` keeps them.
+    Rows without a single counted token count for nothing in `sequence` and `sequence_sum`; `constant` keeps them.
     """
     if how == "token":
         return mask_BT.sum()
-    if how == "sequence":
+    if how in ("sequence", "sequence_sum"):
         return (mask_BT.sum(-1) > 0).sum()
     if how == "constant":
         if max_tokens <= 0:
@@ -50,7 +60,7 @@ def counted(mask_BT: Tensor, how: Aggregation, max_tokens: int = 0) -> Tensor:
                 f"max_tokens={max_tokens}: aggregation 'constant' divides by it; give the completion limit"
             )
         return torch.as_tensor(len(mask_BT) * max_tokens, device=mask_BT.device)
-    raise ValueError(f"aggregation={how!r}: choose 'token', 'sequence' or 'constant'")
+    raise ValueError(f"aggregation={how!r}: choose 'token', 'sequence', 'constant' or 'sequence_sum'")
 
 
 def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, max_tokens: int = 0) -> tuple[Tensor, Tensor]:
@@ -59,6 +69,7 @@ def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, max_tokens: in
     token:    every token weighs the same (DAPO, eq. 12 of arXiv:2503.14476).
     sequence: every completion weighs the same (GRPO, eq. 3 of arXiv:2402.03300).
     constant: every completion is divided by the same `max_tokens` (Dr. GRPO, arXiv:2503.20783).
+    sequence_sum: every completion weighs its own length (LUSPO, arXiv:2602.05261).
     """
     weight_BT = mask_BT.to(loss_BT.dtype)
     if how == "sequence":
@@ -69,3 +80,17 @@ def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, max_tokens: in
 def masked_sum(values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     """A metric per token: its detached sum where the mask counts, and the number of those tokens. [], []"""
     return (values_BT.detach() * mask_BT).sum(), mask_BT.sum()
+
+
+def row_share(flags_BT: Tensor, mask_BT: Tensor, *, largest: bool) -> Extreme:
+    """The least or the largest share of flagged tokens in one row, of the rows that count tokens."""
+    tokens_B = mask_BT.sum(-1)
+    share_B = (flags_BT * mask_BT).sum(-1) / tokens_B.clamp(min=1)
+    return extreme(share_B.masked_fill(tokens_B == 0, -torch.inf if largest else torch.inf), largest=largest)
+
+
+def extreme(values: Tensor, *, largest: bool) -> Extreme:
+    """The least or the largest of the values; infinite where there is none."""
+    nothing = values.new_full((1,), -torch.inf if largest else torch.inf)
+    joined = torch.cat([values.detach().flatten(), nothing])
+    return Extreme(joined.max() if largest else joined.min(), largest)

@@ -24,9 +24,9 @@ from trl.losses.advantages import (
     token_rewards,
     whiten,
 )
-from trl.losses.clipping import CLIP_RULES, RATIO_LEVELS, ClipRule, Surrogate, cispo, clip, sapo
+from trl.losses.clipping import CLIP_RULES, RATIO_LEVELS, ClipRule, Surrogate, cispo, clip, sapo, vespo
 from trl.losses.kl import KL_ESTIMATORS
-from trl.losses.loss_sum import Aggregation, LossSum, Measure, aggregate, masked_sum
+from trl.losses.loss_sum import Aggregation, LossSum, Measure, aggregate, masked_sum, row_share
 from trl.losses.token_weights import (
     adaptive_entropy_coef,
     importance_correction,
@@ -63,6 +63,7 @@ __all__ = [
     "sum_then_normalize",
     "token_rewards",
     "top_entropy_mask",
+    "vespo",
     "whiten",
 ]
 
@@ -85,14 +86,16 @@ def policy_loss(
     kl_importance: bool = False,
     entropy_BT: Tensor | None = None,
     entropy_coef: float = 0.0,
+    entropy_share: Tensor | float | None = None,
     how: Aggregation = "token",
     max_tokens: int = 0,
 ) -> LossSum:
-    """`weight rule(ratio, A) + beta KL - entropy_coef H` per token, added up by `how`.
+    """`weight rule(ratio, A) + beta KL` per token, added up by `how`, minus `entropy_coef` times the mean entropy.
 
     advantages: [B, 1] or [B, T]. rule: of `CLIP_RULES`, its numbers bound. level: of `RATIO_LEVELS`. weight_BT: of
     `token_weights`, for the surrogate alone. kl, kl_importance: see `kl_in_loss`; a reference with beta 0 is only
-    recorded, so is an entropy with coefficient 0. Metrics are per token, whatever `how`.
+    recorded, so is an entropy with coefficient 0. The entropy is a mean over tokens, and metrics are too, whatever
+    `how`. entropy_share: the count of the loss over that of tokens, in the whole optimizer step; None: in this batch.
     """
     if beta and reference_BT is None:
         raise ValueError(f"beta={beta}: the KL term needs reference_BT")
@@ -108,10 +111,12 @@ def policy_loss(
         kl_BT = kl_in_loss(logprobs_BT, reference_BT, old_logprobs_BT if kl_importance else None, kl)
         loss_BT = loss_BT + beta * kl_BT if beta else loss_BT
         metrics["kl"] = masked_sum(KL_ESTIMATORS["k3" if kl == "k3" else "k1"](logprobs_BT, reference_BT), mask_BT)
-    if entropy_BT is not None:
-        loss_BT = loss_BT - entropy_coef * entropy_BT if entropy_coef else loss_BT
-        metrics["entropy"] = masked_sum(entropy_BT, mask_BT)
     total, count = aggregate(loss_BT, mask_BT, how, max_tokens)
+    if entropy_BT is not None:
+        metrics["entropy"] = masked_sum(entropy_BT, mask_BT)
+    if entropy_BT is not None and entropy_coef:
+        share = count / mask_BT.sum().clamp(min=1) if entropy_share is None else entropy_share
+        total = total - entropy_coef * share * (entropy_BT * mask_BT).sum()
     return LossSum(total, count, metrics)
 
 
@@ -159,9 +164,11 @@ def _policy_metrics(
         "ratio": masked_sum(log_ratio.exp(), mask_BT),
         "approx_kl": masked_sum(0.5 * change_BT**2, mask_BT),
         "policy_kl": masked_sum(change_BT, mask_BT),
-        "clip_fraction": masked_sum(low_BT + high_BT, mask_BT),
-        "clip_fraction_low": masked_sum(low_BT, mask_BT),
-        "clip_fraction_high": masked_sum(high_BT, mask_BT),
+        "clip_ratio/region_mean": masked_sum(low_BT + high_BT, mask_BT),
+        "clip_ratio/low_mean": masked_sum(low_BT, mask_BT),
+        "clip_ratio/low_min": row_share(low_BT, mask_BT, largest=False),
+        "clip_ratio/high_mean": masked_sum(high_BT, mask_BT),
+        "clip_ratio/high_max": row_share(high_BT, mask_BT, largest=True),
     }
 
 

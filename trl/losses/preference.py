@@ -40,6 +40,14 @@ def robust(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Ten
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+def sigmoid_norm(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO on log-ratios per token: `-log sigma(beta (c / |w| - r / |l|))`, Tülu 3's DPO (arXiv:2411.15124).
+
+    `label_smoothing` as in `sigmoid`.
+    """
+    return smoothed_logistic(beta * pair.averaged().margin_B, label_smoothing)
+
+
 def hinge(pair: PairLogps, *, beta: float) -> Tensor:
     """`max(0, 1 - beta h)`: RSO's normalised SLiC, section 3 of arXiv:2309.06657."""
     return torch.relu(1 - beta * pair.margin_B)
@@ -165,10 +173,13 @@ def orpo(pair: PairLogps, *, beta: float) -> Tensor:
 
     `-logp_w - beta log sigma(log odds(w) - log odds(l))` on log-probabilities per token.
     """
+    return sft(pair) - beta * F.logsigmoid(log_odds(pair))
+
+
+def log_odds(pair: PairLogps) -> Tensor:
+    """Log of the chosen's odds over the rejected's, of probabilities per token."""
     mean = pair.averaged()
-    chosen_odds = mean.chosen_B - _log1mexp(mean.chosen_B)
-    rejected_odds = mean.rejected_B - _log1mexp(mean.rejected_B)
-    return -mean.chosen_B - beta * F.logsigmoid(chosen_odds - rejected_odds)
+    return mean.chosen_B - _log1mexp(mean.chosen_B) - (mean.rejected_B - _log1mexp(mean.rejected_B))
 
 
 def cpo(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0, cpo_alpha: float = 1.0) -> Tensor:
@@ -203,6 +214,7 @@ def alphapo(pair: PairLogps, *, beta: float, gamma: float = 0.5, alpha: float = 
 
 PAIR_LOSSES: dict[str, PairLoss] = {
     "sigmoid": sigmoid,
+    "sigmoid_norm": sigmoid_norm,
     "robust": robust,
     "hinge": hinge,
     "ipo": ipo,
@@ -229,7 +241,7 @@ REFERENCE_FREE = frozenset({"sft", "orpo", "cpo", "simpo", "alphapo"})
 WHOLE_BATCH = frozenset({"kto_pair", "aot", "aot_unpaired"})
 """objectives that compare the pairs of one call: a split into micro-batches changes their value"""
 
-PER_TOKEN = frozenset({"sft", "orpo", "simpo", "alphapo"})
+PER_TOKEN = frozenset({"sigmoid_norm", "sft", "orpo", "simpo", "alphapo"})
 """objectives on log-probabilities per token, which is also how their rewards are reported"""
 
 
@@ -279,7 +291,20 @@ def preference_loss(
             raise ValueError(f"weights per pair: {sorted(WHOLE_BATCH.intersection(losses))} mix the pairs of a batch")
         total_B = total_B * weight_B
     scored = pair.averaged() if PER_TOKEN.issuperset(losses) else pair
-    return LossSum(total_B.sum(), len(total_B), pair_metrics(scored, float(options.get("beta", 1.0))))
+    metrics = pair_metrics(scored, float(options.get("beta", 1.0))) | likelihood_metrics(pair, losses)
+    return LossSum(total_B.sum(), len(total_B), metrics)
+
+
+@torch.no_grad()
+def likelihood_metrics(pair: PairLogps, losses: Iterable[str]) -> dict[str, Measure]:
+    """The terms of the losses that learn the chosen completion itself; sums over pairs."""
+    names, metrics = set(losses), dict[str, Measure]()
+    if names & {"sft", "orpo", "cpo"}:
+        metrics["nll_loss"] = sft(pair).sum()
+    if "orpo" in names:
+        odds_B = log_odds(pair)
+        metrics |= {"log_odds_chosen": odds_B.sum(), "log_odds_ratio": F.logsigmoid(odds_B).sum()}
+    return metrics
 
 
 @torch.no_grad()

@@ -4,16 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl.losses.loss_sum import LossSum, Measure, aggregate, masked_sum
+from trl.losses.loss_sum import LossSum, Measure, aggregate, extreme, masked_sum
 
 
-def nll(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) -> LossSum:
+def nll(
+    logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None, top_BT: Tensor | None = None
+) -> LossSum:
     """Negative log-likelihood, summed over the counted tokens.
 
-    A fractional mask weighs tokens. `entropy_BT` is only recorded.
+    A fractional mask weighs tokens. entropy_BT, top_BT (1 where no token is likelier) are only recorded.
     """
     total, count = aggregate(-logprobs_BT, mask_BT, "token")
-    return LossSum(total, count, {} if entropy_BT is None else {"entropy": masked_sum(entropy_BT, mask_BT)})
+    return LossSum(total, count, token_metrics(mask_BT, entropy_BT, top_BT))
 
 
 def smoothed(loss: LossSum, lift_BT: Tensor | None, mask_BT: Tensor, factor: float) -> LossSum:
@@ -26,16 +28,22 @@ def smoothed(loss: LossSum, lift_BT: Tensor | None, mask_BT: Tensor, factor: flo
     return LossSum(loss.total + factor * (lift_BT * mask_BT).sum(), loss.count, loss.metrics)
 
 
-def dft(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) -> LossSum:
+def dft(
+    logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None, top_BT: Tensor | None = None
+) -> LossSum:
     """Dynamic fine-tuning: each token's likelihood term weighs its own (detached) probability.
 
     `-sg[p_t] log p_t` (arXiv:2508.05629). Its gradient is that of `-p_t`, so hard tokens do not dominate.
     """
     total, count = aggregate(-logprobs_BT.detach().exp() * logprobs_BT, mask_BT, "token")
     metrics: dict[str, Measure] = {"nll": masked_sum(-logprobs_BT, mask_BT)}
-    if entropy_BT is not None:
-        metrics["entropy"] = masked_sum(entropy_BT, mask_BT)
-    return LossSum(total, count, metrics)
+    return LossSum(total, count, metrics | token_metrics(mask_BT, entropy_BT, top_BT))
+
+
+def token_metrics(mask_BT: Tensor, entropy_BT: Tensor | None, top_BT: Tensor | None) -> dict[str, Measure]:
+    """The mean entropy of the counted tokens, and how many of them are the model's first choice."""
+    given = {"entropy": entropy_BT, "mean_token_accuracy": top_BT}
+    return {name: masked_sum(values_BT, mask_BT) for name, values_BT in given.items() if values_BT is not None}
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | None = None, center: float = 0.0) -> LossSum:
@@ -53,6 +61,9 @@ def bradley_terry(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | None 
             "margin": difference_B.sum(),
             "rewards/chosen": chosen_B.sum(),
             "rewards/rejected": rejected_B.sum(),
+            "mean_reward": (chosen_B.sum() + rejected_B.sum(), 2.0 * len(chosen_B)),
+            "min_reward": extreme(torch.cat([chosen_B, rejected_B]), largest=False),
+            "max_reward": extreme(torch.cat([chosen_B, rejected_B]), largest=True),
         }
     return LossSum(losses_B.sum(), len(chosen_B), metrics)
 

@@ -166,29 +166,33 @@ def entropy_of(logits: Tensor, log_z: Tensor | None = None) -> Tensor:
 
 def logprobs_and_entropy(
     head: Head, hidden_SD: Tensor, target_S: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """log p of the targets and the entropies, both differentiable. [S], [S]"""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of the targets and the entropies, both differentiable; 1 where no token is likelier. [S], [S], [S]"""
 
-    def measure(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits / temperature
         log_z = torch.logsumexp(logits, -1)
-        return logits.gather(1, targets[:, None]).squeeze(1) - log_z, entropy_of(logits, log_z)
+        chosen = logits.gather(1, targets[:, None]).squeeze(1)
+        tops = (chosen >= logits.detach().amax(-1)).to(logits.dtype)
+        return chosen - log_z, entropy_of(logits, log_z), tops
 
-    both = map_logits(head, hidden_SD, measure, target_S)
-    return both[0], both[1]
+    logprobs, entropies, tops = map_logits(head, hidden_SD, measure, target_S)
+    return logprobs, entropies, tops
 
 
 def token_logprobs(
     head: Head, hidden_SD: Tensor, target_S: Tensor, *, temperature: float = 1.0, entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """log p of the targets (differentiable) and entropies (detached; zeros unless asked for). [S], [S] float32"""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of the targets (differentiable); their entropies (zeros unless asked for), and 1 where no token is likelier
+    than the target, both detached. [S], [S], [S] float32
+    """
     if (module := head.linear) is not None:
         return LinearLogprobs.apply(  # type: ignore[no-any-return]
             hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled(),
             place_of(module.weight),
         )  # fmt: skip
-    logprobs, entropies = logprobs_and_entropy(head, hidden_SD, target_S, temperature)
-    return logprobs, entropies.detach()
+    logprobs, entropies, tops = logprobs_and_entropy(head, hidden_SD, target_S, temperature)
+    return logprobs, entropies.detach(), tops
 
 
 def mean_logits(head: Head, hidden_SD: Tensor) -> Tensor:
@@ -257,6 +261,12 @@ class Scores:
     logprobs_BT: Tensor
     entropy_BT: Tensor | None = None
     values_BT: Tensor | None = None
+    top_BT: Tensor | None = None
+    """1 where no token is likelier than the scored one"""
+    logits_BT: Tensor | None = None
+    """mean logit over the vocabulary"""
+    collision_BT: Tensor | None = None
+    """log-probability of an average sample"""
     lift_BT: Tensor | None = None
     """the scored token's logit above the mean over the vocabulary, for smoothed labels"""
 
@@ -269,25 +279,36 @@ def score(
     entropy: bool = False,
     entropy_gradient: bool = False,
     values: bool = False,
+    tops: bool = False,
+    logits: bool = False,
+    collision: bool = False,
     lift: bool = False,
 ) -> Scores:
-    """Log-probabilities of the scored tokens, and on demand entropies and the value head's values. [B, T] each
+    """Log-probabilities of the scored tokens, and on demand the other numbers of `Scores`. [B, T] each
 
     A token's value is the one at the position that predicts it. `entropy_gradient` makes the entropies
-    differentiable, at the price of a second pass through the head.
+    differentiable, at the price of a second pass through the head. The tops cost nothing; entropies without gradient
+    cost a product of numbers and a sum for each tile of logits, whose exponentials are there.
     """
     v_head = below_accelerate(model).v_head if values else None
-    names = ["logprobs_BT"] + ["entropy_BT"] * (entropy or entropy_gradient) + ["values_BT"] * values
-    names += ["lift_BT"] * lift
+    asked = {
+        "logprobs_BT": True, "entropy_BT": entropy or entropy_gradient, "values_BT": values, "top_BT": tops,
+        "logits_BT": logits, "collision_BT": collision, "lift_BT": lift,
+    }  # fmt: skip
+    names = [name for name, wanted in asked.items() if wanted]
 
     def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
         if entropy_gradient:
             found = logprobs_and_entropy(head, states_SD, packed.target_S, temperature)
         else:
             found = token_logprobs(head, states_SD, packed.target_S, temperature=temperature, entropy=entropy)
-        columns = dict(zip(("logprobs_BT", "entropy_BT"), found, strict=True))
+        columns = dict(zip(("logprobs_BT", "entropy_BT", "top_BT"), found, strict=True))
         if v_head is not None:
             columns["values_BT"] = v_head(states_SD[None]).float().squeeze(0).squeeze(-1)
+        if logits:
+            columns["logits_BT"] = mean_logits(head, states_SD.detach())
+        if collision:
+            columns["collision_BT"] = log_collision(head, states_SD)
         if lift:
             columns["lift_BT"] = target_lift(head, states_SD, packed.target_S)
         return [columns[name] for name in names]

@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trl.data.any_text import console, encodable, visible
 from trl.data.records import Rollout
+from trl.losses.loss_sum import Extreme, extreme
 from trl.models.weight_files import writing
 from trl.rollout.rewards import Rewards
 
@@ -33,12 +36,23 @@ def table_of(
     }
 
 
-def record(add: Callable[[str, float, float], None], rollout: Rollout, rewards: Rewards, group: int) -> None:
-    """The rollout's metrics, as sums and counts: `add(name, total, count)`."""
+def record(
+    add: Callable[[str, float, float], None],
+    add_extreme: Callable[[str, Extreme], None],
+    rollout: Rollout,
+    rewards: Rewards,
+    group: int,
+) -> None:
+    """The rollout's metrics: sums and counts by `add(name, total, count)`, and extremes."""
     truncated = rollout.metadata.get("truncated", [False] * len(rollout))
     lengths = [len(ids) for ids in rollout.completions]
     add("completions/mean_length", float(sum(lengths)), len(lengths))
     add("completions/clipped_ratio", float(sum(truncated)), len(lengths))
+    ended = [length for length, cut in zip(lengths, truncated, strict=True) if not cut]
+    add("completions/mean_terminated_length", float(sum(ended)), len(ended))
+    for name, of in (("length", lengths), ("terminated_length", ended)):
+        for which, largest in (("min", False), ("max", True)):
+            add_extreme(f"completions/{which}_{name}", extreme(torch.tensor(of, dtype=torch.float32), largest=largest))
     if "turn_ends" in rollout.metadata:
         add("episodes/turns", float(sum(map(len, rollout.metadata["turn_ends"]))), len(lengths))
         add("episodes/sampled_tokens", float(sum(map(sum, rollout.masks))), len(lengths))

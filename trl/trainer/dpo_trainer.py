@@ -104,6 +104,10 @@ class DPOConfig(PairConfig, ReferenceConfig):
         alpha = self.f_divergence_type == "alpha_divergence"
         refuse_unused(self, ("f_alpha_divergence_coef",), alpha, "f_divergence_type='alpha_divergence'")
         require(self, "f_alpha_divergence_coef", 0 < self.f_alpha_divergence_coef <= 1, "give an order in (0, 1]")
+        normed = "sigmoid_norm" not in self.losses() or self.f_divergence_type == "reverse_kl"
+        require(
+            self, "f_divergence_type", normed, "loss_type='sigmoid_norm' takes log-ratios per token: reverse_kl only"
+        )
         if self.reference_free:
             with_one = "reference_free=False: there is no reference"
             names = ("f_divergence_type", "sync_ref_model", "precompute_ref_log_probs", "ref_model_init_kwargs")
@@ -393,22 +397,48 @@ class ORPOTrainer(_ReferenceFreeTrainer):
     config_class = ORPOConfig
 
 
+CPO_ALPHA = 1.0
+
+
 @dataclass
 class CPOConfig(PairConfig):
     """`TrainingArguments` and what contrastive preference optimisation adds."""
 
     loss_type: str = field(default="sigmoid")
-    """pairwise loss of the log-probabilities: sigmoid, hinge, ipo"""
-    cpo_alpha: float = field(default=1.0)
-    """weight of the chosen completion's own likelihood"""
+    """pairwise loss of the log-probabilities: sigmoid, hinge, ipo; per token: simpo, alphapo"""
+    cpo_alpha: float = field(default=CPO_ALPHA)
+    """weight of the chosen completion's own likelihood, which alphapo does without; simpo with it is CPO-SimPO"""
+    simpo_gamma: float = field(default=0.5)
+    """simpo, alphapo: target margin"""
+    alpha: float = field(default=0.0)
+    """simpo, alphapo: AlphaPO's exponent of the reward; 0: its limit, SimPO"""
+
+    def translate(self) -> None:
+        super().translate()
+        if self.loss_type == "alphapo" and self.cpo_alpha == CPO_ALPHA:
+            self.cpo_alpha = 0.0
 
     def losses(self) -> dict[str, float]:
-        return {self.loss_type: 1.0, **({"sft": self.cpo_alpha} if self.cpo_alpha else {})}
+        shaped = "alphapo" if self.alpha else "simpo"
+        name = shaped if self._per_token else self.loss_type
+        return {name: 1.0, **({"sft": self.cpo_alpha} if self.cpo_alpha else {})}
+
+    @property
+    def _per_token(self) -> bool:
+        return self.loss_type in ("simpo", "alphapo")
+
+    def options(self) -> dict[str, Any]:
+        margin = {"gamma": self.simpo_gamma} if self._per_token else {}
+        return {**super().options(), **margin, **({"alpha": self.alpha} if self.alpha else {})}
 
     def validate(self) -> None:
-        choose(self, "loss_type", ("sigmoid", "hinge", "ipo"))
+        choose(self, "loss_type", ("sigmoid", "hinge", "ipo", "simpo", "alphapo"))
+        refuse_unused(self, ("simpo_gamma", "alpha"), self._per_token, "loss_type='simpo' or 'alphapo'")
         super().validate()
         require(self, "cpo_alpha", self.cpo_alpha >= 0, "give a weight >= 0")
+        require(self, "simpo_gamma", self.simpo_gamma >= 0, "give a margin >= 0")
+        likelihood = "alphapo has no likelihood term; choose loss_type='simpo' with `alpha`"
+        require(self, "cpo_alpha", self.loss_type != "alphapo" or not self.cpo_alpha, likelihood)
 
 
 class CPOTrainer(_ReferenceFreeTrainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,11 +26,15 @@ from trl.losses.policy import (
     policy_loss,
     sapo,
     top_entropy_mask,
+    vespo,
 )
 from trl.models.scoring import score
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.trainer.configuration import Setting, choose, refuse_unused, require
+from trl.trainer.objective import pieces_of
 from trl.trainer.on_policy import KLTerm, OnPolicyConfig, OnPolicyTrainer
+
+logger = logging.getLogger(__name__)
 
 LOSS_TYPES: dict[str, tuple[str, Aggregation]] = {
     "grpo": ("clip", "sequence"),
@@ -38,6 +43,8 @@ LOSS_TYPES: dict[str, tuple[str, Aggregation]] = {
     "dr_grpo": ("clip", "constant"),
     "cispo": ("cispo", "token"),
     "sapo": ("sapo", "sequence"),
+    "luspo": ("clip", "sequence_sum"),
+    "vespo": ("vespo", "token"),
 }
 """name -> (clip rule, aggregation)"""
 
@@ -47,7 +54,7 @@ class GRPOConfig(OnPolicyConfig):
     """`TrainingArguments` and the settings of group-relative policy optimisation."""
 
     loss_type: str = field(default="dapo")
-    """how tokens are averaged and clipped: grpo, dapo, bnpo, dr_grpo, cispo, sapo"""
+    """how tokens are averaged and clipped: grpo, dapo, bnpo, dr_grpo, cispo, sapo, luspo, vespo"""
     epsilon: float = field(default=0.2)
     """lower clip range of the ratio"""
     epsilon_high: float | None = field(default=None)
@@ -72,10 +79,18 @@ class GRPOConfig(OnPolicyConfig):
     """sapo: steepness of the gate where the advantage is negative"""
     sapo_temperature_pos: float = field(default=1.0)
     """sapo: steepness of the gate where it is positive"""
+    vespo_k_pos: float = field(default=2.0)
+    """vespo: how fast the weight falls below ratio 1 where the advantage is positive"""
+    vespo_lambda_pos: float = field(default=3.0)
+    """vespo: how fast it falls above ratio 1 there"""
+    vespo_k_neg: float = field(default=3.0)
+    """vespo: as `vespo_k_pos`, where the advantage is negative"""
+    vespo_lambda_neg: float = field(default=2.0)
+    """vespo: as `vespo_lambda_pos`, where the advantage is negative"""
     top_entropy_quantile: float = field(default=1.0)
     """learn from this share of the tokens only: those with the highest entropy"""
     entropy_coef: float = field(default=0.0)
-    """weight of the entropy bonus"""
+    """weight of the entropy bonus: the mean entropy of a token, with every `loss_type`"""
     use_adaptive_entropy: bool = field(default=False)
     """let that weight follow the entropy, from `entropy_coef` on"""
     entropy_target: float = field(default=0.2)
@@ -123,7 +138,7 @@ class GRPOConfig(OnPolicyConfig):
         require(self, "epsilon", rule == "clip" or self.epsilon == 0.2, no_effect)
         least = 1 if rule == "cispo" else 0
         require(self, "epsilon_high", high is None or high > least, "give a number > 0 (cispo: > 1)")
-        require(self, "epsilon_high", high is None or rule != "sapo", no_effect)
+        require(self, "epsilon_high", high is None or rule not in ("sapo", "vespo"), no_effect)
         require(self, "delta", self.delta is None or rule == "clip", no_effect)
         bound = 1 + (self.epsilon if high is None else high)
         require(self, "delta", self.delta is None or self.delta > bound, f"must exceed 1 + epsilon_high = {bound}")
@@ -131,6 +146,18 @@ class GRPOConfig(OnPolicyConfig):
             value = getattr(self, name)
             require(self, name, rule == "sapo" or value == default, no_effect)
             require(self, name, value > 0, "give a steepness > 0")
+        shapes = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+        refuse_unused(self, shapes, rule == "vespo", "loss_type='vespo'")
+        for name in shapes:
+            require(self, name, getattr(self, name) >= 0, "give a number >= 0")
+        if self.loss_type == "luspo" and self.importance_sampling_level == "token":
+            logger.warning("loss_type='luspo': its paper takes the ratio of sequences (importance_sampling_level)")
+        if rule == "vespo" and self.importance_sampling_level != "token":
+            logger.warning(
+                "importance_sampling_level=%r: no effect with loss_type='vespo', whose ratio is that of the whole "
+                "completion",
+                self.importance_sampling_level,
+            )
 
     def _validate_kl(self) -> None:
         choose(self, "kl_estimator", (None, "k1", "k2", "k3"))
@@ -158,7 +185,16 @@ class GRPOConfig(OnPolicyConfig):
             return partial(clip, clip_low=self.epsilon, clip_high=high, delta=self.delta)
         if rule == "sapo":
             return partial(sapo, tau_pos=self.sapo_temperature_pos, tau_neg=self.sapo_temperature_neg)
+        if rule == "vespo":
+            return partial(
+                vespo, k_pos=self.vespo_k_pos, lambda_pos=self.vespo_lambda_pos, k_neg=self.vespo_k_neg,
+                lambda_neg=self.vespo_lambda_neg,
+            )  # fmt: skip
         return cispo if self.epsilon_high is None else partial(cispo, clip_high=self.epsilon_high - 1)
+
+    def ratio_level(self) -> str:
+        """Whose ratio the rule reads, of `RATIO_LEVELS`."""
+        return "trajectory" if LOSS_TYPES[self.loss_type][0] == "vespo" else self.importance_sampling_level
 
 
 class AdaptiveEntropy(TrainerCallback):
@@ -211,7 +247,7 @@ class AdaptiveEntropy(TrainerCallback):
 
 class GRPOTrainer(OnPolicyTrainer):
     """Optimise a policy on groups of its own completions (arXiv:2402.03300), with the clip rules, averages, baselines
-    and KL terms of its relatives: DAPO, Dr. GRPO, GSPO, CISPO, SAPO, REINFORCE++.
+    and KL terms of its relatives: DAPO, Dr. GRPO, GSPO, CISPO, SAPO, LUSPO, VESPO, REINFORCE++.
 
     `reward_funcs`: functions `f(prompts, completions, completion_ids, **columns) -> one float or None each`, async
     ones too, names of `REWARDS`, reward models or their folders. `train_dataset` has a column `prompt`; its other
@@ -230,6 +266,8 @@ class GRPOTrainer(OnPolicyTrainer):
         self.aggregation = LOSS_TYPES[config.loss_type][1]
         scaled = partial(group_relative, scale=config.scale_rewards)
         self._baseline = scaled if config.advantage is None else ADVANTAGES[config.advantage]
+        self._entropy_share: Tensor | float = 1.0
+        """what the loss counts over what counts as a token, in the optimizer step at hand"""
         self.entropy: AdaptiveEntropy | None = None
         if config.use_adaptive_entropy:
             self.entropy = AdaptiveEntropy(config, lambda mine: self.accelerator.reduce(mine, "sum"))
@@ -270,6 +308,14 @@ class GRPOTrainer(OnPolicyTrainer):
         least = all_N[top_entropy_mask(all_N, torch.ones_like(all_N), self.args.top_entropy_quantile) > 0].min()
         return (entropy_BT >= least) * rows.mask_BT
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.aggregation != "token" and (self.args.entropy_coef or self.entropy):
+            masks = [piece["policy"].mask_BT.sum() for piece in pieces_of(batches)]
+            tokens = self.accelerator.reduce(sum(masks, torch.zeros((), device=device)), "sum")
+            self._entropy_share = count / tokens.clamp(min=1)
+        return batches, count
+
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         config = self.args
         coef = config.entropy_coef if self.entropy is None else self.entropy.active
@@ -277,7 +323,7 @@ class GRPOTrainer(OnPolicyTrainer):
             model,
             batch.packed,
             temperature=config.temperature,
-            entropy=self.entropy is not None,
+            entropy=True,
             entropy_gradient=coef != 0,
         )
         if self.entropy is not None and scores.entropy_BT is not None:
@@ -296,7 +342,7 @@ class GRPOTrainer(OnPolicyTrainer):
             batch.advantages_BT,
             batch.mask_BT,
             rule=config.clip_rule(),
-            level=config.importance_sampling_level,
+            level=config.ratio_level(),
             weight_BT=weight_BT,
             reference_BT=batch.reference_BT,
             beta=self.kl.loss_weight,
@@ -304,6 +350,7 @@ class GRPOTrainer(OnPolicyTrainer):
             kl_importance=config.use_bias_correction_kl is not False,
             entropy_BT=scores.entropy_BT,
             entropy_coef=coef,
+            entropy_share=self._entropy_share,
             how=self.aggregation,
             max_tokens=config.max_completion_length,
         )

@@ -212,6 +212,8 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         leave_zeros(self.model.parameters())
 
     def _update(self, pieces: list[dict[str, Any]]) -> None:
+        for piece in pieces:
+            self.record_tokens(self.tokens(piece))
         with rows_padded(self.pads_rows):
             means = optimizer_step(
                 self.accelerator,

@@ -17,7 +17,7 @@ from trl.data.records import Batch, Branch, TokenTree
 from trl.data.tokenize import tokenize
 from trl.generation.stopping import end_tokens
 from trl.losses.kto import UNPAIRED_LOSSES, mismatched_kl, unpaired_loss
-from trl.losses.loss_sum import LossSum
+from trl.losses.loss_sum import LossSum, masked_sum
 from trl.models.forward import eval_no_grad
 from trl.models.scoring import score
 from trl.models.unwrap import is_encoder_decoder
@@ -255,22 +255,33 @@ class KTOTrainer(ObjectiveTrainer):
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         if "kl" not in batch:  # evaluation: the estimate is this batch's, over all ranks
             self._measure([batch])
-        log_ratio_B = self._sums(model, batch["packed"]) - batch[REFERENCE_COLUMNS[0]]
+        packed, desirable_B = batch["packed"], batch["desirable"]
+        scores = score(model, packed, logits=True)
+        logps_B = scores.logprobs_BT.sum(-1)
+        log_ratio_B = logps_B - batch[REFERENCE_COLUMNS[0]]
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * log_ratio_B)
         state = {"kto": {"kl": batch["kl"]}, "bco": {"delta": self.shift.value if self.shift else 0.0}}
         result = unpaired_loss(
             self.args.loss_type,
             log_ratio_B,
-            batch["desirable"],
+            desirable_B,
             beta=self.args.beta,
             desirable_weight=self.args.desirable_weight,
             undesirable_weight=self.args.undesirable_weight,
+            logps_B=logps_B,
             **state.get(self.args.loss_type, {}),
         )
         if self.args.loss_type == "kto":
             result.metrics["kl"] = (batch["kl"] * len(log_ratio_B), len(log_ratio_B))
+        assert scores.logits_BT is not None
+        for name, side_B in (("chosen", desirable_B), ("rejected", ~desirable_B)):
+            result.metrics[f"logits/{name}"] = masked_sum(scores.logits_BT, packed.mask_BT * side_B[:, None])
         return result
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        chosen, rejected = (means.get(f"rewards/{side}") for side in ("chosen", "rejected"))
+        return {} if chosen is None or rejected is None else {"rewards/margins": chosen - rejected}
 
 
 class BCOTrainer(KTOTrainer):

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
 from trl.kernels.step_memory import in_place, kept_memory
-from trl.losses.loss_sum import LossSum
+from trl.losses.loss_sum import Extreme, LossSum
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
@@ -106,6 +106,8 @@ class ObjectiveTrainer(Trainer):
             )
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
         self._memory_said = False
+        self._new_tokens: Tensor | int = 0
+        self._tokens = 0
         self._metrics: Any = {mode: Appended(partial(self._tallies.__getitem__, mode)) for mode in self._tallies}
         self._seal = SealCheckpoints()
         self.add_callback(self._seal)
@@ -171,6 +173,39 @@ class ObjectiveTrainer(Trainer):
         """Add to a metric that the next log shows as its mean."""
         self._tallies[mode].add(name, total, count)
 
+    def record_extreme(self, name: str, found: Extreme, mode: str = "train") -> None:
+        """Add to a metric of which the next log shows the least or the most."""
+        self._tallies[mode].add_extreme(name, found)
+
+    def tokens(self, batch: dict[str, Any]) -> Tensor | int:
+        """The tokens of a batch's rows, each with its prompt."""
+        packed = batch["packed"]
+        return (packed.position_N[packed.last_B] + 1).sum()
+
+    def record_tokens(self, count: Tensor | int) -> None:
+        """Add to the tokens that this run has learned from; nothing waits for the device."""
+        self._new_tokens = self._new_tokens + count
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that follow from the means of others."""
+        return {}
+
+    def _read(self, mode: str) -> dict[str, float]:
+        """The metrics of a mode since they were last read."""
+        means = self._tallies[mode].means(self.accelerator)
+        return {**means, **self.derived(means)}
+
+    def _tokens_so_far(self) -> int:
+        """Collective: the tokens that all ranks have learned from since the run began, before it was resumed too."""
+        mine = torch.as_tensor(self._new_tokens, dtype=torch.int64).to(self.args.device)
+        self._new_tokens = 0
+        count = int(self.accelerator.reduce(mine, "sum"))
+        if self.args.include_num_input_tokens_seen == "no":
+            self.state.num_input_tokens_seen += count  # which checkpoints keep
+            return self.state.num_input_tokens_seen
+        self._tokens += count  # `Trainer` fills its own number
+        return self._tokens
+
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model, optimizer, scheduler and RNGs; tensors and plain values."""
         return {}
@@ -195,6 +230,7 @@ class ObjectiveTrainer(Trainer):
     def _begin_checkpoint(self, folder: Path) -> None:
         """Write the first files of a checkpoint; `Trainer` writes the others, and calls `on_save` after the last."""
         state = self.extra_state()
+        self._tokens_so_far()
         self._seal.run = self._seal.run or self.describe_run()
         self._seal.begin(folder, self.args, self.state)
         super().save_model(str(folder), _internal_call=True)
@@ -261,6 +297,8 @@ class ObjectiveTrainer(Trainer):
             num_batches = 0
         batches = list(islice(epoch_iterator, num_batches))
         counts = [self.count(piece) for piece in pieces_of(batches)]
+        for piece in pieces_of(batches):
+            self.record_tokens(self.tokens(piece))
         local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(local, "sum")
 
@@ -323,11 +361,12 @@ class ObjectiveTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         given = inspect.signature(super().evaluation_loop).bind(*args, **kwargs)
         given.apply_defaults()
-        tally = self._tallies["eval"] = Tally(self.args.device)
+        self._tallies["eval"] = Tally(self.args.device)
         flags = eval_no_grad(self.model) if self.is_in_train else nullcontext()  # the training flags come back
         with flags, rows_padded(self.pads_rows):
             output = super().evaluation_loop(*args, **kwargs)
-        for name, value in tally.means(self.accelerator).items():
+        found = {**self._read("eval"), "num_tokens": float(self._tokens_so_far())}
+        for name, value in found.items():
             # what `compute_metrics` gave stays, but a mean of batch means is no loss
             key = f"{given.arguments['metric_key_prefix']}_{name}"
             output.metrics[key] = value if name == "loss" else output.metrics.get(key, value)
@@ -340,8 +379,10 @@ class ObjectiveTrainer(Trainer):
         its own means. What is recorded outside of both comes with the next log of its kind.
         """
         training = self.control.should_log if self.is_in_train else "loss" in logs
-        means = self._tallies["train" if training else "eval"].means(self.accelerator)
+        means = self._read("train" if training else "eval")
         means.pop("loss", None)  # Trainer's own: the mean over optimizer steps
+        if training:
+            means["num_tokens"] = float(self._tokens_so_far())
         logs.update({name if training else f"eval_{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 

@@ -23,13 +23,13 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.import_utils import is_wandb_available
 from trl.losses.kto import mismatched_kl
-from trl.losses.loss_sum import LossSum
+from trl.losses.loss_sum import LossSum, Measure
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import check_pair_options, preference_loss
 from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length, is_peft_model
 from trl.models.reference import Reference
-from trl.models.scoring import Head, in_head, log_collision, mean_logits, score, token_logprobs
+from trl.models.scoring import Scores, score
 from trl.models.unwrap import below_value_head, is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, Setting, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
@@ -249,22 +249,15 @@ class PairTrainer(ObjectiveTrainer):
             self._whole_step_kl([batch])
         packed = batch["packed"]
         mask_BT = packed.mask_BT
-
-        def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
-            logprobs_S, _ = token_logprobs(head, states_SD, packed.target_S)
-            collision = [log_collision(head, states_SD)] if self.args.weighs_pairs() else []
-            return [logprobs_S, mean_logits(head, states_SD.detach()), *collision]
-
-        logprobs_BT, logits_BT, *collision_BT = (packed.spread(numbers) for numbers in in_head(model, packed, measure))
+        scores = score(model, packed, entropy=True, tops=True, logits=True, collision=self.args.weighs_pairs())
+        logprobs_BT = scores.logprobs_BT
         sums, tokens = self.sums(logprobs_BT, mask_BT), (mask_BT[0::2].sum(-1), mask_BT[1::2].sum(-1))
         pair = PairLogps(*sums, *self.reference_sums(batch), *tokens)
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B]))
-        weight_B = _wpo(logprobs_BT, mask_BT, *collision_BT) if self.args.weighs_pairs() else None
+        weight_B = None if scores.collision_BT is None else _wpo(logprobs_BT, mask_BT, scores.collision_BT)
         result = preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
-        for side, name in enumerate(("chosen", "rejected")):
-            result.metrics[f"logits/{name}"] = (logits_BT[side::2].sum(), mask_BT[side::2].sum())
-        return result, pair
+        return LossSum(result.total, result.count, result.metrics | _token_metrics(scores, mask_BT)), pair
 
     # -- evaluation ---------------------------------------------------------------------------
 
@@ -312,6 +305,20 @@ class PairTrainer(ObjectiveTrainer):
         sampler = make_sampler(model, self.processing_class)
         completions = sampler.sample(prompts, SamplingParams(max_new_tokens=room, seed=self.args.seed))
         return self.processing_class.batch_decode([group[0].ids for group in completions], skip_special_tokens=True)
+
+
+def _token_metrics(scores: Scores, mask_BT: Tensor) -> dict[str, Measure]:
+    """What is said of single tokens: logits of either side, entropy of both, first choices among the chosen's."""
+    assert scores.logits_BT is not None
+    assert scores.entropy_BT is not None
+    assert scores.top_BT is not None
+    chosen, rejected = mask_BT[0::2].sum(), mask_BT[1::2].sum()
+    return {
+        "logits/chosen": (scores.logits_BT[0::2].sum(), chosen),
+        "logits/rejected": (scores.logits_BT[1::2].sum(), rejected),
+        "entropy": (scores.entropy_BT.sum(), chosen + rejected),
+        "mean_token_accuracy": (scores.top_BT[0::2].sum(), chosen),
+    }
 
 
 def _wpo(logprobs_BT: Tensor, mask_BT: Tensor, collision_BT: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ METRICS = {
     "entropy": "policy/entropy",
     "approx_kl": "policy/approxkl",
     "policy_kl": "policy/policykl",
-    "clip_fraction": "policy/clipfrac",
+    "clip_ratio/region_mean": "policy/clipfrac",
     "advantage": "policy/advantages_mean",
     "value": "val/vpred",
     "value_error": "val/error",

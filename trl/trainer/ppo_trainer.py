@@ -874,9 +874,9 @@ class PPOTrainer(BaseTrainer):
         """(policy loss, `vf_coef` times value loss, statistics) of a minibatch; losses 0 where the ratio explodes."""
         batch = ppo_padded.as_batch(mask, old_logprobs, advantages, values, returns)
         policy, value = actor_critic_loss(self.config, batch, Scores(logprobs, entropy_from_logits(logits), vpreds))
-        sane = float(self._ratio_is_sane(policy.metrics["ratio"][0] / policy.metrics["ratio"][1]))
         tally = Tally(self.current_device)
         tally.add_loss(policy.plus(value))
+        sane = float(self._ratio_is_sane(tally.tensors()["ratio"]))
         ratios = (logprobs - old_logprobs).detach()[mask > 0].exp()
         stats = ppo_statistics.seed_keys(tally.tensors()) | ppo_statistics.batch_keys(batch, ratios)
         return policy.mean * sane, value.mean * sane, stats

@@ -236,10 +236,10 @@ class RLOOTrainer(OnPolicyTrainer):
         return batch_relative(advantages_B) if self.args.normalize_advantages else advantages_B
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
-        logprobs_BT = score(model, batch.packed, temperature=self.args.temperature).logprobs_BT
+        scores = score(model, batch.packed, temperature=self.args.temperature, entropy=True)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
         return clipped_surrogate(
-            logprobs_BT,
+            scores.logprobs_BT,
             batch.old_logprobs_BT,
             batch.advantages_BT,
             batch.mask_BT,
@@ -247,6 +247,7 @@ class RLOOTrainer(OnPolicyTrainer):
             clip_high=high,
             level="trajectory",
             reference_BT=batch.reference_BT,
+            entropy_BT=scores.entropy_BT,
             how=self.aggregation,
         )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -594,8 +596,9 @@ class RolloutTrainer(ObjectiveTrainer):
         with torch.no_grad():
             rows, rollout, rewards = self.collector.collect(state, self.state)
             experience, learned = self.experience(rollout, rewards, rows)
+        self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
-        rollout_report.record(self.record, rollout, rewards, group)
+        rollout_report.record(self.record, self.record_extreme, rollout, rewards, group)
         prompts = self.collector.prompt_texts(rows, group)
         table = rollout_report.table_of(self.state.global_step, rollout, prompts, rewards, learned)
         if self.args.save_rollouts:
@@ -660,10 +663,21 @@ class RolloutTrainer(ObjectiveTrainer):
         exact = self.args.disable_dropout and self.rollout_func is None
         self._ratio_is_one_at = self.state.global_step if fresh and exact else None
         self._before_first_update = False
+        started = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for piece in pieces_of(batches):
             piece["policy"] = piece["policy"].to(device)
+        self.record("step_time", time.perf_counter() - started, 1.0)
         return batches, count
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        started = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self.record("step_time", time.perf_counter() - started, 0.0)  # of the step that has been counted
+        return loss
+
+    def tokens(self, batch: dict[str, PolicyBatch]) -> int:
+        return 0  # a rollout counts them, however often it is learned
 
     def count(self, batch: dict[str, PolicyBatch]) -> Tensor:
         return batch["policy"].counted
@@ -719,10 +733,8 @@ class RolloutTrainer(ObjectiveTrainer):
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
-        def add(name: str, total: float, count: float) -> None:
-            self.record(name, total, count, mode="eval")
-
-        rollout_report.record(add, rollout, rewards, group)
+        add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
+        rollout_report.record(add, add_extreme, rollout, rewards, group)
         return self.evaluated(model, rollout, rewards, rows), None, None
 
     def evaluated(

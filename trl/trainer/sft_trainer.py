@@ -46,7 +46,7 @@ PACKING_STRATEGIES = ("bfd", "wrapped", "constant_length")
 DATASET_KWARGS = ("add_special_tokens", "append_concat_token", "skip_prepare_dataset")
 ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "completion", "input_ids"}
 """each of these columns alone shows what a row is"""
-LOSSES: dict[str, Callable[[Tensor, Tensor], LossSum]] = {"nll": nll, "chunked_nll": nll, "dft": dft}
+LOSSES: dict[str, Callable[..., LossSum]] = {"nll": nll, "chunked_nll": nll, "dft": dft}
 
 
 @dataclass
@@ -392,8 +392,9 @@ class SFTTrainer(ObjectiveTrainer):
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         packed = batch["packed"]
         factor = self.args.label_smoothing_factor
-        scores = score(model, packed, lift=factor > 0)
-        result = LOSSES[self.args.loss_type](scores.logprobs_BT, packed.mask_BT)
+        scores = score(model, packed, entropy=True, tops=True, lift=factor > 0)
+        loss = LOSSES[self.args.loss_type]
+        result = loss(scores.logprobs_BT, packed.mask_BT, scores.entropy_BT, scores.top_BT)
         return smoothed(result, scores.lift_BT, packed.mask_BT, factor)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:

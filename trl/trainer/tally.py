@@ -9,32 +9,47 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from trl.losses.loss_sum import LossSum
+from trl.losses.loss_sum import Extreme, LossSum
 
 Number = Tensor | float
 
 
 class Tally:
-    """Sums and counts of metrics. A read takes one stack, one reduce over the ranks and one transfer to the host."""
+    """Sums and counts of metrics. A read takes one stack, one reduce over the ranks and one transfer to the host.
+
+    Extremes, where there are any, take the same once more.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._sums: dict[str, tuple[Number, Number]] = {}
+        self._extremes: dict[str, Extreme] = {}
 
     def add(self, name: str, total: Number, count: Number = 1.0) -> None:
         """Add to a metric; nothing waits for the device."""
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + _wide(total), old_count + _wide(count))
 
+    def add_extreme(self, name: str, found: Extreme) -> None:
+        """Keep the least or the most of what a metric was; nothing waits for the device."""
+        old = self._extremes.get(name)
+        if old is not None:
+            further = torch.maximum if found.largest else torch.minimum
+            found = Extreme(further(old.value, found.value), found.largest)
+        self._extremes[name] = found
+
     def add_loss(self, result: LossSum) -> None:
         """Add a loss under the name "loss", and its metrics."""
         self.add("loss", result.total.detach(), result.count)
         for name, value in result.metrics.items():
+            if isinstance(value, Extreme):
+                self.add_extreme(name, value)
+                continue
             total, count = value if isinstance(value, tuple) else (value, result.count)
             self.add(name, total, count)
 
     def tensors(self, accelerator: Accelerator | None = None) -> dict[str, Tensor]:
-        """The mean of each metric, on the device; over all ranks if an accelerator is given. [] each
+        """The mean of each metric, on the device; over all ranks if an accelerator is given; no extremes. [] each
 
         Every rank must have added the same metrics in the same order. The tally keeps its sums.
         """
@@ -44,18 +59,37 @@ class Tally:
         return dict(zip(self._sums, totals / counts.clamp(min=1e-9), strict=True))
 
     def means(self, accelerator: Accelerator | None = None) -> dict[str, float]:
-        """The mean of each metric, on the host; over all ranks if an accelerator is given. The tally is empty then.
+        """Each metric's mean or extreme, on the host; over all ranks if an accelerator is given. Empties the tally.
 
         A rank may lack metrics that others have: those of a reward function that had no opinion of its completions.
         A metric that counts nothing is left out.
         """
         shared = accelerator is not None and accelerator.num_processes > 1
-        names = sorted(set(gather_object(list(self._sums)) if shared else self._sums))
-        if not names:
+        kinds = [(name, None) for name in self._sums] + [(name, it.largest) for name, it in self._extremes.items()]
+        kinds = sorted(set(gather_object(kinds) if shared else kinds), key=str)
+        names = [name for name, largest in kinds if largest is None]
+        pairs = self._reduced(names, accelerator).tolist() if names else []
+        found = {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+        found |= self._farthest([(name, largest) for name, largest in kinds if largest is not None], accelerator)
+        self._sums, self._extremes = {}, {}
+        return found
+
+    def _farthest(self, kinds: Sequence[tuple[str, bool]], accelerator: Accelerator | None) -> dict[str, float]:
+        """The extremes over all ranks; one of nothing is left out. kinds: name, and whether it is the largest."""
+        if not kinds:
             return {}
-        pairs = self._reduced(names, accelerator).tolist()
-        self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+        signs = [1.0 if largest else -1.0 for _, largest in kinds]
+        mine = [self._extremes[name].value.float() if name in self._extremes else None for name, _ in kinds]
+        stacked = torch.stack(
+            [
+                torch.tensor(-torch.inf, device=self._device) if value is None else (sign * value).to(self._device)
+                for sign, value in zip(signs, mine, strict=True)
+            ]
+        )
+        everywhere = stacked[None] if accelerator is None else accelerator.gather(stacked[None])
+        values = everywhere.amax(0).tolist()
+        named = zip(kinds, signs, values, strict=True)
+        return {name: sign * value for (name, _), sign, value in named if value != -torch.inf}
 
     def _reduced(self, names: Sequence[str], accelerator: Accelerator | None) -> Tensor:
         """Sums and counts over all ranks, in float32: not every device has float64. [metrics, 2]"""
