@@ -6,6 +6,7 @@ this token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,6 +96,8 @@ def check_first_ratio(means: Mapping[str, Tensor | float], *, coarse: bool) -> N
     ratio, policy_kl, approx_kl = (float(means[name]) for name in ("ratio", "policy_kl", "approx_kl"))
     if not ratio:  # no token counts: all completions are empty or masked out
         return
+    if not math.isfinite(policy_kl) or not math.isfinite(approx_kl):
+        return  # the loop stops at that, and names the weights
     of_ratio, of_kl = COARSE if coarse else EXACT
     if not (abs(policy_kl) <= of_ratio and approx_kl <= of_kl):
         raise RuntimeError(

@@ -27,7 +27,9 @@ from trl.models.prepare import is_peft_model
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
+from trl.trainer.guard import Piece
 from trl.trainer.objective import ObjectiveTrainer
+from trl.trainer.tally import StepWatch
 from trl.trainer.update import leave_zeros, optimizer_step
 
 TRUNCATION_SIDES = {"keep_end": "left", "keep_start": "right"}
@@ -186,11 +188,16 @@ class IterativeSFTTrainer(ObjectiveTrainer):
                 self.count,
                 parameters=list(self.model.parameters()),
                 max_grad_norm=self.args.max_grad_norm or None,
+                non_finite=lambda watch: self._met_non_finite(watch, pieces),
             )
         self.lr_scheduler.step()
         self.state.global_step += 1
         self.record("loss", means["loss"])
         self._maybe_log_save_evaluate_step()
+
+    def _met_non_finite(self, watch: StepWatch, pieces: Sequence[dict[str, Any]]) -> None:
+        named = [Piece(piece, number) for number, piece in enumerate(pieces)]
+        self._non_finite.met(self.state.global_step + 1, self.accelerator, watch, [self.model], named)
 
     def _maybe_log_save_evaluate_step(self) -> None:
         step = self.state.global_step

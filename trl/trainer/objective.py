@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.microbatches import BudgetCollator, unasked_budget
@@ -36,11 +38,15 @@ from trl.trainer.checkpoints import (
     describe_run,
     find,
     is_old_trainer_checkpoint,
+    number_of,
     read_state,
     write_state,
 )
 from trl.trainer.configuration import PostTrainingConfig, as_config
-from trl.trainer.tally import Tally
+from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
+from trl.trainer.run_folder import RunFolder
+from trl.trainer.signals import TERMINATED, StopSignal
+from trl.trainer.tally import StepWatch, Tally, write_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +58,50 @@ def pieces_of(batches: Sequence[Any]) -> list[Any]:
     return [piece for batch in batches for piece in _pieces(batch) or [batch]]
 
 
+def _places(batch: Any) -> Sequence[Any]:
+    """Where the rows of each piece of a micro-batch stand in it; None where they are not cut or that is not known."""
+    pieces = _pieces(batch) or [batch]
+    return batch["places"] if isinstance(batch, Mapping) and "places" in batch else [None] * len(pieces)
+
+
 def _pieces(batch: Any) -> list[Any] | None:
     return batch.get("pieces") if isinstance(batch, Mapping) else None
+
+
+class StepEnd(TrainerCallback, ExportableState):
+    """Calls before each optimizer step, and ends a run after one of them."""
+
+    def __init__(self, begin: Callable[[int], None], before: Callable[[], None], steps: NonFiniteSteps):
+        self._begin, self._before, self._steps = begin, before, steps
+        self.stops = False
+        """whether a process of the run was asked to end"""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: how many steps were left out."""
+        return {"args": {}, "attributes": {"skipped": self._steps.skipped}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept: Any = state.stateful_callbacks.get(type(self).__name__, {})
+        self._steps.skipped = int(kept["attributes"]["skipped"]) if isinstance(kept, dict) and kept else 0
+        self.stops = False
+        self._begin(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stops:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stops:  # amid an epoch, after the checkpoint of its last step
+            control.should_save = control.should_evaluate = control.should_log = False
 
 
 class ObjectiveTrainer(Trainer):
@@ -69,6 +117,8 @@ class ObjectiveTrainer(Trainer):
     lr_scheduler: Any
     data_collator: Any
     loss_is_scaled_for_ga = True  # `compute_loss` has divided, `Trainer` must not
+    branches_per_row = 1
+    """sequences that a row of a batch has"""
 
     @abstractmethod
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
@@ -79,8 +129,10 @@ class ObjectiveTrainer(Trainer):
         """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
 
     def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
-        kwargs["args"] = _own_settings(kwargs.get("args"))
+        own = kwargs["args"] = _own_settings(kwargs.get("args"))
+        on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0009
         super().__init__(*args, processing_class=processing_class, **kwargs)
+        self.args.enable_jit_checkpoint = on_signal
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or show it one "
@@ -93,6 +145,7 @@ class ObjectiveTrainer(Trainer):
                 "and DeepSpeed do not allow; leave it out"
             )
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
+        self._watch_steps()
         self._seal = SealCheckpoints()
         self.add_callback(self._seal)
         self.callback_handler.callbacks.insert(0, self._seal.limit)
@@ -101,6 +154,26 @@ class ObjectiveTrainer(Trainer):
         for callback in self.callback_handler.callbacks if folder else ():
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = folder
+
+    def _watch_steps(self) -> None:
+        """Look at each optimizer step before it is made: see `_before_optimizer_step`."""
+        self._folder, self._signal, self._watch = RunFolder(is_old=is_old_trainer_checkpoint), StopSignal(), StepWatch()
+        self._non_finite = NonFiniteSteps(self.args.on_non_finite, self.args.max_non_finite_skips)
+        self._batches: Sequence[Any] = ()
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self._left_out: list[Tensor] = []
+        """of each step that was left out in this call of `train`, what `Trainer` adds to its losses"""
+        self._logged = self._began = (0, 0)
+        """the step, and how many were left out, at the last log and at the beginning"""
+        self._step_end = StepEnd(self._begin_steps, self._before_optimizer_step, self._non_finite)
+        self.add_callback(self._step_end)
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_and_keep(*args: Any, **kwargs: Any) -> Any:  # `Trainer` hands the norm to nobody
+            self._watch.norm = clip(*args, **kwargs)
+            return self._watch.norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_keep
 
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""
@@ -147,6 +220,7 @@ class ObjectiveTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what `from_pretrained` reads, whole or not at all."""
         target = str(output_dir or self.args.output_dir)
+        check_weights(self.accelerator, f"step {self.state.global_step}", self.model)
         named = output_dir is not None and Path(target).name == f"{PREFIX}{self.state.global_step}"
         if _internal_call and named:
             self._begin_checkpoint(Path(target))
@@ -166,7 +240,7 @@ class ObjectiveTrainer(Trainer):
         super().save_model(str(folder), _internal_call=True)
         if state and self.args.should_save:
             write_state(folder / EXTRA_STATE, state)
-        if self.is_in_train and (self.control.should_save or self.args.enable_jit_checkpoint):
+        if self.is_in_train and self.control.should_save:
             self._seal.limit.hold(self.args)
 
     def describe_run(self) -> Run:
@@ -175,32 +249,87 @@ class ObjectiveTrainer(Trainer):
         return describe_run(name, self.model, args.to_dict(), fixed=args.place_in_data(), dataset=self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self.prepare_data()
-        folder = str(self.args.output_dir)
-        clean_up(folder)
-        found = find(resume_from_checkpoint, folder, is_old=is_old_trainer_checkpoint)
-        self._seal.run = None
-        if found is not None or self.args.save_strategy != "no":
-            self._seal.run = self.describe_run()  # now, as wrappers that shard weights change their shapes
-        if found is not None:
-            self._resume(found, self._seal.run or self.describe_run())
-        self.remove_callback(self._seal)
-        self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
+        """As `Trainer.train`; SystemExit(143) where SIGTERM asked for the end and the step is saved."""
+        folder, resumes = str(self.args.output_dir), bool(resume_from_checkpoint)
+        with (
+            self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir),
+            self._signal.listening(self.args.enable_jit_checkpoint),
+        ):
+            self.prepare_data()
+            clean_up(folder)
+            found = find(resume_from_checkpoint, folder, is_old=is_old_trainer_checkpoint)
+            self._seal.run = None
+            if found is not None or self.args.save_strategy != "no" or self.args.enable_jit_checkpoint:
+                self._seal.run = self.describe_run()  # now, as wrappers that shard weights change their shapes
+            if found is not None:
+                self._resume(found, self._seal.run or self.describe_run())
+            if self.is_world_process_zero():
+                self._folder.begin_metrics(folder, None if found is None else number_of(found.folder))
+            self.remove_callback(self._seal)
+            self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
+            result = self._train(None if found is None else str(found.folder), *args, **kwargs)
+            if self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
+                if not self._step_end.stops:  # it came after the last step: the run is over
+                    self.save_model()
+                raise SystemExit(TERMINATED)
+        return result
+
+    def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, with errors that say what was going on."""
         try:
             memory, gradients = kept_memory(self.args.device), in_place(self.args.device, self.args.world_size)
-            with memory, gradients, rows_padded(self.pads_rows):
-                return super().train(None if found is None else str(found.folder), *args, **kwargs)
+            sampling = sampler_errors(lambda: self.state.global_step + 1, self.model)
+            with memory, gradients, rows_padded(self.pads_rows), sampling:
+                return super().train(checkpoint, *args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not isinstance(error, SafetensorError) and not is_disk_error(error):
-                raise
+            if not self._seal.is_open or (isinstance(error, RuntimeError) and not is_disk_error(error)):
+                raise  # nothing was being saved: it is a reward function's own, say
             self._seal.undo(self.args)
             reason = str(error).splitlines()[0].removeprefix("could not save to ")
             raise OSError(
-                f"could not save checkpoint-{self.state.global_step} to {folder!r}: {reason}; earlier checkpoints are "
-                "whole: free some space and go on with train(resume_from_checkpoint=True)"
+                f"could not save checkpoint-{self.state.global_step} to {str(self.args.output_dir)!r}: {reason}; "
+                "earlier checkpoints are whole: free some space and go on with train(resume_from_checkpoint=True)"
             ) from error
         finally:
             self._seal.limit.give_back(self.args)
+            self._watch.clear()
+            self._batches = ()
+
+    def _begin_steps(self, step: int) -> None:
+        self._left_out, self._logged, self._began = [], (step, 0), (step, 0)
+        self._step_loss = torch.zeros((), device=self.args.device)
+
+    def _before_optimizer_step(self) -> None:
+        """Stop, or leave the step out, unless all losses and the gradient are finite; one read of the device.
+
+        With several ranks all come to the same answer, and learn whether one of them was asked to end.
+        """
+        finite, asked, _ = self._watch.read(self.accelerator, self._signal.asked)
+        self._step_end.stops = asked
+        if not finite:
+            pieces = [
+                Piece(piece, number, places, self.branches_per_row)
+                for number, batch in enumerate(self._batches)
+                for piece, places in zip(pieces_of([batch]), _places(batch), strict=False)
+            ]
+            self._non_finite.met(self.state.global_step + 1, self.accelerator, self._watch, [self.model], pieces)
+            for parameter in self.model.parameters():
+                parameter.grad = None  # optimizers pass over those without a gradient
+            self._left_out.append(self._step_loss)
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self._watch.clear()
+
+    def _without_left_out(self, name: str, logs: dict[str, float]) -> None:
+        """Make a logged mean over optimizer steps one over those that were made; nan if there were none."""
+        since, before = self._logged if name == "loss" else self._began
+        left_out, steps = self._left_out[before:], self.state.global_step - since
+        if name not in logs:
+            return
+        if left_out:
+            total = logs[name] * steps - self.accelerator.reduce(torch.stack(left_out).sum(), "mean").item()
+            logs[name] = total / (steps - len(left_out)) if steps > len(left_out) else math.nan
+        if name == "loss":
+            self._logged = (self.state.global_step, len(self._left_out))
 
     def _resume(self, found: Checkpoint, run: Run) -> None:
         """Compare a checkpoint with this run, and take back what `extra_state` gave."""
@@ -225,6 +354,7 @@ class ObjectiveTrainer(Trainer):
             self.control.should_training_stop = True
             num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches = batches
         counts = [self.count(piece) for piece in pieces_of(batches)]
         local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(local, "sum")
@@ -237,7 +367,11 @@ class ObjectiveTrainer(Trainer):
         for piece in first:
             with self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items_in_batch))
-        return sum(losses, super().training_step(model, last, num_items_in_batch))
+        loss = sum(losses, super().training_step(model, last, num_items_in_batch))
+        if self.args.on_non_finite == "skip":  # `Trainer` would add a nan to all the losses that it logs from here on
+            loss = torch.where(loss.isfinite(), loss, 0.0)
+            self._step_loss = self._step_loss + loss
+        return loss
 
     def compute_loss(
         self,
@@ -249,6 +383,8 @@ class ObjectiveTrainer(Trainer):
         with rows_padded(self.pads_rows):
             result = within_forward(model, lambda inner: self.objective(inner, inputs))
         self._tallies["train" if model.training else "eval"].add_loss(result)
+        if model.training:
+            self._watch.losses.append(result.total.detach())
         if num_items_in_batch is None:
             loss = result.mean
         else:  # DDP averages over ranks; undo it
@@ -294,13 +430,21 @@ class ObjectiveTrainer(Trainer):
         means = self._tallies["train" if training else "eval"].means(self.accelerator)
         means.pop("loss", None)  # Trainer's own: the mean over optimizer steps
         logs.update({name if training else f"eval_{name}": value for name, value in means.items()})
+        self._without_left_out("loss", logs)
+        self._without_left_out("train_loss", logs)
         super().log(logs, start_time)
+        if self.is_world_process_zero():
+            folder = str(self.args.output_dir)
+            if self._folder.own_metrics is None:
+                self._folder.mark_metrics(folder)
+            write_metrics(folder, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
 
 
 def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     """A copy of the caller's settings, with what these trainers need."""
     own = copy.copy(as_config(args, PostTrainingConfig))
     own.accelerator_config = copy.copy(own.accelerator_config)
+    own.logging_nan_inf_filter = False  # it logs 0 for nan, and reads the device at every micro-batch
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
     if own.accelerator_config.dispatch_batches is None:
         own.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again

@@ -30,8 +30,6 @@ NO_EFFECT: dict[str, str] = {
     "use_liger_loss": "has no effect: the logits never exist whole here",
     "group_by_length": "has no effect: rows are not padded, so nothing is saved; "
     "train_sampling_strategy='group_by_length' orders rows that have a column `input_ids`",
-    "overwrite_output_dir": "has no effect: a run writes into its folder; `resume_from_checkpoint` goes on with an "
-    "older one",
     "save_safetensors": "has no effect: weights are always saved as safetensors",
     "use_mps_device": "has no effect: an MPS device is used where there is one; `use_cpu=True` leaves it alone",
     "half_precision_backend": "has no effect: torch's own mixed precision is the only one",
