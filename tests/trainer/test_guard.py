@@ -10,7 +10,6 @@ import pytest
 import torch
 from conformity import build, history
 from ppo_cases import batch, causal, maker
-from process_group import on_ranks
 from safetensors.torch import load_file
 from tokenizers_for_tests import word_tokenizer
 from transformers import TrainerCallback
@@ -225,25 +224,6 @@ def test_an_infinite_gradient_in_fp16_is_left_to_the_scaler():
     accelerator.scaler = None
     watch.losses.pop()
     assert watch.read(accelerator)[0] is False
-
-
-def _on_rank(rank, world, out):
-    torch.set_num_threads(1)
-    trainer = saving("sft", f"{out}/run", per_device_train_batch_size=2, use_cpu=True, ddp_backend="gloo")
-    if rank == 1:
-        spoiled(trainer, 2, value=math.inf)
-    with pytest.raises(NonFiniteError) as caught:
-        trainer.train()
-    with open(f"{out}/{rank}", "w") as file:
-        file.write(str(caught.value))
-
-
-def test_ranks_stop_together(tmp_path):
-    on_ranks(_on_rank, 2, str(tmp_path))
-    first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
-    assert first == second
-    assert first.startswith("step 2: the loss is not finite in rank 1: micro-batch 0 (loss inf)")
-    check_last_checkpoint(tmp_path / "run", 1)
 
 
 # -- trainers that are driven by `step` -------------------------------------------------------------

@@ -362,8 +362,10 @@ class SealCheckpoints(TrainerCallback):
     It is to be called after all other callbacks, and its `limit` before them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sealed: Callable[[Path], None] = lambda folder: None) -> None:
+        """sealed: called by the first process with a checkpoint that is whole."""
         self.run: Run | None = None
+        self._sealed = sealed
         self.limit = LimitOfUser()
         self._open: Path | None = None
 
@@ -405,6 +407,8 @@ class SealCheckpoints(TrainerCallback):
             assert self.run is not None
             seal(folder, self.run, step=state.global_step, world_size=args.world_size, expected=expected)
             shutil.rmtree(hidden(folder, FORMER), ignore_errors=True)
+            if state.is_world_process_zero:
+                self._sealed(folder)
             best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
             keep_newest(folder.parent, args.save_total_limit, keep=[folder, *best], is_old=is_old_trainer_checkpoint)
         PartialState().wait_for_everyone()

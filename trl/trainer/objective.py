@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from trl.data.microbatches import BudgetCollator, unasked_budget
 from trl.kernels.step_memory import in_place, kept_memory
@@ -44,6 +44,7 @@ from trl.trainer.checkpoints import (
 )
 from trl.trainer.configuration import PostTrainingConfig, as_config
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
+from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
 from trl.trainer.run_folder import RunFolder
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.tally import StepWatch, Tally, write_metrics
@@ -130,6 +131,10 @@ class ObjectiveTrainer(Trainer):
 
     def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
         own = kwargs["args"] = _own_settings(kwargs.get("args"))
+        self._model_files: list[str] = []
+        """what `from_pretrained` reads of the last save"""
+        self._is_staged, self._uploads = False, list[Any]()
+        self._hub_strategy, own.hub_strategy = own.hub_strategy, HubStrategy.END  # checkpoints: see `_push_checkpoint`
         on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0009
         super().__init__(*args, processing_class=processing_class, **kwargs)
         self.args.enable_jit_checkpoint = on_signal
@@ -146,7 +151,7 @@ class ObjectiveTrainer(Trainer):
             )
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
         self._watch_steps()
-        self._seal = SealCheckpoints()
+        self._seal = SealCheckpoints(self._push_checkpoint)
         self.add_callback(self._seal)
         self.callback_handler.callbacks.insert(0, self._seal.limit)
         self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
@@ -219,6 +224,8 @@ class ObjectiveTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what `from_pretrained` reads, whole or not at all."""
+        if self._is_staged:  # `Trainer.push_to_hub` saves before it uploads
+            return
         target = str(output_dir or self.args.output_dir)
         check_weights(self.accelerator, f"step {self.state.global_step}", self.model)
         named = output_dir is not None and Path(target).name == f"{PREFIX}{self.state.global_step}"
@@ -226,9 +233,11 @@ class ObjectiveTrainer(Trainer):
             self._begin_checkpoint(Path(target))
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks write together
             super().save_model(target, _internal_call=True)
+            self._model_files = files_in(Path(target), top=True)
         elif self.args.should_save:
             with writing(target, replaces=WEIGHT_FILES) as beside:
                 super().save_model(str(beside), _internal_call=True)
+                self._model_files = files_in(beside)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -238,6 +247,7 @@ class ObjectiveTrainer(Trainer):
         self._seal.run = self._seal.run or self.describe_run()
         self._seal.begin(folder, self.args, self.state)
         super().save_model(str(folder), _internal_call=True)
+        self._model_files = files_in(folder)
         if state and self.args.should_save:
             write_state(folder / EXTRA_STATE, state)
         if self.is_in_train and self.control.should_save:
@@ -272,6 +282,8 @@ class ObjectiveTrainer(Trainer):
                 if not self._step_end.stops:  # it came after the last step: the run is over
                     self.save_model()
                 raise SystemExit(TERMINATED)
+        for job in self._uploads:
+            job.result()
         return result
 
     def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -343,9 +355,34 @@ class ObjectiveTrainer(Trainer):
         if found.is_model_only:
             logger.warning("%s was written with save_only_model=True: the optimizer starts anew", found.folder)
 
-    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any) -> str:
-        tagged = trl_sanitze_kwargs_for_tagging(self._tag_names, kwargs)
-        return super().push_to_hub(commit_message=commit_message, blocking=blocking, **(tagged or {}))
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any) -> Any:
+        """Save the model, and upload it with its card; rollouts, metrics and states of the run stay here."""
+        tagged = trl_sanitze_kwargs_for_tagging(self._tag_names, kwargs) or {}
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
+        folder, name = str(self.args.output_dir), str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tagged.setdefault("model_name", name.split("/")[-1])
+        with staged(Path(folder), self._model_files) as beside:
+            self.args.output_dir, self._is_staged = str(beside), True
+            try:
+                pushed = super().push_to_hub(commit_message=commit_message, blocking=blocking, **tagged)
+            finally:
+                self.args.output_dir, self._is_staged = folder, False
+        remove_when_done(beside, pushed)
+        return pushed
+
+    def _push_checkpoint(self, folder: Path) -> None:
+        """Called with a whole checkpoint; as `Trainer` does while it trains, without what else lies in `output_dir`."""
+        args, strategy = self.args, self._hub_strategy
+        if not args.push_to_hub or strategy == HubStrategy.END or self.hub_model_id is None:
+            return
+        if args.hub_always_push or all(job.done() for job in self._uploads):
+            message = f"Training in progress, step {self.state.global_step}"
+            where = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+            self._uploads += upload_checkpoint(folder, self._model_files, strategy, message, **where)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
