@@ -63,6 +63,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         config = as_config(args, PostTrainingConfig)
         refuse_unused(config, ("model_init_kwargs",), False, "a model given by name")
         refuse_unused(config, ("dataset_num_proc", "neftune_noise_alpha"), False, "another trainer")
+        refuse_unused(config, ("enable_jit_checkpoint", "overwrite_output_dir"), False, "`train()`")
         tokenizer = processing_class_of(processing_class, tokenizer)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"tokenizer must be a PreTrainedTokenizerBase, got {type(tokenizer)}")
