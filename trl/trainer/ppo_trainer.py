@@ -525,7 +525,7 @@ class PPOTrainer(BaseTrainer):
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
-            measured, kl_BT = self._measure(Experience.of(rollout))
+            measured, kl_BT = self._measure(Experience.of(rollout).packed_once())
             clock.lap("forward_pass")
             penalty_BT = -self.kl_ctl.value * kl_BT
             rewards_BT = token_rewards(scores_B, kl_BT, measured.mask_BT, self.kl_ctl.value)
