@@ -135,7 +135,7 @@ class ObjectiveTrainer(Trainer):
         """what `from_pretrained` reads of the last save"""
         self._is_staged, self._uploads = False, list[Any]()
         self._hub_strategy, own.hub_strategy = own.hub_strategy, HubStrategy.END  # checkpoints: see `_push_checkpoint`
-        on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0009
+        on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0010
         super().__init__(*args, processing_class=processing_class, **kwargs)
         self.args.enable_jit_checkpoint = on_signal
         if self.args.n_gpu > 1:

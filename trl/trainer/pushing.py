@@ -94,11 +94,11 @@ def upload_checkpoint(
         place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
         wanted[place] = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
     jobs = []
-    for place, files in wanted.items():
+    for path_in_repo, files in wanted.items():
         beside = _linked(folder, files, folder.parent)
-        said = message if place is None else f"{message}, checkpoint"
+        said = message if path_in_repo is None else f"{message}, checkpoint"
         job = HfApi().upload_folder(
-            folder_path=str(beside), path_in_repo=place, commit_message=said, run_as_future=True, **where
+            folder_path=str(beside), path_in_repo=path_in_repo, commit_message=said, run_as_future=True, **where
         )
         remove_when_done(beside, job)
         jobs.append(job)
