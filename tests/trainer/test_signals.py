@@ -11,7 +11,9 @@ import torch
 from checkpoint_cases import in_a_process
 from process_group import on_ranks
 
+from trl.cli.main import run
 from trl.trainer.checkpoints import is_whole
+from trl.trainer.guard import NonFiniteError
 from trl.trainer.signals import TERMINATED, StopSignal
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
@@ -126,3 +128,18 @@ def test_two_ranks(tmp_path):
     assert is_whole(tmp_path / "cut" / "checkpoint-2", contents=True)
     assert error.startswith("step 2: the loss is not finite in rank 1: micro-batch 0 (loss inf)")
     assert [path.name for path in (tmp_path / "bad").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_the_command_asks_for_it(tmp_path, monkeypatch):
+    """Unless the line says no; and what is not finite is an exit code that is not 0."""
+    seen = []
+
+    def train(job, model, script, mixture, config, own):
+        seen.append(config.enable_jit_checkpoint)
+        raise NonFiniteError("step 3: the loss is not finite")
+
+    monkeypatch.setattr("trl.scripts.training.train", train)
+    words = ["sft", "--model", "m", "--data", "d", "--output_dir", str(tmp_path)]
+    assert run([*words]) == 2
+    assert run([*words, "--enable_jit_checkpoint", "False"]) == 2
+    assert seen == [True, False]
