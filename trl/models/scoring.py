@@ -199,6 +199,19 @@ def mean_logits(head: Head, hidden_SD: Tensor) -> Tensor:
         return map_logits(head, hidden_SD, lambda logits: (logits.mean(-1),))[0]
 
 
+def target_lift(head: Head, hidden_SD: Tensor, target_S: Tensor) -> Tensor:
+    """Each target's logit above the mean over the vocabulary, differentiable. [S] float32"""
+    if (module := head.linear) is not None and head.softcap is None:
+        away_SD = module.weight[target_S].float() - module.weight.float().mean(0)
+        bias = 0.0 if module.bias is None else module.bias[target_S].float() - module.bias.float().mean()
+        return ((hidden_SD.float() * away_SD).sum(-1) + bias) * head.scale
+
+    def measure(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
+        return (logits.gather(1, targets[:, None]).squeeze(1) - logits.mean(-1),)
+
+    return map_logits(head, hidden_SD, measure, target_S)[0]
+
+
 def log_collision(head: Head, hidden_SD: Tensor) -> Tensor:
     """`log sum_v p(v)^2` of each position: the log-probability of an average sample, detached. [S]"""
     with torch.no_grad():
@@ -243,6 +256,8 @@ class Scores:
     logprobs_BT: Tensor
     entropy_BT: Tensor | None = None
     values_BT: Tensor | None = None
+    lift_BT: Tensor | None = None
+    """the scored token's logit above the mean over the vocabulary, for smoothed labels"""
 
 
 def score(
@@ -253,6 +268,7 @@ def score(
     entropy: bool = False,
     entropy_gradient: bool = False,
     values: bool = False,
+    lift: bool = False,
 ) -> Scores:
     """Log-probabilities of the scored tokens, and on demand entropies and the value head's values. [B, T] each
 
@@ -261,6 +277,7 @@ def score(
     """
     v_head = below_accelerate(model).v_head if values else None
     names = ["logprobs_BT"] + ["entropy_BT"] * (entropy or entropy_gradient) + ["values_BT"] * values
+    names += ["lift_BT"] * lift
 
     def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
         if entropy_gradient:
@@ -270,6 +287,8 @@ def score(
         columns = dict(zip(("logprobs_BT", "entropy_BT"), found, strict=True))
         if v_head is not None:
             columns["values_BT"] = v_head(states_SD[None]).float().squeeze(0).squeeze(-1)
+        if lift:
+            columns["lift_BT"] = target_lift(head, states_SD, packed.target_S)
         return [columns[name] for name in names]
 
     columns_S = in_head(model, packed, measure)
@@ -309,12 +328,14 @@ def scores_at(model: nn.Module, packed: PackedBatch, index_S: Tensor, row_S: Ten
 
 
 def rewards(model: nn.Module, packed: PackedBatch) -> Tensor:
-    """The reward of each row, read at its last real token; encoders read it where they always do. [B]"""
-    network = below_value_head(model)
-    if network.config.num_labels != 1:
-        raise ValueError(f"num_labels={network.config.num_labels}: a reward model has 1")
+    """The reward of each row: the mean over its labels, of which reward models usually have one. [B]"""
+    return label_rewards(model, packed).mean(-1)
+
+
+def label_rewards(model: nn.Module, packed: PackedBatch) -> Tensor:
+    """Each row's rewards, read at its last real token; encoders read them where they always do. [B, labels]"""
     if is_encoder(model) or is_encoder_decoder(model):
         inputs = padded_inputs_of(model, packed)
-        return model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits[:, 0].float()  # type: ignore[no-any-return]
+        return model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits.float()  # type: ignore[no-any-return]
     rows = torch.arange(packed.rows, device=packed.ids_N.device)
-    return scores_at(model, packed, packed.last_B, rows)[:, 0]
+    return scores_at(model, packed, packed.last_B, rows)
