@@ -295,7 +295,7 @@ def test_checkpoints_are_named_after_epochs_and_limited(tmp_path):
     checkpoints = tmp_path / "logs" / "mine" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint_4"]
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match="checkpoint_4 already exists"):
+    with pytest.raises(ValueError, match="holds checkpoint_4 of another run: go on with it by resume_from="):
         trainer(tmp_path, num_epochs=6, save_freq=4, run_name="mine").train()
 
 

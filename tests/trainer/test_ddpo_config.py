@@ -21,6 +21,8 @@ def test_defaults_are_those_of_the_release():
         "run_name": "", "seed": 0, "log_with": None, "tracker_kwargs": {}, "accelerator_kwargs": {},
         "project_kwargs": {}, "tracker_project_name": "trl", "logdir": "logs", "num_epochs": 100, "save_freq": 1,
         "num_checkpoint_limit": 5, "mixed_precision": "fp16", "allow_tf32": True, "resume_from": "",
+        "overwrite_output_dir": False, "enable_jit_checkpoint": False, "on_non_finite": "stop",
+        "max_non_finite_skips": 10,
         "sample_num_steps": 50, "sample_eta": 1.0, "sample_guidance_scale": 5.0, "sample_batch_size": 1,
         "sample_num_batches_per_epoch": 2, "train_batch_size": 1, "train_use_8bit_adam": False,
         "train_learning_rate": 3e-4, "train_adam_beta1": 0.9, "train_adam_beta2": 0.999,

@@ -100,6 +100,9 @@ CHANGED = {
 SHOWN = {
     # field: the test that shows its effect, whatever the trainer
     "model_init_kwargs": ("test_on_policy_fields", "test_model_by_name"),
+    "on_non_finite": ("test_guard", "test_a_step_that_is_not_finite_is_left_out"),
+    "max_non_finite_skips": ("test_guard", "test_no_more_than_so_many_steps_are_left_out"),
+    "overwrite_output_dir": ("test_run_folder", "test_another_runs_checkpoints"),
     "dataset_num_proc": ("test_on_policy_fields", "test_how_prompts_are_tokenised_is_handed_on"),
     "chat_template_kwargs": ("test_on_policy_fields", "test_how_prompts_are_tokenised_is_handed_on"),
     "evaluation_strategy": ("test_reward_trainer", "test_older_spelling_of_the_evaluation_strategy"),

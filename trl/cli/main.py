@@ -96,7 +96,7 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0, 1 (the job says no), 2 (bad input), 130 (interrupted)."""
+    """Run the command line and leave with its exit code: 0, 1 (the job says no), 2 (an error), 130 or 143 (ended)."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -84,7 +84,7 @@ def collated(collate: Callable[[Any], dict[str, Any]], pieces: Sequence[Any]) ->
 class BudgetCollator:
     """Another collator's batches in pieces of at most `max_tokens` tokens, under the key `pieces`.
 
-    With `asked` False rows without token ids stay together.
+    Their rows' places in the batch are under `places`. With `asked` False rows without token ids stay together.
     """
 
     def __init__(self, collate: Callable[[Sequence[Row]], dict[str, Any]], max_tokens: int, asked: bool = True):
@@ -94,4 +94,5 @@ class BudgetCollator:
         if not self.asked and not all(isinstance(row, Mapping) and _id_columns(row) for row in rows):
             return self.collate(rows)
         pieces = balanced_pieces([row_tokens(row) for row in rows], self.max_tokens)
-        return collated(self.collate, [[rows[i] for i in piece] for piece in pieces])
+        batch = collated(self.collate, [[rows[i] for i in piece] for piece in pieces])
+        return {**batch, "places": pieces} if len(pieces) > 1 else batch

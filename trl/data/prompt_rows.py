@@ -25,6 +25,7 @@ from trl.data.row_job import (
     list_of,
     messages_of,
     needs_closing,
+    number_of,
     text_of,
 )
 
@@ -76,6 +77,10 @@ class _AnswersJob(_PromptJob):
         return self.answers, self.add_eos, self.is_encoder_decoder
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
+        for index, row in zip(indices, rows, strict=True):
+            with at_row(index, self.name):  # what is kept besides ids are numbers that the loss reads
+                for column in [name for name in self.keep or () if name in row]:
+                    number_of(row, column)
         if self.format.kind is RowKind.TOKENIZED:
             answered = self._tokenised(rows, indices)
         elif self.format.implicit_prompt and not self.format.conversational:

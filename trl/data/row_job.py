@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from datasets import List, Value
@@ -83,6 +84,15 @@ def ids_of(row: Mapping[str, Any], column: str) -> Ids:
     if value is None or isinstance(value, str) or not all(isinstance(i, Integral) for i in list_of(value)):
         raise ValueError(f"column '{column}' should be a list of token ids, got {value!r:.80}")
     return [int(i) for i in list_of(value)]
+
+
+def number_of(row: Mapping[str, Any], column: str) -> float:
+    """The row's number in that column, which is finite."""
+    value = row[column]
+    single = value.item() if getattr(value, "shape", None) in ((), (1,)) else value
+    if not isinstance(single, Real) or not math.isfinite(single):
+        raise ValueError(f"column '{column}' should be a finite number, got {value!r:.80}")
+    return float(single)
 
 
 def list_of(value: Any) -> list[Any]:

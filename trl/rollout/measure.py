@@ -6,6 +6,7 @@ this token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,6 +76,8 @@ def check_first_ratio(means: Mapping[str, Tensor | float], precision: Callable[[
     ratio, policy_kl, approx_kl = (float(means[name]) for name in ("ratio", "policy_kl", "approx_kl"))
     if not ratio:  # no token counts: all completions are empty or masked out
         return
+    if not math.isfinite(policy_kl) or not math.isfinite(approx_kl):
+        return  # the loop stops at that, and names the weights
     for tolerance in (lambda: "float32", precision):
         bound = TOLERANCES[tolerance()]
         if abs(policy_kl) <= bound.ratio and approx_kl <= bound.kl:

@@ -85,6 +85,7 @@ def start(launch: LaunchArguments, module: str, words: Sequence[str]) -> int:
 
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = launch_command_parser().parse_args(launcher_words(launch, module, words))
@@ -95,6 +96,8 @@ def start(launch: LaunchArguments, module: str, words: Sequence[str]) -> int:
         launch_command(arguments)
     except ChildFailedError as error:
         return max(error.get_first_failure()[1].exitcode, 1)
+    except SignalException as error:  # the processes got it too, and have ended
+        return 128 + int(error.sigval)
     except subprocess.CalledProcessError as error:
         return max(error.returncode, 1)
     finally:

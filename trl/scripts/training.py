@@ -155,6 +155,7 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
     set_environment(file.pop("env", {}))
     parser = JobParser(job)
     settings = merged(job, parser.settings_of_file(file), parser.settings_of_words(line))
+    settings.setdefault("enable_jit_checkpoint", True)  # at SIGTERM: finish the step, save it, exit with 143
     for key, alias in (("model_name_or_path", "model"), ("dataset_name", "data")):
         if not settings.get(key) and not (key == "dataset_name" and settings.get("datasets")):
             raise ValueError(f"--{alias}: say which (`--{key}` or `--{alias}` on the line, or in --config)")

@@ -54,7 +54,7 @@ UNRELATED = (
     "metric_for", "greater_is", "dataloader_num_workers", "dataloader_pin", "dataloader_persistent", "debug", "ddp_",
     "dataloader_prefetch", "dataset_num_proc", "skip_memory", "restore_callback", "enable_jit", "local_rank",
     "tracker_", "project_", "exp_name", "num_checkpoint_limit", "num_completions_to_print", "ignore_data_skip",
-    "accelerator_kwargs", "auto_find",
+    "accelerator_kwargs", "auto_find", "overwrite_output",
 )  # fmt: skip
 """beginnings of the names of settings that change no trained weight"""
 
@@ -362,10 +362,17 @@ class SealCheckpoints(TrainerCallback):
     It is to be called after all other callbacks, and its `limit` before them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sealed: Callable[[Path], None] = lambda folder: None) -> None:
+        """sealed: called by the first process with a checkpoint that is whole."""
         self.run: Run | None = None
+        self._sealed = sealed
         self.limit = LimitOfUser()
         self._open: Path | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._open is not None
 
     def begin(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
         """Called by every process before anything is written into `folder`."""
@@ -375,9 +382,9 @@ class SealCheckpoints(TrainerCallback):
                 shutil.rmtree(former, ignore_errors=True)
                 os.rename(folder, former)
             shutil.rmtree(folder, ignore_errors=True)
+        self._open = folder
         PartialState().wait_for_everyone()
         state.stateful_callbacks[MANIFEST] = {}  # tells a folder that lost its manifest from one of release 1.0.0
-        self._open = folder
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -400,16 +407,11 @@ class SealCheckpoints(TrainerCallback):
             assert self.run is not None
             seal(folder, self.run, step=state.global_step, world_size=args.world_size, expected=expected)
             shutil.rmtree(hidden(folder, FORMER), ignore_errors=True)
+            if state.is_world_process_zero:
+                self._sealed(folder)
             best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
             keep_newest(folder.parent, args.save_total_limit, keep=[folder, *best], is_old=is_old_trainer_checkpoint)
         PartialState().wait_for_everyone()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Seal what was saved on a signal (`enable_jit_checkpoint`), after which `Trainer` does not call `on_save`."""
-        if args.enable_jit_checkpoint:
-            self.on_save(args, state, control)
 
     def undo(self, args: TrainingArguments) -> None:
         """Take away a checkpoint that could not be written; what it was to replace gets its name back."""

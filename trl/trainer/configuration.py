@@ -24,6 +24,9 @@ from trl.trainer.settings import (
     translate,
 )
 
+ACTIONS = ("stop", "skip")
+"""values of `on_non_finite`"""
+
 Config = TypeVar("Config", bound="PostTrainingConfig")
 
 
@@ -43,6 +46,14 @@ class PostTrainingConfig(TrainingArguments):
     """keywords of `from_pretrained`, where the model is given by name"""
     dataset_num_proc: int | None = field(default=None)
     """processes that tokenise the data"""
+    on_non_finite: str = field(default="stop")
+    """where a loss or a gradient is nan or infinite, before the optimizer step: stop (an error names the rows), or skip
+    (the step is left out; the loss that is logged for it is nan)"""
+    max_non_finite_skips: int = field(default=10)
+    """steps of a run that `on_non_finite="skip"` leaves out at most; one more is an error"""
+    overwrite_output_dir: bool = field(default=False)
+    """remove another run's checkpoints and rollouts from `output_dir` when training begins; False: refuse such a
+    folder"""
     evaluation_strategy: str | None = accepted("evaluation_strategy")
     warmup_ratio: float | None = accepted("warmup_ratio")
     no_cuda: bool = accepted("no_cuda", False)
@@ -55,7 +66,6 @@ class PostTrainingConfig(TrainingArguments):
     use_liger_loss: bool = accepted("use_liger_loss", False)
     pad_to_multiple_of: int | str | None = accepted("pad_to_multiple_of")
     group_by_length: bool = accepted("group_by_length", False)
-    overwrite_output_dir: bool = accepted("overwrite_output_dir", False)
     save_safetensors: bool = accepted("save_safetensors", True)
     use_mps_device: bool = accepted("use_mps_device", False)
     include_inputs_for_metrics: bool = accepted("include_inputs_for_metrics", False)
@@ -141,6 +151,9 @@ class PostTrainingConfig(TrainingArguments):
         check_inherited(self)
         if self.dataset_num_proc is not None:
             require(self, "dataset_num_proc", self.dataset_num_proc >= 1, "give a number of processes >= 1, or None")
+        choose(self, "on_non_finite", ACTIONS)
+        require(self, "max_non_finite_skips", self.max_non_finite_skips >= 1, "give a number of steps >= 1")
+        refuse_unused(self, ("max_non_finite_skips",), self.on_non_finite == "skip", "on_non_finite='skip'")
 
     @property
     def token_budget(self) -> int | None:

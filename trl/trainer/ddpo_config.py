@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from trl.import_utils import is_bitsandbytes_available, is_torchvision_available, pip_install
-from trl.trainer.configuration import choose, require
+from trl.trainer.configuration import ACTIONS, choose, refuse_unused, require
 
 
 @dataclass
@@ -44,6 +44,14 @@ class DDPOConfig:
 'fp16' needs a GPU"""
     allow_tf32: bool = True
     """let CUDA multiply float32 matrices in TF32"""
+    overwrite_output_dir: bool = False
+    """remove another run's checkpoints from the run's folder when training begins; False: refuse such a folder"""
+    enable_jit_checkpoint: bool = False
+    """at SIGTERM the epoch is finished and saved, and the process exits with 143"""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """where a loss or a gradient is nan or infinite, before the optimizer step: an error, or the step is left out"""
+    max_non_finite_skips: int = 10
+    """optimizer steps of a run that `on_non_finite="skip"` leaves out at most; one more is an error"""
     resume_from: str = ""
     """a `checkpoint_N` folder, or a folder of them: the latest is taken"""
 
@@ -115,7 +123,7 @@ class DDPOConfig:
         counts = (
             "num_epochs", "save_freq", "num_checkpoint_limit", "sample_num_steps", "sample_batch_size",
             "sample_num_batches_per_epoch", "train_batch_size", "train_gradient_accumulation_steps",
-            "train_num_inner_epochs", "max_workers",
+            "train_num_inner_epochs", "max_workers", "max_non_finite_skips",
         )  # fmt: skip
         for name in counts:
             require(self, name, getattr(self, name) >= 1, "give at least 1")
@@ -124,6 +132,8 @@ class DDPOConfig:
         single = self.negative_prompts is None or isinstance(self.negative_prompts, str)
         require(self, "negative_prompts", single, "give one string, for all samples")
         choose(self, "mixed_precision", (None, "no", "fp16", "bf16"))
+        choose(self, "on_non_finite", ACTIONS)
+        refuse_unused(self, ("max_non_finite_skips",), self.on_non_finite == "skip", "on_non_finite='skip'")
         require(
             self,
             "train_timestep_fraction",

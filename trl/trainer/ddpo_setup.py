@@ -145,9 +145,14 @@ def checkpoint_to_resume(path: str) -> Checkpoint | None:
     return find(True, folder, prefix=PREFIX, is_old=refuse_pickled)
 
 
+def is_pickled(folder: Path) -> bool:
+    """Whether release 1.0.0 wrote a checkpoint."""
+    return (folder / PICKLED).is_file()
+
+
 def refuse_pickled(folder: Path) -> bool:
     """`Torn` for a checkpoint of release 1.0.0, False for any other folder."""
-    if (folder / PICKLED).is_file():
+    if is_pickled(folder):
         raise Torn(f"{folder} was written by release 1.0.0: its pickle files could run code and are not read")
     return False
 

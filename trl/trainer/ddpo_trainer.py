@@ -30,12 +30,17 @@ from trl.trainer.ddpo_setup import (
     checkpoint_to_resume,
     create_accelerator,
     create_optimizer,
+    is_pickled,
     model_card,
     place,
     refuse_to_overwrite,
     start_trackers,
 )
+from trl.trainer.guard import NonFiniteSteps, check_weights
+from trl.trainer.run_folder import RunFolder
+from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import PerPromptStatTracker
+from trl.trainer.tally import StepWatch, write_metrics
 
 Metadata = Any
 RewardFunction = Callable[[Any, Sequence[str], Sequence[Metadata]], tuple[Any, Metadata]]
@@ -86,6 +91,11 @@ class DDPOTrainer(BaseTrainer):
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
         self.progress = Progress(self.stat_tracker)
+        self._folder, self._signal = (
+            RunFolder(PREFIX, is_pickled, f"resume_from={str(checkpoint_folder(self.accelerator))!r}"),
+            StopSignal(),
+        )
+        self._non_finite = NonFiniteSteps(config.on_non_finite, config.max_non_finite_skips)
         self.first_epoch = self._resume() if config.resume_from else 0
 
     # --- setting up -------------------------------------------------------------------------------------------
@@ -140,10 +150,29 @@ class DDPOTrainer(BaseTrainer):
         """Run until `epochs` (default: `config.num_epochs`), counted from the very first, also after a resume."""
         epochs = self.config.num_epochs if epochs is None else epochs
         remaining = range(self.first_epoch, epochs)
-        checkpoints.clean_up(checkpoint_folder(self.accelerator), PREFIX)
-        refuse_to_overwrite(self.accelerator, remaining, self.config.save_freq)
-        for epoch in remaining:
-            self.step(epoch, self.progress.global_step)
+        folder, config = checkpoint_folder(self.accelerator), self.config
+        resumes, root = bool(config.resume_from), folder.parent
+        held = self._folder.held(folder, resumes=resumes, overwrite=config.overwrite_output_dir, root=root)
+        with held, self._signal.listening(config.enable_jit_checkpoint):
+            checkpoints.clean_up(folder, PREFIX)
+            refuse_to_overwrite(self.accelerator, remaining, config.save_freq)
+            if self.accelerator.is_main_process:
+                self._folder.begin_metrics(root, self.progress.global_step - 1 if self.first_epoch else None)
+            for epoch in remaining:
+                self.step(epoch, self.progress.global_step)
+                if config.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
+                    if not self._saves(epoch):
+                        self._save_checkpoint(epoch)
+                    raise SystemExit(TERMINATED)
+
+    def _saves(self, epoch: int) -> bool:
+        """Whether there is a checkpoint after an epoch."""
+        return epoch != 0 and epoch % self.config.save_freq == 0
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process and self._folder.own_metrics is not None:
+            write_metrics(checkpoint_folder(self.accelerator).parent, {"step": step, **values})
 
     def step(self, epoch: int, global_step: int) -> int:
         """Sample, score, and train on what was sampled; returns the number of optimizer steps so far."""
@@ -165,7 +194,7 @@ class DDPOTrainer(BaseTrainer):
                     "accumulation settings."
                 )
         self.progress.global_step = global_step
-        if epoch != 0 and epoch % config.save_freq == 0:
+        if self._saves(epoch):
             self._save_checkpoint(epoch)
         return global_step
 
@@ -179,9 +208,7 @@ class DDPOTrainer(BaseTrainer):
             self.image_samples_callback(prompt_image_data, global_step, tracker)
         gathered = self.accelerator.gather(torch.cat(list(rewards))).cpu().numpy()
         mean, std = float(gathered.mean()), float(gathered.std())
-        self.accelerator.log(
-            {"reward": gathered, "epoch": epoch, "reward_mean": mean, "reward_std": std}, step=global_step
-        )
+        self._log({"reward": gathered, "epoch": epoch, "reward_mean": mean, "reward_std": std}, step=global_step)
         return gathered
 
     def _generate_samples(self, iterations: int, batch_size: int) -> tuple[list[Samples], list[list[Any]]]:
@@ -285,6 +312,7 @@ class DDPOTrainer(BaseTrainer):
         """Go over the batches, one denoising step of each at a time; log at every optimizer step."""
         guided = self.config.train_cfg and self.config.sample_guidance_scale > 1
         info: dict[str, list[Tensor]] = defaultdict(list)
+        watch = StepWatch()
         for sample in batched_samples:
             embeds = sample["prompt_embeds"]
             if guided:
@@ -299,9 +327,11 @@ class DDPOTrainer(BaseTrainer):
                         sample["advantages"],
                         embeds,
                     )
+                    watch.losses.append(loss.detach())
                     self.accelerator.backward(loss)
                     if self.accelerator.sync_gradients:
-                        self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm)
+                        norm = self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm)
+                        self._check_step(watch, norm, global_step + 1)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 for key, value in (("approx_kl", approx_kl), ("clipfrac", clipfrac), ("loss", loss)):
@@ -310,10 +340,21 @@ class DDPOTrainer(BaseTrainer):
                     means = {key: torch.stack(values).mean() for key, values in info.items()}
                     reduced = self.accelerator.reduce(means, reduction="mean")
                     stats = {key: value.item() for key, value in reduced.items()}
-                    self.accelerator.log({**stats, "epoch": epoch, "inner_epoch": inner_epoch}, step=global_step)
+                    self._log({**stats, "epoch": epoch, "inner_epoch": inner_epoch}, step=global_step)
                     global_step += 1
                     info.clear()
         return global_step
+
+    def _check_step(self, watch: StepWatch, norm: Any, step: int) -> None:
+        """Stop, or leave the step out, unless all losses and the gradient are finite; every process calls it.
+
+        A loss is that of one denoising step of a batch, in the order in which they were computed.
+        """
+        watch.norm = norm
+        if not watch.read(self.accelerator)[0]:
+            self._non_finite.met(step, self.accelerator, watch, [self._prepared], [])
+            self.optimizer.zero_grad()
+        watch.clear()
 
     # --- the objective ----------------------------------------------------------------------------------------
 
@@ -360,6 +401,7 @@ class DDPOTrainer(BaseTrainer):
 
     def _save_checkpoint(self, epoch: int) -> None:
         """Save `checkpoint_N`, named after the epoch, and remove the oldest ones."""
+        check_weights(self.accelerator, f"epoch {epoch}", self._prepared)
         root = checkpoint_folder(self.accelerator)
         folder = root / f"{PREFIX}{epoch}"
         checkpoints.save_checkpoint(folder, self._write_state, self.describe_run(), step=epoch)
@@ -376,6 +418,7 @@ class DDPOTrainer(BaseTrainer):
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "progress": self.progress.state_dict(),
+            "left out": self._non_finite.skipped,
         }
         checkpoints.write_state(folder / STATE, state)
 
@@ -405,10 +448,12 @@ class DDPOTrainer(BaseTrainer):
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress.load_state_dict(state["progress"])
+        self._non_finite.skipped = state.get("left out", 0)
         checkpoints.set_random_state(random_state)
         return checkpoints.number_of(found.folder, PREFIX) + 1
 
     def _save_pretrained(self, save_directory: Any) -> None:
+        check_weights(self.accelerator, f"step {self.progress.global_step}", self._prepared)
         if self.accelerator.is_main_process:
             self.sd_pipeline.save_pretrained(str(save_directory))
         self.create_model_card(str(save_directory))

@@ -37,8 +37,10 @@ from trl.trainer.configuration import (
     require,
     with_keywords,
 )
+from trl.trainer.guard import Piece
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.settings import BY_STEPS, log_without_effect
+from trl.trainer.tally import StepWatch
 from trl.trainer.update import leave_zeros, optimizer_step
 
 TRUNCATION_SIDES = {"keep_end": "left", "keep_start": "right"}
@@ -91,6 +93,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         cut = _cutting(config, max_length, truncation_mode, optimize_device_cache)
         refuse_unused(config, ("model_init_kwargs",), isinstance(model, str), "a model given by name")
         refuse_unused(config, ("dataset_num_proc", "neftune_noise_alpha"), False, "another trainer")
+        refuse_unused(config, ("enable_jit_checkpoint", "overwrite_output_dir"), False, "`train()`")
         log_without_effect(config, BY_STEPS)
         tokenizer = processing_class_of(processing_class, tokenizer)
         if isinstance(model, str):
@@ -224,11 +227,16 @@ class IterativeSFTTrainer(ObjectiveTrainer):
                 self.count,
                 parameters=list(self.model.parameters()),
                 max_grad_norm=self.args.max_grad_norm or None,
+                non_finite=lambda watch: self._met_non_finite(watch, pieces),
             )
         self.lr_scheduler.step()
         self.state.global_step += 1
         self.record("loss", means["loss"])
         self._maybe_log_save_evaluate_step()
+
+    def _met_non_finite(self, watch: StepWatch, pieces: Sequence[dict[str, Any]]) -> None:
+        named = [Piece(piece, number) for number, piece in enumerate(pieces)]
+        self._non_finite.met(self.state.global_step + 1, self.accelerator, watch, [self.model], named)
 
     def _maybe_log_save_evaluate_step(self) -> None:
         step = self.state.global_step

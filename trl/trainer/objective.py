@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -19,9 +20,10 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
 from trl.kernels.step_memory import in_place, kept_memory
@@ -42,12 +44,17 @@ from trl.trainer.checkpoints import (
     describe_run,
     find,
     is_old_trainer_checkpoint,
+    number_of,
     read_state,
     write_state,
 )
 from trl.trainer.configuration import PostTrainingConfig, as_config
+from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
+from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
+from trl.trainer.run_folder import RunFolder
 from trl.trainer.settings import NO_EFFECT
-from trl.trainer.tally import Appended, Tally
+from trl.trainer.signals import TERMINATED, StopSignal
+from trl.trainer.tally import Appended, StepWatch, Tally, write_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +67,50 @@ def pieces_of(batches: Sequence[Any]) -> list[Any]:
     return [piece for batch in batches for piece in _pieces(batch) or [batch]]
 
 
+def _places(batch: Any) -> Sequence[Any]:
+    """Where the rows of each piece of a micro-batch stand in it; None where they are not cut or that is not known."""
+    pieces = _pieces(batch) or [batch]
+    return batch["places"] if isinstance(batch, Mapping) and "places" in batch else [None] * len(pieces)
+
+
 def _pieces(batch: Any) -> list[Any] | None:
     return batch.get("pieces") if isinstance(batch, Mapping) else None
+
+
+class StepEnd(TrainerCallback, ExportableState):
+    """Calls before each optimizer step, and ends a run after one of them."""
+
+    def __init__(self, begin: Callable[[int], None], before: Callable[[], None], steps: NonFiniteSteps):
+        self._begin, self._before, self._steps = begin, before, steps
+        self.stops = False
+        """whether a process of the run was asked to end"""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: how many steps were left out."""
+        return {"args": {}, "attributes": {"skipped": self._steps.skipped}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept: Any = state.stateful_callbacks.get(type(self).__name__, {})
+        self._steps.skipped = int(kept["attributes"]["skipped"]) if isinstance(kept, dict) and kept else 0
+        self.stops = False
+        self._begin(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stops:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stops:  # amid an epoch, after the checkpoint of its last step
+            control.should_save = control.should_evaluate = control.should_log = False
 
 
 class ObjectiveTrainer(Trainer):
@@ -77,6 +126,8 @@ class ObjectiveTrainer(Trainer):
     lr_scheduler: Any
     data_collator: Any
     loss_is_scaled_for_ga = True  # `compute_loss` has divided, `Trainer` must not
+    branches_per_row = 1
+    """sequences that a row of a batch has"""
 
     @abstractmethod
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
@@ -87,10 +138,16 @@ class ObjectiveTrainer(Trainer):
         """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
 
     def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
-        kwargs["args"] = own = _own_settings(kwargs.get("args"))
+        own = kwargs["args"] = _own_settings(kwargs.get("args"))
+        self._model_files: list[str] = []
+        """what `from_pretrained` reads of the last save"""
+        self._is_staged, self._uploads = False, list[Any]()
+        self._hub_strategy, own.hub_strategy = own.hub_strategy, HubStrategy.END  # checkpoints: see `_push_checkpoint`
+        on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0010
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _with_lengths(kwargs.get(name), own)
         super().__init__(*args, processing_class=processing_class, **kwargs)
+        self.args.enable_jit_checkpoint = on_signal
         check_trainable(self.model)
         warn_of_half(self.model, self.args.learning_rate)
         if self.args.n_gpu > 1:
@@ -109,7 +166,8 @@ class ObjectiveTrainer(Trainer):
         self._new_tokens: Tensor | int = 0
         self._tokens = 0
         self._metrics: Any = {mode: Appended(partial(self._tallies.__getitem__, mode)) for mode in self._tallies}
-        self._seal = SealCheckpoints()
+        self._watch_steps()
+        self._seal = SealCheckpoints(self._push_checkpoint)
         self.add_callback(self._seal)
         self.callback_handler.callbacks.insert(0, self._seal.limit)
         self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
@@ -121,6 +179,26 @@ class ObjectiveTrainer(Trainer):
         for callback in self.callback_handler.callbacks if folder else ():
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = folder
+
+    def _watch_steps(self) -> None:
+        """Look at each optimizer step before it is made: see `_before_optimizer_step`."""
+        self._folder, self._signal, self._watch = RunFolder(is_old=is_old_trainer_checkpoint), StopSignal(), StepWatch()
+        self._non_finite = NonFiniteSteps(self.args.on_non_finite, self.args.max_non_finite_skips)
+        self._batches: Sequence[Any] = ()
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self._left_out: list[Tensor] = []
+        """of each step that was left out in this call of `train`, what `Trainer` adds to its losses"""
+        self._logged = self._began = (0, 0)
+        """the step, and how many were left out, at the last log and at the beginning"""
+        self._step_end = StepEnd(self._begin_steps, self._before_optimizer_step, self._non_finite)
+        self.add_callback(self._step_end)
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_and_keep(*args: Any, **kwargs: Any) -> Any:  # `Trainer` hands the norm to nobody
+            self._watch.norm = clip(*args, **kwargs)
+            return self._watch.norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_keep
 
     def changed(self, name: str) -> None:
         """Called after a `Setting` got a new value; ValueError where it can have no effect any more."""
@@ -215,15 +293,20 @@ class ObjectiveTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what `from_pretrained` reads, whole or not at all."""
+        if self._is_staged:  # `Trainer.push_to_hub` saves before it uploads
+            return
         target = str(output_dir or self.args.output_dir)
+        check_weights(self.accelerator, f"step {self.state.global_step}", self.model)
         named = output_dir is not None and Path(target).name == f"{PREFIX}{self.state.global_step}"
         if _internal_call and named:
             self._begin_checkpoint(Path(target))
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks write together
             super().save_model(target, _internal_call=True)
+            self._model_files = files_in(Path(target), top=True)
         elif self.args.should_save:
             with writing(target, replaces=WEIGHT_FILES) as beside:
                 super().save_model(str(beside), _internal_call=True)
+                self._model_files = files_in(beside)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -234,9 +317,10 @@ class ObjectiveTrainer(Trainer):
         self._seal.run = self._seal.run or self.describe_run()
         self._seal.begin(folder, self.args, self.state)
         super().save_model(str(folder), _internal_call=True)
+        self._model_files = files_in(folder)
         if state and self.args.should_save:
             write_state(folder / EXTRA_STATE, state)
-        if self.is_in_train and (self.control.should_save or self.args.enable_jit_checkpoint):
+        if self.is_in_train and self.control.should_save:
             self._seal.limit.hold(self.args)
 
     def describe_run(self) -> Run:
@@ -245,33 +329,90 @@ class ObjectiveTrainer(Trainer):
         return describe_run(name, self.model, args.to_dict(), fixed=args.place_in_data(), dataset=self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self.prepare_data()
-        self.say_memory()
-        folder = str(self.args.output_dir)
-        clean_up(folder)
-        found = find(resume_from_checkpoint, folder, is_old=is_old_trainer_checkpoint)
-        self._seal.run = None
-        if found is not None or self.args.save_strategy != "no":
-            self._seal.run = self.describe_run()  # now, as wrappers that shard weights change their shapes
-        if found is not None:
-            self._resume(found, self._seal.run or self.describe_run())
-        self.remove_callback(self._seal)
-        self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
+        """As `Trainer.train`; SystemExit(143) where SIGTERM asked for the end and the step is saved."""
+        folder, resumes = str(self.args.output_dir), bool(resume_from_checkpoint)
+        with (
+            self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir),
+            self._signal.listening(self.args.enable_jit_checkpoint),
+        ):
+            self.prepare_data()
+            self.say_memory()
+            clean_up(folder)
+            found = find(resume_from_checkpoint, folder, is_old=is_old_trainer_checkpoint)
+            self._seal.run = None
+            if found is not None or self.args.save_strategy != "no" or self.args.enable_jit_checkpoint:
+                self._seal.run = self.describe_run()  # now, as wrappers that shard weights change their shapes
+            if found is not None:
+                self._resume(found, self._seal.run or self.describe_run())
+            if self.is_world_process_zero():
+                self._folder.begin_metrics(folder, None if found is None else number_of(found.folder))
+            self.remove_callback(self._seal)
+            self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
+            result = self._train(None if found is None else str(found.folder), *args, **kwargs)
+            if self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
+                if not self._step_end.stops:  # it came after the last step: the run is over
+                    self.save_model()
+                raise SystemExit(TERMINATED)
+        for job in self._uploads:
+            job.result()
+        return result
+
+    def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, with errors that say what was going on."""
         try:
             memory, gradients = kept_memory(self.args.device), in_place(self.args.device, self.args.world_size)
-            with memory, gradients, rows_padded(self.pads_rows):
-                return super().train(None if found is None else str(found.folder), *args, **kwargs)
+            sampling = sampler_errors(lambda: self.state.global_step + 1, self.model)
+            with memory, gradients, rows_padded(self.pads_rows), sampling:
+                return super().train(checkpoint, *args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not isinstance(error, SafetensorError) and not is_disk_error(error):
-                raise
+            if not self._seal.is_open or (isinstance(error, RuntimeError) and not is_disk_error(error)):
+                raise  # nothing was being saved: it is a reward function's own, say
             self._seal.undo(self.args)
             reason = str(error).splitlines()[0].removeprefix("could not save to ")
             raise OSError(
-                f"could not save checkpoint-{self.state.global_step} to {folder!r}: {reason}; earlier checkpoints are "
-                "whole: free some space and go on with train(resume_from_checkpoint=True)"
+                f"could not save checkpoint-{self.state.global_step} to {str(self.args.output_dir)!r}: {reason}; "
+                "earlier checkpoints are whole: free some space and go on with train(resume_from_checkpoint=True)"
             ) from error
         finally:
             self._seal.limit.give_back(self.args)
+            self._watch.clear()
+            self._batches = ()
+
+    def _begin_steps(self, step: int) -> None:
+        self._left_out, self._logged, self._began = [], (step, 0), (step, 0)
+        self._step_loss = torch.zeros((), device=self.args.device)
+
+    def _before_optimizer_step(self) -> None:
+        """Stop, or leave the step out, unless all losses and the gradient are finite; one read of the device.
+
+        With several ranks all come to the same answer, and learn whether one of them was asked to end.
+        """
+        finite, asked, _ = self._watch.read(self.accelerator, self._signal.asked)
+        self._step_end.stops = asked
+        if not finite:
+            pieces = [
+                Piece(piece, number, places, self.branches_per_row)
+                for number, batch in enumerate(self._batches)
+                for piece, places in zip(pieces_of([batch]), _places(batch), strict=False)
+            ]
+            self._non_finite.met(self.state.global_step + 1, self.accelerator, self._watch, [self.model], pieces)
+            for parameter in self.model.parameters():
+                parameter.grad = None  # optimizers pass over those without a gradient
+            self._left_out.append(self._step_loss)
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self._watch.clear()
+
+    def _without_left_out(self, name: str, logs: dict[str, float]) -> None:
+        """Make a logged mean over optimizer steps one over those that were made; nan if there were none."""
+        since, before = self._logged if name == "loss" else self._began
+        left_out, steps = self._left_out[before:], self.state.global_step - since
+        if name not in logs:
+            return
+        if left_out:
+            total = logs[name] * steps - self.accelerator.reduce(torch.stack(left_out).sum(), "mean").item()
+            logs[name] = total / (steps - len(left_out)) if steps > len(left_out) else math.nan
+        if name == "loss":
+            self._logged = (self.state.global_step, len(self._left_out))
 
     def _resume(self, found: Checkpoint, run: Run) -> None:
         """Compare a checkpoint with this run, and take back what `extra_state` gave."""
@@ -285,9 +426,34 @@ class ObjectiveTrainer(Trainer):
         if found.is_model_only:
             logger.warning("%s was written with save_only_model=True: the optimizer starts anew", found.folder)
 
-    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any) -> str:
-        tagged = trl_sanitze_kwargs_for_tagging(self._tag_names, kwargs)
-        return super().push_to_hub(commit_message=commit_message, blocking=blocking, **(tagged or {}))
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any) -> Any:
+        """Save the model, and upload it with its card; rollouts, metrics and states of the run stay here."""
+        tagged = trl_sanitze_kwargs_for_tagging(self._tag_names, kwargs) or {}
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
+        folder, name = str(self.args.output_dir), str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tagged.setdefault("model_name", name.split("/")[-1])
+        with staged(Path(folder), self._model_files) as beside:
+            self.args.output_dir, self._is_staged = str(beside), True
+            try:
+                pushed = super().push_to_hub(commit_message=commit_message, blocking=blocking, **tagged)
+            finally:
+                self.args.output_dir, self._is_staged = folder, False
+        remove_when_done(beside, pushed)
+        return pushed
+
+    def _push_checkpoint(self, folder: Path) -> None:
+        """Called with a whole checkpoint; as `Trainer` does while it trains, without what else lies in `output_dir`."""
+        args, strategy = self.args, self._hub_strategy
+        if not args.push_to_hub or strategy == HubStrategy.END or self.hub_model_id is None:
+            return
+        if args.hub_always_push or all(job.done() for job in self._uploads):
+            message = f"Training in progress, step {self.state.global_step}"
+            where = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+            self._uploads += upload_checkpoint(folder, self._model_files, strategy, message, **where)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -295,7 +461,7 @@ class ObjectiveTrainer(Trainer):
         if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end, where `Trainer` would make a step
             self.control.should_training_stop = True
             num_batches = 0
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = self._batches = list(islice(epoch_iterator, num_batches))
         counts = [self.count(piece) for piece in pieces_of(batches)]
         for piece in pieces_of(batches):
             self.record_tokens(self.tokens(piece))
@@ -318,7 +484,11 @@ class ObjectiveTrainer(Trainer):
         for piece in first:
             with self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items_in_batch))
-        return sum(losses, super().training_step(model, last, num_items_in_batch))
+        loss = sum(losses, super().training_step(model, last, num_items_in_batch))
+        if self.args.on_non_finite == "skip":  # `Trainer` would add a nan to all the losses that it logs from here on
+            loss = torch.where(loss.isfinite(), loss, 0.0)
+            self._step_loss = self._step_loss + loss
+        return loss
 
     def compute_loss(
         self,
@@ -330,6 +500,8 @@ class ObjectiveTrainer(Trainer):
         with rows_padded(self.pads_rows):
             result = within_forward(model, lambda inner: self.learned(inner, inputs))
         self._tallies["train" if model.training else "eval"].add_loss(result)
+        if model.training:
+            self._watch.losses.append(result.total.detach())
         if num_items_in_batch is None:
             loss = result.mean
         else:  # DDP averages over ranks; undo it
@@ -384,7 +556,14 @@ class ObjectiveTrainer(Trainer):
         if training:
             means["num_tokens"] = float(self._tokens_so_far())
         logs.update({name if training else f"eval_{name}": value for name, value in means.items()})
+        self._without_left_out("loss", logs)
+        self._without_left_out("train_loss", logs)
         super().log(logs, start_time)
+        if self.is_world_process_zero():
+            folder = str(self.args.output_dir)
+            if self._folder.own_metrics is None:
+                self._folder.mark_metrics(folder)
+            write_metrics(folder, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
 
 
 def _with_lengths(dataset: Any, config: PostTrainingConfig) -> Any:
@@ -402,6 +581,7 @@ def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     """A copy of the caller's settings, with what these trainers need."""
     own = copy.copy(as_config(args, PostTrainingConfig))
     own.accelerator_config = copy.deepcopy(own.accelerator_config)  # `Trainer` writes into it
+    own.logging_nan_inf_filter = False  # it logs 0 for nan, and reads the device at every micro-batch
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
     if own.accelerator_config.dispatch_batches:
         logger.warning("dispatch_batches=True: has no effect: a packed batch cannot be cut, so each process reads rows")

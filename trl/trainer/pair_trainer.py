@@ -96,6 +96,8 @@ class PairCollator:
 class PairTrainer(ObjectiveTrainer):
     """Preference optimisation on pairs; a subclass says where the reference's log-probabilities come from."""
 
+    branches_per_row = 2
+
     def __init__(
         self,
         model: nn.Module | str | None,

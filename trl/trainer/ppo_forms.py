@@ -31,8 +31,11 @@ SHARED = (
     "exp_name", "seed", "learning_rate", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef",
     "gradient_accumulation_steps", "max_grad_norm", "whiten_rewards", "temperature", "missing_eos_penalty",
     "stop_token", "adam_epsilon", "output_dir", "save_steps", "save_total_limit", "remove_unused_columns",
+    "on_non_finite", "max_non_finite_skips", "enable_jit_checkpoint", "overwrite_output_dir",
 )  # fmt: skip
 """fields of both forms"""
+NEEDS_FOLDER = ("enable_jit_checkpoint", "overwrite_output_dir")
+"""those that the older form allows with `output_dir` only"""
 SET_BY_TRAINER = (
     "world_size", "is_encoder_decoder", "is_peft_model", "backward_batch_size", "global_backward_batch_size",
     "global_batch_size",
@@ -229,7 +232,11 @@ def numbers_of(config: Any, rows: int | None) -> dict[str, Any]:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_mini_batches
     ends = [] if config.stop_token_id is None else [config.stop_token_id]
     return {
-        **{name: value for name, value in shared.items() if name not in ("output_dir", "save_steps", "stop_token")},
+        **{
+            name: shared[name]
+            for name in SHARED
+            if name not in ("output_dir", "save_steps", "stop_token", *NEEDS_FOLDER)
+        },
         "save_total_limit": shared["save_total_limit"] or sys.maxsize,
         "missing_eos_penalty": -config.penalty_reward_value
         if config.non_eos_penalty

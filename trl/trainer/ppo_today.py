@@ -67,7 +67,7 @@ def policy_of(
 def reference_of(
     model: Any, policy: Any, like: torch.dtype | None, arguments: PostTrainingConfig
 ) -> PreTrainedModelWrapper | None:
-    """The reference behind a value head that nothing reads, stored `like` where it is given by name; None stays None."""
+    """The reference behind a value head that nothing reads, stored `like` where it is given by name; None stays so."""
     if model is None or isinstance(model, PreTrainedModelWrapper):
         return model
     if isinstance(model, nn.Module) and model is policy:

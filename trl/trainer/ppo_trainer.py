@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -69,15 +70,18 @@ from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_sc
 from trl.rollout.source import EnvironmentSource, GenerateSource, SamplerSource, Source, environment_for_policy
 from trl.trainer import checkpoints, ppo_forms, ppo_statistics, ppo_today
 from trl.trainer.base import BaseTrainer
-from trl.trainer.configuration import PostTrainingConfig, processing_class_of
+from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of
+from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
 from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
+from trl.trainer.run_folder import RunFolder
 from trl.trainer.settings import OfForm, WholeOfForm
+from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
-from trl.trainer.tally import Tally
-from trl.trainer.update import leave_zeros, optimizer_step
+from trl.trainer.tally import StepWatch, Tally, write_metrics
+from trl.trainer.update import gradient_norm, leave_zeros, optimizer_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -209,6 +213,14 @@ class PPOConfig(TodaysSettings):
     """steps of `train()` between two checkpoints"""
     save_total_limit: int = WholeOfForm(2, other=None)
     """newest checkpoints that `train()` keeps; today's form: all"""
+    overwrite_output_dir: bool = False
+    """remove another run's checkpoints from `output_dir` when `train()` begins; False: refuse such a folder"""
+    enable_jit_checkpoint: bool = False
+    """at SIGTERM `train()` finishes its step, saves it and exits with 143; needs `output_dir`"""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """where a loss or a gradient is nan or infinite, before the optimizer step: an error, or the step is left out"""
+    max_non_finite_skips: int = 10
+    """optimizer steps of a run that `on_non_finite="skip"` leaves out at most; one more is an error"""
 
     is_encoder_decoder: Annotated[bool | None, Runtime] = None
     """set by the trainer"""
@@ -272,7 +284,7 @@ class PPOConfig(TodaysSettings):
 
     def _validate(self) -> None:
         for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "steps",
-                     "compare_steps", "max_new_tokens", "save_total_limit"):  # fmt: skip
+                     "compare_steps", "max_new_tokens", "save_total_limit", "max_non_finite_skips"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number of at least 1")
         for name in ("temperature", "adam_epsilon", "horizon", "target", "ratio_threshold", "cliprange", "target_kl"):
@@ -288,6 +300,15 @@ class PPOConfig(TodaysSettings):
             raise ValueError(f"adam_style={self.adam_style!r}: choose 'torch' or 'tf'")
         if self.log_with not in (None, "wandb", "tensorboard"):
             raise ValueError(f"log_with={self.log_with!r}: choose 'wandb', 'tensorboard' or None")
+        if self.on_non_finite not in ACTIONS:
+            raise ValueError(f"on_non_finite={self.on_non_finite!r}: choose 'stop' or 'skip'")
+        if self.max_non_finite_skips != 10 and self.on_non_finite != "skip":
+            raise ValueError(
+                f"max_non_finite_skips={self.max_non_finite_skips}: no effect without on_non_finite='skip'"
+            )
+        for name in ("enable_jit_checkpoint", "overwrite_output_dir"):
+            if getattr(self, name) and self.output_dir is None:
+                raise ValueError(f"{name}=True: needs `output_dir` and `save_steps`")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm=True: it only has an effect with use_score_scaling=True")
 
@@ -438,6 +459,9 @@ class PPOTrainer(BaseTrainer):
         self.running = RunningMoments(self.accelerator)
         self.current_step = self.logged_steps = self.data_position = 0
         self.highest_reward = -float("inf")
+        self._folder, self._signal = RunFolder(is_old=_is_old_checkpoint), StopSignal()
+        self._non_finite = NonFiniteSteps(config.on_non_finite, config.max_non_finite_skips)
+        self._named: list[Piece] = []
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         PPODecorators.optimize_device_cache = config.optimize_device_cache
@@ -765,9 +789,14 @@ class PPOTrainer(BaseTrainer):
             for step in np.split(order, len(order) // (self.config.backward_batch_size or 1)):
                 parts = [rows.select(part.tolist()) for part in np.split(step, self.config.gradient_accumulation_steps)]
                 pieces = [piece for part in parts for piece in ([part] if budget is None else part.cut(budget))]
-                history.append(self._optimizer_step([piece.batch() for piece in pieces], ratios, first=not history))
+                batches = [piece.batch() for piece in pieces]
+                whole = len(pieces) == len(parts)
+                places: list[Any] = np.split(step, len(parts)) if whole else [None] * len(pieces)
+                self._named = [Piece(one, k, rows) for k, (one, rows) in enumerate(zip(batches, places, strict=True))]
+                history.append(self._optimizer_step(batches, ratios, first=not history))
             if self._early_stop(history[-1]["policy_kl"]):
                 break
+        self._named = []
         leave_zeros(self._parameters)
         means = {name: torch.stack([each[name] for each in history]).mean() for name in history[0]}
         return ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, torch.cat(ratios))
@@ -783,7 +812,12 @@ class PPOTrainer(BaseTrainer):
             lambda piece: self.actor.within_forward(lambda actor: self._objective(actor, piece, ratios)),
             lambda piece: piece.counted,
             parameters=self._parameters, max_grad_norm=self.config.max_grad_norm, accept=accept,
+            non_finite=self._met_non_finite,
         )  # fmt: skip
+
+    def _met_non_finite(self, watch: StepWatch) -> None:
+        """Called on all processes; the rows that are named are those of the batch that `step` was given."""
+        self._non_finite.met(self.current_step, self.accelerator, watch, self.actor.models, self._named)
 
     def _objective(self, actor: ActorCritic, batch: PolicyBatch, ratios: list[Tensor]) -> LossSum:
         """Clipped surrogate plus `vf_coef` times clipped value loss, summed over tokens."""
@@ -889,8 +923,14 @@ class PPOTrainer(BaseTrainer):
         """Backward pass and optimizer step of a minibatch; accumulates inside `accelerator.accumulate`."""
         policy, value, stats = self.loss(old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns)
         self.accelerator.backward(policy + value)
-        if self.config.max_grad_norm is not None and self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+        if self.accelerator.sync_gradients:
+            watch = StepWatch()
+            watch.losses, watch.norm = [(policy + value).detach()], gradient_norm(self._parameters)
+            if self.config.max_grad_norm is not None:
+                self.accelerator.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+            if not watch.read(self.accelerator)[0]:
+                self._met_non_finite(watch)
+                self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         return stats
@@ -908,11 +948,25 @@ class PPOTrainer(BaseTrainer):
         callback: called after each step with its number, its statistics and its batch (texts, scores, tokens).
         """
         config, rewards = self.config, self._rewards()
-        if config.output_dir is not None:
-            checkpoints.clean_up(config.output_dir)
-        found = checkpoints.find(resume_from_checkpoint, config.output_dir, is_old=_is_old_checkpoint)
-        if found is not None:
-            self._resume(found)
+        folder, resumes = config.output_dir, bool(resume_from_checkpoint)
+        overwrite = config.overwrite_output_dir
+        held = nullcontext() if folder is None else self._folder.held(folder, resumes=resumes, overwrite=overwrite)
+        with held, self._signal.listening(config.enable_jit_checkpoint):
+            if folder is not None:
+                checkpoints.clean_up(folder)
+            found = checkpoints.find(resume_from_checkpoint, folder, is_old=_is_old_checkpoint)
+            if found is not None:
+                self._resume(found)
+            if folder is not None and self.accelerator.is_main_process:
+                self._folder.begin_metrics(folder, None if found is None else self.data_position)
+            with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
+                return self._steps(rewards, callback)
+
+    def _steps(
+        self, rewards: RolloutRewards, callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """The steps that the run still has to make; the last one's statistics."""
+        config = self.config
         stats: dict[str, Any] = {}
         last, silent = config.total_ppo_epochs, not sys.stderr.isatty()
         self._begin_run(last)
@@ -926,10 +980,16 @@ class PPOTrainer(BaseTrainer):
             progress.update()
             progress.set_postfix({name: f"{float(stats[key]):.3g}" for name, key in SHOWN.items()})
             step = self.data_position
+            if config.output_dir is not None and self.accelerator.is_main_process:
+                write_metrics(config.output_dir, {"step": step, **stats})
             if callback is not None:
                 callback(step, stats, batch)
-            if config.save_steps is not None and (step % config.save_steps == 0 or step == last):
+            ends = config.enable_jit_checkpoint and self._signal.on_any(self.accelerator)
+            due = config.save_steps is not None and (step % config.save_steps == 0 or step == last)
+            if due or ends:
                 self.save_checkpoint(step)
+            if ends:
+                raise SystemExit(TERMINATED)
             if stops:
                 break
         progress.close()
@@ -943,6 +1003,8 @@ class PPOTrainer(BaseTrainer):
         """Make the older form's parts of today's, in place; the config's numbers in the older form."""
         config, dataset = PPOConfig(**self._numbers(today["train_dataset"])), today["train_dataset"]
         config.output_dir, self.arguments = self.args.output_dir, self.args.arguments
+        for name in ppo_forms.NEEDS_FOLDER:
+            setattr(config, name, getattr(self.args, name))
         self._told = self._numbers(dataset)
         set_seed(config.seed)  # the value head is drawn
         policy = ppo_forms.one_of("model", parts["model"], "policy", today["policy"])
@@ -1195,6 +1257,7 @@ class PPOTrainer(BaseTrainer):
             raise NotImplementedError(
                 f"save_state does not gather weights that {kind.value} has spread: use `trainer.accelerator.save_state`"
             )
+        check_weights(self.accelerator, f"step {self.current_step}", *self._models().values())
         checkpoints.save_checkpoint(Path(directory), self._write_state, self.describe_run(), step=self.data_position)
 
     def _write_state(self, folder: Path) -> None:
@@ -1244,6 +1307,7 @@ class PPOTrainer(BaseTrainer):
             "running": {name: getattr(self.running, name) for name in ("mean", "std", "var", "count")},
             "counters": {name: getattr(self, name) for name in ("current_step", "logged_steps", "data_position")},
             "highest_reward": self.highest_reward,
+            "left out": self._non_finite.skipped,
             "reference": _sums(self.ref_model),
             "world_size": self.accelerator.num_processes,
         }
@@ -1297,6 +1361,7 @@ class PPOTrainer(BaseTrainer):
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self.highest_reward = state["highest_reward"]
+        self._non_finite.skipped = state.get("left out", 0)
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
@@ -1326,6 +1391,8 @@ class PPOTrainer(BaseTrainer):
         write_model_card(path, model_name, PPO_CARD)
 
     def _save_pretrained(self, save_directory: Any) -> None:
+        check_weights(self.accelerator, f"step {self.current_step}", self.model)
+        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
         self._saved_model().save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(str(save_directory))

@@ -70,6 +70,7 @@ class RewardTrainer(ObjectiveTrainer):
     """
 
     _tag_names = ("trl", "reward-trainer")
+    branches_per_row = 2
 
     def __init__(
         self,

@@ -43,8 +43,6 @@ NO_EFFECT: dict[str, str] = {
     "tpu_num_cores": "has no effect: transformers has dropped it",
     "mp_parameters": "has no effect: transformers has dropped it",
     "ray_scope": "has no effect: transformers has dropped it",
-    "overwrite_output_dir": "has no effect: a run writes into its folder; `resume_from_checkpoint` goes on with an "
-    "older one",
     "save_safetensors": "has no effect: weights are always saved as safetensors",
     "use_mps_device": "has no effect: an MPS device is used where there is one; `use_cpu=True` leaves it alone",
     "half_precision_backend": _MIXED,

@@ -1,8 +1,17 @@
-"""Sums and counts of metrics, which stay on the device until somebody reads their means."""
+"""The numbers of a training step: sums and counts of metrics, which stay on the device until their means are read.
+
+Also whether losses and gradients are finite, and the file that what was logged goes to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +20,12 @@ from torch import Tensor
 
 from trl.losses.loss_sum import Extreme, LossSum
 
+logger = logging.getLogger(__name__)
+
 Number = Tensor | float
+
+METRICS = "metrics.jsonl"
+"""file of a run's folder with a line for each log"""
 
 
 class Tally:
@@ -125,3 +139,61 @@ def _wide(value: Number) -> Number:
 def _is_elsewhere(value: Number) -> bool:
     """Whether reading a number would wait for a device."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+class StepWatch:
+    """Whether the losses and the gradient norm of one optimizer step are finite, on all ranks, by a single read."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        """of each micro-batch, on the device"""
+        self.norm: Any = None
+        """of the whole gradient; None where it is not known"""
+
+    def read(
+        self, accelerator: Accelerator, asked: bool = False, also: Iterable[Tensor] = ()
+    ) -> tuple[bool, bool, list[float]]:
+        """Whether all is finite; whether any rank asked for something; and further numbers, as they are here.
+
+        In fp16 an infinite gradient is no news: the scaler leaves that step out and lowers its scale.
+        """
+        device = accelerator.device
+        losses = torch.stack([loss.float() for loss in self.losses]).sum() if self.losses else torch.zeros(())
+        shared = torch.stack([losses.to(device) * 0.0, torch.tensor(float(asked), device=device)])  # nan unless finite
+        if accelerator.num_processes > 1:
+            shared = accelerator.reduce(shared, "sum")
+        whole = self.norm.full_tensor() if hasattr(self.norm, "full_tensor") else self.norm
+        norm = torch.as_tensor(0.0 if whole is None or accelerator.scaler is not None else whole, device=device)
+        rest = [value.detach().reshape(1).float() for value in also]
+        loss, asked_by, gradient, *numbers = torch.cat([shared, norm.float().reshape(1), *rest]).tolist()
+        return math.isfinite(loss) and math.isfinite(gradient), asked_by > 0, numbers
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self.losses, self.norm = [], None
+
+
+def write_metrics(folder: str | os.PathLike[str], line: Mapping[str, Any]) -> None:
+    """Add a line to the run's `metrics.jsonl`; a number that is not finite becomes null, which JSON can hold."""
+    plain = {key: value for key, value in ((k, _in_json(v)) for k, v in line.items()) if value is not _LEFT_OUT}
+    try:
+        with open(Path(folder) / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")
+    except OSError as error:
+        logger.warning("%s: a line of step %s is not written (%s)", Path(folder) / METRICS, line.get("step"), error)
+
+
+_LEFT_OUT = object()
+
+
+def _in_json(value: Any) -> Any:
+    """A number or a text as JSON knows it; arrays and tables are left out."""
+    if isinstance(value, Tensor) or hasattr(value, "item"):
+        if getattr(value, "size", 1) != 1 and not isinstance(value, Tensor):
+            return _LEFT_OUT
+        if isinstance(value, Tensor) and value.numel() != 1:
+            return _LEFT_OUT
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else _LEFT_OUT

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trl.kernels.step_memory import place_of
 from trl.losses.loss_sum import LossSum
-from trl.trainer.tally import Tally
+from trl.trainer.tally import StepWatch, Tally
 
 Piece = TypeVar("Piece")
 
@@ -27,19 +27,21 @@ def optimizer_step(
     parameters: Sequence[nn.Parameter] = (),
     max_grad_norm: float | None = None,
     accept: Callable[[dict[str, Tensor]], bool] | None = None,
+    non_finite: Callable[[StepWatch], None] | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step from the micro-batches `pieces`; every process must bring equally many.
 
     `count(piece)` is what `objective(piece)` will be summed over. It is known beforehand, so the step is the same
     however it is cut into micro-batches and processes. If `accept` refuses the step's mean metrics, nothing is stepped
-    (DeepSpeed steps inside its backward pass: there it comes too late). Gradients end as None: the next backward pass
+    (DeepSpeed steps inside its backward pass: there it comes too late). Nor is it where a loss or the gradient is not
+    finite: then `non_finite` is called, on all processes, and may raise. Gradients end as None: the next backward pass
     writes them instead of adding to zeros. `leave_zeros` is for those who look at them afterwards.
     """
     local = torch.stack([torch.as_tensor(count(piece), device=accelerator.device).float() for piece in pieces]).sum()
     whole = accelerator.reduce(local, "sum").clamp(min=1)
     # DDP averages over processes and `backward` divides by accelerate's own accumulation: both are undone here.
     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / whole
-    tally = Tally(accelerator.device)
+    tally, watch = Tally(accelerator.device), StepWatch()
     for place, piece in enumerate(pieces, 1):
         accelerator.sync_gradients = place == len(pieces)
         with ExitStack() as silent:
@@ -48,14 +50,26 @@ def optimizer_step(
                     silent.enter_context(accelerator.no_sync(model))
             loss = objective(piece)
             tally.add_loss(loss)
+            watch.losses.append(loss.total.detach())
             accelerator.backward(loss.total * scale)
     means = tally.tensors(accelerator)
-    if accept is None or accept(means):
-        if max_grad_norm is not None:
-            accelerator.clip_grad_norm_(parameters, max_grad_norm)
+    if max_grad_norm is None:
+        watch.norm = gradient_norm(parameters)
+    else:
+        watch.norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+    finite, _, numbers = watch.read(accelerator, also=means.values())
+    if not finite:
+        if non_finite is not None:
+            non_finite(watch)
+    elif accept is None or accept({name: torch.tensor(value) for name, value in zip(means, numbers, strict=True)}):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return means
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of the whole gradient, which is left as it is; on the device. []"""
+    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
 def leave_zeros(parameters: Iterable[nn.Parameter]) -> None:

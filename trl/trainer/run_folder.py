@@ -1,0 +1,217 @@
+"""The folder that a run writes into: it belongs to one live run, and to one run's checkpoints and records."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from trl.models.weight_files import SAVING
+from trl.trainer.checkpoints import PREFIX, checkpoints, is_whole
+from trl.trainer.tally import METRICS
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+RECORDS = ("rollouts", "unscored")
+"""folders of what a run has sampled"""
+_held: set[int] = set()
+"""file descriptors of the locks that this process holds"""
+
+
+class FolderInUse(ValueError):
+    """Another run writes into the folder, or its checkpoints are there."""
+
+
+# -- one live run --------------------------------------------------------------------------------
+
+
+def _lock_file(descriptor: int) -> None:
+    """OSError if another process holds the lock. The kernel gives it free when its process dies."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # far behind what the file says, which others may read
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _leave_locks() -> None:
+    """In a forked child: a lock is its parent's, and must not outlive it."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks)
+
+
+def _acquire(folder: Path) -> int | None:
+    """The descriptor of the folder's lock; None where the file system has no locks. `FolderInUse`, or OSError."""
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock_file(descriptor)
+        except OSError as error:
+            who = os.read(descriptor, 200).decode(errors="replace") if os.name != "nt" else ""
+            os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK):
+                logger.warning("%s: its file system has no locks (%s); nothing keeps a second run out", folder, error)
+                return None
+            raise FolderInUse(
+                f"another run writes into {str(folder)!r}{f' ({who})' if who else ''}: wait for its end, or write into "
+                "another folder"
+            ) from None
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # the run before has just removed it
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    _held.add(descriptor)
+    return descriptor
+
+
+def _release(folder: Path, descriptor: int) -> None:
+    if descriptor not in _held:
+        return
+    _held.discard(descriptor)
+    with suppress(OSError):  # Windows removes no open file
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held: nobody else has it
+    os.close(descriptor)
+
+
+# -- what is in it -------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """A run's folder. `held` locks it while the run writes; the first process does so for all."""
+
+    def __init__(
+        self,
+        prefix: str = PREFIX,
+        is_old: Callable[[Path], bool] = lambda folder: False,
+        resume: str = "resume_from_checkpoint=True",
+    ):
+        """resume: what a message says to go on with a checkpoint."""
+        self._prefix, self._is_old, self._resume = prefix, is_old, resume
+        self.own: set[Path] = set()
+        """checkpoints that this object's runs have written"""
+        self.own_metrics: int | None = None
+        """where the lines of this object begin in `metrics.jsonl`; None before the first"""
+
+    @contextmanager
+    def held(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        resumes: bool,
+        overwrite: bool,
+        root: str | os.PathLike[str] | None = None,
+    ) -> Iterator[None]:
+        """Try the folder for writing and lock it. ValueError, on all processes, where it is in use or not writable.
+
+        resumes: the run goes on with a checkpoint. If not, another run's checkpoints in `folder` are refused, or
+        removed with `overwrite`; records of a run that left no checkpoint are replaced. root: where the lock and the
+        records are, if not in `folder`.
+        """
+        top, place = Path(root or folder), Path(folder)
+        answer: list[Any] = [None]
+        descriptor = None
+        if PartialState().is_main_process:
+            try:
+                descriptor = self._begin(top, place, resumes, overwrite)
+            except (ValueError, OSError) as error:
+                answer[0] = str(error)
+        broadcast_object_list(answer)
+        if answer[0] is not None:
+            raise FolderInUse(answer[0])
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                self.own |= {path.resolve() for path in checkpoints(place, self._prefix)}
+                _release(top, descriptor)
+
+    def _begin(self, top: Path, place: Path, resumes: bool, overwrite: bool) -> int | None:
+        try:
+            top.mkdir(parents=True, exist_ok=True)
+            descriptor = _acquire(top)
+        except OSError as error:
+            raise ValueError(
+                f"{str(top)!r} cannot be written ({error.strerror or error}): give a folder that can"
+            ) from error
+        try:
+            if not resumes:
+                self._clear(top, place, overwrite)
+        except BaseException:
+            if descriptor is not None:
+                _release(top, descriptor)
+            raise
+        return descriptor
+
+    def _clear(self, top: Path, place: Path, overwrite: bool) -> None:
+        found = [path for path in checkpoints(place, self._prefix) if path.resolve() not in self.own]
+        others = [path for path in found if is_whole(path) or self._is_old(path)]
+        if others and not overwrite:
+            raise FolderInUse(
+                f"{str(top)!r} holds {others[-1].name} of another run: go on with it by {self._resume}, remove it "
+                "by overwrite_output_dir=True, or write into another folder"
+            )
+        for path in others:
+            shutil.rmtree(path)
+        if self.own or self.own_metrics == 0:
+            return  # the same trainer trains once more: its records stay
+        for name in RECORDS:
+            if any((top / name).glob("**/*.parquet")):
+                logger.warning("%s: the %s of an earlier run, which left no checkpoint, are removed", top, name)
+                shutil.rmtree(top / name)
+
+    def begin_metrics(self, folder: str | os.PathLike[str], upto: int | None) -> None:
+        """Leave in `metrics.jsonl` what a run has logged up to the step that it goes on from.
+
+        upto: that step; None: a new run, before which only this object's own lines stay.
+        """
+        path, lines = Path(folder) / METRICS, []
+        if path.exists():
+            kept = path.read_bytes()[0 if upto is not None else self.own_metrics or 0 :] if self._keeps(upto) else b""
+            lines = [line for line in kept.decode(errors="replace").splitlines() if upto is None or _upto(line, upto)]
+            beside = path.with_name(f"{SAVING}{METRICS}")
+            beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            os.replace(beside, path)
+        self.own_metrics = 0
+
+    def _keeps(self, upto: int | None) -> bool:
+        return upto is not None or self.own_metrics is not None
+
+    def mark_metrics(self, folder: str | os.PathLike[str]) -> None:
+        """Called before this object's first line."""
+        path = Path(folder) / METRICS
+        self.own_metrics = path.stat().st_size if path.exists() else 0
+
+
+def _upto(line: str, step: int) -> bool:
+    """Whether a line was logged up to a step; not the summary at the end of a run, nor one that a kill has torn."""
+    try:
+        logged = json.loads(line)
+        return logged["step"] <= step and "train_runtime" not in logged
+    except (ValueError, KeyError, TypeError):
+        return False
