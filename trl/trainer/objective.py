@@ -40,6 +40,7 @@ from trl.trainer.checkpoints import (
     write_state,
 )
 from trl.trainer.configuration import PostTrainingConfig, as_config
+from trl.trainer.given_data import GivenData, Prepare
 from trl.trainer.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,14 @@ class ObjectiveTrainer(Trainer):
     def count(self, batch: dict[str, Any]) -> Tensor | float:
         """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
 
-    def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
+    is_in_train = False  # before `Trainer` says so itself
+    _train_rows: Any = None
+    _eval_rows: Any = None
+
+    def __init__(self, *args: Any, processing_class: Any = None, rows: Prepare | None = None, **kwargs: Any):
+        """rows: prepares a data set for the collator; it is called for each one that the trainer is ever given."""
         kwargs["args"] = _own_settings(kwargs.get("args"))
+        self.given = GivenData(rows)
         super().__init__(*args, processing_class=processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -102,12 +109,44 @@ class ObjectiveTrainer(Trainer):
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = folder
 
+    @property
+    def train_dataset(self) -> Any:
+        """The prepared training rows. Another data set is prepared when it is set, and used by the next `train()`."""
+        return self._train_rows
+
+    @train_dataset.setter
+    def train_dataset(self, dataset: Any) -> None:
+        if self.is_in_train and dataset is not self._train_rows:
+            raise ValueError(
+                "train_dataset: a run reads the data set that it began with; set another one between two calls of "
+                "train() (control.should_training_stop=True ends a run early)"
+            )
+        before, self._train_rows = self._train_rows, self.given.of(dataset, "train")
+        if self._train_rows is not before:
+            self.other_train_rows()
+
+    @property
+    def eval_dataset(self) -> Any:
+        """The prepared evaluation rows, or a dict of them. Others are prepared when they are set."""
+        return self._eval_rows
+
+    @eval_dataset.setter
+    def eval_dataset(self, dataset: Any) -> None:
+        self._eval_rows = self.given.of(dataset, "eval")
+
+    def other_train_rows(self) -> None:
+        """Called when the training rows are others than before."""
+
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""
+        self.train_dataset = self.given.renewed(self.train_dataset, "train")
 
-    def prepare_evaluation(self, eval_dataset: Any) -> Any:
+    def prepare_evaluation(self, eval_dataset: Any, name: str = "eval") -> Any:
         """Evaluation rows in the form that the collator takes; a name or None means the trainer's own data set."""
-        return eval_dataset
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self.eval_dataset = self.given.renewed(self.eval_dataset, "eval")
+            return eval_dataset
+        return self.given.of(eval_dataset, name)
 
     def get_train_dataloader(self) -> DataLoader:
         self.prepare_data()
@@ -127,6 +166,9 @@ class ObjectiveTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self.prepare_evaluation(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return super().get_test_dataloader(self.prepare_evaluation(test_dataset, "test"))
 
     @property
     def tokenizer(self) -> Any:
