@@ -39,7 +39,7 @@ class GivenData:
         """The prepared rows; None and rows that are prepared stay as they are, of a dict each one is prepared."""
         if dataset is None or any(dataset is rows for rows in self._rows.values()):
             return dataset
-        if name == "train":
+        if name in ("train", "test"):
             refuse_splits(dataset, name)
         if isinstance(dataset, Mapping):
             return self.ready({key: self.of(one, f"{name} ({key})") for key, one in dataset.items()}, name)
