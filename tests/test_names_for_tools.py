@@ -3,9 +3,12 @@
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import trl
 from trl.import_utils import is_diffusers_available
@@ -66,3 +69,12 @@ def test_an_editor_completes_the_fields():
     names = {completion.name for completion in script.complete(2, len("SFTConfig("))}
     assert {"max_length=", "packing=", "learning_rate=", "output_dir="} <= names
     assert "max_length" in [parameter.name for parameter in script.get_signatures(2, len("SFTConfig("))[0].params]
+
+
+def test_pip_never_takes_another_projects_release_for_a_newer_one():
+    ours = Version(trl.__version__)
+    assert ours.epoch == 1
+    assert all(ours > Version(other) for other in ("0.7.7", "1.16.0", "2026.1", "1000.0"))
+    assert ours in SpecifierSet(">=1.5"), "a package that requires a later release of the other project is content"
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert pyproject["project"]["version"] == trl.__version__

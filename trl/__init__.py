@@ -3,7 +3,7 @@
 from trl.import_utils import is_diffusers_available, lazy_names
 from trl.legacy import absent, paths
 
-__version__ = "1.0.0"
+__version__ = "1!1.1.0"
 
 _names = {
     "trl.core": ["set_seed"],
