@@ -351,3 +351,10 @@ def test_taken_apart_pairs_are_not_taken_from_an_older_cache(tmp_path: Path, mon
     before = completions()
     monkeypatch.setattr("trl.data.formats._text_split", lambda chosen, rejected: 3)
     assert [len(ids) for ids in completions()] == [len(ids) + 1 for ids in before]
+
+
+def test_keys_of_some_rows_only_are_none_in_the_others() -> None:
+    rows, _ = tokenize_prompts([{"prompt": "the"}, {"prompt": "sky", "gold": "x"}], word_tokenizer())
+    assert [row["gold"] for row in rows] == [None, "x"]
+    pair = {"prompt": "the", "chosen": " sky", "rejected": " is"}
+    assert tokenize_preference([pair, {**pair, "note": "x"}], word_tokenizer())[1].unread == ["note"]

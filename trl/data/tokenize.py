@@ -48,6 +48,8 @@ def tokenize(
         return dataset, report
     dataset, job = job.reading(as_shown(dataset, name), name)
     columns = column_names(dataset, name)
+    if isinstance(dataset, list | tuple):  # rows may have keys of their own
+        columns = list(dict.fromkeys([*columns, *(key for row in dataset for key in row)]))
     keep = tuple(c for c in (columns if job.keep is None else job.keep) if c in columns and c not in job.features)
     if isinstance(dataset, Dataset):
         mapped: Any = _map_dataset(dataset, job, keep, report, num_proc, batch_size, name)
@@ -172,7 +174,7 @@ def _map_list(
         _count(report, made)
         pairs = [(row, one.columns) for row, one in zip(batch, made, strict=True) if not one.left_out]
         if job.keep is None:
-            kept += [{**{n: row[n] for n in keep if n in row}, **columns} for row, columns in pairs]
+            kept += [{**{n: row.get(n) for n in keep}, **columns} for row, columns in pairs]
             continue
         arrays = {name: pa.array([row.get(name) for row, _ in pairs]) for name in keep}
         types = Features(job.features).arrow_schema
