@@ -69,6 +69,12 @@ def test_asking_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_trainers_do_not_load_what_only_shows_something():
+    program = "import sys, trl; trl.DPOTrainer, trl.GRPOTrainer, trl.RichProgressCallback; print('rich' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
 def test_an_unknown_name_of_a_namespace():
     import trl
 

@@ -13,7 +13,7 @@ from trl.data.records import Branch, TokenTree
 from trl.generation import LocalSampler, make_sampler
 from trl.models import forward
 from trl.models.forward import pattern_lengths, plan_of, precision_of, rows_padded
-from trl.models.scoring import in_head, logits_and_labels, score, scored_states
+from trl.models.scoring import check_head, head_of, in_head, logits_and_labels, score, scored_states
 
 
 def batch(longest=7):
@@ -316,6 +316,18 @@ def test_logits_changed_in_an_unknown_way_are_refused(change, autocast):
         pytest.raises(ValueError, match="Changed changes its logits after `Linear`, its head"),
     ):
         score(model, batch())
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "bart"])
+def test_the_check_of_the_logits_takes_three_tokens_at_most(name):
+    model, sizes = tiny_model(name), []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:-1].numel()))
+    check_head(model, head_of(model))
+    assert sizes == [2 if name == "bart" else 3]  # from 4 on, MKL keeps a buffer of 5 MB for 32,000 words
+    check_head(model, head_of(model))
+    assert len(sizes) == 1
+    hook.remove()
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "bart"])

@@ -58,7 +58,7 @@ def test_what_cannot_be_calibrated(model, tiny_tokenizer):
             RewardModel(model, tiny_tokenizer).calibrate(texts)
 
 
-def test_a_classifier_of_two_labels_is_no_reward_model(model, tiny_tokenizer):
+def test_a_classifier_of_several_labels_gives_their_mean(model, tiny_tokenizer):
     model.config.num_labels = 2
-    with pytest.raises(ValueError, match="num_labels=2"):
+    with pytest.warns(UserWarning, match="num_labels=2: a reward model usually has 1; the reward is the mean"):
         RewardModel(model, tiny_tokenizer)

@@ -173,13 +173,6 @@ def test_a_folder_that_is_no_model(tmp_path):
     assert one_line(error)
 
 
-def test_a_router_loss_is_not_left_out_silently(tmp_path):
-    model = causal_lm()
-    model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits=True"):
-        start("sft", tmp_path, model=model)
-
-
 # -- a full disk ------------------------------------------------------------------------------
 
 

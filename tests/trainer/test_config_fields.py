@@ -88,6 +88,8 @@ SHOWN = {
     "model_init_kwargs": ("test_sft_trainer", "test_model_by_name_with_its_own_tokenizer"),
     "evaluation_strategy": ("test_reward_trainer", "test_older_spelling_of_the_evaluation_strategy"),
     "remove_unused_columns": ("test_reward_trainer", "test_words_and_warnings_of_older_releases"),
+    "past_index": ("test_inherited_fields", "test_what_cannot_be_honoured_raises"),
+    "router_aux_loss_coef": ("test_router", "test_trainers_add_the_balance"),
     "trust_remote_code": ("test_config_fields", "test_code_of_a_model_runs_only_where_it_is_trusted"),
     "padding_free": ("test_conformity", "test_packed_equals_padded"),
     "max_tokens_per_microbatch": ("test_token_budget", "test_a_budget_changes_nothing_but_the_passes"),

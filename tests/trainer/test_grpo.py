@@ -410,7 +410,7 @@ def test_every_setting_has_an_effect(algorithm, effects, tmp_path):
 def test_two_sided_clipping_reaches_the_rule(tmp_path):
     """Of no effect in a few steps: the ratio of bad tokens rarely climbs."""
     one = torch.ones(1, 1)
-    surrogate = make(tmp_path, delta=1.5)._rule(torch.log(2 * one), -one, -one)
+    surrogate = make(tmp_path, delta=1.5).args.clip_rule()(torch.log(2 * one), -one, -one)
     assert surrogate.loss_BT.item() == pytest.approx(1.5)
 
 

@@ -1,8 +1,10 @@
 """IterativeSFTTrainer: what it refuses, what it learns from, and that its split into batches changes nothing."""
 
+import numpy as np
 import pytest
 import torch
 from conformity import causal_lm, tokenizer
+from datasets import Dataset
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from trl import IterativeSFTTrainer, SFTConfig
@@ -81,8 +83,10 @@ def test_encoder_decoder(tmp_path):
     ("arguments", "message"),
     [
         ({}, "Step should include `input_ids` or `texts`"),
-        ({"input_ids": torch.ones(2, 2)}, "input_ids must be a list of tensors - got"),
-        ({"input_ids": [[1, 2]]}, "Elements in input_ids must be tensors - got"),
+        ({"input_ids": "1 2"}, "input_ids must be a list of tensors - got"),
+        ({"input_ids": [1, 2]}, "Elements in input_ids must be tensors - got"),
+        ({"input_ids": [["a"]]}, "Elements in input_ids must be tensors - got"),
+        ({"input_ids": torch.ones(2, 2)}, r"Elements in input_ids must be tensors - got .* of torch.float32"),
         ({"texts": "a"}, "'text' must be a list of strings - got"),
         ({"texts": [1]}, "Elements in 'text' must be strings - got"),
         ({"texts": ["a"], "texts_labels": "a"}, "'text_labels' must be a list of strings - got"),
@@ -91,6 +95,32 @@ def test_encoder_decoder(tmp_path):
 def test_wrong_steps_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         build(tmp_path).step(**arguments)
+
+
+@pytest.mark.parametrize("form", ["column", "torch column", "lists", "tuple", "array"])
+def test_sequences_of_every_kind_are_rows(tmp_path, form):
+    """M10: columns of a data set, lists, tuples and arrays give the records that tensors give."""
+    rows = [row[:3] for row in ids()]
+    dataset = Dataset.from_dict({"ids": [row.tolist() for row in rows], "mask": [[1, 1, 0]] * 4})
+    columns = {
+        "column": lambda name: dataset[name],
+        "torch column": lambda name: dataset.with_format("torch")[name],
+        "lists": lambda name: dataset[name][:],
+        "tuple": lambda name: tuple(torch.tensor(row) for row in dataset[name]),
+        "array": lambda name: np.array(dataset[name][:]),
+    }
+    given = {"input_ids": columns[form]("ids"), "attention_mask": columns[form]("mask")}
+    trainer = build(tmp_path, optim="sgd")
+    trainer.step(**given, labels=columns[form]("ids"))
+    other = build(tmp_path / "other", optim="sgd")
+    other.step(input_ids=rows, attention_mask=[torch.tensor([1, 1, 0])] * 4, labels=rows)
+    for mine, theirs in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_column_of_texts(tmp_path):
+    dataset = Dataset.from_dict({"text": ["a b c", "d e"]})
+    build(tmp_path).step(texts=dataset["text"], texts_labels=dataset["text"])
 
 
 def test_wrong_constructions_are_refused(tmp_path):

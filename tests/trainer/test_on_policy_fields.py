@@ -100,6 +100,8 @@ SHOWN = {
     "chat_template_kwargs": ("test_on_policy_fields", "test_how_prompts_are_tokenised_is_handed_on"),
     "evaluation_strategy": ("test_reward_trainer", "test_older_spelling_of_the_evaluation_strategy"),
     "remove_unused_columns": ("test_conformity", "test_a_wrong_value_is_named"),
+    "past_index": ("test_inherited_fields", "test_what_cannot_be_honoured_raises"),
+    "router_aux_loss_coef": ("test_router", "test_trainers_add_the_balance"),
     "trust_remote_code": ("test_config_fields", "test_code_of_a_model_runs_only_where_it_is_trusted"),
     "bf16": ("test_config_fields", "test_precision_follows_the_device"),
     "logging_steps": ("test_config_fields", "test_frequent_logs"),

@@ -7,7 +7,10 @@ import pytest
 import torch
 from ppo_cases import STAT_KEYS, batch, causal, close, gpt2, maker
 
+from trl.data import packing
+from trl.data.packing import pack
 from trl.models.prepare import enable_gradient_checkpointing
+from trl.rollout import experience
 from trl.rollout.experience import Experience
 from trl.rollout.measure import measure
 from trl.trainer.ppo_trainer import rollout_of
@@ -153,6 +156,30 @@ def test_micro_batches_do_not_change_the_update(make):
     for mini, accumulation in ((4, 2), (2, 4), (1, 8)):
         cut = updated(make, batch_size=8, mini_batch_size=mini, gradient_accumulation_steps=accumulation)
         torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prompts", ["different", "each twice"])
+@pytest.mark.parametrize("fields", [{}, {"mini_batch_size": 1, "gradient_accumulation_steps": 2}])
+def test_samples_are_packed_once_a_step(make, monkeypatch, prompts, fields):
+    queries, responses, scores = batch()
+    if prompts == "each twice":
+        queries = [queries[0], queries[0].clone(), queries[1], queries[1].clone()]
+    masks = [torch.ones_like(response) for response in responses]
+    masks[1][2] = 0
+    stats, calls, counts = [], [], []
+    for packed_once in (Experience.packed_once, lambda rows: rows):
+        monkeypatch.setattr(Experience, "packed_once", packed_once)
+        trainer = make(ppo_epochs=4, **fields)
+        for module in (packing, experience):
+            monkeypatch.setattr(module, "pack", lambda trees: calls.append(1) or pack(trees))
+        stats.append([trainer.step(queries, responses, scores, masks) for _ in range(2)])
+        counts.append(len(calls))
+        calls.clear()
+    passes = 4 * 4 // trainer.config.mini_batch_size
+    assert counts == [2, 2 * (1 + passes)]
+    for once, anew in zip(*stats, strict=True):
+        timeless = [name for name in once if not name.startswith("time/")]
+        assert all(np.array_equal(once[name], anew[name]) for name in timeless)
 
 
 def test_gradients_are_zeros_after_a_step(make):

@@ -15,6 +15,7 @@ from transformers import (
 
 from trl import PRMConfig, PRMTrainer, RewardConfig, RewardTrainer
 from trl.legacy.collators import RewardDataCollatorWithPadding
+from trl.rewards.reward_model import RewardModel
 
 PLAIN = {
     "per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
@@ -127,8 +128,6 @@ def test_words_and_warnings_of_older_releases(tmp_path):
         trainer_of(tmp_path, settings={"max_length": 20}, max_length=30)
     with pytest.warns(UserWarning, match=r"max_length=100: the model has 64 positions"):
         trainer_of(tmp_path, settings={"max_length": 100})
-    with pytest.raises(ValueError, match="num_labels=2: a reward model has 1"):
-        trainer_of(tmp_path, model=AutoModelForSequenceClassification.from_config(config(num_labels=2)))
     with pytest.raises(ValueError, match="tokenizer: none was given"):
         trainer_of(tmp_path, processing_class=None)
     # transformers' default, which scripts also set: the trainer drops what it does not need, and only that
@@ -153,6 +152,46 @@ def test_by_name_with_one_label(tmp_path):
     with pytest.warns(UserWarning, match="You passed a model_id to the RewardTrainer"):
         trainer = RewardTrainer(str(tmp_path / "base"), args_of(tmp_path), train_dataset=pairs())
     assert trainer.model.config.num_labels == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings"), [(2, {}), (3, {"center_rewards_coefficient": 0.1}), (2, {"margin": 1})]
+)
+def test_several_labels_are_averaged(tmp_path, labels, settings):
+    """M7: as release 0.7.7: the mean over the labels of each one's loss; the reward is the mean of their scores."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config(num_labels=labels)).eval()
+    rows = tokenised_pairs()
+    margin = settings.pop("margin", None)
+    if margin is not None:
+        rows = rows.add_column("margin", [0.5 * i for i in range(len(rows))])
+    with pytest.warns(UserWarning, match=f"num_labels={labels}: .* the reward is the mean over the labels"):
+        trainer = trainer_of(tmp_path, rows, model, settings=settings, eval_dataset=rows)
+    losses, right = [], []
+    with torch.no_grad():
+        for row in rows:
+            chosen, rejected = (
+                model(input_ids=torch.tensor([row[f"input_ids_{side}"]])).logits[0] for side in ("chosen", "rejected")
+            )
+            loss = -torch.nn.functional.logsigmoid(chosen - rejected - row.get("margin", 0.0))
+            loss += settings.get("center_rewards_coefficient", 0.0) * (chosen + rejected) ** 2
+            losses.append(loss.mean().item())
+            right.append(float(chosen.mean() > rejected.mean()))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["eval_accuracy"] == pytest.approx(np.mean(right))
+    if labels == 3:
+        return
+    before = trainer.model.score.weight.detach().clone()
+    trainer.train()
+    assert (trainer.model.score.weight != before).any(1).all()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(saved.score.weight, trainer.model.score.weight)
+    with pytest.warns(UserWarning, match="the reward is the mean over the labels"):
+        reward = RewardModel(saved, tokenizer())
+    ids = torch.tensor([reward._row(reward.encoder.encode(["a b c"])[0], "a b c")])
+    assert reward.raw(["a b c"])[0] == pytest.approx(saved.eval()(input_ids=ids).logits.mean().item(), abs=1e-5)
 
 
 # -- encoders ---------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 import doctest
 import math
-from dataclasses import replace
+import random
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from datasets import load_dataset
 
+from trl.data import packing
+from trl.data.packing import pack
 from trl.data.records import Rollout
 from trl.rollout import prompts
 from trl.rollout.collector import replace_groups
@@ -109,6 +112,47 @@ def test_a_batch_packs_its_rows_below_their_prompts():
     assert rows.packed(masked=False).mask_BT.tolist() == [[1, 0], [1, 1], [1, 0]]
     with pytest.raises(ValueError, match="it needs old_logprobs_BT and advantages_BT"):
         replace(rows, advantages_BT=None).batch()
+
+
+def drawn_rows(seed):
+    """Up to 7 rows of three prompts, in any order; with a prompt that is empty, and completions that are."""
+    draw = random.Random(seed)
+    tokens = lambda least, most: [draw.randint(0, 9) for _ in range(draw.randint(least, most))]  # noqa: E731
+    pool = [tokens(0, 1), tokens(1, 4), tokens(1, 4)]
+    prompts = [draw.choice(pool) for _ in range(draw.randint(1, 7))]
+    completions = [tokens(0 if prompt else 1, 4) for prompt in prompts]
+    masks = [[draw.randint(0, 1) for _ in ids] for ids in completions]
+    return Experience.of(Rollout(prompts, completions, [], masks)), draw
+
+
+def columns_of(packed):
+    values = {field.name: getattr(packed, field.name) for field in fields(packed)}
+    return {k: (v.dtype, v.tolist()) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rows_packed_once_make_the_same_batches(seed):
+    rows, draw = drawn_rows(seed)
+    once = rows.packed_once()
+    index = [draw.randrange(len(rows)) for _ in range(draw.randint(1, 7))]
+    of = lambda each: [each, each.select(index), *each.select(index).cut(8), *each.cut(6, whole_groups=True)]  # noqa: E731
+    for masked in (True, False):
+        batches = [[columns_of(part.packed(masked=masked)) for part in of(each)] for each in (rows, once)]
+        assert batches[0] == batches[1]
+    assert once.select([]).packed().rows == 0
+
+
+def test_a_rollout_is_packed_once_for_all_its_iterations(monkeypatch):
+    calls, shape = [], RolloutShape(2, 2, num_iterations=3, steps_per_generation=2)
+    make = lambda state: Experience.of(samples(), advantages=torch.ones(4))  # noqa: E731
+    monkeypatch.setattr(packing, "pack", lambda trees: calls.append(len(trees)) or pack(trees))
+    loader = RolloutLoader(make, Experience.batch, shape, length=9)
+    batches = [batch for _, batch in zip(range(6), loader, strict=False)]
+    assert calls == [4]
+    assert [batch.packed.ids_N.tolist() for batch in batches] == [[1, 2, 3, 4, 4], [1, 2, 5, 5, 5, 6, 6, 6, 6]] * 3
+    assert "packed_rows" not in loader.plain_state()["experience"]
+    next(iter(loader))
+    assert calls == [4, 4]
 
 
 def rewards(*rows, weights=None):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformity import CASES, build, causal_lm, config, prompts, reward_model, tokenizer
+from conformity import CASES, build, causal_lm, prompts, reward_model, tokenizer
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, MixtralConfig, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 import trl
 from trl.trainer import settings
@@ -97,6 +97,8 @@ BECOMES = [
     ("GRPOConfig", {"warmup_ratio": 0.0}, {"warmup_steps": 0}),
     ("DPOConfig", {"no_cuda": True}, {"use_cpu": True}),
     ("KTOConfig", {"evaluation_strategy": "steps"}, {"eval_strategy": "steps"}),
+    ("SFTConfig", {"group_by_length": True}, {"train_sampling_strategy": "group_by_length"}),
+    ("SFTConfig", {"include_inputs_for_metrics": True}, {"include_for_metrics": ["inputs"]}),
     ("SFTConfig", {"max_seq_length": 77}, {"max_length": 77}),
     ("SFTConfig", {"loss_type": "chunked_nll"}, {"loss_type": "chunked_nll"}),
     ("GKDConfig", {"max_new_tokens": 7}, {"max_completion_length": 7, "max_new_tokens": 7}),
@@ -111,7 +113,7 @@ BECOMES = [
 
 
 def test_all_translations_are_tried():
-    tried = {field for _, given, _ in BECOMES for field in given} | {"use_liger", "router_aux_loss_coef"}
+    tried = {field for _, given, _ in BECOMES for field in given} | {"use_liger"}
     assert set(TRANSLATED) <= tried
 
 
@@ -168,18 +170,6 @@ def test_what_would_change_numbers_raises(name, given, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         made(name, tmp_path, **given)
     assert "\n" not in str(error.value)
-
-
-def test_a_router_is_not_taught_in_silence(tmp_path):
-    sizes = {name: getattr(config(), name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    mixture = AutoModelForCausalLM.from_config(
-        MixtralConfig(**sizes, intermediate_size=16, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
-    )
-    args, _ = made("SFTConfig", tmp_path, router_aux_loss_coef=0.01)
-    rows = Dataset.from_dict({"text": ["a b"]})
-    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.01: the router's auxiliary loss is not computed"):
-        trl.SFTTrainer(mixture, args, train_dataset=rows, processing_class=tokenizer())
-    trl.SFTTrainer(causal_lm(), args, train_dataset=rows, processing_class=tokenizer())  # dense: nothing to learn
 
 
 # --- a script for a GPU -----------------------------------------------------------------------------------------------

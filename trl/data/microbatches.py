@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trl.data.packing import best_fit_decreasing
+from trl.data.records import Batch
 
 CPU_TOKENS = 1536
 """tokens of a forward pass on the CPU if the user sets no budget; more tokens take more memory and no less time"""
@@ -77,7 +78,7 @@ def runs_of_groups(
 
 def collated(collate: Callable[[Any], dict[str, Any]], pieces: Sequence[Any]) -> dict[str, Any]:
     """The pieces' batches under the key `pieces`; of a single piece its batch alone."""
-    return collate(pieces[0]) if len(pieces) == 1 else {"pieces": [collate(piece) for piece in pieces]}
+    return collate(pieces[0]) if len(pieces) == 1 else Batch(pieces=[collate(piece) for piece in pieces])
 
 
 class BudgetCollator:

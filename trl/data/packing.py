@@ -5,7 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,15 +39,13 @@ def _check(tree: TokenTree) -> None:
 
 
 class _Layout:
-    """The parts of a packed batch in order: a prompt once, then its branches."""
+    """Where the parts of a packed batch lie: a prompt once, then its branches."""
 
     def __init__(self) -> None:
         self.size = 0
-        self.parts: list[Ids] = []
-        self.positions: list[int] = []
-        """position of each part's first token in its own sequence"""
         self.segments: list[Segment] = []
-        self.branches: list[Branch] = []
+        self.lengths: list[int] = []
+        """tokens of each branch"""
         self.starts: list[int] = []
         """packed index of each branch's first token"""
         self.befores: list[int] = []
@@ -53,26 +53,19 @@ class _Layout:
         self.row_segment: list[int] = []
         self.prompt_tokens: list[int] = []
 
-    def _append(self, ids: Ids, position: int) -> None:
-        self.parts.append(ids)
-        self.positions.append(position)
-        self.size += len(ids)
-
-    def append_tree(self, tree: TokenTree) -> None:
-        prompt_tokens, alone = len(tree.prompt), len(tree.branches) == 1  # a lone branch shares its prompt's segment
-        parent = -1
-        if prompt_tokens:
-            self._append(tree.prompt, 0)
-            if not alone:
-                parent = self._segment(self.size - prompt_tokens, -1)
+    def append_tree(self, prompt_tokens: int, lengths: Sequence[int]) -> None:
+        alone, parent = len(lengths) == 1, -1  # a lone branch shares its prompt's segment
+        self.size += prompt_tokens
+        if prompt_tokens and not alone:
+            parent = self._segment(self.size - prompt_tokens, -1)
         before = self.size - 1 if prompt_tokens else -1
-        for branch in tree.branches:
+        for length in lengths:
             start = self.size
-            self._append(branch.ids, prompt_tokens)
+            self.size += length
             segment = parent
-            if alone or len(branch.ids):
+            if alone or length:
                 segment = self._segment(start - prompt_tokens if alone else start, parent)
-            self.branches.append(branch)
+            self.lengths.append(length)
             self.starts.append(start)
             self.befores.append(before)
             self.row_segment.append(segment)
@@ -82,6 +75,23 @@ class _Layout:
         self.segments.append(Segment(start, self.size, parent))
         return len(self.segments) - 1
 
+    def predictors(self, row_S: Tensor, slot_S: Tensor) -> Tensor:
+        """Packed index of the token that predicts each of these; -1: none. [S]"""
+        start_B, before_B = (torch.tensor(x, dtype=torch.long) for x in (self.starts, self.befores))
+        return torch.where(slot_S == 0, before_B[row_S], start_B[row_S] + slot_S - 1)
+
+    def batch(self, **columns: Tensor) -> PackedBatch:
+        """The batch, given its tensors."""
+        places = zip(self.starts, self.lengths, self.befores, strict=True)
+        return PackedBatch(
+            segments=tuple(self.segments),
+            last_B=torch.tensor([start + n - 1 if n else before for start, n, before in places], dtype=torch.long),
+            row_segment=tuple(self.row_segment),
+            prompt_tokens=tuple(self.prompt_tokens),
+            width=max(self.lengths, default=0),
+            **columns,
+        )
+
 
 def pack(trees: Iterable[TokenTree]) -> PackedBatch:
     """One packed batch of the trees; its rows are their branches in order. Parts may be lists or 1-d CPU tensors.
@@ -89,32 +99,73 @@ def pack(trees: Iterable[TokenTree]) -> PackedBatch:
     The first token of a row without a prompt has nothing that predicts it, so it is never scored.
     """
     layout = _Layout()
+    parts: list[Ids] = []
+    positions: list[int] = []  # of each part's first token in its own sequence
+    branches: list[Branch] = []
     for tree in trees:
         _check(tree)
-        layout.append_tree(tree)
-    part_N, place_N = _places([len(part) for part in layout.parts])
-    ids_N = _flat(layout.parts)
-    lengths = [len(branch.ids) for branch in layout.branches]
-    row_C, slot_C = _places(lengths)  # C: the tokens of all branches
-    start_B, before_B, length_B = (torch.tensor(x, dtype=torch.long) for x in (layout.starts, layout.befores, lengths))
-    index_C = start_B[row_C] + slot_C
-    predictor_C = torch.where(slot_C == 0, before_B[row_C], index_C - 1)
+        layout.append_tree(len(tree.prompt), [len(branch.ids) for branch in tree.branches])
+        parts += [tree.prompt, *(branch.ids for branch in tree.branches)]
+        positions += [0, *(len(tree.prompt) for _ in tree.branches)]
+        branches += tree.branches
+    part_N, place_N = _places([len(part) for part in parts])
+    ids_N = _flat(parts)
+    row_C, slot_C = _places(layout.lengths)  # C: the tokens of all branches
+    predictor_C = layout.predictors(row_C, slot_C)
     scored_C = predictor_C >= 0
-    if any(branch.scored is not None for branch in layout.branches):
-        masks = [[1] * len(b.ids) if b.scored is None else b.scored for b in layout.branches]
+    if any(branch.scored is not None for branch in branches):
+        masks = [[1] * len(b.ids) if b.scored is None else b.scored for b in branches]
         scored_C = scored_C & (_flat(masks) > 0)
-    return PackedBatch(
+    row_S, slot_S = row_C[scored_C], slot_C[scored_C]
+    return layout.batch(
         ids_N=ids_N,
-        position_N=torch.tensor(layout.positions, dtype=torch.long)[part_N] + place_N,
-        segments=tuple(layout.segments),
+        position_N=torch.tensor(positions, dtype=torch.long)[part_N] + place_N,
         scored_S=predictor_C[scored_C],
-        target_S=ids_N[index_C[scored_C]],
-        row_S=row_C[scored_C],
-        slot_S=slot_C[scored_C],
-        last_B=torch.where(length_B > 0, start_B + length_B - 1, before_B),
-        row_segment=tuple(layout.row_segment),
-        prompt_tokens=tuple(layout.prompt_tokens),
-        width=max(lengths, default=0),
+        target_S=ids_N[torch.tensor(layout.starts, dtype=torch.long)[row_S] + slot_S],
+        row_S=row_S,
+        slot_S=slot_S,
+    )
+
+
+class PackedRow(NamedTuple):
+    """A row that was packed alone: what `join` puts a batch together from."""
+
+    prompt_tokens: int
+    ids_N: Tensor
+    position_N: Tensor
+    target_S: Tensor
+    slot_S: Tensor
+
+
+def rows_alone(trees: Sequence[TokenTree]) -> list[PackedRow]:
+    """Each tree, which has one branch, packed; all in one pass, of which the rows are slices."""
+    packed = pack(trees)
+    sizes = [len(tree.prompt) + len(tree.branches[0].ids) for tree in trees]
+    scored = packed.row_S.bincount(minlength=len(trees)).tolist()
+    return list(
+        map(PackedRow, packed.prompt_tokens, packed.ids_N.split(sizes), packed.position_N.split(sizes),
+            packed.target_S.split(scored), packed.slot_S.split(scored))
+    )  # fmt: skip
+
+
+def join(rows: Sequence[PackedRow], groups: Sequence[int]) -> PackedBatch:
+    """What `pack` makes of the rows, one tree for each run of equal `groups`: those rows have the same prompt."""
+    layout = _Layout()
+    cuts: list[int] = []  # where the part of each row begins that is its own
+    for _, run in groupby(zip(groups, rows, strict=True), key=itemgetter(0)):
+        tree = [row for _, row in run]
+        prompt_tokens = tree[0].prompt_tokens
+        layout.append_tree(prompt_tokens, [len(row.ids_N) - prompt_tokens for row in tree])
+        cuts += [0, *(prompt_tokens for _ in tree[1:])]
+    slot_S = torch.cat([row.slot_S for row in rows])
+    row_S = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.slot_S) for row in rows]))
+    return layout.batch(
+        ids_N=torch.cat([row.ids_N[cut:] for row, cut in zip(rows, cuts, strict=True)]),
+        position_N=torch.cat([row.position_N[cut:] for row, cut in zip(rows, cuts, strict=True)]),
+        scored_S=layout.predictors(row_S, slot_S),
+        target_S=torch.cat([row.target_S for row in rows]),
+        row_S=row_S,
+        slot_S=slot_S,
     )
 
 

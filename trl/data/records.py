@@ -104,6 +104,48 @@ class PackedBatch(TensorRecord):
         return spread_BT.index_put((self.row_S, self.slot_S), values_S)
 
 
+class Batch(dict[str, Any]):
+    """A batch of a collator. Beside its own keys it answers `input_ids`, `attention_mask` and `labels`: its rows padded
+    on the right with 0, made when they are asked for. [B, L] each; -100 where a label does not count.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        packs = _packs(self)
+        if key not in ROWS or not packs:
+            also = f", and {', '.join(ROWS)} (its rows, padded)" if packs else ""
+            raise KeyError(f"{key!r}: this batch holds {', '.join(self)}{also}")
+        rows = [_padded_rows(packed)[key] for packed in packs]
+        width = max(part.shape[1] for part in rows)
+        fill = -100 if key == "labels" else 0
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in rows])
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (key in ROWS and bool(_packs(self)))
+
+    def get(self, key: str, default: Any = None) -> Any:  # `dict.get` does not ask `__missing__`
+        return self[key] if key in self else default  # noqa: SIM401
+
+
+ROWS = ("input_ids", "attention_mask", "labels")
+
+
+def _packs(batch: Batch) -> list[PackedBatch]:
+    held = [dict.get(piece, "packed", dict.get(piece, "policy")) for piece in dict.get(batch, "pieces") or [batch]]
+    return [getattr(each, "packed", each) for each in held if each is not None]
+
+
+def _padded_rows(packed: PackedBatch) -> dict[str, Tensor]:
+    index = [torch.tensor(packed.row_indices(row), device=packed.ids_N.device) for row in range(packed.rows)]
+    if not index:
+        return dict.fromkeys(ROWS, packed.ids_N.new_zeros(0, 0))
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask_BL = pad([torch.ones_like(row) for row in index], batch_first=True)
+    ids_BL = packed.ids_N[pad(index, batch_first=True)] * mask_BL
+    labels_BL = torch.full_like(ids_BL, -100)
+    labels_BL[packed.row_S, packed.position_N[packed.scored_S] + 1] = packed.target_S
+    return dict(zip(ROWS, (ids_BL, mask_BL, labels_BL), strict=True))
+
+
 @dataclass
 class Completion:
     """One completion by a sampler."""

@@ -12,7 +12,7 @@ from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
 from trl.models.forward import TOLERANCES, eval_no_grad, note, plan_of, probe_rows
 from trl.models.scoring import plain_forward
-from trl.models.unwrap import accepts, below_peft, below_value_head, is_encoder_decoder, learns_prompt
+from trl.models.unwrap import accepts, below_peft, below_value_head, is_encoder_decoder, learns_prompt, reads_rows
 
 
 class NotLocal(ValueError):
@@ -40,6 +40,8 @@ def why_not_local(model: Any) -> str | None:
         return "it is an encoder-decoder"
     if learns_prompt(model):
         return "its adapter puts virtual tokens before the prompt"
+    if reads_rows(model):
+        return "its adapter looks for its place in each row"
     if not accepts(model, "position_ids"):
         return "its forward takes no position_ids"
     try:

@@ -23,7 +23,7 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt
+from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt, reads_rows
 
 
 class TransformersSampler:
@@ -58,11 +58,17 @@ class TransformersSampler:
         return [[row.completion() for row in group] for group in groups]
 
     def _batches(self, rows: list[Row], context: int | None) -> Iterator[list[Row]]:
-        """Rows that run together: `generate` continues all until the last is done, and none may exceed the context."""
+        """Rows that run together: `generate` continues all until the last is done, and none may exceed the context.
+
+        Virtual tokens stand before the padding, so only prompts of one length run together behind them.
+        """
         batch: list[Row] = []
+        alike = learns_prompt(self.model)
         for row in rows:
-            steps = max([row.limit, *(other.limit for other in batch)])
-            if len(batch) == self.max_rows or (batch and context is not None and len(row.prompt) + steps > context):
+            steps = max([row.limit, *(one.limit for one in batch)])
+            too_long = batch and context is not None and len(row.prompt) + steps > context
+            other = alike and batch and len(row.prompt) != len(batch[0].prompt)
+            if len(batch) == self.max_rows or too_long or other:
                 yield batch
                 batch = []
             batch.append(row)
@@ -78,9 +84,10 @@ class TransformersSampler:
             ids[index, place] = torch.tensor(row.prompt)
             mask[index, place] = 1
         # PEFT's own `generate` adds the virtual tokens of an adapter, but with a cache it loses them after the first
-        # token, because transformers has renamed the cache. So it runs without one. Other adapters are layers.
+        # token, because transformers has renamed the cache. So it runs without one. It also finds where an adapter that
+        # begins at certain tokens does so. Other adapters are layers.
         virtual, base = learns_prompt(self.model), below_peft(self.model)
-        model: Any = self.model if virtual else base
+        model: Any = self.model if virtual or reads_rows(self.model) else base
         prefix = base.register_forward_pre_hook(_only_the_prefix, with_kwargs=True) if virtual else None
         try:
             model.generate(

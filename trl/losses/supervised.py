@@ -16,6 +16,16 @@ def nll(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) 
     return LossSum(total, count, {} if entropy_BT is None else {"entropy": masked_sum(entropy_BT, mask_BT)})
 
 
+def smoothed(loss: LossSum, lift_BT: Tensor | None, mask_BT: Tensor, factor: float) -> LossSum:
+    """Cross-entropy with smoothed labels: `(1 - factor) nll + factor * mean_v(-log p_v)`, from the nll.
+
+    That is the nll plus `factor` times how far each target's logit lies above the mean over the vocabulary (its lift).
+    """
+    if lift_BT is None:
+        return loss
+    return LossSum(loss.total + factor * (lift_BT * mask_BT).sum(), loss.count, loss.metrics)
+
+
 def dft(logprobs_BT: Tensor, mask_BT: Tensor, entropy_BT: Tensor | None = None) -> LossSum:
     """Dynamic fine-tuning: each token's likelihood term weighs its own (detached) probability.
 
@@ -47,12 +57,17 @@ def bradley_terry(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | None 
     return LossSum(losses_B.sum(), len(chosen_B), metrics)
 
 
-def stepwise_cross_entropy(logits_BTC: Tensor, labels_BT: Tensor, ignore_index: int = -100) -> LossSum:
+def stepwise_cross_entropy(
+    logits_BTC: Tensor, labels_BT: Tensor, ignore_index: int = -100, smoothing: float = 0.0
+) -> LossSum:
     """Cross-entropy of a process reward model at the end of each reasoning step, summed over the labelled steps.
 
     `labels_BT` holds the class of the step that ends there and `ignore_index` everywhere else (arXiv:2211.14275).
     """
-    total = F.cross_entropy(logits_BTC.flatten(0, -2), labels_BT.flatten(), ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(
+        logits_BTC.flatten(0, -2), labels_BT.flatten(), ignore_index=ignore_index, reduction="sum",
+        label_smoothing=smoothing,
+    )  # fmt: skip
     labelled_BT = labels_BT != ignore_index
     correct = ((logits_BTC.detach().argmax(-1) == labels_BT) & labelled_BT).sum()
     return LossSum(total, labelled_BT.sum(), {"accuracy": correct.to(torch.float32)})

@@ -34,11 +34,27 @@ from trl.models.unwrap import (
     is_encoder_decoder,
     is_sharded,
     learns_prompt,
+    reads_rows,
 )
 
 logger = logging.getLogger(__name__)
 
 PROBE_ERRORS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, LookupError)
+
+
+Routes = tuple[tuple[Tensor, ...], PackedBatch, Tensor | None]
+"""of a pass: each layer's router logits, the batch, and the attention mask where rows are padded"""
+_routes: ContextVar[list[Routes] | None] = ContextVar("routes", default=None)
+
+
+@contextmanager
+def watched_routers(seen: list[Routes]) -> Iterator[None]:
+    """Within it each pass with gradient adds what the routers of a mixture say of its tokens."""
+    token = _routes.set(seen)
+    try:
+        yield
+    finally:
+        _routes.reset(token)
 
 
 # -- what is computed of a pass, and where ----------------------------------------------------
@@ -59,6 +75,8 @@ def in_module(
     if index_S is None or row_S is None:
         index_S, row_S = packed.scored_S, packed.row_S
     plan = _plan_for(model, module, packed)
+    if plan.narrow and _routes.get() is not None:  # the routers of the last layer see all tokens
+        plan = replace(plan, narrow=False)
     return _pass(model, module, packed, function, index_S, row_S, plan)
 
 
@@ -124,11 +142,23 @@ def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, index_S: Tens
         if is_encoder_decoder(model):
             return model(**encoder_decoder_inputs(model, packed))
         if not plan.packed:
-            return model(**padded_inputs_of(model, packed))
+            inputs = padded_inputs_of(model, packed)
+            return _watched(model, packed, inputs, inputs["attention_mask"])
         enable_tree_attention(network)  # again where somebody has set the attention since the probe
         stack.enter_context(inside_tree())
         tree = stack.enter_context(fast(network, packed, index_S if plan.narrow else None))
-        return model(input_ids=packed.ids_N[None], position_ids=packed.position_N[None], tree=tree, use_cache=False)
+        inputs = {"input_ids": packed.ids_N[None], "position_ids": packed.position_N[None], "tree": tree}
+        return _watched(model, packed, {**inputs, "use_cache": False}, None)
+
+
+def _watched(model: nn.Module, packed: PackedBatch, inputs: dict[str, Any], mask_BL: Tensor | None) -> Any:
+    """The model's call; where routers are watched and gradients flow, what they say is kept."""
+    seen = _routes.get() if torch.is_grad_enabled() else None
+    if seen is None:
+        return model(**inputs)
+    output = model(**inputs, output_router_logits=True)
+    seen.append((output.router_logits, packed, mask_BL))
+    return output
 
 
 def padded_pass(model: nn.Module, packed: PackedBatch) -> Any:
@@ -406,7 +436,8 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
     network = below_value_head(model)
     known, (packed, reach) = plan_of(model), probe_rows(network, longest)
     switched_off, _ = adapter_state(network)
-    shares_prompts = switched_off or not learns_prompt(network)  # else virtual tokens stand before each row
+    # else virtual tokens stand before each row, or the adapter looks for its place in each
+    shares_prompts = switched_off or not (learns_prompt(network) or reads_rows(network))
     with eval_no_grad(model):
         try:
             as_now = _expected(model, module, packed)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trl.data.records import PackedBatch
+from trl.data.packing import pack
+from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels.head_tiles import LinearLogprobs
 from trl.kernels.step_memory import place_of
 from trl.models.forward import (
@@ -107,7 +108,7 @@ def check_head(model: nn.Module, head: Head) -> None:
     hook = head.module.register_forward_hook(keep)
     try:
         with eval_no_grad(model):
-            outputs.append(padded_pass(below_accelerate(model), probe_rows(network)[0]).logits)
+            outputs.append(padded_pass(below_accelerate(model), _few_tokens(network)).logits)
         differs = _differ(replace(head, project=lambda logits: logits).logits(states[0]), outputs[0], states[0].dtype)
     except PROBE_ERRORS:  # the pass that was asked for says what is wrong
         differs = False
@@ -121,6 +122,12 @@ def check_head(model: nn.Module, head: Head) -> None:
             "`get_output_embeddings()` returns do it"
         )
     _checked[network] = head
+
+
+def _few_tokens(network: nn.Module) -> PackedBatch:
+    """A row of three tokens: for more, MKL keeps a buffer as long as the process lives, 5 MB for 32,000 words."""
+    device, ids = next(network.parameters()).device, probe_rows(network)[0].ids_N[:3].cpu()
+    return pack([TokenTree(ids[:1], [Branch(ids[1:])])]).to(device)
 
 
 def _differ(ours: Tensor, own: Tensor, dtype: torch.dtype) -> bool:
@@ -192,6 +199,19 @@ def mean_logits(head: Head, hidden_SD: Tensor) -> Tensor:
         return map_logits(head, hidden_SD, lambda logits: (logits.mean(-1),))[0]
 
 
+def target_lift(head: Head, hidden_SD: Tensor, target_S: Tensor) -> Tensor:
+    """Each target's logit above the mean over the vocabulary, differentiable. [S] float32"""
+    if (module := head.linear) is not None and head.softcap is None:
+        away_SD = module.weight[target_S].float() - module.weight.float().mean(0)
+        bias = 0.0 if module.bias is None else module.bias[target_S].float() - module.bias.float().mean()
+        return ((hidden_SD.float() * away_SD).sum(-1) + bias) * head.scale
+
+    def measure(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
+        return (logits.gather(1, targets[:, None]).squeeze(1) - logits.mean(-1),)
+
+    return map_logits(head, hidden_SD, measure, target_S)[0]
+
+
 def log_collision(head: Head, hidden_SD: Tensor) -> Tensor:
     """`log sum_v p(v)^2` of each position: the log-probability of an average sample, detached. [S]"""
     with torch.no_grad():
@@ -236,6 +256,8 @@ class Scores:
     logprobs_BT: Tensor
     entropy_BT: Tensor | None = None
     values_BT: Tensor | None = None
+    lift_BT: Tensor | None = None
+    """the scored token's logit above the mean over the vocabulary, for smoothed labels"""
 
 
 def score(
@@ -246,6 +268,7 @@ def score(
     entropy: bool = False,
     entropy_gradient: bool = False,
     values: bool = False,
+    lift: bool = False,
 ) -> Scores:
     """Log-probabilities of the scored tokens, and on demand entropies and the value head's values. [B, T] each
 
@@ -254,6 +277,7 @@ def score(
     """
     v_head = below_accelerate(model).v_head if values else None
     names = ["logprobs_BT"] + ["entropy_BT"] * (entropy or entropy_gradient) + ["values_BT"] * values
+    names += ["lift_BT"] * lift
 
     def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
         if entropy_gradient:
@@ -263,6 +287,8 @@ def score(
         columns = dict(zip(("logprobs_BT", "entropy_BT"), found, strict=True))
         if v_head is not None:
             columns["values_BT"] = v_head(states_SD[None]).float().squeeze(0).squeeze(-1)
+        if lift:
+            columns["lift_BT"] = target_lift(head, states_SD, packed.target_S)
         return [columns[name] for name in names]
 
     columns_S = in_head(model, packed, measure)
@@ -302,12 +328,14 @@ def scores_at(model: nn.Module, packed: PackedBatch, index_S: Tensor, row_S: Ten
 
 
 def rewards(model: nn.Module, packed: PackedBatch) -> Tensor:
-    """The reward of each row, read at its last real token; encoders read it where they always do. [B]"""
-    network = below_value_head(model)
-    if network.config.num_labels != 1:
-        raise ValueError(f"num_labels={network.config.num_labels}: a reward model has 1")
+    """The reward of each row: the mean over its labels, of which reward models usually have one. [B]"""
+    return label_rewards(model, packed).mean(-1)
+
+
+def label_rewards(model: nn.Module, packed: PackedBatch) -> Tensor:
+    """Each row's rewards, read at its last real token; encoders read them where they always do. [B, labels]"""
     if is_encoder(model) or is_encoder_decoder(model):
         inputs = padded_inputs_of(model, packed)
-        return model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits[:, 0].float()  # type: ignore[no-any-return]
+        return model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits.float()  # type: ignore[no-any-return]
     rows = torch.arange(packed.rows, device=packed.ids_N.device)
-    return scores_at(model, packed, packed.last_B, rows)[:, 0]
+    return scores_at(model, packed, packed.last_B, rows)

@@ -65,6 +65,12 @@ def learns_prompt(model: nn.Module) -> bool:
     return any(getattr(config, "is_prompt_learning", False) for config in configs.values())
 
 
+def reads_rows(model: nn.Module) -> bool:
+    """Whether an adapter of the model begins where certain tokens stand in a row (aLoRA), so it must see rows apart."""
+    configs = getattr(below_value_head(model), "peft_config", {}) or {}
+    return any(getattr(config, "alora_invocation_tokens", None) for config in configs.values())
+
+
 def accepts(model: nn.Module, keyword: str) -> bool:
     """Whether the forward of the transformers model names this keyword."""
     return keyword in inspect.signature(type(below_peft(model)).forward).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ Text = str | list[dict[str, Any]]
 
 
 class RewardModel:
-    """Scores whole texts or conversations with a sequence classifier of one label, `(score - mean) / std`.
+    """Scores whole texts or conversations with a sequence classifier, `(score - mean) / std`.
 
     It tokenises and runs them as `RewardTrainer` does. `calibrate` sets mean and std from reference texts: then 0 is
     their mean and 1 is one standard deviation better. max_length: longer texts lose their end.
@@ -27,8 +28,13 @@ class RewardModel:
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, max_length: int | None = None, batch_size: int = 32):
         labels = getattr(getattr(model, "config", None), "num_labels", None)
+        if labels is None:
+            raise ValueError(f"{type(model).__name__} is no sequence classifier: load one with num_labels=1")
         if labels != 1:
-            raise ValueError(f"num_labels={labels}: a reward model has one label; load it with num_labels=1")
+            warnings.warn(
+                f"num_labels={labels}: a reward model usually has 1; the reward is the mean over the labels",
+                stacklevel=2,
+            )
         self.model = model
         self.encoder = TextEncoder(tokenizer)
         self.max_length = max_length

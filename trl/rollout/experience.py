@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trl.data.microbatches import balanced_pieces, runs_of_groups
-from trl.data.packing import pack
+from trl.data.packing import PackedRow, join, pack, rows_alone
 from trl.data.records import Branch, PackedBatch, Rollout, TensorRecord, TokenTree
 from trl.losses.loss_sum import counted
 
@@ -78,6 +80,8 @@ class Experience(TensorRecord):
     values_BT: Tensor | None = None
     """the critic's, before the update"""
     returns_BT: Tensor | None = None
+    packed_rows: list[PackedRow] | None = None
+    """each row packed by the mask, see `packed_once`"""
 
     @classmethod
     def of(cls, rollout: Rollout, **columns: Any) -> Experience:
@@ -114,7 +118,8 @@ class Experience(TensorRecord):
         width = max((len(self.completions[row]) for row in chosen), default=0)
         columns = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         tensors = {k: v[index.to(v.device), :width] for k, v in columns.items() if isinstance(v, Tensor)}
-        ragged = {name: [columns[name][row] for row in chosen] for name in ("prompts", "completions")}
+        names = [name for name, column in columns.items() if isinstance(column, list)]
+        ragged = {name: [columns[name][row] for row in chosen] for name in names}
         return Experience(**{**columns, **tensors, **ragged})
 
     def cut(self, max_tokens: int, *, whole_groups: bool = False) -> list[Experience]:
@@ -128,17 +133,24 @@ class Experience(TensorRecord):
             pieces = balanced_pieces([p + t for p, t in zip(prompts, self.lengths, strict=True)], max_tokens)
         return [self.select(piece) for piece in pieces]
 
+    def packed_once(self) -> Experience:
+        """The same rows, packed by the mask they have now; all micro-batches are put together from that."""
+        packed_rows = rows_alone([TokenTree(prompt, [branch]) for prompt, branch in self._branches(masked=True)])
+        return replace(self, packed_rows=packed_rows)
+
     def packed(self, *, masked: bool = True) -> PackedBatch:
         """The rows as one packed batch, runs of equal prompts as trees; `masked`: only what counts is scored."""
-        branches: list[list[Branch]] = []
-        prompts: list[Tensor] = []
-        for row, number in enumerate(group_numbers(self.prompts)):
-            if number == len(prompts):
-                prompts.append(self.prompts[row])
-                branches.append([])
-            ids = self.completions[row]
-            branches[-1].append(Branch(ids, self.mask_BT[row, : len(ids)] if masked else None))
-        return pack(TokenTree(*tree) for tree in zip(prompts, branches, strict=True))
+        groups = group_numbers(self.prompts)
+        if masked and self.packed_rows:
+            return join(self.packed_rows, groups)
+        runs = groupby(zip(groups, self._branches(masked), strict=True), key=itemgetter(0))
+        trees = ([pair for _, pair in run] for _, run in runs)
+        return pack(TokenTree(tree[0][0], [branch for _, branch in tree]) for tree in trees)
+
+    def _branches(self, masked: bool) -> Iterator[tuple[Tensor, Branch]]:
+        """The prompt and the branch of each row."""
+        for prompt, ids, mask_T in zip(self.prompts, self.completions, self.mask_BT, strict=True):
+            yield prompt, Branch(ids, mask_T[: len(ids)] if masked else None)
 
     def batch(self, count: Tensor | None = None) -> PolicyBatch:
         """All rows as a micro-batch; `count`: what its loss is divided by, where that is not the number of tokens."""
@@ -193,8 +205,10 @@ class RolloutState:
 
     def plain(self) -> dict[str, Any]:
         """Dicts of tensors and numbers, for a checkpoint."""
-        experience = None if self.experience is None else dict(vars(self.experience))
-        return {**vars(self), "experience": experience}
+        if self.experience is None:
+            return dict(vars(self))
+        kept = {name: column for name, column in vars(self.experience).items() if name != "packed_rows"}
+        return {**vars(self), "experience": kept}
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RolloutState:
@@ -255,7 +269,8 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Any]:
         while True:
             if self.is_used_up:
-                self.state.experience = self.make(self.state)
+                made = self.make(self.state)
+                self.state.experience = made.packed_once() if self.shape.num_iterations > 1 else made
                 self.state.rollouts, self.state.cursor = self.state.rollouts + 1, 0
             current = self.state.experience
             assert current is not None

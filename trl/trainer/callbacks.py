@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -22,6 +19,9 @@ from trl.generation.generate_kwargs import sampling_params
 from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class SyncRefModelCallback(TrainerCallback):
@@ -73,11 +73,12 @@ class RichProgressCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress, self._bars = (
-            Progress(*columns, console=Console()),
-            {},
-        )  # an own one: a failed run may hold another
+        # an own console: a failed run may hold another
+        self.progress, self._bars = Progress(*columns, console=Console()), {}
         self.progress.start()
         self._advance("training", state.max_steps, state.global_step)
 
@@ -181,6 +182,9 @@ class LogCompletionsCallback(TrainerCallback):
             if (experiment := comet_ml.get_running_experiment()) is not None:
                 experiment.log_table("completions.csv", tabular_data=self.table, headers=columns)
         if not {"wandb", "comet_ml"} & set(report_to):
+            from rich.console import Console
+            from rich.table import Table
+
             table = Table(*columns, title="completions", show_lines=True)
             for row in rows:
                 table.add_row(*map(str, row))

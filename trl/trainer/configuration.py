@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from transformers import TrainingArguments
 from trl.data.encode import TRUNCATION_MODES
 from trl.trainer.settings import (
     accepted,
+    check_inherited,
+    compile_nothing,
     default_of,
     fit_to_machine,
     log_without_effect,
@@ -45,7 +48,9 @@ class PostTrainingConfig(TrainingArguments):
     no_cuda: bool = accepted("no_cuda", False)
     use_liger: bool = accepted("use_liger", False)
     logging_dir: str | None = accepted("logging_dir")
-    router_aux_loss_coef: float | None = accepted("router_aux_loss_coef")
+    router_aux_loss_coef: float | None = field(default=None)
+    """mixtures of experts: weight of the loss that keeps their experts equally busy; None: the model's own weight where
+    its config has `output_router_logits=True`, else 0. Each micro-batch is balanced by itself, a dense model never"""
     use_liger_kernel: bool = accepted("use_liger_kernel", False)
     use_liger_loss: bool = accepted("use_liger_loss", False)
     pad_to_multiple_of: int | str | None = accepted("pad_to_multiple_of")
@@ -53,6 +58,21 @@ class PostTrainingConfig(TrainingArguments):
     overwrite_output_dir: bool = accepted("overwrite_output_dir", False)
     save_safetensors: bool = accepted("save_safetensors", True)
     use_mps_device: bool = accepted("use_mps_device", False)
+    include_inputs_for_metrics: bool = accepted("include_inputs_for_metrics", False)
+    jit_mode_eval: bool = accepted("jit_mode_eval", False)
+    use_ipex: bool = accepted("use_ipex", False)
+    torch_compile: bool = accepted("torch_compile", False)
+    torch_compile_backend: str | None = accepted("torch_compile_backend")
+    torch_compile_mode: str | None = accepted("torch_compile_mode")
+    torchdynamo: str | None = accepted("torchdynamo")
+    label_names: list[str] | None = accepted("label_names")  # noqa: RUF009
+    fp16_backend: str = accepted("fp16_backend", "auto")
+    fp16_opt_level: str = accepted("fp16_opt_level", "O1")
+    tpu_num_cores: int | None = accepted("tpu_num_cores")
+    mp_parameters: str = accepted("mp_parameters", "")
+    ray_scope: str | None = accepted("ray_scope", "last")
+    past_index: int = field(default=-1)
+    """an error unless it is -1: no state is carried from row to row"""
     half_precision_backend: str = accepted("half_precision_backend", "auto")
     include_tokens_per_second: bool = accepted("include_tokens_per_second", False)
 
@@ -63,6 +83,9 @@ class PostTrainingConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.translate()
+        if int(os.environ.get("RANK", "0")) == 0:
+            log_without_effect(self)
+        self.settle()
         fit_to_machine(self)
         self.remove_unused_columns = False  # `Trainer` knows only what the model takes
         for name in self.json_fields():  # JSON from a command line
@@ -76,13 +99,25 @@ class PostTrainingConfig(TrainingArguments):
                 setattr(self, newer, getattr(self, older))
         super().__post_init__()
         self.validate()
-        if self.process_index == 0:
-            log_without_effect(self)
         switch_liger_off(self)
 
     def translate(self) -> None:
         """Give today's fields the values of fields that other releases had. Subclasses extend it."""
         translate(self)
+
+    def settle(self) -> None:
+        """Leave what has no effect here and would be in the way. Subclasses extend it."""
+        compile_nothing(self)
+
+    @classmethod
+    def exceptions(cls) -> dict[str, str]:
+        """Fields of `TrainingArguments` that these trainers read otherwise than others do, and how."""
+        return {}
+
+    @property
+    def smooths_labels(self) -> bool:
+        """Whether the loss can learn smoothed labels (`label_smoothing_factor`)."""
+        return True
 
     def loading_keywords(self, quantization_config: Any = None) -> dict[str, Any]:
         """Keywords of `from_pretrained` for a model that is given by name."""
@@ -103,6 +138,7 @@ class PostTrainingConfig(TrainingArguments):
 
     def validate(self) -> None:
         """Raise a ValueError that names the field, its value and the way out. Subclasses extend it."""
+        check_inherited(self)
         if self.dataset_num_proc is not None:
             require(self, "dataset_num_proc", self.dataset_num_proc >= 1, "give a number of processes >= 1, or None")
 
@@ -124,6 +160,47 @@ class PostTrainingConfig(TrainingArguments):
         """What the place in the data depends on: it must be as it was when a run resumes from a checkpoint."""
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         return {} if self.auto_find_batch_size else {"rows in an optimizer step": rows}
+
+
+class Setting:
+    """An attribute of a trainer that is a field of its config: scripts and callbacks read it there and set it.
+
+    A new value has its effect from the next optimizer step on, or is refused as the config would refuse it. `field`:
+    its name in the config, where that is another one. `fixed`: why a later change could have no effect. `unset`: the
+    field that counts where this one is None.
+    """
+
+    def __init__(self, field: str | None = None, *, fixed: str | None = None, unset: str | None = None):
+        self.field, self.fixed, self.unset = field, fixed, unset
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.field = name, self.field or name
+
+    def __get__(self, holder: Any, owner: type) -> Any:
+        if holder is None:
+            return self
+        if "args" not in vars(holder):
+            return vars(holder)[self.name]
+        value = getattr(holder.args, str(self.field))
+        return getattr(holder.args, self.unset) if value is None and self.unset else value
+
+    def __set__(self, holder: Any, value: Any) -> None:
+        if "args" not in vars(holder):  # before the constructor, whose config then counts
+            vars(holder)[self.name] = value
+            return
+        field = str(self.field)
+        before = getattr(holder.args, field)
+        if value == before:
+            return
+        if self.fixed is not None:
+            raise ValueError(f"{self.name}={value!r}: {self.fixed}, so it would have no effect; set it in the config")
+        setattr(holder.args, field, value)
+        try:
+            holder.args.validate()
+            holder.changed(self.name)
+        except ValueError:
+            setattr(holder.args, field, before)
+            raise
 
 
 def _json(name: str, text: str) -> Any:
@@ -165,6 +242,9 @@ def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Con
     config.__dict__.update({entry.name: default_of(entry) for entry in fields(config_class)})
     config.__dict__.update(args.__dict__)  # already through its own __post_init__: devices are set up once
     config.remove_unused_columns = False
+    if args.process_index == 0:
+        log_without_effect(config)
+    config.settle()
     config.validate()
     return config
 
@@ -253,6 +333,10 @@ class PreferenceConfig(OfflineConfig):
     is_encoder_decoder: bool | None = accepted("is_encoder_decoder")
     use_logits_to_keep: bool = accepted("use_logits_to_keep", False)
     max_target_length: int | None = accepted("max_target_length")
+
+    @property
+    def smooths_labels(self) -> bool:
+        return False
 
     def translate(self) -> None:
         super().translate()

@@ -29,10 +29,12 @@ class DDPOConfig:
     project_kwargs: dict[str, Any] = field(default_factory=dict)
     """more keywords of `ProjectConfiguration`; they win over `logdir`, `run_name` and `num_checkpoint_limit`"""
     tracker_project_name: str = "trl"
+    """project under which the tracker files the run"""
     logdir: str = "logs"
     """checkpoints go to `logdir/run_name/checkpoints`, the tracker's files to `logdir/run_name`"""
 
     num_epochs: int = 100
+    """rounds of sampling and training"""
     save_freq: int = 1
     """epochs between two checkpoints; there is none after epoch 0"""
     num_checkpoint_limit: int = 5
@@ -59,19 +61,27 @@ class DDPOConfig:
     train_batch_size: int = 1
     """per process; not larger than `sample_batch_size`"""
     train_use_8bit_adam: bool = False
+    """AdamW of bitsandbytes, whose states take 8 bits"""
     train_learning_rate: float = 3e-4
+    """of AdamW"""
     train_adam_beta1: float = 0.9
+    """decay of AdamW's mean of gradients"""
     train_adam_beta2: float = 0.999
+    """decay of AdamW's mean of their squares"""
     train_adam_weight_decay: float = 1e-4
+    """weight decay of AdamW"""
     train_adam_epsilon: float = 1e-8
+    """of AdamW's division"""
     train_gradient_accumulation_steps: int = 1
     """batches to an optimizer step; the timesteps of a batch are accumulated besides"""
     train_max_grad_norm: float = 1.0
+    """clip the norm of the gradient, at every optimizer step"""
     train_num_inner_epochs: int = 1
     """passes over the samples of an epoch; above 1 the clipping has work to do"""
     train_cfg: bool = True
     """guide in training as in sampling; without it the trained policy is not the one that sampled"""
     train_adv_clip_max: float = 5
+    """advantages are clipped to +- this"""
     train_clip_range: float = 1e-4
     """small, since the log-probability of a step is a mean over its pixels"""
     train_timestep_fraction: float = 1.0
@@ -80,6 +90,7 @@ class DDPOConfig:
     per_prompt_stat_tracking: bool = False
     """normalise rewards by their own prompt's"""
     per_prompt_stat_tracking_buffer_size: int = 16
+    """rewards of each prompt that its mean is taken over"""
     per_prompt_stat_tracking_min_count: int = 16
     """with fewer rewards of a prompt, the batch's mean and deviation are used"""
     async_reward_computation: bool = False

@@ -22,7 +22,7 @@ from trl.models.scoring import in_head, map_logits, scored_states
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.rollout.source import Rows, Source
-from trl.trainer.configuration import require
+from trl.trainer.configuration import Setting, require
 from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer
 from trl.trainer.settings import accepted, rename
 
@@ -89,6 +89,13 @@ class DistillationTrainer(RolloutTrainer):
     _tag_names = ("trl", "distillation")
     config_class = DistillationConfig
     needs_rewards = False
+    beta = Setting()
+    lmbda = Setting(fixed="the source of the rollouts is made for it")
+
+    @property
+    def teacher_model(self) -> nn.Module:
+        """The teacher, by the name of the constructor's argument."""
+        return self.teacher
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from trl.losses.preference import PAIR_LOSSES, WHOLE_BATCH, pair_options
 from trl.models.prepare import context_length
 from trl.models.reference import Reference
 from trl.models.scoring import score
-from trl.trainer.configuration import as_config, choose, older_style, refuse_unused, require, with_keywords
+from trl.trainer.configuration import Setting, as_config, choose, older_style, refuse_unused, require, with_keywords
 from trl.trainer.pair_trainer import PairConfig, PairTrainer
 from trl.trainer.references import ReferenceColumns, ReferenceConfig, follows, make_reference
 
@@ -121,6 +121,10 @@ class DPOTrainer(PairTrainer):
 
     _tag_names = ("trl", "dpo")
     reference: Reference
+    loss_type, loss_weights, ld_alpha, f_divergence_type, rpo_alpha = (Setting() for _ in range(5))
+    reference_free = Setting(fixed="the reference is made with the trainer")
+    precompute_ref_log_probs = Setting(fixed="the reference is made with the trainer")
+    truncation_mode = Setting(fixed="the rows are tokenised already")
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from trl.losses.policy import (
 )
 from trl.models.scoring import score
 from trl.rollout.experience import Experience, PolicyBatch
-from trl.trainer.configuration import choose, refuse_unused, require
+from trl.trainer.configuration import Setting, choose, refuse_unused, require
 from trl.trainer.on_policy import KLTerm, OnPolicyConfig, OnPolicyTrainer
 
 LOSS_TYPES: dict[str, tuple[str, Aggregation]] = {
@@ -220,12 +220,14 @@ class GRPOTrainer(OnPolicyTrainer):
 
     _tag_names = ("trl", "grpo")
     config_class = GRPOConfig
+    epsilon_low, epsilon_high = Setting("epsilon"), Setting(unset="epsilon")
+    entropy_coef, importance_sampling_level = Setting(), Setting()
+    scale_rewards, loss_type = (Setting(fixed="the trainer is made for it") for _ in range(2))
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.args
         self.aggregation = LOSS_TYPES[config.loss_type][1]
-        self._rule = config.clip_rule()
         scaled = partial(group_relative, scale=config.scale_rewards)
         self._baseline = scaled if config.advantage is None else ADVANTAGES[config.advantage]
         self.entropy: AdaptiveEntropy | None = None
@@ -293,7 +295,7 @@ class GRPOTrainer(OnPolicyTrainer):
             batch.old_logprobs_BT,
             batch.advantages_BT,
             batch.mask_BT,
-            rule=self._rule,
+            rule=config.clip_rule(),
             level=config.importance_sampling_level,
             weight_BT=weight_BT,
             reference_BT=batch.reference_BT,

@@ -21,13 +21,14 @@ from trl.data.batches import rows_of_padded
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.losses.loss_sum import LossSum
-from trl.losses.supervised import nll
+from trl.losses.supervised import nll, smoothed
 from trl.models.forward import rows_padded, within_forward
 from trl.models.prepare import is_peft_model
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, refuse_unused
 from trl.trainer.objective import ObjectiveTrainer
+from trl.trainer.settings import BY_STEPS, log_without_effect
 from trl.trainer.update import leave_zeros, optimizer_step
 
 TRUNCATION_SIDES = {"keep_end": "left", "keep_start": "right"}
@@ -61,6 +62,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         config = as_config(args, PostTrainingConfig)
         refuse_unused(config, ("model_init_kwargs",), False, "a model given by name")
         refuse_unused(config, ("dataset_num_proc", "neftune_noise_alpha"), False, "another trainer")
+        log_without_effect(config, BY_STEPS)
         tokenizer = processing_class_of(processing_class, tokenizer)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"tokenizer must be a PreTrainedTokenizerBase, got {type(tokenizer)}")
@@ -126,13 +128,13 @@ class IterativeSFTTrainer(ObjectiveTrainer):
         self, input_ids: Any, attention_mask: Any, labels: Any, texts: Any, texts_labels: Any
     ) -> list[dict[str, Tensor]]:
         if texts is not None:
-            _check_texts(texts, "text")
-            if texts_labels is not None:
-                _check_texts(texts_labels, "text_labels")
+            texts = _texts(texts, "text")
+            texts_labels = None if texts_labels is None else _texts(texts_labels, "text_labels")
         else:
-            for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask), ("labels", labels)):
-                if value is not None:
-                    _check_tensors(value, name)
+            input_ids, attention_mask, labels = (
+                None if value is None else _tensors(value, name)
+                for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask), ("labels", labels))
+            )
         if texts is not None:
             if input_ids is not None:
                 warnings.warn(
@@ -155,13 +157,14 @@ class IterativeSFTTrainer(ObjectiveTrainer):
     @PPODecorators.empty_device_cache()
     def step(
         self,
-        input_ids: list[Tensor] | None = None,
-        attention_mask: list[Tensor] | None = None,
-        labels: list[Tensor] | None = None,
-        texts: list[str] | None = None,
-        texts_labels: list[str] | None = None,
+        input_ids: Sequence[Tensor | Sequence[int]] | None = None,
+        attention_mask: Sequence[Tensor | Sequence[int]] | None = None,
+        labels: Sequence[Tensor | Sequence[int]] | None = None,
+        texts: Sequence[str] | None = None,
+        texts_labels: Sequence[str] | None = None,
     ) -> None:
-        """One pass over the sequences; with both `input_ids` and `texts`, the texts count."""
+        """One pass over the sequences, given as lists, columns of a `Dataset` or arrays; with both `input_ids` and
+        `texts`, the texts count."""
         if input_ids is None and texts is None:
             raise ValueError("Step should include `input_ids` or `texts` as keyword arguments.")
         records = self._checked(input_ids, attention_mask, labels, texts, texts_labels)
@@ -182,7 +185,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
                 [self.model],
                 self.optimizer,
                 pieces,
-                lambda piece: within_forward(self.model, lambda inner: self.objective(inner, piece)),
+                lambda piece: within_forward(self.model, lambda inner: self.learned(inner, piece)),
                 self.count,
                 parameters=list(self.model.parameters()),
                 max_grad_norm=self.args.max_grad_norm or None,
@@ -244,7 +247,9 @@ class IterativeSFTTrainer(ObjectiveTrainer):
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         packed = batch["packed"]
-        return nll(score(model, packed).logprobs_BT, packed.mask_BT)
+        factor = self.args.label_smoothing_factor
+        scores = score(model, packed, lift=factor > 0)
+        return smoothed(nll(scores.logprobs_BT, packed.mask_BT), scores.lift_BT, packed.mask_BT, factor)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """The loss; with `compute_metrics` also the logits of all positions [B, L, V] and the labels [B, L]."""
@@ -267,17 +272,33 @@ def _record(row: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def _check_texts(texts: Any, name: str) -> None:
-    if not isinstance(texts, list):
-        raise ValueError(f"'{name}' must be a list of strings - got {type(texts)}")
-    for text in texts:
+def _rows(column: Any, name: str, kind: str) -> list[Any]:
+    """The rows of a list, tuple, array or column of a `Dataset`; ValueError for what holds no rows."""
+    if isinstance(column, str | bytes | Mapping) or not hasattr(column, "__len__") or not hasattr(column, "__iter__"):
+        raise ValueError(f"{name} must be a list of {kind} - got {type(column)}")
+    return list(column)
+
+
+def _texts(column: Any, name: str) -> list[str]:
+    rows = _rows(column, f"'{name}'", "strings")
+    for text in rows:
         if not isinstance(text, str):
             raise ValueError(f"Elements in '{name}' must be strings - got {type(text)}")
+    return rows
 
 
-def _check_tensors(tensors: Any, name: str) -> None:
-    if not isinstance(tensors, list):
-        raise ValueError(f"{name} must be a list of tensors - got {type(tensors)}")
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"Elements in {name} must be tensors - got {type(tensor)}")
+def _tensors(column: Any, name: str) -> list[Tensor]:
+    """Each row as a tensor [L] of whole numbers, from a tensor, an array or a list."""
+    tensors = []
+    for row in _rows(column, name, "tensors"):
+        try:
+            tensor = None if isinstance(row, str) else torch.as_tensor(row)
+        except (TypeError, ValueError, RuntimeError):
+            tensor = None
+        if tensor is None or tensor.dim() != 1 or (len(tensor) and tensor.is_floating_point()):
+            shape = "" if tensor is None else f" of {tensor.dtype}, shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"Elements in {name} must be tensors - got {type(row)}{shape}: give token ids, one row each"
+            )
+        tensors.append(tensor.long())
+    return tensors

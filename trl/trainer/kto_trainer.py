@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.packing import pack
 from trl.data.prompt_rows import CompletionsJob
-from trl.data.records import Branch, TokenTree
+from trl.data.records import Batch, Branch, TokenTree
 from trl.data.tokenize import list_codes, tokenize
 from trl.data.version import code_version
 from trl.generation.stopping import end_tokens
@@ -26,7 +26,7 @@ from trl.models.forward import eval_no_grad
 from trl.models.prepare import embedding_rows
 from trl.models.scoring import score
 from trl.models.unwrap import is_encoder_decoder
-from trl.trainer.configuration import PreferenceConfig, as_config, choose, require
+from trl.trainer.configuration import PreferenceConfig, Setting, as_config, choose, require
 from trl.trainer.given_data import Prepare
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import answer_limits, prepare, refuse_collator
@@ -97,12 +97,10 @@ class UnpairedCollator:
         def packed(*columns: str) -> Any:
             return pack([TokenTree(row["prompt_ids"], [Branch(row[column]) for column in columns]) for row in rows])
 
-        batch: dict[str, Any] = {
-            "packed": packed("completion_ids"),
-            "desirable": torch.tensor([bool(row["label"]) for row in rows]),
-        }
+        desirable_B = torch.tensor([bool(row["label"]) for row in rows])
+        batch = Batch(packed=packed("completion_ids"), desirable=desirable_B)
         if MISMATCHED in rows[0]:
-            batch |= {"mismatched": packed(MISMATCHED), "both": packed("completion_ids", MISMATCHED)}
+            batch.update(mismatched=packed(MISMATCHED), both=packed("completion_ids", MISMATCHED))
         for name in REFERENCE_COLUMNS:
             if name in rows[0]:
                 batch[name] = torch.tensor([float(row[name]) for row in rows])
@@ -119,6 +117,9 @@ class KTOTrainer(ObjectiveTrainer):
     _tag_names = ("trl", "kto")
     config_class: type[KTOConfig] = KTOConfig
     """makes the config where `args` are plain TrainingArguments, or none"""
+    beta, desirable_weight, undesirable_weight = Setting(), Setting(), Setting()
+    loss_type = Setting(fixed="the rows are made for it")
+    max_length, max_prompt_length = (Setting(fixed="the rows are tokenised already") for _ in range(2))
 
     def __init__(
         self,

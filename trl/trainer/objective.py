@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,10 +23,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from trl.data.microbatches import BudgetCollator, unasked_budget
+from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import LossSum
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
+from trl.models.router import balance_weight, with_balance
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 from trl.trainer.checkpoints import (
@@ -41,11 +46,13 @@ from trl.trainer.checkpoints import (
 )
 from trl.trainer.configuration import PostTrainingConfig, as_config
 from trl.trainer.given_data import GivenData, Prepare
-from trl.trainer.tally import Tally
+from trl.trainer.settings import NO_EFFECT
+from trl.trainer.tally import Appended, Tally
 
 logger = logging.getLogger(__name__)
 
 EXTRA_STATE = "extra_state.pt"
+DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
 
 
 def pieces_of(batches: Sequence[Any]) -> list[Any]:
@@ -85,8 +92,12 @@ class ObjectiveTrainer(Trainer):
 
     def __init__(self, *args: Any, processing_class: Any = None, rows: Prepare | None = None, **kwargs: Any):
         """rows: prepares a data set for the collator; it is called for each one that the trainer is ever given."""
-        kwargs["args"] = _own_settings(kwargs.get("args"))
-        self.given = GivenData(rows)
+        kwargs["args"] = own = _own_settings(kwargs.get("args"))
+
+        def prepared(dataset: Any, name: str) -> Any:
+            return _with_lengths(dataset if rows is None else rows(dataset, name), own)
+
+        self.given = GivenData(prepared)
         super().__init__(*args, processing_class=processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -100,10 +111,15 @@ class ObjectiveTrainer(Trainer):
                 "and DeepSpeed do not allow; leave it out"
             )
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
+        self._metrics: Any = {mode: Appended(partial(self._tallies.__getitem__, mode)) for mode in self._tallies}
         self._seal = SealCheckpoints()
         self.add_callback(self._seal)
         self.callback_handler.callbacks.insert(0, self._seal.limit)
         self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
+        self.balance_weight = balance_weight(self.model, self.args.router_aux_loss_coef)
+        """of the balance loss of a mixture's routers"""
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(self._tag_names))
         folder = getattr(self.args, "logging_dir", None)
         for callback in self.callback_handler.callbacks if folder else ():
             if isinstance(callback, TensorBoardCallback):
@@ -137,6 +153,9 @@ class ObjectiveTrainer(Trainer):
     def other_train_rows(self) -> None:
         """Called when the training rows are others than before."""
 
+    def changed(self, name: str) -> None:
+        """Called after a `Setting` got a new value; ValueError where it can have no effect any more."""
+
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""
         self.train_dataset = self.given.renewed(self.train_dataset, "train")
@@ -162,7 +181,9 @@ class ObjectiveTrainer(Trainer):
             self.data_collator = whole
 
     def _unasked_budget(self) -> int | None:
-        return unasked_budget(self.args.device, self.args.world_size) if self.args.cuts_unasked() else None
+        if self.balance_weight or not self.args.cuts_unasked():  # the balance is that of a whole batch
+            return None
+        return unasked_budget(self.args.device, self.args.world_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self.prepare_evaluation(eval_dataset))
@@ -266,10 +287,18 @@ class ObjectiveTrainer(Trainer):
         if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end, where `Trainer` would make a step
             self.control.should_training_stop = True
             num_batches = 0
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
         counts = [self.count(piece) for piece in pieces_of(batches)]
         local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(local, "sum")
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """As `Trainer` estimates them, for the tokens that are really computed."""
+        held = [piece.get("policy", piece.get("packed")) for piece in pieces_of([inputs])]
+        packs = [getattr(each, "packed", each) for each in held if each is not None]
+        if not packs or not hasattr(self.model, "num_parameters"):
+            return 0
+        return 6 * sum(len(packed.ids_N) for packed in packs) * int(self.model.num_parameters(exclude_embeddings=True))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
@@ -289,13 +318,19 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         with rows_padded(self.pads_rows):
-            result = within_forward(model, lambda inner: self.objective(inner, inputs))
+            result = within_forward(model, lambda inner: self.learned(inner, inputs))
         self._tallies["train" if model.training else "eval"].add_loss(result)
         if num_items_in_batch is None:
             loss = result.mean
         else:  # DDP averages over ranks; undo it
             loss = result.total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         return (loss, {}) if return_outputs else loss
+
+    def learned(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
+        """The objective, and for a mixture of experts the balance loss of its routers if it is asked for."""
+        if not self.balance_weight:
+            return self.objective(model, batch)
+        return with_balance(model, self.balance_weight, lambda: self.objective(model, batch))
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """Loss, predictions and labels of an evaluation batch, for `compute_metrics`."""
@@ -339,11 +374,26 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, start_time)
 
 
+def _with_lengths(dataset: Any, config: PostTrainingConfig) -> Any:
+    """The rows with a column of their lengths, where they are to be ordered by it and no column says it."""
+    if isinstance(dataset, dict):
+        return {name: _with_lengths(rows, config) for name, rows in dataset.items()}
+    wanted = config.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    known = {"input_ids", config.length_column_name}
+    if not wanted or not isinstance(dataset, Dataset) or known.intersection(dataset.column_names):
+        return dataset
+    return dataset.add_column(config.length_column_name, [row_tokens(row) for row in dataset])
+
+
 def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     """A copy of the caller's settings, with what these trainers need."""
     own = copy.copy(as_config(args, PostTrainingConfig))
-    own.accelerator_config = copy.copy(own.accelerator_config)
+    own.accelerator_config = copy.deepcopy(own.accelerator_config)  # `Trainer` writes into it
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
-    if own.accelerator_config.dispatch_batches is None:
-        own.accelerator_config.dispatch_batches = False  # a packed batch cannot be cut apart again
+    if own.accelerator_config.dispatch_batches:
+        logger.warning("dispatch_batches=True: has no effect: a packed batch cannot be cut, so each process reads rows")
+    own.accelerator_config.dispatch_batches = False
+    if os.environ.get(DYNAMO, "no").lower() != "no":  # of the launcher, or of TrainingArguments with torch_compile
+        logger.warning("%s=%s: %s", DYNAMO, os.environ[DYNAMO], NO_EFFECT["torch_compile"])
+        own.torch_compile_backend = "no"
     return own

@@ -17,7 +17,7 @@ from trl.losses.policy import mask_truncated
 from trl.models.reference import Reference
 from trl.rollout.experience import Experience, padded
 from trl.rollout.rewards import Rewards, credit_turns
-from trl.trainer.configuration import require
+from trl.trainer.configuration import Setting, require
 from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
 
 
@@ -55,6 +55,8 @@ class OnPolicyConfig(RewardedConfig):
     def validate(self) -> None:
         super().validate()
         require(self, "beta", self.beta >= 0, "give a weight >= 0")
+        noise = "noise would make another policy of the one that sampled; leave it out"
+        require(self, "neftune_noise_alpha", self.neftune_noise_alpha is None, noise)
         require(self, "sync_ref_model", not self.sync_ref_model or self.beta > 0, "beta=0 keeps no reference to move")
         require(self, "ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "give a share in (0, 1]")
         require(self, "ref_model_sync_steps", self.ref_model_sync_steps >= 1, "give a number of steps >= 1")
@@ -75,13 +77,26 @@ class OnPolicyTrainer(RolloutTrainer):
     """An algorithm fills in `advantages` (rewards to a number per completion) and `policy_objective`."""
 
     config_class: type[OnPolicyConfig]
+    beta, mask_truncated_completions = Setting(), Setting()
 
     def __init__(self, *args: Any, ref_model: nn.Module | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.args.turn_level_credit and (self.environment is None or self.rewards is None or self.rewards.panel):
             raise ValueError("turn_level_credit=True: needs an environment that gives the rewards, and no reward_funcs")
         self.reference = self._reference(ref_model)
-        self.kl = self.args.kl_term()
+
+    @property
+    def kl(self) -> KLTerm:
+        """The KL to the reference, as the config says it now."""
+        return self.args.kl_term()  # type: ignore[no-any-return]
+
+    def changed(self, name: str) -> None:
+        super().changed(name)
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        if self.args.beta and self.reference is None:
+            raise ValueError(f"beta={self.args.beta!r}: the trainer was made with beta=0, which keeps no reference")
 
     def _reference(self, ref_model: nn.Module | str | None) -> Reference | None:
         if self.args.beta:
@@ -108,6 +123,7 @@ class OnPolicyTrainer(RolloutTrainer):
     def experience(
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
+        self._check_reference()
         experience = Experience.of(rollout)
         if self.args.mask_truncated_completions:
             cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)))

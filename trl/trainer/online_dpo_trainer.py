@@ -18,7 +18,7 @@ from trl.models.scoring import score
 from trl.rewards.named import Judge, pairwise
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
-from trl.trainer.configuration import choose, require
+from trl.trainer.configuration import Setting, choose, require
 from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
 from trl.trainer.settings import accepted, rename
 
@@ -88,6 +88,7 @@ class OnlineDPOTrainer(RolloutTrainer):
 
     _tag_names = ("trl", "online-dpo")
     config_class = OnlineDPOConfig
+    beta, loss_type, missing_eos_penalty = Setting(), Setting(), Setting()
     aggregation: Aggregation = "sequence"
 
     def __init__(

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.data.batches import pair_columns, pair_rows_of_padded, pair_tree
 from trl.data.packing import pack
 from trl.data.prompt_rows import PairsJob
+from trl.data.records import Batch
 from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
@@ -26,11 +27,11 @@ from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import check_pair_options, preference_loss
 from trl.models.forward import eval_no_grad
-from trl.models.prepare import context_length, embedding_rows
+from trl.models.prepare import context_length, embedding_rows, is_peft_model
 from trl.models.reference import Reference
 from trl.models.scoring import Head, in_head, log_collision, mean_logits, score, token_logprobs
-from trl.models.unwrap import is_encoder_decoder
-from trl.trainer.configuration import PreferenceConfig, require
+from trl.models.unwrap import below_value_head, is_encoder_decoder
+from trl.trainer.configuration import PreferenceConfig, Setting, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import answer_limits, prepare
 from trl.trainer.statistics import RewardShift
@@ -89,7 +90,7 @@ class PairCollator:
         numbers = {name: torch.tensor([float(row[column]) for row in rows]) for column, name in present.items()}
         if self.inner is not None:
             rows = pair_rows_of_padded(self.inner([pair_columns(r) if "prompt_ids" in r else r for r in rows]))
-        return {"packed": pack([pair_tree(row) for row in rows]), **numbers}
+        return Batch(packed=pack([pair_tree(row) for row in rows]), **numbers)
 
 
 class PairTrainer(ObjectiveTrainer):
@@ -152,9 +153,32 @@ class PairTrainer(ObjectiveTrainer):
             **kwargs,
         )
         self._encoder_decoder = encoder_decoder
-        self.losses, self._excess, self._weighs = config.losses(), config.excess_weight(), config.weighs_pairs()
         self.shift = RewardShift() if "bco_pair" in self.losses else None
         self.reference: Reference | None = None
+
+    beta, label_smoothing = Setting(), Setting()
+    max_length, max_prompt_length = (Setting(fixed="the rows are tokenised already") for _ in range(2))
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Pairwise losses by name, with their weights."""
+        return self.args.losses()  # type: ignore[no-any-return]
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompts go to an encoder."""
+        return self._encoder_decoder
+
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether the model has an adapter of PEFT."""
+        return is_peft_model(below_value_head(self.model))
+
+    def changed(self, name: str) -> None:
+        if name == "loss_type" and ("bco_pair" in self.losses) != (self.shift is not None):
+            raise ValueError(
+                f"loss_type={self.args.loss_type!r}: bco_pair keeps a mean; choose it, or not, before the run"
+            )
 
     def extra_state(self) -> dict[str, Any]:
         """Collective: rewards that wait for the next step are taken into the mean of all ranks."""
@@ -212,7 +236,7 @@ class PairTrainer(ObjectiveTrainer):
 
     def sums(self, logprobs_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities summed over chosen and over rejected. [pairs] each"""
-        return sum_pairs(logprobs_BT[0::2], logprobs_BT[1::2], mask_BT[0::2], mask_BT[1::2], self._excess)
+        return sum_pairs(logprobs_BT[0::2], logprobs_BT[1::2], mask_BT[0::2], mask_BT[1::2], self.args.excess_weight())
 
     # -- the objective ------------------------------------------------------------------------
 
@@ -227,7 +251,7 @@ class PairTrainer(ObjectiveTrainer):
 
         def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
             logprobs_S, _ = token_logprobs(head, states_SD, packed.target_S)
-            collision = [log_collision(head, states_SD)] if self._weighs else []
+            collision = [log_collision(head, states_SD)] if self.args.weighs_pairs() else []
             return [logprobs_S, mean_logits(head, states_SD.detach()), *collision]
 
         logprobs_BT, logits_BT, *collision_BT = (packed.spread(numbers) for numbers in in_head(model, packed, measure))
@@ -235,7 +259,7 @@ class PairTrainer(ObjectiveTrainer):
         pair = PairLogps(*sums, *self.reference_sums(batch), *tokens)
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B]))
-        weight_B = _wpo(logprobs_BT, mask_BT, *collision_BT) if self._weighs else None
+        weight_B = _wpo(logprobs_BT, mask_BT, *collision_BT) if self.args.weighs_pairs() else None
         result = preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
         for side, name in enumerate(("chosen", "rejected")):
             result.metrics[f"logits/{name}"] = (logits_BT[side::2].sum(), mask_BT[side::2].sum())

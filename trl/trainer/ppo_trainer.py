@@ -365,6 +365,13 @@ class PPOTrainer(BaseTrainer):
         """The tokenizer, by its newer name."""
         return self.tokenizer
 
+    @property
+    def shared_layer_parameters(self) -> list[str]:
+        """Names of the policy's parameters that the reference shares (`num_shared_layers`)."""
+        theirs = set() if self.ref_model is None else {id(parameter) for parameter in self.ref_model.parameters()}
+        policy = below_accelerate(self.model)
+        return [name for name, parameter in policy.named_parameters() if id(parameter) in theirs]
+
     def prepare_dataloader(
         self, dataset: torch.utils.data.Dataset | Dataset, data_collator: Callable[[list[Any]], Any] | None = None
     ) -> torch.utils.data.DataLoader:
@@ -502,7 +509,7 @@ class PPOTrainer(BaseTrainer):
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
-            measured, kl_BT = self._measure(Experience.of(rollout))
+            measured, kl_BT = self._measure(Experience.of(rollout).packed_once())
             clock.lap("forward_pass")
             penalty_BT = -self.kl_ctl.value * kl_BT
             rewards_BT = token_rewards(scores_B, kl_BT, measured.mask_BT, self.kl_ctl.value)
@@ -546,7 +553,37 @@ class PPOTrainer(BaseTrainer):
             )
         elif "init_kl_coef" in changed:
             self.kl_ctl.value = config.init_kl_coef
+        if changed & {"target", "horizon", "adap_kl_ctrl"}:
+            self._control_kl()
+        if "learning_rate" in changed:
+            self._set_rate(self._built_with["learning_rate"], config.learning_rate)
+        if "steps" in changed:
+            config.derive()
         self._built_with = now
+
+    def _control_kl(self) -> None:
+        """Give the KL controller its numbers of now; the coefficient stays where it is."""
+        config = self.config
+        if type(self.kl_ctl) not in (AdaptiveKLController, FixedKLController):
+            warnings.warn("target, horizon, adap_kl_ctrl: `trainer.kl_ctl` is your own, so they have no effect")
+        elif config.adap_kl_ctrl:
+            self.kl_ctl = AdaptiveKLController(self.kl_ctl.value, config.target, config.horizon)
+        else:
+            self.kl_ctl = FixedKLController(self.kl_ctl.value)
+
+    def _set_rate(self, before: float, rate: float) -> None:
+        """Move the optimizer, and the scheduler with it, to another `learning_rate`; one that is yours stays."""
+        groups = self.optimizer.param_groups
+        if any(group.get("initial_lr", group["lr"]) != before for group in groups):
+            warnings.warn(f"learning_rate={rate!r}: the optimizer is your own, so it has no effect; set its `lr`")
+            return
+        for group in groups:
+            group["lr"] = rate * (group["lr"] / before if before else 1.0)
+            if "initial_lr" in group:
+                group["initial_lr"] = rate
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
 
     def _step_safety_checker(
         self,
@@ -1120,7 +1157,8 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
 
 def _followed(config: PPOConfig) -> dict[str, Any]:
     """The fields from which something is built that a later change of them must reach."""
-    names = ("mini_batch_size", "gradient_accumulation_steps", "temperature", "init_kl_coef")
+    names = ("mini_batch_size", "gradient_accumulation_steps", "temperature", "init_kl_coef", "target", "horizon",
+             "adap_kl_ctrl", "learning_rate", "steps")  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
 

@@ -105,15 +105,6 @@ def answer_limits(config: PreferenceConfig, model: nn.Module | None, encoder_dec
     return Limits(length, config.max_prompt_length, config.max_completion_length, config.truncation_mode, asked)
 
 
-def check_router(model: Any, config: PostTrainingConfig) -> None:
-    """ValueError where a mixture of experts is to learn from its router's auxiliary loss, which is not computed."""
-    coefficient = config.router_aux_loss_coef
-    if coefficient and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is not None:
-        raise ValueError(
-            f"router_aux_loss_coef={coefficient!r}: the router's auxiliary loss is not computed here; leave it out"
-        )
-
-
 def label_kwargs(config: PostTrainingConfig, model: Any, labels: int) -> dict[str, Any] | None:
     """Keywords that load a classifier by name with so many labels; None for a model that is loaded already."""
     if not isinstance(model, str):
@@ -194,9 +185,6 @@ def prepare_model(
         )
     if not dropout:
         disable_dropout_in_model(model)
-    if getattr(model.config, "output_router_logits", False):
-        raise ValueError("output_router_logits=True: the router's auxiliary loss is not computed here; set it to False")
-    check_router(model, config)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
         align_special_tokens(model, tokenizer)

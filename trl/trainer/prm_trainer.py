@@ -13,7 +13,7 @@ from transformers import AutoModelForTokenClassification, TrainingArguments
 from trl.data.encode import Limits
 from trl.data.packing import pack
 from trl.data.prompt_rows import StepwiseJob
-from trl.data.records import Branch, TokenTree
+from trl.data.records import Batch, Branch, TokenTree
 from trl.data.tokenize import tokenize
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import LossSum
@@ -74,7 +74,7 @@ class StepCollator:
                     labels.append(label)
             start += len(row["input_ids"])
         columns = {"step_index": index, "step_row": of_row, "step_label": labels}
-        return {"packed": packed, **{name: torch.tensor(value, dtype=torch.long) for name, value in columns.items()}}
+        return Batch(packed=packed, **{name: torch.tensor(value, dtype=torch.long) for name, value in columns.items()})
 
 
 class PRMTrainer(ObjectiveTrainer):
@@ -157,9 +157,12 @@ class PRMTrainer(ObjectiveTrainer):
         return scores_at(model, batch["packed"], batch["step_index"], batch["step_row"])
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
-        return stepwise_cross_entropy(self._logits(model, batch), batch["step_label"])
+        return self._loss(self._logits(model, batch), batch)
+
+    def _loss(self, logits_SC: Tensor, batch: dict[str, Any]) -> LossSum:
+        return stepwise_cross_entropy(logits_SC, batch["step_label"], smoothing=self.args.label_smoothing_factor)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """Each labelled step's logits, [steps, 2], and its label."""
         logits = self._logits(model, inputs)
-        return stepwise_cross_entropy(logits, inputs["step_label"]), logits, inputs["step_label"]
+        return self._loss(logits, inputs), logits, inputs["step_label"]

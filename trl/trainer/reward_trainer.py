@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import bradley_terry
 from trl.models.prepare import context_length, embedding_rows
-from trl.models.scoring import rewards
+from trl.models.scoring import label_rewards
 from trl.trainer.configuration import OfflineConfig, as_config, require, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
@@ -46,6 +46,10 @@ class RewardConfig(OfflineConfig):
     chat_template_path: str | None = field(default=None)
     """file with a Jinja chat template for the tokenizer"""
 
+    @property
+    def smooths_labels(self) -> bool:
+        return False
+
     def token_settings(self) -> dict[str, str | None]:
         return {
             "eos_token": self.eos_token, "pad_token": self.pad_token, "chat_template_path": self.chat_template_path,
@@ -59,11 +63,12 @@ class RewardConfig(OfflineConfig):
 
 
 class RewardTrainer(ObjectiveTrainer):
-    """Train a sequence classifier with one label to score chosen above rejected (Bradley-Terry).
+    """Train a sequence classifier to score chosen above rejected (Bradley-Terry).
 
     Rows: `chosen`/`rejected` (text or conversations, with or without `prompt`), or the tokenised columns
     `input_ids_chosen` and `input_ids_rejected`, `chosen_ids` and `rejected_ids` (with or without `prompt_ids`), or
-    `chosen_input_ids` and `rejected_input_ids`; `margin` is optional.
+    `chosen_input_ids` and `rejected_input_ids`; `margin` is optional. A model has one label; with several, each label's
+    loss is averaged and the reward is their mean, as in release 0.7.7.
     """
 
     _tag_names = ("trl", "reward-trainer")
@@ -111,6 +116,8 @@ class RewardTrainer(ObjectiveTrainer):
             needs_prompt=False,
         )
 
+        whole = config.eval_do_concat_batches and not config.batch_eval_metrics  # else `accuracy` is that of the loss
+
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
@@ -123,7 +130,7 @@ class RewardTrainer(ObjectiveTrainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             model_init=model_init,
-            compute_metrics=compute_accuracy if compute_metrics is None else compute_metrics,
+            compute_metrics=compute_accuracy if compute_metrics is None and whole else compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
@@ -149,12 +156,19 @@ class RewardTrainer(ObjectiveTrainer):
         return self._loss(self._rewards(model, batch), batch)
 
     def _rewards(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Rewards of chosen and rejected, [pairs, 2]."""
-        return rewards(model, batch["packed"]).view(-1, 2)
+        """Rewards of chosen and rejected by each label, [pairs, 2, labels]."""
+        rewards_BC = label_rewards(model, batch["packed"])
+        return rewards_BC.view(-1, 2, rewards_BC.shape[-1])
 
-    def _loss(self, rewards_P2: Tensor, batch: dict[str, Any]) -> LossSum:
-        center = self.args.center_rewards_coefficient or 0.0
-        return bradley_terry(rewards_P2[:, 0], rewards_P2[:, 1], batch.get("margin"), center)
+    def _loss(self, rewards_P2C: Tensor, batch: dict[str, Any]) -> LossSum:
+        def loss_of(rewards_P2: Tensor) -> LossSum:
+            center = self.args.center_rewards_coefficient or 0.0
+            return bradley_terry(rewards_P2[:, 0], rewards_P2[:, 1], batch.get("margin"), center)
+
+        whole = loss_of(rewards_P2C.mean(-1))
+        if rewards_P2C.shape[-1] == 1:
+            return whole
+        return replace(whole, total=torch.stack([loss_of(one).total for one in rewards_P2C.unbind(-1)]).mean())
 
     def compute_loss(
         self,
@@ -163,25 +177,28 @@ class RewardTrainer(ObjectiveTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """With `return_outputs` also `rewards_chosen` and `rewards_rejected`, [pairs, 1] each."""
+        """With `return_outputs` also `rewards_chosen` and `rewards_rejected`, [pairs, labels] each."""
         if not return_outputs:
             return super().compute_loss(model, inputs, False, num_items_in_batch)
-        rewards_P2 = self._rewards(model, inputs)
-        outputs = {"rewards_chosen": rewards_P2[:, :1], "rewards_rejected": rewards_P2[:, 1:]}
-        return self._loss(rewards_P2, inputs).mean, outputs
+        rewards_P2C = self._rewards(model, inputs)
+        outputs = {"rewards_chosen": rewards_P2C[:, 0], "rewards_rejected": rewards_P2C[:, 1]}
+        return self._loss(rewards_P2C, inputs).mean, outputs
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """The probability of each side being preferred, [pairs, 2]; the label is always 0, chosen."""
-        rewards_P2 = self._rewards(model, inputs)
-        labels = torch.zeros(len(rewards_P2), device=rewards_P2.device)
-        return self._loss(rewards_P2, inputs), rewards_P2.softmax(-1), labels
+        rewards_P2C = self._rewards(model, inputs)
+        labels = torch.zeros(len(rewards_P2C), device=rewards_P2C.device)
+        return self._loss(rewards_P2C, inputs), rewards_P2C.mean(-1).softmax(-1), labels
 
 
 def _length(config: RewardConfig, model: nn.Module | None) -> int:
     """The longest sequence: as in the config; by default 1024, or the model's context if that is shorter."""
     limit = None if model is None else context_length(model)
     if model is not None and label_count(model) != 1:
-        raise ValueError(f"num_labels={label_count(model)}: a reward model has 1; load it with num_labels=1")
+        warnings.warn(
+            f"num_labels={label_count(model)}: a reward model usually has 1 (load it with num_labels=1); each label "
+            "learns the pairs, and the reward is the mean over the labels"
+        )
     return fitting_length(config, model) or min(1024, limit or 1024)
 
 

@@ -11,7 +11,7 @@ from trl.losses.policy import batch_relative, clipped_surrogate, leave_one_out
 from trl.models.scoring import score
 from trl.rollout.experience import PolicyBatch
 from trl.rollout.rewards import weighted_total
-from trl.trainer.configuration import require
+from trl.trainer.configuration import Setting, require
 from trl.trainer.on_policy import OnPolicyConfig, OnPolicyTrainer
 
 
@@ -49,6 +49,8 @@ class RLOOTrainer(OnPolicyTrainer):
 
     _tag_names = ("trl", "rloo")
     config_class = RLOOConfig
+    epsilon_low, epsilon_high = Setting("epsilon"), Setting(unset="epsilon")
+    normalize_advantages, reward_clip_range = Setting(), Setting()
     aggregation: Aggregation = "sequence"
 
     def zero_advantage_means_zero_gradient(self) -> bool:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.data.encode import Limits
 from trl.data.microbatches import collated, unasked_budget
 from trl.data.prompt_rows import PromptsJob
-from trl.data.records import PackedBatch, Rollout
+from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
@@ -45,11 +45,11 @@ from trl.rollout.source import (
     environment_for_policy,
     make_environment,
 )
-from trl.trainer.configuration import PostTrainingConfig, as_config, processing_class_of, require
+from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import prepare_model, prepare_tokenizer
 from trl.trainer.references import SyncReference
-from trl.trainer.settings import accepted, default_of, rename
+from trl.trainer.settings import ROLLOUTS, accepted, default_of, rename
 
 SAMPLING_KEYWORDS = ("min_new_tokens", "stop_strings", "stop_token_ids")
 """what `generation_kwargs` may hold besides the fields of the config"""
@@ -166,10 +166,27 @@ class RolloutConfig(PostTrainingConfig):
         )
         self.__dict__.update(defaults, use_vllm=False)
 
+    @property
+    def smooths_labels(self) -> bool:
+        return False
+
+    in_training = False  # a trainer's own copy of the config; no field
+
+    def settle(self) -> None:
+        super().settle()
+        sequential = self.train_sampling_strategy == "sequential"
+        self.shuffle_dataset = self.shuffle_dataset and not sequential
+        # of evaluation rows too, which have no lengths, and of whose batches no metrics are computed
+        self.__dict__.update(train_sampling_strategy="random", include_for_metrics=[])
+
+    @classmethod
+    def exceptions(cls) -> dict[str, str]:
+        return ROLLOUTS
+
     def validate(self) -> None:
         super().validate()
         way_out = "a resumed run goes on where it stopped, in the midst of a rollout even; leave it False"
-        require(self, "ignore_data_skip", not self.ignore_data_skip, way_out)
+        require(self, "ignore_data_skip", not self.ignore_data_skip or self.in_training, way_out)
         require(self, "auto_find_batch_size", not self.auto_find_batch_size, "the batch size is part of a rollout")
         for name in ("num_generations", "max_completion_length", "num_iterations", "per_device_train_batch_size",
                      "gradient_accumulation_steps"):  # fmt: skip
@@ -203,7 +220,7 @@ class RolloutConfig(PostTrainingConfig):
 
     @property
     def pads_rows(self) -> bool:
-        return not self.padding_free
+        return not self.padding_free or self.neftune_noise_alpha is not None
 
     def refill_rounds(self) -> int:
         """Rounds of sampling for each rollout at most."""
@@ -304,6 +321,9 @@ class RolloutTrainer(ObjectiveTrainer):
     needs_rewards = True
     _draws = False
     """whether the collector and the loader are there"""
+    temperature, top_p, top_k, min_p, repetition_penalty = (Setting() for _ in range(5))
+    max_completion_length, reward_weights = Setting(), Setting()
+    num_generations = Setting(fixed="rollouts are divided by it")
 
     def __init__(
         self,
@@ -365,7 +385,7 @@ class RolloutTrainer(ObjectiveTrainer):
         super().__init__(
             model=model,
             args=config,
-            data_collator=lambda rows: {"rows": list(rows)},
+            data_collator=lambda rows: Batch(rows=list(rows)),
             rows=tokenised,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -382,6 +402,8 @@ class RolloutTrainer(ObjectiveTrainer):
         self.rollout_func = rollout_func
         self.source = self.make_source()
         self.rewards = self._rewards(reward_funcs, reward_processing_classes) if self.needs_rewards else None
+        self.reward_processing_classes = reward_processing_classes
+        self._reward_funcs = reward_funcs
         self.reference: Reference | None = None
         self.collector = self._collector(shape)
         self.rollouts = self._loader(shape)
@@ -417,6 +439,47 @@ class RolloutTrainer(ObjectiveTrainer):
     def _prompts(self) -> PromptStream:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return PromptStream(self.train_dataset, seed, self.args.shuffle_dataset)
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference, if it is a separate model; None without one, or if it is the policy without its adapter."""
+        return None if self.reference is None else self.reference.frozen
+
+    @property
+    def reward_funcs(self) -> list[Any]:
+        """The reward functions as they were given; other ones judge from the next rollout on."""
+        given = self._reward_funcs
+        return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+    @reward_funcs.setter
+    def reward_funcs(self, functions: RewardSource | Sequence[RewardSource]) -> None:
+        self.rewards = self._rewards(functions, self.reward_processing_classes)
+        self._reward_funcs, self.collector.rewards = functions, self.rewards
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        """The names under which the rewards are logged."""
+        return [] if self.rewards is None or self.rewards.panel is None else self.rewards.panel.names
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How completions are sampled, in transformers' words; read the settings here, change them on the trainer."""
+        config = self.args
+        return GenerationConfig(
+            max_new_tokens=config.max_completion_length, do_sample=True, temperature=config.temperature,
+            top_p=config.top_p, top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+            pad_token_id=self.processing_class.pad_token_id, eos_token_id=self.processing_class.eos_token_id,
+        )  # fmt: skip
+
+    def changed(self, name: str) -> None:
+        if name == "reward_weights" and self.rewards is not None:
+            self.reward_funcs = self._reward_funcs
+        elif name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"):
+            if not self.rollouts.is_used_up:
+                raise ValueError(
+                    f"{name}: a rollout is half used, which was sampled otherwise; set it after its last step"
+                )
+            self.source = self.collector.source = self.make_source()
 
     def _loader(self, shape: RolloutShape) -> RolloutLoader:
         prompts = shape.rows // shape.num_generations * self.args.world_size
@@ -514,7 +577,8 @@ class RolloutTrainer(ObjectiveTrainer):
     def rows_with_gradient(self, rows: Experience) -> Tensor:
         """Which rows of a micro-batch are computed; the others only count in the divisor. [B]"""
         learned_BT = rows.mask_BT > 0
-        if self.zero_advantage_means_zero_gradient() and rows.advantages_BT is not None:
+        balanced = bool(self.balance_weight)  # by every completion
+        if not balanced and self.zero_advantage_means_zero_gradient() and rows.advantages_BT is not None:
             learned_BT = learned_BT & (rows.advantages_BT != 0)
         return learned_BT.any(1)
 
@@ -524,11 +588,11 @@ class RolloutTrainer(ObjectiveTrainer):
         return self.rollouts
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self.args.ignore_data_skip = True  # the loader knows its place; `Trainer` would skip batches once more
+        self.args.ignore_data_skip = self.args.in_training = True  # the loader knows its place, `Trainer` skips nothing
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.args.ignore_data_skip = False
+            self.args.ignore_data_skip = self.args.in_training = False
 
     def sampling_params(self, seed: Seed) -> SamplingParams:
         config = self.args
@@ -599,7 +663,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
         budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
-        if budget is None or self.pads_rows:
+        if budget is None or self.pads_rows or self.balance_weight:
             return self._collate(rows)
         return collated(self._collate, rows.cut(budget, whole_groups=True))
 
@@ -607,7 +671,7 @@ class RolloutTrainer(ObjectiveTrainer):
         count = counted(rows.mask_BT, self.aggregation, self.args.max_completion_length)
         computed = self.rows_with_gradient(rows).nonzero().flatten()
         kept = rows.select(computed if len(computed) else range(min(self.least_rows(), len(rows))))
-        return {"policy": kept.batch(count)}
+        return Batch(policy=kept.batch(count))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
@@ -18,6 +19,8 @@ _VLLM = "has no effect: the local sampler draws the completions and needs no set
 _CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
+_COMPILE = "has no effect: a pass here is no graph that torch.compile takes; packed rows save more than it would"
+_MIXED = "has no effect: torch's own mixed precision is the only one"
 NO_EFFECT: dict[str, str] = {
     "activation_offloading": "has no effect: activations stay on the device; packed rows and "
     "`max_tokens_per_microbatch` keep them small, `gradient_checkpointing=True` smaller",
@@ -28,13 +31,23 @@ NO_EFFECT: dict[str, str] = {
     "use_logits_to_keep": "has no effect: the head always computes the scored positions only",
     "use_liger_kernel": "is switched off where liger-kernel is not installed; logits never exist whole here without it",
     "use_liger_loss": "has no effect: the logits never exist whole here",
-    "group_by_length": "has no effect: rows are not padded, so nothing is saved; "
-    "train_sampling_strategy='group_by_length' orders rows that have a column `input_ids`",
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "torchdynamo": _COMPILE,
+    "label_names": "has no effect: a batch says itself which of its tokens are learned",
+    "jit_mode_eval": "has no effect: transformers has dropped it",
+    "use_ipex": "has no effect: transformers has dropped it",
+    "fp16_backend": _MIXED,
+    "fp16_opt_level": _MIXED,
+    "tpu_num_cores": "has no effect: transformers has dropped it",
+    "mp_parameters": "has no effect: transformers has dropped it",
+    "ray_scope": "has no effect: transformers has dropped it",
     "overwrite_output_dir": "has no effect: a run writes into its folder; `resume_from_checkpoint` goes on with an "
     "older one",
     "save_safetensors": "has no effect: weights are always saved as safetensors",
     "use_mps_device": "has no effect: an MPS device is used where there is one; `use_cpu=True` leaves it alone",
-    "half_precision_backend": "has no effect: torch's own mixed precision is the only one",
+    "half_precision_backend": _MIXED,
     "include_tokens_per_second": "has no effect: `include_num_input_tokens_seen` counts tokens",
     "ds3_gather_for_generation": "has no effect: the sampler needs the weights whole, and DeepSpeed ZeRO-3 is refused",
     "cache_implementation": _CACHE,
@@ -77,14 +90,119 @@ TRANSLATED: dict[str, str] = {
     "use_liger": "becomes `use_liger_kernel`",
     "logging_dir": "becomes the folder of TensorBoard's logs",
     "evaluation_strategy": "becomes `eval_strategy`",
+    "group_by_length": "becomes `train_sampling_strategy='group_by_length'`",
+    "include_inputs_for_metrics": "becomes `include_for_metrics=['inputs']`",
     "max_seq_length": "becomes `max_length`",
     "max_new_tokens": "becomes `max_completion_length`",
     "max_target_length": "becomes `max_completion_length`",
     "wandb_log_unique_prompts": "becomes `log_unique_prompts`",
-    "router_aux_loss_coef": "has no effect on a dense model; a mixture of experts is refused with it, because the "
-    "router's auxiliary loss is not computed here",
 }
 """field of another release -> what it becomes here"""
+
+_AS_THERE = "as in `transformers.Trainer`"
+_AS_THERE_FIELDS = (
+    "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "gradient_accumulation_steps", "max_grad_norm", "fp16", "bf16_full_eval", "fp16_full_eval",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "use_cache", "torch_empty_cache_steps", "logging_strategy", "logging_first_step",
+    "log_on_each_node", "logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm", "report_to",
+    "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_strategy",
+    "eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start",
+    "eval_use_gather_object", "eval_accumulation_steps", "save_only_model", "save_strategy", "save_steps",
+    "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo",
+    "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint", "full_determinism",
+    "seed", "data_seed", "use_cpu", "dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "length_column_name",
+    "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
+    "ddp_timeout", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
+    "local_rank", "include_for_metrics",
+)  # fmt: skip
+INHERITED: dict[str, str] = {
+    **dict.fromkeys(_AS_THERE_FIELDS, _AS_THERE),
+    "warmup_steps": f"{_AS_THERE}: none with lr_scheduler_type='constant', which one line says",
+    "tf32": f"{_AS_THERE}, where a GPU computes it",
+    "optim_args": f"{_AS_THERE}; an error with an optimizer that reads none, such as torch's AdamW",
+    "optim_target_modules": f"{_AS_THERE}; an error with an optimizer other than GaLore and APOLLO, which reads none",
+    "average_tokens_across_devices": "the loss is divided by the count of all ranks; False is an error on several",
+    "label_smoothing_factor": "supervised losses (SFT, IterativeSFT) learn the uniform distribution with this weight, "
+    "process reward models the mean over their labels; an error for all others",
+    "liger_kernel_config": f"{_AS_THERE}, with `use_liger_kernel=True`",
+    "neftune_noise_alpha": "rows are padded, whose width the noise depends on; an error where a policy's first ratio "
+    "must be 1 (GRPO, RLOO)",
+    "auto_find_batch_size": f"{_AS_THERE}; an error where the batch size is part of a rollout",
+    "include_num_input_tokens_seen": "counts the tokens of all rows, a shared prompt in each; rows have no padding to "
+    "leave out",
+    "batch_eval_metrics": f"{_AS_THERE}; RewardTrainer then counts its accuracy itself",
+    "eval_do_concat_batches": f"{_AS_THERE}; RewardTrainer then counts its accuracy itself",
+    "ignore_data_skip": f"{_AS_THERE}; an error where prompts are drawn by the loop",
+    "accelerator_config": f"{_AS_THERE}; `dispatch_batches=True` becomes False, as a packed batch cannot be cut",
+    "parallelism_config": f"{_AS_THERE} for data parallelism; an error for tensor, context and sequence parallelism",
+    "dataloader_pin_memory": f"{_AS_THERE}, where there is a device to copy to",
+    "train_sampling_strategy": f"{_AS_THERE}; lengths are counted where no column holds them",
+    "fsdp": f"{_AS_THERE}; an error where a sampler needs the weights whole",
+    "fsdp_config": f"{_AS_THERE}; an error where a sampler needs the weights whole",
+    "deepspeed": f"{_AS_THERE}; ZeRO-3 is an error where a sampler needs the weights whole",
+}
+"""fields of `TrainingArguments` whose defaults are its own -> what they do here"""
+_LOOP = "has no effect: prompts are drawn by the loop; evaluation follows it"
+ROLLOUTS: dict[str, str] = {
+    "train_sampling_strategy": "'sequential' becomes `shuffle_dataset=False`; else it has no effect: rollouts are not "
+    "ordered by length",
+    "length_column_name": "has no effect: rollouts are not ordered by length",
+    "include_for_metrics": "has no effect: no metrics are computed of predictions",
+    **dict.fromkeys(
+        ("dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers",
+         "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"), _LOOP,
+    ),
+}  # fmt: skip
+"""what the trainers that sample do otherwise"""
+BY_STEPS: dict[str, str] = dict.fromkeys(
+    (
+        "num_train_epochs", "logging_first_step", "eval_on_start", "eval_delay", "load_best_model_at_end",
+        "metric_for_best_model", "greater_is_better", "save_total_limit", "save_only_model", "auto_find_batch_size",
+        "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "dataloader_num_workers",
+        "torch_empty_cache_steps", "include_num_input_tokens_seen", "ignore_data_skip", "enable_jit_checkpoint",
+    ),
+    "has no effect: `step` is called with the data, and the loop around it is yours",
+)  # fmt: skip
+"""what `IterativeSFTTrainer` does otherwise"""
+
+
+def means(config_class: Any) -> dict[str, str]:
+    """What each field of a config does here, from the tables; fields that are not in it have a docstring of their own.
+
+    An inherited field with another default has both.
+    """
+    known = {**INHERITED, **config_class.exceptions(), **TRANSLATED, **NO_EFFECT}
+    return {entry.name: known[entry.name] for entry in fields(config_class) if entry.name in known}
+
+
+def check_inherited(config: Any) -> None:
+    """ValueError where a field of `TrainingArguments` would change numbers elsewhere and cannot do so here."""
+    factor, optim = config.label_smoothing_factor, str(getattr(config.optim, "value", config.optim))
+    if not 0 <= factor < 1:
+        raise ValueError(f"label_smoothing_factor={factor!r}: give a weight in [0, 1)")
+    if factor and not config.smooths_labels:
+        also = "; `label_smoothing` is that of preferences" if hasattr(config, "label_smoothing") else ""
+        raise ValueError(f"label_smoothing_factor={factor!r}: this loss has no labels to smooth; leave it out{also}")
+    if not config.average_tokens_across_devices and config.world_size > 1:
+        raise ValueError("average_tokens_across_devices=False: the loss is divided by the count of all ranks; leave it")
+    if config.optim_target_modules is not None and not optim.startswith(("galore", "apollo")):
+        raise ValueError(
+            f"optim_target_modules={config.optim_target_modules!r}: optim={optim!r} reads none, only GaLore and APOLLO "
+            "do"
+        )
+    if config.optim_args and optim.removesuffix("_fused") in ("adamw_torch", "adafactor", "adamw_torch_xla"):
+        raise ValueError(f"optim_args={config.optim_args!r}: optim={optim!r} reads none; leave it out")
+    if getattr(config, "past_index", -1) >= 0:
+        raise ValueError(f"past_index={config.past_index!r}: no state is carried from row to row; leave it out")
+    sizes = {name: getattr(config.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
+    split = [name for name, size in sizes.items() if (size or 1) > 1]
+    if split:
+        raise ValueError(f"parallelism_config: {', '.join(split)} cut rows or heads, which packed rows do not allow")
+
 
 ADAMW = {
     "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit", "adamw_apex_fused",
@@ -105,13 +223,24 @@ def default_of(entry: Field[Any]) -> Any:
     return entry.default_factory() if entry.default_factory is not MISSING else entry.default
 
 
-def log_without_effect(config: Any) -> None:
-    """One line for the fields that were set and do nothing here: which, and why. Fields of one reason share it."""
+def log_without_effect(config: Any, exceptions: Mapping[str, str] | None = None) -> None:
+    """One line for the fields that were set and do nothing here: which, and why. Fields of one reason share it.
+
+    exceptions: the table of one trainer; default: those of the config's trainers, and `NO_EFFECT`.
+    """
     lines: dict[str, list[str]] = {}
+    texts = config.exceptions() | NO_EFFECT if exceptions is None else exceptions
     for entry in fields(config):
         value = getattr(config, entry.name)
-        if entry.name in NO_EFFECT and value != default_of(entry):
-            lines.setdefault(NO_EFFECT[entry.name], []).append(f"{entry.name}={value!r}")
+        if entry.name in texts and value != default_of(entry):
+            lines.setdefault(texts[entry.name], []).append(f"{entry.name}={value!r}")
+    if config.liger_kernel_config and not config.use_liger_kernel and exceptions is None:
+        lines["has no effect without use_liger_kernel=True"] = [f"liger_kernel_config={config.liger_kernel_config!r}"]
+    schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
+    if config.warmup_steps and schedule == "constant" and exceptions is None:
+        lines["has no effect with lr_scheduler_type='constant'; 'constant_with_warmup' has one"] = [
+            f"warmup_steps={config.warmup_steps!r}"
+        ]
     for text, names in lines.items():
         logger.warning("%s: %s", ", ".join(names), text)
 
@@ -128,6 +257,11 @@ def translate(config: Any) -> None:
         config.warmup_steps, config.warmup_ratio = config.warmup_steps or ratio, None
     config.use_cpu, config.no_cuda = config.use_cpu or config.no_cuda, False
     config.use_liger_kernel, config.use_liger = config.use_liger_kernel or config.use_liger, False
+    if config.group_by_length:
+        config.train_sampling_strategy, config.group_by_length = "group_by_length", False
+    if config.include_inputs_for_metrics:
+        config.include_for_metrics = [*{*config.include_for_metrics, "inputs"}]
+        config.include_inputs_for_metrics = False
 
 
 def rename(config: Any, older: str, newer: str) -> None:
@@ -181,6 +315,12 @@ def cpu_has_bfloat16() -> bool:
     return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def compile_nothing(config: Any) -> None:
+    """torch.compile is left out: passes here compute inside the calls of modules, which is no graph for it."""
+    config.torch_compile, config.torch_compile_backend, config.torch_compile_mode = False, None, None
+    config.torchdynamo = None
+
+
 def switch_liger_off(config: Any) -> None:
     """Without the package, transformers would refuse `use_liger_kernel`."""
     if config.use_liger_kernel and not is_installed("liger_kernel"):
@@ -190,6 +330,9 @@ def switch_liger_off(config: Any) -> None:
 def table() -> str:
     """The tables in Markdown, for `docs/deviations/settings.md`."""
     rows: dict[str, list[str]] = {}
-    for name, text in {**TRANSLATED, **NO_EFFECT}.items():
+    for name, text in {**TRANSLATED, **NO_EFFECT, **INHERITED}.items():
         rows.setdefault(text, []).append(f"`{name}`")
+    for title, exceptions in (("trainers that sample", ROLLOUTS), ("IterativeSFTTrainer", BY_STEPS)):
+        for name, text in exceptions.items():
+            rows.setdefault(f"{title}: {text}", []).append(f"`{name}`")
     return "\n".join(["| field | here |", "|---|---|", *(f"| {', '.join(n)} | {text} |" for text, n in rows.items())])

@@ -17,6 +17,7 @@ from trl.data.encode import TRUNCATION_MODES, Limits
 from trl.data.formats import column_names, maybe_convert_to_chatml
 from trl.data.packed_dataset import STRATEGIES, pack_dataset
 from trl.data.packing import pack
+from trl.data.records import Batch
 from trl.data.row_job import messages_of
 from trl.data.supervised_rows import SupervisedJob, supervised_row
 from trl.data.tokenize import has_rows, tokenize
@@ -24,7 +25,7 @@ from trl.generation.stopping import end_tokens
 from trl.legacy.collators import DataCollatorForCompletionOnlyLM
 from trl.legacy.constant_length import ConstantLengthDataset
 from trl.losses.loss_sum import LossSum
-from trl.losses.supervised import dft, nll
+from trl.losses.supervised import dft, nll, smoothed
 from trl.models.prepare import activate_neftune, embedding_rows
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
@@ -100,6 +101,10 @@ class SFTConfig(OfflineConfig):
 
     def json_fields(self) -> tuple[str, ...]:
         return (*super().json_fields(), "dataset_kwargs")
+
+    @property
+    def smooths_labels(self) -> bool:
+        return self.loss_type != "dft"
 
     def token_settings(self) -> dict[str, str | None]:
         return {
@@ -272,7 +277,7 @@ class PackingCollator:
             rows = rows_of_padded(self.inner([_for_collator(row) for row in rows]), name)
         elif "loss_mask" not in rows[0]:
             rows = [supervised_row(row) for row in rows]
-        return {"packed": pack(sequence_trees(rows))}
+        return Batch(packed=pack(sequence_trees(rows)))
 
 
 def _for_collator(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -388,7 +393,10 @@ class SFTTrainer(ObjectiveTrainer):
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         packed = batch["packed"]
-        return LOSSES[self.args.loss_type](score(model, packed).logprobs_BT, packed.mask_BT)
+        factor = self.args.label_smoothing_factor
+        scores = score(model, packed, lift=factor > 0)
+        result = LOSSES[self.args.loss_type](scores.logprobs_BT, packed.mask_BT)
+        return smoothed(result, scores.lift_BT, packed.mask_BT, factor)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """The loss; with `compute_metrics` also the logits of all positions [B, L, V] and the labels [B, L]."""

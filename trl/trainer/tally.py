@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -67,6 +67,20 @@ class Tally:
             columns = torch.stack([torch.as_tensor(values[i]).detach().to(self._device).float() for i in there])
             stacked[torch.tensor(there, device=self._device)] = columns
         return (stacked if accelerator is None else accelerator.reduce(stacked, "sum")).view(-1, 2)
+
+
+class Appended:
+    """Metrics as code of other releases keeps them: `trainer._metrics["train"]["name"].append(value)`."""
+
+    def __init__(self, tally: Callable[[], Tally], name: str = "") -> None:
+        self._tally, self._name = tally, name
+
+    def __getitem__(self, name: str) -> Appended:
+        return Appended(self._tally, name)
+
+    def append(self, value: Number) -> None:
+        """Add a value, which counts once in the mean of the next log."""
+        self._tally().add(self._name, value)
 
 
 def _wide(value: Number) -> Number:
