@@ -83,7 +83,7 @@ def test_unpaired_rows() -> None:
             r"none of the columns that are needed \(prompt \+ chosen \+ rejected\); columns found: x, y",
         ),
         ([[1, 2]], "a row of the eval data set should be a dict of columns"),
-        ({"a": [], "b": []}, r"is a dict of data sets \(a, b\): pass one of them"),
+        ({"a": [], "b": []}, r"with the splits 'a' \(0 rows\), 'b' \(0 rows\): pass one of them"),
     ],
 )
 def test_missing_columns_are_named(rows: Any, message: str) -> None:

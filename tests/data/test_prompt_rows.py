@@ -37,7 +37,8 @@ def test_pairs_with_the_prompt_inside() -> None:
     row = {"chosen": "the sky is blue", "rejected": "the sky is green"}
     assert pairs(row) == [[THE, SKY, IS], [BLUE, EOS], [GREEN, EOS]]
     assert pairs({"chosen": "the sky", "rejected": "the sky is"}) == [[THE, SKY], [EOS], [IS, EOS]]
-    assert pairs({"chosen": "blue", "rejected": "green"}, add_bos=True) == [[BOS], [BLUE, EOS], [GREEN, EOS]]
+    row = {"chosen": "blue", "rejected": "green"}
+    assert pairs(row, add_bos=True, needs_prompt=False) == [[BOS], [BLUE, EOS], [GREEN, EOS]]
 
 
 def test_conversational_pairs() -> None:
@@ -102,7 +103,7 @@ def test_encoder_decoder_pairs() -> None:
 
 def test_unpaired_rows() -> None:
     rows, _ = tokenize_unpaired([{"prompt": "the sky is", "completion": " blue", "label": 1}], word_tokenizer())
-    assert rows == [{"prompt_ids": [THE, SKY, IS], "completion_ids": [BLUE, EOS], "label": True}]
+    assert list(rows) == [{"prompt_ids": [THE, SKY, IS], "completion_ids": [BLUE, EOS], "label": True}]
     with pytest.raises(ValueError, match=r"row 0 .* column 'label' should be true \(a good answer\) or false, got 2"):
         tokenize_unpaired([{"prompt": "the", "completion": " sky", "label": 2}], word_tokenizer())
 
@@ -111,8 +112,6 @@ def test_pairs_are_taken_apart() -> None:
     for dataset in ([PAIR], Dataset.from_list([PAIR])):
         rows, _ = tokenize_unpaired(dataset, word_tokenizer())
         assert [(row["completion_ids"], row["label"]) for row in rows] == [([BLUE, EOS], True), ([GREEN, EOS], False)]
-    with pytest.raises(ValueError, match="split them first with `extract_prompt`"):
-        tokenize_unpaired([{"chosen": "a", "rejected": "b"}], word_tokenizer())
 
 
 def test_unpaired_conversation_with_the_prompt_inside() -> None:
@@ -157,7 +156,7 @@ def test_steps_carry_their_label_at_their_last_token() -> None:
     row = {"prompt": "the", "completions": ["sky is", "blue"], "labels": [True, False]}
     rows, _ = tokenize_stepwise([row], word_tokenizer(), step_separator=" .")
     dot = word_tokenizer().convert_tokens_to_ids(".")
-    assert rows == [
+    assert list(rows) == [
         {"input_ids": [THE, SKY, IS, dot, BLUE, dot], "step_labels": [-100, -100, -100, 1, -100, 0]},
     ]
     rows, _ = tokenize_stepwise([row], word_tokenizer(), step_separator=" .", train_on_last_step_only=True)

@@ -249,6 +249,7 @@ CALLED = {
 @pytest.mark.parametrize("style", CALLED)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.dictionaries(SAID, VALUES, max_size=2), SAID), min_size=1, max_size=3), st.booleans())
+@example(rounds=[({"": {}, "a": "<|im_start|>assistant\n</s>"}, "")], as_text=False)
 def test_exactly_the_calls_are_learned_whatever_is_in_them(
     style: str, rounds: list[tuple[dict[str, Any], str]], as_text: bool
 ) -> None:

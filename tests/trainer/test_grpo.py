@@ -506,7 +506,7 @@ def test_rollouts_of_another_engine_with_masked_tokens(tmp_path):
         ({"reward_weights": [math.nan]}, "reward_weights="),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
-        ({"rows": {"train": prompts()}}, r"train_dataset: a dict of data sets \(train\)"),
+        ({"rows": {"train": prompts()}}, r"with the splits .train. \(8 rows\): pass one of them"),
         ({"rows": [{"prompt": "a b"}] and iter(())}, "train_dataset"),
         ({"reward_funcs": None}, "reward_funcs: give"),
         ({"arguments": {"ref_model": "x"}}, "ref_model: beta=0"),

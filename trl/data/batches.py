@@ -99,16 +99,31 @@ def _attended(row: Mapping[str, Any], ids: str, mask: str) -> Ids:
     return [int(i) for i, m in zip(row[ids], row[mask], strict=True) if m]
 
 
+_MASKS = {
+    ("input_ids_chosen", "input_ids_rejected"): ("attention_mask_chosen", "attention_mask_rejected"),
+    ("chosen_input_ids", "rejected_input_ids"): ("chosen_attention_mask", "rejected_attention_mask"),
+    ("chosen_ids", "rejected_ids"): ("chosen_attention_mask", "rejected_attention_mask"),
+}
+"""columns of whole sequences, and of their attention masks"""
+_WHOLE = tuple(_MASKS)
+
+
 def pair_ids(row: Mapping[str, Any], label_pad_token_id: int = -100) -> dict[str, Ids]:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of a row with the tokenised columns of release 0.7.7.
 
     Takes the columns of `DPOTrainer` (`chosen_input_ids`, `chosen_labels`, ...; the answer is what the labels keep) and
-    of `RewardTrainer` (`input_ids_chosen`, ...; the prompt is what both share).
+    of `RewardTrainer` (`input_ids_chosen`, ..., or `chosen_ids` and `chosen_input_ids` alone; the prompt is what both
+    share, or `prompt_input_ids`).
     """
-    if "input_ids_chosen" in row:
-        chosen = _attended(row, "input_ids_chosen", "attention_mask_chosen")
-        rejected = _attended(row, "input_ids_rejected", "attention_mask_rejected")
+    if "chosen_labels" not in row:
+        names = next(pair for pair in _WHOLE if pair[0] in row)
+        chosen, rejected = (_attended(row, ids, mask) for ids, mask in zip(names, _MASKS[names], strict=True))
         split = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+        if row.get("prompt_input_ids") is not None:
+            prompt = _attended(row, "prompt_input_ids", "prompt_attention_mask")
+            if prompt != chosen[: len(prompt)] or prompt != rejected[: len(prompt)]:  # the answers stand apart
+                return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            split = len(prompt)
     elif "prompt_input_ids" in row and "chosen_input_ids" not in row:
         prompt = _attended(row, "prompt_input_ids", "prompt_attention_mask")
         answers = ([int(i) for i in row[f"{n}_labels"] if i != label_pad_token_id] for n in ("chosen", "rejected"))

@@ -130,7 +130,7 @@ class ChatTemplate:
         return bool(tools and self._habits.spells_tools) or bool(calls and self._habits.spells_calls)
 
     def _ready(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, met: Counter[str] | None = None
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, met: Counter[tuple[int, str]] | None = None
     ) -> tuple[Messages, list[Any] | None]:
         """Messages and tools as the template can print them; `met` counts what was changed."""
         plain = self._habits.ready(messages, Counter() if met is None else met, self.keep_nulls)
@@ -178,10 +178,10 @@ class ChatTemplate:
 
     def read(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, strict: bool = True) -> Reading:
         """The conversation's text and whose its characters are; unless `strict`, no turns where that cannot be told."""
-        met: Counter[str] = Counter()
+        met: Counter[tuple[int, str]] = Counter()
         plain, known = self._ready(messages, tools, met)
         reading = self._reader.read(plain, known, self._raw(plain, known), strict)
-        reading.met, reading.spelled = met, self.needs_spelling(messages, tools)
+        reading.changed, reading.spelled = met, self.needs_spelling(messages, tools)
         return reading.counted_from(len(plain) - len(messages))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:

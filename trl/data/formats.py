@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from trl.data.chat import ChatTemplate, read_tools
 from trl.data.encode import common_prefix
+from trl.data.version import code_version
 
 Row = dict[str, Any]
 
@@ -57,10 +58,21 @@ def column_names(dataset: Any, name: str = "train") -> list[str]:
     return list(names) if names else list(first_row(dataset, name))
 
 
+def refuse_splits(dataset: Any, name: str = "train") -> None:
+    """ValueError for a dict of data sets, which `load_dataset` gives where no split is named."""
+    if isinstance(dataset, Mapping):
+        sizes = {key: len(one) if hasattr(one, "__len__") else None for key, one in dataset.items()}
+        splits = ", ".join(f"'{key}'" + ("" if n is None else f" ({n:,} rows)") for key, n in sizes.items())
+        wanted = name if name in dataset else next(iter(dataset), "train")
+        raise ValueError(
+            f"the {name} data set is a {type(dataset).__name__} with the splits {splits}: pass one of them, for "
+            f"example dataset['{wanted}']"
+        )
+
+
 def first_row(dataset: Any, name: str = "train") -> Row:
     """The first row; ValueError when there is none."""
-    if isinstance(dataset, Mapping):
-        raise ValueError(f"the {name} data set is a dict of data sets ({', '.join(dataset)}): pass one of them")
+    refuse_splits(dataset, name)
     for row in dataset:
         if not isinstance(row, Mapping):
             raise ValueError(f"a row of the {name} data set should be a dict of columns, got {type(row)}")
@@ -69,6 +81,8 @@ def first_row(dataset: Any, name: str = "train") -> Row:
 
 
 def _is_messages(value: Any, keys: tuple[str, str] = ("role", "content")) -> bool:
+    """Whether it is a list of messages, or one message."""
+    value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return False
     first = value[0]
@@ -164,6 +178,11 @@ def _to_chatml(message: Mapping[str, Any]) -> Row:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
 
 
+def _listed(messages: Any) -> Any:
+    """The messages as a list; one message alone is given as it is by some data sets."""
+    return [messages] if isinstance(messages, Mapping) else messages
+
+
 def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
     """ShareGPT messages (`from`, `value`) as `role` and `content`, `conversations` as `messages`; others unchanged.
 
@@ -172,20 +191,27 @@ def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
     converted = dict(example)
     for column in _CONVERSATION_COLUMNS:
         if _is_messages(example.get(column), ("from", "value")):
-            converted[column] = [_to_chatml(message) for message in example[column]]
+            converted[column] = [_to_chatml(message) for message in _listed(example[column])]
     if "conversations" in converted and "messages" not in converted:
         converted["messages"] = converted.pop("conversations")
     return converted
 
 
 def apply_chat_template(
-    example: Mapping[str, Any], tokenizer: Any, tools: Sequence[Any] | None = None, **template_kwargs: Any
+    example: Mapping[str, Any],
+    tokenizer: Any = None,
+    tools: Sequence[Any] | None = None,
+    *,
+    processing_class: Any = None,
+    **template_kwargs: Any,
 ) -> Row:
     """The conversational columns of a row as text: `messages` becomes `text`, the other columns keep their names.
 
     Prompt + completion is the rendering of the whole conversation. A row's own `tools` and `chat_template_kwargs`
-    come before the arguments.
+    come before the arguments. `processing_class` is another name of `tokenizer`.
     """
+    tokenizer = _one_tokenizer(tokenizer, processing_class)
+    example = {name: _listed(value) if name in _CONVERSATION_COLUMNS else value for name, value in example.items()}
     own = {**template_kwargs, **(example.get("chat_template_kwargs") or {})}
     template = ChatTemplate(tokenizer, own)
     tools = read_tools(example.get("tools")) or read_tools(tools)
@@ -206,10 +232,22 @@ def apply_chat_template(
     )
 
 
+def _one_tokenizer(tokenizer: Any, processing_class: Any) -> Any:
+    if (tokenizer is None) == (processing_class is None):
+        raise ValueError("apply_chat_template: give the tokenizer, as `tokenizer` or as `processing_class`")
+    return processing_class if tokenizer is None else tokenizer
+
+
 def maybe_apply_chat_template(
-    example: Mapping[str, Any], tokenizer: Any, tools: Sequence[Any] | None = None, **template_kwargs: Any
+    example: Mapping[str, Any],
+    tokenizer: Any = None,
+    tools: Sequence[Any] | None = None,
+    *,
+    processing_class: Any = None,
+    **template_kwargs: Any,
 ) -> Row:
     """`apply_chat_template` for a conversational row; another row comes back as it is."""
+    tokenizer = _one_tokenizer(tokenizer, processing_class)
     if is_conversational(example):
         return apply_chat_template(example, tokenizer, tools, **template_kwargs)
     return dict(example)
@@ -230,14 +268,18 @@ def _text_split(chosen: str, rejected: str) -> int:
 def extract_prompt(example: Mapping[str, Any]) -> Row:
     """`prompt`, `chosen` and `rejected` of a preference row whose prompt stands inside the answers.
 
-    Conversations are split after the messages they share, texts at the blank before the first word that differs.
+    Conversations are split after the messages they share, texts at the blank before the first word that differs. A
+    prompt that is a text becomes the user's message where the answers of a conversation share none.
     """
-    chosen, rejected = example["chosen"], example["rejected"]
+    chosen, rejected = _listed(example["chosen"]), _listed(example["rejected"])
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("one of the columns 'chosen' and 'rejected' is text and the other is a conversation")
     cut = _text_split(chosen, rejected) if isinstance(chosen, str) else common_prefix(chosen, rejected)
     if not isinstance(chosen, str):
         cut = max(0, min(cut, len(chosen) - 1, len(rejected) - 1))
+        asked = example.get("prompt")
+        if not cut and isinstance(asked, str) and asked.strip():
+            return {**example, "prompt": [{"role": "user", "content": asked}], "chosen": chosen, "rejected": rejected}
     return {**example, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
@@ -257,19 +299,33 @@ def _unpair(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {**others, "completion": [*chosen, *rejected], "label": labels}
 
 
+def mapped_rows(dataset: Any, function: Callable[..., Any], desc: str | None = None, **options: Any) -> Any:
+    """The data set with `function` of each row; what is cached depends on the code of this room too."""
+    from datasets import Dataset  # who only formats conversations has no need of it
+    from datasets.fingerprint import Hasher
+
+    if isinstance(dataset, list):
+        return [function(row) for row in dataset]
+    if isinstance(dataset, Dataset):
+        key = [dataset._fingerprint, code_version(), function.__name__, sorted(options)]
+        options |= {"desc": desc, "new_fingerprint": Hasher.hash(key)}
+    return dataset.map(function, **options)
+
+
 def unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: str | None = None) -> Any:
     """Pairs as single rows with `completion` and `label`: the chosen ones of a batch of 1,000, then its rejected ones.
 
     Takes a Dataset, DatasetDict, IterableDataset or a list of rows; other columns are repeated.
     """
-    from datasets import IterableDataset  # who only formats conversations has no need of it
-
     if isinstance(dataset, list):
         columns = {name: [row[name] for row in dataset] for name in (dataset[0] if dataset else {})}
         unpaired = _unpair(columns) if columns else {}
         return [dict(zip(unpaired, values, strict=True)) for values in zip(*unpaired.values(), strict=True)]
-    options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": desc}
-    return dataset.map(_unpair, batched=True, remove_columns=["chosen", "rejected"], **options)
+    if isinstance(dataset, dict):
+        unpaired = {name: unpair_preference_dataset(one, num_proc, desc) for name, one in dataset.items()}
+        return type(dataset)(unpaired)
+    processes = {"num_proc": num_proc} if hasattr(dataset, "__len__") else {}  # a stream has no processes of its own
+    return mapped_rows(dataset, _unpair, desc, batched=True, remove_columns=["chosen", "rejected"], **processes)
 
 
 def maybe_unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: str | None = None) -> Any:

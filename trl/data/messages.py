@@ -128,8 +128,8 @@ class TemplateHabits:
         calls = [{"type": "function", "id": PROBE_ID, "function": function}]
         return [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls, **content}]
 
-    def ready(self, messages: Sequence[Message], met: Counter[str], keep_nulls: bool = False) -> Messages:
-        """The messages as the template can print them; `met` counts what was decoded and joined.
+    def ready(self, messages: Sequence[Message], met: Counter[tuple[int, str]], keep_nulls: bool = False) -> Messages:
+        """The messages as the template can print them; `met` counts by message what was decoded and joined.
 
         keep_nulls: a None inside tool calls was said by the row, not filled in by Arrow.
         """
@@ -145,13 +145,13 @@ class TemplateHabits:
                 new["content"] = [{"type": "text", "text": new["content"]}]
             if calls:
                 as_text, content = (False, {}) if self.spells_calls else self._call_form
-                new["tool_calls"] = [_decoded(c, as_text, keep_nulls, met) for c in calls]
+                new["tool_calls"] = [_decoded(c, as_text, keep_nulls, index, met) for c in calls]
                 if not new.get("content"):
                     new = {**{k: v for k, v in new.items() if k != "content"}, **content}
             made.append(new)
         return made
 
-    def _content(self, message: Message, index: int, met: Counter[str]) -> Any:
+    def _content(self, message: Message, index: int, met: Counter[tuple[int, str]]) -> Any:
         """A list of text parts as the template reads it; ValueError for other parts."""
         role, texts = str(message["role"]), []
         for part in message["content"]:
@@ -168,7 +168,7 @@ class TemplateHabits:
                 return message["content"]  # a tool's result that is a list
         if self.reads_parts(role):
             return [{"type": "text", "text": text} for text in texts]
-        met[JOINED] += 1
+        met[index, JOINED] += 1
         return "\n".join(texts)
 
 
@@ -176,14 +176,14 @@ def _wrapped(messages: Messages) -> Messages:
     return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
 
 
-def _decoded(call: Any, as_text: bool, keep_nulls: bool, met: Counter[str]) -> Any:
+def _decoded(call: Any, as_text: bool, keep_nulls: bool, index: int, met: Counter[tuple[int, str]]) -> Any:
     """A tool call whose arguments are a dict (`as_text`: JSON text), whatever the row gave."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
         return {
             **without_nones({k: v for k, v in call.items() if k != "function"}),
-            "function": _decoded(call["function"], as_text, keep_nulls, met),
+            "function": _decoded(call["function"], as_text, keep_nulls, index, met),
         }
     call = {k: v if k == "arguments" and keep_nulls else without_nones(v) for k, v in call.items() if v is not None}
     arguments = call.get("arguments")
@@ -193,7 +193,7 @@ def _decoded(call: Any, as_text: bool, keep_nulls: bool, met: Counter[str]) -> A
         except json.JSONDecodeError:
             return call
         if isinstance(parsed, dict):
-            met[DECODED] += 1
+            met[index, DECODED] += 1
             return {**call, "arguments": parsed}
     elif as_text and arguments is not None and not isinstance(arguments, str):
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}

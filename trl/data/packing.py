@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,31 +169,68 @@ def join(rows: Sequence[PackedRow], groups: Sequence[int]) -> PackedBatch:
     )
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the sequences in each bin: longest first, each into the fullest bin that still holds it.
+def best_fit_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sequences in the order of their bins, and how many each bin holds: longest first, each into the fullest bin
+    that still holds it.
 
-    Over the whole set at once; a sequence longer than `capacity` is a ValueError.
+    Over the whole set at once; a sequence longer than `capacity` is a ValueError. Sequences of one length are placed
+    together: the fullest bin takes as many as fit, then the next one does.
     """
-    bins: list[list[int]] = []
-    spaces: list[int] = []  # sorted free spaces, one entry a distinct value
-    with_space: dict[int, list[int]] = defaultdict(list)
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > capacity:
-            raise ValueError(f"sequence {index} has {length} tokens, more than the bin's {capacity}: truncate it first")
-        at = bisect_left(spaces, length)
-        if at < len(spaces):
-            space = spaces[at]
-            home = with_space[space].pop()
-            if not with_space[space]:
-                spaces.pop(at)
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    if len(sizes) and sizes[order[0]] > capacity:
+        index = int(order[0])
+        raise ValueError(
+            f"sequence {index} has {sizes[index]} tokens, more than the bin's {capacity}: truncate it first"
+        )
+    bin_of = np.empty(len(sizes), dtype=np.int64)
+    bins = _Bins(capacity)
+    edges = [0, *(np.flatnonzero(np.diff(sizes[order])) + 1).tolist(), len(sizes)]
+    for start, end in pairwise(edges if len(sizes) else []):
+        at, length = start, int(sizes[order[start]])
+        while at < end:
+            homes = bins.place(length, end - at)
+            bin_of[at : at + len(homes)] = homes
+            at += len(homes)
+    return order[np.argsort(bin_of, kind="stable")], np.bincount(bin_of, minlength=bins.count)
+
+
+class _Bins:
+    """Bins by the space that is left in them."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.count = capacity, 0
+        self.spaces: list[int] = []  # sorted, one entry a distinct value
+        self.with_space: dict[int, list[int]] = defaultdict(list)
+
+    def place(self, length: int, count: int) -> np.ndarray:
+        """The bins that some of `count` sequences of that length go to: all that fit into bins of one space."""
+        at = bisect_left(self.spaces, length)
+        space = self.spaces[at] if at < len(self.spaces) else self.capacity
+        each = space // length if length else count
+        wanted = -(-count // each)
+        if at < len(self.spaces):
+            homes = self.with_space[space][: -wanted - 1 : -1]
+            del self.with_space[space][-len(homes) :]
+            if not self.with_space[space]:
+                self.spaces.pop(at)
         else:
-            space, home = capacity, len(bins)
-            bins.append([])
-        bins[home].append(index)
-        left = space - length
-        if left and not with_space[left]:
-            insort(spaces, left)
-        if left:
-            with_space[left].append(home)
-    return bins
+            homes = list(range(self.count, self.count + wanted))
+            self.count += wanted
+        placed = min(count, each * len(homes))
+        last = placed - each * (len(homes) - 1)
+        self._leave(space - each * length, homes[:-1])
+        self._leave(space - last * length, homes[-1:])
+        return np.repeat(homes, each)[:placed]
+
+    def _leave(self, space: int, homes: list[int]) -> None:
+        if space and homes:
+            if not self.with_space[space]:
+                insort(self.spaces, space)
+            self.with_space[space] += homes
+
+
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of the sequences in each bin, as `best_fit_bins` fills them."""
+    order, sizes = best_fit_bins(lengths, capacity)
+    return [bin_.tolist() for bin_ in np.split(order, np.cumsum(sizes)[:-1])] if len(sizes) else []

@@ -12,18 +12,28 @@ from datasets import Value
 from trl.data.batches import pair_ids
 from trl.data.chat import read_tools
 from trl.data.encode import Ids, common_prefix, cut
-from trl.data.formats import RowKind, extract_prompt, maybe_convert_to_chatml, unpair_preference_dataset
-from trl.data.report import NO_FLAGS, RowFlag
+from trl.data.formats import (
+    RowKind,
+    extract_prompt,
+    mapped_rows,
+    maybe_convert_to_chatml,
+    maybe_extract_prompt,
+    unpair_preference_dataset,
+)
+from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
     Answered,
     Made,
     Row,
     RowJob,
+    asks_nothing,
     at_row,
+    flags_of,
     ids_of,
     list_of,
     messages_of,
+    met_of,
     needs_closing,
     number_of,
     text_of,
@@ -51,6 +61,22 @@ class _PromptJob(RowJob):
             single, brought = self.encoder.open_row(single)
             double = double or brought
         return single, RowFlag.DOUBLE_BOS if double else NO_FLAGS
+
+    def _prompt_of(self, row: Row) -> tuple[str, RowFlag, Met]:
+        """The text of the row's prompt, up to where the model is to continue."""
+        if not self.format.conversational:
+            text = text_of(row, "prompt")
+            return text, NO_FLAGS if text.strip() else RowFlag.EMPTY_PROMPT, NOTHING_MET
+        messages = messages_of(maybe_convert_to_chatml(row), "prompt")
+        tools, template = read_tools(row.get("tools"), self.keep_nulls), self.template.of_row(row)
+        text = template.prompt(messages, tools)
+        flags = RowFlag.EMPTY_PROMPT if asks_nothing(messages) else NO_FLAGS
+        try:
+            reading = template.read(messages, tools, strict=False)
+        except ValueError:  # the template renders a question only with the prompt for its answer
+            return text, flags, Met(len(messages))
+        met = met_of(reading, len(messages))
+        return text, flags | flags_of(reading, met) & ~RowFlag.REWRITTEN, met
 
 
 @dataclass(kw_only=True)
@@ -125,7 +151,7 @@ class _AnswersJob(_PromptJob):
         for one, prompt_ids in zip(texts, prompts, strict=True):
             opened, flags = (prompt_ids, NO_FLAGS) if self.is_encoder_decoder else self._opened(prompt_ids)
             answers = [self._closed(next(answer_ids), text) for text in one.answers]
-            answered.append(Answered(opened, answers, flags | one.flags))
+            answered.append(Answered(opened, answers, flags | one.flags, met=one.met))
         return answered
 
     def _whole(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
@@ -145,6 +171,7 @@ class _AnswersJob(_PromptJob):
                 flags |= flag | (RowFlag.EMPTY_COMPLETION if not text.strip() else NO_FLAGS)
             shared = common_prefix(sequences[0], sequences[-1]) if len(sequences) > 1 else len(self.encoder.head)
             shared = max(0, min(shared, *(len(ids) - 1 for ids in sequences)))
+            flags |= RowFlag.EMPTY_PROMPT if shared <= len(self.encoder.head) else NO_FLAGS
             answered.append(Answered(sequences[0][:shared], [ids[shared:] for ids in sequences], flags))
         return answered
 
@@ -169,7 +196,7 @@ class _AnswersJob(_PromptJob):
             flags |= RowFlag.MISSING_EOS
         columns = {"prompt_ids": prompt} | dict(zip((f"{a}_ids" for a in self.answers), answers, strict=True))
         flags |= RowFlag.TRUNCATED if after < before else flags
-        return Made(columns, flags, max(0, before - after), after, sum(map(len, answers)))
+        return Made(columns, flags, max(0, before - after), after, sum(map(len, answers)), one.met)
 
     def _encoder_input(self, prompt: Ids) -> Ids:
         """The prompt with what the tokenizer puts around an encoder's input, within the prompt's limit."""
@@ -185,9 +212,11 @@ class PairsJob(_AnswersJob):
     """Makes `prompt_ids`, `chosen_ids` and `rejected_ids`; the prompt is tokenised once and shared to the token.
 
     Takes texts or conversations, with the prompt in its own column or inside both answers, and rows tokenised in our
-    columns or in those of release 0.7.7.
+    columns or in those of older releases; of ids without a prompt apart, what both answers share is the prompt.
     """
 
+    needs_prompt: bool = True
+    """False: rows without a column for the prompt may have none (a reward model judges whole texts)"""
     keep: Sequence[str] | None = PAIR_NUMBERS
     answers = ("chosen", "rejected")
     accepts = (RowKind.TOKENIZED, RowKind.PREFERENCE)
@@ -196,7 +225,20 @@ class PairsJob(_AnswersJob):
         ("input_ids_chosen", "input_ids_rejected"),
         ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"),
         ("prompt_input_ids", "chosen_labels", "rejected_labels"),
+        ("chosen_input_ids", "rejected_input_ids"),
+        ("chosen_ids", "rejected_ids"),
     )
+    no_prompt = "give a column 'prompt'; for texts that nothing asks for, the BOS token will do"
+
+    def reads(self) -> set[str] | None:
+        known = super().reads()
+        return None if known is None else known | ({"prompt"} if self.format.conversational else set())
+
+    def asks_prompt(self) -> bool:
+        return self.needs_prompt or super().asks_prompt()
+
+    def options(self) -> tuple[Any, ...]:
+        return (*super().options(), self.needs_prompt)
 
     def _with_prompt(self, row: Row) -> Row:
         return extract_prompt(row)
@@ -209,6 +251,7 @@ class CompletionsJob(_AnswersJob):
     answers = ("completion",)
     accepts = (RowKind.TOKENIZED, RowKind.UNPAIRED, RowKind.PREFERENCE)
     tokenised = (("prompt_ids", "completion_ids", "label"),)
+    no_prompt = PairsJob.no_prompt
 
     @property
     def features(self) -> dict[str, Any]:
@@ -218,14 +261,13 @@ class CompletionsJob(_AnswersJob):
         dataset, job = super().reading(dataset, name)
         if job.format.kind is not RowKind.PREFERENCE:
             return dataset, job
-        if job.format.implicit_prompt:
-            raise ValueError(
-                f"the pairs of the {name} data set have no column 'prompt' that fits their answers: split them first "
-                "with `extract_prompt`"
-            )
-        return super().reading(
-            unpair_preference_dataset(list(dataset) if isinstance(dataset, tuple) else dataset), name
-        )
+        dataset = list(dataset) if isinstance(dataset, tuple) else dataset
+        if job.format.implicit_prompt or job.format.conversational:
+            dataset = mapped_rows(dataset, _in_parts, desc=f"Splitting the {name} data")
+        return super().reading(unpair_preference_dataset(dataset), name)
+
+    def asks_prompt(self) -> bool:
+        return True
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         made = super().__call__(rows, indices)
@@ -238,8 +280,17 @@ class CompletionsJob(_AnswersJob):
         return made
 
     def _with_prompt(self, row: Row) -> Row:
-        whole = messages_of(row, "completion")
+        whole, asked = messages_of(row, "completion"), row.get("prompt")
+        if len(whole) == 1 and isinstance(asked, str) and asked.strip():
+            return {**row, "prompt": [{"role": "user", "content": asked}], "completion": whole}
         return {**row, "prompt": whole[:-1], "completion": whole[-1:]}
+
+
+def _in_parts(row: Row) -> Row:
+    """A pair with its prompt apart, and with answers that are lists of messages where they are conversations."""
+    row = maybe_extract_prompt(maybe_convert_to_chatml(row))
+    names = ("prompt", "chosen", "rejected")
+    return {**row, **{name: [row[name]] for name in names if isinstance(row[name], Mapping)}}
 
 
 @dataclass(kw_only=True)
@@ -253,40 +304,29 @@ class PromptsJob(_PromptJob):
     keep: Sequence[str] | None = None
     accepts = (RowKind.TOKENIZED, RowKind.PROMPT)
     tokenised = (("prompt_ids",),)
+    no_prompt = "the model has nothing to answer; to sample from nothing, give the BOS token as the prompt"
     features = {"prompt_ids": IDS}  # noqa: RUF012
 
     def options(self) -> tuple[Any, ...]:
         return (self.context_length,)
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
-        flags = [NO_FLAGS] * len(rows)
-        if self.format.kind is RowKind.TOKENIZED:
-            encoded = []
-            for index, row in zip(indices, rows, strict=True):
-                with at_row(index, self.name):
-                    encoded.append(ids_of(row, "prompt_ids"))
-        else:
-            texts = []
-            for position, (index, row) in enumerate(zip(indices, rows, strict=True)):
-                with at_row(index, self.name):
-                    text, flags[position] = self._text(row)
-                    texts.append(text)
-            encoded = self.encoder.encode(texts)
-        made = []
-        for index, ids, flag in zip(indices, encoded, flags, strict=True):
+        flags, met = [NO_FLAGS] * len(rows), [NOTHING_MET] * len(rows)
+        encoded, texts = [], []
+        for position, (index, row) in enumerate(zip(indices, rows, strict=True)):
             with at_row(index, self.name):
-                made.append(self._finish(ids, flag))
+                if self.format.kind is RowKind.TOKENIZED:
+                    encoded.append(ids_of(row, "prompt_ids"))
+                else:
+                    text, flags[position], met[position] = self._prompt_of(row)
+                    texts.append(text)
+        made = []
+        for index, ids, flag, own in zip(indices, encoded or self.encoder.encode(texts), flags, met, strict=True):
+            with at_row(index, self.name):
+                made.append(self._finish(ids, flag, own))
         return made
 
-    def _text(self, row: Mapping[str, Any]) -> tuple[str, RowFlag]:
-        if not self.format.conversational:
-            return text_of(row, "prompt"), NO_FLAGS
-        messages = messages_of(maybe_convert_to_chatml(row), "prompt")
-        tools, template = read_tools(row.get("tools"), self.keep_nulls), self.template.of_row(row)
-        spelled = RowFlag.SPELLED_TOOLS if template.needs_spelling(messages, tools) else NO_FLAGS
-        return template.prompt(messages, tools), spelled
-
-    def _finish(self, ids: Ids, flags: RowFlag) -> Made:
+    def _finish(self, ids: Ids, flags: RowFlag, met: Met) -> Made:
         if self.format.kind is not RowKind.TOKENIZED:
             ids, double = self._opened(ids)
             flags |= double
@@ -301,48 +341,67 @@ class PromptsJob(_PromptJob):
                 f"the prompt has {len(ids):,} tokens but the model's context holds {self.context_length:,}, so nothing "
                 "could be sampled: set `max_prompt_length` to cut such prompts, or leave them out"
             )
-        return Made({"prompt_ids": ids}, flags, before - len(ids), len(ids), len(ids))
+        return Made({"prompt_ids": ids}, flags, before - len(ids), len(ids), len(ids), met)
 
 
 @dataclass(kw_only=True)
 class StepwiseJob(_PromptJob):
     """Makes `input_ids` and `step_labels` from `prompt`, `completions` (a text a step) and `labels` (true = right).
 
-    `step_labels` holds 0 or 1 at the last token of each step, its separator's, and -100 elsewhere.
+    `step_labels` holds 0 or 1 at the last token of each step, its separator's, and -100 elsewhere. Tokenised rows have
+    them as `labels`.
     """
 
     step_separator: str = "\n"
     train_on_last_step_only: bool = False
-    accepts = (RowKind.STEPWISE,)
+    accepts = (RowKind.TOKENIZED, RowKind.STEPWISE)
+    tokenised = (("input_ids", "step_labels"), ("input_ids", "labels"))
     features = {"input_ids": IDS, "step_labels": IDS}  # noqa: RUF012
+    no_prompt = "give the question in the column 'prompt'"
 
     def options(self) -> tuple[Any, ...]:
         return self.step_separator, self.train_on_last_step_only
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
+        if self.format.kind is RowKind.TOKENIZED:
+            return self._tokenised(rows, indices)
         prompts, steps, labels = [], [], []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
-                prompts.append(self._prompt(row))
+                prompts.append(self._prompt_of(row))
                 steps.append(self._steps(row))
                 labels.append(self._labels(row))
         step_ids = iter(self.encoder.continuations([step for one in steps for step in one]))
         (separator,) = self.encoder.continuations([self.step_separator])
         made = []
-        for prompt, row_steps, row_labels in zip(self.encoder.encode(prompts), steps, labels, strict=True):
+        prompt_ids = self.encoder.encode([text for text, _, _ in prompts])
+        for prompt, (_, flags, met), row_steps, row_labels in zip(prompt_ids, prompts, steps, labels, strict=True):
             ids: Ids = []
             marks: Ids = []
             for _, label in zip(row_steps, row_labels, strict=True):
                 step = next(step_ids) + separator
                 ids += step
                 marks += [-100] * (len(step) - 1) + [label] if step else []
-            made.append(self._finish(prompt, ids, marks))
+            opened, double = self._opened(prompt)
+            made.append(self._finish(opened, ids, marks, flags | double, met))
         return made
 
-    def _prompt(self, row: Mapping[str, Any]) -> str:
-        if not isinstance(row.get("prompt"), list | tuple):
-            return text_of(row, "prompt")
-        return self.template.of_row(row).prompt(messages_of(row, "prompt"), read_tools(row.get("tools")))
+    def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
+        """Rows of ids, with a label or -100 for each of them."""
+        column, made = self.format.columns[1], []
+        for index, row in zip(indices, rows, strict=True):
+            with at_row(index, self.name):
+                ids, marks = ids_of(row, "input_ids"), ids_of(row, column)
+                if len(marks) != len(ids):
+                    raise ValueError(f"column '{column}' has {len(marks)} entries for {len(ids)} `input_ids`")
+                wrong = [mark for mark in marks if mark not in (-100, 0, 1)]
+                if wrong:
+                    raise ValueError(f"column '{column}' should hold 0, 1 or -100 for each token, got {wrong[0]!r}")
+            places = [at for at, mark in enumerate(marks) if mark != -100]
+            if self.train_on_last_step_only and places:
+                marks = [-100] * places[-1] + marks[places[-1] :]
+            made.append(self._finish([], ids, marks))
+        return made
 
     def _steps(self, row: Mapping[str, Any]) -> list[str]:
         steps = row.get("completions")
@@ -361,8 +420,7 @@ class StepwiseJob(_PromptJob):
             return [-100] * (len(labels) - 1) + [int(labels[-1])] if labels else []
         return [int(label) for label in labels]
 
-    def _finish(self, prompt: Ids, ids: Ids, marks: Ids) -> Made:
-        opened, flags = self._opened(prompt)
+    def _finish(self, opened: Ids, ids: Ids, marks: Ids, flags: RowFlag = NO_FLAGS, met: Met = NOTHING_MET) -> Made:
         kept_prompt, (kept,) = self.limits.fit_answers(opened, [ids], self.pinned(opened))
         marks = marks[: len(kept)]
         labels = [-100] * len(kept_prompt) + marks
@@ -371,4 +429,5 @@ class StepwiseJob(_PromptJob):
         flags |= RowFlag.TRUNCATED if after < before else flags
         if not learned:
             flags |= RowFlag.ANSWER_CUT if after < before else RowFlag.UNLEARNED
-        return Made({"input_ids": kept_prompt + kept, "step_labels": labels}, flags, before - after, after, learned)
+        columns = {"input_ids": kept_prompt + kept, "step_labels": labels}
+        return Made(columns, flags, before - after, after, learned, met)

@@ -76,14 +76,27 @@ class Reading:
     turns: list[Turn]
     places: list[Place] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
-    unprinted: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """messages with a field that the template does not print, by role and field; `thoughts`: those inside a content"""
-    met: Counter[str] = field(default_factory=Counter)
-    """what was decoded and joined before rendering"""
+    missing: set[tuple[int, str, str]] = field(default_factory=set)
+    """message, role and field of what the template does not print; `thoughts`: those inside a content"""
+    changed: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """what was decoded and joined before rendering, by message"""
     rewritten: bool = False
     """when the model answers, it sees earlier messages, or the opening of its turn, in another way than here"""
     spelled: bool = False
     """tools or calls were written out because the template does not know them"""
+
+    @property
+    def unprinted(self) -> Counter[tuple[str, str]]:
+        """Messages with a field that the template does not print, by role and field."""
+        return Counter((role, name) for _, role, name in self.missing)
+
+    @property
+    def met(self) -> Counter[str]:
+        """What was decoded and joined before rendering."""
+        met: Counter[str] = Counter()
+        for (_, kind), count in self.changed.items():
+            met[kind] += count
+        return met
 
     def spans(self, messages: Iterable[int] | None = None) -> list[Span]:
         """The characters of the assistant's turns, or of those among the given messages."""
@@ -95,6 +108,7 @@ class Reading:
         if shift:
             self.turns = [turn._replace(message=turn.message - shift) for turn in self.turns]
             self.parts = [part._replace(message=part.message - shift) for part in self.parts]
+            self.missing = {(at - shift, role, name) for at, role, name in self.missing if at >= shift}
         return self
 
     def turn(self, message: int) -> Turn:
@@ -288,7 +302,9 @@ def _widened(text: str, found: tuple[int | None, int | None, int], parts: Sequen
 def _grown(text: str, start: int, end: int, said: str, core: Span, index: int) -> Place:
     """The place with what the part has around its core, as far as the text has it too."""
     before = common_prefix(said[: core[0]][::-1], text[max(0, start - core[0]) : start][::-1])
-    after = common_prefix(said[core[1] :], text[end : end + len(said) - core[1]])
+    rest = said[core[1] :]
+    in_json = json.dumps(rest, ensure_ascii=False)[1:-1]
+    after = max(common_prefix(form, text[end : end + len(form)]) for form in (rest, in_json))
     return Place(start - before, end + after, index, core[0] - before)
 
 
@@ -757,14 +773,14 @@ def _runs(parts: Sequence[Part], places: Sequence[Place]) -> list[tuple[int | No
     return runs
 
 
-def _unprinted(messages: Messages, parts: Sequence[Part], places: Sequence[Place]) -> Counter[tuple[str, str]]:
-    """Messages with a field of which something is not printed, by role and field."""
+def _unprinted(messages: Messages, parts: Sequence[Part], places: Sequence[Place]) -> set[tuple[int, str, str]]:
+    """Messages, with their roles, and the fields of which something is not printed."""
     printed = {place.part for place in places}
     heard = {(parts[i].message, parts[i].field) for i in printed}
     silent = [p for i, p in enumerate(parts) if i not in printed and p.field != KEYS and not _is_blank(p.text)]
     missing = {(part.message, part.field) for part in silent}
     cut = {key for key in missing & heard if key[1] == "content"}  # one of several parts: what stands between tags
-    return Counter((str(messages[at]["role"]), "thoughts" if (at, name) in cut else name) for at, name in missing)
+    return {(at, str(messages[at]["role"]), "thoughts" if (at, name) in cut else name) for at, name in missing}
 
 
 def _is_blank(text: str) -> bool:

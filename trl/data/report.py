@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import IntFlag
+from typing import Any, NamedTuple
+
+import numpy as np
 
 logger = logging.getLogger(__name__)
+
+Numbers = Sequence[int] | np.ndarray
 
 
 class RowFlag(IntFlag):
@@ -29,27 +34,90 @@ class RowFlag(IntFlag):
     UNPRINTED_TEXT = 8192
     DECODED_ARGUMENTS = 16384
     JOINED_PARTS = 32768
+    EMPTY_PROMPT = 65536
 
 
 NO_FLAGS = RowFlag(0)
 
+
+class Met(NamedTuple):
+    """What was met in the messages of a row, or of all rows."""
+
+    messages: int = 0
+    thoughts: int = 0
+    """messages whose reasoning the template does not print"""
+    results: int = 0
+    """results of tools that it does not print"""
+    texts: int = 0
+    """messages of which it does not print something else"""
+    decoded: int = 0
+    """arguments of tool calls that were JSON text"""
+    joined: int = 0
+    """contents in parts whose texts were joined"""
+
+    def plus(self, other: Sequence[int]) -> Met:
+        return Met(*(int(a) + int(b) for a, b in zip(self, other, strict=True)))
+
+
+NOTHING_MET = Met()
 _WORDS = {
     RowFlag.DOUBLE_BOS: "rows brought a BOS token that would have stood twice: one was taken away",
     RowFlag.MISSING_EOS: "rows have no EOS token, so nothing teaches the model to stop there",
     RowFlag.STOP_MASKED: "rows have an EOS token but it is masked, so nothing teaches the model to stop there",
     RowFlag.ANSWER_CUT: "rows lost their whole answer to truncation and are left out",
+    RowFlag.EMPTY_PROMPT: "rows have an empty prompt",
     RowFlag.EMPTY_COMPLETION: "rows have an empty completion",
     RowFlag.UNLEARNED: "rows have no learned token and are left out",
     RowFlag.REWRITTEN: "rows have turns that the chat template renders in another way than it prompts for them",
     RowFlag.IDENTICAL: "pairs have the same chosen and rejected tokens, so they teach nothing",
     RowFlag.SPELLED_TOOLS: "rows have tools that the chat template does not know: they were spelled out as text",
-    RowFlag.UNPRINTED_THOUGHTS: "rows have reasoning that the chat template does not print",
-    RowFlag.UNPRINTED_RESULTS: "rows have results of tools that the chat template does not print",
-    RowFlag.UNPRINTED_TEXT: "rows have other contents (a system message, part of an answer) that the chat template "
-    "does not print",
-    RowFlag.DECODED_ARGUMENTS: "rows have arguments of tool calls as JSON text: they were decoded",
-    RowFlag.JOINED_PARTS: "rows have contents in parts: the chat template reads text only, so their texts were joined",
 }
+_UNPRINTED = {
+    "thoughts": "the reasoning of",
+    "results": "the results of tools in",
+    "texts": "contents (a system message, part of an answer) of",
+}
+_CHANGED = {
+    "decoded": "arguments of tool calls were JSON text and were decoded",
+    "joined": "contents were lists of parts: the chat template reads text only, so their texts were joined",
+}
+
+
+def words_of(flags: RowFlag, met: Met) -> list[str]:
+    """What happened to one row, in words."""
+    return [words for kind, words in _WORDS.items() if flags & kind] + _met_words(met)
+
+
+def _met_words(met: Met) -> list[str]:
+    found = []
+    for name, words in _UNPRINTED.items():
+        count = getattr(met, name)
+        if count:
+            found.append(f"the chat template does not print {words} {count:,} of {met.messages:,} messages")
+    return found + [f"{getattr(met, name):,} {words}" for name, words in _CHANGED.items() if getattr(met, name)]
+
+
+@dataclass(frozen=True)
+class RowNote:
+    """What the report counts, of one row; for an inspector."""
+
+    index: int
+    """its place in the data set"""
+    columns: dict[str, Any]
+    """the tokenised row"""
+    tokens: int
+    learned: int
+    cut: int
+    """tokens that length limits took away"""
+    left_out: bool
+    flags: RowFlag
+    met: Met
+
+    @property
+    def findings(self) -> list[str]:
+        """What happened to the row, in words."""
+        cut = [f"truncated ({self.cut:,} tokens cut)"] if self.flags & RowFlag.TRUNCATED else []
+        return cut + words_of(self.flags, self.met)
 
 
 @dataclass
@@ -67,6 +135,7 @@ class TokenizationReport:
     missing_eos: int = 0
     stop_masked: int = 0
     answer_cut: int = 0
+    empty_prompt: int = 0
     empty_completion: int = 0
     unlearned: int = 0
     """rows that never had a learned token; those of `answer_cut` are not among them"""
@@ -74,10 +143,15 @@ class TokenizationReport:
     identical: int = 0
     spelled_tools: int = 0
     unprinted_thoughts: int = 0
+    """rows with reasoning that the chat template does not print; `met` counts the messages"""
     unprinted_results: int = 0
     unprinted_text: int = 0
     decoded_arguments: int = 0
     joined_parts: int = 0
+    met: Met = NOTHING_MET
+    """what was met in the messages of all rows"""
+    unread: list[str] = field(default_factory=list)
+    """columns that no one reads"""
     partial: bool = False
     """True when only the first rows of a stream were looked at"""
 
@@ -86,16 +160,18 @@ class TokenizationReport:
         """Rows without anything to learn, which the tokenised data set no longer has."""
         return self.answer_cut + self.unlearned
 
-    def add(self, flags: Iterable[int], cut: Iterable[int], tokens: Iterable[int], learned: Iterable[int]) -> None:
-        """Count rows by their flags, tokens cut, tokens kept and learned tokens."""
-        for flag, row_cut, row_tokens, row_learned in zip(flags, cut, tokens, learned, strict=True):
-            self.rows += 1
-            self.tokens += row_tokens
-            self.learned += row_learned
-            self.tokens_cut += row_cut
-            for kind in RowFlag(flag):
-                name = str(kind.name).lower()
-                setattr(self, name, getattr(self, name) + 1)
+    def add(self, flags: Numbers, cut: Numbers, tokens: Numbers, learned: Numbers, *met: Numbers) -> None:
+        """Count rows by their flags, tokens cut, tokens kept and learned tokens, and what was met in their messages."""
+        bits = np.asarray(flags, dtype=np.int64)
+        self.rows += len(bits)
+        self.tokens += int(np.sum(tokens))
+        self.learned += int(np.sum(learned))
+        self.tokens_cut += int(np.sum(cut))
+        for kind in RowFlag:
+            name = str(kind.name).lower()
+            setattr(self, name, getattr(self, name) + int(np.count_nonzero(bits & int(kind))))
+        if met:
+            self.met = self.met.plus([int(np.sum(one)) for one in met])
 
     def _count(self, kind: RowFlag) -> int:
         return int(getattr(self, str(kind.name).lower()))
@@ -106,7 +182,15 @@ class TokenizationReport:
         found = [f"{self._count(kind):,} {words}" for kind, words in _WORDS.items() if self._count(kind)]
         if self.truncated:
             found.insert(0, f"{self.truncated:,} rows were truncated ({self.tokens_cut:,} tokens cut)")
+        found += _met_words(self.met)
+        if self.unread:
+            found.append(f"{self.unread_words()}")
         return found
+
+    def unread_words(self) -> str:
+        """The columns that no one reads, in words."""
+        names, many = ", ".join(f"'{name}'" for name in self.unread), len(self.unread) > 1
+        return f"no one reads the column{'s' if many else ''} {names}"
 
     def lines(self, name: str = "train") -> list[str]:
         """The summary, and a line for each finding."""
@@ -115,16 +199,24 @@ class TokenizationReport:
         return [f"{name} data: {self.rows:,} {seen}, {self.tokens:,} tokens{learned}", *self.findings]
 
     def log(self, name: str = "train") -> None:
-        """Log the report on the main process: a warning when something was found, otherwise for information."""
-        if self.rows and int(os.environ.get("RANK", "0")) == 0:
-            level = logging.WARNING if self.findings else logging.INFO
-            logger.log(level, "; ".join(self.lines(name)))
+        """Log the report on the main process: a warning when something was found, otherwise for information.
+
+        Python shows warnings only unless it is told otherwise, so a report without findings goes to a handler of its
+        own then.
+        """
+        if not self.rows or int(os.environ.get("RANK", "0")) != 0:
+            return
+        line = "; ".join(self.lines(name))
+        if self.findings or logger.isEnabledFor(logging.INFO):
+            logger.log(logging.WARNING if self.findings else logging.INFO, line)
+        elif logger.isEnabledFor(logging.WARNING) and logging.lastResort is not None:
+            logging.lastResort.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, line, (), None))
 
     def check(self, name: str = "train") -> None:
         """ValueError when training on these rows would be meaningless."""
         if not self.rows:
             raise ValueError(f"the {name} data set is empty")
-        seen = f"the first {self.rows:,}" if self.partial else f"all {self.rows:,}"
+        seen = self.seen()
         if self.left_out == self.rows:
             cause = f"{self.answer_cut:,} lost their whole answer to truncation" if self.answer_cut else ""
             none = f"{self.unlearned:,} have nothing that the loss mask lets through" if self.unlearned else ""
@@ -133,3 +225,22 @@ class TokenizationReport:
             raise ValueError(f"{seen} rows of the {name} data set are without a learned token: {reasons}; {way_out}")
         if self.identical == self.rows:
             raise ValueError(f"{seen} pairs of the {name} data set have the same chosen and rejected tokens")
+
+    def check_prompts(self, name: str, unread_texts: Sequence[str], given: bool, way_out: str) -> None:
+        """ValueError when the rows have no prompt; one that only some rows lack is a matter of the report.
+
+        unread_texts: columns with text that no one reads. given: the rows have a column for the prompt, or need one.
+        """
+        unread = ", ".join(f"'{column}'" for column in unread_texts)
+        if unread and 2 * self.empty_prompt > self.rows:
+            raise ValueError(
+                f"{self.empty_prompt:,} of {self.rows:,} rows of the {name} data set have an empty prompt, and no one "
+                f"reads the columns {unread}: give the prompt in a column 'prompt' (rename, or join them), or remove "
+                "these columns"
+            )
+        if given and self.empty_prompt == self.rows:
+            raise ValueError(f"{self.seen()} rows of the {name} data set have an empty prompt: {way_out}")
+
+    def seen(self) -> str:
+        """How many rows were looked at, in words."""
+        return f"the first {self.rows:,}" if self.partial else f"all {self.rows:,}"

@@ -17,9 +17,10 @@ from datasets import List, Value
 from trl.data.chat import ChatTemplate, Messages, read_tools
 from trl.data.encode import Ids, Limits, Span, TextEncoder
 from trl.data.formats import Format, RowKind, detect_format
-from trl.data.messages import DECODED, JOINED
+from trl.data.messages import DECODED, JOINED, SPEAKERS
 from trl.data.rendering import THOUGHT_FIELDS, Reading
-from trl.data.report import NO_FLAGS, RowFlag
+from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
+from trl.data.version import code_version
 
 Row = dict[str, Any]
 Part = TypeVar("Part", str, Ids)
@@ -36,6 +37,7 @@ class Made(NamedTuple):
     """tokens that length limits took away"""
     tokens: int
     learned: int
+    met: Met = NOTHING_MET
 
     @property
     def left_out(self) -> bool:
@@ -51,6 +53,7 @@ class Answered(Generic[Part]):
     flags: RowFlag = NO_FLAGS
     said: list[list[Span]] = field(default_factory=list)
     """of rendered answers the characters that the assistant says"""
+    met: Met = NOTHING_MET
 
 
 @contextmanager
@@ -73,6 +76,7 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
 def messages_of(row: Mapping[str, Any], column: str) -> Messages:
     """The row's conversation in that column."""
     value = row.get(column)
+    value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not all(isinstance(m, Mapping) and m.get("role") for m in value):
         raise ValueError(f"column '{column}' should be a list of messages with `role` and `content`, got {value!r:.80}")
     return [dict(message) for message in value]
@@ -105,6 +109,17 @@ def says_nothing(messages: Messages) -> bool:
     return any(m["role"] == "assistant" and not (m.get("content") or m.get("tool_calls")) for m in messages)
 
 
+def asks_nothing(messages: Messages) -> bool:
+    """Whether the messages of a prompt are all blank, but for a system message."""
+    asked = [m for m in messages if m.get("role") not in ("system", "developer")]
+    return not any(_says_something(m) for m in asked or messages)
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(message.get("tool_calls") or (content.strip() if isinstance(content, str) else content))
+
+
 def needs_closing(encoder: TextEncoder, ids: Ids, text: str) -> bool:
     """Whether the row lacks an EOS at its end; blanks after an EOS do not count."""
     if ids[-len(encoder.tail) :] == encoder.tail:
@@ -129,6 +144,8 @@ class RowJob(ABC):
     template_kwargs: Mapping[str, Any] | None = None
     keep: Sequence[str] | None = ()
     """columns of the data set that stay beside the new ones; None: all"""
+    embeddings: int | None = None
+    """rows of the model's embedding; None: not known. A row with an id beyond them is a ValueError"""
     format: Format = field(init=False)
     name: str = field(init=False, default="train")
     """which data set it is, for messages"""
@@ -139,6 +156,9 @@ class RowJob(ABC):
     """formats that it reads, the preferred one first"""
     tokenised: ClassVar[tuple[tuple[str, ...], ...]] = (("input_ids",),)
     """sets of columns that make a row tokenised"""
+
+    no_prompt: ClassVar[str] = "give texts without a prompt as a column 'text', or the BOS token as the prompt"
+    """the way out where no row has a prompt"""
 
     @property
     @abstractmethod
@@ -153,6 +173,17 @@ class RowJob(ABC):
     def options(self) -> tuple[Any, ...]:
         """The fields of a subclass that its rows depend on."""
 
+    def reads(self) -> set[str] | None:
+        """The columns that rows are made of; None: all of them are read or kept."""
+        if self.keep is None or self.format.kind is RowKind.TOKENIZED:
+            return None
+        own = {"tools", "chat_template_kwargs"} if self.format.conversational else set()
+        return own | set(self.format.columns) | set(self.keep)
+
+    def asks_prompt(self) -> bool:
+        """Whether rows have, or should have, a prompt."""
+        return "prompt" in self.format.columns
+
     def reading(self, dataset: Any, name: str) -> tuple[Any, RowJob]:
         """The data set, converted where that is needed, and a copy of this job for its format."""
         job = copy.copy(self)
@@ -164,7 +195,21 @@ class RowJob(ABC):
         """Everything that the rows depend on, as text."""
         kwargs = sorted((self.template_kwargs or {}).items())
         own = (type(self).__name__, self.format, self.limits, kwargs, tuple(self.ends), self.options())
-        return repr(own) + self.encoder.fingerprint()
+        return repr((code_version(), self.embeddings, *own)) + self.encoder.fingerprint()
+
+    def check_ids(self, made: Made, index: int) -> None:
+        """ValueError where a row has an id for which the model has no embedding."""
+        if self.embeddings is None:
+            return
+        for column in self.features:
+            ids = made.columns[column]
+            if column.endswith("_ids") and ids and max(ids) >= self.embeddings:
+                token = self.encoder.tokenizer.convert_ids_to_tokens(max(ids))
+                raise ValueError(
+                    f"row {index} of the {self.name} data set: {token!r} has the id {max(ids)}, and the model's "
+                    f"embedding has {self.embeddings} rows: take the token out of the row, or call "
+                    "`model.resize_token_embeddings(len(tokenizer))`"
+                )
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -187,8 +232,10 @@ class RowJob(ABC):
     def plain(self, row: Row, answers: Sequence[str]) -> Answered[str]:
         """The row's prompt and the texts in the columns `answers`."""
         texts = [text_of(row, answer) for answer in answers]
-        empty = RowFlag.EMPTY_COMPLETION if any(not text.strip() for text in texts) else NO_FLAGS
-        return Answered(text_of(row, "prompt"), texts, empty)
+        flags = RowFlag.EMPTY_COMPLETION if any(not text.strip() for text in texts) else NO_FLAGS
+        prompt = text_of(row, "prompt")
+        flags |= RowFlag.EMPTY_PROMPT if not prompt.strip() else NO_FLAGS
+        return Answered(prompt, texts, flags)
 
     def rendered(self, row: Row, prompt: Messages, answers: Sequence[Messages]) -> Answered[str]:
         """A prompt and its answers as the row's chat template renders them."""
@@ -196,21 +243,33 @@ class RowJob(ABC):
         texts = self.template.of_row(row).split(prompt, answers, tools)
         flags = RowFlag.EMPTY_COMPLETION if any(map(says_nothing, answers)) else NO_FLAGS
         flags |= RowFlag.REWRITTEN if texts.rewritten else flags
-        for reading in texts.readings:
-            flags |= flags_of(reading) & ~RowFlag.REWRITTEN
-        return Answered(texts.prompt, texts.answers, flags, texts.spans)
+        flags |= RowFlag.EMPTY_PROMPT if asks_nothing(prompt) else flags
+        met = NOTHING_MET
+        for number, (reading, answer) in enumerate(zip(texts.readings, answers, strict=True)):
+            own = met_of(reading, len(prompt) + len(answer), len(prompt) if number else 0)
+            flags |= flags_of(reading, own) & ~RowFlag.REWRITTEN
+            met = met.plus(own)
+        return Answered(texts.prompt, texts.answers, flags, texts.spans, met)
 
 
-def flags_of(reading: Reading) -> RowFlag:
+def met_of(reading: Reading, messages: int, first: int = 0) -> Met:
+    """What was met in the messages from `first` on; `messages`: how many the conversation has."""
+    silent: dict[str, set[int]] = {"thoughts": set(), "results": set(), "texts": set()}
+    for at, role, name in reading.missing:
+        kind = "thoughts" if name in THOUGHT_FIELDS else "texts" if role in SPEAKERS else "results"
+        silent[kind].add(at)
+    counts = {kind: sum(at >= first for at in places) for kind, places in silent.items()}
+    for name, kind in (("decoded", DECODED), ("joined", JOINED)):
+        counts[name] = sum(n for (at, own), n in reading.changed.items() if own == kind and at >= first)
+    return Met(messages - first, **counts)
+
+
+def flags_of(reading: Reading, met: Met) -> RowFlag:
     """What happened to a conversation when it was rendered."""
     flags = RowFlag.REWRITTEN if reading.rewritten else NO_FLAGS
     flags |= RowFlag.SPELLED_TOOLS if reading.spelled else flags
-    flags |= RowFlag.DECODED_ARGUMENTS if reading.met[DECODED] else flags
-    flags |= RowFlag.JOINED_PARTS if reading.met[JOINED] else flags
-    for role, name in reading.unprinted:
-        if name in THOUGHT_FIELDS:
-            flags |= RowFlag.UNPRINTED_THOUGHTS
-        else:
-            told = role not in ("system", "developer", "user", "assistant")
-            flags |= RowFlag.UNPRINTED_RESULTS if told else RowFlag.UNPRINTED_TEXT
-    return flags
+    flags |= RowFlag.DECODED_ARGUMENTS if met.decoded else flags
+    flags |= RowFlag.JOINED_PARTS if met.joined else flags
+    flags |= RowFlag.UNPRINTED_THOUGHTS if met.thoughts else flags
+    flags |= RowFlag.UNPRINTED_RESULTS if met.results else flags
+    return flags | (RowFlag.UNPRINTED_TEXT if met.texts else flags)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, compress
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -12,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from trl.data.chat import Messages, read_tools
 from trl.data.encode import Ids
 from trl.data.formats import RowKind, column_names, detect_format, first_row, maybe_convert_to_chatml
-from trl.data.report import NO_FLAGS, RowFlag
+from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
     MASK,
@@ -20,15 +21,20 @@ from trl.data.row_job import (
     Made,
     Row,
     RowJob,
+    asks_nothing,
     at_row,
     flags_of,
     ids_of,
     list_of,
     messages_of,
+    met_of,
     needs_closing,
     says_nothing,
     text_of,
 )
+
+_LENGTHS = "seq_lengths"
+"""column of packed rows: how many tokens each sequence in it has"""
 
 
 @dataclass
@@ -38,6 +44,7 @@ class _Sequence:
     ids: Ids
     mask: Ids
     flags: RowFlag = NO_FLAGS
+    met: Met = NOTHING_MET
 
 
 def _same_length(row: Mapping[str, Any], column: str, ids: Ids) -> list[Any]:
@@ -154,6 +161,8 @@ class SupervisedJob(RowJob):
             dataset = format_rows(dataset, self.formatting_func, name)
             job.text_field, job.formatting_func = "text", None
         job.format, job.name = detect_format(dataset, self.accepts, text_field=job.text_field, name=name), name
+        if job.format.kind is RowKind.TOKENIZED and _LENGTHS in column_names(dataset, name):
+            job.keep = (*(self.keep or ()), _LENGTHS)
         job.keep_nulls = isinstance(dataset, list | tuple)
         kind = job.format.kind
         if self.completion_only_loss and kind in (RowKind.TEXT, RowKind.MESSAGES):
@@ -185,8 +194,23 @@ class SupervisedJob(RowJob):
             with at_row(index, self.name):
                 mask = tokenised_mask(row, self.completion_only_loss, self.assistant_only_loss)
                 plain = supervised_row({**row, "loss_mask": mask})
+                if row.get(_LENGTHS) is not None:
+                    self._check_packed(row, plain)
             sequences.append(_Sequence(plain["input_ids"], plain["loss_mask"]))
         return sequences
+
+    def _check_packed(self, row: Row, plain: dict[str, Ids]) -> None:
+        """Unmark the first token of each sequence of a packed row; ValueError where the row would not stay whole."""
+        lengths = ids_of(row, _LENGTHS)
+        if sum(lengths) != len(plain["input_ids"]):
+            raise ValueError(
+                f"column '{_LENGTHS}' says {sum(lengths)} tokens and the packed row has {len(plain['input_ids'])}"
+            )
+        limit = self.limits.max_length
+        if limit is not None and sum(lengths) > limit:
+            raise ValueError(f"a packed row has {sum(lengths)} tokens: set max_length to as many, or pack to {limit}")
+        for start in accumulate(lengths[:-1]):
+            plain["loss_mask"][start] = 0
 
     def _texts(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
         texts = []
@@ -232,23 +256,25 @@ class SupervisedJob(RowJob):
             sequence.mask = [int(self.completion_only_loss is False)] * len(sequence.ids) + mask
             sequence.ids = sequence.ids + answer_ids
             sequence.flags |= one.flags
+            sequence.met = one.met
             if not self.format.conversational:
                 self._close(sequence, one.answers[0])
             sequences.append(sequence)
         return sequences
 
     def _conversations(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
-        texts, spans, flags = [], [], []
+        texts, spans, flags, met = [], [], [], []
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
-                messages, first = self._messages(row)
+                messages, first, flag = self._messages(row)
                 tools, template = read_tools(row.get("tools"), self.keep_nulls), self.template.of_row(row)
                 if self.assistant_only_loss:
                     text, row_spans, reading = template.conversation(messages, tools, first)
                 else:
                     reading = template.read(messages, tools, strict=False)
                     text, row_spans = reading.text, [(0, len(reading.text))]
-                flag = flags_of(reading)
+                met.append(met_of(reading, len(messages)))
+                flag |= flags_of(reading, met[-1])
                 if not self.assistant_only_loss:
                     flag &= ~RowFlag.REWRITTEN  # no turn is told apart
                 flag |= RowFlag.EMPTY_COMPLETION if says_nothing(messages) else flag
@@ -259,16 +285,18 @@ class SupervisedJob(RowJob):
             encoded = self.encoder.encode_with_masks(texts, spans)
         else:
             encoded = [(ids, [1] * len(ids)) for ids in self.encoder.encode(texts)]
-        return [_Sequence(ids, mask, flag) for (ids, mask), flag in zip(encoded, flags, strict=True)]
+        return [_Sequence(*one, flag, own) for one, flag, own in zip(encoded, flags, met, strict=True)]
 
-    def _messages(self, row: Row) -> tuple[Messages, int]:
-        """The conversation, and the first message that can be learned."""
+    def _messages(self, row: Row) -> tuple[Messages, int, RowFlag]:
+        """The conversation, the first message that can be learned, and whether its prompt is empty."""
         if self.format.kind is RowKind.PROMPT_COMPLETION:
             prompt = messages_of(row, "prompt")
-            return prompt + messages_of(row, "completion"), 0 if self.completion_only_loss is False else len(prompt)
+            first = 0 if self.completion_only_loss is False else len(prompt)
+            flag = RowFlag.EMPTY_PROMPT if asks_nothing(prompt) else NO_FLAGS
+            return prompt + messages_of(row, "completion"), first, flag
         column = self.format.columns[0]
         converted = maybe_convert_to_chatml({"messages": row.get(column)})
-        return messages_of({column: converted["messages"]}, column), 0
+        return messages_of({column: converted["messages"]}, column), 0, NO_FLAGS
 
     def _finish(self, sequence: _Sequence) -> Made:
         ids, mask, flags = sequence.ids, sequence.mask, sequence.flags
@@ -285,11 +313,12 @@ class SupervisedJob(RowJob):
             flags |= RowFlag.ANSWER_CUT if had_any else RowFlag.UNLEARNED
         elif len(kept) == len(ids):
             flags |= self._stop_flag(kept, kept_mask)
-        return Made({"input_ids": kept, "loss_mask": kept_mask}, flags, len(ids) - len(kept), len(kept), sum(kept_mask))
+        columns, learned = {"input_ids": kept, "loss_mask": kept_mask}, sum(kept_mask)
+        return Made(columns, flags, len(ids) - len(kept), len(kept), learned, sequence.met)
 
     def _stop_flag(self, ids: Ids, mask: Ids) -> RowFlag:
         if not self.stops or (not self.add_eos and not self.format.conversational):
             return NO_FLAGS
-        if any(m and i in self.stops for i, m in zip(ids, mask, strict=True)):
+        if not self.stops.isdisjoint(compress(ids, mask)):
             return NO_FLAGS
         return RowFlag.MISSING_EOS if self.stops.isdisjoint(ids[1:]) else RowFlag.STOP_MASKED

@@ -1,31 +1,37 @@
 """One pass of batched tokenisation: a job makes rows of token ids, and a report says what it met.
 
-Takes a Dataset, a streamed IterableDataset or a list of rows, and gives back its like; another object (a torch Dataset)
-is passed through. Rows that have nothing to learn (the answer was cut away whole, or everything is masked) are left
-out; when that is true of all, it is a ValueError.
+Takes a Dataset, a streamed IterableDataset or a list of rows; another object (a torch Dataset) is passed through. Rows
+that have nothing to learn (the answer was cut away whole, or everything is masked) are left out; when that is true of
+all, it is a ValueError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value
-from datasets.fingerprint import Hasher
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
+from datasets.fingerprint import Hasher, generate_random_fingerprint
 
-from trl.data.formats import column_names
-from trl.data.report import RowFlag, TokenizationReport
+from trl.data.formats import column_names, first_row, refuse_splits
+from trl.data.report import Met, RowFlag, RowNote, TokenizationReport
 from trl.data.row_job import Made, Row, RowJob
 
-_COUNTS = ("_flags", "_cut", "_tokens", "_learned")
+logger = logging.getLogger(__name__)
+
+_COUNTS = ("_flags", "_cut", "_tokens", "_learned", *(f"_{name}" for name in Met._fields))
 
 
-def has_rows(dataset: Any) -> bool:
+def has_rows(dataset: Any, name: str = "train") -> bool:
     """Whether it is a data set whose rows we read, not one that a user has prepared (a torch Dataset)."""
     if dataset is None:
         raise ValueError("The dataset should not be None")
+    refuse_splits(dataset, name)
     return isinstance(dataset, Dataset | IterableDataset | list | tuple)
 
 
@@ -34,29 +40,97 @@ def tokenize(
 ) -> tuple[Any, TokenizationReport]:
     """The data set with the job's columns and those that the job keeps; and the report, logged and checked.
 
-    `name` says which data set it is in messages. Of a stream the report sees only the first batch.
+    A list of rows becomes a `Dataset`, but where the job keeps all columns: those can hold anything. `name` says which
+    data set it is in messages. Of a stream the report sees only the first batch.
     """
     report = TokenizationReport()
-    if not has_rows(dataset):
+    if not has_rows(dataset, name):
         return dataset, report
-    dataset, job = job.reading(dataset, name)
+    dataset, job = job.reading(as_shown(dataset, name), name)
     columns = column_names(dataset, name)
+    if isinstance(dataset, list | tuple):  # rows may have keys of their own
+        columns = list(dict.fromkeys([*columns, *(key for row in dataset for key in row)]))
     keep = tuple(c for c in (columns if job.keep is None else job.keep) if c in columns and c not in job.features)
     if isinstance(dataset, Dataset):
         mapped: Any = _map_dataset(dataset, job, keep, report, num_proc, batch_size, name)
     elif isinstance(dataset, IterableDataset):
         first = list(islice(dataset, batch_size))
         report.partial = True
-        _count(report, job([dict(row) for row in first], range(len(first))))
+        _count(report, _made(job, [dict(row) for row in first], range(len(first))))
         batched = _BatchedJob(job, keep, counted=False)
         mapped = dataset.map(
             batched, with_indices=True, batched=True, batch_size=batch_size, remove_columns=list(columns)
         )
     else:
-        mapped = _map_list(dataset, job, keep, report)
+        mapped = _map_list(dataset, job, keep, report, batch_size)
+    read = job.reads()
+    report.unread = [] if read is None else [column for column in columns if column not in read]
     report.check(name)
+    report.check_prompts(name, _texts(report.unread, dataset, name), job.asks_prompt(), job.no_prompt)
     report.log(name)
     return mapped, report
+
+
+def notes(dataset: Any, job: RowJob, *, name: str = "train", most: int | None = None) -> Iterator[RowNote]:
+    """What the report counts, row by row, with the tokenised row; `most`: of so many rows at the start."""
+    if not has_rows(dataset, name):
+        raise ValueError(f"the {name} data set is a {type(dataset).__name__}, whose rows are not read here")
+    dataset, job = job.reading(as_shown(dataset, name), name)
+    for index, row in enumerate(islice(dataset, most)):
+        (one,) = _made(job, [dict(row)], [index])
+        yield RowNote(index, one.columns, one.tokens, one.learned, one.cut, one.left_out, one.flags, one.met)
+
+
+def as_shown(dataset: Any, name: str = "train") -> Any:
+    """The rows as indexing shows them, without a format: a transform is applied, hidden columns are left out."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.with_format(None)
+    if not isinstance(dataset, Dataset):
+        return dataset
+    if dataset.format["type"] == "custom":
+        logger.warning("the transform of the %s data set is applied once, before training", name)
+        return dataset.map(
+            _as_it_is, batched=True, remove_columns=dataset.column_names, desc=f"Transforming the {name} data"
+        ).with_format(None)
+    shown = dataset.format["columns"]
+    if set(shown) != set(dataset.column_names) and not dataset.format["output_all_columns"]:
+        dataset = dataset.select_columns(list(shown))
+    return dataset.with_format(None)
+
+
+def list_codes(dataset: Dataset, column: str) -> np.ndarray:
+    """A number for each row: the same for rows with the same list of numbers in the column. [R]"""
+    lists = as_shown(dataset).with_format("arrow")[column][:].combine_chunks()
+    lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
+    values = lists.values
+    width = values.type.bit_width // 8
+    offsets = pa.array(lists.offsets.to_numpy() * width, pa.int64())
+    buffers = [None, offsets.buffers()[1], values.buffers()[1]]
+    whole = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(lists), buffers, offset=0)
+    return np.asarray(whole.dictionary_encode().indices.to_numpy(), dtype=np.int64)
+
+
+def _as_it_is(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {name: list(values) for name, values in batch.items()}
+
+
+def _texts(columns: Sequence[str], dataset: Any, name: str) -> list[str]:
+    """Those of the columns that hold text or messages, by the first row."""
+    row = first_row(dataset, name) if columns else {}
+    return [column for column in columns if _is_text(row.get(column))]
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str | dict)
+
+
+def _made(job: RowJob, rows: list[Row], indices: Sequence[int]) -> list[Made]:
+    made = job(rows, indices)
+    for index, one in zip(indices, made, strict=True):
+        job.check_ids(one, index)
+    return made
 
 
 @dataclass
@@ -70,30 +144,47 @@ class _BatchedJob:
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = self.job(rows, indices)
+        made = _made(self.job, rows, indices)
         kept = [(row, one) for row, one in zip(rows, made, strict=True) if self.counted or not one.left_out]
         columns = {name: [row[name] for row, _ in kept] for name in self.keep}
         columns |= {name: [one.columns[name] for _, one in kept] for name in self.job.features}
         if self.counted:
-            counts = [(int(one.flags), one.cut, one.tokens, one.learned) for _, one in kept]
-            columns |= {name: list(values) for name, values in zip(_COUNTS, zip(*counts, strict=True), strict=True)}
+            counts = zip(*(_counts(one) for _, one in kept), strict=True)
+            columns |= {name: list(values) for name, values in zip(_COUNTS, counts, strict=True)}
         return columns
 
 
+def _counts(one: Made) -> tuple[int, ...]:
+    return (int(one.flags), one.cut, one.tokens, one.learned, *one.met)
+
+
 def _count(report: TokenizationReport, made: Sequence[Made]) -> None:
-    report.add(
-        [one.flags for one in made],
-        [one.cut for one in made],
-        [one.tokens for one in made],
-        [one.learned for one in made],
-    )
+    if made:
+        report.add(*zip(*map(_counts, made), strict=True))
 
 
-def _map_list(rows: Sequence[Row], job: RowJob, keep: Sequence[str], report: TokenizationReport) -> list[Row]:
-    made = job([dict(row) for row in rows], range(len(rows)))
-    _count(report, made)
-    pairs = zip(rows, made, strict=True)
-    return [{**{n: row[n] for n in keep if n in row}, **one.columns} for row, one in pairs if not one.left_out]
+def _map_list(
+    rows: Sequence[Row], job: RowJob, keep: Sequence[str], report: TokenizationReport, batch_size: int
+) -> Dataset | list[Row]:
+    kept: list[Row] = []
+    tables = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        made = _made(job, [dict(row) for row in batch], range(start, start + len(batch)))
+        _count(report, made)
+        pairs = [(row, one.columns) for row, one in zip(batch, made, strict=True) if not one.left_out]
+        if job.keep is None:
+            kept += [{**{n: row.get(n) for n in keep}, **columns} for row, columns in pairs]
+            continue
+        arrays = {name: pa.array([row.get(name) for row, _ in pairs]) for name in keep}
+        types = Features(job.features).arrow_schema
+        arrays |= {name: pa.array([own[name] for _, own in pairs], types.field(name).type) for name in job.features}
+        tables.append(pa.table(arrays))
+    if job.keep is None or not tables:
+        return kept
+    table = pa.concat_tables(tables, promote_options="permissive")
+    features = Features({**Features.from_arrow_schema(table.schema), **job.features})
+    return Dataset(table, DatasetInfo(features=features), fingerprint=generate_random_fingerprint())
 
 
 def _map_dataset(
@@ -105,7 +196,6 @@ def _map_dataset(
     batch_size: int,
     name: str,
 ) -> Dataset:
-    dataset = dataset.with_format(None)
     features = {column: dataset.features[column] for column in keep} | job.features
     mapped = dataset.map(
         _BatchedJob(job, keep, counted=True),
@@ -118,10 +208,10 @@ def _map_dataset(
         new_fingerprint=Hasher.hash([dataset._fingerprint, job.key(), keep]),
         desc=f"Tokenizing the {name} data",
     )
-    counts = [mapped[column][:] for column in _COUNTS]
+    counts = [np.asarray(mapped.with_format("numpy", columns=[column])[column][:]) for column in _COUNTS]
     report.add(*counts)
     mapped = mapped.remove_columns(list(_COUNTS))
     if report.left_out and report.left_out < report.rows:
         gone = int(RowFlag.UNLEARNED | RowFlag.ANSWER_CUT)
-        mapped = mapped.select([i for i, flags in enumerate(counts[0]) if not flags & gone])
+        mapped = mapped.select(np.flatnonzero((counts[0].astype(np.int64) & gone) == 0))
     return mapped

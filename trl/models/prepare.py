@@ -35,6 +35,7 @@ __all__ = [
     "check_vocabulary",
     "context_length",
     "disable_dropout_in_model",
+    "embedding_rows",
     "enable_gradient_checkpointing",
     "ensure_pad_token",
     "equalise",
@@ -212,15 +213,36 @@ def align_special_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError if the tokenizer makes ids for which the model has no embedding."""
-    rows = getattr(below_value_head(model).get_input_embeddings(), "num_embeddings", 0)
-    rows = rows or below_value_head(model).config.get_text_config().vocab_size
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
+    """ValueError if the tokenizer makes ids for which the model has no embedding.
+
+    Tokens that were added to the vocabulary and that no row has to hold (Gemma's placeholder for images) are only
+    warned of: `embedding_rows` is what rows are checked against.
+    """
+    rows = embedding_rows(model) or 0
+    beyond = {token: own for token, own in tokenizer.get_vocab().items() if own >= rows}
+    if not beyond:
+        return
+    way_out = "call `model.resize_token_embeddings(len(tokenizer))`"
+    used = {own for own in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if own is not None}
+    if used.intersection(beyond.values()) or not set(beyond.values()) <= set(tokenizer.added_tokens_decoder):
         raise ValueError(
-            f"the tokenizer's highest id is {highest}, and the model's embedding has {rows} rows: use the model's own "
-            "tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`"
+            f"the tokenizer's highest id is {max(beyond.values())}, and the model's embedding has {rows} rows: use the "
+            f"model's own tokenizer, or {way_out}"
         )
+    names = ", ".join(sorted(beyond, key=lambda token: beyond[token])[:5])
+    warnings.warn(
+        f"the model's embedding has {rows} rows, and the tokenizer's {names} lie beyond it: a row that holds one is "
+        f"refused; to train on them {way_out}",
+        stacklevel=2,
+    )
+
+
+def embedding_rows(model: nn.Module | None) -> int | None:
+    """Rows of the model's embedding: ids below it can be read; None without a model."""
+    if model is None:
+        return None
+    rows = getattr(below_value_head(model).get_input_embeddings(), "num_embeddings", 0)
+    return int(rows or below_value_head(model).config.get_text_config().vocab_size)
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from trl.data.chat import ChatTemplate
 from trl.data.encode import TextEncoder
+from trl.data.formats import column_names, mapped_rows
 from trl.data.records import Rollout
 from trl.losses.distillation import generalized_jsd
 from trl.losses.loss_sum import LossSum
@@ -23,7 +24,6 @@ from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.rollout.source import Rows, Source
 from trl.trainer.configuration import Setting, require
-from trl.trainer.preparation import each_dataset
 from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer
 from trl.trainer.settings import accepted, rename
 
@@ -112,16 +112,21 @@ class DistillationTrainer(RolloutTrainer):
             model,
             None,
             args,
-            each_dataset(train_dataset, _split_messages, "train"),
-            each_dataset(eval_dataset, _split_messages, "eval"),
+            train_dataset,
+            eval_dataset,
             processing_class,
             **kwargs,
         )
         self.teacher = self._teacher(teacher_model)
-        for dataset in (self.train_dataset, self.eval_dataset):
-            names = getattr(dataset, "column_names", None)
-            if self.args.lmbda < 1 and isinstance(names, list) and "completion" not in names:
-                raise ValueError(f"lmbda={self.args.lmbda}: needs a column `completion`; found {', '.join(names)}")
+
+    def with_prompt(self, dataset: Any, name: str) -> Any:
+        """Rows of whole conversations as prompt and completion: their last message."""
+        names = column_names(dataset, name)
+        if "messages" in names:
+            return mapped_rows(dataset, _in_two, f"Splitting the {name} data", remove_columns=["messages"])
+        if self.args.lmbda < 1 and "completion" not in names:
+            raise ValueError(f"lmbda={self.args.lmbda}: needs a column `completion`; found {', '.join(names)}")
+        return dataset
 
     def _teacher(self, given: nn.Module | str | None) -> nn.Module:
         config = self.args
@@ -244,12 +249,6 @@ class GKDTrainer(DistillationTrainer):
     config_class = GKDConfig
 
 
-def _split_messages(dataset: Any, name: str) -> Any:
-    """Rows of whole conversations as prompt and completion: their last message."""
-    if "messages" not in (getattr(dataset, "column_names", None) or ()):
-        return dataset
-    return dataset.map(
-        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
-        remove_columns=["messages"],
-        desc=f"Splitting the {name} data",
-    )
+def _in_two(row: Mapping[str, Any]) -> dict[str, Any]:
+    others = {name: value for name, value in row.items() if name != "messages"}
+    return {**others, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}

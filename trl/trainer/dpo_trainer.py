@@ -237,10 +237,11 @@ class DPOTrainer(PairTrainer):
         return {"divergence": self.args.f_divergence_type, "divergence_alpha": self.args.f_alpha_divergence_coef}
 
     def prepare_data(self) -> None:
+        super().prepare_data()
         self._ahead.fill()
 
-    def prepare_evaluation(self, eval_dataset: Any) -> Any:
-        return self._ahead.evaluation(eval_dataset)
+    def prepare_evaluation(self, eval_dataset: Any, name: str = "eval") -> Any:
+        return self._ahead.evaluation(super().prepare_evaluation(eval_dataset, name))
 
     # -- methods of release 0.7.7, on padded batches and plain numbers -----------------------------
 

@@ -6,24 +6,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trl.data.packing import pack
 from trl.data.prompt_rows import CompletionsJob
 from trl.data.records import Batch, Branch, TokenTree
-from trl.data.tokenize import tokenize
+from trl.data.tokenize import list_codes, tokenize
+from trl.data.version import code_version
 from trl.generation.stopping import end_tokens
 from trl.losses.kto import UNPAIRED_LOSSES, mismatched_kl, unpaired_loss
 from trl.losses.loss_sum import LossSum, masked_sum
 from trl.models.forward import eval_no_grad
+from trl.models.prepare import embedding_rows
 from trl.models.scoring import score
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, Setting, as_config, choose, require
+from trl.trainer.given_data import Prepare
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import answer_limits, each_dataset, prepare, refuse_collator
+from trl.trainer.preparation import answer_limits, prepare, refuse_collator
 from trl.trainer.references import ReferenceColumns, ReferenceConfig, follows, make_reference
 from trl.trainer.statistics import RewardShift
 
@@ -66,15 +72,22 @@ def with_mismatched(dataset: Any, name: str) -> Any:
             f"loss_type='kto' pairs rows with other rows' completions: the {name} data must be a whole `Dataset`, "
             f"not a {type(dataset).__name__}"
         )
-    prompts, completions = dataset["prompt_ids"][:], dataset["completion_ids"][:]
-    count = len(prompts)
-    next_other = [0] * count  # steps from each row to the next one with another prompt
-    for row in range(2 * count - 1, -1, -1):
-        here, after = row % count, (row + 1) % count
-        next_other[here] = 1 if prompts[here] != prompts[after] else next_other[after] + 1
-    if max(next_other) >= count:
+    other = _next_with_other(list_codes(dataset, "prompt_ids"))
+    if other is None:
         raise ValueError(f"all rows of the {name} data set have one prompt: loss_type='kto' needs several for its KL")
-    return dataset.add_column(MISMATCHED, [completions[(row + next_other[row]) % count] for row in range(count)])
+    dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+    mismatched = dataset.data.table.column("completion_ids").take(pa.array(other))
+    key = Hasher.hash([dataset._fingerprint, MISMATCHED, code_version()])
+    return dataset.add_column(MISMATCHED, mismatched, new_fingerprint=key, feature=dataset.features["completion_ids"])
+
+
+def _next_with_other(prompt_R: np.ndarray) -> np.ndarray | None:
+    """For each row the next one with another prompt, from the end on to the start; None where all have one. [R]"""
+    count = len(prompt_R)
+    ends = np.flatnonzero(prompt_R != np.roll(prompt_R, -1))  # of runs of one prompt
+    if not len(ends):
+        return None
+    return (ends[np.searchsorted(ends, np.arange(count)) % len(ends)] + 1) % count
 
 
 class UnpairedCollator:
@@ -152,7 +165,9 @@ class KTOTrainer(ObjectiveTrainer):
             model_init=model_init,
             callbacks=callbacks,
             optimizers=optimizers,
-            **self._datasets(train_dataset, eval_dataset, tokenizer, config, model),
+            rows=self._rows(tokenizer, config, model),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             **kwargs,
         )
         self.shift = RewardShift() if config.loss_type == "bco" else None
@@ -161,9 +176,8 @@ class KTOTrainer(ObjectiveTrainer):
         self._ahead = ReferenceColumns(self, self.reference, self._columns, self._reference_sums)
 
     @staticmethod
-    def _datasets(
-        train_dataset: Any, eval_dataset: Any, tokenizer: Any, config: KTOConfig, model: nn.Module | None
-    ) -> dict[str, Any]:
+    def _rows(tokenizer: Any, config: KTOConfig, model: nn.Module | None) -> Prepare:
+        """What tokenises a data set, and adds mismatched completions where the loss has a KL."""
         encoder_decoder = model is not None and is_encoder_decoder(model)
         limits = answer_limits(config, model, encoder_decoder)
         job = CompletionsJob(
@@ -172,16 +186,14 @@ class KTOTrainer(ObjectiveTrainer):
             ends=end_tokens(model, tokenizer),
             keep=REFERENCE_COLUMNS,
             is_encoder_decoder=encoder_decoder,
+            embeddings=embedding_rows(model),
         )
 
         def tokenised(dataset: Any, name: str) -> Any:
             rows = tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
             return with_mismatched(rows, name) if config.loss_type == "kto" else rows
 
-        return {
-            "train_dataset": each_dataset(train_dataset, tokenised, "train"),
-            "eval_dataset": each_dataset(eval_dataset, tokenised, "eval"),
-        }
+        return tokenised
 
     def frozen_models(self) -> list[nn.Module]:
         return self.reference.kept
@@ -206,10 +218,11 @@ class KTOTrainer(ObjectiveTrainer):
             self.reference.load(state["reference"])
 
     def prepare_data(self) -> None:
+        super().prepare_data()
         self._ahead.fill()
 
-    def prepare_evaluation(self, eval_dataset: Any) -> Any:
-        return self._ahead.evaluation(eval_dataset)
+    def prepare_evaluation(self, eval_dataset: Any, name: str = "eval") -> Any:
+        return self._ahead.evaluation(super().prepare_evaluation(eval_dataset, name))
 
     # -- a batch ------------------------------------------------------------------------------
 

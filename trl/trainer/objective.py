@@ -49,6 +49,7 @@ from trl.trainer.checkpoints import (
     write_state,
 )
 from trl.trainer.configuration import PostTrainingConfig, as_config
+from trl.trainer.given_data import GivenData, Prepare
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
 from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
 from trl.trainer.run_folder import RunFolder
@@ -137,15 +138,23 @@ class ObjectiveTrainer(Trainer):
     def count(self, batch: dict[str, Any]) -> Tensor | float:
         """What `objective` will sum over in this batch: learned tokens, sequences or pairs."""
 
-    def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any):
+    is_in_train = False  # before `Trainer` says so itself
+    _train_rows: Any = None
+    _eval_rows: Any = None
+
+    def __init__(self, *args: Any, processing_class: Any = None, rows: Prepare | None = None, **kwargs: Any):
+        """rows: prepares a data set for the collator; it is called for each one that the trainer is ever given."""
         own = kwargs["args"] = _own_settings(kwargs.get("args"))
         self._model_files: list[str] = []
         """what `from_pretrained` reads of the last save"""
         self._is_staged, self._uploads = False, list[Any]()
         self._hub_strategy, own.hub_strategy = own.hub_strategy, HubStrategy.END  # checkpoints: see `_push_checkpoint`
         on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0010
-        for name in ("train_dataset", "eval_dataset"):
-            kwargs[name] = _with_lengths(kwargs.get(name), own)
+
+        def prepared(dataset: Any, name: str) -> Any:
+            return _with_lengths(dataset if rows is None else rows(dataset, name), own)
+
+        self.given = GivenData(prepared)
         super().__init__(*args, processing_class=processing_class, **kwargs)
         self.args.enable_jit_checkpoint = on_signal
         check_trainable(self.model)
@@ -200,11 +209,40 @@ class ObjectiveTrainer(Trainer):
 
         self.accelerator.clip_grad_norm_ = clip_and_keep
 
+    @property
+    def train_dataset(self) -> Any:
+        """The prepared training rows. Another data set is prepared when it is set, and used by the next `train()`."""
+        return self._train_rows
+
+    @train_dataset.setter
+    def train_dataset(self, dataset: Any) -> None:
+        if self.is_in_train and dataset is not self._train_rows:
+            raise ValueError(
+                "train_dataset: a run reads the data set that it began with; set another one between two calls of "
+                "train() (control.should_training_stop=True ends a run early)"
+            )
+        before, self._train_rows = self._train_rows, self.given.of(dataset, "train")
+        if self._train_rows is not before:
+            self.other_train_rows()
+
+    @property
+    def eval_dataset(self) -> Any:
+        """The prepared evaluation rows, or a dict of them. Others are prepared when they are set."""
+        return self._eval_rows
+
+    @eval_dataset.setter
+    def eval_dataset(self, dataset: Any) -> None:
+        self._eval_rows = self.given.of(dataset, "eval")
+
+    def other_train_rows(self) -> None:
+        """Called when the training rows are others than before."""
+
     def changed(self, name: str) -> None:
         """Called after a `Setting` got a new value; ValueError where it can have no effect any more."""
 
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""
+        self.train_dataset = self.given.renewed(self.train_dataset, "train")
 
     def frozen_models(self) -> list[nn.Module]:
         """Models beside the trained one that stay in memory: a reference, a teacher."""
@@ -217,9 +255,12 @@ class ObjectiveTrainer(Trainer):
             say_memory(self.model, self.frozen_models(), self.optimizer or chosen)
         self._memory_said = True
 
-    def prepare_evaluation(self, eval_dataset: Any) -> Any:
+    def prepare_evaluation(self, eval_dataset: Any, name: str = "eval") -> Any:
         """Evaluation rows in the form that the collator takes; a name or None means the trainer's own data set."""
-        return eval_dataset
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self.eval_dataset = self.given.renewed(self.eval_dataset, "eval")
+            return eval_dataset
+        return self.given.of(eval_dataset, name)
 
     def get_train_dataloader(self) -> DataLoader:
         self.prepare_data()
@@ -241,6 +282,9 @@ class ObjectiveTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self.prepare_evaluation(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return super().get_test_dataloader(self.prepare_evaluation(test_dataset, "test"))
 
     @property
     def tokenizer(self) -> Any:

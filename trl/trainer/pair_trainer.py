@@ -27,13 +27,13 @@ from trl.losses.loss_sum import LossSum, Measure
 from trl.losses.pairs import PairLogps, sum_pairs, wpo_weights
 from trl.losses.preference import check_pair_options, preference_loss
 from trl.models.forward import eval_no_grad
-from trl.models.prepare import context_length, is_peft_model
+from trl.models.prepare import context_length, embedding_rows, is_peft_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.models.unwrap import below_value_head, is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, Setting, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import answer_limits, each_dataset, prepare
+from trl.trainer.preparation import answer_limits, prepare
 from trl.trainer.statistics import RewardShift
 
 
@@ -137,6 +137,7 @@ class PairTrainer(ObjectiveTrainer):
             add_bos=add_bos,
             ends=end_tokens(model, tokenizer),
             is_encoder_decoder=encoder_decoder,
+            embeddings=embedding_rows(model),
         )
 
         def tokenised(dataset: Any, name: str) -> Any:
@@ -146,8 +147,9 @@ class PairTrainer(ObjectiveTrainer):
             model=model,
             args=config,
             data_collator=PairCollator(data_collator),
-            train_dataset=each_dataset(train_dataset, tokenised, "train"),
-            eval_dataset=each_dataset(eval_dataset, tokenised, "eval"),
+            rows=tokenised,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             model_init=model_init,
             **kwargs,

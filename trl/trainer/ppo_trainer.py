@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, flatten_dict, set_seed, stats_to_np
+from trl.data.formats import refuse_splits
 from trl.data.microbatches import unasked_budget
 from trl.data.records import Rollout
 from trl.generation import make_sampler
@@ -1524,6 +1525,7 @@ def check_arguments(
         )
     if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
         raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)} - {supported}")
+    refuse_splits(dataset)
     if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset) and not _of_datasets(dataset):
         raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
     if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, ProcessorMixin
 
 from trl.data.encode import Limits
 from trl.models.chat_setup import template_at
@@ -25,6 +26,8 @@ from trl.models.prepare import (
 )
 from trl.trainer.configuration import PostTrainingConfig, PreferenceConfig, processing_class_of
 
+logger = logging.getLogger(__name__)
+
 
 def prepare_tokenizer(tokenizer: Any, model: nn.Module | str | None, config: PostTrainingConfig) -> Any:
     """The tokenizer given, or that of the model's folder, with the config's tokens and with a padding token.
@@ -38,9 +41,23 @@ def prepare_tokenizer(tokenizer: Any, model: nn.Module | str | None, config: Pos
             "tokenizer: none was given and the model does not say where it came from: pass `processing_class`"
         )
     trusted = {"trust_remote_code": True} if config.trust_remote_code and isinstance(tokenizer, str) else {}
-    tokenizer = read_tokenizer(tokenizer, **trusted)
+    tokenizer = _text_tokenizer(read_tokenizer(tokenizer, **trusted))
     apply_token_settings(tokenizer, **config.token_settings())
     return ensure_pad_token(tokenizer)
+
+
+def _text_tokenizer(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with its chat template; a tokenizer itself stays as it is."""
+    inner = getattr(processing_class, "tokenizer", None)
+    if inner is None or not isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    if inner.chat_template is None:
+        inner.chat_template = getattr(processing_class, "chat_template", None)
+    logger.warning(
+        "processing_class: of the %s its tokenizer is used, for text; checkpoints hold the tokenizer alone",
+        type(processing_class).__name__,
+    )
+    return inner
 
 
 def apply_token_settings(
@@ -59,15 +76,6 @@ def apply_token_settings(
         setattr(tokenizer, name, token)
     if chat_template_path is not None:
         tokenizer.chat_template = template_at(chat_template_path)
-
-
-def each_dataset(dataset: Any, prepare: Callable[[Any, str], Any], name: str) -> Any:
-    """`prepare(dataset, name)`, for each one of a dict of evaluation sets; None stays None."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {key: prepare(one, f"{name} ({key})") for key, one in dataset.items()}
-    return prepare(dataset, name)
 
 
 def fitting_length(config: Any, model: nn.Module | None) -> int | None:

@@ -15,20 +15,22 @@ from trl.data.packing import pack
 from trl.data.prompt_rows import StepwiseJob
 from trl.data.records import Batch, Branch, TokenTree
 from trl.data.tokenize import tokenize
+from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import stepwise_cross_entropy
+from trl.models.prepare import embedding_rows
 from trl.models.scoring import scores_at
 from trl.trainer.configuration import OfflineConfig, as_config, require
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.preparation import (
     asked_length,
-    each_dataset,
     fitting_length,
     label_count,
     label_kwargs,
     prepare,
     refuse_collator,
 )
+from trl.trainer.reward_trainer import compute_accuracy
 
 
 @dataclass
@@ -78,7 +80,8 @@ class StepCollator:
 class PRMTrainer(ObjectiveTrainer):
     """Train a token classifier with two labels to judge each step of a solution (arXiv:2211.14275, arXiv:2305.20050).
 
-    Rows: `prompt`, `completions` (a text a step), `labels` (true = the step is right).
+    Rows: `prompt`, `completions` (a text a step), `labels` (true = the step is right); or tokenised ones: `input_ids`
+    with `labels` of 0, 1 or -100 for each token. Evaluation logs `eval_accuracy` over the labelled steps.
     """
 
     _tag_names = ("trl", "prm")
@@ -92,6 +95,7 @@ class PRMTrainer(ObjectiveTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         model_init: Callable[..., nn.Module] | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
         *,
         peft_config: Any = None,
         tokenizer: Any = None,
@@ -127,6 +131,8 @@ class PRMTrainer(ObjectiveTrainer):
                 limits=limits,
                 step_separator=config.step_separator,
                 train_on_last_step_only=config.train_on_last_step_only and name == "train",
+                ends=end_tokens(model, tokenizer),
+                embeddings=embedding_rows(model),
             )
             return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
@@ -134,10 +140,12 @@ class PRMTrainer(ObjectiveTrainer):
             model=model,
             args=config,
             data_collator=StepCollator(),
-            train_dataset=each_dataset(train_dataset, tokenised, "train"),
-            eval_dataset=each_dataset(eval_dataset, tokenised, "eval"),
+            rows=tokenised,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             model_init=model_init,
+            compute_metrics=compute_accuracy if compute_metrics is None else compute_metrics,
             **kwargs,
         )
 

@@ -143,6 +143,8 @@ class ReferenceColumns:
         sums: Callable[[nn.Module, Mapping[str, Any]], Sequence[Tensor]],
     ):
         self.trainer, self.reference, self.names, self.sums = trainer, reference, tuple(names), sums
+        for dataset in _datasets(trainer) if trainer.args.precompute_ref_log_probs else ():
+            self._refuse_stream(dataset, "given")
 
     def fill(self) -> None:
         """Give every data set of the trainer its columns."""
@@ -151,12 +153,15 @@ class ReferenceColumns:
             return
         trainer = self.trainer
         if trainer.train_dataset is not None:
-            trainer.train_dataset = self.of(trainer.train_dataset, "train")
+            trainer.train_dataset = trainer.given.ready(self.of(trainer.train_dataset, "train"), "train")
         if isinstance(trainer.eval_dataset, dict):
-            named = trainer.eval_dataset.items()
-            trainer.eval_dataset = {name: self.of(dataset, f"eval ({name})") for name, dataset in named}
+            named = {
+                key: trainer.given.ready(self.of(dataset, f"eval ({key})"), f"eval ({key})")
+                for key, dataset in trainer.eval_dataset.items()
+            }
+            trainer.eval_dataset = trainer.given.ready(named, "eval")
         elif trainer.eval_dataset is not None:
-            trainer.eval_dataset = self.of(trainer.eval_dataset, "eval")
+            trainer.eval_dataset = trainer.given.ready(self.of(trainer.eval_dataset, "eval"), "eval")
 
     def evaluation(self, eval_dataset: Any) -> Any:
         """The rows to evaluate with their columns; a name or None: the trainer's own."""
@@ -167,13 +172,9 @@ class ReferenceColumns:
     @torch.no_grad()
     def of(self, dataset: Any, name: str) -> Dataset:
         """The rows with the reference's columns; those that have them stay as they are."""
-        if set(self.names) <= set(getattr(dataset, "column_names", None) or ()):
+        if self._has_columns(dataset):
             return dataset
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"precompute_ref_log_probs=True: the {name} data are a {type(dataset).__name__} without length; leave "
-                "it False, or load them whole"
-            )
+        self._refuse_stream(dataset, name)
         with self.reference.model() as reference:
             if reference is None and self.trainer.state.global_step > 0:
                 raise ValueError(
@@ -186,6 +187,16 @@ class ReferenceColumns:
         for column, values in zip(self.names, columns, strict=True):
             dataset = dataset.add_column(column, values)
         return dataset
+
+    def _refuse_stream(self, dataset: Any, name: str) -> None:
+        if not isinstance(dataset, Dataset) and not self._has_columns(dataset):
+            raise ValueError(
+                f"precompute_ref_log_probs=True: the {name} data are a {type(dataset).__name__} without length; leave "
+                "it False, or load them whole"
+            )
+
+    def _has_columns(self, dataset: Any) -> bool:
+        return set(self.names) <= set(getattr(dataset, "column_names", None) or ())
 
     def _scored(self, model: nn.Module, dataset: Dataset) -> list[list[float]]:
         args = self.trainer.args

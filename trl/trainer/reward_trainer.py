@@ -16,14 +16,15 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from trl.data.encode import Limits
 from trl.data.prompt_rows import PairsJob
 from trl.data.tokenize import tokenize
+from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import bradley_terry
-from trl.models.prepare import context_length
+from trl.models.prepare import context_length, embedding_rows
 from trl.models.scoring import label_rewards
 from trl.trainer.configuration import OfflineConfig, as_config, require, with_keywords
 from trl.trainer.objective import ObjectiveTrainer
 from trl.trainer.pair_trainer import PairCollator
-from trl.trainer.preparation import asked_length, each_dataset, fitting_length, label_count, label_kwargs, prepare
+from trl.trainer.preparation import asked_length, fitting_length, label_count, label_kwargs, prepare
 
 
 @dataclass
@@ -65,8 +66,9 @@ class RewardTrainer(ObjectiveTrainer):
     """Train a sequence classifier to score chosen above rejected (Bradley-Terry).
 
     Rows: `chosen`/`rejected` (text or conversations, with or without `prompt`), or the tokenised columns
-    `input_ids_chosen`, `attention_mask_chosen` and the same of rejected; `margin` is optional. A model has one label;
-    with several, each label's loss is averaged and the reward is their mean, as in release 0.7.7.
+    `input_ids_chosen` and `input_ids_rejected`, `chosen_ids` and `rejected_ids` (with or without `prompt_ids`), or
+    `chosen_input_ids` and `rejected_input_ids`; `margin` is optional. A model has one label; with several, each label's
+    loss is averaged and the reward is their mean, as in release 0.7.7.
     """
 
     _tag_names = ("trl", "reward-trainer")
@@ -107,7 +109,13 @@ class RewardTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
         length = _length(config, model)
-        job = PairsJob(tokenizer=tokenizer, limits=Limits(length, asked_length=asked_length(config, length)))
+        job = PairsJob(
+            tokenizer=tokenizer,
+            limits=Limits(length, asked_length=asked_length(config, length)),
+            ends=end_tokens(model, tokenizer),
+            embeddings=embedding_rows(model),
+            needs_prompt=False,
+        )
 
         whole = config.eval_do_concat_batches and not config.batch_eval_metrics  # else `accuracy` is that of the loss
 
@@ -118,8 +126,9 @@ class RewardTrainer(ObjectiveTrainer):
             model=model,
             args=config,
             data_collator=PairCollator(data_collator),
-            train_dataset=each_dataset(train_dataset, tokenised, "train"),
-            eval_dataset=each_dataset(eval_dataset, tokenised, "eval"),
+            rows=tokenised,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             model_init=model_init,
             compute_metrics=compute_accuracy if compute_metrics is None and whole else compute_metrics,
@@ -195,12 +204,20 @@ def _length(config: RewardConfig, model: nn.Module | None) -> int:
 
 
 def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]:
-    """`{"accuracy"}`: how often the label [B] is the index of the larger prediction [B, 2]."""
+    """`{"accuracy"}`: how often the label is the index of the largest prediction; labels of -100 do not count.
+
+    Predictions [B, K] with labels [B], or [B, L, K] with [B, L].
+    """
     predictions, labels = (np.asarray(part) for part in eval_pred)
+    counted = labels.reshape(-1) != -100
+    predictions = predictions.reshape(-1, predictions.shape[-1])[counted]
+    labels = labels.reshape(-1)[counted]
     equal = int((predictions[:, 0] == predictions[:, 1]).sum())
     if equal > 0:
         warnings.warn(
             f"There are {equal} out of {len(predictions)} instances where the predictions for both options are equal. "
             "As a consequence the accuracy can be misleading."
         )
+    if not len(labels):
+        return {"accuracy": float("nan")}
     return {"accuracy": float((np.argmax(predictions, axis=1) == labels).mean())}

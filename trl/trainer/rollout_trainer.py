@@ -29,7 +29,7 @@ from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
 from trl.models.precision import dtype_of, frozen_dtype, precision_of
-from trl.models.prepare import context_length, load_model
+from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.rewards.named import RewardSource, reward_panel
@@ -51,7 +51,7 @@ from trl.rollout.source import (
 )
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
-from trl.trainer.preparation import each_dataset, prepare_model, prepare_tokenizer
+from trl.trainer.preparation import prepare_model, prepare_tokenizer
 from trl.trainer.references import SyncReference
 from trl.trainer.settings import ROLLOUTS, accepted, default_of, rename
 
@@ -299,12 +299,14 @@ class RewardedConfig(RolloutConfig):
         return self.dynamic_sampling_max_rounds if self.dynamic_sampling else 1
 
 
-def _prompts_job(config: RolloutConfig, tokenizer: Any, longest: int | None) -> PromptsJob:
+def _prompts_job(config: RolloutConfig, tokenizer: Any, model: nn.Module) -> PromptsJob:
     return PromptsJob(
         tokenizer=tokenizer,
         limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
         template_kwargs=config.chat_template_kwargs,
-        context_length=longest,
+        context_length=context_length(model),
+        embeddings=embedding_rows(model),
+        ends=end_tokens(model, tokenizer),
     )
 
 
@@ -321,6 +323,8 @@ class RolloutTrainer(ObjectiveTrainer):
     config_class: type[RolloutConfig]
     aggregation: Aggregation = "token"
     needs_rewards = True
+    _draws = False
+    """whether the collector and the loader are there"""
     temperature, top_p, top_k, min_p, repetition_penalty = (Setting() for _ in range(5))
     max_completion_length, reward_weights = Setting(), Setting()
     num_generations = Setting(fixed="rollouts are divided by it")
@@ -377,17 +381,18 @@ class RolloutTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
 
-        job = _prompts_job(config, tokenizer, context_length(model))
+        job = _prompts_job(config, tokenizer, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
+            return tokenize(self.with_prompt(dataset, name), job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
             args=config,
             data_collator=lambda rows: Batch(rows=list(rows)),
-            train_dataset=each_dataset(train_dataset, tokenised, "train"),
-            eval_dataset=each_dataset(eval_dataset, tokenised, "eval"),
+            rows=tokenised,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -406,6 +411,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.reference: Reference | None = None
         self.collector = self._collector(shape)
         self.rollouts = self._loader(shape)
+        self._draws = True
         self._before_first_update = True
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
@@ -420,6 +426,23 @@ class RolloutTrainer(ObjectiveTrainer):
             needs_rewards=self.needs_rewards,
             max_prompt_length=self.args.max_prompt_length,
         )
+
+    def with_prompt(self, dataset: Any, name: str) -> Any:
+        """The data set with the columns that this algorithm reads."""
+        return dataset
+
+    def other_train_rows(self) -> None:
+        """Draw from the new rows, from their start; what is left of a rollout of the old ones is not learned."""
+        if not self._draws:
+            return
+        made = self.rollouts.state.rollouts
+        self.collector.prompts = self._prompts()
+        self.rollouts = self._loader(self.args.rollout_shape())
+        self.rollouts.state.rollouts = made
+
+    def _prompts(self) -> PromptStream:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PromptStream(self.train_dataset, seed, self.args.shuffle_dataset)
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -502,13 +525,12 @@ class RolloutTrainer(ObjectiveTrainer):
     def _collector(self, shape: RolloutShape) -> Collector:
         config = self.args
         wanted = shape.rows // config.num_generations
-        seed = config.seed if config.data_seed is None else config.data_seed
         step = config.per_device_train_batch_size * min(config.gradient_accumulation_steps, shape.steps_per_generation)
         whole, cut = divmod(step, config.num_generations)
         return Collector(
             self.source,
             self.rewards,
-            PromptStream(self.train_dataset, seed, config.shuffle_dataset),
+            self._prompts(),
             self.processing_class,
             seed=config.seed,
             group=config.num_generations,

@@ -15,7 +15,7 @@ from trl.data.batches import rows_of_padded, sequence_trees
 from trl.data.chat import ChatTemplate, read_tools
 from trl.data.encode import TRUNCATION_MODES, Limits
 from trl.data.formats import column_names, maybe_convert_to_chatml
-from trl.data.packed_dataset import pack_dataset
+from trl.data.packed_dataset import STRATEGIES, pack_dataset
 from trl.data.packing import pack
 from trl.data.records import Batch
 from trl.data.row_job import messages_of
@@ -26,7 +26,7 @@ from trl.legacy.collators import DataCollatorForCompletionOnlyLM
 from trl.legacy.constant_length import ConstantLengthDataset
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import dft, nll, smoothed
-from trl.models.prepare import activate_neftune
+from trl.models.prepare import activate_neftune, embedding_rows
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import (
@@ -39,10 +39,10 @@ from trl.trainer.configuration import (
     with_keywords,
 )
 from trl.trainer.objective import ObjectiveTrainer
-from trl.trainer.preparation import asked_length, each_dataset, fitting_length, prepare
+from trl.trainer.preparation import asked_length, fitting_length, prepare
 from trl.trainer.settings import accepted, rename
 
-PACKING_STRATEGIES = ("bfd", "wrapped", "constant_length")
+PACKING_STRATEGIES = (*STRATEGIES, "constant_length")
 DATASET_KWARGS = ("add_special_tokens", "append_concat_token", "skip_prepare_dataset")
 ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "completion", "input_ids"}
 """each of these columns alone shows what a row is"""
@@ -72,7 +72,8 @@ class SFTConfig(OfflineConfig):
     packing: bool = field(default=False)
     """fill rows of `max_length` tokens with whole sequences, so that every batch has the same size"""
     packing_strategy: str = field(default="bfd")
-    """bfd (best-fit decreasing), wrapped (one stream, cut), constant_length (a `ConstantLengthDataset`)"""
+    """bfd (best-fit decreasing), bfd_split (the same, longer rows go on in others), wrapped (one stream, cut),
+    constant_length (a `ConstantLengthDataset`)"""
     eval_packing: bool | None = field(default=None)
     """the same for evaluation; None: as `packing`"""
     shuffle_dataset: bool = field(default=False)
@@ -148,6 +149,8 @@ class SupervisedData:
     data_collator: Any
     ends: Sequence[int]
     """the model's end tokens"""
+    embeddings: int | None
+    """rows of the model's embedding"""
     unnamed: bool
     """whether the call has the older style and no `dataset_text_field`"""
     options: dict[str, Any] = field(init=False)
@@ -158,9 +161,7 @@ class SupervisedData:
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """The tokenised rows, packed where asked; torch data sets go through as they are."""
-        if dataset is None:
-            raise ValueError("The dataset should not be None")
-        if self.options["skip_prepare_dataset"] or not has_rows(dataset):
+        if not has_rows(dataset, name) or self.options["skip_prepare_dataset"]:
             if isinstance(dataset, ConstantLengthDataset) and name == "train":
                 dataset.infinite = self.config.max_steps > 0
             return dataset
@@ -172,13 +173,11 @@ class SupervisedData:
         if strategy == "constant_length":
             return self._constant_length(dataset, name)
         self._check_named(dataset, name)
-        if strategy is not None and not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"packing=True with packing_strategy={strategy!r}: the {name} data are a "
-                f"{type(dataset).__name__}; give a whole `Dataset`, or choose packing_strategy='constant_length'"
-            )
-        tokenised = self._tokenised(dataset, name, None if strategy == "wrapped" else self.max_length)
-        return tokenised if strategy is None else pack_dataset(tokenised, self.max_length, strategy)
+        whole = strategy in ("wrapped", "bfd_split")
+        tokenised = self._tokenised(dataset, name, None if whole else self.max_length)
+        if strategy is None or "seq_lengths" in column_names(tokenised, name):  # not packed, or packed already
+            return tokenised
+        return pack_dataset(tokenised, self.max_length, strategy)
 
     def _shuffled(self, dataset: Any) -> Any:
         seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
@@ -202,6 +201,7 @@ class SupervisedData:
             assistant_only_loss=config.assistant_only_loss,
             learn_tool_results=config.learn_tool_results,
             ends=self.ends,
+            embeddings=self.embeddings,
             add_eos=closes,
             add_special_tokens=self.options["add_special_tokens"],
             formatting_func=self.formatting_func,
@@ -361,14 +361,16 @@ class SFTTrainer(ObjectiveTrainer):
             formatting_func,
             data_collator,
             end_tokens(model, tokenizer),
+            embedding_rows(model),
             unnamed=older and dataset_text_field is None,
         )
         super().__init__(
             model=model,
             args=config,
             data_collator=PackingCollator(data_collator),
-            train_dataset=each_dataset(train_dataset, data.prepare, "train"),
-            eval_dataset=each_dataset(eval_dataset, data.prepare, "eval"),
+            rows=data.prepare,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             model_init=model_init,
             compute_metrics=compute_metrics,

@@ -1,0 +1,62 @@
+"""The data sets that a trainer is given, at its construction or later, and the rows that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from trl.data.formats import refuse_splits
+
+Prepare = Callable[[Any, str], Any]
+"""`(data set, its name in messages) -> prepared rows`"""
+
+
+def _as_it_is(dataset: Any, name: str) -> Any:
+    return dataset
+
+
+class GivenData:
+    """Prepares each data set that comes, and knows again what it has prepared.
+
+    A `Dataset` that gets another transform or format later is prepared anew; `datasets` marks it by its fingerprint.
+    """
+
+    def __init__(self, prepare: Prepare | None = None):
+        self._prepare = prepare or _as_it_is
+        self._rows: dict[str, Any] = {}
+        """the latest prepared rows of each name"""
+        self._given: dict[str, tuple[Dataset, str]] = {}
+        """what they were made of, with its fingerprint then"""
+
+    def ready(self, dataset: Any, name: str) -> Any:
+        """Take the rows as prepared ones: they come back from `of` as they are."""
+        self._rows[name] = dataset
+        return dataset
+
+    def of(self, dataset: Any, name: str) -> Any:
+        """The prepared rows; None and rows that are prepared stay as they are, of a dict each one is prepared."""
+        if dataset is None or any(dataset is rows for rows in self._rows.values()):
+            return dataset
+        if name in ("train", "test"):
+            refuse_splits(dataset, name)
+        if isinstance(dataset, Mapping):
+            return self.ready({key: self.of(one, f"{name} ({key})") for key, one in dataset.items()}, name)
+        before = self._given.get(name)
+        if before is not None and isinstance(dataset, Dataset) and before == (dataset, dataset._fingerprint):
+            return self._rows[name]
+        rows = self._prepare(dataset, name)
+        self._given.pop(name, None)
+        if isinstance(dataset, Dataset):
+            self._given[name] = (dataset, dataset._fingerprint)
+        return self.ready(rows, name)
+
+    def renewed(self, rows: Any, name: str) -> Any:
+        """The prepared rows `rows`, made anew where the data set that they were made of has changed since."""
+        if isinstance(rows, Mapping):
+            return self.ready({key: self.renewed(one, f"{name} ({key})") for key, one in rows.items()}, name)
+        given = self._given.get(name)
+        if given is None or given[0]._fingerprint == given[1]:
+            return rows
+        return self.of(given[0], name)
