@@ -9,7 +9,7 @@ from chaos_runs import RUNS, iterative_sft
 from launch import Forked, starter
 from safetensors.torch import load_file
 
-from benchmarks.kill_resume import campaign, end_one, left_alone
+from benchmarks.kill_resume import campaign, end_one, left_alone, same_end
 
 pytestmark = pytest.mark.slow
 often = pytest.mark.parametrize(("times", "more"), [(2, 1), pytest.param(10, 2, marks=pytest.mark.long)])
@@ -58,3 +58,12 @@ def test_models_of_iterative_sft(times, more, tmp_path, count):
             seen += 1
     assert seen
     count(kills=times, models=seen, equal=True)
+
+
+def test_what_is_lost_is_found(tmp_path):
+    """A run that keeps its weights alone, without its optimizer, does not end the same: this suite would say so."""
+    start = starter("kto", 5, save_only_model=True)
+    left_alone(start, tmp_path / "whole")
+    assert end_one(start, tmp_path / "killed", 3, 0.0) == 3
+    left_alone(start, tmp_path / "killed")
+    assert not same_end(tmp_path / "whole", tmp_path / "killed")

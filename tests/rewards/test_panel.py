@@ -237,3 +237,22 @@ def test_late_calls_that_end_never_add_up():
         releases[-1].set()
         panel._late["slow"][-1]._thread.join()
     assert threading.active_count() == threads
+
+
+def test_async_functions_within_a_loop_that_runs():
+    """As in a notebook, where the caller's thread has a loop at work; an object with an async `__call__` too."""
+
+    async def function(completions, **columns):
+        return [1.0, 2.0]
+
+    class Judge:
+        async def __call__(self, completions, **columns):
+            return [3.0, 4.0]
+
+    class Careful(Judge):
+        pass
+
+    async def cell():
+        return ask([function, Judge(), Careful()], completions=["a", "b"]).scores
+
+    assert asyncio.run(cell()) == [[1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]

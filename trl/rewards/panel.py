@@ -107,7 +107,8 @@ class _Call:
         """Whether it runs in a thread. A reward model does not: the caller's thread owns the device."""
         if isinstance(self._function, RewardModel):
             return False
-        return self._timeout is not None or inspect.iscoroutinefunction(self._function)
+        functions = (self._function, type(self._function).__call__)  # an object may have an async `__call__`
+        return self._timeout is not None or any(map(inspect.iscoroutinefunction, functions))
 
     def start(self) -> None:
         if not self.threaded:

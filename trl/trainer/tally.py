@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,15 @@ class StepWatch:
 def write_metrics(folder: str | os.PathLike[str], line: Mapping[str, Any]) -> None:
     """Add a line to the run's `metrics.jsonl`; a number that is not finite becomes null, which JSON can hold."""
     plain = {key: value for key, value in ((k, _in_json(v)) for k, v in line.items()) if value is not _LEFT_OUT}
+    path = Path(folder) / METRICS
+    before = path.stat().st_size if path.exists() else 0
     try:
-        with open(Path(folder) / METRICS, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")
     except OSError as error:
-        logger.warning("%s: a line of step %s is not written (%s)", Path(folder) / METRICS, line.get("step"), error)
+        logger.warning("%s: a line of step %s is not written (%s)", path, line.get("step"), error)
+        with suppress(OSError):
+            os.truncate(path, before)  # the half that went onto a full disk: the next line would begin behind it
 
 
 _LEFT_OUT = object()
