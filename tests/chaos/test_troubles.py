@@ -1,14 +1,18 @@
 """A poisoned weight, a full disk, a lost rank: the run stops, says why, and goes on from its last whole checkpoint."""
 
 import random
+import resource
 import signal
 import socket
+from contextlib import nullcontext
 
 import pytest
+import torch
 from chaos_runs import RUNS, Trouble, on_rank
 from launch import Forked, attempt, starter
 
 from benchmarks.kill_resume import left_alone, same_end
+from trl.models.weight_files import is_disk_error
 from trl.trainer.checkpoints import checkpoints, is_whole
 
 pytestmark = pytest.mark.slow
@@ -62,6 +66,22 @@ def test_a_full_disk(name, draws, tmp_path, whole, count):
         assert kept(name, folder) == [1, 2]
         assert resumed_equals(name, folder, whole)
     count(full_disks=draws, equal=True)
+
+
+@pytest.mark.parametrize("left", [0, 100, 5000, 100_000, 200_000, -5000, -3000, -1000, -1])
+@pytest.mark.parametrize("opened", [True, False])
+def test_however_torch_says_that_the_disk_is_full(left, opened, tmp_path):
+    """At the beginning, between two tensors, and in the last bytes, which it writes when it closes the file."""
+    state, path = {"one": torch.zeros(25_000), "two": torch.zeros(25_000), "rest": list(range(3000))}, tmp_path / "x.pt"
+    torch.save(state, path)
+    limits, limit = resource.getrlimit(resource.RLIMIT_FSIZE), left if left >= 0 else path.stat().st_size + left
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)) as error, open(path, "wb") if opened else nullcontext(path) as file:
+            torch.save(state, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_disk_error(error.value)
 
 
 def ranks(name, folder, steps, trouble=None):
