@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
-from trl.data.formats import column_names, first_row, refuse_splits
+from trl.data.formats import check_rows, column_names, first_row, refuse_splits
 from trl.data.report import Met, RowFlag, RowNote, TokenizationReport
 from trl.data.row_job import Made, Row, RowJob
 
@@ -46,10 +46,9 @@ def tokenize(
     report = TokenizationReport()
     if not has_rows(dataset, name):
         return dataset, report
+    check_rows(dataset, name)
     dataset, job = job.reading(as_shown(dataset, name), name)
     columns = column_names(dataset, name)
-    if isinstance(dataset, list | tuple):  # rows may have keys of their own
-        columns = list(dict.fromkeys([*columns, *(key for row in dataset for key in row)]))
     keep = tuple(c for c in (columns if job.keep is None else job.keep) if c in columns and c not in job.features)
     if isinstance(dataset, Dataset):
         mapped: Any = _map_dataset(dataset, job, keep, report, num_proc, batch_size, name)
@@ -75,9 +74,10 @@ def notes(dataset: Any, job: RowJob, *, name: str = "train", most: int | None = 
     """What the report counts, row by row, with the tokenised row; `most`: of so many rows at the start."""
     if not has_rows(dataset, name):
         raise ValueError(f"the {name} data set is a {type(dataset).__name__}, whose rows are not read here")
+    check_rows(dataset, name)
     dataset, job = job.reading(as_shown(dataset, name), name)
     for index, row in enumerate(islice(dataset, most)):
-        (one,) = _made(job, [dict(row)], [index])
+        (one,) = _made(job, _whole([row], job), [index])
         yield RowNote(index, one.columns, one.tokens, one.learned, one.cut, one.left_out, one.flags, one.met)
 
 
@@ -126,10 +126,17 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str | dict)
 
 
+def _whole(rows: Sequence[Row], job: RowJob, keep: Sequence[str] = ()) -> list[Row]:
+    """Copies of the rows in which columns that only other rows of a list have are None."""
+    columns = dict.fromkeys((*keep, *job.format.columns))
+    return [{**columns, **row} for row in rows]
+
+
 def _made(job: RowJob, rows: list[Row], indices: Sequence[int]) -> list[Made]:
     made = job(rows, indices)
     for index, one in zip(indices, made, strict=True):
-        job.check_ids(one, index)
+        with job.at_row(index):
+            job.check_ids(one)
     return made
 
 
@@ -170,13 +177,13 @@ def _map_list(
     tables = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        made = _made(job, [dict(row) for row in batch], range(start, start + len(batch)))
+        made = _made(job, _whole(batch, job, keep), range(start, start + len(batch)))
         _count(report, made)
         pairs = [(row, one.columns) for row, one in zip(batch, made, strict=True) if not one.left_out]
         if job.keep is None:
             kept += [{**{n: row.get(n) for n in keep}, **columns} for row, columns in pairs]
             continue
-        arrays = {name: pa.array([row.get(name) for row, _ in pairs]) for name in keep}
+        arrays = {name: pa.array([own.get(name, row.get(name)) for row, own in pairs]) for name in keep}
         types = Features(job.features).arrow_schema
         arrays |= {name: pa.array([own[name] for _, own in pairs], types.field(name).type) for name in job.features}
         tables.append(pa.table(arrays))
