@@ -167,6 +167,16 @@ def check_ids(ids: Ids, where: str) -> None:
         )
 
 
+def check_embedded(ids: Ids, where: str, embeddings: int | None) -> None:
+    """ValueError where an id is beyond the rows of the model's embedding."""
+    check_ids(ids, where)
+    if embeddings is not None and ids and max(ids) >= embeddings:
+        raise ValueError(
+            f"{where} has the id {max(ids)} at entry {ids.index(max(ids))}, and the model's embedding has {embeddings} "
+            "rows: give ids of its own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`"
+        )
+
+
 def flag_in(value: Any) -> int | None:
     """0 or 1 for what says so, else None."""
     value = unwrapped(value)

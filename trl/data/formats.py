@@ -123,11 +123,11 @@ def _format(row: Row, kind: RowKind, required: tuple[str, ...], name: str) -> Fo
         kind = RowKind.MESSAGES
     pairs = kind in (RowKind.PREFERENCE, RowKind.UNPAIRED)
     answer = next((c for c in ("chosen", "completion") if c in chats), None)
-    mixed = answer is not None and "prompt" in chats and chats["prompt"] != chats[answer]
+    mixed = answer is not None and "prompt" in chats and "prompt" in row and chats["prompt"] != chats[answer]
     if mixed and kind is not RowKind.PREFERENCE:
         raise ValueError(
-            f"in the {name} data set one of the columns 'prompt' and '{answer}' is a conversation and the other is "
-            "text: make both the same"
+            f"row 0 of the {name} data set: one of the columns 'prompt' and '{answer}' is a conversation and the "
+            "other is text: make both the same"
         )
     conversational = kind is RowKind.MESSAGES or any(chats.values())
     return Format(kind, conversational, pairs and ("prompt" not in chats or mixed), required)
@@ -183,10 +183,10 @@ _ROLES = {
 def _to_chatml(message: Any) -> Any:
     if not isinstance(message, Mapping) or "from" not in message:
         return message
-    role, value = str(message["from"]), message.get("value")
+    role, value = message["from"], message.get("value")
     if role != "function_call":
         kept = {key: own for key, own in message.items() if key not in ("from", "value")}  # `weight` is among them
-        return {**kept, "role": _ROLES.get(role, role), "content": value}
+        return {**kept, "role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
     try:
         calls = from_json(value, "a call") if isinstance(value, str) else value
     except ValueError:

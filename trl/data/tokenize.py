@@ -77,7 +77,7 @@ def notes(dataset: Any, job: RowJob, *, name: str = "train", most: int | None = 
     check_rows(dataset, name)
     dataset, job = job.reading(as_shown(dataset, name), name)
     for index, row in enumerate(islice(dataset, most)):
-        (one,) = _made(job, _whole([row], job), [index])
+        (one,) = _made(job, _whole([row], job, index), [index])
         yield RowNote(index, one.columns, one.tokens, one.learned, one.cut, one.left_out, one.flags, one.met)
 
 
@@ -126,10 +126,20 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str | dict)
 
 
-def _whole(rows: Sequence[Row], job: RowJob, keep: Sequence[str] = ()) -> list[Row]:
-    """Copies of the rows in which columns that only other rows of a list have are None."""
-    columns = dict.fromkeys((*keep, *job.format.columns))
-    return [{**columns, **row} for row in rows]
+def _whole(rows: Sequence[Row], job: RowJob, start: int, keep: Sequence[str] = ()) -> list[Row]:
+    """Copies of the rows from `start` on, with None for columns of `keep` that only other rows of a list have.
+
+    A row without a column that makes up the format is a ValueError.
+    """
+    for index, row in enumerate(rows, start):
+        missing = [column for column in job.format.columns if column not in row]
+        if missing:
+            lacking = ", ".join(map(repr, missing))
+            raise ValueError(
+                f"row {index} of the {job.name} data set: it lacks the column {lacking} that other rows have; "
+                f"it has {', '.join(row) or 'none'}: make all rows alike"
+            )
+    return [{**dict.fromkeys(keep), **row} for row in rows]
 
 
 def _made(job: RowJob, rows: list[Row], indices: Sequence[int]) -> list[Made]:
@@ -177,7 +187,7 @@ def _map_list(
     tables = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        made = _made(job, _whole(batch, job, keep), range(start, start + len(batch)))
+        made = _made(job, _whole(batch, job, start, keep), range(start, start + len(batch)))
         _count(report, made)
         pairs = [(row, one.columns) for row, one in zip(batch, made, strict=True) if not one.left_out]
         if job.keep is None:

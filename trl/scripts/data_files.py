@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,20 @@ def check_file(path: Path, option: str) -> None:
         raise ValueError(f"--{option} {path}: the file is {kind}")
     if path.suffix == ".csv":
         _check_header(path, begin, option)
+    if FILE_FORMATS.get(path.suffix) == "json" and not _is_utf8(path):  # Arrow takes any bytes, and fails later
+        raise ValueError(f"--{option} {path}{_wrong_in_lines(path)}")
+
+
+def _is_utf8(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _check_header(path: Path, begin: bytes, option: str) -> None:
@@ -58,7 +73,9 @@ def told(option: str, paths: Sequence[str | Path]) -> Iterator[None]:
         if not ours and not (files and isinstance(error, ValueError) and "corresponds to no data" in str(error)):
             raise
         found = next((f"{path}{wrong}" for path in files if (wrong := _wrong_in(path))), None)
-        if found is None:
+        if found is None and not files and Path(paths[0]).is_dir():
+            found = f"{paths[0]}: the folder has no rows in files of {', '.join(FILE_FORMATS)}; give another"
+        elif found is None:
             found = f"{', '.join(map(str, paths))}: it cannot be read ({_root(error)})"
         raise ValueError(f"--{option} {found}") from error
 

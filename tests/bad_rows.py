@@ -19,8 +19,6 @@ from trl.data.supervised_rows import SupervisedJob
 from trl.data.tokenize import tokenize
 
 Row = dict[Any, Any]
-RAW = (IndexError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, UnicodeError)
-"""errors that tell a user nothing about the row; those of Arrow are told by their module"""
 
 
 def nested(depth: int, leaf: Any = "x", inside: Callable[[Any], Any] = lambda value: [value]) -> Any:
@@ -240,7 +238,7 @@ def outcome(form: str, rows: list[Any], bad: int) -> str:
 
 def _judged(error: ValueError, rows: list[Any], bad: int) -> str:
     text = str(error)
-    if isinstance(error, RAW) or type(error).__module__.startswith("pyarrow"):
+    if type(error) is not ValueError:  # those of Arrow and of Unicode are ValueErrors too
         return f"raw {type(error).__name__}"
     if "\n" in text or len(text) > 600:
         return "more than a line"
@@ -248,11 +246,16 @@ def _judged(error: ValueError, rows: list[Any], bad: int) -> str:
         return "unprintable"
     if "could not be read" in text:
         return "in the net"
-    if f"row {bad} of the train data set" not in text:
-        whole = text.startswith(("all ", "the train data set ", "in the train data set "))
-        return "refused: the whole set" if whole else f"another row: {text}"
-    if not isinstance(rows[bad], dict):
-        return "refused"
+    if text.startswith(("all ", "the train data set ")):
+        return "refused: the whole set"
+    # the first row says what all should be, and a column of one row is missing in the others
+    named = [
+        f"row {row} of the train data set"
+        for row in range(len(rows))
+        if row == bad or "lacks the column" in text or "got None" in text or not bad
+    ]
+    if not text.startswith(tuple(named)):
+        return f"another row: {text}"
     return "refused" if "column" in text else f"no column: {text}"
 
 
