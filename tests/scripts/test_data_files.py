@@ -8,6 +8,7 @@ from pyarrow import parquet
 from trl import DatasetMixtureConfig, get_dataset
 from trl.cli.main import run
 from trl.scripts.data_config import named_dataset
+from trl.scripts.data_files import told as told_of
 
 ROW = b'{"text": "a"}\n'
 FILES = {
@@ -115,3 +116,16 @@ def test_the_command_says_it_and_ends_with_2(tmp_path, capsys):
     assert run(["sft", "--model", "none", "--data", str(path), "--output_dir", str(tmp_path / "run"), "--use_cpu"]) == 2
     error = f"error: --data {path}, line 2: the last line is cut off"
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith(error)]
+
+
+def test_streamed_files_are_told_where_they_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(ROW + b'{"text": "b\0"}\n')
+    rows = named_dataset(str(path), "data", streaming=True)["train"]
+    with (
+        pytest.raises(ValueError, match=r"--data .*rows\.jsonl, line 2: it has a NUL byte"),
+        told_of("data", [path], sure=False),
+    ):
+        list(rows)
+    with pytest.raises(pa.ArrowInvalid, match="of another thing"), told_of("data", [tmp_path / "none.csv"], sure=False):
+        raise pa.ArrowInvalid("of another thing")

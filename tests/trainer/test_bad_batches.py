@@ -93,8 +93,8 @@ def test_ppo_prompts_are_told_by_their_place():
 @pytest.fixture(scope="module")
 def iterative(tmp_path_factory):
     args = IterativeSFTConfig(
-        output_dir=str(tmp_path_factory.mktemp("run")), max_steps=400, max_length=32, per_device_train_batch_size=2, use_cpu=True,
-        report_to=[], save_strategy="no", logging_strategy="no",
+        output_dir=str(tmp_path_factory.mktemp("run")), max_steps=400, max_length=32,
+        per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     with pytest.warns(UserWarning, match="No data collator"):
         return IterativeSFTTrainer(

@@ -62,8 +62,11 @@ def _check_header(path: Path, begin: bytes, option: str) -> None:
 
 
 @contextmanager
-def told(option: str, paths: Sequence[str | Path]) -> Iterator[None]:
-    """Say in an error of the libraries that read `paths` which file and which line it is about."""
+def told(option: str, paths: Sequence[str | Path], sure: bool = True) -> Iterator[None]:
+    """Say in an error of the libraries that read `paths` which file and which line it is about.
+
+    sure: an error is about them even where nothing wrong is found in them.
+    """
     try:
         yield
     except Exception as error:
@@ -73,6 +76,8 @@ def told(option: str, paths: Sequence[str | Path]) -> Iterator[None]:
         if not ours and not (files and isinstance(error, ValueError) and "corresponds to no data" in str(error)):
             raise
         found = next((f"{path}{wrong}" for path in files if (wrong := _wrong_in(path))), None)
+        if found is None and not sure:
+            raise
         if found is None and not files and Path(paths[0]).is_dir():
             found = f"{paths[0]}: the folder has no rows in files of {', '.join(FILE_FORMATS)}; give another"
         elif found is None:
