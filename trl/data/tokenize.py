@@ -18,6 +18,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
+from trl.data.columns import unwrapped
 from trl.data.formats import check_rows, column_names, first_row, refuse_splits
 from trl.data.report import Met, RowFlag, RowNote, TokenizationReport
 from trl.data.row_job import Made, Row, RowJob
@@ -193,7 +194,7 @@ def _map_list(
         if job.keep is None:
             kept += [{**{n: row.get(n) for n in keep}, **columns} for row, columns in pairs]
             continue
-        arrays = {name: pa.array([own.get(name, row.get(name)) for row, own in pairs]) for name in keep}
+        arrays = {name: pa.array([unwrapped(own.get(name, row.get(name))) for row, own in pairs]) for name in keep}
         types = Features(job.features).arrow_schema
         arrays |= {name: pa.array([own[name] for _, own in pairs], types.field(name).type) for name in job.features}
         tables.append(pa.table(arrays))

@@ -486,6 +486,7 @@ class PPOTrainer(BaseTrainer):
             lr_scheduler = ppo_forms.scheduler_of(self.arguments, self.config.total_ppo_epochs, optimizer)
         lr_scheduler = make_scheduler(self.config, optimizer, lr_scheduler)
         collator = DataCollatorForLanguageModeling(self.tokenizer, mlm=False)
+        self._embeddings = embedding_rows(model)
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
         self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
@@ -643,7 +644,7 @@ class PPOTrainer(BaseTrainer):
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
         config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
-        rollout = rollout_of(queries, responses, response_masks, start, embedding_rows(below_accelerate(self.model)))
+        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
@@ -1216,7 +1217,7 @@ class PPOTrainer(BaseTrainer):
             part = self.data_position * accelerator.num_processes + accelerator.process_index
             self.data_position += 1
             part *= config.batch_size
-            stream.check(part, config.batch_size, self.tokenizer, embedding_rows(below_accelerate(self.model)))
+            stream.check(part, config.batch_size, self.tokenizer, self._embeddings)
             yield stream.take(part, config.batch_size)
 
     def _rewards(self) -> RolloutRewards:
@@ -1512,15 +1513,20 @@ def rollout_of(
     """
     rollout = Rollout(prompts=[query.tolist() for query in queries], completions=[], logprobs=[], masks=[])
     for row, ids in enumerate(rollout.prompts):
-        check_embedded(ids, f"queries[{row}]", embeddings)
+        _check_ids(ids, "queries", row, embeddings)
     for row, response in enumerate(responses):
         ids = response.tolist()
-        check_embedded(ids, f"responses[{row}]", embeddings)
+        _check_ids(ids, "responses", row, embeddings)
         mask = [1] * len(ids) if masks is None else flags_in({f"masks[{row}]": masks[row]}, f"masks[{row}]")
         skip = int(start_token_id is not None and ids[:1] == [start_token_id])
         rollout.completions.append(ids[skip:])
         rollout.masks.append(mask[skip:])
     return rollout
+
+
+def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < (math.inf if embeddings is None else embeddings):
+        check_embedded(ids, f"{name}[{row}]", embeddings)
 
 
 # --- what a trainer is built from ---------------------------------------------------------------------------------
