@@ -97,7 +97,7 @@ def prompt_of(row: Mapping[str, Any], tokenizer: Any, embeddings: int | None = N
     if isinstance(value, str):
         return text_of(row, name)
     if not isinstance(value, list | tuple | Mapping) or not value:
-        raise ValueError(f"column '{name}' of a row of the data set has {shown(value)}: give a text or a conversation")
+        raise ValueError(f"column '{name}' should be a text or a conversation, got {shown(value)}: give one of them")
     if not tokenizer.chat_template:
         raise ValueError(f"{name} is a conversation, and the tokenizer has no chat_template: set it, or give texts")
     return messages_of(row, name)
