@@ -252,7 +252,7 @@ def _judged(error: ValueError, rows: list[Any], bad: int) -> str:
     named = [
         f"row {row} of the train data set"
         for row in range(len(rows))
-        if row == bad or "lacks the column" in text or "got None" in text or not bad
+        if row == bad or "is missing, which other rows have" in text or "got None" in text or not bad
     ]
     if not text.startswith(tuple(named)):
         return f"another row: {text}"

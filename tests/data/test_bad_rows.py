@@ -100,7 +100,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", 
         ([{"text": "a"}, {"text": b"b"}], "row 1 of the train data set: column 'text' should be a text, got b'b'"),
         ([{"text": "a"}, 5], "row 1 of the train data set: a row should be a dict of columns, got <class 'int'>: 5"),
         ([{"text": "a"}, {"text": "b", 5: 1}], "row 1 of the train data set: a key in the row's columns is 5"),
-        ([{"text": "a"}, {"messages": CHAT}], "row 0 .*: it lacks the column 'messages' that other rows have; it"),
+        ([{"text": "a"}, {"messages": CHAT}], "row 0 .*: column 'messages' is missing, which other rows have"),
         ([{"input_ids": [5]}, {"input_ids": [5, -3]}], "row 1 .*: column 'input_ids' .*, got -3 at entry 1"),
         ([{"input_ids": [5]}, {"input_ids": [True, False]}], r"row 1 .*'input_ids' .* \(entry 0: True\)"),
         ([{"input_ids": [5]}, {"input_ids": 5}], "row 1 .*: column 'input_ids' should be a list of token ids, got 5"),
@@ -199,7 +199,7 @@ def test_an_optional_number_that_some_rows_lack():
 
 def test_a_prompt_that_some_rows_lack():
     """R12: the prompt of a later row is not dropped in silence because the first row has none."""
-    with pytest.raises(ValueError, match=r"row 0 .*: it lacks the column 'prompt' that other rows have"):
+    with pytest.raises(ValueError, match=r"row 0 .*: column 'prompt' is missing, which other rows have"):
         tokenize_preference([{"chosen": "the sky", "rejected": "the is"}, PAIR], word_tokenizer())
     unpaired = unpair_preference_dataset([PAIR, {**PAIR, "note": "x"}])
     assert [row["note"] for row in unpaired] == [None, "x", None, "x"]

@@ -137,8 +137,8 @@ def _whole(rows: Sequence[Row], job: RowJob, start: int, keep: Sequence[str] = (
         if missing:
             lacking = ", ".join(map(repr, missing))
             raise ValueError(
-                f"row {index} of the {job.name} data set: it lacks the column {lacking} that other rows have; "
-                f"it has {', '.join(row) or 'none'}: make all rows alike"
+                f"row {index} of the {job.name} data set: column {lacking} is missing, which other rows have; "
+                f"this one has {', '.join(row) or 'none'}: make all rows alike"
             )
     return [{**dict.fromkeys(keep), **row} for row in rows]
 
