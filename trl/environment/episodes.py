@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from trl.data.records import Rollout
+from trl.data.records import Rollout, own
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import LateCalls, ToolCalls
 from trl.environment.turns import SampledTurns, Turns
@@ -260,7 +260,7 @@ class OwnEnvironment:
         """Begin an episode with those columns of the row that `reset` takes. What it returns is added to the prompt."""
         reset = getattr(self.instance, _RESET)
         with _no_exit(f"{type(self.instance).__name__}.reset()"):
-            said = reset(**accepted(reset, row))
+            said = reset(**own(accepted(reset, row)))
         if said is not None and not isinstance(said, str):
             raise TypeError(f"{type(self.instance).__name__}.reset() gave {type(said).__name__}; give a text or None")
         return said or ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from trl.data.records import own
 from trl.rewards.reward_model import RewardModel
 
 RewardFunction = Callable[..., Any]
@@ -20,6 +21,8 @@ RewardFunction = Callable[..., Any]
 
 MOST_LATE = 4
 """calls of a function that may go on after their time-out"""
+LARGEST = 1e15
+"""size of a reward: statistics square them and sum the squares, in float32, whose numbers end at 3.4e38"""
 
 
 class RewardError(RuntimeError):
@@ -47,11 +50,12 @@ def name_of(function: RewardFunction) -> str:
 class RewardPanel:
     """Reward functions that judge the same completions.
 
-    A `RewardError` names a function that fails, gives the wrong number of values, or a value that is neither None nor a
-    finite number. One that times out counts as if it had returned None for every completion; an async function is then
-    cancelled, any other keeps running on its thread. `MOST_LATE` calls of one function that still run so are a
-    `RewardError`: threads cannot be stopped, and must not pile up. Functions without a time-out run one after the other
-    on the caller's thread; async ones run on threads at the same time.
+    Each function gets lists and dicts of its own, which it may edit. A `RewardError` names a function that fails, gives
+    the wrong number of values, or a value that is neither None nor a number of at most `LARGEST` in size. One that
+    times out counts as if it had returned None for every completion; an async function is then cancelled, any other
+    keeps running on its thread. `MOST_LATE` calls of one function that still run so are a `RewardError`: threads cannot
+    be stopped, and must not pile up. Functions without a time-out run one after the other on the caller's thread; async
+    ones run on threads at the same time.
 
     timeout: seconds, for all or one each; None waits.
     """
@@ -85,7 +89,7 @@ class RewardPanel:
             if call.is_running:
                 self._late[name].append(call)
         scores = [
-            checked(name, call.result(name), count) if finished else [math.nan] * count
+            checked(f"reward function {name!r}", call.result(name), count) if finished else [math.nan] * count
             for name, call, finished in zip(self.names, calls, done, strict=True)
         ]
         return Verdict(scores, [not finished for finished in done])
@@ -95,7 +99,8 @@ class _Call:
     """One call of a reward function."""
 
     def __init__(self, function: RewardFunction, timeout: float | None, columns: Mapping[str, Any]):
-        self._function, self._timeout, self._columns = function, timeout, columns
+        self._function, self._timeout = function, timeout
+        self._columns = columns if isinstance(function, RewardModel) else own(dict(columns))
         self._value: Any = None
         self._error: BaseException | None = None
         self._late = False
@@ -161,27 +166,29 @@ async def _without_exit(value: Any) -> Any:
         raise RuntimeError(repr(error)) from error
 
 
-def checked(name: str, value: Any, count: int) -> list[float]:
-    """The values of one function as floats, None as NaN; `RewardError` unless there is one for each completion."""
+def checked(who: str, value: Any, count: int) -> list[float]:
+    """The values of one function as floats, None as NaN; `RewardError` unless there is one for each completion.
+
+    who: gave them, for the error.
+    """
     try:
         values = list(value.tolist() if hasattr(value, "tolist") else value)
     except TypeError:
-        raise RewardError(f"reward function {name!r} gave {value!r}: give a list of numbers, one each") from None
+        raise RewardError(f"{who} gave {value!r}: give a list of numbers, one each") from None
     if len(values) != count:
-        raise RewardError(f"reward function {name!r} gave {len(values)} values for {count} completions: give one each")
-    return [math.nan if score is None else _number(name, score, index) for index, score in enumerate(values)]
+        raise RewardError(f"{who} gave {len(values)} values for {count} completions: give one each")
+    return [math.nan if score is None else _number(who, score, index) for index, score in enumerate(values)]
 
 
-def _number(name: str, score: Any, index: int) -> float:
+def _number(who: str, score: Any, index: int) -> float:
     try:
         number = math.nan if isinstance(score, str) else float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if math.isfinite(number):
+    if abs(number) <= LARGEST:
         return number
-    raise RewardError(
-        f"reward function {name!r} gave {score!r} for completion {index}: give a finite number, or None for no opinion"
-    )
+    what = f"a number of at most {LARGEST:g} in size" if math.isfinite(number) else "a finite number"
+    raise RewardError(f"{who} gave {score!r} for completion {index}: give {what}, or None for no opinion")
 
 
 def _distinct(names: list[str]) -> list[str]:

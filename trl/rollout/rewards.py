@@ -15,7 +15,7 @@ from trl.losses.policy import soft_overlong_punishment
 from trl.models.scoring import rewards as rewards_of
 from trl.models.unwrap import below_peft
 from trl.rewards.named import reward_panel
-from trl.rewards.panel import RewardPanel
+from trl.rewards.panel import RewardPanel, checked
 from trl.rollout.experience import Experience
 from trl.rollout.measure import PACKED_TOKENS, pieces
 
@@ -82,7 +82,7 @@ class RolloutRewards:
                     f"rollout_func gave {len(rollout.rewards)} rewards for {len(rollout)} completions: fill "
                     "`Rollout.rewards`, or give `reward_funcs`"
                 )
-            scores, late = [rollout.rewards], [False]
+            scores, late = [checked("the rollout", rollout.rewards, len(rollout))], [False]
         else:
             verdict = self.panel(len(rollout), asked_of(rollout, prompts, columns))
             scores, late = verdict.scores, verdict.timed_out

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trl.data.records import Rollout
+from trl.data.records import Rollout, own
 from trl.environment.chat_environment import ChatEnvironment
 from trl.environment.episodes import Environment
 from trl.environment.turns import SampledTurns
@@ -119,7 +119,7 @@ class FunctionSource:
     """called with a row of the data set for each completion"""
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
-        rollout = self.function([dict(row) for row in rows for _ in range(group)])
+        rollout = self.function([own(dict(row)) for row in rows for _ in range(group)])
         if len(rollout) != len(rows) * group:
             raise ValueError(f"rollout_func gave {len(rollout)} completions for {len(rows) * group} rows")
         return rollout

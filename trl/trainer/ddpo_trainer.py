@@ -151,19 +151,22 @@ class DDPOTrainer(BaseTrainer):
         epochs = self.config.num_epochs if epochs is None else epochs
         remaining = range(self.first_epoch, epochs)
         folder, config = checkpoint_folder(self.accelerator), self.config
-        resumes, root = bool(config.resume_from), folder.parent
+        resumes, root = self._folder.goes_on(config.resume_from, folder), folder.parent
         held = self._folder.held(folder, resumes=resumes, overwrite=config.overwrite_output_dir, root=root)
         with held, self._signal.listening(config.enable_jit_checkpoint):
             checkpoints.clean_up(folder, PREFIX)
             refuse_to_overwrite(self.accelerator, remaining, config.save_freq)
             if self.accelerator.is_main_process:
-                self._folder.begin_metrics(root, self.progress.global_step - 1 if self.first_epoch else None)
+                self._folder.begin_metrics(
+                    root, self.progress.global_step - 1 if self.first_epoch and resumes else None
+                )
             for epoch in remaining:
                 self.step(epoch, self.progress.global_step)
                 if config.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
                     if not self._saves(epoch):
                         self._save_checkpoint(epoch)
                     raise SystemExit(TERMINATED)
+            check_weights(self.accelerator, f"after step {self.progress.global_step}", self._prepared)
 
     def _saves(self, epoch: int) -> bool:
         """Whether there is a checkpoint after an epoch."""

@@ -81,8 +81,15 @@ def _pieces(batch: Any) -> list[Any] | None:
 class StepEnd(TrainerCallback, ExportableState):
     """Calls before each optimizer step, and ends a run after one of them."""
 
-    def __init__(self, begin: Callable[[int], None], before: Callable[[], None], steps: NonFiniteSteps):
-        self._begin, self._before, self._steps = begin, before, steps
+    def __init__(
+        self,
+        begin: Callable[[int], None],
+        before: Callable[[], None],
+        steps: NonFiniteSteps,
+        asked: Callable[[], bool],
+    ):
+        """asked: collective; whether a process of the run was asked to end since it began a step."""
+        self._begin, self._before, self._steps, self._asked = begin, before, steps, asked
         self.stops = False
         """whether a process of the run was asked to end"""
 
@@ -106,6 +113,10 @@ class StepEnd(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stops:
             control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._asked():  # no further step is begun for that
+            control.should_save = control.should_training_stop = self.stops = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -199,7 +210,7 @@ class ObjectiveTrainer(Trainer):
         """of each step that was left out in this call of `train`, what `Trainer` adds to its losses"""
         self._logged = self._began = (0, 0)
         """the step, and how many were left out, at the last log and at the beginning"""
-        self._step_end = StepEnd(self._begin_steps, self._before_optimizer_step, self._non_finite)
+        self._step_end = StepEnd(self._begin_steps, self._before_optimizer_step, self._non_finite, self._asked_to_end)
         self.add_callback(self._step_end)
         clip = self.accelerator.clip_grad_norm_
 
@@ -374,7 +385,8 @@ class ObjectiveTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; SystemExit(143) where SIGTERM asked for the end and the step is saved."""
-        folder, resumes = str(self.args.output_dir), bool(resume_from_checkpoint)
+        folder = str(self.args.output_dir)
+        resumes = self._folder.goes_on(resume_from_checkpoint, folder)
         with (
             self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir),
             self._signal.listening(self.args.enable_jit_checkpoint),
@@ -389,10 +401,11 @@ class ObjectiveTrainer(Trainer):
             if found is not None:
                 self._resume(found, self._seal.run or self.describe_run())
             if self.is_world_process_zero():
-                self._folder.begin_metrics(folder, None if found is None else number_of(found.folder))
+                self._folder.begin_metrics(folder, number_of(found.folder) if found and resumes else None)
             self.remove_callback(self._seal)
             self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
             result = self._train(None if found is None else str(found.folder), *args, **kwargs)
+            check_weights(self.accelerator, f"after step {self.state.global_step}", self.model)
             if self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
                 if not self._step_end.stops:  # it came after the last step: the run is over
                     self.save_model()
@@ -445,6 +458,10 @@ class ObjectiveTrainer(Trainer):
             self._left_out.append(self._step_loss)
         self._step_loss = torch.zeros((), device=self.args.device)
         self._watch.clear()
+
+    def _asked_to_end(self) -> bool:
+        """Collective: whether a signal came while this run trains; False without listening to it."""
+        return self.is_in_train and self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator)
 
     def _without_left_out(self, name: str, logs: dict[str, float]) -> None:
         """Make a logged mean over optimizer steps one over those that were made; nan if there were none."""
@@ -624,7 +641,9 @@ def _with_lengths(dataset: Any, config: PostTrainingConfig) -> Any:
 def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     """A copy of the caller's settings, with what these trainers need."""
     own = copy.copy(as_config(args, PostTrainingConfig))
+    own.output_dir = os.path.abspath(str(own.output_dir))  # a reward function or a callback may change the directory
     own.accelerator_config = copy.deepcopy(own.accelerator_config)  # `Trainer` writes into it
+    own.max_grad_norm = own.max_grad_norm or 0.0  # None says the same in other configs
     own.logging_nan_inf_filter = False  # it logs 0 for nan, and reads the device at every micro-batch
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
     if own.accelerator_config.dispatch_batches:

@@ -432,6 +432,8 @@ class PPOTrainer(BaseTrainer):
         set_seed(config.seed)
         warn_of_half(model, config.learning_rate)
         self.config: PPOConfig = config
+        if config.output_dir is not None:  # a reward function may change the directory
+            config.output_dir = os.path.abspath(config.output_dir)
         self.tokenizer = tokenizer
         self.dataset = dataset
         self.accelerator = make_accelerator(config)
@@ -949,8 +951,8 @@ class PPOTrainer(BaseTrainer):
         callback: called after each step with its number, its statistics and its batch (texts, scores, tokens).
         """
         config, rewards = self.config, self._rewards()
-        folder, resumes = config.output_dir, bool(resume_from_checkpoint)
-        overwrite = config.overwrite_output_dir
+        folder, overwrite = config.output_dir, config.overwrite_output_dir
+        resumes = folder is not None and self._folder.goes_on(resume_from_checkpoint, folder)
         held = nullcontext() if folder is None else self._folder.held(folder, resumes=resumes, overwrite=overwrite)
         with held, self._signal.listening(config.enable_jit_checkpoint):
             if folder is not None:
@@ -959,9 +961,11 @@ class PPOTrainer(BaseTrainer):
             if found is not None:
                 self._resume(found)
             if folder is not None and self.accelerator.is_main_process:
-                self._folder.begin_metrics(folder, None if found is None else self.data_position)
+                self._folder.begin_metrics(folder, self.data_position if found and resumes else None)
             with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
-                return self._steps(rewards, callback)
+                stats = self._steps(rewards, callback)
+            check_weights(self.accelerator, f"after step {self.current_step}", *self._models().values())
+            return stats
 
     def _steps(
         self, rewards: RolloutRewards, callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None
@@ -1170,6 +1174,7 @@ class PPOTrainer(BaseTrainer):
         folder = self.config.output_dir if output_dir is None else output_dir
         if folder is None:
             raise ValueError("output_dir=None: say where the model goes")
+        check_weights(self.accelerator, f"step {self.current_step}", self.model)
         if self.accelerator.is_main_process:
             self._saved_model().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
