@@ -1,8 +1,9 @@
 """The child process of `verifier`: it compares each answer that arrives on its standard input with a solution.
 
-This is a script that imports nothing from the package. A request is a line of JSON, `[text, solution, seconds]`. It is
-answered with the line "read" once the solution is read, and then "right", "wrong", or "none" where the solution is no
-mathematics. A request that takes more than its seconds of CPU time ends the process, whatever code of C runs then.
+This is a script that imports nothing from the package. It says "ready" when it is. A request is a line of JSON,
+`[text, solution, seconds]`. It is answered with the line "read" once the solution is read, and then "right", "wrong",
+or "none" where the solution is no mathematics. A request that takes more than its seconds of CPU time ends the process,
+whatever code of C runs then.
 """
 
 import json
@@ -46,6 +47,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its signals are off
     limit_memory()
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         text, solution, seconds = json.loads(line)
         if hasattr(signal, "setitimer"):
