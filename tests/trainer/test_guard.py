@@ -218,7 +218,7 @@ def test_a_reference_that_is_not_finite(name, settings, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, 1e30])
 def test_rewards_that_rollouts_carry(bad, tmp_path, monkeypatch):
     """As those of reward functions: no number that float32 loses in a group's statistics."""
 

@@ -82,7 +82,8 @@ class RolloutRewards:
                     f"rollout_func gave {len(rollout.rewards)} rewards for {len(rollout)} completions: fill "
                     "`Rollout.rewards`, or give `reward_funcs`"
                 )
-            scores, late = [checked("the rollout", rollout.rewards, len(rollout))], [False]
+            known = [None if reward is not None and reward != reward else reward for reward in rollout.rewards]
+            scores, late = [checked("the rollout", known, len(rollout))], [False]  # nan: no opinion
         else:
             verdict = self.panel(len(rollout), asked_of(rollout, prompts, columns))
             scores, late = verdict.scores, verdict.timed_out
