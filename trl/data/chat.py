@@ -33,8 +33,7 @@ from trl.data.messages import (
 from trl.data.rendering import Reader, Reading
 
 _OF_TEMPLATES = (
-    TemplateError, DocstringParsingException, TypeHintParsingException, *UNREADABLE, ArithmeticError, MemoryError,
-    RecursionError, UnicodeError,
+    TemplateError, DocstringParsingException, TypeHintParsingException, *UNREADABLE, MemoryError, UnicodeError,
 )  # fmt: skip
 """what a template can raise"""
 _ROW_TEMPLATES = 16
