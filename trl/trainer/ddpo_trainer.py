@@ -152,7 +152,8 @@ class DDPOTrainer(BaseTrainer):
         remaining = range(self.first_epoch, epochs)
         folder, config = checkpoint_folder(self.accelerator), self.config
         resumes, root = self._folder.goes_on(config.resume_from, folder), folder.parent
-        held = self._folder.held(folder, resumes=resumes, overwrite=config.overwrite_output_dir, root=root)
+        overwrite, asked = config.overwrite_output_dir, bool(config.resume_from)
+        held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked, root=root)
         with held, self._signal.listening(config.enable_jit_checkpoint):
             checkpoints.clean_up(folder, PREFIX)
             refuse_to_overwrite(self.accelerator, remaining, config.save_freq)

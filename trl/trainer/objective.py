@@ -386,9 +386,9 @@ class ObjectiveTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; SystemExit(143) where SIGTERM asked for the end and the step is saved."""
         folder = str(self.args.output_dir)
-        resumes = self._folder.goes_on(resume_from_checkpoint, folder)
+        resumes, asked = self._folder.goes_on(resume_from_checkpoint, folder), bool(resume_from_checkpoint)
         with (
-            self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir),
+            self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir, asked=asked),
             self._signal.listening(self.args.enable_jit_checkpoint),
         ):
             self.prepare_data()

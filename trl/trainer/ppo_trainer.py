@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -955,7 +955,10 @@ class PPOTrainer(BaseTrainer):
         config, rewards = self.config, self._rewards()
         folder, overwrite = config.output_dir, config.overwrite_output_dir
         resumes = folder is not None and self._folder.goes_on(resume_from_checkpoint, folder)
-        held = nullcontext() if folder is None else self._folder.held(folder, resumes=resumes, overwrite=overwrite)
+        asked = bool(resume_from_checkpoint)
+        held: AbstractContextManager[None] = nullcontext()
+        if folder is not None:
+            held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked)
         with held, self._signal.listening(config.enable_jit_checkpoint):
             if folder is not None:
                 checkpoints.clean_up(folder)

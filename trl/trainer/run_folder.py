@@ -133,12 +133,14 @@ class RunFolder:
         *,
         resumes: bool,
         overwrite: bool,
+        asked: bool = False,
         root: str | os.PathLike[str] | None = None,
     ) -> Iterator[None]:
         """Try the folder for writing and lock it. ValueError, on all processes, where it is in use or not writable.
 
         resumes: the run goes on with a checkpoint of `folder`. If not, another run's checkpoints there are refused, or
-        removed with `overwrite`; records of a run that left no checkpoint are put aside. root: where the lock and the
+        removed with `overwrite`, or named where a checkpoint from elsewhere was `asked` for; records of a run that left
+        no checkpoint are put aside. root: where the lock and the
         records are, if not in `folder`.
         """
         top, place = Path(root or folder), Path(folder)
@@ -146,7 +148,7 @@ class RunFolder:
         descriptor = None
         if PartialState().is_main_process:
             try:
-                descriptor = self._begin(top, place, resumes, overwrite)
+                descriptor = self._begin(top, place, resumes, overwrite, asked)
             except (ValueError, OSError) as error:
                 answer[0] = str(error)
         broadcast_object_list(answer)
@@ -159,7 +161,7 @@ class RunFolder:
                 self.own |= {path.resolve() for path in checkpoints(place, self._prefix)}
                 _release(top, descriptor)
 
-    def _begin(self, top: Path, place: Path, resumes: bool, overwrite: bool) -> int | None:
+    def _begin(self, top: Path, place: Path, resumes: bool, overwrite: bool, asked: bool) -> int | None:
         try:
             top.mkdir(parents=True, exist_ok=True)
             descriptor = _acquire(top)
@@ -169,16 +171,24 @@ class RunFolder:
             ) from error
         try:
             if not resumes:
-                self._clear(top, place, overwrite)
+                self._clear(top, place, overwrite, asked)
         except BaseException:
             if descriptor is not None:
                 _release(top, descriptor)
             raise
         return descriptor
 
-    def _clear(self, top: Path, place: Path, overwrite: bool) -> None:
+    def _clear(self, top: Path, place: Path, overwrite: bool, asked: bool) -> None:
         found = [path for path in checkpoints(place, self._prefix) if path.resolve() not in self.own]
         others = [path for path in found if is_finished(path) or self._is_old(path)]
+        if others and asked and not overwrite:
+            logger.warning(
+                "%s holds %s of another run than the checkpoint that this one goes on with: `save_total_limit` counts "
+                "it, and a checkpoint of the same number replaces it",
+                top,
+                others[-1].name,
+            )
+            return
         if others and not overwrite:
             raise FolderInUse(
                 f"{str(top)!r} holds {others[-1].name} of another run: go on with it by {self._resume}, remove it "
