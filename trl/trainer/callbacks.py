@@ -17,6 +17,7 @@ from trl.data.chat import ChatTemplate
 from trl.data.formats import is_conversational
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
+from trl.generation.stopping import end_tokens, without_ends
 from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
@@ -165,7 +166,7 @@ class LogCompletionsCallback(TrainerCallback):
             )
         with eval_no_grad(model):
             groups = make_sampler(model, tokenizer).sample(prompts, params)
-        texts = tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
+        texts = without_ends(tokenizer, [group[0].ids for group in groups], end_tokens(model, tokenizer))
         asked_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         return [(step, *row) for row in zip(asked_texts, texts, strict=True)]
 

@@ -46,10 +46,12 @@ from trl.rollout.source import (
     SamplerSource,
     Seed,
     Source,
+    calls_of,
     environment_for_policy,
     make_environment,
 )
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
+from trl.trainer.metrics import check_new_names
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import prepare_model, prepare_tokenizer
 from trl.trainer.references import SyncReference
@@ -82,7 +84,7 @@ class RolloutConfig(PostTrainingConfig):
     num_iterations: int = field(default=1)
     """passes over each rollout"""
     shuffle_dataset: bool = field(default=True)
-    """draw the prompts in random order"""
+    """draw the prompts in random order; those of an `IterableDataset` come in its own"""
     temperature: float = field(default=1.0)
     """sampling temperature; a policy is scored at the same"""
     top_p: float = field(default=1.0)
@@ -310,8 +312,9 @@ def _prompts_job(config: RolloutConfig, tokenizer: Any, model: nn.Module) -> Pro
     )
 
 
-RolloutFunction = Callable[[list[dict[str, Any]], Any], Rollout]
-"""`(a row of the data set per completion, trainer) -> Rollout`, for environments and other engines"""
+RolloutFunction = Callable[..., Rollout | Mapping[str, Any]]
+"""`(a row of the data set per completion, trainer) -> Rollout`, or `(prompts, trainer) -> dict of lists`, for
+environments and other engines; see `calls_of` and `rollout_of`"""
 
 
 class RolloutTrainer(ObjectiveTrainer):
@@ -421,7 +424,7 @@ class RolloutTrainer(ObjectiveTrainer):
         return environment_for_policy(
             environment,
             self.processing_class,
-            end_tokens(self.model, self.processing_class, self.sampling_params(0).stop_token_ids),
+            self._ends(),
             reward_funcs=reward_funcs,
             needs_rewards=self.needs_rewards,
             max_prompt_length=self.args.max_prompt_length,
@@ -487,14 +490,15 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _loader(self, shape: RolloutShape) -> RolloutLoader:
         prompts = shape.rows // shape.num_generations * self.args.world_size
-        length = -(-len(self.train_dataset) // prompts) * shape.passes
+        sized = hasattr(self.train_dataset, "__len__")
+        length = -(-len(self.train_dataset) // prompts) * shape.passes if sized else None
         return RolloutLoader(self._make_experience, self._in_passes, shape, length)
 
     def make_source(self) -> Source:
         """What completes the prompts: the environment, the user's function or the sampler."""
         if self.rollout_func is not None:
-            function = self.rollout_func
-            return FunctionSource(lambda rows: function(rows, self))
+            call = calls_of(self.rollout_func, self, self.args, self.processing_class)
+            return FunctionSource(call, self.logprobs_of)
         config = self.args
         if self.environment is None:
             return SamplerSource(
@@ -540,7 +544,12 @@ class RolloutTrainer(ObjectiveTrainer):
             rank=config.process_index,
             world=config.world_size,
             unscored=self._write_unscored,
+            ends=self._ends(),
         )
+
+    def _ends(self) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        return end_tokens(self.model, self.processing_class, self.sampling_params(0).stop_token_ids)
 
     def make_reference(self, ref_model: nn.Module | str | None) -> Reference:
         """The model given, the policy without its new adapter, or a frozen copy; it moves where the config says so."""
@@ -620,9 +629,10 @@ class RolloutTrainer(ObjectiveTrainer):
             experience, learned = self.experience(rollout, rewards, rows)
         self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
+        check_new_names(rewards.logs.metrics)
         rollout_report.record(self.record, self.record_extreme, rollout, rewards, group)
         prompts = self.collector.prompt_texts(rows, group)
-        table = rollout_report.table_of(self.state.global_step, rollout, prompts, rewards, learned)
+        table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
         if self.args.save_rollouts:
             self._write(state.rollouts, "rollouts", table)
         if self.args.log_completions and self.is_world_process_zero():
@@ -631,7 +641,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _write_unscored(self, number: int, rollout: Rollout, prompts: list[Any]) -> None:
         nothing = Rewards.none(len(rollout))
-        table = rollout_report.table_of(self.state.global_step, rollout, prompts, nothing, {})
+        table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, nothing, {})
         self._write(number, "unscored", table)
 
     def _write(self, number: int, folder: str, table: rollout_report.Columns) -> None:
@@ -755,6 +765,7 @@ class RolloutTrainer(ObjectiveTrainer):
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
+        check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group)
         return self.evaluated(model, rollout, rewards, rows), None, None
