@@ -529,7 +529,7 @@ def test_completions_are_printed(tmp_path, capsys):
     trained(tmp_path, log_completions=True, log_unique_prompts=True, num_completions_to_print=1, max_steps=1)
     shown = capsys.readouterr().out
     assert "early_letters" in shown
-    assert "step 0" in shown
+    assert "step 1" in shown
 
 
 def test_evaluation_samples_as_often_as_asked(tmp_path):

@@ -62,6 +62,8 @@ def is_async(function: Callable[..., Any]) -> bool:
     """Whether it is a coroutine function, a partial of one, or an object whose `__call__` is one."""
     while isinstance(function, functools.partial):
         function = function.func
+    if inspect.isclass(function):
+        return False
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 

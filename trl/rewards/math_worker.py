@@ -19,49 +19,11 @@ MEMORY = 4 * 2**30
 """bytes that verification may take beyond what is in use at the start"""
 
 
-FUNCTIONS = [
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "sinh",
-    "cosh",
-    "tanh",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "log",
-    "ln",
-    "lg",
-    "exp",
-    "sqrt",
-    "abs",
-    "min",
-    "max",
-    "gcd",
-    "lcm",
-    "mod",
-    "det",
-    "dim",
-    "deg",
-    "inf",
-    "sup",
-    "lim",
-    "pi",
-    "infty",
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "theta",
-    "lambda",
-    "sigma",
-    "omega",
-    "phi",
-    "psi",
-]
+FUNCTIONS = {
+    "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan", "log", "ln", "lg",
+    "exp", "sqrt", "abs", "min", "max", "gcd", "lcm", "mod", "det", "dim", "deg", "inf", "sup", "lim", "pi", "infty",
+    "alpha", "beta", "gamma", "delta", "theta", "lambda", "sigma", "omega", "phi", "psi",
+}  # fmt: skip
 LETTERS = tuple(map(set, ("abcd", "xyzwt", "pqrs", "mnk", "ijk", "uvw", "rst")))
 """letters that stand for numbers together"""
 

@@ -84,7 +84,7 @@ def reward_panel(
 
     like: see `reward_named`.
     """
-    listed = list(functions) if isinstance(functions, list | tuple) else [functions]
+    listed: list[Any] = list(functions) if isinstance(functions, list | tuple) else [functions]
     given = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
     if len(given) != len(listed):
         raise ValueError(f"reward_processing_classes: {len(given)} for {len(listed)} reward functions; give one each")

@@ -24,7 +24,10 @@ TYPES = {"step": "int64", "prompt": "string", "completion": "string", "completio
 def table_of(
     step: int, rollout: Rollout, prompts: Sequence[Any], rewards: Rewards, learned: Mapping[str, Sequence[Any]]
 ) -> Columns:
-    """A row per completion, of the rollout that optimizer step `step` is the first to learn: the texts, each reward (None: no opinion) and what is learned from it."""
+    """A row per completion: the texts, each reward (None: no opinion) and what is learned from it.
+
+    step: number of the first optimizer step that learns from them.
+    """
     scores = dict(zip(rewards.names, rewards.scores_BF.T.tolist(), strict=True))
     return {
         "step": [step] * len(rollout),

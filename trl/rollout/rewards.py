@@ -85,11 +85,8 @@ class RolloutRewards:
                     "`Rollout.rewards`, or give `reward_funcs`"
                 )
             source = "environment" if "histories" in rollout.metadata else "rollout_func"
-            scores, late, logs = (
-                [checked(source, [None if x != x else x for x in rollout.rewards], len(rollout))],
-                [False],
-                Logs(len(rollout)),
-            )
+            known = [None if reward != reward else reward for reward in rollout.rewards]
+            scores, late, logs = [checked(source, known, len(rollout))], [False], Logs(len(rollout))
         else:
             asked = asked_of(rollout, prompts, columns)
             verdict = self.panel(len(rollout), asked, {name: asked.pop(name) for name in LIVE if name in asked})

@@ -150,7 +150,7 @@ def rollout_of(columns: Mapping[str, Any]) -> Rollout:
     missing = [name for name in ("prompt_ids", "completion_ids") if name not in columns]
     if missing:
         raise ValueError(f"rollout_func: {missing[0]} is missing among {', '.join(columns)}; give a list of token ids")
-    given = {name: in_order(values) for name, values in columns.items() if values is not None}
+    given = {name: _listed(name, values) for name, values in columns.items() if values is not None}
     completions = [list(map(int, ids)) for ids in given.pop("completion_ids")]
     prompts = [list(map(int, ids)) for ids in given.pop("prompt_ids")]
     logprobs = [[float(_first(number)) for number in row] for row in given.pop("logprobs", [])]
@@ -162,14 +162,17 @@ def rollout_of(columns: Mapping[str, Any]) -> Rollout:
         for row, (numbers, ids) in enumerate(zip(rows, completions, strict=len(rows) > 0)):
             if len(numbers) != len(ids):
                 raise ValueError(f"rollout_func: {name}[{row}] has {len(numbers)} numbers for {len(ids)} tokens")
-    return Rollout(
-        prompts,
-        completions,
-        logprobs,
-        [list(map(int, mask)) for mask in masks],
-        given.get("rewards", []),
-        metadata=given,
-    )
+    masks = [list(map(int, mask)) for mask in masks]
+    return Rollout(prompts, completions, logprobs, masks, given.get("rewards", []), metadata=given)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return in_order(values)
+    except TypeError:
+        raise ValueError(
+            f"rollout_func: {name} is a {type(values).__name__}; give a list with a value for each completion"
+        ) from None
 
 
 def _first(number: Any) -> Any:
@@ -177,20 +180,22 @@ def _first(number: Any) -> Any:
     return number[0] if isinstance(number, list | tuple) else number
 
 
-def calls_of(function: Callable[..., Any], trainer: Any, config: Any, tokenizer: Any) -> Callable[[list[Any]], Any]:
+def calls_of(
+    function: Callable[..., Any], further: Sequence[Any], earlier: Sequence[Any]
+) -> Callable[[list[Any]], Any]:
     """A user's `rollout_func` as a function of the rows.
 
-    Its first argument is a list of rows, or of their prompts where it is called `prompts`; then comes the trainer, or
-    where the second is called `args` the config and the tokenizer.
+    Its first argument is a list of rows, or of their prompts where it is called `prompts`. Then come `further`, the
+    trainer; or `earlier`, the config and the tokenizer, where the second is called `args`.
     """
     try:
         names = [*inspect.signature(function).parameters, "", ""]
     except (TypeError, ValueError):
         names = ["", ""]
-    further = (config, tokenizer) if names[1] == "args" else (trainer,)
+    more = earlier if names[1] == "args" else further
 
     def call(rows: list[Any]) -> Any:
-        return function([row["prompt"] for row in rows] if names[0] == "prompts" else rows, *further)
+        return function([row["prompt"] for row in rows] if names[0] == "prompts" else rows, *more)
 
     return call
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -110,6 +110,25 @@ class RichProgressCallback(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress, self._bars = None, {}
+
+
+class NotebookColumns(TrainerCallback):
+    """Adds columns to the table that transformers shows in a notebook, which has the loss alone.
+
+    shown: transformers' callback, which writes its line first.
+    """
+
+    columns: ClassVar[dict[str, str]] = {"Reward": "reward", "KL": "kl", "Length": "completions/mean_length"}
+    """title -> name in the logs"""
+
+    def __init__(self, shown: Any):
+        self.shown = shown
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs, table = kwargs.get("logs") or {}, getattr(self.shown, "training_tracker", None)
+        found = {title: logs[name] for title, name in self.columns.items() if name in logs}
+        if table is not None and found and "loss" in logs and args.eval_strategy == "no":
+            table.write_line({"Step": state.global_step, **found})
 
 
 class LogCompletionsCallback(TrainerCallback):

@@ -217,7 +217,7 @@ class DDPOTrainer(BaseTrainer):
         samples, prompt_image_pairs = [], []
         negative = self.neg_prompt_embed.repeat(batch_size, *[1] * (self.neg_prompt_embed.ndim - 1))
         for _ in range(iterations):
-            prompts, prompt_metadata = zip(*(_asked(self.prompt_fn()) for _ in range(batch_size)), strict=True)
+            prompts, prompt_metadata = zip(*(as_prompt(self.prompt_fn()) for _ in range(batch_size)), strict=True)
             prompt_ids, prompt_embeds = self._encode(prompts)
             with self.autocast():
                 output = pipeline(
@@ -471,7 +471,7 @@ class DDPOTrainer(BaseTrainer):
             file.write(text)
 
 
-def _asked(given: Any) -> tuple[str, Metadata]:
+def as_prompt(given: Any) -> tuple[str, Metadata]:
     """What the prompt function gave as prompt and metadata; a text alone has none."""
     if isinstance(given, str):
         return given, {}

@@ -38,7 +38,7 @@ from trl.data.formats import refuse_splits
 from trl.data.microbatches import unasked_budget
 from trl.data.records import Rollout
 from trl.generation import make_sampler
-from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
+from trl.generation.generate_kwargs import OUTPUTS, asked_end_tokens, sampling_params
 from trl.generation.plain_generate import generate_padded
 from trl.generation.stopping import end_tokens, without_ends
 from trl.import_utils import is_wandb_available, pip_install
@@ -1459,10 +1459,8 @@ def checked_batch(
             raise ValueError(
                 f"Batch size ({batch_size}) does not match number of examples - but got {len(rows)} for: {name}"
             )
-        rows = [row.detach().to(device) for row in rows]
-        given[name] = (
-            rows if name == "scores" else [row[0] if row.dim() == 2 and len(row) == 1 else row for row in rows]
-        )
+        rows = [row.detach().to(device) for row in rows]  # old scripts keep their graphs, and queries of shape [1, L]
+        given[name] = rows if name == "scores" else list(map(_flat, rows))
     empty = next((row for row, query in enumerate(given["queries"]) if not query.numel()), None)
     if empty is not None:
         raise ValueError(f"queries[{empty}] is empty: give at least one token, such as the beginning-of-text token")
@@ -1477,6 +1475,10 @@ def checked_batch(
     return given["queries"], given["responses"], given["scores"], given.get("masks")
 
 
+def _flat(row: Tensor) -> Tensor:
+    return row[0] if row.dim() == 2 and len(row) == 1 else row
+
+
 def seen_tokens(queries: list[Tensor], mask: Any) -> list[Tensor]:
     """The queries without the tokens that an attention mask (one row for each query) hides; None hides nothing."""
     if mask is None:
@@ -1488,9 +1490,6 @@ def seen_tokens(queries: list[Tensor], mask: Any) -> list[Tensor]:
             "tokens; give one for each token, or leave it out: queries without padding need none"
         )
     return [query[row.to(query.device) > 0] for query, row in zip(queries, rows, strict=True)]
-
-
-OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 def refuse_outputs(generation_kwargs: dict[str, Any]) -> None:
