@@ -43,8 +43,8 @@ def test_an_attention_mask_hides_padding(make):
     assert all(map(torch.equal, trainer.generate(padded, attention_mask=masks, **greedy), plain))
     one = trainer.generate(padded[0], attention_mask=masks[0][None], **greedy)
     assert torch.equal(one[0], plain[0])
-    with pytest.raises(ValueError, match=r"attention_mask: \[3\] places for queries of"):
-        trainer.generate(queries[0], attention_mask=torch.ones(1, 3), **greedy)
+    with pytest.raises(ValueError, match=r"attention_mask: \[9\] places for queries of"):
+        trainer.generate(queries[0], attention_mask=torch.ones(1, 9), **greedy)
 
 
 @pytest.mark.parametrize("least", [0, 2, 5])

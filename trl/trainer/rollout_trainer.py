@@ -693,7 +693,8 @@ class RolloutTrainer(ObjectiveTrainer):
             experience, learned = self.experience(rollout, rewards, rows)
         self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
-        check_new_names(rewards.logs.metrics)
+        if rewards.logs.metrics:
+            check_new_names(rewards.logs.metrics)
         rollout_report.record(self.record, self.record_extreme, rollout, rewards, group)
         prompts = self.collector.prompt_texts(rows, group)
         table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
@@ -829,7 +830,8 @@ class RolloutTrainer(ObjectiveTrainer):
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
-        check_new_names(rewards.logs.metrics)
+        if rewards.logs.metrics:
+            check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group)
         return self.evaluated(model, rollout, rewards, rows), None, None
