@@ -232,7 +232,7 @@ def test_rewards_that_rollouts_carry(bad, tmp_path, monkeypatch):
     trainer = build("grpo", tmp_path, max_steps=1)
     source = SamplerSource(trainer.sampler, trainer.sampling_params)
     trainer.sampled = lambda rows: source.draw(rows, 1, 0)
-    with pytest.raises(RewardError, match=r"^the rollout gave .* for completion \d+: give a"):
+    with pytest.raises(RewardError, match=r"^rollout_func gave .* for completion \d+: give a"):
         trainer.train()
 
 

@@ -17,15 +17,6 @@ Ids = Sequence[int] | Tensor
 """token ids, or one number for each of them: a list or a 1-d tensor"""
 
 
-def own(value: Any) -> Any:
-    """The same value in lists and dicts of its own, which code of a user may edit; other objects stay themselves."""
-    if isinstance(value, dict):
-        return {name: own(each) for name, each in value.items()}
-    if type(value) is not list:
-        return value
-    return [own(each) for each in value] if any(isinstance(each, list | dict) for each in value) else value[:]
-
-
 class TensorRecord:
     """A frozen dataclass of tensors; accelerate and `Trainer` move it to a device by `to`."""
 

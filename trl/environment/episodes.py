@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from trl.data.records import Rollout, own
+from trl.data.records import Rollout
+from trl.data.user_functions import accepted, own
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import LateCalls, ToolCalls
 from trl.environment.turns import SampledTurns, Turns
@@ -293,15 +294,6 @@ def public_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """The methods that a model may call, by name: all without a leading underscore, except `reset`."""
     names = [name for name, _ in inspect.getmembers(type(environment), inspect.isroutine)]
     return {name: getattr(environment, name) for name in names if not name.startswith("_") and name != _RESET}
-
-
-def accepted(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that the function has a parameter for; all of them if it has `**kwargs`."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(columns)
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {name: value for name, value in columns.items() if name in named}
 
 
 def as_rollout(histories: Sequence[TextHistory]) -> Rollout:

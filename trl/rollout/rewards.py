@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from trl.losses.policy import soft_overlong_punishment
 from trl.models.scoring import rewards as rewards_of
 from trl.models.unwrap import below_peft
 from trl.rewards.named import reward_panel
-from trl.rewards.panel import RewardPanel, checked
+from trl.rewards.panel import Logs, RewardPanel, checked
+from trl.rewards.texts import EpisodeText
 from trl.rollout.experience import Experience
 from trl.rollout.measure import PACKED_TOKENS, pieces
 
@@ -28,6 +29,7 @@ class Rewards:
     scores_BF: Tensor
     weights_F: Tensor
     timed_out: list[bool]
+    logs: Logs = field(default_factory=lambda: Logs(0))
 
     @classmethod
     def none(cls, rows: int) -> Rewards:
@@ -82,18 +84,20 @@ class RolloutRewards:
                     f"rollout_func gave {len(rollout.rewards)} rewards for {len(rollout)} completions: fill "
                     "`Rollout.rewards`, or give `reward_funcs`"
                 )
+            source = "the environment" if "histories" in rollout.metadata else "rollout_func"
             known = [None if reward is not None and reward != reward else reward for reward in rollout.rewards]
-            scores, late = [checked("the rollout", known, len(rollout))], [False]  # nan: no opinion
+            scores, late, logs = [checked(source, known, len(rollout))], [False], Logs(len(rollout))  # nan: no opinion
         else:
-            verdict = self.panel(len(rollout), asked_of(rollout, prompts, columns))
-            scores, late = verdict.scores, verdict.timed_out
+            asked = asked_of(rollout, prompts, columns)
+            verdict = self.panel(len(rollout), asked, {name: asked.pop(name) for name in LIVE if name in asked})
+            scores, late, logs = verdict.scores, verdict.timed_out, verdict.logs
         scores_BF = torch.tensor(scores, dtype=torch.float32).T
         if self.overlong is not None:
             lengths_B = torch.tensor([float(len(ids)) for ids in rollout.completions])
             punishment_B = soft_overlong_punishment(lengths_B, *self.overlong)
             punishment_B = punishment_B.masked_fill(scores_BF.isnan().all(-1), torch.nan)
             scores_BF, late = torch.cat([scores_BF, punishment_B[:, None]], 1), [*late, False]
-        return Rewards(self.names, scores_BF, self.weights_F, late)
+        return Rewards(self.names, scores_BF, self.weights_F, late, logs)
 
 
 class TokenRewards(RolloutRewards):
@@ -112,7 +116,8 @@ class TokenRewards(RolloutRewards):
         rows = Experience.of(rollout)
         runs = pieces(rows, 1, self.tokens)
         parts = [rewards_of(self.model, rows.select(run).packed(masked=False).to(self.device)).cpu() for run in runs]
-        return Rewards(self.names, torch.cat(parts)[:, None], self.weights_F, [False])
+        scores = checked("reward_model", torch.cat(parts), len(rollout))
+        return Rewards(self.names, torch.tensor(scores)[:, None], self.weights_F, [False])
 
     def _check(self, rollout: Rollout) -> None:
         """ValueError for a token that the model does not have: it belongs to another tokenizer than the policy's."""
@@ -125,14 +130,25 @@ class TokenRewards(RolloutRewards):
             )
 
 
+LIVE = ("histories", "environments", "trainer_state")
+"""keywords of reward functions whose objects are not copied"""
+
+
 def asked_of(rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of a reward function: a conversation is completed by a message, a text by a text."""
     extra = {name: values for name, values in rollout.metadata.items() if name not in ("truncated", "completions")}
+    texts: Sequence[str] = rollout.texts
+    own: dict[str, Any] = {"environments": None}
+    if "histories" in extra:
+        turns = [history.turns for history in extra["histories"]]
+        texts = [EpisodeText.of(text, own_turns) for text, own_turns in zip(texts, turns, strict=True)]
+        own |= {"turn_texts": turns, "environments": [history.own_environment for history in extra["histories"]]}
     said = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, rollout.texts, strict=True)
+        for prompt, text in zip(prompts, texts, strict=True)
     ]
     return {
+        **own,
         **columns,
         **extra,
         "prompts": list(prompts),

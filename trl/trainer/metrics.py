@@ -194,3 +194,10 @@ def table(metrics: Iterable[Metric] = METRICS) -> str:
         where = "" if metric.evaluated else "; training only"
         lines.append(f"| `{metric.name}` | {metric.meaning} | {metric.healthy} | {who}{needs}{where} |")
     return "\n".join(lines)
+
+
+def check_new_names(names: Iterable[str]) -> None:
+    """ValueError for a name that a reward function logs a number under, and that means something else already."""
+    for name in names:
+        if name in OF_TRANSFORMERS or any(m.names(name) for m in METRICS if {*m.trainers} & {*ROLLOUTS}):
+            raise ValueError(f"log_metric: {name!r} is a metric of the trainers already; give it another name")

@@ -611,10 +611,11 @@ class ObjectiveTrainer(Trainer):
         While it trains, `Trainer` says by `control.should_log` which log is that of its training steps. Evaluation adds
         its own means. What is recorded outside of both comes with the next log of its kind.
         """
-        training = self.control.should_log if self.is_in_train else "loss" in logs
+        ended = "train_loss" in logs  # with what came behind the last log
+        training = ended or (self.control.should_log if self.is_in_train else "loss" in logs)
         means = self._read("train" if training else "eval")
         means.pop("loss", None)  # Trainer's own: the mean over optimizer steps
-        if training:
+        if training and (means or not ended):
             means["num_tokens"] = float(self._tokens_so_far())
         logs.update({name if training else f"eval_{name}": value for name, value in means.items()})
         self._without_left_out("loss", logs)

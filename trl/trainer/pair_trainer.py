@@ -20,7 +20,7 @@ from trl.data.records import Batch
 from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
-from trl.generation.stopping import end_tokens
+from trl.generation.stopping import end_tokens, without_ends
 from trl.import_utils import is_wandb_available
 from trl.losses.kto import mismatched_kl
 from trl.losses.loss_sum import LossSum, Measure
@@ -308,7 +308,8 @@ class PairTrainer(ObjectiveTrainer):
         room = min(room, self.args.max_completion_length or room)
         sampler = make_sampler(model, self.processing_class)
         completions = sampler.sample(prompts, SamplingParams(max_new_tokens=room, seed=self.args.seed))
-        return self.processing_class.batch_decode([group[0].ids for group in completions], skip_special_tokens=True)
+        ends = end_tokens(model, self.processing_class)
+        return without_ends(self.processing_class, [group[0].ids for group in completions], ends)
 
 
 def _token_metrics(scores: Scores, mask_BT: Tensor) -> dict[str, Measure]:

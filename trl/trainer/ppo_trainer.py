@@ -39,9 +39,9 @@ from trl.data.formats import refuse_splits
 from trl.data.microbatches import unasked_budget
 from trl.data.records import Rollout
 from trl.generation import make_sampler
-from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
+from trl.generation.generate_kwargs import OUTPUTS, asked_end_tokens, sampling_params
 from trl.generation.plain_generate import generate_padded
-from trl.generation.stopping import end_tokens
+from trl.generation.stopping import end_tokens, without_ends
 from trl.import_utils import is_wandb_available, pip_install
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.legacy import ppo_padded
@@ -58,6 +58,8 @@ from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Scores, classifier_of
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, learns_prompt
 from trl.rewards.named import RewardSource
+from trl.rewards.panel import LARGEST
+from trl.rollout.collector import rendered
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.measure import (
     PACKED_TOKENS,
@@ -545,7 +547,9 @@ class PPOTrainer(BaseTrainer):
             )
         if self.config.temperature != 1:
             generation_kwargs.setdefault("temperature", self.config.temperature)
+        queries = seen_tokens(queries, generation_kwargs.pop("attention_mask", None))
         queries = [query.to(self.current_device) for query in queries]
+        refuse_outputs(generation_kwargs)
 
         policy = below_accelerate(self.model)
 
@@ -1249,10 +1253,11 @@ class PPOTrainer(BaseTrainer):
         with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True):
             rollout = (self.source if source is None else source).draw(asked)
         if not rollout.texts:
-            rollout.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.completions]
+            rollout.texts = without_ends(self.tokenizer, rollout.completions, end_tokens(self.model, self.tokenizer))
         prompts = [row["prompt"] for row in asked]
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompts", "completions"))
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+        columns.setdefault("prompt_texts", rendered(rollout, self.tokenizer))
         if self.environment is not None and "truncated" in rollout.metadata:
             columns["truncated"] = rollout.metadata["truncated"]
         batch: dict[str, Any] = {"query": prompts, "response": rollout.texts}
@@ -1462,12 +1467,13 @@ def checked_batch(
         for place, row in enumerate(rows):
             if not isinstance(row, Tensor):
                 raise ValueError(f"Elements in {name} must be tensors - got {type(row)} ({name}[{place}])")
-            _check_kind(name, place, row)
+            _check_kind(name, place, row if name == "scores" else _flat(row))
         if batch_size is not None and len(rows) != batch_size:
             raise ValueError(
                 f"Batch size ({batch_size}) does not match number of examples - but got {len(rows)} for: {name}"
             )
-        given[name] = [row.to(device) for row in rows]
+        rows = [row.detach().to(device) for row in rows]  # old scripts keep the graphs of scores
+        given[name] = rows if name == "scores" else list(map(_flat, rows))
     empty = next((place for place, query in enumerate(given["queries"]) if not query.numel()), None)
     if empty is not None:
         raise ValueError(f"queries[{empty}] is empty: give at least one token, such as the beginning-of-text token")
@@ -1480,6 +1486,34 @@ def checked_batch(
                 f"masks[{place}] has shape {tuple(mask.shape)}, its response {tuple(response.shape)}: they must agree"
             )
     return given["queries"], given["responses"], given["scores"], given.get("masks")
+
+
+def _flat(row: Tensor) -> Tensor:
+    """A row of tokens, also of shape [1, L]."""
+    return row[0] if row.dim() == 2 and len(row) == 1 else row
+
+
+def seen_tokens(queries: list[Tensor], mask: Any) -> list[Tensor]:
+    """The queries without the tokens that an attention mask (one row for each query) hides; None hides nothing."""
+    if mask is None:
+        return queries
+    rows = [torch.as_tensor(row).flatten() for row in (mask if len(mask) == len(queries) else [mask])]
+    if [len(row) for row in rows] != [len(query) for query in queries]:
+        raise ValueError(
+            f"attention_mask: {[len(row) for row in rows]} places for queries of {[len(query) for query in queries]} "
+            "tokens; give one for each token, or leave it out: queries without padding need none"
+        )
+    return [query[row.to(query.device) > 0] for query, row in zip(queries, rows, strict=True)]
+
+
+def refuse_outputs(generation_kwargs: dict[str, Any]) -> None:
+    """ValueError for keywords that ask for more than the responses' tokens; takes out those that are off."""
+    for name in OUTPUTS:
+        if generation_kwargs.pop(name, None):
+            raise ValueError(
+                f"{name}: `generate` of the trainer returns the responses' tokens and nothing else; leave it out, or "
+                "call `trainer.model.generate`"
+            )
 
 
 def _check_kind(name: str, row: int, tensor: Tensor) -> None:
@@ -1504,6 +1538,8 @@ def _score(row: int, score: Tensor) -> Tensor:
         raise ValueError(f"scores[{row}] holds {score.numel()} numbers: give one score for each response")
     if not torch.isfinite(score).all():
         raise ValueError(f"scores[{row}]={score.item()} is not finite: give every response a number")
+    if abs(float(score)) > LARGEST:
+        raise ValueError(f"scores[{row}]={score.item()}: its square is no number in float32; scale the scores down")
     return score.reshape(())
 
 
