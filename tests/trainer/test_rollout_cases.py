@@ -119,10 +119,10 @@ def test_logged_columns_move_with_their_groups():
 def test_rewards_of_a_rollout_function_and_an_environment_are_float32(reward):
     """R5"""
     made = Rollout([[1]] * 2, [[1]] * 2, [[0.0]] * 2, [[1]] * 2, rewards=[0.0, reward])
-    with pytest.raises(RewardError, match=r"'rollout_func' gave .* for completion 1"):
+    with pytest.raises(RewardError, match=r"rollout_func gave .* for completion 1"):
         RolloutRewards(None)(made, [], {})
     made.metadata["histories"] = []
-    with pytest.raises(RewardError, match="'environment' gave"):
+    with pytest.raises(RewardError, match="the environment gave"):
         RolloutRewards(None)(made, [], {})
 
 

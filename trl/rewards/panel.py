@@ -246,8 +246,10 @@ def _number(who: str, score: Any, index: int) -> float:
         number = math.nan
     if abs(number) <= LARGEST:
         return number
-    what = f"a number of at most {LARGEST:g} in size" if math.isfinite(number) else "a finite number"
-    raise RewardError(f"{who} gave {score!r} for completion {index}: give {what}, or None for no opinion")
+    raise RewardError(
+        f"{who} gave {score!r} for completion {index}: give a finite number of at most {LARGEST:g} in size, or None for "
+        "no opinion"
+    )
 
 
 def _distinct(names: list[str]) -> list[str]:
