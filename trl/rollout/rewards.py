@@ -86,13 +86,56 @@ class RolloutRewards:
         else:
             verdict = self.panel(len(rollout), asked_of(rollout, prompts, columns))
             scores, late = verdict.scores, verdict.timed_out
-        scores_BF = torch.tensor(scores, dtype=torch.float32).T
+        return self.with_overlong(rollout, torch.tensor(scores, dtype=torch.float32).T, late)
+
+    def with_overlong(self, rollout: Rollout, scores_BF: Tensor, late: list[bool]) -> Rewards:
+        """The rewards, with the soft overlong punishment where it is asked for."""
         if self.overlong is not None:
             lengths_B = torch.tensor([float(len(ids)) for ids in rollout.completions])
             punishment_B = soft_overlong_punishment(lengths_B, *self.overlong)
             punishment_B = punishment_B.masked_fill(scores_BF.isnan().all(-1), torch.nan)
             scores_BF, late = torch.cat([scores_BF, punishment_B[:, None]], 1), [*late, False]
         return Rewards(self.names, scores_BF, self.weights_F, late)
+
+
+class OwnRewards(RolloutRewards):
+    """The rewards of a panel by way of a user's function, which may ask the panel or score by itself.
+
+    function: `(rows of the data set, prompts, completions, completion_ids) -> [B, F]`, all of them one a completion.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
+        assert self.panel is not None
+        asked = asked_of(rollout, prompts, columns)
+        own = [asked.pop(name) for name in ("prompts", "completions", "completion_ids")]
+        listed = {name: values for name, values in asked.items() if isinstance(values, list)}
+        self._shared = {name: value for name, value in asked.items() if name not in listed}
+        rows = [
+            {"prompt": prompt, **{name: values[row] for name, values in listed.items()}}
+            for row, prompt in enumerate(own[0])
+        ]
+        self._late = [False] * len(self.panel.names)
+        scores_BF = torch.as_tensor(self.function(rows, *own)).detach().float().cpu()
+        wanted = (len(rollout), len(self.panel.names))
+        if scores_BF.shape != wanted:
+            raise ValueError(
+                f"_calculate_rewards gave scores of shape {tuple(scores_BF.shape)}; give {wanted}: a row for each "
+                "completion of this process, a column for each reward function"
+            )
+        return self.with_overlong(rollout, scores_BF, self._late)
+
+    def of_panel(
+        self, rows: Sequence[Mapping[str, Any]], prompts: Any, completions: Any, completion_ids: Any
+    ) -> Tensor:
+        """What the reward functions say; NaN: no opinion. [B, F]"""
+        assert self.panel is not None
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        verdict = self.panel(len(prompts), {**columns, **self._shared, **own})
+        self._late = verdict.timed_out
+        return torch.tensor(verdict.scores, dtype=torch.float32).T
 
 
 class TokenRewards(RolloutRewards):
