@@ -302,7 +302,7 @@ class DPOTrainer(PairTrainer):
         given |= {"max_completion_length": self.args.max_completion_length, "add_special_tokens": False}
 
         def tokenize_row(row: Mapping[str, Any]) -> dict[str, Any]:
-            return self.tokenize_row(row, **known_to(self.tokenize_row, given))
+            return self.tokenize_row(row, **known_to(self.tokenize_row, given, passes_on=False))
 
         if isinstance(dataset, Dataset):
             key = Hasher.hash([dataset._fingerprint, id(self), uuid4().hex])  # a method's code is not known to be pure

@@ -159,7 +159,6 @@ class KTOTrainer(ObjectiveTrainer):
             merge=True,
             quantization_config=quantization_config,
         )
-        self.processing_class = tokenizer
         super().__init__(
             model=model,
             args=config,

@@ -162,6 +162,7 @@ class ObjectiveTrainer(Trainer):
         self._hub_strategy, own.hub_strategy = own.hub_strategy, HubStrategy.END  # checkpoints: see `_push_checkpoint`
         on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0010
 
+        self.processing_class = processing_class  # rows may be prepared before `Trainer` takes it
         self._make_rows: Prepare = rows or (lambda dataset, name: dataset)
         self.given = GivenData(lambda dataset, name: _with_lengths(self._prepared(dataset, name), own))
         super().__init__(*args, processing_class=processing_class, **kwargs)

@@ -142,10 +142,13 @@ def own_methods(trainer: Any) -> frozenset[str]:
     return own
 
 
-def known_to(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that a function takes: the methods of one name differ between releases."""
+def known_to(function: Callable[..., Any], given: Mapping[str, Any], passes_on: bool = True) -> dict[str, Any]:
+    """Those of the keywords that a function takes: the methods of one name differ between releases.
+
+    passes_on: give all of them to one that takes any keyword, and may pass them on to our method.
+    """
     parameters = inspect.signature(function).parameters
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+    if passes_on and any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return dict(given)
     return {name: value for name, value in given.items() if name in parameters}
 
@@ -169,8 +172,8 @@ def check_own_losses(name: str, given: Any, rows: int) -> tuple[Tensor, Tensor, 
 
 def own_batch_loss(own: Callable[..., Any], model: nn.Module, batch: dict[str, Any], rows: int) -> LossSum:
     """What a user's `get_batch_loss_metrics` gives for a batch of so many rows: its mean loss, and means."""
-    mode = "train" if model.training else "eval"
-    loss, metrics = own(model, batch, **known_to(own, {"train_eval": mode}))
+    mode = {"train_eval": "train" if model.training else "eval"}
+    loss, metrics = own(model, batch, **known_to(own, mode, passes_on=False))
     if loss.dim():
         raise ValueError(f"get_batch_loss_metrics: its loss has shape {tuple(loss.shape)}; give the batch's mean")
     sums = {name: torch.as_tensor(value).detach().float().mean() * rows for name, value in metrics.items()}

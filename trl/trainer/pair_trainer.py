@@ -158,7 +158,7 @@ class PairTrainer(ObjectiveTrainer):
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(self.own_rows(dataset), job, name=name, num_proc=config.dataset_num_proc)[0]
 
-        self.processing_class, self._encoder_decoder = tokenizer, encoder_decoder
+        self._encoder_decoder = encoder_decoder
         super().__init__(
             model=model,
             args=config,

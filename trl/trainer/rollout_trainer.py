@@ -386,7 +386,6 @@ class RolloutTrainer(ObjectiveTrainer):
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(self.with_prompt(dataset, name), job, name=name, num_proc=config.dataset_num_proc)[0]
 
-        self.processing_class = tokenizer
         super().__init__(
             model=model,
             args=config,

@@ -366,7 +366,7 @@ class SFTTrainer(ObjectiveTrainer):
             embedding_rows(model),
             unnamed=older and dataset_text_field is None,
         )
-        self.processing_class, self._formatting_func = tokenizer, formatting_func
+        self._formatting_func = formatting_func
         super().__init__(
             model=model,
             args=config,
