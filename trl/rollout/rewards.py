@@ -15,7 +15,7 @@ from trl.losses.policy import soft_overlong_punishment
 from trl.models.scoring import rewards as rewards_of
 from trl.models.unwrap import below_peft
 from trl.rewards.named import reward_panel
-from trl.rewards.panel import RewardPanel
+from trl.rewards.panel import RewardPanel, Verdict
 from trl.rollout.experience import Experience
 from trl.rollout.measure import PACKED_TOKENS, pieces
 
@@ -27,7 +27,8 @@ class Rewards:
     names: list[str]
     scores_BF: Tensor
     weights_F: Tensor
-    timed_out: list[bool]
+    timed_out: list[bool | None]
+    """whether each function came too late; None where it has no time-out"""
 
     @classmethod
     def none(cls, rows: int) -> Rewards:
@@ -49,6 +50,12 @@ def weighted_total(scores_BF: Tensor, weights_F: Tensor) -> Tensor:
     """The weighted sum of the scores that are known; NaN where none is. [B]"""
     unscored_B = scores_BF.isnan().all(-1)
     return (scores_BF.nan_to_num() @ weights_F).masked_fill(unscored_B, torch.nan)
+
+
+def lateness(panel: RewardPanel, verdict: Verdict) -> list[bool | None]:
+    """Whether each function came too late; None for one that may take its time."""
+    pairs = zip(verdict.timed_out, panel.timeouts, strict=True)
+    return [None if seconds is None else late for late, seconds in pairs]
 
 
 class RolloutRewards:
@@ -82,19 +89,19 @@ class RolloutRewards:
                     f"rollout_func gave {len(rollout.rewards)} rewards for {len(rollout)} completions: fill "
                     "`Rollout.rewards`, or give `reward_funcs`"
                 )
-            scores, late = [rollout.rewards], [False]
+            scores, late = [rollout.rewards], [None]
         else:
             verdict = self.panel(len(rollout), asked_of(rollout, prompts, columns))
-            scores, late = verdict.scores, verdict.timed_out
+            scores, late = verdict.scores, lateness(self.panel, verdict)
         return self.with_overlong(rollout, torch.tensor(scores, dtype=torch.float32).T, late)
 
-    def with_overlong(self, rollout: Rollout, scores_BF: Tensor, late: list[bool]) -> Rewards:
+    def with_overlong(self, rollout: Rollout, scores_BF: Tensor, late: list[bool | None]) -> Rewards:
         """The rewards, with the soft overlong punishment where it is asked for."""
         if self.overlong is not None:
             lengths_B = torch.tensor([float(len(ids)) for ids in rollout.completions])
             punishment_B = soft_overlong_punishment(lengths_B, *self.overlong)
             punishment_B = punishment_B.masked_fill(scores_BF.isnan().all(-1), torch.nan)
-            scores_BF, late = torch.cat([scores_BF, punishment_B[:, None]], 1), [*late, False]
+            scores_BF, late = torch.cat([scores_BF, punishment_B[:, None]], 1), [*late, None]
         return Rewards(self.names, scores_BF, self.weights_F, late)
 
 
@@ -116,7 +123,7 @@ class OwnRewards(RolloutRewards):
             {"prompt": prompt, **{name: values[row] for name, values in listed.items()}}
             for row, prompt in enumerate(own[0])
         ]
-        self._late = [False] * len(self.panel.names)
+        self._late: list[bool | None] = [None] * len(self.panel.names)
         scores_BF = torch.as_tensor(self.function(rows, *own)).detach().float().cpu()
         wanted = (len(rollout), len(self.panel.names))
         if scores_BF.shape != wanted:
@@ -134,7 +141,7 @@ class OwnRewards(RolloutRewards):
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         verdict = self.panel(len(prompts), {**columns, **self._shared, **own})
-        self._late = verdict.timed_out
+        self._late = lateness(self.panel, verdict)
         return torch.tensor(verdict.scores, dtype=torch.float32).T
 
 
@@ -154,7 +161,7 @@ class TokenRewards(RolloutRewards):
         rows = Experience.of(rollout)
         runs = pieces(rows, 1, self.tokens)
         parts = [rewards_of(self.model, rows.select(run).packed(masked=False).to(self.device)).cpu() for run in runs]
-        return Rewards(self.names, torch.cat(parts)[:, None], self.weights_F, [False])
+        return Rewards(self.names, torch.cat(parts)[:, None], self.weights_F, [None])
 
     def _check(self, rollout: Rollout) -> None:
         """ValueError for a token that the model does not have: it belongs to another tokenizer than the policy's."""
@@ -207,7 +214,7 @@ def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Re
         [*rewards.names, "missing_eos"],
         torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
         torch.cat([rewards.weights_F, torch.ones(1)]),
-        [*rewards.timed_out, False],
+        [*rewards.timed_out, None],
     )
 
 

@@ -649,6 +649,18 @@ class RolloutTrainer(ObjectiveTrainer):
             rollout_report.print_table(table, self.args.num_completions_to_print, self.args.log_unique_prompts)
         return experience
 
+    _misses_scores = False
+    """whether a completion may go without a score, or has gone so"""
+
+    def _read(self, mode: str) -> dict[str, float]:
+        found = super()._read(mode)
+        panel = None if self.rewards is None else self.rewards.panel
+        timed = panel is not None and any(seconds is not None for seconds in panel.timeouts)
+        self._misses_scores = self._misses_scores or timed or bool(found.get("unscored_ratio"))
+        if not self._misses_scores:
+            found.pop("unscored_ratio", None)
+        return found
+
     def _write_unscored(self, number: int, rollout: Rollout, prompts: list[Any]) -> None:
         nothing = Rewards.none(len(rollout))
         table = rollout_report.table_of(self.state.global_step, rollout, prompts, nothing, {})
