@@ -163,6 +163,11 @@ class PRMTrainer(ObjectiveTrainer):
         return stepwise_cross_entropy(logits_SC, batch["step_label"], smoothing=self.args.label_smoothing_factor)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
-        """Each labelled step's logits, [steps, 2], and its label."""
-        logits = self._logits(model, inputs)
-        return self._loss(logits, inputs), logits, inputs["step_label"]
+        """Logits [rows, most steps, 2] and labels [rows, most steps] of each row's labelled steps, padded with -100."""
+        logits, labels, row_S = self._logits(model, inputs), inputs["step_label"], inputs["step_row"]
+        steps_B = row_S.bincount(minlength=inputs["packed"].rows)
+        slot_S = torch.arange(len(row_S), device=row_S.device) - (steps_B.cumsum(0) - steps_B)[row_S]
+        shape = len(steps_B), int(steps_B.max())
+        logits_BTC, label_BT = logits.new_full((*shape, 2), -100.0), labels.new_full(shape, -100)
+        logits_BTC[row_S, slot_S], label_BT[row_S, slot_S] = logits, labels
+        return self._loss(logits, inputs), logits_BTC, label_BT
