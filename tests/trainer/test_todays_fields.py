@@ -64,7 +64,7 @@ WORKING = {
                   "reward_model_path": "a", "sft_model_path": "b"},
 }  # fmt: skip
 ERRORS = {
-    "GRPOConfig": {f"vespo_{name}": (1.5, "loss_type='vespo'") for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")},
+    "GRPOConfig": {f"vespo_{name}": (1.5, "loss_type='vespo'") for name in ("k_pos", "lambda_pos", "k_neg")},
     "GKDConfig": {"seq_kd": (True, "lmbda=0")},
     "CPOConfig": {"simpo_gamma": (0.3, "loss_type='simpo'"), "alpha": (0.5, "loss_type='simpo'")},
 }  # fmt: skip
