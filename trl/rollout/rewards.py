@@ -83,13 +83,14 @@ class RolloutRewards:
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
         """prompts: texts or conversations, one for each completion. columns: further keywords of the functions."""
+        late: list[bool | None] = [None]
         if self.panel is None:
             if len(rollout.rewards) != len(rollout):
                 raise ValueError(
                     f"rollout_func gave {len(rollout.rewards)} rewards for {len(rollout)} completions: fill "
                     "`Rollout.rewards`, or give `reward_funcs`"
                 )
-            scores, late = [rollout.rewards], [None]
+            scores = [rollout.rewards]
         else:
             verdict = self.panel(len(rollout), asked_of(rollout, prompts, columns))
             scores, late = verdict.scores, lateness(self.panel, verdict)

@@ -151,7 +151,7 @@ class ObjectiveTrainer(Trainer):
 
     def __init__(self, *args: Any, processing_class: Any = None, rows: Prepare | None = None, **kwargs: Any):
         """rows: prepares a data set for the collator; it is called for each one that the trainer is ever given."""
-        self._own = overrides.own_methods(self)
+        self._own = overrides.own_methods(type(self), vars(self))
         """methods of `overrides.TABLE` that are the user's"""
         self._at_hand: Any = None
         """the micro-batch that a user's `compute_loss` is asked about"""
@@ -259,7 +259,7 @@ class ObjectiveTrainer(Trainer):
 
     def _take_own_methods(self) -> None:
         """Look again at what is the user's; have a `compute_loss` of theirs called as `_of_own_loss` says."""
-        self._own = overrides.own_methods(self)
+        self._own = overrides.own_methods(type(self), vars(self))
         current = vars(self).get("compute_loss")
         if "compute_loss" in self._own and getattr(current, "func", None) != self._of_own_loss:
             self.compute_loss = partial(self._of_own_loss, self.compute_loss)  # type: ignore[method-assign]

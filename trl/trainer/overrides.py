@@ -7,7 +7,7 @@ on the trainer itself (`trainer.dpo_loss = f`), or put in the place of our own m
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,10 @@ def table_of(kind: type) -> dict[str, Outcome]:
     return found
 
 
-def _is_overridden(trainer: Any, name: str) -> bool:
-    if name in vars(trainer):
+def _is_overridden(kind: type, on_itself: Collection[str], name: str) -> bool:
+    if name in on_itself:
         return True
-    for cls in type(trainer).__mro__:
+    for cls in kind.__mro__:
         if not _is_ours(cls):
             if name in vars(cls):
                 return True
@@ -128,15 +128,18 @@ def _is_overridden(trainer: Any, name: str) -> bool:
     return False
 
 
-def own_methods(trainer: Any) -> frozenset[str]:
-    """The methods of the table that are the user's; ValueError for one that nothing would call."""
-    table = table_of(type(trainer))
-    own = frozenset(name for name in table if _is_overridden(trainer, name))
+def own_methods(kind: type, on_itself: Collection[str]) -> frozenset[str]:
+    """The methods of the table that are the user's; ValueError for one that nothing would call.
+
+    on_itself: the attributes of the trainer, which may be methods put there.
+    """
+    table = table_of(kind)
+    own = frozenset(name for name in table if _is_overridden(kind, on_itself, name))
     for name in sorted(own):
         outcome = table[name]
-        if isinstance(outcome, Refused) and not any(_is_overridden(trainer, other) for other in outcome.unless):
+        if isinstance(outcome, Refused) and not any(_is_overridden(kind, on_itself, other) for other in outcome.unless):
             raise ValueError(
-                f"{type(trainer).__name__}.{name}: training never calls it here, so an override would have no effect; "
+                f"{kind.__name__}.{name}: training never calls it here, so an override would have no effect; "
                 f"{outcome.way_out}"
             )
     return own

@@ -847,7 +847,7 @@ class PPOTrainer(BaseTrainer):
 
     def _take_own_methods(self) -> None:
         """See what is the user's; ValueError for what a step would not call."""
-        self._own = overrides.own_methods(self)
+        self._own = overrides.own_methods(type(self), vars(self))
         if self._owns("compute_rewards", "_kl_penalty") and self.config.kl_penalty == "full":
             raise ValueError(
                 "kl_penalty='full': an overridden compute_rewards or _kl_penalty would need log-probabilities of the "
