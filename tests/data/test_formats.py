@@ -82,7 +82,7 @@ def test_unpaired_rows() -> None:
             [{"x": 1, "y": 2}],
             r"none of the columns that are needed \(prompt \+ chosen \+ rejected\); columns found: x, y",
         ),
-        ([[1, 2]], "a row of the eval data set should be a dict of columns"),
+        ([[1, 2]], "row 0 of the eval data set: a row should be a dict of columns"),
         ({"a": [], "b": []}, r"with the splits 'a' \(0 rows\), 'b' \(0 rows\): pass one of them"),
     ],
 )

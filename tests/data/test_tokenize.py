@@ -130,7 +130,7 @@ def test_tokenised_rows() -> None:
         (
             {"input_ids": [5, 6], "labels": [6, 7]},
             {},
-            "row 0 of the train data set: `labels` should be -100 or the same",
+            "row 0 of the train data set: column 'labels' should hold -100 or the same",
         ),
         ({"input_ids": [5, 6], "labels": [5]}, {}, "column 'labels' has 1 entries for 2 `input_ids`"),
         (

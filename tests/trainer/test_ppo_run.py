@@ -86,7 +86,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer):
     [
         ([], "dataset: it has no rows"),
         ([{"text": "a"}], r"dataset: of its columns \['text'\] none is read"),
-        ([{"prompt": None}] * 4, "prompt=None: give a text or a conversation"),
+        ([{"prompt": None}] * 4, r"row 0 .*: column 'prompt' should be a text or a conversation, got None"),
     ],
 )
 def test_rows_that_are_no_prompts(make, rows, what):

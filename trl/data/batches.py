@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from torch import Tensor
 
+from trl.data.columns import check_ids, flags_in, whole_numbers
 from trl.data.encode import Ids, common_prefix
 from trl.data.records import ROWS, Batch, Branch, PackedBatch, TokenTree
 
@@ -110,10 +112,22 @@ def _unpadded_labels(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _attended(row: Mapping[str, Any], ids: str, mask: str) -> Ids:
-    if row.get(mask) is None:
-        return [int(i) for i in row[ids]]
-    return [int(i) for i, m in zip(row[ids], row[mask], strict=True) if m]
+def _attended(row: Mapping[str, Any], column: str, mask: str, *, of_ids: str | None = None) -> Ids:
+    """The entries of the column that the mask lets through; `of_ids`: labels that go with the ids of that column."""
+    entries = whole_numbers(row, column, "a list of token ids")
+    attended = None if row.get(mask) is None else flags_in(row, mask)
+    if of_ids is not None:  # labels may have lost their padding already
+        size = len(whole_numbers(row, of_ids, "a list of token ids"))
+        if len(entries) not in (size, size if attended is None else sum(attended)):
+            raise ValueError(f"column '{column}' has {len(entries)} entries for {size} in '{of_ids}'")
+        attended = attended if len(entries) == size else None
+    if attended is not None:
+        if len(attended) != len(entries):
+            raise ValueError(f"column '{mask}' has {len(attended)} entries for {len(entries)} in '{column}'")
+        entries = list(compress(entries, attended))
+    if of_ids is None:
+        check_ids(entries, f"column '{column}'")
+    return entries
 
 
 _MASKS = {
@@ -133,7 +147,10 @@ def pair_ids(row: Mapping[str, Any], label_pad_token_id: int = -100) -> dict[str
     share, or `prompt_input_ids`).
     """
     if "chosen_labels" not in row:
-        names = next(pair for pair in _WHOLE if pair[0] in row)
+        names = next((pair for pair in _WHOLE if pair[0] in row), None)
+        if names is None:
+            ways = ", or ".join(" + ".join(pair) for pair in _WHOLE)
+            raise ValueError(f"a tokenised pair needs the columns {ways}; columns found: {', '.join(row)}")
         chosen, rejected = (_attended(row, ids, mask) for ids, mask in zip(names, _MASKS[names], strict=True))
         split = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
         if row.get("prompt_input_ids") is not None:
@@ -143,14 +160,18 @@ def pair_ids(row: Mapping[str, Any], label_pad_token_id: int = -100) -> dict[str
             split = len(prompt)
     elif "prompt_input_ids" in row and "chosen_input_ids" not in row:
         prompt = _attended(row, "prompt_input_ids", "prompt_attention_mask")
-        answers = ([int(i) for i in row[f"{n}_labels"] if i != label_pad_token_id] for n in ("chosen", "rejected"))
-        return {"prompt_ids": prompt, **dict(zip(("chosen_ids", "rejected_ids"), answers, strict=True))}
+        answers = {}
+        for side in ("chosen", "rejected"):
+            labels = whole_numbers(row, f"{side}_labels", "a list of token ids")
+            answers[f"{side}_ids"] = [label for label in labels if label != label_pad_token_id]
+            check_ids(answers[f"{side}_ids"], f"column '{side}_labels'")
+        return {"prompt_ids": prompt, **answers}
     else:
         chosen = _attended(row, "chosen_input_ids", "chosen_attention_mask")
         rejected = _attended(row, "rejected_input_ids", "rejected_attention_mask")
-        masked = [
-            next((i for i, label in enumerate(row[f"{n}_labels"]) if label != label_pad_token_id), len(ids))
-            for n, ids in (("chosen", chosen), ("rejected", rejected))
-        ]
+        masked = []
+        for side, ids in (("chosen", chosen), ("rejected", rejected)):
+            labels = _attended(row, f"{side}_labels", f"{side}_attention_mask", of_ids=f"{side}_input_ids")
+            masked.append(next((i for i, label in enumerate(labels) if label != label_pad_token_id), len(ids)))
         split = min(common_prefix(chosen, rejected), *masked)
     return {"prompt_ids": chosen[:split], "chosen_ids": chosen[split:], "rejected_ids": rejected[split:]}

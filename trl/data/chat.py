@@ -11,8 +11,13 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import (
+    DocstringParsingException,
+    TypeHintParsingException,
+    render_jinja_template,
+)
 
+from trl.data.columns import UNREADABLE
 from trl.data.encode import Span, common_prefix, unwrap_tokenizer
 from trl.data.messages import (
     Message,
@@ -22,6 +27,7 @@ from trl.data.messages import (
     read_tools,
     spell_calls,
     spell_tools,
+    template_arguments,
     without_nones,
 )
 from trl.data.rendering import Reader, Reading
@@ -78,7 +84,7 @@ class ChatTemplate:
 
     def of_row(self, row: Mapping[str, Any]) -> ChatTemplate:
         """The template with the row's own `chat_template_kwargs`."""
-        own = without_nones(row.get("chat_template_kwargs") or {})
+        own = template_arguments(row)
         if not own:
             return self
         key = json.dumps(own, sort_keys=True, default=repr)
@@ -158,7 +164,7 @@ class ChatTemplate:
                 add_generation_prompt=open_turn,
                 **{**self.kwargs, **kwargs},
             )
-        except (TemplateError, TypeError, AttributeError, LookupError) as error:
+        except (TemplateError, DocstringParsingException, TypeHintParsingException, *UNREADABLE) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(f"the chat template cannot render the roles {roles}: {error}") from error
         return str(text)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from trl.data.chat import ChatTemplate, read_tools
+from trl.data.columns import at_row, check_keys, from_json, shown, text_of
 from trl.data.encode import common_prefix
+from trl.data.messages import messages_of, template_arguments
 from trl.data.version import code_version
 
 Row = dict[str, Any]
@@ -53,9 +54,25 @@ _CONVERSATION_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages
 
 
 def column_names(dataset: Any, name: str = "train") -> list[str]:
-    """The columns of a data set, looked up in its first row where it does not list them; empty: ValueError."""
+    """The columns of a data set: those it lists, or of all rows of a list, or of its first row; empty: ValueError."""
     names = getattr(dataset, "column_names", None)
-    return list(names) if names else list(first_row(dataset, name))
+    first = list(names) if names else list(first_row(dataset, name))
+    if isinstance(dataset, list | tuple):  # rows have keys of their own
+        return list(dict.fromkeys([*first, *(key for row in dataset for key in row)]))
+    return first
+
+
+def check_rows(dataset: Any, name: str = "train") -> None:
+    """ValueError where a list of rows has one that is no dict of columns."""
+    if not isinstance(dataset, list | tuple):
+        return
+    for index, row in enumerate(dataset):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"row {index} of the {name} data set: a row should be a dict of columns, got {type(row)}: {shown(row)}"
+            )
+        with at_row(index, name):
+            check_keys(row, "the row's columns")
 
 
 def refuse_splits(dataset: Any, name: str = "train") -> None:
@@ -75,7 +92,7 @@ def first_row(dataset: Any, name: str = "train") -> Row:
     refuse_splits(dataset, name)
     for row in dataset:
         if not isinstance(row, Mapping):
-            raise ValueError(f"a row of the {name} data set should be a dict of columns, got {type(row)}")
+            raise ValueError(f"row 0 of the {name} data set: a row should be a dict of columns, got {type(row)}")
         return dict(row)
     raise ValueError(f"the {name} data set is empty")
 
@@ -101,16 +118,16 @@ def is_conversational_from_value(example: Mapping[str, Any]) -> bool:
 
 def _format(row: Row, kind: RowKind, required: tuple[str, ...], name: str) -> Format:
     """The format of rows like this one, which has the required columns."""
-    chats = {c: _is_messages(row[c]) or _is_messages(row[c], ("from", "value")) for c in required}
+    chats = {c: _is_messages(row.get(c)) or _is_messages(row.get(c), ("from", "value")) for c in required}
     if kind is RowKind.TEXT and chats[required[0]]:
         kind = RowKind.MESSAGES
     pairs = kind in (RowKind.PREFERENCE, RowKind.UNPAIRED)
     answer = next((c for c in ("chosen", "completion") if c in chats), None)
-    mixed = answer is not None and "prompt" in chats and chats["prompt"] != chats[answer]
+    mixed = answer is not None and "prompt" in chats and "prompt" in row and chats["prompt"] != chats[answer]
     if mixed and kind is not RowKind.PREFERENCE:
         raise ValueError(
-            f"in the {name} data set one of the columns 'prompt' and '{answer}' is a conversation and the other is "
-            "text: make both the same"
+            f"row 0 of the {name} data set: one of the columns 'prompt' and '{answer}' is a conversation and the "
+            "other is text: make both the same"
         )
     conversational = kind is RowKind.MESSAGES or any(chats.values())
     return Format(kind, conversational, pairs and ("prompt" not in chats or mixed), required)
@@ -163,16 +180,16 @@ _ROLES = {
 }
 
 
-def _to_chatml(message: Mapping[str, Any]) -> Row:
-    if "from" not in message:
-        return dict(message)
-    role, value = str(message["from"]), message.get("value")
+def _to_chatml(message: Any) -> Any:
+    if not isinstance(message, Mapping) or "from" not in message:
+        return message
+    role, value = message["from"], message.get("value")
     if role != "function_call":
         kept = {key: own for key, own in message.items() if key not in ("from", "value")}  # `weight` is among them
-        return {**kept, "role": _ROLES.get(role, role), "content": value}
+        return {**kept, "role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+        calls = from_json(value, "a call") if isinstance(value, str) else value
+    except ValueError:
         return {"role": "assistant", "content": value}
     calls = calls if isinstance(calls, list) else [calls]
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
@@ -191,7 +208,7 @@ def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
     converted = dict(example)
     for column in _CONVERSATION_COLUMNS:
         if _is_messages(example.get(column), ("from", "value")):
-            converted[column] = [_to_chatml(message) for message in _listed(example[column])]
+            converted[column] = list(map(_to_chatml, _listed(example[column])))
     if "conversations" in converted and "messages" not in converted:
         converted["messages"] = converted.pop("conversations")
     return converted
@@ -211,21 +228,21 @@ def apply_chat_template(
     come before the arguments. `processing_class` is another name of `tokenizer`.
     """
     tokenizer = _one_tokenizer(tokenizer, processing_class)
-    example = {name: _listed(value) if name in _CONVERSATION_COLUMNS else value for name, value in example.items()}
-    own = {**template_kwargs, **(example.get("chat_template_kwargs") or {})}
+    own = {**template_kwargs, **template_arguments(example)}
     template = ChatTemplate(tokenizer, own)
     tools = read_tools(example.get("tools")) or read_tools(tools)
     rendered: Row = {"label": example["label"]} if "label" in example else {}
     answers = [column for column in ("chosen", "rejected", "completion") if column in example]
     if "messages" in example:
-        return {"text": template.render(example["messages"], tools), **rendered}
+        return {"text": template.render(messages_of(example, "messages"), tools), **rendered}
     if "prompt" in example and answers:
-        split = template.split(example["prompt"], [example[column] for column in answers], tools, trim=False)
+        said = [messages_of(example, column) for column in answers]
+        split = template.split(messages_of(example, "prompt"), said, tools, trim=False)
         return {"prompt": split.prompt, **dict(zip(answers, split.answers, strict=True)), **rendered}
     if "prompt" in example:
-        return {"prompt": template.prompt(example["prompt"], tools), **rendered}
+        return {"prompt": template.prompt(messages_of(example, "prompt"), tools), **rendered}
     if answers:
-        return {**{column: template.render(example[column], tools) for column in answers}, **rendered}
+        return {**{column: template.render(messages_of(example, column), tools) for column in answers}, **rendered}
     raise ValueError(
         "a conversational row needs 'messages', 'prompt', 'completion', or 'chosen' and 'rejected'; columns found: "
         + ", ".join(sorted(example))
@@ -271,15 +288,20 @@ def extract_prompt(example: Mapping[str, Any]) -> Row:
     Conversations are split after the messages they share, texts at the blank before the first word that differs. A
     prompt that is a text becomes the user's message where the answers of a conversation share none.
     """
-    chosen, rejected = _listed(example["chosen"]), _listed(example["rejected"])
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError("one of the columns 'chosen' and 'rejected' is text and the other is a conversation")
-    cut = _text_split(chosen, rejected) if isinstance(chosen, str) else common_prefix(chosen, rejected)
-    if not isinstance(chosen, str):
-        cut = max(0, min(cut, len(chosen) - 1, len(rejected) - 1))
-        asked = example.get("prompt")
-        if not cut and isinstance(asked, str) and asked.strip():
-            return {**example, "prompt": [{"role": "user", "content": asked}], "chosen": chosen, "rejected": rejected}
+    if isinstance(example.get("chosen"), str) != isinstance(example.get("rejected"), str):
+        raise ValueError(
+            "one of the columns 'chosen' and 'rejected' is text and the other is a conversation: chosen is "
+            f"{shown(example.get('chosen'))}, rejected is {shown(example.get('rejected'))}"
+        )
+    if isinstance(example.get("chosen"), str):
+        first, second = text_of(example, "chosen"), text_of(example, "rejected")
+        cut = _text_split(first, second)
+        return {**example, "prompt": first[:cut], "chosen": first[cut:], "rejected": second[cut:]}
+    chosen, rejected = messages_of(example, "chosen"), messages_of(example, "rejected")
+    cut = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    asked = example.get("prompt")
+    if not cut and isinstance(asked, str) and asked.strip():
+        return {**example, "prompt": [{"role": "user", "content": asked}], "chosen": chosen, "rejected": rejected}
     return {**example, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
@@ -305,7 +327,8 @@ def mapped_rows(dataset: Any, function: Callable[..., Any], desc: str | None = N
     from datasets.fingerprint import Hasher
 
     if isinstance(dataset, list):
-        return [function(row) for row in dataset]
+        more = options.get("fn_kwargs", {})
+        return [function(row, *([i] if options.get("with_indices") else []), **more) for i, row in enumerate(dataset)]
     if isinstance(dataset, Dataset):
         key = [dataset._fingerprint, code_version(), function.__name__, sorted(options)]
         options |= {"desc": desc, "new_fingerprint": Hasher.hash(key)}
@@ -318,7 +341,7 @@ def unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: s
     Takes a Dataset, DatasetDict, IterableDataset or a list of rows; other columns are repeated.
     """
     if isinstance(dataset, list):
-        columns = {name: [row[name] for row in dataset] for name in (dataset[0] if dataset else {})}
+        columns = {name: [row.get(name) for row in dataset] for name in column_names(dataset)} if dataset else {}
         unpaired = _unpair(columns) if columns else {}
         return [dict(zip(unpaired, values, strict=True)) for values in zip(*unpaired.values(), strict=True)]
     if isinstance(dataset, dict):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from trl.data.columns import check_text, from_json, plain, shown, unwrapped
+
 Message = dict[str, Any]
 Messages = list[Message]
 Render = Callable[..., str]
@@ -39,15 +41,91 @@ def without_nones(value: Any) -> Any:
 
 def read_tools(tools: Any, keep_nulls: bool = False) -> list[Any] | None:
     """A row's tools (a list of JSON schemas or functions, or the list as JSON text); None when there are none."""
+    where = "column 'tools'"
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"column 'tools' is text but not JSON: {error}") from None
+        tools = from_json(tools, where) if tools.strip() else None
         keep_nulls = True  # Arrow fills nothing into a text
+    tools = unwrapped(tools)
     if tools is not None and not isinstance(tools, list | tuple):
-        raise ValueError(f"column 'tools' should be a list of tools, got {type(tools)}")
-    return [tool if callable(tool) or keep_nulls else without_nones(tool) for tool in tools] if tools else None
+        raise ValueError(f"{where} should be a list of tools, got {type(tools)}: {shown(tools)}")
+    return [_tool(tool, f"{where}, tool {i},", keep_nulls) for i, tool in enumerate(tools)] if tools else None
+
+
+def _tool(tool: Any, where: str, keep_nulls: bool) -> Any:
+    """A tool's schema, which may be JSON text, or its function."""
+    if isinstance(tool, str):
+        tool, keep_nulls = from_json(tool, where), True
+    if callable(tool):
+        return tool
+    if not isinstance(tool, Mapping) or not tool:
+        raise ValueError(f"{where} should be a JSON schema or a function, got {shown(tool)}")
+    schema = plain(tool, where)
+    return schema if keep_nulls else without_nones(schema)
+
+
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's own `chat_template_kwargs`: a dict, or its JSON text."""
+    own, where = row.get("chat_template_kwargs"), "column 'chat_template_kwargs'"
+    if isinstance(own, str):
+        own = from_json(own, where) if own.strip() else None
+    if own is not None and not isinstance(own, Mapping):
+        raise ValueError(f"{where} should be a dict of the template's arguments, got {shown(own)}")
+    return without_nones(plain(own, where, strict=False)) if own else {}
+
+
+def messages_of(row: Mapping[str, Any], column: str) -> Messages:
+    """The row's conversation in that column, each message checked; one message alone is a list of one."""
+    value = unwrapped(row.get(column))
+    value = [value] if isinstance(value, Mapping) else value
+    if not isinstance(value, list | tuple) or not all(isinstance(m, Mapping) and _has_role(m) for m in value):
+        raise ValueError(
+            f"column '{column}' should be a list of messages with `role` and `content`, got {shown(row.get(column))}"
+        )
+    return [_message(message, f"message {place} of column '{column}'") for place, message in enumerate(value)]
+
+
+def _has_role(message: Mapping[str, Any]) -> bool:
+    return isinstance(message.get("role"), str) and bool(message["role"])
+
+
+def _message(message: Mapping[str, Any], where: str) -> Message:
+    content = message.get("content")
+    if "tool_calls" not in message and {str} == set(map(type, message)) | set(map(type, message.values())):
+        for text in (*message, *message.values()):
+            check_text(text, where)
+        return dict(message)
+    made: Message = plain({k: v for k, v in message.items() if k not in ("content", "tool_calls")}, where, strict=False)
+    made = {key: made.get(key) for key in message}  # in the same order
+    if "content" in message:
+        content = plain([content] if isinstance(content, Mapping) and made["role"] in SPEAKERS else content, where)
+        if made["role"] in SPEAKERS and not (content is None or isinstance(content, str | list)):
+            raise ValueError(f"{where}: its content should be a text or a list of text parts, got {shown(content)}")
+        made["content"] = content
+    if message.get("tool_calls") is not None:
+        made["tool_calls"] = _calls(message["tool_calls"], where)
+    return made
+
+
+def _calls(calls: Any, where: str) -> list[Message]:
+    """An assistant's tool calls: a list of them, which may be JSON text, or one alone."""
+    spelled = isinstance(calls, str)
+    where = f"{where}: its `tool_calls`"
+    calls = unwrapped(from_json(calls, where) if spelled else calls)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"{where} should be a list of calls, got {shown(calls)}")
+    made = []
+    for call in calls:
+        told = isinstance(call, str)
+        call = plain(from_json(call, where) if told else call, where)
+        function = (call.get("function") or call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where} should be calls with a function's `name` and `arguments`, got {shown(call)}")
+        if (spelled or told) and isinstance(function.get("arguments"), Mapping):  # Arrow fills nothing into a text
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+            call = {**call, "function": function} if call.get("function") else function
+        made.append(call)
+    return made
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
@@ -58,7 +136,7 @@ def is_learned(message: Mapping[str, Any]) -> bool:
     for field, value in message.items():
         if field in _WEIGHTS and value is not None:
             if value not in (0, 1):
-                raise ValueError(f"a message has {field}={value!r}: 1 (learn it) and 0 (do not) are known")
+                raise ValueError(f"a message has {field}={shown(value)}: 1 (learn it) and 0 (do not) are known")
             if not value:
                 return False
         elif isinstance(value, bool | int | float) and 0 <= value <= 1 and _LIKE_A_WEIGHT.search(field):
@@ -190,7 +268,7 @@ def _decoded(call: Any, as_text: bool, keep_nulls: bool, index: int, met: Counte
     if isinstance(arguments, str) and not as_text:
         try:
             parsed = json.loads(arguments)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return call
         if isinstance(parsed, dict):
             met[index, DECODED] += 1

@@ -11,6 +11,19 @@ from datasets import Value
 
 from trl.data.batches import pair_ids
 from trl.data.chat import read_tools
+from trl.data.columns import (
+    at_row,
+    check_text,
+    flag_in,
+    flags_in,
+    ids_of,
+    list_in,
+    number_of,
+    same_length,
+    shown,
+    text_of,
+    whole_numbers,
+)
 from trl.data.encode import Ids, common_prefix, cut
 from trl.data.formats import (
     RowKind,
@@ -20,6 +33,7 @@ from trl.data.formats import (
     maybe_extract_prompt,
     unpair_preference_dataset,
 )
+from trl.data.messages import messages_of
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
@@ -28,15 +42,9 @@ from trl.data.row_job import (
     Row,
     RowJob,
     asks_nothing,
-    at_row,
     flags_of,
-    ids_of,
-    list_of,
-    messages_of,
     met_of,
     needs_closing,
-    number_of,
-    text_of,
 )
 
 PAIR_NUMBERS = (
@@ -103,17 +111,22 @@ class _AnswersJob(_PromptJob):
         return self.answers, self.add_eos, self.is_encoder_decoder
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
+        numbers = []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):  # what is kept besides ids are numbers that the loss reads
-                for column in [name for name in self.keep or () if name in row]:
-                    number_of(row, column)
+            with self.at_row(index):  # what is kept besides ids are numbers that the loss reads
+                numbers.append({name: number_of(row, name) for name in self.keep or () if name in row})
         if self.format.kind is RowKind.TOKENIZED:
             answered = self._tokenised(rows, indices)
         elif self.format.implicit_prompt and not self.format.conversational:
             answered = self._whole(rows, indices)
         else:
             answered = self._apart(rows, indices)
-        return [self._finish(one) for one in answered]
+        made = []
+        for index, one, own in zip(indices, answered, numbers, strict=True):
+            with self.at_row(index):
+                made.append(self._finish(one))
+            made[-1].columns.update(own)
+        return made
 
     @abstractmethod
     def _with_prompt(self, row: Row) -> Row:
@@ -122,7 +135,7 @@ class _AnswersJob(_PromptJob):
     def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
         answered = []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 own = row if "prompt_ids" in self.format.columns else pair_ids(row)
                 answered.append(Answered(ids_of(own, "prompt_ids"), [ids_of(own, f"{a}_ids") for a in self.answers]))
         return answered
@@ -130,18 +143,22 @@ class _AnswersJob(_PromptJob):
     def _texts(self, row: Row) -> Answered[str]:
         if not self.format.conversational:
             return self.plain(row, self.answers)
-        row = maybe_convert_to_chatml(row)
+        row, given = maybe_convert_to_chatml(row), row.get("prompt")
         row = self._with_prompt(row) if self.format.implicit_prompt else row
-        prompt = messages_of(row, "prompt") if row.get("prompt") else []
+        asked = row.get("prompt")
+        prompt = [] if asked is None or (isinstance(asked, str) and not asked) else messages_of(row, "prompt")
         if not prompt:
-            raise ValueError("the conversation has no message before its answer, so there is no prompt")
+            missing = f"is {shown(given)}" if "prompt" in self.format.columns else "is missing too"
+            raise ValueError(
+                f"the conversation has no message before its answer, so there is no prompt (column 'prompt' {missing})"
+            )
         return self.rendered(row, prompt, [messages_of(row, answer) for answer in self.answers])
 
     def _apart(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
         """Prompt and answers are tokenised separately, as at generation time."""
         texts = []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 texts.append(self._texts(row))
         prompts = self.encoder.encode([one.prompt for one in texts])
         answer_texts = [text for one in texts for text in one.answers]
@@ -158,7 +175,7 @@ class _AnswersJob(_PromptJob):
         """Answers that include the prompt are tokenised as a whole; the tokens that they share are the prompt."""
         texts: list[str] = []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 texts += [text_of(row, answer) for answer in self.answers]
         encoded = iter(zip(texts, self.encoder.encode(texts), strict=True))
         answered = []
@@ -262,21 +279,27 @@ class CompletionsJob(_AnswersJob):
         if job.format.kind is not RowKind.PREFERENCE:
             return dataset, job
         dataset = list(dataset) if isinstance(dataset, tuple) else dataset
-        if job.format.implicit_prompt or job.format.conversational:
-            dataset = mapped_rows(dataset, _in_parts, desc=f"Splitting the {name} data")
-        return super().reading(unpair_preference_dataset(dataset), name)
+        desc = f"Splitting the {name} data"
+        parts = mapped_rows(dataset, _in_parts, desc, with_indices=True, fn_kwargs={"name": name})
+        return super().reading(unpair_preference_dataset(parts), name)
+
+    def reads(self) -> set[str] | None:
+        known = super().reads()
+        return None if known is None else known | {_PLACE}
 
     def asks_prompt(self) -> bool:
         return True
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
+        indices = [row.get(_PLACE, index) for index, row in zip(indices, rows, strict=True)]
         made = super().__call__(rows, indices)
         for index, row, one in zip(indices, rows, made, strict=True):
-            with at_row(index, self.name):
-                if row.get("label") not in (0, 1):
-                    value = row.get("label")
-                    raise ValueError(f"column 'label' should be true (a good answer) or false, got {value!r}")
-                one.columns["label"] = bool(row["label"])
+            with self.at_row(index):
+                label = flag_in(row.get("label"))
+                if label is None:
+                    value = shown(row.get("label"))
+                    raise ValueError(f"column 'label' should be true (a good answer) or false, got {value}")
+                one.columns["label"] = bool(label)
         return made
 
     def _with_prompt(self, row: Row) -> Row:
@@ -286,11 +309,17 @@ class CompletionsJob(_AnswersJob):
         return {**row, "prompt": whole[:-1], "completion": whole[-1:]}
 
 
-def _in_parts(row: Row) -> Row:
-    """A pair with its prompt apart, and with answers that are lists of messages where they are conversations."""
-    row = maybe_extract_prompt(maybe_convert_to_chatml(row))
+_PLACE = "_row"
+"""column that says in which row of the data set an answer stood before pairs were taken apart"""
+
+
+def _in_parts(row: Row, index: int, name: str) -> Row:
+    """A pair with its prompt apart, its parts checked, and with its place."""
     names = ("prompt", "chosen", "rejected")
-    return {**row, **{name: [row[name]] for name in names if isinstance(row[name], Mapping)}}
+    with at_row(index, name, names[1:]):
+        row = maybe_extract_prompt(maybe_convert_to_chatml({**dict.fromkeys(names[1:]), **row}))
+        read = text_of if isinstance(row["chosen"], str) else messages_of
+        return {**row, **{column: read(row, column) for column in names}, _PLACE: index}
 
 
 @dataclass(kw_only=True)
@@ -314,7 +343,7 @@ class PromptsJob(_PromptJob):
         flags, met = [NO_FLAGS] * len(rows), [NOTHING_MET] * len(rows)
         encoded, texts = [], []
         for position, (index, row) in enumerate(zip(indices, rows, strict=True)):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 if self.format.kind is RowKind.TOKENIZED:
                     encoded.append(ids_of(row, "prompt_ids"))
                 else:
@@ -322,7 +351,7 @@ class PromptsJob(_PromptJob):
                     texts.append(text)
         made = []
         for index, ids, flag, own in zip(indices, encoded or self.encoder.encode(texts), flags, met, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 made.append(self._finish(ids, flag, own))
         return made
 
@@ -367,10 +396,10 @@ class StepwiseJob(_PromptJob):
             return self._tokenised(rows, indices)
         prompts, steps, labels = [], [], []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 prompts.append(self._prompt_of(row))
                 steps.append(self._steps(row))
-                labels.append(self._labels(row))
+                labels.append(self._labels(row, len(steps[-1])))
         step_ids = iter(self.encoder.continuations([step for one in steps for step in one]))
         (separator,) = self.encoder.continuations([self.step_separator])
         made = []
@@ -390,13 +419,13 @@ class StepwiseJob(_PromptJob):
         """Rows of ids, with a label or -100 for each of them."""
         column, made = self.format.columns[1], []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
-                ids, marks = ids_of(row, "input_ids"), ids_of(row, column)
-                if len(marks) != len(ids):
-                    raise ValueError(f"column '{column}' has {len(marks)} entries for {len(ids)} `input_ids`")
-                wrong = [mark for mark in marks if mark not in (-100, 0, 1)]
+            with self.at_row(index):
+                ids, marks = ids_of(row, "input_ids"), whole_numbers(row, column)
+                wrong = [mark for mark in same_length(marks, column, ids) if mark not in (-100, 0, 1)]
                 if wrong:
-                    raise ValueError(f"column '{column}' should hold 0, 1 or -100 for each token, got {wrong[0]!r}")
+                    raise ValueError(
+                        f"column '{column}' should hold 0, 1 or -100 for each token, got {shown(wrong[0])}"
+                    )
             places = [at for at, mark in enumerate(marks) if mark != -100]
             if self.train_on_last_step_only and places:
                 marks = [-100] * places[-1] + marks[places[-1] :]
@@ -404,21 +433,18 @@ class StepwiseJob(_PromptJob):
         return made
 
     def _steps(self, row: Mapping[str, Any]) -> list[str]:
-        steps = row.get("completions")
-        if not isinstance(steps, list | tuple) or not all(isinstance(step, str) and step for step in steps):
-            raise ValueError(f"column 'completions' should be a list of texts, a step each, got {steps!r:.80}")
-        return list(steps)
+        steps = list_in(row, "completions", "a list of texts, a step each")
+        if not all(isinstance(step, str) and step for step in steps):
+            raise ValueError(f"column 'completions' should be a list of texts, a step each, got {shown(steps)}")
+        for step in steps:
+            check_text(step, "column 'completions'")
+        return steps
 
-    def _labels(self, row: Mapping[str, Any]) -> Ids:
-        labels, steps = list_of(row.get("labels") or []), row["completions"]
-        if len(labels) != len(steps):
-            raise ValueError(f"column 'labels' has {len(labels)} entries for {len(steps)} steps in 'completions'")
-        wrong = [label for label in labels if label not in (0, 1)]
-        if wrong:
-            raise ValueError(f"column 'labels' should hold true or false for each step, got {wrong[0]!r}")
-        if self.train_on_last_step_only:
-            return [-100] * (len(labels) - 1) + [int(labels[-1])] if labels else []
-        return [int(label) for label in labels]
+    def _labels(self, row: Mapping[str, Any], steps: int) -> Ids:
+        labels = [] if row.get("labels") is None else flags_in(row, "labels", "true or false for each step")
+        if len(labels) != steps:
+            raise ValueError(f"column 'labels' has {len(labels)} entries for {steps} steps in 'completions'")
+        return [-100] * (len(labels) - 1) + labels[-1:] if self.train_on_last_step_only and labels else labels
 
     def _finish(self, opened: Ids, ids: Ids, marks: Ids, flags: RowFlag = NO_FLAGS, met: Met = NOTHING_MET) -> Made:
         kept_prompt, (kept,) = self.limits.fit_answers(opened, [ids], self.pinned(opened))

@@ -164,7 +164,12 @@ def _visit(messages: Sequence[Message], visit: Callable[[int, str, str], str]) -
             if isinstance(value, str):
                 new[name] = visit(index, name, value)
             elif name == "content" and isinstance(value, list):
-                new[name] = [{**p, "text": visit(index, name, p["text"])} if "text" in p else p for p in value]
+                new[name] = [
+                    {**part, "text": visit(index, name, part["text"])}
+                    if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+                    else part
+                    for part in value
+                ]
         if new.get("tool_calls"):
             new["tool_calls"] = [of_call(index, call) for call in new["tool_calls"]]
         visited.append(new)

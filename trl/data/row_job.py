@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral, Real
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from datasets import List, Value
 
 from trl.data.chat import ChatTemplate, Messages, read_tools
+from trl.data.columns import at_row, text_of
 from trl.data.encode import Ids, Limits, Span, TextEncoder
 from trl.data.formats import Format, RowKind, detect_format
 from trl.data.messages import DECODED, JOINED, SPEAKERS
@@ -54,54 +53,6 @@ class Answered(Generic[Part]):
     said: list[list[Span]] = field(default_factory=list)
     """of rendered answers the characters that the assistant says"""
     met: Met = NOTHING_MET
-
-
-@contextmanager
-def at_row(index: int, name: str) -> Iterator[None]:
-    """Say in a ValueError which row it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"row {index} of the {name} data set: {error}") from error
-
-
-def text_of(row: Mapping[str, Any], column: str) -> str:
-    """The row's text in that column."""
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise ValueError(f"column '{column}' should be a text, got {value!r:.80}")
-    return value
-
-
-def messages_of(row: Mapping[str, Any], column: str) -> Messages:
-    """The row's conversation in that column."""
-    value = row.get(column)
-    value = [value] if isinstance(value, Mapping) else value
-    if not isinstance(value, list | tuple) or not all(isinstance(m, Mapping) and m.get("role") for m in value):
-        raise ValueError(f"column '{column}' should be a list of messages with `role` and `content`, got {value!r:.80}")
-    return [dict(message) for message in value]
-
-
-def ids_of(row: Mapping[str, Any], column: str) -> Ids:
-    """The row's token ids in that column."""
-    value = row.get(column)
-    if value is None or isinstance(value, str) or not all(isinstance(i, Integral) for i in list_of(value)):
-        raise ValueError(f"column '{column}' should be a list of token ids, got {value!r:.80}")
-    return [int(i) for i in list_of(value)]
-
-
-def number_of(row: Mapping[str, Any], column: str) -> float:
-    """The row's number in that column, which is finite."""
-    value = row[column]
-    single = value.item() if getattr(value, "shape", None) in ((), (1,)) else value
-    if not isinstance(single, Real) or not math.isfinite(single):
-        raise ValueError(f"column '{column}' should be a finite number, got {value!r:.80}")
-    return float(single)
-
-
-def list_of(value: Any) -> list[Any]:
-    """A list, from a tensor or an array too."""
-    return list(value.tolist() if hasattr(value, "tolist") else value)
 
 
 def says_nothing(messages: Messages) -> bool:
@@ -197,7 +148,13 @@ class RowJob(ABC):
         own = (type(self).__name__, self.format, self.limits, kwargs, tuple(self.ends), self.options())
         return repr((code_version(), self.embeddings, *own)) + self.encoder.fingerprint()
 
-    def check_ids(self, made: Made, index: int) -> None:
+    @contextmanager
+    def at_row(self, index: int) -> Iterator[None]:
+        """Say in an error which row it is about, and its columns."""
+        with at_row(index, self.name, self.format.columns):
+            yield
+
+    def check_ids(self, made: Made) -> None:
         """ValueError where a row has an id for which the model has no embedding."""
         if self.embeddings is None:
             return
@@ -205,10 +162,10 @@ class RowJob(ABC):
             ids = made.columns[column]
             if column.endswith("_ids") and ids and max(ids) >= self.embeddings:
                 token = self.encoder.tokenizer.convert_ids_to_tokens(max(ids))
+                known = "a token of no tokenizer" if token is None else repr(token)
                 raise ValueError(
-                    f"row {index} of the {self.name} data set: {token!r} has the id {max(ids)}, and the model's "
-                    f"embedding has {self.embeddings} rows: take the token out of the row, or call "
-                    "`model.resize_token_embeddings(len(tokenizer))`"
+                    f"{known} has the id {max(ids)}, and the model's embedding has {self.embeddings} rows: take the "
+                    "token out of the row, or call `model.resize_token_embeddings(len(tokenizer))`"
                 )
 
     @cached_property

@@ -11,8 +11,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl.data.chat import Messages, read_tools
+from trl.data.columns import ids_of, mask_for, same_length, shown, text_of, whole_numbers
 from trl.data.encode import Ids
 from trl.data.formats import RowKind, column_names, detect_format, first_row, maybe_convert_to_chatml
+from trl.data.messages import messages_of
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
@@ -22,15 +24,10 @@ from trl.data.row_job import (
     Row,
     RowJob,
     asks_nothing,
-    at_row,
     flags_of,
-    ids_of,
-    list_of,
-    messages_of,
     met_of,
     needs_closing,
     says_nothing,
-    text_of,
 )
 
 _LENGTHS = "seq_lengths"
@@ -47,13 +44,6 @@ class _Sequence:
     met: Met = NOTHING_MET
 
 
-def _same_length(row: Mapping[str, Any], column: str, ids: Ids) -> list[Any]:
-    values = list_of(row[column])
-    if len(values) != len(ids):
-        raise ValueError(f"column '{column}' has {len(values)} entries for {len(ids)} `input_ids`")
-    return values
-
-
 def tokenised_mask(row: Mapping[str, Any], completion_only: bool | None = None, assistant_only: bool = False) -> Ids:
     """The loss mask of a row that is tokenised already.
 
@@ -62,20 +52,20 @@ def tokenised_mask(row: Mapping[str, Any], completion_only: bool | None = None, 
     """
     ids = ids_of(row, "input_ids")
     if row.get("loss_mask") is not None:
-        return [int(bool(m)) for m in _same_length(row, "loss_mask", ids)]
+        return mask_for(row, "loss_mask", ids)
     if row.get("labels") is not None:
-        labels = _same_length(row, "labels", ids)
+        labels = same_length(whole_numbers(row, "labels"), "labels", ids)
         wrong = [i for i, label in enumerate(labels) if label not in (-100, ids[i])]
         if wrong:
             raise ValueError(
-                f"`labels` should be -100 or the same as `input_ids`; at position {wrong[0]} they are neither"
+                f"column 'labels' should hold -100 or the same as `input_ids`; at position {wrong[0]} it is neither"
             )
         return [int(label != -100) for label in labels]
     mask = [1] * len(ids)
     wanted = {"completion_mask": completion_only, "assistant_masks": assistant_only}
     for column, want in wanted.items():
         if row.get(column) is not None and (want or (want is None and column == "completion_mask")):
-            mask = [m & int(bool(v)) for m, v in zip(mask, _same_length(row, column, ids), strict=True)]
+            mask = [m & own for m, own in zip(mask, mask_for(row, column, ids), strict=True)]
         elif want:
             option = "completion_only_loss" if column == "completion_mask" else "assistant_only_loss"
             raise ValueError(f"{option}=True needs a column '{column}' or 'labels' in tokenised rows")
@@ -86,7 +76,7 @@ def supervised_row(row: Mapping[str, Any]) -> dict[str, Ids]:
     """`input_ids` and `loss_mask` of one tokenised row; padding (attention_mask 0) is taken out."""
     ids, mask = ids_of(row, "input_ids"), tokenised_mask(row)
     if row.get("attention_mask") is not None:
-        attended = _same_length(row, "attention_mask", ids)
+        attended = mask_for(row, "attention_mask", ids)
         ids = [i for i, a in zip(ids, attended, strict=True) if a]
         mask = [m for m, a in zip(mask, attended, strict=True) if a]
     return {"input_ids": ids, "loss_mask": [0, *mask[1:]]}
@@ -117,7 +107,7 @@ def format_rows(dataset: Any, formatting_func: Callable[[Any], Any], name: str =
         names = column_names(dataset, name)
         return dataset.map(one, batched=batched, remove_columns=names)
     if batched:
-        columns = {column: [row[column] for row in dataset] for column in row}
+        columns = {column: [row.get(column) for row in dataset] for column in column_names(dataset, name)}
         return [{"text": text} for text in formatting_func(columns)]
     return [one(row) for row in dataset]
 
@@ -186,12 +176,16 @@ class SupervisedJob(RowJob):
             sequences = self._conversations(rows, indices)
         else:
             sequences = self._texts(rows, indices)
-        return [self._finish(sequence) for sequence in sequences]
+        made = []
+        for index, sequence in zip(indices, sequences, strict=True):
+            with self.at_row(index):
+                made.append(self._finish(sequence))
+        return made
 
     def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
         sequences = []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 mask = tokenised_mask(row, self.completion_only_loss, self.assistant_only_loss)
                 plain = supervised_row({**row, "loss_mask": mask})
                 if row.get(_LENGTHS) is not None:
@@ -201,7 +195,9 @@ class SupervisedJob(RowJob):
 
     def _check_packed(self, row: Row, plain: dict[str, Ids]) -> None:
         """Unmark the first token of each sequence of a packed row; ValueError where the row would not stay whole."""
-        lengths = ids_of(row, _LENGTHS)
+        lengths = whole_numbers(row, _LENGTHS)
+        if min(lengths, default=0) < 1:
+            raise ValueError(f"column '{_LENGTHS}' should hold numbers of tokens of 1 or more, got {shown(lengths)}")
         if sum(lengths) != len(plain["input_ids"]):
             raise ValueError(
                 f"column '{_LENGTHS}' says {sum(lengths)} tokens and the packed row has {len(plain['input_ids'])}"
@@ -215,7 +211,7 @@ class SupervisedJob(RowJob):
     def _texts(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
         texts = []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 texts.append(text_of(row, self.text_field))
         sequences = []
         for text, ids in zip(texts, self.encoder.encode(texts), strict=True):
@@ -244,7 +240,7 @@ class SupervisedJob(RowJob):
     def _answers(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
         texts = []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 texts.append(self._texts_of(row))
         prompts = self.encoder.encode([one.prompt for one in texts])
         everything = self.completion_only_loss is False or self.learn_tool_results or not self.format.conversational
@@ -265,7 +261,7 @@ class SupervisedJob(RowJob):
     def _conversations(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
         texts, spans, flags, met = [], [], [], []
         for index, row in zip(indices, rows, strict=True):
-            with at_row(index, self.name):
+            with self.at_row(index):
                 messages, first, flag = self._messages(row)
                 tools, template = read_tools(row.get("tools"), self.keep_nulls), self.template.of_row(row)
                 if self.assistant_only_loss:

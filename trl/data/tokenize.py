@@ -18,7 +18,8 @@ import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
-from trl.data.formats import column_names, first_row, refuse_splits
+from trl.data.columns import unwrapped
+from trl.data.formats import check_rows, column_names, first_row, refuse_splits
 from trl.data.report import Met, RowFlag, RowNote, TokenizationReport
 from trl.data.row_job import Made, Row, RowJob
 
@@ -46,10 +47,9 @@ def tokenize(
     report = TokenizationReport()
     if not has_rows(dataset, name):
         return dataset, report
+    check_rows(dataset, name)
     dataset, job = job.reading(as_shown(dataset, name), name)
     columns = column_names(dataset, name)
-    if isinstance(dataset, list | tuple):  # rows may have keys of their own
-        columns = list(dict.fromkeys([*columns, *(key for row in dataset for key in row)]))
     keep = tuple(c for c in (columns if job.keep is None else job.keep) if c in columns and c not in job.features)
     if isinstance(dataset, Dataset):
         mapped: Any = _map_dataset(dataset, job, keep, report, num_proc, batch_size, name)
@@ -75,9 +75,10 @@ def notes(dataset: Any, job: RowJob, *, name: str = "train", most: int | None = 
     """What the report counts, row by row, with the tokenised row; `most`: of so many rows at the start."""
     if not has_rows(dataset, name):
         raise ValueError(f"the {name} data set is a {type(dataset).__name__}, whose rows are not read here")
+    check_rows(dataset, name)
     dataset, job = job.reading(as_shown(dataset, name), name)
     for index, row in enumerate(islice(dataset, most)):
-        (one,) = _made(job, [dict(row)], [index])
+        (one,) = _made(job, _whole([row], job, index), [index])
         yield RowNote(index, one.columns, one.tokens, one.learned, one.cut, one.left_out, one.flags, one.met)
 
 
@@ -126,10 +127,27 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str | dict)
 
 
+def _whole(rows: Sequence[Row], job: RowJob, start: int, keep: Sequence[str] = ()) -> list[Row]:
+    """Copies of the rows from `start` on, with None for columns of `keep` that only other rows of a list have.
+
+    A row without a column that makes up the format is a ValueError.
+    """
+    for index, row in enumerate(rows, start):
+        missing = [column for column in job.format.columns if column not in row]
+        if missing:
+            lacking = ", ".join(map(repr, missing))
+            raise ValueError(
+                f"row {index} of the {job.name} data set: column {lacking} is missing, which other rows have; "
+                f"this one has {', '.join(row) or 'none'}: make all rows alike"
+            )
+    return [{**dict.fromkeys(keep), **row} for row in rows]
+
+
 def _made(job: RowJob, rows: list[Row], indices: Sequence[int]) -> list[Made]:
     made = job(rows, indices)
     for index, one in zip(indices, made, strict=True):
-        job.check_ids(one, index)
+        with job.at_row(index):
+            job.check_ids(one)
     return made
 
 
@@ -170,13 +188,13 @@ def _map_list(
     tables = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        made = _made(job, [dict(row) for row in batch], range(start, start + len(batch)))
+        made = _made(job, _whole(batch, job, start, keep), range(start, start + len(batch)))
         _count(report, made)
         pairs = [(row, one.columns) for row, one in zip(batch, made, strict=True) if not one.left_out]
         if job.keep is None:
             kept += [{**{n: row.get(n) for n in keep}, **columns} for row, columns in pairs]
             continue
-        arrays = {name: pa.array([_plain(row.get(name)) for row, _ in pairs]) for name in keep}
+        arrays = {name: pa.array([unwrapped(own.get(name, row.get(name))) for row, own in pairs]) for name in keep}
         types = Features(job.features).arrow_schema
         arrays |= {name: pa.array([own[name] for _, own in pairs], types.field(name).type) for name in job.features}
         tables.append(pa.table(arrays))
@@ -185,12 +203,6 @@ def _map_list(
     table = pa.concat_tables(tables, promote_options="permissive")
     features = Features({**Features.from_arrow_schema(table.schema), **job.features})
     return Dataset(table, DatasetInfo(features=features), fingerprint=generate_random_fingerprint())
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and NumPy's numbers as what Arrow takes; one that holds a single number is that number."""
-    plain = value.tolist() if hasattr(value, "tolist") else value
-    return plain[0] if plain is not value and isinstance(plain, list) and len(plain) == 1 else plain
 
 
 def _map_dataset(

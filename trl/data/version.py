@@ -9,8 +9,8 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 _ROW_CODE = (
-    "batches", "chat", "encode", "formats", "messages", "packed_dataset", "packing", "prompt_rows", "rendering",
-    "report", "row_job", "supervised_rows", "tokenize",
+    "batches", "chat", "columns", "encode", "formats", "messages", "packed_dataset", "packing", "prompt_rows",
+    "rendering", "report", "row_job", "supervised_rows", "tokenize",
 )  # fmt: skip
 """modules of this room that rows, their masks or the counts of the report depend on"""
 

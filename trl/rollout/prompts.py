@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl.data.columns import at_row, check_embedded, ids_of, shown, text_of, unwrapped
+from trl.data.encode import Ids
+from trl.data.messages import Messages, messages_of
+
 
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int) -> Tensor:
@@ -43,6 +47,13 @@ class PromptStream:
         """The rows from `position` on."""
         return [self.rows[self._place(position + i)] for i in range(count)]
 
+    def check(self, position: int, count: int, tokenizer: Any, embeddings: int | None = None) -> None:
+        """ValueError where one of the rows from `position` on has no prompt that the model can read."""
+        for i in range(count):
+            place = self._place(position + i)
+            with at_row(place, "train"):
+                prompt_of(self.rows[place], tokenizer, embeddings)
+
     def _place(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.rows))
         return int(_order(len(self.rows), self.seed * 1_000_003 + epoch)[offset]) if self.shuffle else offset
@@ -68,23 +79,45 @@ TEXT_COLUMNS = ("prompt", "query")
 """columns that may hold the text of a prompt, where a row has no `input_ids`"""
 
 
-def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> Tensor:
-    """The tokens of a row's prompt: its `input_ids`, else its `prompt` or `query` (a text or a conversation). [P]"""
+def prompt_of(row: Mapping[str, Any], tokenizer: Any, embeddings: int | None = None) -> str | Messages | Ids:
+    """A row's `input_ids`, else its `prompt` or `query` (a text or a conversation).
+
+    ValueError for another, and for an id beyond the `embeddings` that the model has.
+    """
     if "input_ids" in row:
-        return torch.as_tensor(row["input_ids"], dtype=torch.long).flatten()
-    for name in TEXT_COLUMNS:
-        if name in row and isinstance(row[name], str):
-            return torch.tensor(tokenizer(row[name])["input_ids"], dtype=torch.long)
-        if name in row:
-            if not isinstance(row[name], list | tuple):
-                raise ValueError(f"a row of the data set has {name}={row[name]!r}: give a text or a conversation")
-            if not tokenizer.chat_template:
-                raise ValueError(
-                    f"{name} is a conversation, and the tokenizer has no chat_template: set it, or give texts"
-                )
-            ids = tokenizer.apply_chat_template(row[name], add_generation_prompt=True, return_dict=False)
-            return torch.tensor(ids, dtype=torch.long)
-    raise ValueError(f"a row of the data set has columns {list(row)}: give it `input_ids`, `prompt` or `query`")
+        ids = ids_of({"input_ids": _flat(row["input_ids"])}, "input_ids")
+        if not ids:
+            raise ValueError("column 'input_ids' is empty: give at least one token, such as BOS")
+        check_embedded(ids, "column 'input_ids'", embeddings)
+        return ids
+    name = next((name for name in TEXT_COLUMNS if name in row), None)
+    if name is None:
+        raise ValueError(f"a row of the data set has columns {list(row)}: give it `input_ids`, `prompt` or `query`")
+    value = unwrapped(row[name])
+    if isinstance(value, str):
+        return text_of(row, name)
+    if not isinstance(value, list | tuple | Mapping) or not value:
+        raise ValueError(f"column '{name}' should be a text or a conversation, got {shown(value)}: give one of them")
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name} is a conversation, and the tokenizer has no chat_template: set it, or give texts")
+    return messages_of(row, name)
+
+
+def _flat(ids: Any) -> Any:
+    """A row of one batch [1, P], as tokenizers return it, as [P]."""
+    return ids.flatten() if hasattr(ids, "flatten") else ids
+
+
+def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> Tensor:
+    """The tokens of a row's prompt. [P]"""
+    prompt: Any = prompt_of(row, tokenizer)
+    if isinstance(prompt, str):
+        prompt = tokenizer(prompt)["input_ids"]
+        if not prompt:
+            raise ValueError("a prompt of the data set has no tokens: give a text, or the BOS token")
+    elif isinstance(prompt[0], Mapping):
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    return torch.tensor(prompt, dtype=torch.long)
 
 
 def with_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+from trl.scripts.data_files import FILE_FORMATS, check_file, told
 
 
 @dataclass
@@ -125,15 +125,38 @@ def named_dataset(path: str, option: str, *, split: str | None = None, **keyword
     if place.suffix in FILE_FORMATS:
         if not place.exists():
             raise ValueError(f"--{option} {path}: there is no such file")
+        check_file(place, option)
         keywords |= {"path": FILE_FORMATS[place.suffix], "data_files": path, "name": None}
-        return datasets.load_dataset(split=split, **keywords)
+        with told(option, [path]):
+            return datasets.load_dataset(split=split, **keywords)
     if place.is_file():
         raise ValueError(f"--{option} {path}: give a file of {', '.join(FILE_FORMATS)}, or a folder")
     if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
-        loaded = datasets.load_from_disk(path)
+        loaded = _saved(path, option)
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
         return splits if split is None else split_of(splits, split, option)
-    return datasets.load_dataset(path, split=split, **keywords)
+    with told(option, [path, *_paths(keywords.get("data_files"))]):
+        return datasets.load_dataset(path, split=split, **keywords)
+
+
+def _paths(data_files: Any) -> list[str]:
+    """The places that `data_files` names, in a text, a list or a dict of them."""
+    if isinstance(data_files, Mapping):
+        return [path for one in data_files.values() for path in _paths(one)]
+    return [data_files] if isinstance(data_files, str) else list(data_files or [])
+
+
+def _saved(path: str, option: str) -> Any:
+    import datasets
+    from pyarrow import ArrowException
+
+    try:
+        return datasets.load_from_disk(path)
+    except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"--{option} {path}: it is no whole folder of `save_to_disk` ({cause}); save it again"
+        ) from error
 
 
 def split_of(dataset: Any, split: str, option: str) -> Any:

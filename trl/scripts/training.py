@@ -21,6 +21,7 @@ from trl.scripts.data_config import (
     named_dataset,
     split_of,
 )
+from trl.scripts.data_files import told
 from trl.scripts.exit_codes import exit_code
 from trl.scripts.hints import read_value, settings_hints, takes_no_word, takes_several
 from trl.scripts.jobs import JOBS, Training
@@ -205,20 +206,22 @@ def train(
     if where:
         arguments["processing_class"] = load_tokenizer(str(model.model_name_or_path), **where)
     config.model_init_kwargs = {**keywords, **(config.model_init_kwargs or {})}
-    trainer = getattr(trl, job.trainer)(
-        model=model.model_name_or_path,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model),
-        **arguments,
-    )
-    if script.ignore_bias_buffers:
-        buffers = trainer.model.named_buffers()
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, each in buffers if str(each.dtype) == "torch.bool"
-        ]
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    places = [script.dataset_name, own.eval_data, *(one.path for one in mixture.datasets)]
+    with told("data", [place for place in places if place], sure=False):  # streamed rows are read as they are needed
+        trainer = getattr(trl, job.trainer)(
+            model=model.model_name_or_path,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=get_peft_config(model),
+            **arguments,
+        )
+        if script.ignore_bias_buffers:
+            buffers = trainer.model.named_buffers()
+            trainer.model._ddp_params_and_buffers_to_ignore = [
+                name for name, each in buffers if str(each.dtype) == "torch.bool"
+            ]
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

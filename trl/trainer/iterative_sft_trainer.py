@@ -20,12 +20,13 @@ from transformers import (
 
 from trl.core import PPODecorators
 from trl.data.batches import rows_of_padded
+from trl.data.columns import check_embedded, check_text, shown
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import nll, smoothed
 from trl.models.forward import rows_padded, within_forward
-from trl.models.prepare import is_peft_model, load_model, read_tokenizer
+from trl.models.prepare import embedding_rows, is_peft_model, load_model, read_tokenizer
 from trl.models.scoring import logits_and_labels, score
 from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import (
@@ -132,6 +133,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
             self.model, self.optimizer, self.lr_scheduler
         )
         self.model_wrapped = self.model
+        self._embeddings = embedding_rows(model)
         self._order = torch.Generator().manual_seed(self.args.seed)
         PPODecorators.optimize_device_cache = cut.optimize_device_cache
 
@@ -186,7 +188,23 @@ class IterativeSFTTrainer(ObjectiveTrainer):
                 )
             warnings.warn("No labels are provided. Setting labels to input_ids", UserWarning, stacklevel=4)
             labels = input_ids
-        return self.prepare_model_inputs(input_ids, attention_mask, labels)
+        records = self.prepare_model_inputs(input_ids, attention_mask, labels)
+        for row, record in enumerate(records):
+            self._check_record(row, record)
+        return records
+
+    def _check_record(self, row: int, record: Mapping[str, Tensor]) -> None:
+        """ValueError for ids without an embedding, for masks and labels that do not go with them."""
+        ids, mask, labels = record["input_ids"], record["attention_mask"], record["labels"]
+        check_embedded(ids.tolist(), f"input_ids[{row}]", self._embeddings)
+        if mask.shape != ids.shape or bool(((mask != 0) & (mask != 1)).any()):
+            raise ValueError(
+                f"attention_mask[{row}] should hold 0 or 1 for each of {len(ids)} tokens, it has {len(mask)} entries: "
+                f"{shown(mask.tolist())}"
+            )
+        if not self.is_encoder_decoder and labels.shape != ids.shape:
+            raise ValueError(f"labels[{row}] has {len(labels)} entries for {len(ids)} tokens in input_ids[{row}]")
+        check_embedded(labels[labels != -100].tolist(), f"labels[{row}]", self._embeddings)
 
     # -- the step -----------------------------------------------------------------------------
 
@@ -335,24 +353,33 @@ def _rows(column: Any, name: str, kind: str) -> list[Any]:
 
 def _texts(column: Any, name: str) -> list[str]:
     rows = _rows(column, f"'{name}'", "strings")
-    for text in rows:
+    for row, text in enumerate(rows):
         if not isinstance(text, str):
-            raise ValueError(f"Elements in '{name}' must be strings - got {type(text)}")
+            raise ValueError(f"Elements in '{name}' must be strings - got {type(text)} in row {row}")
+        check_text(text, f"row {row} of '{name}'")
     return rows
 
 
 def _tensors(column: Any, name: str) -> list[Tensor]:
     """Each row as a tensor [L] of whole numbers, from a tensor, an array or a list."""
     tensors = []
-    for row in _rows(column, name, "tensors"):
+    for place, row in enumerate(_rows(column, name, "tensors")):
         try:
-            tensor = None if isinstance(row, str) else torch.as_tensor(row)
-        except (TypeError, ValueError, RuntimeError):
+            tensor = None if isinstance(row, str | bytes) else torch.as_tensor(row)
+        except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError):
             tensor = None
-        if tensor is None or tensor.dim() != 1 or (len(tensor) and tensor.is_floating_point()):
+        if tensor is None or tensor.dim() != 1 or tensor.is_meta or (len(tensor) and not _whole(tensor, name)):
             shape = "" if tensor is None else f" of {tensor.dtype}, shape {tuple(tensor.shape)}"
             raise ValueError(
-                f"Elements in {name} must be tensors - got {type(row)}{shape}: give token ids, one row each"
+                f"Elements in {name} must be tensors - got {type(row)}{shape} in row {place}: give token ids, one row "
+                "each"
             )
         tensors.append(tensor.long())
     return tensors
+
+
+def _whole(tensor: Tensor, name: str) -> bool:
+    """Whether it holds whole numbers; a mask may hold true and false."""
+    if tensor.dtype is torch.bool:
+        return name == "attention_mask"
+    return not (tensor.is_floating_point() or tensor.is_complex())

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, flatten_dict, set_seed, stats_to_np
+from trl.data.columns import check_embedded, flags_in
 from trl.data.formats import refuse_splits
 from trl.data.microbatches import unasked_budget
 from trl.data.records import Rollout
@@ -52,7 +53,7 @@ from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
 from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precision_of, say_memory, warn_of_half
-from trl.models.prepare import check_vocabulary, context_length, equalise, load_model
+from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Head, Scores, classifier_of, in_head
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, learns_prompt
@@ -488,6 +489,7 @@ class PPOTrainer(BaseTrainer):
             lr_scheduler = ppo_forms.scheduler_of(self.arguments, self.config.total_ppo_epochs, optimizer)
         lr_scheduler = make_scheduler(self.config, optimizer, lr_scheduler)
         collator = DataCollatorForLanguageModeling(self.tokenizer, mlm=False)
+        self._embeddings = embedding_rows(model)
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
         self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
@@ -645,7 +647,7 @@ class PPOTrainer(BaseTrainer):
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
         config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
-        rollout = rollout_of(queries, responses, response_masks, start)
+        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
@@ -1289,7 +1291,9 @@ class PPOTrainer(BaseTrainer):
         while self.data_position < config.total_ppo_epochs:
             part = self.data_position * accelerator.num_processes + accelerator.process_index
             self.data_position += 1
-            yield stream.take(part * config.batch_size, config.batch_size)
+            part *= config.batch_size
+            stream.check(part, config.batch_size, self.tokenizer, self._embeddings)
+            yield stream.take(part, config.batch_size)
 
     def _rewards(self) -> RolloutRewards:
         """The reward functions; without any, an environment's rollouts carry their rewards."""
@@ -1314,8 +1318,8 @@ class PPOTrainer(BaseTrainer):
         if not rollout.texts:
             rollout.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.completions]
         prompts = [row["prompt"] for row in asked]
-        names = [name for name in rows[0] if name not in ("prompts", "completions")]
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in names}
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("prompts", "completions"))
+        columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
         if self.environment is not None and "truncated" in rollout.metadata:
             columns["truncated"] = rollout.metadata["truncated"]
         batch: dict[str, Any] = {"query": prompts, "response": rollout.texts}
@@ -1529,31 +1533,47 @@ def checked_batch(
     for name, rows in given.items():
         if not isinstance(rows, list):
             raise ValueError(f"{name} must be a list of tensors - got {type(rows)}")
-        wrong = next((row for row in rows if not isinstance(row, Tensor)), None)
-        if wrong is not None:
-            raise ValueError(f"Elements in {name} must be tensors - got {type(wrong)}")
+        for place, row in enumerate(rows):
+            if not isinstance(row, Tensor):
+                raise ValueError(f"Elements in {name} must be tensors - got {type(row)} ({name}[{place}])")
+            _check_kind(name, place, row)
         if batch_size is not None and len(rows) != batch_size:
             raise ValueError(
                 f"Batch size ({batch_size}) does not match number of examples - but got {len(rows)} for: {name}"
             )
         given[name] = [row.to(device) for row in rows]
-    empty = next((row for row, query in enumerate(given["queries"]) if not query.numel()), None)
+    empty = next((place for place, query in enumerate(given["queries"]) if not query.numel()), None)
     if empty is not None:
         raise ValueError(f"queries[{empty}] is empty: give at least one token, such as the beginning-of-text token")
     if not any(response.numel() for response in given["responses"]):
         raise ValueError("responses: all of them are empty, there is nothing to learn from")
     given["scores"] = [_score(row, score) for row, score in enumerate(given["scores"])]
-    for row, (response, mask) in enumerate(zip(given["responses"], given.get("masks", []), strict=False)):
+    for place, (response, mask) in enumerate(zip(given["responses"], given.get("masks", []), strict=False)):
         if response.shape != mask.shape:
             raise ValueError(
-                f"masks[{row}] has shape {tuple(mask.shape)}, its response {tuple(response.shape)}: they must agree"
+                f"masks[{place}] has shape {tuple(mask.shape)}, its response {tuple(response.shape)}: they must agree"
             )
     return given["queries"], given["responses"], given["scores"], given.get("masks")
 
 
+def _check_kind(name: str, row: int, tensor: Tensor) -> None:
+    """ValueError for a tensor of another kind or shape than token ids, masks or scores have."""
+    if tensor.is_meta:
+        raise ValueError(f"{name}[{row}] is a tensor on the device meta, which holds no numbers: give one that does")
+    if name == "scores":
+        if tensor.is_complex():
+            raise ValueError(f"scores[{row}] is of {tensor.dtype}: give a real number")
+        return
+    if tensor.dim() != 1:
+        raise ValueError(f"{name}[{row}] has shape {tuple(tensor.shape)}: give one row of tokens, [L]")
+    numbers = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+    if name != "masks" and not numbers:
+        raise ValueError(f"{name}[{row}] is of {tensor.dtype}: give token ids, which are whole numbers")
+
+
 def _score(row: int, score: Tensor) -> Tensor:
     if score.dim() > 1:
-        raise ValueError(f"Scores must be 1-dimensional - got {score.dim()} for {score}")
+        raise ValueError(f"Scores must be 1-dimensional - got {score.dim()} (scores[{row}])")
     if score.numel() != 1:
         raise ValueError(f"scores[{row}] holds {score.numel()} numbers: give one score for each response")
     if not torch.isfinite(score).all():
@@ -1566,19 +1586,29 @@ def rollout_of(
     responses: Sequence[Tensor],
     masks: Sequence[Tensor] | None,
     start_token_id: int | None = None,
+    embeddings: int | None = None,
 ) -> Rollout:
     """The lists as a rollout whose log-probabilities are unknown.
 
-    A leading `start_token_id` is left out: an encoder-decoder begins with it, no policy chose it.
+    A leading `start_token_id` is left out: an encoder-decoder begins with it, no policy chose it. An id beyond
+    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError.
     """
     rollout = Rollout(prompts=[query.tolist() for query in queries], completions=[], logprobs=[], masks=[])
+    for row, ids in enumerate(rollout.prompts):
+        _check_ids(ids, "queries", row, embeddings)
     for row, response in enumerate(responses):
         ids = response.tolist()
-        mask = [1] * len(ids) if masks is None else [int(kept) for kept in masks[row].tolist()]
+        _check_ids(ids, "responses", row, embeddings)
+        mask = [1] * len(ids) if masks is None else flags_in({f"masks[{row}]": masks[row]}, f"masks[{row}]")
         skip = int(start_token_id is not None and ids[:1] == [start_token_id])
         rollout.completions.append(ids[skip:])
         rollout.masks.append(mask[skip:])
     return rollout
+
+
+def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < (math.inf if embeddings is None else embeddings):
+        check_embedded(ids, f"{name}[{row}]", embeddings)
 
 
 # --- what a trainer is built from ---------------------------------------------------------------------------------

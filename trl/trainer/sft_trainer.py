@@ -16,10 +16,10 @@ from trl.data.batches import rows_of_padded, sequence_trees
 from trl.data.chat import ChatTemplate, read_tools
 from trl.data.encode import TRUNCATION_MODES, Limits
 from trl.data.formats import column_names, maybe_convert_to_chatml
+from trl.data.messages import messages_of
 from trl.data.packed_dataset import STRATEGIES, pack_dataset
 from trl.data.packing import pack
 from trl.data.records import ROWS, Batch
-from trl.data.row_job import messages_of
 from trl.data.supervised_rows import SupervisedJob, supervised_row
 from trl.data.tokenize import has_rows, tokenize
 from trl.generation.stopping import end_tokens
