@@ -299,6 +299,9 @@ def test_one_that_hangs_leaves_the_judgement_to_the_others(tmp_path):
     assert rollouts_of(tmp_path)["reward_hangs"] == [None] * 8
     alone = trained(tmp_path / "alone", max_steps=1)
     assert same_weights(trainer, alone)
+    assert history(trainer, "unscored_ratio") == [0.0]
+    may_miss = [key for row in alone.state.log_history for key in row if key.endswith(("timed_out", "unscored_ratio"))]
+    assert may_miss == []  # no function has a time-out, and none has had no opinion
 
 
 def test_completions_without_an_opinion_teach_nothing(tmp_path):

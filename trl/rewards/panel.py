@@ -247,8 +247,8 @@ def _number(who: str, score: Any, index: int) -> float:
     if abs(number) <= LARGEST:
         return number
     raise RewardError(
-        f"{who} gave {score!r} for completion {index}: give a finite number of at most {LARGEST:g} in size, or None for "
-        "no opinion"
+        f"{who} gave {score!r} for completion {index}: give a finite number of at most {LARGEST:g} in size, or None "
+        "for no opinion"
     )
 
 

@@ -67,7 +67,8 @@ def record(
         add(f"rewards/{name}/mean", float(known.sum()), len(known))
         if len(known) > 1:
             add(f"rewards/{name}/std", float(known.std()), 1)
-        add(f"rewards/{name}/timed_out", float(late), 1)
+        if late is not None:
+            add(f"rewards/{name}/timed_out", float(late), 1)
     total_B = rewards.total_B()
     known = total_B[~total_B.isnan()]
     for name, numbers in rewards.logs.metrics.items():

@@ -15,7 +15,7 @@ from trl.losses.policy import soft_overlong_punishment
 from trl.models.scoring import rewards as rewards_of
 from trl.models.unwrap import below_peft
 from trl.rewards.named import reward_panel
-from trl.rewards.panel import Logs, RewardPanel, checked
+from trl.rewards.panel import Logs, RewardPanel, Verdict, checked
 from trl.rewards.texts import EpisodeText
 from trl.rollout.experience import Experience
 from trl.rollout.measure import PACKED_TOKENS, pieces
@@ -28,7 +28,8 @@ class Rewards:
     names: list[str]
     scores_BF: Tensor
     weights_F: Tensor
-    timed_out: list[bool]
+    timed_out: list[bool | None]
+    """whether each function came too late; None where it has no time-out"""
     logs: Logs = field(default_factory=lambda: Logs(0))
 
     @classmethod
@@ -51,6 +52,12 @@ def weighted_total(scores_BF: Tensor, weights_F: Tensor) -> Tensor:
     """The weighted sum of the scores that are known; NaN where none is. [B]"""
     unscored_B = scores_BF.isnan().all(-1)
     return (scores_BF.nan_to_num() @ weights_F).masked_fill(unscored_B, torch.nan)
+
+
+def lateness(panel: RewardPanel, verdict: Verdict) -> list[bool | None]:
+    """Whether each function came too late; None for one that may take its time."""
+    pairs = zip(verdict.timed_out, panel.timeouts, strict=True)
+    return [None if seconds is None else late for late, seconds in pairs]
 
 
 class RolloutRewards:
@@ -78,6 +85,7 @@ class RolloutRewards:
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
         """prompts: texts or conversations, one for each completion. columns: further keywords of the functions."""
+        late: list[bool | None] = [None]
         if self.panel is None:
             if len(rollout.rewards) != len(rollout):
                 raise ValueError(
@@ -86,18 +94,63 @@ class RolloutRewards:
                 )
             source = "the environment" if "histories" in rollout.metadata else "rollout_func"
             known = [None if reward is not None and reward != reward else reward for reward in rollout.rewards]
-            scores, late, logs = [checked(source, known, len(rollout))], [False], Logs(len(rollout))  # nan: no opinion
+            scores, logs = [checked(source, known, len(rollout))], Logs(len(rollout))  # nan: no opinion
         else:
             asked = asked_of(rollout, prompts, columns)
             verdict = self.panel(len(rollout), asked, {name: asked.pop(name) for name in LIVE if name in asked})
-            scores, late, logs = verdict.scores, verdict.timed_out, verdict.logs
-        scores_BF = torch.tensor(scores, dtype=torch.float32).T
+            scores, late, logs = verdict.scores, lateness(self.panel, verdict), verdict.logs
+        return self.with_overlong(rollout, torch.tensor(scores, dtype=torch.float32).T, late, logs)
+
+    def with_overlong(self, rollout: Rollout, scores_BF: Tensor, late: list[bool | None], logs: Logs) -> Rewards:
+        """The rewards, with the soft overlong punishment where it is asked for."""
         if self.overlong is not None:
             lengths_B = torch.tensor([float(len(ids)) for ids in rollout.completions])
             punishment_B = soft_overlong_punishment(lengths_B, *self.overlong)
             punishment_B = punishment_B.masked_fill(scores_BF.isnan().all(-1), torch.nan)
-            scores_BF, late = torch.cat([scores_BF, punishment_B[:, None]], 1), [*late, False]
+            scores_BF, late = torch.cat([scores_BF, punishment_B[:, None]], 1), [*late, None]
         return Rewards(self.names, scores_BF, self.weights_F, late, logs)
+
+
+class OwnRewards(RolloutRewards):
+    """The rewards of a panel by way of a user's function, which may ask the panel or score by itself.
+
+    function: `(rows of the data set, prompts, completions, completion_ids) -> [B, F]`, all of them one a completion.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
+        assert self.panel is not None
+        asked = asked_of(rollout, prompts, columns)
+        own = [asked.pop(name) for name in ("prompts", "completions", "completion_ids")]
+        self._live = {name: asked.pop(name) for name in LIVE if name in asked}
+        listed = {name: values for name, values in asked.items() if isinstance(values, list)}
+        self._shared = {name: value for name, value in asked.items() if name not in listed}
+        rows = [
+            {"prompt": prompt, **{name: values[row] for name, values in listed.items()}}
+            for row, prompt in enumerate(own[0])
+        ]
+        self._late: list[bool | None] = [None] * len(self.panel.names)
+        self._logs = Logs(len(rollout))
+        scores_BF = torch.as_tensor(self.function(rows, *own)).detach().float().cpu()
+        wanted = (len(rollout), len(self.panel.names))
+        if scores_BF.shape != wanted:
+            raise ValueError(
+                f"_calculate_rewards gave scores of shape {tuple(scores_BF.shape)}; give {wanted}: a row for each "
+                "completion of this process, a column for each reward function"
+            )
+        return self.with_overlong(rollout, scores_BF, self._late, self._logs)
+
+    def of_panel(
+        self, rows: Sequence[Mapping[str, Any]], prompts: Any, completions: Any, completion_ids: Any
+    ) -> Tensor:
+        """What the reward functions say; NaN: no opinion. [B, F]"""
+        assert self.panel is not None
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        verdict = self.panel(len(prompts), {**columns, **self._shared, **own}, self._live)
+        self._late, self._logs = lateness(self.panel, verdict), verdict.logs
+        return torch.tensor(verdict.scores, dtype=torch.float32).T
 
 
 class TokenRewards(RolloutRewards):
@@ -117,7 +170,7 @@ class TokenRewards(RolloutRewards):
         runs = pieces(rows, 1, self.tokens)
         parts = [rewards_of(self.model, rows.select(run).packed(masked=False).to(self.device)).cpu() for run in runs]
         scores = checked("reward_model", torch.cat(parts), len(rollout))
-        return Rewards(self.names, torch.tensor(scores)[:, None], self.weights_F, [False])
+        return Rewards(self.names, torch.tensor(scores)[:, None], self.weights_F, [None])
 
     def _check(self, rollout: Rollout) -> None:
         """ValueError for a token that the model does not have: it belongs to another tokenizer than the policy's."""
@@ -181,7 +234,7 @@ def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Re
         [*rewards.names, "missing_eos"],
         torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
         torch.cat([rewards.weights_F, torch.ones(1)]),
-        [*rewards.timed_out, False],
+        [*rewards.timed_out, None],
     )
 
 

@@ -55,7 +55,7 @@ from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
 from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precision_of, say_memory, warn_of_half
 from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
-from trl.models.scoring import Scores, classifier_of
+from trl.models.scoring import Head, Scores, classifier_of, in_head
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, learns_prompt
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
@@ -72,7 +72,7 @@ from trl.rollout.measure import (
 from trl.rollout.prompts import PromptStream, with_prompts
 from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_scores
 from trl.rollout.source import EnvironmentSource, GenerateSource, SamplerSource, Source, environment_for_policy
-from trl.trainer import checkpoints, ppo_forms, ppo_statistics, ppo_today
+from trl.trainer import checkpoints, overrides, ppo_forms, ppo_statistics, ppo_today
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
@@ -94,6 +94,8 @@ SHOWN = {"score": "ppo/mean_scores", "kl": "objective/kl", "entropy": "ppo/polic
 """what the progress bar shows"""
 STATE, OLD_RANDOM_STATE = "trainer_state.pt", "random_state-{rank}.pt"
 """files of a checkpoint; the second one is release 1.0.0's"""
+OWN = "own:"
+"""before the names of statistics that a user's `loss` adds"""
 JSONDict = Annotated[dict[str, Any], tyro.conf.arg(metavar="JSON", constructor=json.loads)]
 Runtime = tyro.conf.Suppress
 
@@ -470,6 +472,7 @@ class PPOTrainer(BaseTrainer):
         self._named: list[Piece] = []
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
+        self._take_own_methods()
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         self.progress = None if self.arguments is None else self._progress(self.arguments, callbacks)
         if self.accelerator.process_index:  # each process samples with its own seed
@@ -656,10 +659,16 @@ class PPOTrainer(BaseTrainer):
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
             measured, kl_BT = self._measure(Experience.of(rollout).packed_once())
             clock.lap("forward_pass")
-            penalty_BT = -self.kl_ctl.value * kl_BT
-            rewards_BT = token_rewards(scores_B, kl_BT, measured.mask_BT, self.kl_ctl.value)
+            if self._owns("compute_rewards", "_kl_penalty"):
+                rewards_BT, penalty_BT = self._own_rewards(scores_B, measured)
+            else:
+                penalty_BT = -self.kl_ctl.value * kl_BT
+                rewards_BT = token_rewards(scores_B, kl_BT, measured.mask_BT, self.kl_ctl.value)
             clock.lap("compute_rewards")
-            experience = with_advantages(self.accelerator, measured, rewards_BT, **self._gae_numbers())
+            if self._owns("compute_advantages"):
+                experience = self._own_advantages(measured, rewards_BT)
+            else:
+                experience = with_advantages(self.accelerator, measured, rewards_BT, **self._gae_numbers())
             clock.lap("compute_advantages")
             train_stats = self._update(experience)
             clock.lap("optimize_step")
@@ -808,7 +817,8 @@ class PPOTrainer(BaseTrainer):
         self._named = []
         leave_zeros(self._parameters)
         means = {name: torch.stack([each[name] for each in history]).mean() for name in history[0]}
-        return ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, torch.cat(ratios))
+        own = {name.removeprefix(OWN): value for name, value in means.items() if name.startswith(OWN)}
+        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, torch.cat(ratios))
 
     def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
@@ -833,8 +843,73 @@ class PPOTrainer(BaseTrainer):
         batch = batch.to(self.current_device)
         scores = actor(batch.packed, entropy=True)
         ratios.append((scores.logprobs_BT.detach() - batch.old_logprobs_BT)[batch.mask_BT > 0].exp())
+        if self._owns("loss"):
+            return self._own_loss(actor, batch, scores)
         policy, value = actor_critic_loss(self.config, batch, scores)
         return policy.plus(value)
+
+    # --- where a subclass overrides a method of release 0.7.7 (see `overrides.TABLE`) ---------------------------------
+
+    def _owns(self, *names: str) -> bool:
+        return any(name in self._own or name in vars(self) for name in names)
+
+    def _take_own_methods(self) -> None:
+        """See what is the user's; ValueError for what a step would not call."""
+        self._own = overrides.own_methods(type(self), vars(self))
+        if self._owns("compute_rewards", "_kl_penalty") and self.config.kl_penalty == "full":
+            raise ValueError(
+                "kl_penalty='full': an overridden compute_rewards or _kl_penalty would need log-probabilities of the "
+                "whole vocabulary, which never exist at once; choose 'kl', 'abs', 'mse' or 'k3'"
+            )
+
+    def _own_rewards(self, scores_B: Tensor, measured: Experience) -> tuple[Tensor, Tensor]:
+        """The reward of each token by the user's `compute_rewards` or `_kl_penalty`, and what of it is no score."""
+        given = self.compute_rewards(scores_B, measured.old_logprobs_BT, measured.reference_BT, measured.mask_BT)  # type: ignore[arg-type]
+        rewards_BT, penalty_BT = (each if torch.is_tensor(each) else torch.stack(list(each)) for each in given[:2])
+        self._check_own("compute_rewards", measured.mask_BT, rewards_BT, penalty_BT)
+        return rewards_BT * measured.mask_BT, penalty_BT
+
+    def _own_advantages(self, measured: Experience, rewards_BT: Tensor) -> Experience:
+        """What is learned by the user's `compute_advantages`."""
+        assert measured.values_BT is not None
+        mask_BT = measured.mask_BT
+        values_BT, advantages_BT, returns_BT = self.compute_advantages(measured.values_BT, rewards_BT, mask_BT)
+        self._check_own("compute_advantages", mask_BT, values_BT, advantages_BT, returns_BT)
+        learned_BT, returns_BT = advantages_BT.detach() * mask_BT, returns_BT.detach() * mask_BT
+        return replace(measured, values_BT=values_BT.detach(), advantages_BT=learned_BT, returns_BT=returns_BT)
+
+    def _own_loss(self, actor: ActorCritic, batch: PolicyBatch, scores: Scores) -> LossSum:
+        """The loss by the user's `loss`, which also gets whole logits: a second pass makes them."""
+
+        def whole(head: Head, states_SD: Tensor) -> Tensor:
+            return head.logits(states_SD) / actor.temperature
+
+        (logits_SV,) = in_head(actor.model, batch.packed, whole)
+        at = (batch.packed.row_S, batch.packed.slot_S)
+        logits_BTV = logits_SV.new_zeros(*batch.mask_BT.shape, logits_SV.shape[-1]).index_put(at, logits_SV)
+        policy, value, stats = self.loss(
+            batch.old_logprobs_BT, batch.values_BT, logits_BTV, scores.values_BT, scores.logprobs_BT, batch.mask_BT,  # type: ignore[arg-type]
+            batch.advantages_BT, batch.returns_BT,  # type: ignore[arg-type]
+        )  # fmt: skip
+        self._check_own("loss", batch.counted, policy, value)
+        with torch.no_grad():
+            shown = [each.metrics for each in actor_critic_loss(self.config, batch, scores)]
+        total, count = (policy + value) * batch.counted, batch.counted
+        of_loss: dict[str, Measure] = {"policy": policy.detach() * count, "value_loss": value.detach() * count}
+        own = {
+            f"{OWN}{name}": torch.as_tensor(each).detach().float() * count
+            for name, each in _one_level(stats).items()
+            if name not in ppo_statistics.SEED_KEYS and torch.as_tensor(each).numel() == 1
+        }
+        return LossSum(total, count, {**shown[0], **shown[1], **of_loss, **own})
+
+    @staticmethod
+    def _check_own(name: str, like: Tensor, *given: Any) -> None:
+        """ValueError unless all that a user's method gave are tensors of one shape."""
+        for each in given:
+            if not torch.is_tensor(each) or each.shape != like.shape:
+                found = tuple(each.shape) if torch.is_tensor(each) else type(each).__name__
+                raise ValueError(f"{name}: it gave {found}; give tensors of shape {tuple(like.shape)}")
 
     def _ratio_is_sane(self, ratio: Tensor) -> bool:
         if ratio.item() <= self.config.ratio_threshold:
@@ -1420,8 +1495,15 @@ class PPOTrainer(BaseTrainer):
         ppo_padded.show_tokens(self.tokenizer, tokens, masks)
 
 
+overrides.remember(PPOTrainer)
 PPOv2Config, PPOv2Trainer = PPOConfig, PPOTrainer
 """names of releases 0.8-0.11"""
+
+
+def _one_level(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics of a user's `loss`, which release 0.7.7 gave in one level or in two."""
+    nested = {name: value for name, value in stats.items() if isinstance(value, Mapping)}
+    return {**{name: value for name, value in stats.items() if name not in nested}, **flatten_dict(nested)}
 
 
 def actor_critic_loss(config: PPOConfig, batch: PolicyBatch, scores: Scores) -> tuple[LossSum, LossSum]:

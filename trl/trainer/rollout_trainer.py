@@ -41,7 +41,7 @@ from trl.rollout.collector import Collector
 from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
 from trl.rollout.measure import check_first_ratio, in_pieces, means_of
 from trl.rollout.prompts import PromptStream
-from trl.rollout.rewards import Rewards, RolloutRewards
+from trl.rollout.rewards import OwnRewards, Rewards, RolloutRewards
 from trl.rollout.source import (
     EnvironmentSource,
     FunctionSource,
@@ -588,7 +588,27 @@ class RolloutTrainer(ObjectiveTrainer):
             like = frozen_dtype(self.model, self.accelerator.mixed_precision)
             panel = reward_panel(functions, tokenizers, config.reward_timeout, config.device, like=like)
         overlong = None if config.overlong_cache is None else (config.max_completion_length, config.overlong_cache)
-        return RolloutRewards(panel, config.reward_weights, overlong)
+        if not self.owns("_calculate_rewards"):
+            return RolloutRewards(panel, config.reward_weights, overlong)
+        if panel is None:
+            raise ValueError("_calculate_rewards: it is overridden, but the rollouts bring their own rewards")
+        rewards = OwnRewards(panel, config.reward_weights, overlong)
+        rewards.function = lambda *asked: self._calculate_rewards(*asked)
+        return rewards
+
+    def _calculate_rewards(
+        self, inputs: Sequence[Mapping[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        """What the reward functions say of this process's completions, NaN for no opinion; for subclasses. [B, F]
+
+        inputs: the row of the data set of each completion.
+        """
+        if not isinstance(self.rewards, OwnRewards):
+            raise ValueError("_calculate_rewards: it is there for a subclass that overrides it; ask trainer.rewards")
+        return self.rewards.of_panel(inputs, prompts, completions, completion_ids_list)
+
+    def prepared_columns(self) -> frozenset[str]:
+        return frozenset({"prompt_ids"})
 
     def _collector(self, shape: RolloutShape) -> Collector:
         config = self.args
@@ -703,6 +723,18 @@ class RolloutTrainer(ObjectiveTrainer):
         if self.args.log_completions and self.is_world_process_zero():
             rollout_report.print_table(table, self.args.num_completions_to_print, self.args.log_unique_prompts)
         return experience
+
+    _misses_scores = False
+    """whether a completion may go without a score, or has gone so"""
+
+    def _read(self, mode: str) -> dict[str, float]:
+        found = super()._read(mode)
+        panel = None if self.rewards is None else self.rewards.panel
+        timed = panel is not None and any(seconds is not None for seconds in panel.timeouts)
+        self._misses_scores = self._misses_scores or timed or bool(found.get("unscored_ratio"))
+        if not self._misses_scores:
+            found.pop("unscored_ratio", None)
+        return found
 
     def _write_unscored(self, number: int, rollout: Rollout, prompts: list[Any]) -> None:
         nothing = Rewards.none(len(rollout))

@@ -52,9 +52,10 @@ class Tally:
             found = Extreme(further(old.value, found.value), found.largest)
         self._extremes[name] = found
 
-    def add_loss(self, result: LossSum) -> None:
-        """Add a loss under the name "loss", and its metrics."""
-        self.add("loss", result.total.detach(), result.count)
+    def add_loss(self, result: LossSum, loss: bool = True) -> None:
+        """Add a loss under the name "loss", and its metrics. loss: False for the metrics alone."""
+        if loss:
+            self.add("loss", result.total.detach(), result.count)
         for name, value in result.metrics.items():
             if isinstance(value, Extreme):
                 self.add_extreme(name, value)
