@@ -10,6 +10,7 @@ from typing import Any
 
 from trl.data.chat import ChatTemplate, read_tools
 from trl.data.encode import common_prefix
+from trl.data.messages import without_nones
 from trl.data.version import code_version
 
 Row = dict[str, Any]
@@ -82,7 +83,7 @@ def first_row(dataset: Any, name: str = "train") -> Row:
 
 def _is_messages(value: Any, keys: tuple[str, str] = ("role", "content")) -> bool:
     """Whether it is a list of messages, or one message."""
-    value = [value] if isinstance(value, Mapping) else value
+    value = listed(value)
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return False
     first = value[0]
@@ -99,7 +100,7 @@ def is_conversational_from_value(example: Mapping[str, Any]) -> bool:
     return _is_messages(example.get("conversations"), ("from", "value"))
 
 
-def _format(row: Row, kind: RowKind, required: tuple[str, ...], name: str) -> Format:
+def _format(row: Row, kind: RowKind, required: tuple[str, ...]) -> Format:
     """The format of rows like this one, which has the required columns."""
     chats = {c: _is_messages(row[c]) or _is_messages(row[c], ("from", "value")) for c in required}
     if kind is RowKind.TEXT and chats[required[0]]:
@@ -107,11 +108,6 @@ def _format(row: Row, kind: RowKind, required: tuple[str, ...], name: str) -> Fo
     pairs = kind in (RowKind.PREFERENCE, RowKind.UNPAIRED)
     answer = next((c for c in ("chosen", "completion") if c in chats), None)
     mixed = answer is not None and "prompt" in chats and chats["prompt"] != chats[answer]
-    if mixed and kind is not RowKind.PREFERENCE:
-        raise ValueError(
-            f"in the {name} data set one of the columns 'prompt' and '{answer}' is a conversation and the other is "
-            "text: make both the same"
-        )
     conversational = kind is RowKind.MESSAGES or any(chats.values())
     return Format(kind, conversational, pairs and ("prompt" not in chats or mixed), required)
 
@@ -137,7 +133,7 @@ def detect_format(
         for required in alternatives:
             if not columns.issuperset(required):
                 continue
-            return _format(row, kind, required, name)
+            return _format(row, kind, required)
     raise ValueError(_missing(columns, kinds, name))
 
 
@@ -156,18 +152,23 @@ _ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
 }
+_CALLS = ("function_call", "tool_call")
 
 
 def _to_chatml(message: Mapping[str, Any]) -> Row:
     if "from" not in message:
         return dict(message)
-    role, value = str(message["from"]), message.get("value")
-    if role != "function_call":
+    role, value = str(message["from"]).lower(), message.get("value")
+    if role not in _CALLS:
         kept = {key: own for key, own in message.items() if key not in ("from", "value")}  # `weight` is among them
         return {**kept, "role": _ROLES.get(role, role), "content": value}
     try:
@@ -178,9 +179,11 @@ def _to_chatml(message: Mapping[str, Any]) -> Row:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
 
 
-def _listed(messages: Any) -> Any:
-    """The messages as a list; one message alone is given as it is by some data sets."""
-    return [messages] if isinstance(messages, Mapping) else messages
+def listed(messages: Any) -> Any:
+    """The messages as a list: some data sets give one message alone, and pandas gives arrays."""
+    if isinstance(messages, Mapping):
+        return [messages]
+    return messages.tolist() if hasattr(messages, "tolist") else messages
 
 
 def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
@@ -191,7 +194,7 @@ def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
     converted = dict(example)
     for column in _CONVERSATION_COLUMNS:
         if _is_messages(example.get(column), ("from", "value")):
-            converted[column] = [_to_chatml(message) for message in _listed(example[column])]
+            converted[column] = [_to_chatml(message) for message in listed(example[column])]
     if "conversations" in converted and "messages" not in converted:
         converted["messages"] = converted.pop("conversations")
     return converted
@@ -211,7 +214,7 @@ def apply_chat_template(
     come before the arguments. `processing_class` is another name of `tokenizer`.
     """
     tokenizer = _one_tokenizer(tokenizer, processing_class)
-    example = {name: _listed(value) if name in _CONVERSATION_COLUMNS else value for name, value in example.items()}
+    example = {name: listed(value) if name in _CONVERSATION_COLUMNS else value for name, value in example.items()}
     own = {**template_kwargs, **(example.get("chat_template_kwargs") or {})}
     template = ChatTemplate(tokenizer, own)
     tools = read_tools(example.get("tools")) or read_tools(tools)
@@ -271,10 +274,13 @@ def extract_prompt(example: Mapping[str, Any]) -> Row:
     Conversations are split after the messages they share, texts at the blank before the first word that differs. A
     prompt that is a text becomes the user's message where the answers of a conversation share none.
     """
-    chosen, rejected = _listed(example["chosen"]), _listed(example["rejected"])
+    chosen, rejected = listed(example["chosen"]), listed(example["rejected"])
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("one of the columns 'chosen' and 'rejected' is text and the other is a conversation")
-    cut = _text_split(chosen, rejected) if isinstance(chosen, str) else common_prefix(chosen, rejected)
+    if isinstance(chosen, str):
+        cut = _text_split(chosen, rejected)
+    else:  # Arrow fills in None where only one of the columns has calls
+        cut = common_prefix([without_nones(m) for m in chosen], [without_nones(m) for m in rejected])
     if not isinstance(chosen, str):
         cut = max(0, min(cut, len(chosen) - 1, len(rejected) - 1))
         asked = example.get("prompt")
@@ -290,6 +296,31 @@ def maybe_extract_prompt(example: Mapping[str, Any]) -> Row:
     if "prompt" in example and isinstance(example["prompt"], str) == isinstance(example["chosen"], str):
         return dict(example)
     return extract_prompt(example)
+
+
+def as_messages(example: Mapping[str, Any], answers: Sequence[str]) -> Row:
+    """A conversational row whose prompt and answers are lists of messages; answers that repeat the prompt lose it.
+
+    A text is what the user asks, or what the assistant answers. A prompt that is a text stays one where the answers
+    begin with other messages than the assistant's: they hold the question themselves.
+    """
+    row = maybe_convert_to_chatml(example)
+    said = {name: listed(row[name]) for name in answers if name in row}
+    said = {name: [{"role": "assistant", "content": x}] if isinstance(x, str) else x for name, x in said.items()}
+    prompt = listed(row.get("prompt"))
+    if isinstance(prompt, str):
+        answered = all(_is_messages(x) and x[0]["role"] == "assistant" for x in said.values())
+        prompt = [{"role": "user", "content": prompt}] if answered and prompt.strip() else prompt
+    elif _is_messages(prompt):
+        said = {name: x[_repeated(prompt, x) :] if _is_messages(x) else x for name, x in said.items()}
+    return {**row, **said, **({"prompt": prompt} if "prompt" in row else {})}
+
+
+def _repeated(prompt: Sequence[Row], answer: Sequence[Row]) -> int:
+    """How many of the prompt's last messages the answer begins with."""
+    asked, said = [without_nones(m) for m in prompt], [without_nones(m) for m in answer]
+    most = range(min(len(asked), len(said) - 1), 0, -1)
+    return next((n for n in most if said[:n] == asked[-n:] and said[0]["role"] != "assistant"), 0)
 
 
 def _unpair(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -341,12 +372,14 @@ __all__ = [
     "Format",
     "RowKind",
     "apply_chat_template",
+    "as_messages",
     "column_names",
     "detect_format",
     "extract_prompt",
     "first_row",
     "is_conversational",
     "is_conversational_from_value",
+    "listed",
     "maybe_apply_chat_template",
     "maybe_convert_to_chatml",
     "maybe_extract_prompt",

@@ -38,16 +38,60 @@ def without_nones(value: Any) -> Any:
 
 
 def read_tools(tools: Any, keep_nulls: bool = False) -> list[Any] | None:
-    """A row's tools (a list of JSON schemas or functions, or the list as JSON text); None when there are none."""
+    """A row's tools; None when there are none.
+
+    They are a list of JSON schemas or functions, or one of them; the list or its entries can be JSON text.
+    """
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"column 'tools' is text but not JSON: {error}") from None
+        tools = _parsed(tools, "column 'tools'") if tools.strip() else None
         keep_nulls = True  # Arrow fills nothing into a text
+    tools = [tools] if isinstance(tools, Mapping) else tools.tolist() if hasattr(tools, "tolist") else tools
     if tools is not None and not isinstance(tools, list | tuple):
         raise ValueError(f"column 'tools' should be a list of tools, got {type(tools)}")
-    return [tool if callable(tool) or keep_nulls else without_nones(tool) for tool in tools] if tools else None
+    read = [_parsed(tool, "a tool in column 'tools'") if isinstance(tool, str) else tool for tool in tools or ()]
+    wrong = next((tool for tool in read if not callable(tool) and not isinstance(tool, Mapping)), None)
+    if wrong is not None:
+        raise ValueError(f"column 'tools' should hold JSON schemas or functions, got {wrong!r:.80}")
+    return [tool if callable(tool) or keep_nulls else without_nones(tool) for tool in read] or None
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is text but not JSON: {error}") from None
+
+
+def with_calls_listed(messages: Sequence[Message]) -> Messages:
+    """Messages whose calls are a list under `tool_calls`, each with its `function`.
+
+    Rows give the list as JSON text too, calls without `function` around them, and OpenAI's older `function_call`, whose
+    result has the role `function`.
+    """
+    older = any(message.get("function_call") for message in messages)
+    return [_listed_calls(message, older) for message in messages]
+
+
+def _listed_calls(message: Message, older: bool) -> Message:
+    calls, call = message.get("tool_calls"), message.get("function_call")
+    if older:
+        message = {key: value for key, value in message.items() if key != "function_call"}
+        message["role"] = "tool" if message["role"] == "function" else message["role"]
+        calls = calls or ([{"type": "function", "function": call}] if call else None)
+    if calls is None:
+        return message
+    if isinstance(calls, str):
+        calls = _parsed(calls, "`tool_calls` of a message") if calls.strip() else []
+    calls = [calls] if isinstance(calls, Mapping) else calls.tolist() if hasattr(calls, "tolist") else calls
+    return {**message, "tool_calls": [_with_function(call) for call in calls or ()]}
+
+
+def _with_function(call: Any) -> Any:
+    if not isinstance(call, Mapping) or call.get("function") is not None or "name" not in call:
+        return call
+    outer = {key: call[key] for key in ("id", "type") if call.get(key) is not None}
+    function = {key: value for key, value in call.items() if key not in ("id", "type", "function")}
+    return {"type": "function", **outer, "function": function}
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from trl.data.chat import read_tools
 from trl.data.encode import Ids, common_prefix, cut
 from trl.data.formats import (
     RowKind,
+    as_messages,
     extract_prompt,
     mapped_rows,
     maybe_convert_to_chatml,
@@ -130,8 +131,8 @@ class _AnswersJob(_PromptJob):
     def _texts(self, row: Row) -> Answered[str]:
         if not self.format.conversational:
             return self.plain(row, self.answers)
-        row = maybe_convert_to_chatml(row)
-        row = self._with_prompt(row) if self.format.implicit_prompt else row
+        row = as_messages(row, self.answers)
+        row = self._with_prompt(row) if not isinstance(row.get("prompt"), list | tuple) else row
         prompt = messages_of(row, "prompt") if row.get("prompt") else []
         if not prompt:
             raise ValueError("the conversation has no message before its answer, so there is no prompt")
@@ -280,17 +281,13 @@ class CompletionsJob(_AnswersJob):
         return made
 
     def _with_prompt(self, row: Row) -> Row:
-        whole, asked = messages_of(row, "completion"), row.get("prompt")
-        if len(whole) == 1 and isinstance(asked, str) and asked.strip():
-            return {**row, "prompt": [{"role": "user", "content": asked}], "completion": whole}
+        whole = messages_of(row, "completion")
         return {**row, "prompt": whole[:-1], "completion": whole[-1:]}
 
 
 def _in_parts(row: Row) -> Row:
     """A pair with its prompt apart, and with answers that are lists of messages where they are conversations."""
-    row = maybe_extract_prompt(maybe_convert_to_chatml(row))
-    names = ("prompt", "chosen", "rejected")
-    return {**row, **{name: [row[name]] for name in names if isinstance(row[name], Mapping)}}
+    return maybe_extract_prompt(as_messages(row, ("chosen", "rejected")))
 
 
 @dataclass(kw_only=True)
@@ -346,7 +343,8 @@ class PromptsJob(_PromptJob):
 
 @dataclass(kw_only=True)
 class StepwiseJob(_PromptJob):
-    """Makes `input_ids` and `step_labels` from `prompt`, `completions` (a text a step) and `labels` (true = right).
+    """Makes `input_ids` and `step_labels` from `prompt`, `completions` (a text a step) and `labels` (true = right, -100 = not
+    learned).
 
     `step_labels` holds 0 or 1 at the last token of each step, its separator's, and -100 elsewhere. Tokenised rows have
     them as `labels`.
@@ -413,9 +411,12 @@ class StepwiseJob(_PromptJob):
         labels, steps = list_of(row.get("labels") or []), row["completions"]
         if len(labels) != len(steps):
             raise ValueError(f"column 'labels' has {len(labels)} entries for {len(steps)} steps in 'completions'")
-        wrong = [label for label in labels if label not in (0, 1)]
+        wrong = [label for label in labels if label not in (0, 1, -100)]
         if wrong:
-            raise ValueError(f"column 'labels' should hold true or false for each step, got {wrong[0]!r}")
+            raise ValueError(
+                f"column 'labels' should hold true or false for each step, or -100 for one that is not learned, got "
+                f"{wrong[0]!r}"
+            )
         if self.train_on_last_step_only:
             return [-100] * (len(labels) - 1) + [int(labels[-1])] if labels else []
         return [int(label) for label in labels]

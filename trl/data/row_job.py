@@ -16,8 +16,8 @@ from datasets import List, Value
 
 from trl.data.chat import ChatTemplate, Messages, read_tools
 from trl.data.encode import Ids, Limits, Span, TextEncoder
-from trl.data.formats import Format, RowKind, detect_format
-from trl.data.messages import DECODED, JOINED, SPEAKERS
+from trl.data.formats import Format, RowKind, detect_format, listed
+from trl.data.messages import DECODED, JOINED, SPEAKERS, with_calls_listed
 from trl.data.rendering import THOUGHT_FIELDS, Reading
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.version import code_version
@@ -75,11 +75,10 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
 
 def messages_of(row: Mapping[str, Any], column: str) -> Messages:
     """The row's conversation in that column."""
-    value = row.get(column)
-    value = [value] if isinstance(value, Mapping) else value
+    value = listed(row.get(column))
     if not isinstance(value, list | tuple) or not all(isinstance(m, Mapping) and m.get("role") for m in value):
         raise ValueError(f"column '{column}' should be a list of messages with `role` and `content`, got {value!r:.80}")
-    return [dict(message) for message in value]
+    return with_calls_listed([dict(message) for message in value])
 
 
 def ids_of(row: Mapping[str, Any], column: str) -> Ids:

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 
 from trl.data.chat import Messages, read_tools
 from trl.data.encode import Ids
-from trl.data.formats import RowKind, column_names, detect_format, first_row, maybe_convert_to_chatml
+from trl.data.formats import RowKind, as_messages, column_names, detect_format, first_row, maybe_convert_to_chatml
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
@@ -120,6 +120,15 @@ def format_rows(dataset: Any, formatting_func: Callable[[Any], Any], name: str =
         columns = {column: [row[column] for row in dataset] for column in row}
         return [{"text": text} for text in formatting_func(columns)]
     return [one(row) for row in dataset]
+
+
+def _in_parts(row: Row) -> Row:
+    """A conversational row with its prompt apart; a prompt that is a text can stand in the completion's messages."""
+    row = as_messages(row, ("completion",))
+    if not isinstance(row["prompt"], str):
+        return row
+    whole = messages_of(row, "completion")
+    return {**row, "prompt": whole[:-1], "completion": whole[-1:]}
 
 
 @dataclass(kw_only=True)
@@ -239,6 +248,7 @@ class SupervisedJob(RowJob):
     def _texts_of(self, row: Row) -> Answered[str]:
         if not self.format.conversational:
             return self.plain(row, ("completion",))
+        row = _in_parts(row)
         return self.rendered(row, messages_of(row, "prompt"), [messages_of(row, "completion")])
 
     def _answers(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
@@ -290,6 +300,7 @@ class SupervisedJob(RowJob):
     def _messages(self, row: Row) -> tuple[Messages, int, RowFlag]:
         """The conversation, the first message that can be learned, and whether its prompt is empty."""
         if self.format.kind is RowKind.PROMPT_COMPLETION:
+            row = _in_parts(row)
             prompt = messages_of(row, "prompt")
             first = 0 if self.completion_only_loss is False else len(prompt)
             flag = RowFlag.EMPTY_PROMPT if asks_nothing(prompt) else NO_FLAGS
