@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datasets import Value
 
 from trl.data.batches import pair_ids
 from trl.data.chat import read_tools
-from trl.data.encode import Ids, common_prefix, cut
+from trl.data.encode import Ids, Span, common_prefix, cut
 from trl.data.formats import (
     RowKind,
     as_messages,
+    column_names,
     extract_prompt,
     mapped_rows,
     maybe_convert_to_chatml,
@@ -24,6 +25,7 @@ from trl.data.formats import (
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
+    MASK,
     Answered,
     Made,
     Row,
@@ -86,6 +88,10 @@ class _AnswersJob(_PromptJob):
 
     add_eos: bool = True
     is_encoder_decoder: bool = False
+    learn_tool_results: bool = False
+    """score all of an answer, what tools and users say in it too"""
+    masked: bool = field(init=False, default=False)
+    """each answer has a mask beside its ids: 1 where the assistant speaks"""
 
     answers: ClassVar[tuple[str, ...]]
 
@@ -98,10 +104,20 @@ class _AnswersJob(_PromptJob):
 
     @property
     def features(self) -> dict[str, Any]:
-        return {"prompt_ids": IDS} | {f"{answer}_ids": IDS for answer in self.answers}
+        masks = {f"{answer}_mask": MASK for answer in self.answers} if self.masked else {}
+        return {"prompt_ids": IDS} | {f"{answer}_ids": IDS for answer in self.answers} | masks
 
     def options(self) -> tuple[Any, ...]:
-        return self.answers, self.add_eos, self.is_encoder_decoder
+        return self.answers, self.add_eos, self.is_encoder_decoder, self.learn_tool_results
+
+    def reading(self, dataset: Any, name: str) -> tuple[Any, RowJob]:
+        dataset, job = super().reading(dataset, name)
+        assert isinstance(job, _AnswersJob)
+        given = {f"{answer}_mask" for answer in self.answers} <= set(column_names(dataset, name))
+        of_ids = job.format.kind is RowKind.TOKENIZED
+        given = given or "chosen_labels" in job.format.columns
+        job.masked = not self.learn_tool_results and (given if of_ids else job.format.conversational)
+        return dataset, job
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         for index, row in zip(indices, rows, strict=True):
@@ -125,7 +141,9 @@ class _AnswersJob(_PromptJob):
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):
                 own = row if "prompt_ids" in self.format.columns else pair_ids(row)
-                answered.append(Answered(ids_of(own, "prompt_ids"), [ids_of(own, f"{a}_ids") for a in self.answers]))
+                ids = [ids_of(own, f"{a}_ids") for a in self.answers]
+                masks = [_mask_of(own, a) for a in self.answers] if self.masked else []
+                answered.append(Answered(ids_of(own, "prompt_ids"), ids, masks=masks))
         return answered
 
     def _texts(self, row: Row) -> Answered[str]:
@@ -146,14 +164,25 @@ class _AnswersJob(_PromptJob):
                 texts.append(self._texts(row))
         prompts = self.encoder.encode([one.prompt for one in texts])
         answer_texts = [text for one in texts for text in one.answers]
-        tokenise = self.encoder.encode if self.is_encoder_decoder else self.encoder.continuations
-        answer_ids = iter(tokenise(answer_texts))
+        said = [spans for one in texts for spans in one.said] if self.masked else []
+        answer_ids, masks = self._answer_ids(answer_texts, said)
         answered = []
         for one, prompt_ids in zip(texts, prompts, strict=True):
             opened, flags = (prompt_ids, NO_FLAGS) if self.is_encoder_decoder else self._opened(prompt_ids)
             answers = [self._closed(next(answer_ids), text) for text in one.answers]
-            answered.append(Answered(opened, answers, flags | one.flags, met=one.met))
+            own = [next(masks) for _ in answers] if self.masked else []
+            answered.append(Answered(opened, answers, flags | one.flags, met=one.met, masks=own))
         return answered
+
+    def _answer_ids(self, texts: list[str], said: list[list[Span]]) -> tuple[Iterator[Ids], Iterator[Ids]]:
+        """The ids of the answers, and their masks where it is known what is said in them."""
+        encoder = self.encoder
+        if not self.masked:
+            tokenise = encoder.encode if self.is_encoder_decoder else encoder.continuations
+            return iter(tokenise(texts)), iter(())
+        masking = encoder.encode_with_masks if self.is_encoder_decoder else encoder.continuations_with_masks
+        made = masking(texts, said)
+        return iter([ids for ids, _ in made]), iter([mask for _, mask in made])
 
     def _whole(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
         """Answers that include the prompt are tokenised as a whole; the tokens that they share are the prompt."""
@@ -188,16 +217,20 @@ class _AnswersJob(_PromptJob):
         if self.is_encoder_decoder and self.format.kind is not RowKind.TOKENIZED:
             prompt = self._encoder_input(prompt)
         after = len(prompt) + sum(map(len, answers))
-        if any(not answer for answer in answers):
-            lost = any(old and not new for old, new in zip(one.answers, answers, strict=True))
+        masks = [mask[: len(answer)] for mask, answer in zip(one.masks, answers, strict=False)]
+        scored = [sum(mask) for mask in masks] or [len(answer) for answer in answers]
+        if not all(scored):
+            had = [sum(mask) for mask in one.masks] or [len(answer) for answer in one.answers]
+            lost = any(old and not new for old, new in zip(had, scored, strict=True))
             flags |= RowFlag.ANSWER_CUT if lost else RowFlag.UNLEARNED
         elif len(answers) == 2 and answers[0] == answers[1]:
             flags |= RowFlag.IDENTICAL
         elif after >= before and self.add_eos and self.stops and any(map(self.stops.isdisjoint, answers)):
             flags |= RowFlag.MISSING_EOS
         columns = {"prompt_ids": prompt} | dict(zip((f"{a}_ids" for a in self.answers), answers, strict=True))
+        columns |= dict(zip((f"{a}_mask" for a in self.answers), masks, strict=True)) if self.masked else {}
         flags |= RowFlag.TRUNCATED if after < before else flags
-        return Made(columns, flags, max(0, before - after), after, sum(map(len, answers)), one.met)
+        return Made(columns, flags, max(0, before - after), after, sum(scored), one.met)
 
     def _encoder_input(self, prompt: Ids) -> Ids:
         """The prompt with what the tokenizer puts around an encoder's input, within the prompt's limit."""
@@ -208,9 +241,20 @@ class _AnswersJob(_PromptJob):
         return head + prompt + tail
 
 
+def _mask_of(row: Row, answer: str) -> Ids:
+    """Which tokens of an answer are scored: all of them where the row does not say."""
+    size, column = len(row[f"{answer}_ids"]), f"{answer}_mask"
+    mask = [1] * size if row.get(column) is None else ids_of(row, column)
+    if len(mask) != size:
+        raise ValueError(f"column '{column}' has {len(mask)} entries for {size} ids")
+    return mask
+
+
 @dataclass(kw_only=True)
 class PairsJob(_AnswersJob):
     """Makes `prompt_ids`, `chosen_ids` and `rejected_ids`; the prompt is tokenised once and shared to the token.
+
+    Of conversations it also makes `chosen_mask` and `rejected_mask`.
 
     Takes texts or conversations, with the prompt in its own column or inside both answers, and rows tokenised in our
     columns or in those of older releases; of ids without a prompt apart, what both answers share is the prompt.
@@ -264,7 +308,8 @@ class CompletionsJob(_AnswersJob):
             return dataset, job
         dataset = list(dataset) if isinstance(dataset, tuple) else dataset
         if job.format.implicit_prompt or job.format.conversational:
-            dataset = mapped_rows(dataset, _in_parts, desc=f"Splitting the {name} data")
+            apart = _in_parts if job.format.conversational else maybe_extract_prompt
+            dataset = mapped_rows(dataset, apart, desc=f"Splitting the {name} data")
         return super().reading(unpair_preference_dataset(dataset), name)
 
     def asks_prompt(self) -> bool:
@@ -286,7 +331,7 @@ class CompletionsJob(_AnswersJob):
 
 
 def _in_parts(row: Row) -> Row:
-    """A pair with its prompt apart, and with answers that are lists of messages where they are conversations."""
+    """A conversational pair with its prompt apart, and with answers that are lists of messages."""
     return maybe_extract_prompt(as_messages(row, ("chosen", "rejected")))
 
 
@@ -343,8 +388,9 @@ class PromptsJob(_PromptJob):
 
 @dataclass(kw_only=True)
 class StepwiseJob(_PromptJob):
-    """Makes `input_ids` and `step_labels` from `prompt`, `completions` (a text a step) and `labels` (true = right, -100 = not
-    learned).
+    """Makes `input_ids` and `step_labels` from `prompt`, `completions` and `labels`: a text a step, and true = right.
+
+    A step whose label is -100 is not learned.
 
     `step_labels` holds 0 or 1 at the last token of each step, its separator's, and -100 elsewhere. Tokenised rows have
     them as `labels`.
