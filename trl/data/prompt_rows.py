@@ -123,7 +123,8 @@ class _AnswersJob(_PromptJob):
         for index, row in zip(indices, rows, strict=True):
             with at_row(index, self.name):  # what is kept besides ids are numbers that the loss reads
                 for column in [name for name in self.keep or () if name in row]:
-                    number_of(row, column)
+                    number = number_of(row, column)
+                    row[column] = number if hasattr(row[column], "tolist") else row[column]
         if self.format.kind is RowKind.TOKENIZED:
             answered = self._tokenised(rows, indices)
         elif self.format.implicit_prompt and not self.format.conversational:

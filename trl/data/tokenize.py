@@ -169,8 +169,8 @@ def _map_list(
     kept: list[Row] = []
     tables = []
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        made = _made(job, [dict(row) for row in batch], range(start, start + len(batch)))
+        batch = [dict(row) for row in rows[start : start + batch_size]]
+        made = _made(job, batch, range(start, start + len(batch)))
         _count(report, made)
         pairs = [(row, one.columns) for row, one in zip(batch, made, strict=True) if not one.left_out]
         if job.keep is None:
