@@ -155,6 +155,19 @@ def test_what_is_neither_call_nor_tool(row: dict[str, Any], message: str) -> Non
         tokenize_prompts([{"prompt": [ASK], **row}], byte_tokenizer(TOOLS))
 
 
+@pytest.mark.parametrize("field", ["weight", "train"])
+def test_weights_that_no_one_reads_are_reported(field: str) -> None:
+    """Without `assistant_only_loss` a message with `weight: 0` was learned without a word."""
+    row = {"messages": [{**ASK, field: 0}, say("a", **{field: 0}), ASK, say("y", **{field: 1})]}
+    said = {True: 0, False: 1}
+    for only, count in said.items():
+        _, report = tokenize_supervised(
+            [row, {"messages": [ASK, say("y")]}], byte_tokenizer(), assistant_only_loss=only
+        )
+        assert report.unread_weights == count
+        assert any("`assistant_only_loss=True` leaves those messages out" in line for line in report.findings) != only
+
+
 # -- what is scored (T13 of preference rows) --------------------------------------------------
 
 AGENTIC = {"prompt": [ASK], "chosen": [calling(), RESULT, say("y")], "rejected": [say("n")]}

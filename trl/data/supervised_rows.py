@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from trl.data.chat import Messages, read_tools
 from trl.data.encode import Ids
 from trl.data.formats import RowKind, as_messages, column_names, detect_format, first_row, maybe_convert_to_chatml
+from trl.data.messages import is_learned
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
@@ -287,6 +288,8 @@ class SupervisedJob(RowJob):
                 flag |= flags_of(reading, met[-1])
                 if not self.assistant_only_loss:
                     flag &= ~RowFlag.REWRITTEN  # no turn is told apart
+                    unheard = any(m["role"] == "assistant" and not is_learned(m) for m in messages)
+                    flag |= RowFlag.UNREAD_WEIGHTS if unheard else flag
                 flag |= RowFlag.EMPTY_COMPLETION if says_nothing(messages) else flag
                 texts.append(text)
                 spans.append(row_spans)
