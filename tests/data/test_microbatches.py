@@ -55,7 +55,7 @@ def test_every_row_is_in_one_run_and_groups_stay_whole(rows, budget):
 def test_unasked_only_what_can_be_cut_is_cut():
     collate = BudgetCollator(lambda rows: {"rows": len(rows)}, 5, asked=False)
     assert collate([{"input_ids": [0] * 2}] * 2) == {"rows": 2}
-    assert collate([{"input_ids": [0] * 3}] * 2) == {"pieces": [{"rows": 1}, {"rows": 1}]}
+    assert collate([{"input_ids": [0] * 3}] * 2) == {"pieces": [{"rows": 1}, {"rows": 1}], "places": [[0], [1]]}
     assert collate([{"text": "a"}] * 9) == {"rows": 9}
 
 

@@ -43,5 +43,6 @@ def test_small_differences_do_not_vanish_in_rounding():
     assert k3(torch.tensor([1e-3]), torch.zeros(1)).item() == pytest.approx(5e-7, rel=0.05)
 
 
-def test_the_seeds_names():
-    assert {"kl": k1, "abs": absolute, "mse": k2, "full": full} == KL_PENALTIES
+def test_names_of_the_penalty():
+    """Those of release 0.7.7, and k3, which today's form of PPO has too."""
+    assert {"kl": k1, "abs": absolute, "mse": k2, "full": full, "k3": k3} == KL_PENALTIES

@@ -314,7 +314,7 @@ def test_prm_accuracy_does_not_count_ignored_labels(tmp_path: Path) -> None:
     metrics = trainer.evaluate()
     predicted = trainer.predict(CASES["prm"].rows().select(range(3)))
     hits = predicted.predictions.argmax(-1) == predicted.label_ids
-    assert metrics["eval_accuracy"] == pytest.approx(hits.mean())
+    assert metrics["eval_accuracy"] == pytest.approx(hits[predicted.label_ids != -100].mean())
 
 
 def test_tokenised_steps_and_rewards_without_a_prompt(tmp_path: Path) -> None:
@@ -384,10 +384,10 @@ def test_rewards_and_prompts_report_what_they_met(tmp_path: Path, caplog: pytest
 def test_streams_are_split_and_refused_at_construction(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"messages": [USER, YES], "id": 1}] * 4)
     tok = byte_tokenizer(CHATML)
-    model = tiny_model("llama", vocab_size=300)
+    student, teacher = tiny_model("llama", vocab_size=300), tiny_model("llama", vocab_size=300)
     for given in (rows, rows.to_list()):
         args = config("GKDConfig", tmp_path, max_completion_length=4)
-        trainer = trl.GKDTrainer(model, model, args, train_dataset=given, processing_class=tok)
+        trainer = trl.GKDTrainer(student, teacher, args, train_dataset=given, processing_class=tok)
         assert trainer.train_dataset[0]["completion"][0]["content"] == "yes"
         assert "messages" not in trainer.train_dataset[0]
     with pytest.raises(ValueError, match="precompute_ref_log_probs=True: the given data are a IterableDataset"):

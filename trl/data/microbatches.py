@@ -95,4 +95,6 @@ class BudgetCollator:
             return self.collate(rows)
         pieces = balanced_pieces([row_tokens(row) for row in rows], self.max_tokens)
         batch = collated(self.collate, [[rows[i] for i in piece] for piece in pieces])
-        return {**batch, "places": pieces} if len(pieces) > 1 else batch
+        if len(pieces) > 1:
+            batch["places"] = pieces
+        return batch

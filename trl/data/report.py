@@ -71,7 +71,7 @@ _WORDS = {
     RowFlag.UNLEARNED: "rows have no learned token and are left out",
     RowFlag.REWRITTEN: "rows have turns that the chat template renders in another way than it prompts for them",
     RowFlag.IDENTICAL: "pairs have the same chosen and rejected tokens, so they teach nothing",
-    RowFlag.UNREAD_WEIGHTS: "rows have assistant's messages with `weight: 0`, which are learned with the whole conversation: "
+    RowFlag.UNREAD_WEIGHTS: "rows have assistant's messages with `weight: 0`, which are learned with all the rest: "
     "`assistant_only_loss=True` leaves those messages out",
     RowFlag.SPELLED_TOOLS: "rows have tools that the chat template does not know: they were spelled out as text",
 }

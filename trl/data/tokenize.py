@@ -176,7 +176,7 @@ def _map_list(
         if job.keep is None:
             kept += [{**{n: row.get(n) for n in keep}, **columns} for row, columns in pairs]
             continue
-        arrays = {name: pa.array([row.get(name) for row, _ in pairs]) for name in keep}
+        arrays = {name: pa.array([_plain(row.get(name)) for row, _ in pairs]) for name in keep}
         types = Features(job.features).arrow_schema
         arrays |= {name: pa.array([own[name] for _, own in pairs], types.field(name).type) for name in job.features}
         tables.append(pa.table(arrays))
@@ -185,6 +185,12 @@ def _map_list(
     table = pa.concat_tables(tables, promote_options="permissive")
     features = Features({**Features.from_arrow_schema(table.schema), **job.features})
     return Dataset(table, DatasetInfo(features=features), fingerprint=generate_random_fingerprint())
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and NumPy's numbers as what Arrow takes; one that holds a single number is that number."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return plain[0] if plain is not value and isinstance(plain, list) and len(plain) == 1 else plain
 
 
 def _map_dataset(

@@ -136,6 +136,8 @@ class DistillationTrainer(RolloutTrainer):
         source = named if given is None else given
         if source is None:
             raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path")
+        if source is self.model:
+            raise ValueError("teacher_model: it is the student itself; load it a second time, or give a copy")
         like = frozen_dtype(self.model, self.accelerator.mixed_precision)
         keywords = self._teacher_keywords(source)
         teacher: Any = load_model(source, AutoModelForCausalLM, keywords, frozen=True, like=like)

@@ -163,11 +163,11 @@ class PRMTrainer(ObjectiveTrainer):
         return stepwise_cross_entropy(logits_SC, batch["step_label"], smoothing=self.args.label_smoothing_factor)
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
-        """Each labelled step's logits, [B, steps, 2], and its label, [B, steps]; -100 where a row has fewer steps."""
-        logits_SC = self._logits(model, inputs)
-        row_S, index_S = inputs["step_row"], torch.arange(len(logits_SC), device=logits_SC.device)
-        slot_S = index_S - torch.searchsorted(row_S, row_S)  # which step of its row
-        shape = inputs["packed"].rows, int(slot_S.max()) + 1
-        logits_BSC = logits_SC.new_full((*shape, 2), -100.0).index_put((row_S, slot_S), logits_SC)
-        label_BS = row_S.new_full(shape, -100).index_put((row_S, slot_S), inputs["step_label"])
-        return self._loss(logits_SC, inputs), logits_BSC, label_BS
+        """Logits [rows, most steps, 2] and labels [rows, most steps] of each row's labelled steps, padded with -100."""
+        logits, labels, row_S = self._logits(model, inputs), inputs["step_label"], inputs["step_row"]
+        steps_B = row_S.bincount(minlength=inputs["packed"].rows)
+        slot_S = torch.arange(len(row_S), device=row_S.device) - (steps_B.cumsum(0) - steps_B)[row_S]
+        shape = len(steps_B), int(steps_B.max())
+        logits_BTC, label_BT = logits.new_full((*shape, 2), -100.0), labels.new_full(shape, -100)
+        logits_BTC[row_S, slot_S], label_BT[row_S, slot_S] = logits, labels
+        return self._loss(logits, inputs), logits_BTC, label_BT

@@ -19,6 +19,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 for config_class, trainer_class in ((CPOConfig, CPOTrainer), (ORPOConfig, ORPOTrainer)):
     parser = HfArgumentParser((ScriptArguments, config_class, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_into_dataclasses()
+    training_args.output_dir += f"/{trainer_class.__name__}"
     name = tiny.folder(model_args.model_name_or_path)
     dataset = load_dataset(tiny.data(script_args.dataset_name, tiny.CHAT_PAIRS))
     trainer = trainer_class(
