@@ -120,7 +120,9 @@ def pair_ids(row: Mapping[str, Any], label_pad_token_id: int = -100) -> dict[str
     """
     masks: dict[str, Ids] = {}
     if "chosen_labels" not in row:
-        names = next(pair for pair in _WHOLE if pair[0] in row)
+        names = next((pair for pair in _WHOLE if row.keys() >= set(pair)), None)
+        if names is None:
+            raise ValueError(f"a tokenised pair has ids of chosen and rejected; columns found: {', '.join(row)}")
         chosen, rejected = (_attended(row, ids, mask) for ids, mask in zip(names, _MASKS[names], strict=True))
         split = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
         if row.get("prompt_input_ids") is not None:
