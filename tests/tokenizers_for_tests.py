@@ -168,6 +168,7 @@ STYLES: dict[str, tuple[str | None, str, list[str], list[str]]] = {  # BOS, EOS,
         ["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
          "[/TOOL_RESULTS]"],
     ),
+    "qwen2_5": (None, "<|im_end|>", ["<|im_end|>", "<|endoftext|>"], _IM),
     "qwen3": (None, "<|im_end|>", ["<|im_end|>", "<|endoftext|>"], _IM),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One rendering tells whose the characters are: twelve styles of template, and whatever is said in them."""
+"""One rendering tells whose the characters are: thirteen styles of template, and whatever is said in them."""
 
 import json
 import pickle
@@ -76,8 +76,11 @@ def bracketed(text: str, spans: Any) -> str:
 
 
 def show(style: str) -> str:
+    return shown(style, *styled_tokenizer(style))
+
+
+def shown(style: str, tokenizer: Any, ends: list[int]) -> str:
     """Every conversation as the style renders it, the assistant's words in brackets."""
-    tokenizer, ends = styled_tokenizer(style)
     template = ChatTemplate(tokenizer, ends=ends)
     lines = [f"# {style}: a turn ends with one of {json.dumps(template.end_texts, ensure_ascii=False)}"]
     for name, (messages, tools) in conversations(style).items():
