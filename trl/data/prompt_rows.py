@@ -154,7 +154,9 @@ class _AnswersJob(_PromptJob):
         row = self._with_prompt(row) if not isinstance(row.get("prompt"), list | tuple) else row
         prompt = messages_of(row, "prompt") if row.get("prompt") else []
         if not prompt:
-            raise ValueError("the conversation has no message before its answer, so there is no prompt")
+            raise ValueError(
+                "the conversation has no message before its answer, so there is no prompt: give it in a column 'prompt'"
+            )
         return self.rendered(row, prompt, [messages_of(row, answer) for answer in self.answers])
 
     def _apart(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
