@@ -83,7 +83,7 @@ def test_bombs_among_weights_do_not_go_off(tmp_path, how):
         "{{ '{0.__class__.__mro__}'.format(messages) }}",
     ],
 )
-@pytest.mark.parametrize("source", ["tokenizer", "file", "none kept"])
+@pytest.mark.parametrize("source", ["tokenizer", "file", "none kept", "row"])
 def test_chat_templates_are_rendered_in_a_sandbox(attack, source, tmp_path):
     """Item 3: by every way that we render one."""
     from trl.data.chat import ChatTemplate
@@ -94,8 +94,29 @@ def test_chat_templates_are_rendered_in_a_sandbox(attack, source, tmp_path):
         (tmp_path / "template.jinja").write_text(template)
         template = template_at(str(tmp_path / "template.jinja"))
     messages = [{"role": "user", "content": None if source == "none kept" else "Hi."}]
+    row = {"chat_template_kwargs": {"chat_template": template}} if source == "row" else {}
     with pytest.raises(ValueError, match=r"cannot render the roles user: .*(unsafe|undefined|has no)"):
-        ChatTemplate(byte_tokenizer(template)).render(messages)
+        ChatTemplate(byte_tokenizer(CHATML if row else template)).of_row(row).render(messages)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ 'a' * 10**15 }}",
+        "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 10.0 ** 1000 }}",
+        "{{ '\u00e9'.encode('ascii') }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_what_a_chat_template_raises_is_named(attack):
+    """No raw OverflowError, MemoryError, ZeroDivisionError or RecursionError."""
+    from trl.data.chat import ChatTemplate
+
+    with pytest.raises(ValueError, match="the chat template cannot render the roles user"):
+        ChatTemplate(byte_tokenizer(CHATML + attack)).render([{"role": "user", "content": "Hi."}])
 
 
 def test_code_of_a_model_is_not_asked_for_at_the_terminal(tmp_path, monkeypatch):

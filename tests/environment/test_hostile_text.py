@@ -34,6 +34,25 @@ def results(environment, said):
     return [message["content"] for message in rollout.metadata["completions"][0] if message["role"] == "tool"]
 
 
+def test_an_environment_may_edit_its_row():
+    """R2, variant: the columns of a row belong to all episodes of its group, and to the reward functions."""
+    seen = []
+
+    class Edits:
+        def reset(self, wanted: list) -> None:
+            seen.append(wanted[:])
+            wanted.append("more")
+
+        def look(self) -> str:
+            """Look."""
+            return ""
+
+    row = {**ROW, "wanted": ["a"]}
+    chat(ChatEnvironment(environment_factory=Edits), lambda text, turn: "Done.", [row, row], limit=99)
+    assert seen == [["a"], ["a"]]
+    assert row["wanted"] == ["a"]
+
+
 # --- lone surrogates ----------------------------------------------------------------------------------------------
 
 

@@ -262,6 +262,12 @@ def test_a_program_that_closes_its_output_is_stopped():
     assert tool("import sys\nprint(1)\nsys.stdout.close()") == "1"
 
 
+@pytest.mark.parametrize("output", ["None", "5", "type('', (), {'write': 1 .__truediv__})()"])
+def test_a_program_that_replaces_its_output_learns_no_paths(output):
+    answer = PythonInterpreterTool()(f"import sys\nprint(1)\nsys.stdout = {output}\nprint(2)\n0 / 0")
+    assert answer in ("1", "1\nan error that cannot be shown")
+
+
 def test_a_program_is_stopped_also_when_nobody_looked_at_the_clock(monkeypatch):
     readable = python_process._readable
 

@@ -69,3 +69,32 @@ def test_cosine_scaled_reward():
     assert other([[{"role": "assistant", "content": "42"}]], solution=["42"], prompts=[""]) == pytest.approx([7.5])
     with pytest.raises(ValueError, match="max_len=0"):
         get_cosine_scaled_reward(max_len=0)
+
+
+@pytest.mark.parametrize(
+    ("delimiters", "texts", "scores"),
+    [
+        (None, ["4</think> 5", "5 4", "4</think> 4</think> 5"], [1, 0, 1]),
+        (["</reasoning>"], ["4</reasoning> 5", "4</think> 5", "5"], [1, 0, 0]),
+        (["</a>", "[end]"], ["4 [end] 4 </a> 5", "4 </a> 5 [end] 5", "5 </a>"], [1, 1, 0]),
+    ],
+)
+def test_what_ends_the_reasoning_can_be_said(delimiters, texts, scores):
+    """R15"""
+    assert reasoning_accuracy_reward(texts, ["5"] * 3, reasoning_delimiters=delimiters) == scores
+
+
+@pytest.mark.parametrize("delimiters", [[], "</a>", [""]])
+def test_what_ends_no_reasoning_is_refused(delimiters):
+    """R15"""
+    with pytest.raises(ValueError, match=r"reasoning_delimiters=.*: give a list of texts"):
+        reasoning_accuracy_reward(["5"], ["5"], delimiters)
+
+
+def test_a_solution_in_prose_has_no_opinion():
+    """R15"""
+    prose = ["Paris", "It is hard to say", "no", "x and y", "well-known"]
+    assert accuracy_reward(prose, prose) == [None] * len(prose)
+    mathematics = ["2ab", "xy", "x^2+1", r"\frac{1}{2}", "F = ma", r"\text{Paris}", r"\sin x"]
+    answers = [f"${each}$" for each in mathematics]
+    assert accuracy_reward(answers, mathematics) == [1.0] * len(mathematics)

@@ -36,6 +36,32 @@ def test_any_numbers_will_do(values):
     assert ask(lambda **_: values).scores == [[1.0, 0.5]]
 
 
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_each_function_may_edit_what_it_gets(timeout):
+    """R2: neither the rollout nor another function sees it, nor the next row, whose prompt is the same object."""
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    given = {
+        "prompts": [[message]] * 2,
+        "completion_ids": [[3, 4], [5]],
+        "solution": ["x", "y"],
+    }
+    before = repr(given)
+    seen = []
+
+    def edits(prompts, completion_ids, solution):
+        seen.append(repr([prompts, completion_ids, solution]))
+        completion_ids[0].pop()
+        completion_ids.clear()
+        prompts[0][0]["content"][0]["text"] += "!"
+        prompts[0].append(message)
+        solution.reverse()
+        return [float(len(prompts[1])), 0.0]
+
+    assert ask([edits, edits], timeout=timeout, **given).scores == [[1.0, 0.0], [1.0, 0.0]]
+    assert len(set(seen)) == 1
+    assert repr(given) == before
+
+
 def test_none_is_no_opinion():
     (scores,) = ask(lambda **_: [None, 2.0]).scores
     assert np.isnan(scores[0])
@@ -57,6 +83,9 @@ def broken(**columns):
         (lambda **_: [float("inf"), 1.0], "gave inf for completion 0"),
         (lambda **_: ["1", 1.0], "gave '1' for completion 0"),
         (lambda **_: [{}, 1.0], "gave {} for completion 0"),
+        (lambda **_: [1e39, 1.0], r"gave 1e\+39 for completion 0: give a finite number of at most 1e\+15 in size"),
+        (lambda **_: [0.0, -1e30], r"gave -1e\+30 for completion 1: give a finite number of at most"),
+        (lambda **_: [0.0, 10**400], "for completion 1: give a finite number"),
     ],
 )
 @pytest.mark.parametrize("timeout", [None, 5.0])
@@ -237,3 +266,112 @@ def test_late_calls_that_end_never_add_up():
         releases[-1].set()
         panel._late["slow"][-1]._thread.join()
     assert threading.active_count() == threads
+
+
+# --- rewards as people write them -----------------------------------------------------------------------------------
+
+
+def test_what_is_async_shares_one_loop_for_all_rollouts():
+    """R1"""
+    gate = asyncio.Semaphore(1)  # of the module, as a client is
+
+    async def judge(completions, **columns):
+        async def ask(text):
+            async with gate:
+                await asyncio.sleep(0)
+            return float(len(text))
+
+        return await asyncio.gather(*map(ask, completions))
+
+    class Object:
+        async def __call__(self, completions):
+            return await judge(completions)
+
+    panel = RewardPanel([judge, Object(), partial(judge), lambda completions: judge(completions)], [None, 9, None, 9])
+    for _ in range(3):
+        assert panel(2, {"completions": ["a", "bb"]}).scores == [[1.0, 2.0]] * 4
+
+    async def notebook():
+        return panel(2, {"completions": ["a", "bb"]}).scores
+
+    assert asyncio.run(notebook()) == [[1.0, 2.0]] * 4
+
+
+def test_each_function_gets_values_of_its_own():
+    """R2"""
+    message = {"role": "user", "content": "a"}
+    columns = {"prompts": [[message], [message]], "completion_ids": [[1, 2], [3]], "images": [np.zeros(1)] * 2}
+
+    def takes(prompts, completion_ids, images):
+        for prompt, ids, image in zip(prompts, completion_ids, images, strict=True):
+            prompt.append(prompt[0])
+            prompt[0]["content"] += "!"
+            ids.pop()
+            image += 1
+        return [float(len(prompt) + sum(image)) for prompt, image in zip(prompts, images, strict=True)]
+
+    def reads(prompts, completion_ids, **further):
+        pairs = zip(prompts, completion_ids, strict=True)
+        return [len(prompt[0]["content"]) + 10.0 * len(ids) for prompt, ids in pairs]
+
+    assert ask([takes, reads, takes], **columns).scores == [[3.0, 3.0], [21.0, 11.0], [3.0, 3.0]]
+    assert columns["prompts"] == [[{"role": "user", "content": "a"}]] * 2
+    assert columns["completion_ids"] == [[1, 2], [3]]
+
+
+def test_live_objects_are_not_copied():
+    given = [object()]
+    panel = RewardPanel([lambda state: [float(state is given)] * 2])
+    assert panel(2, {}, {"state": given}).scores == [[1.0, 1.0]]
+    assert panel(2, {"state": given}).scores == [[0.0, 0.0]]
+
+
+def test_functions_log():
+    """R3"""
+
+    def first(log_extra, log_metric):
+        log_extra("answer", np.array([3, 4]))
+        log_metric("parsed", 0.5)
+        log_metric("parsed", 1)
+        return [1.0, 2.0]
+
+    async def second(log_extra=None, log_metric=None, **columns):
+        log_extra("note", ["x", None])
+        log_metric("parsed", torch.tensor(0.0))
+        return [1.0, 2.0]
+
+    logs = ask([first, second]).logs
+    assert logs.extra == {"answer": [3, 4], "note": ["x", None]}
+    assert logs.metrics == {"parsed": [0.5, 1.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("log", "what"),
+    [
+        (lambda log_extra, log_metric: log_extra("a", [1]), "'a' has 1 values for 2 completions"),
+        (lambda log_extra, log_metric: log_extra("prompt", [1, 2]), "'prompt' is a column of the table already"),
+        (lambda log_extra, log_metric: log_extra("a", {1: 2, 3: 4}), "a dict; give a list"),
+        (lambda log_extra, log_metric: log_metric("m", float("nan")), "'m' is nan"),
+    ],
+)
+def test_what_cannot_be_logged(log, what):
+    with pytest.raises(RewardError, match=what):
+        ask(log)
+
+
+@pytest.mark.parametrize("score", [1e39, 1e30, -1e16, 10**400, torch.tensor(1e20), np.float64("1e300")])
+def test_a_reward_whose_square_is_no_float32_is_refused(score):
+    """R5"""
+    with pytest.raises(RewardError, match="for completion 1: give a finite number of at most 1e\\+15"):
+        ask(lambda **_: [1.0, score])
+    assert ask(lambda **_: [1.0, 1e15]).scores == [[1.0, 1e15]]
+
+
+UNORDERED = ({"a": 1.0, "b": 2.0}, {1.0, 2.0}, frozenset((1.0, 2.0)), "12", b"12", {1: 1, 2: 2}.keys())
+
+
+@pytest.mark.parametrize("value", UNORDERED)
+def test_values_without_an_order_are_refused(value):
+    """R6"""
+    with pytest.raises(RewardError, match=f"gave a {type(value).__name__}; give a list, in the order"):
+        ask(lambda **_: value)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from trl.data.user_functions import own
 from trl.rewards import texts
+from trl.rewards.texts import EpisodeText, text_of, think_answer_format_reward, think_format_reward
 
 
 def chat(text):
@@ -68,3 +70,49 @@ def test_repetition():
     assert penalty(["a b a b a", "a b c", "a", ""]) == [-1.5, 0, 0, 0]
     with pytest.raises(ValueError, match="size=0"):
         texts.repetition_penalty(0)
+
+
+# --- whose words, and which -----------------------------------------------------------------------------------------
+
+TOOL = {"role": "tool", "name": "web", "content": "The answer is 42"}
+
+
+@pytest.mark.parametrize(
+    ("completion", "text"),
+    [
+        ([{"role": "assistant", "content": ""}, TOOL], ""),
+        ([{"role": "assistant", "content": "I ask."}, TOOL, TOOL], "I ask."),
+        ([TOOL], ""),
+        ([], ""),
+        ([TOOL, {"role": "assistant", "content": None, "tool_calls": []}], ""),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}], "42"),
+        (EpisodeText.of("I ask.<call>The answer is 42<response>", ["I ask.<call>"]), "I ask.<call>"),
+        (EpisodeText.of("", []), ""),
+    ],
+)
+def test_the_policys_own_last_words(completion, text):
+    """R11"""
+    assert text_of(completion) == text
+    assert text_of(own(completion)) == text
+
+
+OPENED = "two and two</think> 4"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rendered", "score"),
+    [
+        ("Think. <think>\n", None, 1.0),
+        ([{"role": "user", "content": "2 + 2?"}], "<|assistant|>\n<think>\n", 1.0),
+        ([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>"}], None, 1.0),
+        ("Write <think> first", "Write <think> first", 0.0),
+        ([{"role": "user", "content": "2 + 2?"}], "<|assistant|>\n", 0.0),
+    ],
+)
+def test_the_prompt_may_open_the_thoughts(prompt, rendered, score):
+    """R9"""
+    columns = {"prompts": [prompt], "prompt_texts": [rendered or ""]}
+    assert think_format_reward([OPENED], **columns) == [score]
+    assert think_format_reward(["<think>" + OPENED], **columns) == [1.0]
+    assert think_answer_format_reward([OPENED.replace(" 4", "<answer>4</answer>")], **columns) == [score]
+    assert think_format_reward([OPENED]) == [0.0]

@@ -22,7 +22,7 @@ def test_an_answer_that_never_ends_is_wrong(text, caplog):
     after = os.times()
     assert after.children_user + after.children_system - before.children_user - before.children_system < 3
     assert after.user - before.user < 0.5
-    assert "1 of 1 completions took more than 0.5 s and count as wrong" in caplog.text
+    assert "1 of 1 completions took more than 0.5 s, or ended their process, and count as wrong" in caplog.text
     assert same_answer("42", "42") is True  # by a new process
 
 
@@ -85,4 +85,39 @@ def test_a_child_that_was_killed_while_it_waited_is_replaced():
     assert same_answer("1", "1") is True
     verifier._idle[-1]._process.kill()
     verifier._idle[-1]._process.wait()
+    assert same_answer("2", "2") is True
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_child_that_is_killed_while_it_works_is_asked_again(times, monkeypatch, caplog):
+    """By the system, for its memory, say: that is not the answer's fault, unless it happens again."""
+    ask, killed = verifier._Child.ask, []
+
+    def kill(self, *args):
+        if len(killed) < times:
+            killed.append(self._process.pid)
+            self._process.kill()
+            self._process.wait()
+            self.is_ready = True
+        return ask(self, *args)
+
+    monkeypatch.setattr(verifier._Child, "ask", kill)
+    assert same_answer("2", "2") is (True if times == 1 else None)
+    assert ("ended their process" in caplog.text) is (times == 2)
+    assert len(set(killed)) == times
+
+
+def test_a_child_that_does_not_start_is_an_error(tmp_path, monkeypatch):
+    """Not a reward of None for every completion."""
+    verifier._close_all()
+    monkeypatch.setattr(verifier, "_WORKER", tmp_path / "nowhere.py")
+    with pytest.raises(RuntimeError, match=r"math-verify: its process does not start \(exit code 2\); `.*nowhere.py`"):
+        same_answer("2", "2")
+
+
+def test_it_works_where_the_directory_is_gone(tmp_path, monkeypatch):
+    verifier._close_all()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
     assert same_answer("2", "2") is True

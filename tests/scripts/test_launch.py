@@ -65,6 +65,22 @@ def test_every_profile_is_read_by_accelerate(profile, attributes):
     assert arguments.mixed_precision == "no"
 
 
+@pytest.mark.parametrize("profile", ["zero2", "zero3"])
+def test_a_profile_that_cannot_run_here_names_what_it_needs(profile, monkeypatch):
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: False)
+    with pytest.raises(ValueError, match=f"^accelerate_config='{profile}': needs DeepSpeed; pip install deepspeed"):
+        launch.start(LaunchArguments(accelerate_config=profile), "trl", WORDS)
+
+
+def test_weights_are_not_shared_out_on_a_cpu(monkeypatch, caplog):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    launch.check_profile(LaunchArguments(accelerate_config="fsdp2"))
+    assert "holds the whole model, as with ddp" in caplog.text
+    launch.check_profile(LaunchArguments(accelerate_config="ddp"))
+    launch.check_profile(LaunchArguments(num_processes=2))
+    assert len(caplog.records) == 1
+
+
 def test_a_profile_takes_every_device(monkeypatch):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
     assert told(accelerate_config="fsdp2").num_processes == 8

@@ -15,25 +15,33 @@ from transformers import TrainerCallback
 
 
 class Sender(TrainerCallback):
-    """Sends a signal to this process amid a step, `times` times."""
+    """Sends a signal to this process amid a step, or the evaluation after it, `times` times."""
 
-    def __init__(self, step: int, times: int = 1):
-        self.step, self.times = step, times
+    def __init__(self, step: int, times: int = 1, amid: str = "step"):
+        self.step, self.times, self.amid = step, times, amid
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 == self.step:
+        if self.amid == "step" and state.global_step + 1 == self.step:
             for _ in range(self.times):
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.amid == "evaluation" and state.global_step == self.step:
+            self.step = -1
+            os.kill(os.getpid(), signal.SIGTERM)
 
-def run(name: str, folder: str, *, at: int | None = None, times: int = 1, resume: bool = False, **more: Any) -> Any:
+
+def run(
+    name: str, folder: str, *, at: int | None = None, times: int = 1, amid: str = "step", resume: bool = False,
+    **more: Any,
+) -> Any:  # fmt: skip
     """A run of five steps without regular checkpoints; the weights at its end in `FOLDER.pt`."""
     torch.set_num_threads(1)
     settings = {"max_steps": 5, "num_train_epochs": 9, "save_strategy": "no", "enable_jit_checkpoint": True,
                 "logging_steps": 2, "use_cpu": True, "gradient_accumulation_steps": 1, **more}  # fmt: skip
     trainer = build(name, Path(folder), **settings)
     if at is not None:
-        trainer.add_callback(Sender(at, times))
+        trainer.add_callback(Sender(at, times, amid))
     trainer.train(resume_from_checkpoint=resume or None)
     torch.save(weights(trainer), f"{folder}.pt")
     return trainer

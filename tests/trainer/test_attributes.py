@@ -55,7 +55,9 @@ def test_other_attributes(tmp_path):
     trainer = build("grpo", tmp_path, temperature=0.7, epsilon=0.3)
     assert trainer.reward_funcs[0] is early_letters
     assert trainer.reward_func_names == ["early_letters"]
-    assert trainer.reward_processing_classes is trainer.ref_model is None
+    assert trainer.reward_processing_classes == [None]
+    assert trainer.ref_model is None
+    assert trainer.model.model_tags == ["trl", "grpo"]
     assert (trainer.epsilon_low, trainer.epsilon_high) == (0.3, 0.3)
     assert trainer.generation_config.temperature == 0.7
     assert trainer.generation_config.max_new_tokens == trainer.args.max_completion_length

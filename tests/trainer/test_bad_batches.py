@@ -50,7 +50,7 @@ GOOD = {"queries": [IDS, IDS], "responses": [IDS, IDS], "scores": [torch.tensor(
         ("responses", torch.tensor([2.0, 5.0]), r"responses\[1\] is of torch.float32: give token ids"),
         ("queries", torch.tensor([True, False]), r"queries\[1\] is of torch.bool: give token ids"),
         ("queries", torch.tensor(5), r"queries\[1\] has shape \(\): give one row of tokens"),
-        ("queries", torch.ones(1, 2, dtype=torch.long), r"queries\[1\] has shape \(1, 2\)"),
+        ("queries", torch.ones(2, 2, dtype=torch.long), r"queries\[1\] has shape \(2, 2\)"),
         ("responses", torch.ones(2, device="meta"), r"responses\[1\] is a tensor on the device meta"),
         ("queries", [5, 6], r"Elements in queries must be tensors - got <class 'list'> \(queries\[1\]\)"),
         ("masks", torch.tensor([1, 2]), r"column 'masks\[1\]' should hold 0 or 1 .*, got 2 at entry 1"),

@@ -445,12 +445,12 @@ def test_nothing_in_a_checkpoint_can_run_code(run, kind, tmp_path):
             shutil.copy(tmp_path / bomb, copied / name)
             seal(copied, Run(**manifest["run"]), step=3, world_size=1)
             if name == "training_args.bin":  # which nobody reads
-                KINDS[kind].run(tmp_path / "other", copied)
+                KINDS[kind].run(tmp_path / f"other-{name}-{bomb}", copied)
             else:
                 with pytest.raises(
                     (pickle.UnpicklingError, ValueError), match=r"Weights only load failed|could not read"
                 ):
-                    KINDS[kind].run(tmp_path / "other", copied)
+                    KINDS[kind].run(tmp_path / f"other-{name}-{bomb}", copied)
             assert not mark.exists(), name
             shutil.rmtree(copied)
 

@@ -23,6 +23,7 @@ from trl.rewards.images import brightness
 from trl.trainer.checkpoints import Run, seal
 from trl.trainer.ddpo_config import DDPOConfig
 from trl.trainer.ddpo_setup import checkpoint_to_resume
+from trl.trainer.ddpo_trainer import as_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -412,3 +413,34 @@ def test_two_processes_train_one_model_and_resume(tmp_path):
             assert torch.equal(value, ended["weights"][name]), name
     assert [ended["drawn"] for ended in resumed] == [first["drawn"], second["drawn"]]
     assert resumed[0]["progress"] == first["progress"]
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [("37", ("37", {})), (("37", {"number": 3}), ("37", {"number": 3})), (["37", None], ("37", None))],
+)
+def test_a_prompt_function_may_give_a_text_alone(given, asked):
+    """L15"""
+    assert as_prompt(given) == asked
+
+
+@pytest.mark.parametrize("given", [None, ("a", {}, 1), (1, {}), {"prompt": "a"}])
+def test_what_is_no_prompt_is_refused(tmp_path, given):
+    """L15"""
+    with pytest.raises(ValueError, match=r"prompt_function gave .*: return a prompt, a text, and its metadata"):
+        trainer(tmp_path, prompt=lambda: given)._generate_samples(1, 2)
+
+
+def test_async_rewards_share_a_loop(tmp_path):
+    """R1"""
+    gate, built = asyncio.Semaphore(1), trainer(tmp_path)
+
+    async def bright(images, prompts, metadata):
+        async with gate:
+            await asyncio.sleep(0)
+        return torch.ones(len(prompts)), {}
+
+    built.reward_fn = bright
+    for in_threads in (True, False, True):
+        rewards, _ = built.compute_rewards([(None, ["a"], [{}])] * 3, in_threads)
+        assert [batch.tolist() for batch in rewards] == [[1.0]] * 3

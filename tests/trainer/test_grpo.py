@@ -282,7 +282,7 @@ def test_a_reward_function_that_raises_stops_the_run_and_the_samples_are_kept(tm
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "1"])
 def test_a_value_that_is_no_number_stops_the_run(value, tmp_path):
-    with pytest.raises(RewardError, match="for completion 0: give a finite number, or None"):
+    with pytest.raises(RewardError, match="for completion 0: give a finite number of at most 1e"):
         trained(tmp_path, reward_funcs=lambda completions, **_: [value] * len(completions))
     assert len(list((tmp_path / "unscored").iterdir())) == 1
 
@@ -299,6 +299,9 @@ def test_one_that_hangs_leaves_the_judgement_to_the_others(tmp_path):
     assert rollouts_of(tmp_path)["reward_hangs"] == [None] * 8
     alone = trained(tmp_path / "alone", max_steps=1)
     assert same_weights(trainer, alone)
+    assert history(trainer, "unscored_ratio") == [0.0]
+    may_miss = [key for row in alone.state.log_history for key in row if key.endswith(("timed_out", "unscored_ratio"))]
+    assert may_miss == []  # no function has a time-out, and none has had no opinion
 
 
 def test_completions_without_an_opinion_teach_nothing(tmp_path):
@@ -529,7 +532,7 @@ def test_completions_are_printed(tmp_path, capsys):
     trained(tmp_path, log_completions=True, log_unique_prompts=True, num_completions_to_print=1, max_steps=1)
     shown = capsys.readouterr().out
     assert "early_letters" in shown
-    assert "step 0" in shown
+    assert "step 1" in shown
 
 
 def test_evaluation_samples_as_often_as_asked(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import conformity
@@ -16,6 +17,8 @@ from transformers import TrainerCallback
 
 from trl import IterativeSFTTrainer
 from trl.losses.loss_sum import LossSum
+from trl.rewards.panel import RewardError
+from trl.rollout.source import SamplerSource
 from trl.trainer.checkpoints import is_whole
 from trl.trainer.configuration import PostTrainingConfig
 from trl.trainer.guard import NonFiniteError
@@ -203,6 +206,52 @@ def test_a_gradient_alone(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize(("name", "settings"), [("rloo", {"beta": 0.1}), ("grpo-gspo", {})])
+def test_a_reference_that_is_not_finite(name, settings, tmp_path):
+    """Its KL is part of the reward there, where nan says that nobody has an opinion: advantages of 0, a loss of 0."""
+    trainer = saving(name, tmp_path, **settings)
+    with torch.no_grad():
+        trainer.ref_model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(
+        NonFiniteError, match=r"^step 1: the KL of completion 0 to the reference is nan: its weights .*: lm_head.weight"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, 1e30])
+def test_rewards_that_rollouts_carry(bad, tmp_path, monkeypatch):
+    """As those of reward functions: no number that float32 loses in a group's statistics."""
+
+    def rolled(rows, trainer):
+        rollout = trainer.sampled(rows)
+        rollout.rewards = [1.0] * (len(rollout) - 1) + [bad]
+        return rollout
+
+    case = replace(conformity.CASES["grpo"], arguments=lambda: {"rollout_func": rolled})
+    monkeypatch.setitem(conformity.CASES, "grpo", case)
+    trainer = build("grpo", tmp_path, max_steps=1)
+    source = SamplerSource(trainer.sampler, trainer.sampling_params)
+    trainer.sampled = lambda rows: source.draw(rows, 1, 0)
+    with pytest.raises(RewardError, match=r"^rollout_func gave .* for completion \d+: give a"):
+        trainer.train()
+
+
+def test_after_the_last_step(tmp_path):
+    """A run that saves nothing does not end as if all were well."""
+    trainer = build("sft", tmp_path, max_steps=2)
+    trainer.add_callback(Poison(2, after=True))
+    with pytest.raises(NonFiniteError, match=r"^after step 2: weights that are not finite: lm_head.weight"):
+        trainer.train()
+
+
+def test_no_clipping_by_its_other_name(tmp_path):
+    trainer = saving("sft", tmp_path, max_grad_norm=None)
+    assert trainer.args.max_grad_norm == 0.0
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NonFiniteError, match=r"^step 1: the norm of the gradient is nan"):
+        trainer.train()
+
+
 def test_one_read_a_step(tmp_path, monkeypatch):
     """The norm that clipping computes is read once; nothing looks at the loss of each micro-batch."""
     reads = []
@@ -247,10 +296,21 @@ def test_ppo(make, tmp_path):
         trainer.step(*batch(seed=2))
     after = conformity.weights(trainer)
     assert all(torch.equal(after[name], value) for name, value in before.items() if value.isfinite().all())
-    for save in (trainer.save_state, trainer.save_pretrained):
+    for save in (trainer.save_state, trainer.save_pretrained, trainer.save_model):
         with pytest.raises(NonFiniteError, match="nothing is saved"):
             save(tmp_path / "x")
     assert not (tmp_path / "x" / "model.safetensors").exists()
+
+
+def test_a_reference_of_ppo_that_is_not_finite(make):
+    """What is left out for it leaves the coefficient of the KL as it was."""
+    trainer = make(on_non_finite="skip", ppo_epochs=1)
+    with torch.no_grad():
+        trainer.ref_model.pretrained_model.lm_head.weight.fill_(math.nan)
+    before, coefficient = conformity.weights(trainer), trainer.kl_ctl.value
+    trainer.step(*batch())
+    assert all(torch.equal(value, before[name]) for name, value in conformity.weights(trainer).items())
+    assert trainer.kl_ctl.value == coefficient
 
 
 def test_ppo_leaves_a_step_out(make, caplog):

@@ -244,5 +244,5 @@ def test_what_is_printed(tmp_path, capsys):
         shown.append(capsys.readouterr().out)
     build("grpo", tmp_path, max_steps=1, steps_per_generation=2).train()
     assert all("early_letters" in text for text in shown)
-    assert "step 0" not in capsys.readouterr().out
+    assert "step 1" not in capsys.readouterr().out
     assert len({len(text.splitlines()) for text in shown}) == 3

@@ -12,9 +12,11 @@ from ppo_cases import COMMON, batch, close, lora
 from transformers import HfArgumentParser, TrainerCallback
 
 from trl import AutoModelForCausalLMWithValueHead, ModelConfig, PPOConfig, PPOTrainer, PPOv2Config, ScriptArguments
+from trl.data.any_text import visible
 from trl.data.records import Rollout
 from trl.rollout.rewards import TokenRewards
 from trl.trainer import ppo_forms
+from trl.trainer.ppo_today import print_samples
 
 PROMPTS = [{"prompt": text} for text in ("a b", "c", "d e f", "g h", "i j k")]
 TODAY = {
@@ -234,6 +236,12 @@ def test_callbacks_samples_and_evaluation(tiny_tokenizer, tmp_path, capsys):
     mean = sum(whole["score"]) / 3
     assert trainer.evaluate() == {"eval_objective/scores": pytest.approx(mean)}
     assert len(trainer.generate_completions(sampling=True)["score"]) == 2
+
+
+@pytest.mark.parametrize("said", ["\ud800", "\x1b[2J\x1b]0;title\x07", "[bold]x[/nothing]"])
+def test_any_response_is_shown(said, capsys):
+    print_samples({"query": ["q"], "model response": [said], "score": [0.5]})
+    assert visible(said) in capsys.readouterr().out
 
 
 def test_checkpoints_and_the_saved_model(tiny_tokenizer, tmp_path):

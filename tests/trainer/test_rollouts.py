@@ -51,7 +51,7 @@ def test_ranks_share_the_prompts_of_a_step():
 
 
 def test_prompts_need_places():
-    with pytest.raises(ValueError, match="map-style"):
+    with pytest.raises(ValueError, match="a list_iterator has none"):
         PromptStream(iter([1]), 0)
     with pytest.raises(ValueError, match="no rows"):
         PromptStream([], 0)

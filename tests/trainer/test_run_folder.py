@@ -1,11 +1,14 @@
 """The folder of a run: one live run at a time, one run's checkpoints, and a record of what was logged."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import conformity
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -15,8 +18,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl import PPOConfig
 from trl.rewards.panel import RewardError
-from trl.trainer.checkpoints import is_whole
+from trl.trainer.checkpoints import is_whole, keep_newest
 from trl.trainer.run_folder import LOCK, FolderInUse, RunFolder
+from trl.trainer.tally import write_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
 
@@ -60,9 +64,112 @@ def test_what_saved_no_checkpoint_runs_again(tmp_path):
         build("grpo", tmp_path, max_steps=steps).train()
         assert len(list((tmp_path / "rollouts").glob("*.parquet"))) == steps
         assert steps_of(tmp_path) == [1, 2][:steps]
+    assert len(list((tmp_path / "earlier-1" / "rollouts").glob("*.parquet"))) == 2
+    assert steps_of(tmp_path / "earlier-1") == [1, 2]
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "model.safetensors").write_text("torn")
     build("grpo", tmp_path, max_steps=1).train()
+
+
+def test_nothing_of_an_earlier_run_is_lost(tmp_path, caplog):
+    """Records without rollouts, after several runs; nothing is put aside twice, or where it is not wanted."""
+    first = build("sft", tmp_path, max_steps=1)
+    first.train()
+    first.train()
+    second = build("sft", tmp_path, max_steps=1)
+    second.evaluate()  # its own line, which stays
+    second.train()
+    assert f"metrics.jsonl of an earlier run, which left no checkpoint: now in {tmp_path / 'earlier-1'}" in caplog.text
+    assert "eval_loss" in lines_of(tmp_path)[0]
+    build("sft", tmp_path, max_steps=1).train()
+    assert sorted(path.name for path in tmp_path.glob("earlier-*")) == ["earlier-1", "earlier-2"]
+    assert [steps_of(tmp_path / name) for name in ("earlier-1", "earlier-2", "")] == [[1, 1], [1], [1]]
+    build("sft", tmp_path, max_steps=1, overwrite_output_dir=True).train()
+    assert not (tmp_path / "earlier-3").exists()
+
+
+def test_a_checkpoint_from_elsewhere(tmp_path, caplog):
+    """Who asks for another folder's checkpoint gets it; that the folder holds another run's is one line."""
+    saving(tmp_path / "a", max_steps=2).train()
+    saving(tmp_path / "b", max_steps=4).train()
+    start = str(tmp_path / "a" / "checkpoint-1")
+    trainer = saving(tmp_path / "b", max_steps=2)
+    trainer.train(resume_from_checkpoint=start)
+    assert "b holds checkpoint-4 of another run than the checkpoint that this one goes on with" in caplog.text
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "b" / "checkpoint-4" / "manifest.json").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    saving(tmp_path / "a", max_steps=2).train(resume_from_checkpoint=str(tmp_path / "link" / "checkpoint-1"))
+    build("sft", tmp_path / "c", max_steps=1).train()
+    saving(tmp_path / "c", max_steps=2).train(resume_from_checkpoint=start)
+    assert steps_of(tmp_path / "c") == [2]
+    assert steps_of(tmp_path / "c" / "earlier-1") == [1]
+    ppo = RunFolder()
+    assert [ppo.goes_on(resume, tmp_path / "a") for resume in (None, False, True, start, tmp_path / "b")] == [
+        False, False, True, True, False
+    ]  # fmt: skip
+
+
+def test_checkpoints_without_their_optimizer_are_no_killed_saves(tmp_path):
+    """Their user made room: they are refused as another run's, and removed only where a limit says so."""
+    saving(tmp_path, max_steps=3).train()
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
+    saving(tmp_path, max_steps=4, save_total_limit=4).train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+    for number in (2, 3, 4):
+        (tmp_path / f"checkpoint-{number}" / "optimizer.pt").unlink()
+    with pytest.raises(FolderInUse, match="holds checkpoint-4 of another run"):
+        saving(tmp_path, max_steps=1).train()
+    keep_newest(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_of_a_link_only_the_link_is_removed(tmp_path):
+    saving(tmp_path / "a", max_steps=2).train()
+    for name, settings in (("b", {"overwrite_output_dir": True}), ("c", {"save_total_limit": 1, "max_steps": 3})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint-2").symlink_to(tmp_path / "a" / "checkpoint-2")
+        trainer = saving(tmp_path / name, **{"max_steps": 1, **settings})
+        trainer.train(resume_from_checkpoint=name == "c" or None)
+        assert not (tmp_path / name / "checkpoint-2").exists()
+        assert not list((tmp_path / name).glob(".*"))
+    assert is_whole(tmp_path / "a" / "checkpoint-2", contents=True)
+
+
+def test_the_folder_stays_where_the_directory_changes(tmp_path, monkeypatch):
+    """A reward function that changes the directory, and a relative folder, of `Trainer`, PPO and DDPO."""
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def moves(completions, **columns):
+        os.chdir(tmp_path / "other")
+        return [0.5] * len(completions)
+
+    case = replace(conformity.CASES["grpo"], arguments=lambda: {"reward_funcs": moves})
+    monkeypatch.setitem(conformity.CASES, "grpo", case)
+    saving(Path("run"), "grpo", max_steps=1).train()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "metrics.jsonl", "rollouts"]
+    os.chdir(tmp_path)
+    assert KINDS["ppo"].start(Path("ppo"), steps=4).config.output_dir == str(tmp_path / "ppo")
+    trainer = KINDS["ddpo"].start(Path(), num_epochs=2)
+    os.chdir(tmp_path / "other")
+    trainer.train()
+    assert is_whole(tmp_path / "logs" / "checkpoints" / "checkpoint_1")
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_any_log_is_a_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "lo')  # killed while it wrote
+    for logs in (
+        {"loss": math.nan, "table": object()},
+        {("a", 1): np.float32(2.0)},
+        {"long": 10**5000},
+        {"t": "\ud800"},
+    ):
+        write_metrics(tmp_path, {"step": 2, **logs})
+    assert lines_of(tmp_path) == [
+        {"step": 0}, {"step": 2, "loss": None}, {"step": 2, "('a', 1)": 2.0}, {"step": 2, "t": "\ud800"}
+    ]  # fmt: skip
 
 
 def test_ppo_and_ddpo(tmp_path):

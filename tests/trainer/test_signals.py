@@ -94,6 +94,37 @@ def test_a_signal_after_the_last_step(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_signal_while_it_evaluates(tmp_path):
+    """No further step is begun, and nothing is evaluated twice."""
+    whole, folder = str(tmp_path / "whole"), str(tmp_path / "cut")
+    settings = {"eval_strategy": "steps", "eval_steps": 2}
+    signal_runs.run("sft", whole, **settings)
+    with pytest.raises(SystemExit) as ended:
+        signal_runs.run("sft", folder, at=2, amid="evaluation", **settings)
+    assert ended.value.code == 143
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert is_whole(tmp_path / "cut" / "checkpoint-2", contents=True)
+    signal_runs.run("sft", folder, resume=True, **settings)
+    assert torch.equal(torch.load(f"{folder}.pt"), torch.load(f"{whole}.pt"))
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 5]
+
+
+def test_a_handler_of_the_user(tmp_path, caplog):
+    """It is said that it waits, and it comes back."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    try:
+        with pytest.raises(SystemExit):
+            signal_runs.run("sft", str(tmp_path / "run"), at=1)
+        assert "SIGTERM: the handler that was set is not called while the run trains" in caplog.text
+        assert not heard
+        signal.raise_signal(signal.SIGTERM)
+        assert heard
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_off_where_it_is_not_asked_for(tmp_path):
     code = in_a_process(lambda: signal_runs.run("sft", str(tmp_path / "run"), at=2, enable_jit_checkpoint=False))
     assert code == -signal.SIGTERM

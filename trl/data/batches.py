@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trl.data.columns import check_ids, flags_in, whole_numbers
 from trl.data.encode import Ids, common_prefix
-from trl.data.records import Branch, TokenTree
+from trl.data.records import ROWS, Batch, Branch, PackedBatch, TokenTree
 
 
 def sequences_of(row: Mapping[str, Any]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
@@ -48,6 +48,23 @@ def pair_columns(row: Mapping[str, Any]) -> dict[str, Any]:
         labels = [token if counts else -100 for token, counts in zip(answer, scored, strict=True)]
         columns[f"{side}_labels"] = [-100] * len(prompt) + labels
     return columns
+
+
+PADDED_PAIRS = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in ROWS)
+"""columns of whole sequences, prompt included, as `DPOTrainer` of release 0.7.7 had them in a batch"""
+
+
+def padded_pairs(packed: PackedBatch, label_pad_token_id: int = -100, padding_value: int = 0) -> dict[str, Tensor]:
+    """The rows of packed pairs, chosen and rejected apart, padded on the right. [pairs, L] each"""
+    batch = Batch(packed=packed)
+    ids_BL, mask_BL, labels_BL = (batch[name] for name in ROWS)
+    columns = {
+        "input_ids": ids_BL.masked_fill(mask_BL == 0, padding_value),
+        "attention_mask": mask_BL,
+        "labels": labels_BL.masked_fill(labels_BL == -100, label_pad_token_id),
+    }
+    sides = (("chosen", slice(0, None, 2)), ("rejected", slice(1, None, 2)))
+    return {f"{side}_{name}": column[rows] for side, rows in sides for name, column in columns.items()}
 
 
 def rows_of_padded(batch: Mapping[str, Any], collator: str = "the data collator") -> list[dict[str, Any]]:

@@ -32,6 +32,10 @@ from trl.data.messages import (
 )
 from trl.data.rendering import Reader, Reading
 
+_OF_TEMPLATES = (
+    TemplateError, DocstringParsingException, TypeHintParsingException, *UNREADABLE, MemoryError, UnicodeError,
+)  # fmt: skip
+"""what a template can raise"""
 _ROW_TEMPLATES = 16
 """templates with a row's own arguments that are kept"""
 
@@ -164,7 +168,7 @@ class ChatTemplate:
                 add_generation_prompt=open_turn,
                 **{**self.kwargs, **kwargs},
             )
-        except (TemplateError, DocstringParsingException, TypeHintParsingException, *UNREADABLE) as error:
+        except _OF_TEMPLATES as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(f"the chat template cannot render the roles {roles}: {error}") from error
         return str(text)

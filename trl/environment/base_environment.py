@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.data.any_text import encodable
 from trl.data.records import Rollout
-from trl.environment.episodes import Environment, Episode, accepted
+from trl.data.user_functions import accepted, in_order
+from trl.environment.episodes import Environment, Episode
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import LONGEST_CALL, ToolCalls, error_text, is_interrupt
 from trl.environment.turns import ModelTurns, SampledTurns, Turns
@@ -250,6 +251,10 @@ class TextEnvironment(Environment):
                 rewards = self.reward_fn([history.last_text_segment for history in histories], **reward_kwargs)
             except SystemExit as error:
                 raise RuntimeError(f"reward_fn asked the program to end: {error!r}; return a reward instead") from error
+        try:
+            rewards = rewards if isinstance(rewards, Tensor) else in_order(rewards)
+        except TypeError as error:
+            raise ValueError(f"reward_fn gave {error}") from None
         if len(rewards) != len(histories):
             raise ValueError(f"reward_fn gave {len(rewards)} rewards for {len(histories)} episodes; give one for each")
         for history, reward in zip(histories, rewards, strict=True):

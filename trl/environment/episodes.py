@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from trl.data.records import Rollout
+from trl.data.user_functions import accepted, own
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import LateCalls, ToolCalls
 from trl.environment.turns import SampledTurns, Turns
@@ -260,7 +261,7 @@ class OwnEnvironment:
         """Begin an episode with those columns of the row that `reset` takes. What it returns is added to the prompt."""
         reset = getattr(self.instance, _RESET)
         with _no_exit(f"{type(self.instance).__name__}.reset()"):
-            said = reset(**accepted(reset, row))
+            said = reset(**own(accepted(reset, row)))
         if said is not None and not isinstance(said, str):
             raise TypeError(f"{type(self.instance).__name__}.reset() gave {type(said).__name__}; give a text or None")
         return said or ""
@@ -293,15 +294,6 @@ def public_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """The methods that a model may call, by name: all without a leading underscore, except `reset`."""
     names = [name for name, _ in inspect.getmembers(type(environment), inspect.isroutine)]
     return {name: getattr(environment, name) for name in names if not name.startswith("_") and name != _RESET}
-
-
-def accepted(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that the function has a parameter for; all of them if it has `**kwargs`."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(columns)
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {name: value for name, value in columns.items() if name in named}
 
 
 def as_rollout(histories: Sequence[TextHistory]) -> Rollout:

@@ -73,6 +73,18 @@ class TextHistory:
         start, end = self.text_spans[-1]
         return self.text[start:end]
 
+    @property
+    def turns(self) -> list[str]:
+        """What the model wrote, turn by turn."""
+        spans = zip(self.text_spans[1:], self.system_spans[1:], strict=True)
+        return [self.text[start:end] for (start, end), system in spans if not system]
+
+    @property
+    def own_environment(self) -> Any:
+        """The object of an `environment_factory` that this episode used, if any."""
+        own = getattr(self.episode, "own", None)
+        return None if own is None else own.instance
+
     def split_query_response_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(query, response, response mask)`: the tokens of the first segment, all others, and 1 for the model's."""
         split = self.token_spans[0][1]

@@ -12,6 +12,8 @@ _DEFAULTS = {  # those of transformers
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
     "max_new_tokens": 20, "min_new_tokens": 0, "min_length": 0,
 }  # fmt: skip
+OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+"""keywords that ask for more than the tokens"""
 _WITHOUT_EFFECT = {  # on what is sampled
     "pad_token_id", "bos_token_id", "decoder_start_token_id", "use_cache", "cache_implementation",
     "transformers_version",
@@ -71,6 +73,12 @@ def sampling_params(
         stop_strings=tuple(stop_strings),
         seed=seed,
     )
+
+
+def unknown_to_samplers(settings: Mapping[str, Any]) -> list[str]:
+    """Names of keywords of `generate` that change what is drawn, and that no sampler follows."""
+    known = (*_DEFAULTS, "eos_token_id", "stop_strings")
+    return [name for name, value in _given(settings).items() if name not in known and not _is_off(name, value)]
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,7 +138,8 @@ class Stepper:
         if not any(early) or not self.end_tokens:
             return None
         forbidden_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
-        forbidden_RV[:, self.end_index] = torch.tensor(early, device=logits_RV.device)[:, None]
+        known = self.end_index[self.end_index < logits_RV.shape[-1]]  # old scripts name one that never comes
+        forbidden_RV[:, known] = torch.tensor(early, device=logits_RV.device)[:, None]
         return forbidden_RV
 
     def _finish(self, rows: Sequence[Row]) -> None:

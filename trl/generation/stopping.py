@@ -29,6 +29,19 @@ def _listed(owner: Any) -> list[int]:
     return [tokens] if isinstance(tokens, int) else list(tokens)
 
 
+def without_ends(tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) -> list[str]:
+    """The rows as texts without padding, BOS and end tokens; all others stay, such as tags that are special tokens.
+
+    ends: of the model; a word among them stays too.
+    """
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    special = set(tokenizer.all_special_ids)
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    left_out = {getattr(tokenizer, name, None) for name in names} | (special & set(ends))
+    kept = [[token for token in ids if token not in left_out] for ids in rows]
+    return list(tokenizer.batch_decode(kept, skip_special_tokens=False))
+
+
 def until_end(ids_T: Tensor, ends: Sequence[int]) -> Tensor:
     """The ids up to the first end token, that one included."""
     found = torch.isin(ids_T, ids_T.new_tensor(list(ends))).nonzero()

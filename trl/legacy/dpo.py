@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,11 +59,12 @@ def _causal_row(
     max_prompt_length: int,
     truncation_mode: str,
     label_pad_token_id: int,
+    split_of: Callable[[str, str], Encoded],
 ) -> Encoded:
     alone = tokenizer(prompt, add_special_tokens=False)
     sides = {
         "": {"prompt_input_ids": list(alone["input_ids"]), "prompt_attention_mask": list(alone["attention_mask"])},
-        **{name: build_tokenized_answer(tokenizer, prompt, answer) for name, answer in answers.items()},
+        **{name: split_of(prompt, answer) for name, answer in answers.items()},
     }
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for name, side in sides.items():
@@ -117,11 +119,13 @@ def tokenize_row(
     label_pad_token_id: int = -100,
     is_encoder_decoder: bool = False,
     model: Any = None,
+    split_of: Callable[[str, str], Encoded] | None = None,
 ) -> dict[str, Any]:
     """A row with the texts `prompt`, `chosen` and `rejected` as columns of ids, masks and labels.
 
     Causal: BOS before the prompt (where the tokenizer has one), EOS after the answers; where prompt + longer answer
     exceed `max_length`, first the prompt is cut to `max_prompt_length`, then the answers to the rest.
+    split_of: tokenises prompt and answer; None: `build_tokenized_answer`.
     """
     for name in ("prompt", "chosen", "rejected"):
         if not isinstance(feature[name], str):
@@ -130,7 +134,10 @@ def tokenize_row(
     if is_encoder_decoder:
         limit = max_length if max_target_length is None else max_target_length
         return _encoder_decoder_row(tokenizer, prompt, answers, limit, max_prompt_length, model)
-    return _causal_row(tokenizer, prompt, answers, max_length, max_prompt_length, truncation_mode, label_pad_token_id)
+    split_of = split_of or partial(build_tokenized_answer, tokenizer)
+    return _causal_row(
+        tokenizer, prompt, answers, max_length, max_prompt_length, truncation_mode, label_pad_token_id, split_of
+    )
 
 
 # --- batches ----------------------------------------------------------------------------------------------------
@@ -188,18 +195,32 @@ def get_batch_logps(
 
 
 def concatenated_forward(
-    model: nn.Module, batch: Mapping[str, Any], label_pad_token_id: int = -100, padding_value: int = 0
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    label_pad_token_id: int = -100,
+    padding_value: int = 0,
+    join: Callable[..., dict[str, Tensor]] = concatenated_inputs,
+    logps_of: Callable[..., Tensor] = get_batch_logps,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` with one forward of both sides."""
+    """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` with one forward of both sides.
+
+    join, logps_of: what makes one batch of the two sides, and log-probabilities of logits.
+    """
     encoder_decoder = is_encoder_decoder(model)
     device = next(model.parameters()).device
-    joined = concatenated_inputs(batch, encoder_decoder, label_pad_token_id, padding_value, device)
+    joined = join(
+        batch, is_encoder_decoder=encoder_decoder, label_pad_token_id=label_pad_token_id, padding_value=padding_value,
+        device=device,
+    )  # fmt: skip
     labels = joined["concatenated_labels"]
     inputs = {"input_ids": joined["concatenated_input_ids"], "attention_mask": joined["concatenated_attention_mask"]}
     if encoder_decoder:
         inputs["labels"] = labels
     logits = model(**inputs, use_cache=False).logits.float()
-    logps = get_batch_logps(logits, labels, False, label_pad_token_id, encoder_decoder)
+    logps = logps_of(
+        logits, labels, average_log_prob=False, label_pad_token_id=label_pad_token_id,
+        is_encoder_decoder=encoder_decoder,
+    )  # fmt: skip
     pairs = batch["chosen_labels"].shape[0]
     return logps[:pairs], logps[pairs:], logits[:pairs], logits[pairs:]
 

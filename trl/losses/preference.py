@@ -279,6 +279,28 @@ def preference_loss(
     losses: name -> weight. options: each objective takes those that it reads; `beta` also scales the rewards.
     weight_B: a detached weight of each pair (`wpo_weights`).
     """
+    total_B = losses_of_pairs(
+        pair, losses, options, weight_B=weight_B, divergence=divergence, divergence_alpha=divergence_alpha
+    )
+    metrics = pair_metrics(reported(pair, losses), float(options.get("beta", 1.0))) | likelihood_metrics(pair, losses)
+    return LossSum(total_B.sum(), len(total_B), metrics)
+
+
+def reported(pair: PairLogps, losses: Iterable[str]) -> PairLogps:
+    """The pairs as their rewards are reported: per token where all the losses are."""
+    return pair.averaged() if PER_TOKEN.issuperset(losses) else pair
+
+
+def losses_of_pairs(
+    pair: PairLogps,
+    losses: Mapping[str, float],
+    options: Mapping[str, Any],
+    *,
+    weight_B: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+) -> Tensor:
+    """The loss of each pair; see `preference_loss`. [B]"""
     seen = apply_divergence(pair, divergence, divergence_alpha)
     total_B = torch.zeros_like(pair.chosen_B)
     for name, weight in losses.items():
@@ -290,9 +312,7 @@ def preference_loss(
         if not WHOLE_BATCH.isdisjoint(losses):
             raise ValueError(f"weights per pair: {sorted(WHOLE_BATCH.intersection(losses))} mix the pairs of a batch")
         total_B = total_B * weight_B
-    scored = pair.averaged() if PER_TOKEN.issuperset(losses) else pair
-    metrics = pair_metrics(scored, float(options.get("beta", 1.0))) | likelihood_metrics(pair, losses)
-    return LossSum(total_B.sum(), len(total_B), metrics)
+    return total_B
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ The head works in chunks of scored positions: `[S, V]` logits never exist whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -345,8 +346,23 @@ def scores_at(model: nn.Module, packed: PackedBatch, index_S: Tensor, row_S: Ten
     """The score head's outputs at packed positions, for causal models (value models, process rewards). [S, labels]"""
     module = classifier_of(model)
     own = module.forward
-    (scores_SC,) = in_module(model, module, packed, lambda states_SD: own(states_SD).float(), index_S, row_S)
+    with _padding_named(below_peft(model)):
+        (scores_SC,) = in_module(model, module, packed, lambda states_SD: own(states_SD).float(), index_S, row_S)
     return scores_SC
+
+
+@contextmanager
+def _padding_named(network: Any) -> Iterator[None]:
+    """A classifier that names no padding token takes padded rows; its own choice of the last token is not read."""
+    config = network.config.get_text_config()
+    unnamed = getattr(config, "pad_token_id", 0) is None
+    if unnamed:
+        config.pad_token_id = 0
+    try:
+        yield
+    finally:
+        if unnamed:
+            config.pad_token_id = None
 
 
 def rewards(model: nn.Module, packed: PackedBatch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,10 +33,20 @@ def accuracy_reward(
 
 
 def reasoning_accuracy_reward(
-    completions: Sequence[Completion], solution: Sequence[str], *, verify_seconds: float = SECONDS, **columns: Any
+    completions: Sequence[Completion],
+    solution: Sequence[str],
+    reasoning_delimiters: Sequence[str] | None = None,
+    *,
+    verify_seconds: float = SECONDS,
+    **columns: Any,
 ) -> list[float | None]:
-    """`accuracy_reward` of what follows `</think>`; 0 where the thinking never ends."""
-    answers = [text_of(completion).partition("</think>")[2] for completion in completions]
+    """`accuracy_reward` of what follows the last of the delimiters (None: `</think>`); 0 where there is none."""
+    delimiters = ["</think>"] if reasoning_delimiters is None else list(reasoning_delimiters)
+    if isinstance(reasoning_delimiters, str) or not delimiters or not all(delimiters):
+        raise ValueError(f"reasoning_delimiters={reasoning_delimiters!r}: give a list of texts that end the reasoning")
+    end = re.compile(".*(?:" + "|".join(re.escape(each) for each in delimiters) + ")", re.DOTALL)
+    texts = [text_of(completion) for completion in completions]
+    answers = [text[found.end() :] if (found := end.match(text)) else "" for text in texts]
     return accuracy_reward(answers, solution, verify_seconds=verify_seconds)
 
 

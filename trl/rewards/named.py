@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from trl.data.user_functions import in_order
 from trl.models.prepare import context_length, load_model, load_tokenizer
+from trl.models.unwrap import below_accelerate, below_peft
 from trl.rewards.math_answers import accuracy_reward, exact_match_reward, reasoning_accuracy_reward
 from trl.rewards.panel import RewardError, RewardFunction, RewardPanel
 from trl.rewards.reward_model import RewardModel
 from trl.rewards.sentiment import sentiment_reward
 from trl.rewards.texts import repetition_penalty, think_answer_format_reward, think_format_reward
 
-RewardSource: TypeAlias = Callable[..., Any] | PreTrainedModel | str
+RewardSource: TypeAlias = Callable[..., Any] | nn.Module | str
 Judge = Callable[[list[Any], list[list[Any]]], Sequence[int]]
 """`f(prompts, pairs) -> 0 (the first is better), 1 (the second) or -1 (no opinion), one for each pair`"""
 
@@ -64,7 +67,7 @@ def _imported(name: str, module: str, function: str) -> RewardFunction:
     return found
 
 
-def of_model(model: PreTrainedModel, tokenizer: Any, device: torch.device | str) -> RewardModel:
+def of_model(model: Any, tokenizer: Any, device: torch.device | str) -> RewardModel:
     """A reward model as a reward function; tokenizer None: the one in the model's folder."""
     tokenizer = load_tokenizer(tokenizer if tokenizer is not None else model.config._name_or_path)
     return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, max_length=context_length(model))
@@ -81,7 +84,7 @@ def reward_panel(
 
     like: see `reward_named`.
     """
-    listed = list(functions) if isinstance(functions, list | tuple) else [functions]
+    listed: list[Any] = list(functions) if isinstance(functions, list | tuple) else [functions]
     given = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(listed)
     if len(given) != len(listed):
         raise ValueError(f"reward_processing_classes: {len(given)} for {len(listed)} reward functions; give one each")
@@ -89,8 +92,8 @@ def reward_panel(
     def function_of(source: RewardSource, tokenizer: Any) -> RewardFunction:
         if isinstance(source, str):
             return reward_named(source, tokenizer, device, like)
-        if isinstance(source, PreTrainedModel):
-            return of_model(source, tokenizer, device)
+        if isinstance(source, nn.Module) and isinstance(below_peft(source), PreTrainedModel):
+            return of_model(below_accelerate(source), tokenizer, device)
         return source
 
     return RewardPanel([function_of(s, t) for s, t in zip(listed, given, strict=True)], timeout)
@@ -109,7 +112,10 @@ def pairwise(judge: Judge | Any) -> Callable[..., list[float | None]]:
 
     def judged(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         pairs = [list(completions[i : i + 2]) for i in range(0, len(completions), 2)]
-        choices = list(decide(list(prompts[::2]), pairs))
+        try:
+            choices = in_order(decide(list(prompts[::2]), pairs))
+        except TypeError as error:
+            raise RewardError(f"the judge gave {error}") from None
         if len(choices) != len(pairs) or not set(choices) <= {-1, 0, 1}:
             raise RewardError(f"the judge gave {choices} for {len(pairs)} pairs: give 0, 1 or -1 (no opinion) for each")
         return [score for choice in choices for score in (_CHOICES[choice])]

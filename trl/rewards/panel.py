@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from trl.data.user_functions import Awaited, accepted, in_order, is_async, own
 from trl.rewards.reward_model import RewardModel
 
 RewardFunction = Callable[..., Any]
@@ -20,10 +20,51 @@ RewardFunction = Callable[..., Any]
 
 MOST_LATE = 4
 """calls of a function that may go on after their time-out"""
+LARGEST = 1e15
+"""size of a reward: statistics square them and sum the squares, in float32, whose numbers end at 3.4e38"""
+TAKEN = ("step", "prompt", "completion", "completion_ids", "advantage")
+"""columns of the table of completions that `log_extra` cannot have; nor those that begin with `reward_`"""
 
 
 class RewardError(RuntimeError):
     """A reward function did not give one finite number (or None) per completion."""
+
+
+class Logs:
+    """What reward functions log by their keywords `log_extra(column, values)` and `log_metric(name, value)`.
+
+    count: completions, of which a column has a value each.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.extra: dict[str, list[Any]] = {}
+        self.metrics: dict[str, list[float]] = {}
+
+    def log_extra(self, column: str, values: Any) -> None:
+        """A column of the table and the file of completions."""
+        if column in TAKEN or column.startswith("reward_"):
+            raise ValueError(f"log_extra: {column!r} is a column of the table already; give it another name")
+        listed = in_order(values)
+        if len(listed) != self.count:
+            raise ValueError(f"log_extra: {column!r} has {len(listed)} values for {self.count} completions")
+        self.extra[column] = listed
+
+    def log_metric(self, name: str, value: Any) -> None:
+        """A number of the next log, which is the mean of all that are given until then."""
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"log_metric: {name!r} is {number}; give a finite number")
+        self.metrics.setdefault(name, []).append(number)
+
+    def add(self, other: Logs, name: str) -> None:
+        """Take what the function `name` has logged."""
+        for column, values in other.extra.items():
+            if column in self.extra:
+                raise RewardError(f"reward function {name!r}: log_extra({column!r}) is another function's column too")
+            self.extra[column] = values
+        for metric, numbers in other.metrics.items():
+            self.metrics.setdefault(metric, []).extend(numbers)
 
 
 @dataclass(frozen=True)
@@ -32,6 +73,7 @@ class Verdict:
 
     scores: list[list[float]]
     timed_out: list[bool]
+    logs: Logs = field(default_factory=lambda: Logs(0))
 
 
 def name_of(function: RewardFunction) -> str:
@@ -47,11 +89,13 @@ def name_of(function: RewardFunction) -> str:
 class RewardPanel:
     """Reward functions that judge the same completions.
 
-    A `RewardError` names a function that fails, gives the wrong number of values, or a value that is neither None nor a
-    finite number. One that times out counts as if it had returned None for every completion; an async function is then
-    cancelled, any other keeps running on its thread. `MOST_LATE` calls of one function that still run so are a
-    `RewardError`: threads cannot be stopped, and must not pile up. Functions without a time-out run one after the other
-    on the caller's thread; async ones run on threads at the same time.
+    Each is called with the columns that it has parameters for, and may change what it gets; `log_extra` and
+    `log_metric` are among them (see `Logs`). A `RewardError` names a function that fails, gives the wrong number of
+    values, or a value that is neither None nor a finite number of at most `LARGEST`. One that times out counts as if it
+    had returned None for every completion; an async function is then cancelled, any other keeps running on its thread.
+    `MOST_LATE` calls of one function that still run so are a `RewardError`: threads cannot be stopped, and must not
+    pile up. Functions without a time-out run one after the other on the caller's thread; async ones run meanwhile, all
+    on one event loop as long as the process lives.
 
     timeout: seconds, for all or one each; None waits.
     """
@@ -69,7 +113,8 @@ class RewardPanel:
         self.names = _distinct([name_of(function) for function in functions])
         self._late: dict[str, list[_Call]] = {name: [] for name in self.names}
 
-    def __call__(self, count: int, columns: Mapping[str, Any]) -> Verdict:
+    def __call__(self, count: int, columns: Mapping[str, Any], live: Mapping[str, Any] | None = None) -> Verdict:
+        """columns: values for each completion, and others; a function gets copies. live: objects that it gets."""
         for name, late in self._late.items():
             late[:] = [call for call in late if call.is_running]
             if len(late) >= MOST_LATE:
@@ -77,110 +122,133 @@ class RewardPanel:
                     f"reward function {name!r}: {len(late)} calls still run after their reward_timeout. A thread "
                     "cannot be stopped: let the function end in time by itself, or work in a process that it can kill"
                 )
-        calls = [_Call(*each, columns) for each in zip(self.functions, self.timeouts, strict=True)]
-        for call in sorted(calls, key=lambda call: not call.threaded):  # threads first: they run meanwhile
+        calls = [_Call(*each, count, columns, live or {}) for each in zip(self.functions, self.timeouts, strict=True)]
+        for call in sorted(calls, key=lambda call: not call.runs_aside):  # these first: they run meanwhile
             call.start()
         done = [call.join() for call in calls]
         for name, call in zip(self.names, calls, strict=True):
             if call.is_running:
                 self._late[name].append(call)
-        scores = [
-            checked(name, call.result(name), count) if finished else [math.nan] * count
-            for name, call, finished in zip(self.names, calls, done, strict=True)
-        ]
-        return Verdict(scores, [not finished for finished in done])
+        scores, logs = [], Logs(count)
+        for name, call, finished in zip(self.names, calls, done, strict=True):
+            who = f"reward function {name!r}"
+            scores.append(checked(who, call.result(name), count) if finished else [math.nan] * count)
+            if finished:
+                logs.add(call.logs, name)
+        return Verdict(scores, [not finished for finished in done], logs)
 
 
 class _Call:
     """One call of a reward function."""
 
-    def __init__(self, function: RewardFunction, timeout: float | None, columns: Mapping[str, Any]):
-        self._function, self._timeout, self._columns = function, timeout, columns
+    def __init__(
+        self,
+        function: RewardFunction,
+        timeout: float | None,
+        count: int,
+        columns: Mapping[str, Any],
+        live: Mapping[str, Any],
+    ):
+        self._function, self._timeout, self.logs = function, timeout, Logs(count)
+        logging = {"log_extra": self.logs.log_extra, "log_metric": self.logs.log_metric}
+        asked = accepted(function, {**logging, **columns, **live})
+        self._columns = {
+            name: value if name in live or name in logging else own(value) for name, value in asked.items()
+        }
         self._value: Any = None
         self._error: BaseException | None = None
-        self._late = False
         self._deadline = math.inf
+        self._awaited: Awaited | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
-    def threaded(self) -> bool:
-        """Whether it runs in a thread. A reward model does not: the caller's thread owns the device."""
-        if isinstance(self._function, RewardModel):
-            return False
-        return self._timeout is not None or inspect.iscoroutinefunction(self._function)
+    def runs_aside(self) -> bool:
+        """Whether it runs beside the caller's thread. A reward model does not: that thread owns the device."""
+        return not isinstance(self._function, RewardModel) and (self._timeout is not None or is_async(self._function))
 
     def start(self) -> None:
-        if not self.threaded:
+        if not self.runs_aside:
             self._run()
             return
         self._deadline = time.monotonic() + (math.inf if self._timeout is None else self._timeout)
-        self._thread.start()
+        if is_async(self._function):
+            self._awaited = Awaited(lambda: self._function(**self._columns))
+        else:
+            self._thread.start()
 
     def _run(self) -> None:
         try:
             value = self._function(**self._columns)
-            self._value = asyncio.run(self._within_time(value)) if inspect.isawaitable(value) else value
+            if inspect.isawaitable(value):
+                self._awaited = Awaited.of(value)
+            else:
+                self._value = value
         except BaseException as error:  # raised in the caller's thread; SystemExit too, which must not end the run
-            if isinstance(error, KeyboardInterrupt) and not self.threaded:
+            if isinstance(error, KeyboardInterrupt) and not self.runs_aside:
                 raise
             self._error = error
 
-    async def _within_time(self, value: Any) -> Any:
-        left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
-        task = asyncio.ensure_future(_without_exit(value))
-        done, _ = await asyncio.wait([task], timeout=left)
-        if not done:
-            self._late = True
-            task.cancel()
-            return None
-        return task.result()
-
     @property
     def is_running(self) -> bool:
-        """Whether its thread is at work."""
-        return self._thread.is_alive()
+        """Whether it is at work."""
+        return self._thread.is_alive() or (self._awaited is not None and self._awaited.is_running)
 
     def join(self) -> bool:
         """Wait for the call; whether it ended in time."""
         if self._thread.ident is not None:
-            left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
-            self._thread.join(left)
-        return not self._late and not self._thread.is_alive()
+            self._thread.join(self._left())
+        if self._thread.is_alive():
+            return False
+        return self._awaited is None or self._wait(self._awaited)
+
+    def _wait(self, awaited: Awaited) -> bool:
+        ended = False
+        try:
+            ended = awaited.wait(self._left())
+        finally:
+            if not ended:  # late, or Ctrl-C
+                awaited.cancel()
+        return ended
+
+    def _left(self) -> float | None:
+        """Seconds until the time-out."""
+        return None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
 
     def result(self, name: str) -> Any:
-        if self._error is not None:
-            raise RewardError(f"reward function {name!r} failed: {self._error!r}") from self._error
-        return self._value
+        try:
+            if self._error is not None:
+                raise self._error
+            return self._value if self._awaited is None else self._awaited.result()
+        except BaseException as error:
+            raise RewardError(f"reward function {name!r} failed: {error!r}") from error
 
 
-async def _without_exit(value: Any) -> Any:
-    """What is awaited; SystemExit, which a task would not keep to itself, as the cause of another exception."""
+def checked(who: str, value: Any, count: int) -> list[float]:
+    """The values of one function as floats, None as NaN; `RewardError` unless there is one for each completion.
+
+    who: gave them, for the error.
+    """
+    if value is None or isinstance(value, int | float):
+        raise RewardError(f"{who} gave {value!r}: give a list of numbers, one each")
     try:
-        return await value
-    except SystemExit as error:
-        raise RuntimeError(repr(error)) from error
-
-
-def checked(name: str, value: Any, count: int) -> list[float]:
-    """The values of one function as floats, None as NaN; `RewardError` unless there is one for each completion."""
-    try:
-        values = list(value.tolist() if hasattr(value, "tolist") else value)
-    except TypeError:
-        raise RewardError(f"reward function {name!r} gave {value!r}: give a list of numbers, one each") from None
+        values = in_order(value)
+    except TypeError as error:
+        raise RewardError(f"{who} gave {error}") from None
     if len(values) != count:
-        raise RewardError(f"reward function {name!r} gave {len(values)} values for {count} completions: give one each")
-    return [math.nan if score is None else _number(name, score, index) for index, score in enumerate(values)]
+        raise RewardError(f"{who} gave {len(values)} values for {count} completions: give one each")
+    return [math.nan if score is None else _number(who, score, index) for index, score in enumerate(values)]
 
 
-def _number(name: str, score: Any, index: int) -> float:
+def _number(who: str, score: Any, index: int) -> float:
     try:
         number = math.nan if isinstance(score, str) else float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if math.isfinite(number):
+    if abs(number) <= LARGEST:
         return number
     raise RewardError(
-        f"reward function {name!r} gave {score!r} for completion {index}: give a finite number, or None for no opinion"
+        f"{who} gave {score!r} for completion {index}: give a finite number of at most {LARGEST:g} in size, or None "
+        "for no opinion"
     )
 
 

@@ -8,23 +8,64 @@ from typing import Any
 
 Reward = Callable[..., list[float]]
 Completion = str | Sequence[dict[str, Any]]
+THINK = "<think>"
 THINKING = re.compile(r"\s*<think>(?!.*<think>)(.*?)</think>(.+)", re.DOTALL)
 ANSWERING = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 
 
+class EpisodeText(str):
+    """The text of an episode behind its prompt, answers of tools included; `turns`: what the policy wrote of it."""
+
+    turns: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, turns: Sequence[str]) -> EpisodeText:
+        """The text with its turns."""
+        made = cls(text)
+        made.turns = tuple(turns)
+        return made
+
+
 def text_of(completion: Completion) -> str:
-    """A completion's text: the completion if it is a text, or the content of its last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"] or "")
+    """The policy's last words: the completion if it is a text, its last own turn, or its last own message."""
+    if isinstance(completion, EpisodeText):
+        return completion.turns[-1] if completion.turns else ""
+    if isinstance(completion, str):
+        return completion
+    said = [message for message in completion if message.get("role", "assistant") == "assistant"]
+    content = said[-1].get("content") if said else ""
+    if isinstance(content, list | tuple):
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return str(content or "")
+
+
+def _with_thoughts(completions: Sequence[Completion], columns: dict[str, Any]) -> list[str]:
+    """The texts with the `<think>` that the prompt ends with: a row's `prompts`, or as the template renders it."""
+    asked = [columns.get(name) or [""] * len(completions) for name in ("prompts", "prompt_texts")]
+    texts = []
+    for completion, prompt, rendered in zip(completions, *asked, strict=True):
+        text = text_of(completion)
+        if not isinstance(prompt, str):  # a conversation may end with the beginning of the answer
+            prompt = text_of(prompt[-1:]) if prompt else ""
+        opened = any(before.rstrip().endswith(THINK) for before in (prompt, rendered))
+        texts.append(THINK + text if opened and not text.lstrip().startswith(THINK) else text)
+    return texts
 
 
 def think_format_reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """1 for a text that thinks in one pair of `<think>` tags and then says something, else 0."""
-    return [float(THINKING.fullmatch(text_of(completion)) is not None) for completion in completions]
+    """1 for a text that thinks in one pair of `<think>` tags and then says something, else 0.
+
+    The prompt may hold the first tag, at its end.
+    """
+    return [float(THINKING.fullmatch(text) is not None) for text in _with_thoughts(completions, columns)]
 
 
 def think_answer_format_reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """1 for `<think>...</think> <answer>...</answer>` and nothing else, each tag once; else 0."""
-    return [float(ANSWERING.fullmatch(text_of(completion)) is not None) for completion in completions]
+    """1 for `<think>...</think> <answer>...</answer>` and nothing else, each tag once; else 0.
+
+    The prompt may hold the first tag, at its end.
+    """
+    return [float(ANSWERING.fullmatch(text) is not None) for text in _with_thoughts(completions, columns)]
 
 
 def pattern_reward(pattern: str, *, whole: bool = False) -> Reward:

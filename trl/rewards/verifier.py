@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ _EACH = 16
 """pairs that are worth a further process"""
 _MOST = 4
 _KEPT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_SIGPROF = int(getattr(signal, "SIGPROF", 27))
 _verdicts = {"right": True, "wrong": False, "none": None}
 
 
@@ -52,8 +54,8 @@ def same_answers(pairs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> 
     late = sum(stopped for _, stopped in verdicts)
     if late:
         logger.warning(
-            "math-verify: %d of %d completions took more than %g s and count as wrong (as unparsed where the solution "
-            "took so long)", late, len(pairs), seconds,
+            "math-verify: %d of %d completions took more than %g s, or ended their process, and count as wrong (as "
+            "unparsed where the solution did so)", late, len(pairs), seconds,
         )  # fmt: skip
     return [same for same, _ in verdicts]
 
@@ -63,10 +65,12 @@ class _Child:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
+        self.is_ready = self.is_late = False
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         self._process = subprocess.Popen(
             [sys.executable, "-B", "-W", "ignore", str(_WORKER)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+            cwd=_WORKER.anchor,  # the directory of now may be removed one day
             env={**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUTF8": "1"},
         )  # fmt: skip
 
@@ -75,27 +79,42 @@ class _Child:
         return self._process.poll() is None
 
     def ask(self, pair: tuple[str, str], seconds: float) -> list[str]:
-        """The lines of the answer; one whose last is no verdict means that the process has ended."""
+        """The lines of the answer; one whose last is no verdict means that the process has ended.
+
+        `is_late`: because its time was over. `is_ready`: it has begun at all.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         # CPU time decides, which a busy machine does not change. The clock is for a process that computes nothing.
-        clock = threading.Timer(seconds if os.name == "nt" else 4 * seconds + 30, self._process.kill)
+        clock = threading.Timer(seconds if os.name == "nt" else 4 * seconds + 30, self._stop)
         clock.daemon = True
         clock.start()
         lines = []
         try:
             self._process.stdin.write(json.dumps([*pair, seconds]) + "\n")
             self._process.stdin.flush()
-            while line := self._process.stdout.readline():
-                lines.append(line.strip())
-                if lines[-1] in _verdicts:
-                    break
+            while line := self._process.stdout.readline().strip():
+                if line == "ready":
+                    self.is_ready = True
+                    continue
+                lines.append(line)
+                if line in _verdicts:
+                    return lines
         except BrokenPipeError:
             pass
         finally:
             clock.cancel()
             clock.join()
+        self.is_late |= self._process.wait() == -_SIGPROF
         return lines
+
+    def _stop(self) -> None:
+        self.is_late = True
+        self._process.kill()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
 
     def close(self) -> None:
         if self.owner == os.getpid():
@@ -113,17 +132,29 @@ _idle: list[_Child] = []
 
 
 def _compare(pair: tuple[str, str], seconds: float) -> tuple[bool | None, bool]:
-    """The verdict, and whether it was stopped."""
-    child = _child()
-    try:
-        lines = child.ask(pair, seconds)
-    except BaseException:
+    """The verdict, and whether it was stopped. RuntimeError if no process starts.
+
+    A process may be killed for a reason of its own (the memory of the machine): its answer gets another one.
+    """
+    lines: list[str] = []
+    for _ in range(2):
+        child = _child()
+        try:
+            lines = child.ask(pair, seconds)
+        except BaseException:
+            child.close()
+            raise
+        if lines and lines[-1] in _verdicts:
+            _idle.append(child)
+            return _verdicts[lines[-1]], False
         child.close()
-        raise
-    if lines and lines[-1] in _verdicts:
-        _idle.append(child)
-        return _verdicts[lines[-1]], False
-    child.close()
+        if child.is_late:
+            break
+    if not (child.is_ready or child.is_late):
+        raise RuntimeError(
+            f"math-verify: its process does not start (exit code {child.exit_code}); `{sys.executable} {_WORKER}` says "
+            "why"
+        )
     return (False if "read" in lines else None), True
 
 

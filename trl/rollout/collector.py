@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from trl.data.records import Rollout
+from trl.generation.stopping import without_ends
 from trl.rewards.panel import RewardError
 from trl.rollout.experience import RolloutState
 from trl.rollout.prompts import PromptStream, places_of
@@ -28,7 +29,7 @@ class Collector:
     rewards: None for an algorithm without rewards. group: completions of each prompt. wanted: prompts of a rollout on
     each rank. stretch: see `places_of`. rounds: of sampling at most; in further rounds than the first, groups of equal
     rewards give their places to groups of further prompts (dynamic sampling). unscored: is told of completions whose
-    reward functions failed.
+    reward functions failed. ends: tokens that end the model's completions, which their texts leave out.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class Collector:
         rank: int = 0,
         world: int = 1,
         unscored: Callable[[int, Rollout, list[Any]], None] | None = None,
+        ends: Sequence[int] = (),
     ):
         self.source, self.rewards, self.prompts, self.tokenizer = source, rewards, prompts, tokenizer
-        self.group, self.rounds, self.unscored = group, rounds, unscored
+        self.group, self.rounds, self.unscored, self.ends = group, rounds, unscored, ends
         self._seed, self._wanted, self._world = seed, wanted, world
         self._places = places_of(rank, world, wanted, stretch)
         self._gather: Callable[[list[Any]], list[Any]] = gather_object if world > 1 else list
@@ -83,21 +85,32 @@ class Collector:
         """See `Source.draw`; with the completions' texts."""
         rollout = self.source.draw(rows, group, seed, places)
         if not rollout.texts:
-            rollout.texts = self.tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+            rollout.texts = without_ends(self.tokenizer, rollout.completions, self.ends)
         return rollout
 
     def judge(self, rollout: Rollout, rows: Rows, group: int, trainer_state: Any) -> Rewards:
         """The rewards of a rollout; the rows' columns reach the reward functions by their names."""
         if self.rewards is None:
             return Rewards.none(len(rollout))
-        names = [name for name in rows[0] if name not in ("prompt", "prompt_ids")]
-        columns: dict[str, Any] = {name: [row[name] for row in rows for _ in range(group)] for name in names}
+        columns = {"prompt_texts": rendered(rollout, self.tokenizer), **columns_of(rows, group)}
         return self.rewards(rollout, self.prompt_texts(rows, group), {**columns, "trainer_state": trainer_state})
 
     def prompt_texts(self, rows: Rows, group: int) -> list[Any]:
         """The rows' prompts, one for each completion: as they are in the data set, else decoded."""
         texts = [row["prompt"] if "prompt" in row else self.tokenizer.decode(row["prompt_ids"]) for row in rows]
         return [text for text in texts for _ in range(group)]
+
+
+def columns_of(rows: Rows, group: int = 1) -> dict[str, list[Any]]:
+    """The rows' columns but their prompts, a value for each completion; None where a row lacks a column."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "prompt_ids"))
+    return {name: [row.get(name) for row in rows for _ in range(group)] for name in names}
+
+
+def rendered(rollout: Rollout, tokenizer: Any) -> list[str]:
+    """Each prompt as the policy read it, with special tokens."""
+    texts = {ids: str(tokenizer.decode(list(ids))) for ids in set(map(tuple, rollout.prompts))}
+    return [texts[tuple(ids)] for ids in rollout.prompts]
 
 
 LIVE = ("histories", "environments")
@@ -119,13 +132,15 @@ def replace_groups(
     in the order of their places, so the result does not depend on the number of ranks.
     """
     new_rows, new_rollout, new_rewards = further
+    extra = _same_columns(rewards, new_rewards, gather)
     places = range(len(rows)) if places is None else places
     for name in LIVE:
         rollout.metadata.pop(name, None)
     here = {place: slice(i * group, (i + 1) * group) for i, place in enumerate(places)}
     useful, fresh = (of.informative_groups(group).tolist() for of in (rewards, new_rewards))
     holes = gather([place for place, kept in zip(places, useful, strict=True) if not kept])
-    theirs = _columns(new_rollout, rollout)
+    theirs = [*_columns(new_rollout, rollout), *(new_rewards.logs.extra[name] for name in extra)]
+    ours = [*_columns(rollout, rollout), *(rewards.logs.extra[name] for name in extra)]
     taken = [
         (place, row, [column[here[place]] for column in theirs], new_rewards.scores_BF[here[place]])
         for place, row, wanted in zip(places, new_rows, fresh, strict=True)
@@ -135,9 +150,20 @@ def replace_groups(
     for i, place in enumerate(places):
         if place in moved:
             _, rows[i], columns, rewards.scores_BF[here[place]] = moved[place]
-            for mine, values in zip(_columns(rollout, rollout), columns, strict=True):
+            for mine, values in zip(ours, columns, strict=True):
                 if mine:
                     mine[here[place]] = values
+
+
+def _same_columns(rewards: Rewards, further: Rewards, gather: Callable[[list[Any]], list[Any]]) -> list[str]:
+    """The columns that any rank's reward functions have logged, which all rewards then have; numbers are added up."""
+    logs = (rewards.logs, further.logs)
+    names = sorted(set(gather([name for each in logs for name in each.extra])))
+    for each, of in zip(logs, (rewards, further), strict=True):
+        each.extra = {name: each.extra.get(name, [None] * len(of.scores_BF)) for name in names}
+    for name, numbers in further.logs.metrics.items():
+        rewards.logs.metrics.setdefault(name, []).extend(numbers)
+    return names
 
 
 def _columns(rollout: Rollout, like: Rollout) -> list[list[Any]]:

@@ -234,12 +234,14 @@ class RolloutLoader:
         make: Callable[[RolloutState], Experience],
         collate: Callable[[Experience], Any],
         shape: RolloutShape,
-        length: int,
+        length: int | None,
     ):
         self.make, self.collate, self.shape, self._length = make, collate, shape, length
         self.state = RolloutState()
 
     def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("a stream of prompts has no length")
         return self._length
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count, islice
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 
 from trl.data.columns import at_row, check_embedded, ids_of, shown, text_of, unwrapped
@@ -20,32 +22,46 @@ def _order(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PromptStream:
-    """Reads the rows over and over, in another order each time.
+    """Reads the rows over and over, in another order each time; those of an `IterableDataset` in its own order.
 
     The order is a function of the position alone, so a run can resume anywhere.
     """
 
     rows: Any
-    """a map-style data set"""
+    """a data set"""
     seed: int
     shuffle: bool = True
 
     def __post_init__(self) -> None:
+        self._read = 0
+        """rows of an `IterableDataset` that were read"""
+        self._reader: Iterator[dict[str, Any]] | None = None
+        if isinstance(self.rows, IterableDataset):
+            return
         if isinstance(self.rows, Mapping):
             raise ValueError(f"train_dataset: a dict of data sets ({', '.join(self.rows)}); pass one of them")
         if not hasattr(self.rows, "__len__") or not hasattr(self.rows, "__getitem__"):
             raise ValueError(
                 f"train_dataset: prompts are drawn by their place, a {type(self.rows).__name__} has none; give a "
-                "map-style data set"
+                "`Dataset`, a list of rows, or an `IterableDataset`"
             )
         if not len(self.rows):
             raise ValueError("train_dataset: it has no rows; give prompts")
 
-    def take(self, position: int, count: int) -> list[dict[str, Any]]:
+    def take(self, position: int, wanted: int) -> list[dict[str, Any]]:
         """The rows from `position` on."""
-        return [self.rows[self._place(position + i)] for i in range(count)]
+        if isinstance(self.rows, IterableDataset):
+            return self._next(position, wanted)
+        return [self.rows[self._place(position + i)] for i in range(wanted)]
+
+    def _next(self, position: int, wanted: int) -> list[dict[str, Any]]:
+        """The rows of an `IterableDataset`, which is read from its start where they lie behind."""
+        if self._reader is None or position < self._read:
+            self._reader, self._read = passes(self.rows), 0
+        skipped, self._read = position - self._read, position + wanted
+        return list(islice(self._reader, skipped, skipped + wanted))
 
     def check(self, position: int, count: int, tokenizer: Any, embeddings: int | None = None) -> None:
         """ValueError where one of the rows from `position` on has no prompt that the model can read."""
@@ -57,6 +73,18 @@ class PromptStream:
     def _place(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.rows))
         return int(_order(len(self.rows), self.seed * 1_000_003 + epoch)[offset]) if self.shuffle else offset
+
+
+def passes(rows: IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of an `IterableDataset` over and over; each pass is its next epoch, which may have another order."""
+    for epoch in count():
+        rows.set_epoch(epoch)
+        empty = True
+        for row in rows:
+            empty = False
+            yield row
+        if empty:
+            raise ValueError("train_dataset: it has no rows; give prompts")
 
 
 def places_of(rank: int, world: int, wanted: int, stretch: int) -> list[int]:

@@ -24,7 +24,10 @@ TYPES = {"step": "int64", "prompt": "string", "completion": "string", "completio
 def table_of(
     step: int, rollout: Rollout, prompts: Sequence[Any], rewards: Rewards, learned: Mapping[str, Sequence[Any]]
 ) -> Columns:
-    """A row per completion: the texts, each reward (None: no opinion) and what is learned from it."""
+    """A row per completion: the texts, each reward (None: no opinion) and what is learned from it.
+
+    step: number of the first optimizer step that learns from them.
+    """
     scores = dict(zip(rewards.names, rewards.scores_BF.T.tolist(), strict=True))
     return {
         "step": [step] * len(rollout),
@@ -33,6 +36,7 @@ def table_of(
         "completion_ids": rollout.completions,
         **{f"reward_{name}": [None if math.isnan(x) else x for x in values] for name, values in scores.items()},
         **{name: list(values) for name, values in learned.items()},
+        **rewards.logs.extra,
     }
 
 
@@ -63,9 +67,12 @@ def record(
         add(f"rewards/{name}/mean", float(known.sum()), len(known))
         if len(known) > 1:
             add(f"rewards/{name}/std", float(known.std()), 1)
-        add(f"rewards/{name}/timed_out", float(late), 1)
+        if late is not None:
+            add(f"rewards/{name}/timed_out", float(late), 1)
     total_B = rewards.total_B()
     known = total_B[~total_B.isnan()]
+    for name, numbers in rewards.logs.metrics.items():
+        add(name, sum(numbers), len(numbers))
     add("reward", float(known.sum()), len(known))
     add("unscored_ratio", float(len(total_B) - len(known)), len(total_B))
     if group > 1:
@@ -84,25 +91,41 @@ def write_parquet(directory: Path, number: int, columns: Mapping[str, Sequence[A
     from pyarrow import parquet
 
     arrow = {"int64": pyarrow.int64(), "string": pyarrow.string(), "list": pyarrow.list_(pyarrow.int64())}
-    schema = pyarrow.schema([(name, arrow.get(TYPES.get(name, ""), pyarrow.float64())) for name in columns])
+    types = {name: _type_of(name, values) for name, values in columns.items()}
+    schema = pyarrow.schema([(name, arrow.get(types[name], pyarrow.float64())) for name in columns])
     plain = {
-        name: [_written(value) for value in values] if TYPES.get(name) == "string" else list(values)
+        name: [_written(value) for value in values] if types[name] == "string" else list(values)
         for name, values in columns.items()
     }
     name = f"rollout-{number:06d}.parquet"
     try:
         table = pyarrow.table(plain, schema=schema)
     except UnicodeEncodeError:  # lone surrogates
-        texts = {name: list(map(_encodable, values)) for name, values in plain.items() if TYPES.get(name) == "string"}
+        texts = {name: list(map(_encodable, values)) for name, values in plain.items() if types[name] == "string"}
         table = pyarrow.table({**plain, **texts}, schema=schema)
     with writing(directory) as beside:
         parquet.write_table(table, beside / name)
     return directory / name
 
 
+def _type_of(name: str, values: Sequence[Any]) -> str:
+    """The type of a column: that of `TYPES`, "number" where all values are numbers, else "string"."""
+    return TYPES.get(name, "number" if all(_is_number(value) for value in values) else "string")
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
 def _written(value: Any) -> str | None:
     """A text, or a conversation as JSON."""
     return value if value is None or isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _encodable(text: str | None) -> str | None:
@@ -114,15 +137,15 @@ def print_table(columns: Mapping[str, Sequence[Any]], most: int | None, unique: 
     from rich.table import Table
     from rich.text import Text
 
-    numbers = [name for name in columns if name not in TYPES]
+    further = [name for name in columns if name not in TYPES]
     rows = list(range(len(columns["prompt"])))
     if unique:
         rows = [i for i in rows if columns["prompt"].index(columns["prompt"][i]) == i]
     table = Table(title=f"step {columns['step'][0]}", show_lines=True)
-    for name in ("prompt", "completion", *numbers):
+    for name in ("prompt", "completion", *further):
         table.add_column(Text(visible(name)))
     for i in rows[:most]:
-        shown = ["-" if (value := columns[name][i]) is None else f"{value:.2f}" for name in numbers]
         texts = (str(columns["prompt"][i])[-200:], columns["completion"][i])
-        table.add_row(*(Text(visible(text)) for text in texts), *shown)
+        shown = [_shown(columns[name][i]) for name in further]
+        table.add_row(*(Text(visible(text)) for text in (*texts, *shown)))
     console().print(table)

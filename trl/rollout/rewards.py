@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from trl.losses.policy import soft_overlong_punishment
 from trl.models.scoring import rewards as rewards_of
 from trl.models.unwrap import below_peft
 from trl.rewards.named import reward_panel
-from trl.rewards.panel import RewardPanel
+from trl.rewards.panel import Logs, RewardPanel, Verdict, checked
+from trl.rewards.texts import EpisodeText
 from trl.rollout.experience import Experience
 from trl.rollout.measure import PACKED_TOKENS, pieces
 
@@ -27,7 +28,9 @@ class Rewards:
     names: list[str]
     scores_BF: Tensor
     weights_F: Tensor
-    timed_out: list[bool]
+    timed_out: list[bool | None]
+    """whether each function came too late; None where it has no time-out"""
+    logs: Logs = field(default_factory=lambda: Logs(0))
 
     @classmethod
     def none(cls, rows: int) -> Rewards:
@@ -49,6 +52,12 @@ def weighted_total(scores_BF: Tensor, weights_F: Tensor) -> Tensor:
     """The weighted sum of the scores that are known; NaN where none is. [B]"""
     unscored_B = scores_BF.isnan().all(-1)
     return (scores_BF.nan_to_num() @ weights_F).masked_fill(unscored_B, torch.nan)
+
+
+def lateness(panel: RewardPanel, verdict: Verdict) -> list[bool | None]:
+    """Whether each function came too late; None for one that may take its time."""
+    pairs = zip(verdict.timed_out, panel.timeouts, strict=True)
+    return [None if seconds is None else late for late, seconds in pairs]
 
 
 class RolloutRewards:
@@ -76,23 +85,72 @@ class RolloutRewards:
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
         """prompts: texts or conversations, one for each completion. columns: further keywords of the functions."""
+        late: list[bool | None] = [None]
         if self.panel is None:
             if len(rollout.rewards) != len(rollout):
                 raise ValueError(
                     f"rollout_func gave {len(rollout.rewards)} rewards for {len(rollout)} completions: fill "
                     "`Rollout.rewards`, or give `reward_funcs`"
                 )
-            scores, late = [rollout.rewards], [False]
+            source = "the environment" if "histories" in rollout.metadata else "rollout_func"
+            known = [None if reward is not None and reward != reward else reward for reward in rollout.rewards]
+            scores, logs = [checked(source, known, len(rollout))], Logs(len(rollout))  # nan: no opinion
         else:
-            verdict = self.panel(len(rollout), asked_of(rollout, prompts, columns))
-            scores, late = verdict.scores, verdict.timed_out
-        scores_BF = torch.tensor(scores, dtype=torch.float32).T
+            asked = asked_of(rollout, prompts, columns)
+            verdict = self.panel(len(rollout), asked, {name: asked.pop(name) for name in LIVE if name in asked})
+            scores, late, logs = verdict.scores, lateness(self.panel, verdict), verdict.logs
+        return self.with_overlong(rollout, torch.tensor(scores, dtype=torch.float32).T, late, logs)
+
+    def with_overlong(self, rollout: Rollout, scores_BF: Tensor, late: list[bool | None], logs: Logs) -> Rewards:
+        """The rewards, with the soft overlong punishment where it is asked for."""
         if self.overlong is not None:
             lengths_B = torch.tensor([float(len(ids)) for ids in rollout.completions])
             punishment_B = soft_overlong_punishment(lengths_B, *self.overlong)
             punishment_B = punishment_B.masked_fill(scores_BF.isnan().all(-1), torch.nan)
-            scores_BF, late = torch.cat([scores_BF, punishment_B[:, None]], 1), [*late, False]
-        return Rewards(self.names, scores_BF, self.weights_F, late)
+            scores_BF, late = torch.cat([scores_BF, punishment_B[:, None]], 1), [*late, None]
+        return Rewards(self.names, scores_BF, self.weights_F, late, logs)
+
+
+class OwnRewards(RolloutRewards):
+    """The rewards of a panel by way of a user's function, which may ask the panel or score by itself.
+
+    function: `(rows of the data set, prompts, completions, completion_ids) -> [B, F]`, all of them one a completion.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
+        assert self.panel is not None
+        asked = asked_of(rollout, prompts, columns)
+        own = [asked.pop(name) for name in ("prompts", "completions", "completion_ids")]
+        self._live = {name: asked.pop(name) for name in LIVE if name in asked}
+        listed = {name: values for name, values in asked.items() if isinstance(values, list)}
+        self._shared = {name: value for name, value in asked.items() if name not in listed}
+        rows = [
+            {"prompt": prompt, **{name: values[row] for name, values in listed.items()}}
+            for row, prompt in enumerate(own[0])
+        ]
+        self._late: list[bool | None] = [None] * len(self.panel.names)
+        self._logs = Logs(len(rollout))
+        scores_BF = torch.as_tensor(self.function(rows, *own)).detach().float().cpu()
+        wanted = (len(rollout), len(self.panel.names))
+        if scores_BF.shape != wanted:
+            raise ValueError(
+                f"_calculate_rewards gave scores of shape {tuple(scores_BF.shape)}; give {wanted}: a row for each "
+                "completion of this process, a column for each reward function"
+            )
+        return self.with_overlong(rollout, scores_BF, self._late, self._logs)
+
+    def of_panel(
+        self, rows: Sequence[Mapping[str, Any]], prompts: Any, completions: Any, completion_ids: Any
+    ) -> Tensor:
+        """What the reward functions say; NaN: no opinion. [B, F]"""
+        assert self.panel is not None
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        verdict = self.panel(len(prompts), {**columns, **self._shared, **own}, self._live)
+        self._late, self._logs = lateness(self.panel, verdict), verdict.logs
+        return torch.tensor(verdict.scores, dtype=torch.float32).T
 
 
 class TokenRewards(RolloutRewards):
@@ -111,7 +169,8 @@ class TokenRewards(RolloutRewards):
         rows = Experience.of(rollout)
         runs = pieces(rows, 1, self.tokens)
         parts = [rewards_of(self.model, rows.select(run).packed(masked=False).to(self.device)).cpu() for run in runs]
-        return Rewards(self.names, torch.cat(parts)[:, None], self.weights_F, [False])
+        scores = checked("reward_model", torch.cat(parts), len(rollout))
+        return Rewards(self.names, torch.tensor(scores)[:, None], self.weights_F, [None])
 
     def _check(self, rollout: Rollout) -> None:
         """ValueError for a token that the model does not have: it belongs to another tokenizer than the policy's."""
@@ -124,14 +183,25 @@ class TokenRewards(RolloutRewards):
             )
 
 
+LIVE = ("histories", "environments", "trainer_state")
+"""keywords of reward functions whose objects are not copied"""
+
+
 def asked_of(rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of a reward function: a conversation is completed by a message, a text by a text."""
     extra = {name: values for name, values in rollout.metadata.items() if name not in ("truncated", "completions")}
+    texts: Sequence[str] = rollout.texts
+    own: dict[str, Any] = {"environments": None}
+    if "histories" in extra:
+        turns = [history.turns for history in extra["histories"]]
+        texts = [EpisodeText.of(text, own_turns) for text, own_turns in zip(texts, turns, strict=True)]
+        own |= {"turn_texts": turns, "environments": [history.own_environment for history in extra["histories"]]}
     said = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, rollout.texts, strict=True)
+        for prompt, text in zip(prompts, texts, strict=True)
     ]
     return {
+        **own,
         **columns,
         **extra,
         "prompts": list(prompts),
@@ -164,7 +234,7 @@ def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Re
         [*rewards.names, "missing_eos"],
         torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
         torch.cat([rewards.weights_F, torch.ones(1)]),
-        [*rewards.timed_out, False],
+        [*rewards.timed_out, None],
     )
 
 

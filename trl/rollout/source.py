@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trl.data.records import Rollout
+from trl.data.user_functions import in_order, own
 from trl.environment.chat_environment import ChatEnvironment
 from trl.environment.episodes import Environment
 from trl.environment.turns import SampledTurns
@@ -45,8 +47,8 @@ class SamplerSource:
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
         prompts = [list(row["prompt_ids"]) for row in rows]
-        own = seed if seed is None or places is None else tuple(seed * 2**20 + place for place in places)
-        groups = self.sampler.sample(prompts, self.params(own), n=group)
+        seeds = seed if seed is None or places is None else tuple(seed * 2**20 + place for place in places)
+        groups = self.sampler.sample(prompts, self.params(seeds), n=group)
         flat = [completion for completions in groups for completion in completions]
         rollout = Rollout(
             prompts=[prompt for prompt in prompts for _ in range(group)],
@@ -97,15 +99,15 @@ class EnvironmentSource:
     """the policy's log-probabilities, where the sampler's are of another distribution"""
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
-        own = [row for row in rows for _ in range(group)]
+        played = [own(dict(row)) for row in rows for _ in range(group)]
         if seed is None:
             first = int(torch.randint(2**62, ()))
-            seeds = list(range(first, first + len(own)))
+            seeds = list(range(first, first + len(played)))
         else:
             places = range(self.rank * len(rows), (self.rank + 1) * len(rows)) if places is None else places
             seeds = [seed * 2**20 + place * group + i for place in places for i in range(group)]
         turns = SampledTurns(self.sampler, self.params(seed), self.context)
-        rollout: Rollout = self.environment.rollout(own, turns, seeds, self.limit)
+        rollout: Rollout = self.environment.rollout(played, turns, seeds, self.limit)
         if self.measure is not None:
             rollout.logprobs = self.measure(rollout)
         return rollout
@@ -115,14 +117,87 @@ class EnvironmentSource:
 class FunctionSource:
     """Rollouts of a user's function, which may ask another engine."""
 
-    function: Callable[[list[dict[str, Any]]], Rollout]
-    """called with a row of the data set for each completion"""
+    function: Callable[[list[dict[str, Any]]], Rollout | Mapping[str, Any]]
+    """called with a row of the data set for each completion; gives a rollout, or what `rollout_of` reads"""
+    measure: Callable[[Rollout], list[list[float]]] | None = None
+    """the policy's log-probabilities, where the function does not know them"""
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
-        rollout = self.function([dict(row) for row in rows for _ in range(group)])
+        made = self.function([own(dict(row)) for row in rows for _ in range(group)])
+        rollout = rollout_of(made) if isinstance(made, Mapping) else made
+        if not isinstance(rollout, Rollout):
+            raise ValueError(
+                f"rollout_func gave a {type(rollout).__name__}: return a `Rollout`, or a dict with prompt_ids, "
+                "completion_ids and logprobs"
+            )
         if len(rollout) != len(rows) * group:
             raise ValueError(f"rollout_func gave {len(rollout)} completions for {len(rows) * group} rows")
+        if not rollout.logprobs and self.measure is not None:
+            rollout.logprobs = self.measure(rollout)
         return rollout
+
+
+MASKS = ("env_mask", "tool_mask")
+"""names of the mask in what a rollout function gives"""
+
+
+def rollout_of(columns: Mapping[str, Any]) -> Rollout:
+    """The rollout of a dict with a list for each of `prompt_ids`, `completion_ids`, `logprobs`: a value per completion.
+
+    `logprobs` may be None or missing, where they are unknown; `env_mask` is 1 where the policy wrote a token. `rewards`
+    are used where there are no reward functions; all further columns reach these by their names.
+    """
+    missing = [name for name in ("prompt_ids", "completion_ids") if name not in columns]
+    if missing:
+        raise ValueError(f"rollout_func: {missing[0]} is missing among {', '.join(columns)}; give a list of token ids")
+    given = {name: _listed(name, values) for name, values in columns.items() if values is not None}
+    completions = [list(map(int, ids)) for ids in given.pop("completion_ids")]
+    prompts = [list(map(int, ids)) for ids in given.pop("prompt_ids")]
+    logprobs = [[float(_first(number)) for number in row] for row in given.pop("logprobs", [])]
+    masks = next((given.pop(name) for name in MASKS if name in given), [[1] * len(ids) for ids in completions])
+    for name, values in {"prompt_ids": prompts, **given}.items():
+        if len(values) != len(completions):
+            raise ValueError(f"rollout_func: {name} has {len(values)} values for {len(completions)} completions")
+    for name, rows in (("logprobs", logprobs), ("env_mask", masks)):
+        for row, (numbers, ids) in enumerate(zip(rows, completions, strict=len(rows) > 0)):
+            if len(numbers) != len(ids):
+                raise ValueError(f"rollout_func: {name}[{row}] has {len(numbers)} numbers for {len(ids)} tokens")
+    masks = [list(map(int, mask)) for mask in masks]
+    return Rollout(prompts, completions, logprobs, masks, given.get("rewards", []), metadata=given)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return in_order(values)
+    except TypeError:
+        raise ValueError(
+            f"rollout_func: {name} is a {type(values).__name__}; give a list with a value for each completion"
+        ) from None
+
+
+def _first(number: Any) -> Any:
+    """A token's log-probability; the first where those of several candidates are given."""
+    return number[0] if isinstance(number, list | tuple) else number
+
+
+def calls_of(
+    function: Callable[..., Any], further: Sequence[Any], earlier: Sequence[Any]
+) -> Callable[[list[Any]], Any]:
+    """A user's `rollout_func` as a function of the rows.
+
+    Its first argument is a list of rows, or of their prompts where it is called `prompts`. Then come `further`, the
+    trainer; or `earlier`, the config and the tokenizer, where the second is called `args`.
+    """
+    try:
+        names = [*inspect.signature(function).parameters, "", ""]
+    except (TypeError, ValueError):
+        names = ["", ""]
+    more = earlier if names[1] == "args" else further
+
+    def call(rows: list[Any]) -> Any:
+        return function([row["prompt"] for row in rows] if names[0] == "prompts" else rows, *more)
+
+    return call
 
 
 # -- environments ------------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from trl.import_utils import is_deepspeed_available, pip_install
+
+logger = logging.getLogger(__name__)
 
 PROFILES = Path(__file__).parent / "accelerate_configs"
 LAUNCHED = "TRL_LAUNCHED"
@@ -66,6 +71,23 @@ def profile_file(profile: str) -> tuple[Path, bool]:
     raise ValueError(f"accelerate_config={profile!r}: choose one of {names}, or give a file that is there")
 
 
+def check_profile(launch: LaunchArguments) -> None:
+    """ValueError for a profile of ours that this machine cannot run; a line for one that means another thing here."""
+    import torch
+
+    profile = launch.accelerate_config
+    if profile in ("zero2", "zero3") and not is_deepspeed_available():
+        raise ValueError(
+            f"accelerate_config={profile!r}: needs DeepSpeed; {pip_install('deepspeed')}, or take fsdp2, which needs "
+            "nothing more than PyTorch"
+        )
+    if profile == "fsdp2" and not torch.accelerator.is_available():
+        logger.warning(
+            "accelerate_config='fsdp2': accelerate shares weights out over accelerators only; here on the CPU every "
+            "process holds the whole model, as with ddp"
+        )
+
+
 def _default_profile() -> str | None:
     """Data parallelism; None where `accelerate config` has written a default, which the launcher then reads."""
     from accelerate.commands.config.config_args import default_config_file
@@ -88,6 +110,7 @@ def start(launch: LaunchArguments, module: str, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    check_profile(launch)
     arguments = launch_command_parser().parse_args(launcher_words(launch, module, words))
     os.environ[LAUNCHED] = "1"
     if not torch.accelerator.is_available():

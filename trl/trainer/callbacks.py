@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from trl.data.chat import ChatTemplate
 from trl.data.formats import is_conversational
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
+from trl.generation.stopping import end_tokens, without_ends
 from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
@@ -111,6 +112,25 @@ class RichProgressCallback(TrainerCallback):
             self.progress, self._bars = None, {}
 
 
+class NotebookColumns(TrainerCallback):
+    """Adds columns to the table that transformers shows in a notebook, which has the loss alone.
+
+    shown: transformers' callback, which writes its line first.
+    """
+
+    columns: ClassVar[dict[str, str]] = {"Reward": "reward", "KL": "kl", "Length": "completions/mean_length"}
+    """title -> name in the logs"""
+
+    def __init__(self, shown: Any):
+        self.shown = shown
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs, table = kwargs.get("logs") or {}, getattr(self.shown, "training_tracker", None)
+        found = {title: logs[name] for title, name in self.columns.items() if name in logs}
+        if table is not None and found and "loss" in logs and args.eval_strategy == "no":
+            table.write_line({"Step": state.global_step, **found})
+
+
 class LogCompletionsCallback(TrainerCallback):
     """Samples completions of evaluation prompts and logs them as a table `completions`.
 
@@ -165,7 +185,7 @@ class LogCompletionsCallback(TrainerCallback):
             )
         with eval_no_grad(model):
             groups = make_sampler(model, tokenizer).sample(prompts, params)
-        texts = tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
+        texts = without_ends(tokenizer, [group[0].ids for group in groups], end_tokens(model, tokenizer))
         asked_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         return [(step, *row) for row in zip(asked_texts, texts, strict=True)]
 

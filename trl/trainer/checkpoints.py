@@ -275,23 +275,29 @@ def keep_newest(
     keep: Iterable[Path] = (),
     is_old: Callable[[Path], bool] = lambda folder: False,
 ) -> None:
-    """Remove the oldest checkpoints until `limit` whole ones are left, and torn ones older than the newest whole one.
+    """Remove the oldest checkpoints until `limit` are left, and killed saves older than the newest whole one.
 
-    keep: never removed, besides the newest whole one. A folder is renamed before its files go.
+    keep: never removed, besides the newest whole one. A folder is renamed before its files go. A checkpoint that has
+    lost a file, an optimizer's that its user removed, say, is no killed save: it is one of the `limit`.
     """
     if not limit or limit < 0:
         return
     found = checkpoints(output_dir, prefix)
     whole = [folder for folder in found if is_whole(folder) or is_old(folder)]
+    finished = [folder for folder in found if folder in whole or is_finished(folder)]
     protected = {path.resolve() for path in (*keep, *whole[-1:])}
-    free = [folder for folder in whole if folder.resolve() not in protected]
-    doomed = free[: max(0, len(whole) - max(limit, len(protected)))]
-    torn = [path for path in found[: found.index(whole[-1])] if path not in whole] if whole else []
+    free = [folder for folder in finished if folder.resolve() not in protected]
+    doomed = free[: max(0, len(finished) - max(limit, len(protected)))]
+    torn = [path for path in found[: found.index(whole[-1])] if path not in finished] if whole else []
     for folder in (*doomed, *(path for path in torn if path.resolve() not in protected)):
-        _remove(folder)
+        remove(folder)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """Rename a folder, so that it is whole or gone, and remove it; of a link, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     away = hidden(folder, REMOVING)
     shutil.rmtree(away, ignore_errors=True)
     os.rename(folder, away)
@@ -305,6 +311,11 @@ def is_whole(folder: Path, *, contents: bool = False) -> bool:
     except Torn:
         return False
     return True
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a save of this folder came to its end, whatever has happened to it since."""
+    return (folder / MANIFEST).is_file()
 
 
 def clean_up(output_dir: str | os.PathLike[str], prefix: str = PREFIX) -> None:

@@ -49,7 +49,7 @@ def create_accelerator(config: DDPOConfig, *, own_autocast: bool) -> Accelerator
     name = config.log_with
     if name in ("wandb", "tensorboard") and name not in map(str, get_available_trackers()):
         raise ImportError(f"log_with={name!r}: {name} is not installed; {pip_install(name)}")
-    directory = os.path.join(config.logdir, config.run_name)
+    directory = os.path.abspath(os.path.join(config.logdir, config.run_name))  # a reward may change the directory
     project = {
         "project_dir": directory,
         "logging_dir": directory,

@@ -1,6 +1,5 @@
 """DDPO: policy gradient on the denoising steps of a diffusion model (arXiv:2305.13301)."""
 
-import asyncio
 import inspect
 import os
 import warnings
@@ -16,6 +15,7 @@ from accelerate.utils import gather_object, set_seed
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trl.data.user_functions import Awaited
 from trl.losses.policy import clipped_surrogate
 from trl.models.ddim import predict_noise
 from trl.models.modeling_sd_base import DDPOStableDiffusionPipeline
@@ -151,19 +151,23 @@ class DDPOTrainer(BaseTrainer):
         epochs = self.config.num_epochs if epochs is None else epochs
         remaining = range(self.first_epoch, epochs)
         folder, config = checkpoint_folder(self.accelerator), self.config
-        resumes, root = bool(config.resume_from), folder.parent
-        held = self._folder.held(folder, resumes=resumes, overwrite=config.overwrite_output_dir, root=root)
+        resumes, root = self._folder.goes_on(config.resume_from, folder), folder.parent
+        overwrite, asked = config.overwrite_output_dir, bool(config.resume_from)
+        held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked, root=root)
         with held, self._signal.listening(config.enable_jit_checkpoint):
             checkpoints.clean_up(folder, PREFIX)
             refuse_to_overwrite(self.accelerator, remaining, config.save_freq)
             if self.accelerator.is_main_process:
-                self._folder.begin_metrics(root, self.progress.global_step - 1 if self.first_epoch else None)
+                self._folder.begin_metrics(
+                    root, self.progress.global_step - 1 if self.first_epoch and resumes else None
+                )
             for epoch in remaining:
                 self.step(epoch, self.progress.global_step)
                 if config.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
                     if not self._saves(epoch):
                         self._save_checkpoint(epoch)
                     raise SystemExit(TERMINATED)
+            check_weights(self.accelerator, f"after step {self.progress.global_step}", self._prepared)
 
     def _saves(self, epoch: int) -> bool:
         """Whether there is a checkpoint after an epoch."""
@@ -217,7 +221,7 @@ class DDPOTrainer(BaseTrainer):
         samples, prompt_image_pairs = [], []
         negative = self.neg_prompt_embed.repeat(batch_size, *[1] * (self.neg_prompt_embed.ndim - 1))
         for _ in range(iterations):
-            prompts, prompt_metadata = zip(*(self.prompt_fn() for _ in range(batch_size)), strict=True)
+            prompts, prompt_metadata = zip(*(as_prompt(self.prompt_fn()) for _ in range(batch_size)), strict=True)
             prompt_ids, prompt_embeds = self._encode(prompts)
             with self.autocast():
                 output = pipeline(
@@ -272,7 +276,7 @@ class DDPOTrainer(BaseTrainer):
         images, prompts, prompt_metadata = pair
         try:
             answer = self.reward_fn(images, prompts, prompt_metadata)
-            rewards, metadata = asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
+            rewards, metadata = Awaited.of(answer).result() if inspect.isawaitable(answer) else answer
         except SystemExit as error:
             raise RuntimeError(f"reward_function asked the program to end: {error!r}; return rewards") from error
         rewards_B = torch.as_tensor(rewards, dtype=torch.float32, device=self.accelerator.device)
@@ -471,5 +475,10 @@ class DDPOTrainer(BaseTrainer):
             file.write(text)
 
 
-async def _awaited(answer: Any) -> Any:
-    return await answer
+def as_prompt(given: Any) -> tuple[str, Metadata]:
+    """What the prompt function gave as prompt and metadata; a text alone has none."""
+    if isinstance(given, str):
+        return given, {}
+    if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[0], str):
+        return given[0], given[1]
+    raise ValueError(f"prompt_function gave {given!r}: return a prompt, a text, and its metadata")

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
 import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from trl.data.batches import padded_pairs
+from trl.data.formats import column_names
 from trl.import_utils import is_peft_available
 from trl.legacy import dpo
-from trl.losses.pairs import F_DIVERGENCES
-from trl.losses.preference import PAIR_LOSSES, WHOLE_BATCH, pair_options
+from trl.losses.loss_sum import LossSum
+from trl.losses.pairs import F_DIVERGENCES, PairLogps
+from trl.losses.preference import (
+    PAIR_LOSSES,
+    WHOLE_BATCH,
+    likelihood_metrics,
+    losses_of_pairs,
+    pair_metrics,
+    pair_options,
+    reported,
+)
 from trl.models.prepare import context_length
 from trl.models.reference import Reference
-from trl.models.scoring import score
 from trl.trainer.configuration import Setting, as_config, choose, older_style, refuse_unused, require, with_keywords
-from trl.trainer.pair_trainer import PairConfig, PairTrainer
+from trl.trainer.overrides import check_own_losses, known_to, own_batch_loss
+from trl.trainer.pair_trainer import PairBatch, PairConfig, PairTrainer
 from trl.trainer.references import ReferenceColumns, ReferenceConfig, follows, make_reference
 
 WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo")
 """losses that have other trainers"""
 DPO_LOSSES = tuple(name for name in PAIR_LOSSES if name not in WITHOUT_REFERENCE)
 DISCOPOP_TAU: float = pair_options("discopop")["discopop_tau"]
+SIDES = ("chosen", "rejected")
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 
 
@@ -200,10 +216,11 @@ class DPOTrainer(PairTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             compute_metrics=compute_metrics,
         )
+        self._check_padded_road()
         self.reference = make_reference(
             self, ref_model, REFERENCE_COLUMNS, absent=config.reference_free, encoder_decoder=self._encoder_decoder
         )
-        self._ahead = ReferenceColumns(self, self.reference, REFERENCE_COLUMNS, self._scored)
+        self._ahead = ReferenceColumns(self, self.reference, REFERENCE_COLUMNS, self._scored_ahead)
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -219,22 +236,154 @@ class DPOTrainer(PairTrainer):
         if "reference" in state:
             self.reference.load(state["reference"])
 
-    def _scored(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        packed = batch["packed"]
-        return self.sums(score(model, packed).logprobs_BT, packed.mask_BT)
+    def policy_sums(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        if self._is_padded_road:
+            chosen, rejected, *_ = self._own_forward(model, batch)
+            return chosen, rejected
+        return super().policy_sums(model, batch)
+
+    def _scored_ahead(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The reference's numbers before training; `model` may be the policy, which has not moved yet."""
+        if not self.owns("compute_reference_log_probs"):
+            return self.policy_sums(model, batch)
+        self._standing_in = model
+        try:
+            return self.compute_reference_log_probs(PairBatch(batch))
+        finally:
+            self._standing_in = None
 
     def reference_sums(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         if self.args.reference_free:
             return None, None
         if REFERENCE_COLUMNS[0] in batch:
             return batch[REFERENCE_COLUMNS[0]], batch[REFERENCE_COLUMNS[1]]
+        if self.owns("compute_reference_log_probs"):
+            with torch.no_grad():
+                return self.compute_reference_log_probs(batch)
         with self.reference.model() as reference:
             if reference is None:
                 raise ValueError(f"the reference is precomputed, but the rows have no columns {REFERENCE_COLUMNS}")
-            return self._scored(reference, batch)
+            return self.policy_sums(reference, batch)
 
     def divergence(self) -> dict[str, Any]:
         return {"divergence": self.args.f_divergence_type, "divergence_alpha": self.args.f_alpha_divergence_coef}
+
+    # -- where a subclass overrides a method of release 0.7.7 (see `overrides.TABLE`) ---------------
+
+    _standing_in: nn.Module | None = None
+    """the policy, while the reference's numbers are computed before training and no reference is kept"""
+    _dealt_with: tuple[PairLogps, Mapping[str, Any], Tensor | None] | None = None
+    """what `dpo_loss` is asked about in training: the pairs, their batch and their weights"""
+
+    @property
+    def _is_padded_road(self) -> bool:
+        """Whether the models read padded rows by a method of the user's."""
+        return any(self.owns(name) for name in ("concatenated_forward", "concatenated_inputs", "get_batch_logps"))
+
+    def _check_padded_road(self) -> None:
+        """ValueError for what a method of the user's on padded rows would leave out."""
+        if not self._is_padded_road:
+            return
+        if self._encoder_decoder:
+            raise ValueError("concatenated_forward: an encoder-decoder reads no padded pairs here; override dpo_loss")
+        for name, used in (("ld_alpha", self.args.excess_weight() != 1.0), ("use_weighting", self.args.use_weighting)):
+            if used:
+                raise ValueError(
+                    f"{name}={getattr(self.args, name)!r}: weighs single tokens, and an overridden "
+                    "concatenated_forward gives only their sums; leave one of them out"
+                )
+
+    def own_rows(self, dataset: Any) -> Any:
+        if not self.owns("tokenize_row") and not self.owns("build_tokenized_answer"):
+            return dataset
+        given = {"processing_class": self.processing_class, "tokenizer": self.processing_class}
+        for name in ("max_length", "max_prompt_length"):
+            given[name] = getattr(self.args, name)
+        given |= {"max_completion_length": self.args.max_completion_length, "add_special_tokens": False}
+
+        def tokenize_row(row: Mapping[str, Any]) -> dict[str, Any]:
+            return self.tokenize_row(row, **known_to(self.tokenize_row, given, passes_on=False))
+
+        if isinstance(dataset, Dataset):
+            key = Hasher.hash([dataset._fingerprint, id(self), uuid4().hex])  # a method's code is not known to be pure
+            return dataset.map(tokenize_row, remove_columns=self._texts(dataset), new_fingerprint=key)
+        if isinstance(dataset, list):
+            return [tokenize_row(row) for row in dataset]
+        return dataset.map(tokenize_row, remove_columns=self._texts(dataset))
+
+    @staticmethod
+    def _texts(dataset: Any) -> list[str]:
+        return [name for name in column_names(dataset) if name in ("prompt", "chosen", "rejected")]
+
+    def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
+        if not self.owns("get_batch_loss_metrics"):
+            return super().objective(model, batch)
+        return own_batch_loss(self.get_batch_loss_metrics, model, batch, self.count(batch))
+
+    def _loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[LossSum, PairLogps]:
+        if not self._is_padded_road:
+            return super()._loss(model, batch)
+        if "kto_pair" in self.losses and "kl_chosen" not in batch:
+            self._whole_step_kl([batch])
+        chosen, rejected, *logits = self._own_forward(model, batch)
+        mask_BT = batch["packed"].mask_BT
+        pair = PairLogps(chosen, rejected, *self.reference_sums(batch), mask_BT[0::2].sum(-1), mask_BT[1::2].sum(-1))
+        if self.shift is not None and model.training:
+            self.shift.add(self.args.beta * torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B]))
+        result = self.pair_loss(pair, batch, None)
+        means = {
+            f"logits/{side}": each.detach().mean() * len(chosen) for side, each in zip(SIDES, logits, strict=False)
+        }
+        return LossSum(result.total, result.count, result.metrics | means), pair
+
+    def _own_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+        """Log-probabilities of chosen and rejected, and logits if there are any, of padded rows."""
+        given = self.concatenated_forward(model, batch)
+        if isinstance(given, Mapping):
+            names = ("chosen_logps", "rejected_logps", "mean_chosen_logits", "mean_rejected_logits")
+            given = tuple(given[name] for name in names if name in given)
+        pairs = batch["packed"].rows // 2
+        for side, logps in zip(SIDES, given, strict=False):
+            if logps.shape != (pairs,):
+                raise ValueError(
+                    f"concatenated_forward: the {side} log-probabilities have shape {tuple(logps.shape)}; give one sum "
+                    f"for each of the {pairs} pairs"
+                )
+        return list(given[:4])
+
+    def pair_loss(self, pair: PairLogps, batch: Mapping[str, Any], weight_B: Tensor | None) -> LossSum:
+        if not self.owns("dpo_loss"):
+            return super().pair_loss(pair, batch, weight_B)
+        ours = (pair.chosen_B, pair.rejected_B)
+        none = torch.zeros_like(ours[0])
+        theirs = [none if each is None else each for each in (pair.ref_chosen_B, pair.ref_rejected_B)]
+        self._dealt_with = (pair, batch, weight_B)
+        try:
+            total, chosen_B, rejected_B = self._own_losses((*ours, theirs[0], theirs[1]))
+        finally:
+            self._dealt_with = None
+        metrics = pair_metrics(PairLogps(chosen_B.detach(), rejected_B.detach()), 1.0)
+        metrics |= {"logps/chosen": ours[0].detach().sum(), "logps/rejected": ours[1].detach().sum()}
+        return LossSum(total, len(ours[0]), metrics | likelihood_metrics(pair, self.losses))
+
+    def _own_losses(self, logps: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of the losses of a `dpo_loss` of the user's, and its rewards. One that asks is told each loss."""
+        asks = "loss_type" in inspect.signature(self.dpo_loss).parameters
+        total, rewards = logps[0].new_zeros(()), (logps[0], logps[1])
+        for name, weight in self.losses.items() if asks else [("", 1.0)]:
+            named: dict[str, Any] = {"loss_type": name} if asks else {}
+            given = self.dpo_loss(*logps, **named)
+            losses, *rewards = check_own_losses("dpo_loss", given, len(logps[0]))  # type: ignore[assignment]
+            total = total + weight * losses
+        return total, rewards[0], rewards[1]
+
+    def keep(self, result: LossSum, mode: str, loss: bool = True) -> None:
+        if not self.owns("store_metrics"):
+            return super().keep(result, mode, loss)
+        prefix = "eval_" if mode == "eval" else ""
+        self.store_metrics(dpo.mean_metrics(result, prefix)[1], train_eval=mode)
+        if loss:
+            self.record("loss", result.total.detach(), result.count, mode=mode)
 
     def prepare_data(self) -> None:
         super().prepare_data()
@@ -264,17 +413,28 @@ class DPOTrainer(PairTrainer):
             label_pad_token_id=self.label_pad_token_id,
             is_encoder_decoder=self._encoder_decoder,
             model=model,
+            split_of=self.build_tokenized_answer,
         )
 
     def concatenated_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` of a padded batch, whole logits included."""
         padding = self.processing_class.pad_token_id if self.padding_value is None else self.padding_value
-        return dpo.concatenated_forward(model, batch, self.label_pad_token_id, padding)
+        if batch.get("packed") is not None:  # one of the trainer's own
+            batch = padded_pairs(batch["packed"], self.label_pad_token_id, padding)
+        return dpo.concatenated_forward(
+            model, batch, self.label_pad_token_id, padding, self.concatenated_inputs, self.get_batch_logps
+        )
 
     @torch.no_grad()
     def compute_reference_log_probs(self, padded_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The reference's log-probabilities of a padded batch's chosen and rejected. [pairs] each"""
+        """The reference's log-probabilities of a padded batch's chosen and rejected. [pairs] each
+
+        `padded_batch` may be one of the trainer's own.
+        """
         with self.reference.model() as reference:
+            reference = self._standing_in if reference is None else reference
+            if reference is not None and padded_batch.get("packed") is not None:
+                return self.policy_sums(reference, padded_batch)
             if reference is None:
                 raise ValueError(
                     "No reference model and model is not a Peft model. Try setting `precompute_ref_log_probs=True`"
@@ -287,22 +447,43 @@ class DPOTrainer(PairTrainer):
         policy_rejected_logps: Tensor,
         reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
-        reference_free: bool = False,
+        reference_free: bool | str = False,
+        model_output: Any = None,
+        *,
+        loss_type: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(losses, chosen_rewards, rejected_rewards)` of summed log-probabilities."""
+        """`(losses, chosen_rewards, rejected_rewards)` of summed log-probabilities.
+
+        loss_type: that one alone, with weight 1; it may stand in `reference_free`'s place, as in later releases.
+        """
+        if isinstance(reference_free, str):
+            loss_type, reference_free = reference_free, False
+        losses = self.losses if loss_type is None else {loss_type: 1.0}
         policy, reference = (
             (policy_chosen_logps, policy_rejected_logps),
             (reference_chosen_logps, reference_rejected_logps),
         )
-        return dpo.pair_losses(policy, reference, self.losses, self.loss_options({}), reference_free)
+        if self._dealt_with is not None:  # in training, where lengths, weights and the divergence are known too
+            pair, batch, weight_B = self._dealt_with
+            free = reference_free or self.args.reference_free
+            ref_chosen, ref_rejected = (None, None) if free else reference
+            pair = replace(
+                pair, chosen_B=policy[0], rejected_B=policy[1], ref_chosen_B=ref_chosen, ref_rejected_B=ref_rejected
+            )
+            options = self.loss_options(batch)
+            losses_B = losses_of_pairs(pair, losses, options, weight_B=weight_B, **self.divergence())
+            shown = reported(pair, losses)
+            rewards = (self.args.beta * ratio_B.detach() for ratio_B in (shown.chosen_ratio_B, shown.rejected_ratio_B))
+            return losses_B, *rewards
+        return dpo.pair_losses(policy, reference, losses, self.loss_options({}), bool(reference_free))
 
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's mean loss and metrics; `batch` is one of the trainer's own."""
-        return dpo.mean_metrics(self.objective(model, batch), "eval_" if train_eval == "eval" else "")
+        return dpo.mean_metrics(self._loss(model, batch)[0], "eval_" if train_eval == "eval" else "")
 
-    def store_metrics(self, metrics: Mapping[str, float], train_eval: str = "train") -> None:
+    def store_metrics(self, metrics: Mapping[str, Tensor | float], train_eval: str = "train") -> None:
         """Add to the metrics that the next log shows as their mean."""
         for name, value in metrics.items():
             self.record(name.removeprefix("eval_"), value, mode=train_eval)

@@ -20,8 +20,9 @@ from trl.data.records import Batch, Branch, TokenTree
 from trl.data.tokenize import list_codes, tokenize
 from trl.data.version import code_version
 from trl.generation.stopping import end_tokens
+from trl.legacy.dpo import mean_metrics
 from trl.losses.kto import UNPAIRED_LOSSES, mismatched_kl, unpaired_loss
-from trl.losses.loss_sum import LossSum, masked_sum
+from trl.losses.loss_sum import LossSum, Measure, masked_sum
 from trl.models.forward import eval_no_grad
 from trl.models.prepare import embedding_rows
 from trl.models.scoring import score
@@ -29,6 +30,7 @@ from trl.models.unwrap import is_encoder_decoder
 from trl.trainer.configuration import PreferenceConfig, Setting, as_config, choose, require
 from trl.trainer.given_data import Prepare
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
+from trl.trainer.overrides import check_own_losses, own_batch_loss
 from trl.trainer.preparation import answer_limits, prepare, refuse_collator
 from trl.trainer.references import ReferenceColumns, ReferenceConfig, follows, make_reference
 from trl.trainer.statistics import RewardShift
@@ -266,13 +268,21 @@ class KTOTrainer(ObjectiveTrainer):
                 batch.update(zip(self._columns, sums, strict=True))
             if "mismatched" in batch:
                 with eval_no_grad(self.model):
-                    log_ratio_B = self._sums(self.model, batch["mismatched"]) - batch[REFERENCE_COLUMNS[1]]
+                    policy_B = self._sums(self.model, batch["mismatched"])
+                log_ratio_B = policy_B - batch[REFERENCE_COLUMNS[1]]
+                if self.owns("kto_loss"):
+                    batch["policy_kl_logps"] = policy_B
                 totals += torch.stack([log_ratio_B.sum(), log_ratio_B.new_tensor(len(log_ratio_B))])
         total, rows = self.accelerator.reduce(totals, "sum").unbind()
         for batch in batches:
             batch["kl"] = mismatched_kl(total, rows)
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
+        if self.owns("get_batch_loss_metrics"):
+            return own_batch_loss(self.get_batch_loss_metrics, model, batch, self.count(batch))
+        return self._loss(model, batch)
+
+    def _loss(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         if "kl" not in batch:  # evaluation: the estimate is this batch's, over all ranks
             self._measure([batch])
         packed, desirable_B = batch["packed"], batch["desirable"]
@@ -281,23 +291,86 @@ class KTOTrainer(ObjectiveTrainer):
         log_ratio_B = logps_B - batch[REFERENCE_COLUMNS[0]]
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * log_ratio_B)
-        state = {"kto": {"kl": batch["kl"]}, "bco": {"delta": self.shift.value if self.shift else 0.0}}
-        result = unpaired_loss(
-            self.args.loss_type,
-            log_ratio_B,
-            desirable_B,
-            beta=self.args.beta,
-            desirable_weight=self.args.desirable_weight,
-            undesirable_weight=self.args.undesirable_weight,
-            logps_B=logps_B,
-            **state.get(self.args.loss_type, {}),
-        )
+        if self.owns("kto_loss"):
+            result = self._of_own_kto_loss(logps_B, batch)
+        else:
+            result = self._unpaired_loss(logps_B, log_ratio_B, batch)
         if self.args.loss_type == "kto":
             result.metrics["kl"] = (batch["kl"] * len(log_ratio_B), len(log_ratio_B))
         assert scores.logits_BT is not None
         for name, side_B in (("chosen", desirable_B), ("rejected", ~desirable_B)):
             result.metrics[f"logits/{name}"] = masked_sum(scores.logits_BT, packed.mask_BT * side_B[:, None])
         return result
+
+    def _unpaired_loss(self, logps_B: Tensor, log_ratio_B: Tensor, batch: Mapping[str, Any]) -> LossSum:
+        state = {"kto": {"kl": batch["kl"]}, "bco": {"delta": self.shift.value if self.shift else 0.0}}
+        return unpaired_loss(
+            self.args.loss_type,
+            log_ratio_B,
+            batch["desirable"],
+            beta=self.args.beta,
+            desirable_weight=self.args.desirable_weight,
+            undesirable_weight=self.args.undesirable_weight,
+            logps_B=logps_B,
+            **state.get(self.args.loss_type, {}),
+        )
+
+    # -- where a subclass overrides a method of earlier releases (see `overrides.TABLE`) ------------
+
+    _kl_at_hand: Tensor | None = None
+    """the estimate over the whole optimizer step, while `kto_loss` is asked in training"""
+
+    def _of_own_kto_loss(self, logps_B: Tensor, batch: Mapping[str, Any]) -> LossSum:
+        desirable_B, reference_B = batch["desirable"], batch[REFERENCE_COLUMNS[0]]
+        none = logps_B.new_zeros(0)
+        kl = (batch.get("policy_kl_logps", none), batch.get(REFERENCE_COLUMNS[1], none))
+        sides = [(logps_B[side_B], reference_B[side_B]) for side_B in (desirable_B, ~desirable_B)]
+        self._kl_at_hand = batch.get("kl")
+        try:
+            given = self.kto_loss(sides[0][0], sides[1][0], kl[0], sides[0][1], sides[1][1], kl[1])
+        finally:
+            self._kl_at_hand = None
+        total, chosen, rejected = check_own_losses("kto_loss", given, len(logps_B))
+        metrics: dict[str, Measure] = {
+            f"{kind}/{side}": (values.detach().sum(), len(values))
+            for kind, pair in (("rewards", (chosen, rejected)), ("logps", (sides[0][0], sides[1][0])))
+            for side, values in zip(("chosen", "rejected"), pair, strict=True)
+        }
+        return LossSum(total, len(logps_B), metrics)
+
+    def kto_loss(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        policy_KL_logps: Tensor | None,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+        reference_KL_logps: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(losses, chosen_rewards, rejected_rewards, kl)` of summed log-probabilities; a loss for each row.
+
+        In training the KL is that of the whole optimizer step, as it is where nothing is overridden.
+        """
+        kl = self._kl_at_hand
+        if kl is None and policy_KL_logps is not None and reference_KL_logps is not None:
+            kl = mismatched_kl((policy_KL_logps - reference_KL_logps).detach().sum(), len(policy_KL_logps))
+        kl = policy_chosen_logps.new_zeros(()) if kl is None else kl
+        sides = (policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps)
+        ratio_B = torch.cat(sides)
+        desirable_B = torch.arange(len(ratio_B), device=ratio_B.device) < len(sides[0])
+        state: dict[str, Any] = {"kto": {"kl": kl}, "bco": {"delta": self.shift.value if self.shift else 0.0}}
+        name, beta = self.args.loss_type, self.args.beta
+        losses_B = UNPAIRED_LOSSES[name](ratio_B, desirable_B, beta=beta, **state.get(name, {}))
+        weight_B = torch.where(desirable_B, self.args.desirable_weight, self.args.undesirable_weight)
+        return weight_B * losses_B, beta * sides[0].detach(), beta * sides[1].detach(), kl
+
+    def get_batch_loss_metrics(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's mean loss and metrics; `batch` is one of the trainer's own."""
+        return mean_metrics(self._loss(model, batch), "")
+
+    def prepared_columns(self) -> frozenset[str]:
+        mismatched = {MISMATCHED} if self.args.loss_type == "kto" else set()
+        return frozenset({"prompt_ids", "completion_ids"} | mismatched)
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         chosen, rejected = (means.get(f"rewards/{side}") for side in ("chosen", "rejected"))

@@ -169,10 +169,11 @@ METRICS: tuple[Metric, ...] = (
         "frac_reward_zero_std", "share of groups whose rewards are all equal: they teach nothing", "below 0.5",
         REWARDED, "groups of 2 or more",
     ),
-    Metric("unscored_ratio", "share of completions that no reward function had an opinion of", "0", REWARDED),
+    Metric("unscored_ratio", "share of completions that no reward function had an opinion of", "0", REWARDED,
+        "reward_timeout, or a function that has given None"),
     Metric("rewards/<function>/mean", "mean of one reward function", "rises", REWARDED),
     Metric("rewards/<function>/std", "its standard deviation", "above 0", REWARDED, "2 opinions or more"),
-    Metric("rewards/<function>/timed_out", "share of calls that came too late", "0", REWARDED),
+    Metric("rewards/<function>/timed_out", "share of calls that came too late", "0", REWARDED, "reward_timeout"),
     Metric("kept_ratio", "share of completions that are learned", "steady", ("RAFT",), "", False),
     Metric("step_time", "seconds of an optimizer step, sampling and rewards included", "steady", ROLLOUTS, "", False),
 )  # fmt: skip
@@ -194,3 +195,10 @@ def table(metrics: Iterable[Metric] = METRICS) -> str:
         where = "" if metric.evaluated else "; training only"
         lines.append(f"| `{metric.name}` | {metric.meaning} | {metric.healthy} | {who}{needs}{where} |")
     return "\n".join(lines)
+
+
+def check_new_names(names: Iterable[str]) -> None:
+    """ValueError for a name that a reward function logs a number under, and that means something else already."""
+    for name in names:
+        if name in OF_TRANSFORMERS or any(m.names(name) for m in METRICS if {*m.trainers} & {*ROLLOUTS}):
+            raise ValueError(f"log_metric: {name!r} is a metric of the trainers already; give it another name")

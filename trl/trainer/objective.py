@@ -25,13 +25,16 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
+from trl.data.formats import column_names
 from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
+from trl.data.records import Batch
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import Extreme, LossSum
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
+from trl.trainer import overrides
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 from trl.trainer.checkpoints import (
     PREFIX,
@@ -81,8 +84,15 @@ def _pieces(batch: Any) -> list[Any] | None:
 class StepEnd(TrainerCallback, ExportableState):
     """Calls before each optimizer step, and ends a run after one of them."""
 
-    def __init__(self, begin: Callable[[int], None], before: Callable[[], None], steps: NonFiniteSteps):
-        self._begin, self._before, self._steps = begin, before, steps
+    def __init__(
+        self,
+        begin: Callable[[int], None],
+        before: Callable[[], None],
+        steps: NonFiniteSteps,
+        asked: Callable[[], bool],
+    ):
+        """asked: collective; whether a process of the run was asked to end since it began a step."""
+        self._begin, self._before, self._steps, self._asked = begin, before, steps, asked
         self.stops = False
         """whether a process of the run was asked to end"""
 
@@ -107,6 +117,10 @@ class StepEnd(TrainerCallback, ExportableState):
         if self.stops:
             control.should_save = control.should_training_stop = True
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._asked():  # no further step is begun for that
+            control.should_save = control.should_training_stop = self.stops = True
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -130,6 +144,10 @@ class ObjectiveTrainer(Trainer):
     branches_per_row = 1
     """sequences that a row of a batch has"""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        overrides.remember(cls)
+
     @abstractmethod
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         """The loss of one micro-batch, summed."""
@@ -144,6 +162,10 @@ class ObjectiveTrainer(Trainer):
 
     def __init__(self, *args: Any, processing_class: Any = None, rows: Prepare | None = None, **kwargs: Any):
         """rows: prepares a data set for the collator; it is called for each one that the trainer is ever given."""
+        self._own = overrides.own_methods(type(self), vars(self))
+        """methods of `overrides.TABLE` that are the user's"""
+        self._at_hand: Any = None
+        """the micro-batch that a user's `compute_loss` is asked about"""
         own = kwargs["args"] = _own_settings(kwargs.get("args"))
         self._model_files: list[str] = []
         """what `from_pretrained` reads of the last save"""
@@ -151,12 +173,12 @@ class ObjectiveTrainer(Trainer):
         self._hub_strategy, own.hub_strategy = own.hub_strategy, HubStrategy.END  # checkpoints: see `_push_checkpoint`
         on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0010
 
-        def prepared(dataset: Any, name: str) -> Any:
-            return _with_lengths(dataset if rows is None else rows(dataset, name), own)
-
-        self.given = GivenData(prepared)
+        self.processing_class = processing_class  # rows may be prepared before `Trainer` takes it
+        self._make_rows: Prepare = rows or (lambda dataset, name: dataset)
+        self.given = GivenData(lambda dataset, name: _with_lengths(self._prepared(dataset, name), own))
         super().__init__(*args, processing_class=processing_class, **kwargs)
         self.args.enable_jit_checkpoint = on_signal
+        self._take_own_methods()
         check_trainable(self.model)
         warn_of_half(self.model, self.args.learning_rate)
         if self.args.n_gpu > 1:
@@ -199,7 +221,7 @@ class ObjectiveTrainer(Trainer):
         """of each step that was left out in this call of `train`, what `Trainer` adds to its losses"""
         self._logged = self._began = (0, 0)
         """the step, and how many were left out, at the last log and at the beginning"""
-        self._step_end = StepEnd(self._begin_steps, self._before_optimizer_step, self._non_finite)
+        self._step_end = StepEnd(self._begin_steps, self._before_optimizer_step, self._non_finite, self._asked_to_end)
         self.add_callback(self._step_end)
         clip = self.accelerator.clip_grad_norm_
 
@@ -239,6 +261,87 @@ class ObjectiveTrainer(Trainer):
 
     def changed(self, name: str) -> None:
         """Called after a `Setting` got a new value; ValueError where it can have no effect any more."""
+
+    # -- a user's methods (see `overrides.TABLE`) -------------------------------------------------
+
+    def owns(self, name: str) -> bool:
+        """Whether a method of `overrides.TABLE` is the user's."""
+        return name in self._own or name in vars(self)
+
+    def _take_own_methods(self) -> None:
+        """Look again at what is the user's; have a `compute_loss` of theirs called as `_of_own_loss` says."""
+        self._own = overrides.own_methods(type(self), vars(self))
+        current = vars(self).get("compute_loss")
+        if "compute_loss" in self._own and getattr(current, "func", None) != self._of_own_loss:
+            self.compute_loss = partial(self._of_own_loss, self.compute_loss)  # type: ignore[method-assign]
+            self.model.register_forward_pre_hook(self._explain_packed, with_kwargs=True)
+
+    def _of_own_loss(
+        self,
+        own: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """A user's `compute_loss`, which gives the mean loss of a micro-batch.
+
+        It is told the micro-batch's own count as `num_items_in_batch`. Its share of the step is that of its count.
+        """
+        count = torch.as_tensor(self.count(inputs), dtype=torch.float32, device=self.args.device)
+        self._at_hand = inputs
+        try:
+            given = {"return_outputs": return_outputs, "num_items_in_batch": count}
+            result = own(model, self.handed(inputs), **overrides.known_to(own, given))
+        finally:
+            self._at_hand = None
+        loss = result[0] if isinstance(result, tuple) else result
+        if model.training:
+            self._watch.losses.append((loss * count).detach())
+        else:
+            self.record("loss", (loss * count).detach(), count, mode="eval")
+        if num_items_in_batch is not None:
+            loss = loss * count * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        return (loss, result[1] if isinstance(result, tuple) else {}) if return_outputs else loss
+
+    def handed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as a user's `compute_loss` gets it."""
+        return batch
+
+    def taken_back(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch that a user's `compute_loss` passes on to ours."""
+        return inputs if isinstance(inputs, dict) else {**inputs}
+
+    packed_way_out = "read inputs['input_ids'], inputs['attention_mask'] and inputs['labels'], its rows padded"
+    """how a user's `compute_loss` comes to what a model takes"""
+
+    def _explain_packed(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._at_hand is not None and (kwargs.get("packed") is not None or kwargs.get("policy") is not None):
+            raise ValueError(
+                f"{type(self).__name__}.compute_loss: model(**inputs) got a packed batch, which no model takes; "
+                f"{self.packed_way_out}"
+            )
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, dataset_name: str = "train", **kwargs: Any) -> Any:
+        """The rows that the collator takes; further arguments say what the trainer knows already."""
+        return self._make_rows(dataset, dataset_name)
+
+    def prepared_columns(self) -> frozenset[str]:
+        """The columns of prepared rows; a user's `_prepare_dataset` may give these, or rows to go on with."""
+        return frozenset()
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        if not self.owns("_prepare_dataset"):
+            return self._make_rows(dataset, name)
+        given = {"args": self.args, "dataset_name": name, **self.preparing()}
+        rows = self._prepare_dataset(dataset, **overrides.known_to(self._prepare_dataset, given))
+        wanted = self.prepared_columns()
+        return rows if wanted and wanted <= set(column_names(rows, name)) else self._make_rows(rows, name)
+
+    def preparing(self) -> dict[str, Any]:
+        """Further arguments of a user's `_prepare_dataset`."""
+        tokenizer = self.processing_class
+        return {"processing_class": tokenizer, "tokenizer": tokenizer}
 
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""
@@ -374,11 +477,13 @@ class ObjectiveTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; SystemExit(143) where SIGTERM asked for the end and the step is saved."""
-        folder, resumes = str(self.args.output_dir), bool(resume_from_checkpoint)
+        folder = str(self.args.output_dir)
+        resumes, asked = self._folder.goes_on(resume_from_checkpoint, folder), bool(resume_from_checkpoint)
         with (
-            self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir),
+            self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir, asked=asked),
             self._signal.listening(self.args.enable_jit_checkpoint),
         ):
+            self._take_own_methods()
             self.prepare_data()
             self.say_memory()
             clean_up(folder)
@@ -389,10 +494,11 @@ class ObjectiveTrainer(Trainer):
             if found is not None:
                 self._resume(found, self._seal.run or self.describe_run())
             if self.is_world_process_zero():
-                self._folder.begin_metrics(folder, None if found is None else number_of(found.folder))
+                self._folder.begin_metrics(folder, number_of(found.folder) if found and resumes else None)
             self.remove_callback(self._seal)
             self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
             result = self._train(None if found is None else str(found.folder), *args, **kwargs)
+            check_weights(self.accelerator, f"after step {self.state.global_step}", self.model)
             if self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
                 if not self._step_end.stops:  # it came after the last step: the run is over
                     self.save_model()
@@ -445,6 +551,10 @@ class ObjectiveTrainer(Trainer):
             self._left_out.append(self._step_loss)
         self._step_loss = torch.zeros((), device=self.args.device)
         self._watch.clear()
+
+    def _asked_to_end(self) -> bool:
+        """Collective: whether a signal came while this run trains; False without listening to it."""
+        return self.is_in_train and self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator)
 
     def _without_left_out(self, name: str, logs: dict[str, float]) -> None:
         """Make a logged mean over optimizer steps one over those that were made; nan if there were none."""
@@ -541,16 +651,28 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
+        inside = self._at_hand is not None  # a user's `compute_loss` asks, which gives the loss that counts
+        batch = self.taken_back(inputs) if inside else inputs
         with rows_padded(self.pads_rows):
-            result = within_forward(model, lambda inner: self.learned(inner, inputs))
-        self._tallies["train" if model.training else "eval"].add_loss(result)
-        if model.training:
+            result = within_forward(model, lambda inner: self.learned(inner, batch))
+        self.keep(result, "train" if model.training else "eval", loss=not inside)
+        if model.training and not inside:
             self._watch.losses.append(result.total.detach())
         if num_items_in_batch is None:
             loss = result.mean
+        elif inside:
+            loss = result.total / num_items_in_batch.clamp(min=1)
         else:  # DDP averages over ranks; undo it
             loss = result.total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
-        return (loss, {}) if return_outputs else loss
+        return (loss, self.outputs(model, inputs)) if return_outputs else loss
+
+    def outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """What `compute_loss` gives beside the loss where it is asked to."""
+        return {}
+
+    def keep(self, result: LossSum, mode: str, loss: bool = True) -> None:
+        """Add a micro-batch's metrics, and its loss, to those that the next log shows."""
+        self._tallies[mode].add_loss(result, loss=loss)
 
     def learned(self, model: nn.Module, batch: dict[str, Any]) -> LossSum:
         """The objective, and for a mixture of experts the balance loss of its routers if it is asked for."""
@@ -569,10 +691,16 @@ class ObjectiveTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        own = "compute_loss" in self._own
         with torch.no_grad(), self.compute_loss_context_manager(), rows_padded(self.pads_rows):
+            loss: Any = self.compute_loss(model, Batch(inputs)) if own else None
+            if own and prediction_loss_only:
+                return loss.detach(), None, None
             result, logits, labels = self.predictions(model, {**inputs})
-        self._tallies["eval"].add_loss(result)
-        return result.mean.detach(), *((None, None) if prediction_loss_only else (logits, labels))
+        if loss is None:
+            self.keep(result, "eval")
+            loss = result.mean
+        return loss.detach(), *((None, None) if prediction_loss_only else (logits, labels))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         given = inspect.signature(super().evaluation_loop).bind(*args, **kwargs)
@@ -594,10 +722,11 @@ class ObjectiveTrainer(Trainer):
         While it trains, `Trainer` says by `control.should_log` which log is that of its training steps. Evaluation adds
         its own means. What is recorded outside of both comes with the next log of its kind.
         """
-        training = self.control.should_log if self.is_in_train else "loss" in logs
+        ended = "train_loss" in logs  # with what came behind the last log
+        training = ended or (self.control.should_log if self.is_in_train else "loss" in logs)
         means = self._read("train" if training else "eval")
         means.pop("loss", None)  # Trainer's own: the mean over optimizer steps
-        if training:
+        if training and (means or not ended):
             means["num_tokens"] = float(self._tokens_so_far())
         logs.update({name if training else f"eval_{name}": value for name, value in means.items()})
         self._without_left_out("loss", logs)
@@ -608,6 +737,9 @@ class ObjectiveTrainer(Trainer):
             if self._folder.own_metrics is None:
                 self._folder.mark_metrics(folder)
             write_metrics(folder, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
+
+
+overrides.remember(ObjectiveTrainer)
 
 
 def _with_lengths(dataset: Any, config: PostTrainingConfig) -> Any:
@@ -624,7 +756,9 @@ def _with_lengths(dataset: Any, config: PostTrainingConfig) -> Any:
 def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     """A copy of the caller's settings, with what these trainers need."""
     own = copy.copy(as_config(args, PostTrainingConfig))
+    own.output_dir = os.path.abspath(str(own.output_dir))  # a reward function or a callback may change the directory
     own.accelerator_config = copy.deepcopy(own.accelerator_config)  # `Trainer` writes into it
+    own.max_grad_norm = own.max_grad_norm or 0.0  # None says the same in other configs
     own.logging_nan_inf_filter = False  # it logs 0 for nan, and reads the device at every micro-batch
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
     if own.accelerator_config.dispatch_batches:

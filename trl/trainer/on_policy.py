@@ -18,6 +18,7 @@ from trl.models.reference import Reference
 from trl.rollout.experience import Experience, padded
 from trl.rollout.rewards import Rewards, credit_turns
 from trl.trainer.configuration import Setting, require
+from trl.trainer.guard import NonFiniteError, non_finite_weights
 from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
 
 
@@ -161,9 +162,22 @@ class OnPolicyTrainer(RolloutTrainer):
             whole = gather_object(whole)
         scores_BF = torch.tensor([row for scores, _ in whole for row in scores])
         all_kl_B = None if kl_B is None else torch.tensor([kl for _, kls in whole for kl in kls])
+        if all_kl_B is not None and not self.kl.in_loss:  # in a reward, nan would mean that nobody has an opinion
+            self._check_kl(all_kl_B)
         start = sum(len(scores) for scores, _ in whole[: self.args.process_index])
         advantages_B = self.advantages(scores_BF, rewards.weights_F, all_kl_B)
         return advantages_B[start : start + len(rewards.scores_BF)]
+
+    def _check_kl(self, kl_B: Tensor) -> None:
+        """NonFiniteError for a completion, of any rank, whose KL to the reference is not finite."""
+        wrong = (~kl_B.isfinite()).nonzero().flatten().tolist()
+        if wrong:
+            names = [] if self.ref_model is None else non_finite_weights(self.ref_model)
+            weights = f": its weights that are not finite: {', '.join(names)}" if names else ""
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the KL of completion {wrong[0]} to the reference is "
+                f"{kl_B[wrong[0]].item()}{weights}; the weights of the policy are as before this step"
+            )
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         before = self.rollouts.state

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.trainer_utils import EvalLoopOutput
 
-from trl.data.batches import pair_columns, pair_rows_of_padded, pair_tree
+from trl.data.batches import PADDED_PAIRS, padded_pairs, pair_columns, pair_rows_of_padded, pair_tree
 from trl.data.packing import pack
 from trl.data.prompt_rows import PairsJob
 from trl.data.records import Batch
 from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
-from trl.generation.stopping import end_tokens
+from trl.generation.stopping import end_tokens, without_ends
 from trl.import_utils import is_wandb_available
 from trl.losses.kto import mismatched_kl
 from trl.losses.loss_sum import LossSum, Measure
@@ -79,6 +79,21 @@ NUMBERS = {
 """columns of pair rows that hold one number, and their names in a batch"""
 
 
+class PairBatch(Batch):
+    """A `Batch` that also answers `chosen_input_ids`, `chosen_labels`, ...: the columns of release 0.7.7, padded."""
+
+    def __missing__(self, key: str) -> Any:
+        if not self._is_padded(key):
+            return super().__missing__(key)
+        return padded_pairs(self["packed"])[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._is_padded(key)
+
+    def _is_padded(self, key: object) -> bool:
+        return key in PADDED_PAIRS and dict.get(self, "packed") is not None
+
+
 class PairCollator:
     """Makes token trees that share their prompt, of tokenised pairs or of the batch of another collator."""
 
@@ -90,7 +105,7 @@ class PairCollator:
         numbers = {name: torch.tensor([float(row[column]) for row in rows]) for column, name in present.items()}
         if self.inner is not None:
             rows = pair_rows_of_padded(self.inner([pair_columns(r) if "prompt_ids" in r else r for r in rows]))
-        return Batch(packed=pack([pair_tree(row) for row in rows]), **numbers)
+        return PairBatch(packed=pack([pair_tree(row) for row in rows]), **numbers)
 
 
 class PairTrainer(ObjectiveTrainer):
@@ -142,8 +157,9 @@ class PairTrainer(ObjectiveTrainer):
         )
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
+            return tokenize(self.own_rows(dataset), job, name=name, num_proc=config.dataset_num_proc)[0]
 
+        self._encoder_decoder = encoder_decoder
         super().__init__(
             model=model,
             args=config,
@@ -155,9 +171,15 @@ class PairTrainer(ObjectiveTrainer):
             model_init=model_init,
             **kwargs,
         )
-        self._encoder_decoder = encoder_decoder
         self.shift = RewardShift() if "bco_pair" in self.losses else None
         self.reference: Reference | None = None
+
+    def own_rows(self, dataset: Any) -> Any:
+        """The data set, tokenised where a user's method does that."""
+        return dataset
+
+    def prepared_columns(self) -> frozenset[str]:
+        return frozenset({"prompt_ids", "chosen_ids", "rejected_ids"})
 
     beta, label_smoothing = Setting(), Setting()
     max_length, max_prompt_length = (Setting(fixed="the rows are tokenised already") for _ in range(2))
@@ -212,9 +234,9 @@ class PairTrainer(ObjectiveTrainer):
         """kto_pair's two KL estimates over the whole optimizer step and all ranks, written into its batches."""
         totals = torch.zeros(3, device=self.args.device)
         for batch in batches:
-            batch["packed"] = packed = batch["packed"].to(self.args.device)
+            batch["packed"] = batch["packed"].to(self.args.device)
             with eval_no_grad(self.model):
-                sums = self.sums(score(self.model, packed).logprobs_BT, packed.mask_BT)
+                sums = self.policy_sums(self.model, batch)
             pair = PairLogps(*sums, *self.reference_sums(batch))
             pairs = totals.new_tensor(self.count(batch))
             totals += torch.stack([pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), pairs])
@@ -228,6 +250,11 @@ class PairTrainer(ObjectiveTrainer):
     def reference_sums(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """The reference's log-probabilities of chosen and rejected; None without one. [pairs] each"""
         return None, None
+
+    def policy_sums(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The log-probabilities of chosen and rejected under a model. [pairs] each"""
+        packed = batch["packed"]
+        return self.sums(score(model, packed).logprobs_BT, packed.mask_BT)
 
     def loss_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The options of the losses: those of the config, and numbers that this trainer measures."""
@@ -257,18 +284,23 @@ class PairTrainer(ObjectiveTrainer):
         scores = score(model, packed, entropy=True, tops=True, logits=True, collision=self.args.weighs_pairs())
         logprobs_BT = scores.logprobs_BT
         sums, tokens = self.sums(logprobs_BT, mask_BT), (mask_BT[0::2].sum(-1), mask_BT[1::2].sum(-1))
+        weight_B = None if scores.collision_BT is None else _wpo(logprobs_BT, mask_BT, scores.collision_BT)
         pair = PairLogps(*sums, *self.reference_sums(batch), *tokens)
         if self.shift is not None and model.training:
             self.shift.add(self.args.beta * torch.cat([pair.chosen_ratio_B, pair.rejected_ratio_B]))
-        weight_B = None if scores.collision_BT is None else _wpo(logprobs_BT, mask_BT, scores.collision_BT)
-        result = preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
+        result = self.pair_loss(pair, batch, weight_B)
         return LossSum(result.total, result.count, result.metrics | _token_metrics(scores, mask_BT)), pair
+
+    def pair_loss(self, pair: PairLogps, batch: Mapping[str, Any], weight_B: Tensor | None) -> LossSum:
+        """The loss of pairs, summed over them. weight_B: of each pair."""
+        return preference_loss(pair, self.losses, self.loss_options(batch), weight_B=weight_B, **self.divergence())
 
     # -- evaluation ---------------------------------------------------------------------------
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, Tensor | None, Tensor | None]:
         """Implicit rewards of chosen and rejected, [pairs, 2]; the label is always 0, chosen."""
         result, pair = self._loss(model, inputs)
+        result = self.objective(model, inputs) if self.owns("get_batch_loss_metrics") else result
         rewards_P2 = self.args.beta * torch.stack([pair.chosen_ratio_B, pair.rejected_ratio_B], 1)
         return result, rewards_P2, torch.zeros(len(rewards_P2), device=rewards_P2.device)
 
@@ -309,7 +341,8 @@ class PairTrainer(ObjectiveTrainer):
         room = min(room, self.args.max_completion_length or room)
         sampler = make_sampler(model, self.processing_class)
         completions = sampler.sample(prompts, SamplingParams(max_new_tokens=room, seed=self.args.seed))
-        return self.processing_class.batch_decode([group[0].ids for group in completions], skip_special_tokens=True)
+        ends = end_tokens(model, self.processing_class)
+        return without_ends(self.processing_class, [group[0].ids for group in completions], ends)
 
 
 def _token_metrics(scores: Scores, mask_BT: Tensor) -> dict[str, Measure]:

@@ -30,6 +30,11 @@ METRICS = {
 """metric of the objective -> key of the statistics, `ppo/` left out"""
 
 
+OF_BATCH = ("policy/advantages", "policy/ratio", "returns/mean", "returns/var", "val/mean", "val/var")
+SEED_KEYS = (*METRICS.values(), *OF_BATCH)
+"""of an optimizer step, `ppo/` left out"""
+
+
 def moments(values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, population variance) of what counts."""
     mean = masked_mean(values_BT, mask_BT)

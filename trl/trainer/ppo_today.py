@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
+from trl.data.any_text import console, visible
 from trl.models.modeling_base import PreTrainedModelWrapper
 from trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead
 from trl.models.prepare import enable_gradient_checkpointing, is_peft_model, load_model
@@ -181,10 +182,9 @@ class Progress:
 
 def print_samples(columns: Mapping[str, Sequence[Any]]) -> None:
     """Prompts, responses and scores as a table on the console."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*columns, title="completions", show_lines=True)
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console().print(table, markup=False)
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else visible(str(cell)) for cell in row))
+    console().print(table, markup=False)

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,9 +39,9 @@ from trl.data.formats import refuse_splits
 from trl.data.microbatches import unasked_budget
 from trl.data.records import Rollout
 from trl.generation import make_sampler
-from trl.generation.generate_kwargs import asked_end_tokens, sampling_params
+from trl.generation.generate_kwargs import OUTPUTS, asked_end_tokens, sampling_params
 from trl.generation.plain_generate import generate_padded
-from trl.generation.stopping import end_tokens
+from trl.generation.stopping import end_tokens, without_ends
 from trl.import_utils import is_wandb_available, pip_install
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.legacy import ppo_padded
@@ -55,9 +55,11 @@ from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
 from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precision_of, say_memory, warn_of_half
 from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
-from trl.models.scoring import Scores, classifier_of
+from trl.models.scoring import Head, Scores, classifier_of, in_head
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, learns_prompt
 from trl.rewards.named import RewardSource
+from trl.rewards.panel import LARGEST
+from trl.rollout.collector import rendered
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.measure import (
     PACKED_TOKENS,
@@ -70,7 +72,7 @@ from trl.rollout.measure import (
 from trl.rollout.prompts import PromptStream, with_prompts
 from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_scores
 from trl.rollout.source import EnvironmentSource, GenerateSource, SamplerSource, Source, environment_for_policy
-from trl.trainer import checkpoints, ppo_forms, ppo_statistics, ppo_today
+from trl.trainer import checkpoints, overrides, ppo_forms, ppo_statistics, ppo_today
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
@@ -92,6 +94,8 @@ SHOWN = {"score": "ppo/mean_scores", "kl": "objective/kl", "entropy": "ppo/polic
 """what the progress bar shows"""
 STATE, OLD_RANDOM_STATE = "trainer_state.pt", "random_state-{rank}.pt"
 """files of a checkpoint; the second one is release 1.0.0's"""
+OWN = "own:"
+"""before the names of statistics that a user's `loss` adds"""
 JSONDict = Annotated[dict[str, Any], tyro.conf.arg(metavar="JSON", constructor=json.loads)]
 Runtime = tyro.conf.Suppress
 
@@ -433,6 +437,8 @@ class PPOTrainer(BaseTrainer):
         set_seed(config.seed)
         warn_of_half(model, config.learning_rate)
         self.config: PPOConfig = config
+        if config.output_dir is not None:  # a reward function may change the directory
+            config.output_dir = os.path.abspath(config.output_dir)
         self.tokenizer = tokenizer
         self.dataset = dataset
         self.accelerator = make_accelerator(config)
@@ -466,6 +472,7 @@ class PPOTrainer(BaseTrainer):
         self._named: list[Piece] = []
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
+        self._take_own_methods()
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         self.progress = None if self.arguments is None else self._progress(self.arguments, callbacks)
         if self.accelerator.process_index:  # each process samples with its own seed
@@ -543,7 +550,9 @@ class PPOTrainer(BaseTrainer):
             )
         if self.config.temperature != 1:
             generation_kwargs.setdefault("temperature", self.config.temperature)
+        queries = seen_tokens(queries, generation_kwargs.pop("attention_mask", None))
         queries = [query.to(self.current_device) for query in queries]
+        refuse_outputs(generation_kwargs)
 
         policy = below_accelerate(self.model)
 
@@ -650,10 +659,16 @@ class PPOTrainer(BaseTrainer):
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
             measured, kl_BT = self._measure(Experience.of(rollout).packed_once())
             clock.lap("forward_pass")
-            penalty_BT = -self.kl_ctl.value * kl_BT
-            rewards_BT = token_rewards(scores_B, kl_BT, measured.mask_BT, self.kl_ctl.value)
+            if self._owns("compute_rewards", "_kl_penalty"):
+                rewards_BT, penalty_BT = self._own_rewards(scores_B, measured)
+            else:
+                penalty_BT = -self.kl_ctl.value * kl_BT
+                rewards_BT = token_rewards(scores_B, kl_BT, measured.mask_BT, self.kl_ctl.value)
             clock.lap("compute_rewards")
-            experience = with_advantages(self.accelerator, measured, rewards_BT, **self._gae_numbers())
+            if self._owns("compute_advantages"):
+                experience = self._own_advantages(measured, rewards_BT)
+            else:
+                experience = with_advantages(self.accelerator, measured, rewards_BT, **self._gae_numbers())
             clock.lap("compute_advantages")
             train_stats = self._update(experience)
             clock.lap("optimize_step")
@@ -802,7 +817,8 @@ class PPOTrainer(BaseTrainer):
         self._named = []
         leave_zeros(self._parameters)
         means = {name: torch.stack([each[name] for each in history]).mean() for name in history[0]}
-        return ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, torch.cat(ratios))
+        own = {name.removeprefix(OWN): value for name, value in means.items() if name.startswith(OWN)}
+        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, torch.cat(ratios))
 
     def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
@@ -827,8 +843,73 @@ class PPOTrainer(BaseTrainer):
         batch = batch.to(self.current_device)
         scores = actor(batch.packed, entropy=True)
         ratios.append((scores.logprobs_BT.detach() - batch.old_logprobs_BT)[batch.mask_BT > 0].exp())
+        if self._owns("loss"):
+            return self._own_loss(actor, batch, scores)
         policy, value = actor_critic_loss(self.config, batch, scores)
         return policy.plus(value)
+
+    # --- where a subclass overrides a method of release 0.7.7 (see `overrides.TABLE`) ---------------------------------
+
+    def _owns(self, *names: str) -> bool:
+        return any(name in self._own or name in vars(self) for name in names)
+
+    def _take_own_methods(self) -> None:
+        """See what is the user's; ValueError for what a step would not call."""
+        self._own = overrides.own_methods(type(self), vars(self))
+        if self._owns("compute_rewards", "_kl_penalty") and self.config.kl_penalty == "full":
+            raise ValueError(
+                "kl_penalty='full': an overridden compute_rewards or _kl_penalty would need log-probabilities of the "
+                "whole vocabulary, which never exist at once; choose 'kl', 'abs', 'mse' or 'k3'"
+            )
+
+    def _own_rewards(self, scores_B: Tensor, measured: Experience) -> tuple[Tensor, Tensor]:
+        """The reward of each token by the user's `compute_rewards` or `_kl_penalty`, and what of it is no score."""
+        given = self.compute_rewards(scores_B, measured.old_logprobs_BT, measured.reference_BT, measured.mask_BT)  # type: ignore[arg-type]
+        rewards_BT, penalty_BT = (each if torch.is_tensor(each) else torch.stack(list(each)) for each in given[:2])
+        self._check_own("compute_rewards", measured.mask_BT, rewards_BT, penalty_BT)
+        return rewards_BT * measured.mask_BT, penalty_BT
+
+    def _own_advantages(self, measured: Experience, rewards_BT: Tensor) -> Experience:
+        """What is learned by the user's `compute_advantages`."""
+        assert measured.values_BT is not None
+        mask_BT = measured.mask_BT
+        values_BT, advantages_BT, returns_BT = self.compute_advantages(measured.values_BT, rewards_BT, mask_BT)
+        self._check_own("compute_advantages", mask_BT, values_BT, advantages_BT, returns_BT)
+        learned_BT, returns_BT = advantages_BT.detach() * mask_BT, returns_BT.detach() * mask_BT
+        return replace(measured, values_BT=values_BT.detach(), advantages_BT=learned_BT, returns_BT=returns_BT)
+
+    def _own_loss(self, actor: ActorCritic, batch: PolicyBatch, scores: Scores) -> LossSum:
+        """The loss by the user's `loss`, which also gets whole logits: a second pass makes them."""
+
+        def whole(head: Head, states_SD: Tensor) -> Tensor:
+            return head.logits(states_SD) / actor.temperature
+
+        (logits_SV,) = in_head(actor.model, batch.packed, whole)
+        at = (batch.packed.row_S, batch.packed.slot_S)
+        logits_BTV = logits_SV.new_zeros(*batch.mask_BT.shape, logits_SV.shape[-1]).index_put(at, logits_SV)
+        policy, value, stats = self.loss(
+            batch.old_logprobs_BT, batch.values_BT, logits_BTV, scores.values_BT, scores.logprobs_BT, batch.mask_BT,  # type: ignore[arg-type]
+            batch.advantages_BT, batch.returns_BT,  # type: ignore[arg-type]
+        )  # fmt: skip
+        self._check_own("loss", batch.counted, policy, value)
+        with torch.no_grad():
+            shown = [each.metrics for each in actor_critic_loss(self.config, batch, scores)]
+        total, count = (policy + value) * batch.counted, batch.counted
+        of_loss: dict[str, Measure] = {"policy": policy.detach() * count, "value_loss": value.detach() * count}
+        own = {
+            f"{OWN}{name}": torch.as_tensor(each).detach().float() * count
+            for name, each in _one_level(stats).items()
+            if name not in ppo_statistics.SEED_KEYS and torch.as_tensor(each).numel() == 1
+        }
+        return LossSum(total, count, {**shown[0], **shown[1], **of_loss, **own})
+
+    @staticmethod
+    def _check_own(name: str, like: Tensor, *given: Any) -> None:
+        """ValueError unless all that a user's method gave are tensors of one shape."""
+        for each in given:
+            if not torch.is_tensor(each) or each.shape != like.shape:
+                found = tuple(each.shape) if torch.is_tensor(each) else type(each).__name__
+                raise ValueError(f"{name}: it gave {found}; give tensors of shape {tuple(like.shape)}")
 
     def _ratio_is_sane(self, ratio: Tensor) -> bool:
         if ratio.item() <= self.config.ratio_threshold:
@@ -951,9 +1032,12 @@ class PPOTrainer(BaseTrainer):
         callback: called after each step with its number, its statistics and its batch (texts, scores, tokens).
         """
         config, rewards = self.config, self._rewards()
-        folder, resumes = config.output_dir, bool(resume_from_checkpoint)
-        overwrite = config.overwrite_output_dir
-        held = nullcontext() if folder is None else self._folder.held(folder, resumes=resumes, overwrite=overwrite)
+        folder, overwrite = config.output_dir, config.overwrite_output_dir
+        resumes = folder is not None and self._folder.goes_on(resume_from_checkpoint, folder)
+        asked = bool(resume_from_checkpoint)
+        held: AbstractContextManager[None] = nullcontext()
+        if folder is not None:
+            held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked)
         with held, self._signal.listening(config.enable_jit_checkpoint):
             if folder is not None:
                 checkpoints.clean_up(folder)
@@ -961,9 +1045,11 @@ class PPOTrainer(BaseTrainer):
             if found is not None:
                 self._resume(found)
             if folder is not None and self.accelerator.is_main_process:
-                self._folder.begin_metrics(folder, None if found is None else self.data_position)
+                self._folder.begin_metrics(folder, self.data_position if found and resumes else None)
             with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
-                return self._steps(rewards, callback)
+                stats = self._steps(rewards, callback)
+            check_weights(self.accelerator, f"after step {self.current_step}", *self._models().values())
+            return stats
 
     def _steps(
         self, rewards: RolloutRewards, callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None
@@ -1172,6 +1258,7 @@ class PPOTrainer(BaseTrainer):
         folder = self.config.output_dir if output_dir is None else output_dir
         if folder is None:
             raise ValueError("output_dir=None: say where the model goes")
+        check_weights(self.accelerator, f"step {self.current_step}", self.model)
         if self.accelerator.is_main_process:
             self._saved_model().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -1241,10 +1328,11 @@ class PPOTrainer(BaseTrainer):
         with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True):
             rollout = (self.source if source is None else source).draw(asked)
         if not rollout.texts:
-            rollout.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.completions]
+            rollout.texts = without_ends(self.tokenizer, rollout.completions, end_tokens(self.model, self.tokenizer))
         prompts = [row["prompt"] for row in asked]
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompts", "completions"))
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+        columns.setdefault("prompt_texts", rendered(rollout, self.tokenizer))
         if self.environment is not None and "truncated" in rollout.metadata:
             columns["truncated"] = rollout.metadata["truncated"]
         batch: dict[str, Any] = {"query": prompts, "response": rollout.texts}
@@ -1407,8 +1495,15 @@ class PPOTrainer(BaseTrainer):
         ppo_padded.show_tokens(self.tokenizer, tokens, masks)
 
 
+overrides.remember(PPOTrainer)
 PPOv2Config, PPOv2Trainer = PPOConfig, PPOTrainer
 """names of releases 0.8-0.11"""
+
+
+def _one_level(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics of a user's `loss`, which release 0.7.7 gave in one level or in two."""
+    nested = {name: value for name, value in stats.items() if isinstance(value, Mapping)}
+    return {**{name: value for name, value in stats.items() if name not in nested}, **flatten_dict(nested)}
 
 
 def actor_critic_loss(config: PPOConfig, batch: PolicyBatch, scores: Scores) -> tuple[LossSum, LossSum]:
@@ -1454,12 +1549,13 @@ def checked_batch(
         for place, row in enumerate(rows):
             if not isinstance(row, Tensor):
                 raise ValueError(f"Elements in {name} must be tensors - got {type(row)} ({name}[{place}])")
-            _check_kind(name, place, row)
+            _check_kind(name, place, row if name == "scores" else _flat(row))
         if batch_size is not None and len(rows) != batch_size:
             raise ValueError(
                 f"Batch size ({batch_size}) does not match number of examples - but got {len(rows)} for: {name}"
             )
-        given[name] = [row.to(device) for row in rows]
+        rows = [row.detach().to(device) for row in rows]  # old scripts keep the graphs of scores
+        given[name] = rows if name == "scores" else list(map(_flat, rows))
     empty = next((place for place, query in enumerate(given["queries"]) if not query.numel()), None)
     if empty is not None:
         raise ValueError(f"queries[{empty}] is empty: give at least one token, such as the beginning-of-text token")
@@ -1472,6 +1568,34 @@ def checked_batch(
                 f"masks[{place}] has shape {tuple(mask.shape)}, its response {tuple(response.shape)}: they must agree"
             )
     return given["queries"], given["responses"], given["scores"], given.get("masks")
+
+
+def _flat(row: Tensor) -> Tensor:
+    """A row of tokens, also of shape [1, L]."""
+    return row[0] if row.dim() == 2 and len(row) == 1 else row
+
+
+def seen_tokens(queries: list[Tensor], mask: Any) -> list[Tensor]:
+    """The queries without the tokens that an attention mask (one row for each query) hides; None hides nothing."""
+    if mask is None:
+        return queries
+    rows = [torch.as_tensor(row).flatten() for row in (mask if len(mask) == len(queries) else [mask])]
+    if [len(row) for row in rows] != [len(query) for query in queries]:
+        raise ValueError(
+            f"attention_mask: {[len(row) for row in rows]} places for queries of {[len(query) for query in queries]} "
+            "tokens; give one for each token, or leave it out: queries without padding need none"
+        )
+    return [query[row.to(query.device) > 0] for query, row in zip(queries, rows, strict=True)]
+
+
+def refuse_outputs(generation_kwargs: dict[str, Any]) -> None:
+    """ValueError for keywords that ask for more than the responses' tokens; takes out those that are off."""
+    for name in OUTPUTS:
+        if generation_kwargs.pop(name, None):
+            raise ValueError(
+                f"{name}: `generate` of the trainer returns the responses' tokens and nothing else; leave it out, or "
+                "call `trainer.model.generate`"
+            )
 
 
 def _check_kind(name: str, row: int, tensor: Tensor) -> None:
@@ -1496,6 +1620,8 @@ def _score(row: int, score: Tensor) -> Tensor:
         raise ValueError(f"scores[{row}] holds {score.numel()} numbers: give one score for each response")
     if not torch.isfinite(score).all():
         raise ValueError(f"scores[{row}]={score.item()} is not finite: give every response a number")
+    if abs(float(score)) > LARGEST:
+        raise ValueError(f"scores[{row}]={score.item()}: its square is no number in float32; scale the scores down")
     return score.reshape(())
 
 

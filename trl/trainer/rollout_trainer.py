@@ -24,6 +24,7 @@ from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
+from trl.generation.generate_kwargs import OUTPUTS, unknown_to_samplers
 from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
@@ -32,6 +33,7 @@ from trl.models.precision import dtype_of, frozen_dtype, precision_of
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
+from trl.models.unwrap import below_peft
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
@@ -39,17 +41,20 @@ from trl.rollout.collector import Collector
 from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
 from trl.rollout.measure import check_first_ratio, in_pieces, means_of
 from trl.rollout.prompts import PromptStream
-from trl.rollout.rewards import Rewards, RolloutRewards
+from trl.rollout.rewards import OwnRewards, Rewards, RolloutRewards
 from trl.rollout.source import (
     EnvironmentSource,
     FunctionSource,
     SamplerSource,
     Seed,
     Source,
+    calls_of,
     environment_for_policy,
     make_environment,
 )
+from trl.trainer.callbacks import NotebookColumns
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
+from trl.trainer.metrics import check_new_names
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import prepare_model, prepare_tokenizer
 from trl.trainer.references import SyncReference
@@ -57,6 +62,11 @@ from trl.trainer.settings import ROLLOUTS, accepted, default_of, rename
 
 SAMPLING_KEYWORDS = ("min_new_tokens", "stop_strings", "stop_token_ids")
 """what `generation_kwargs` may hold besides the fields of the config"""
+SAMPLING_FIELDS = {
+    "max_new_tokens": "max_completion_length", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
+    "min_p": "min_p", "repetition_penalty": "repetition_penalty",
+}  # fmt: skip
+"""keywords of `generate` that are fields of the config"""
 
 
 @dataclass
@@ -82,7 +92,7 @@ class RolloutConfig(PostTrainingConfig):
     num_iterations: int = field(default=1)
     """passes over each rollout"""
     shuffle_dataset: bool = field(default=True)
-    """draw the prompts in random order"""
+    """draw the prompts in random order; those of an `IterableDataset` come in its own"""
     temperature: float = field(default=1.0)
     """sampling temperature; a policy is scored at the same"""
     top_p: float = field(default=1.0)
@@ -94,7 +104,7 @@ class RolloutConfig(PostTrainingConfig):
     repetition_penalty: float = field(default=1.0)
     """punish tokens that are in the prompt or the completion already; 1: off"""
     generation_kwargs: dict[str, Any] | None = field(default=None)
-    """further sampling settings: min_new_tokens, stop_strings, stop_token_ids"""
+    """further sampling settings: min_new_tokens, stop_strings, stop_token_ids; and keywords of `generate`"""
     max_tool_calling_iterations: int | None = field(default=None)
     """rounds of tool calls in a conversation; None: as many as `max_completion_length` has room for"""
     chat_template_kwargs: dict[str, Any] | None = field(default=None)
@@ -153,8 +163,32 @@ class RolloutConfig(PostTrainingConfig):
         super().translate()
         rename(self, "wandb_log_unique_prompts", "log_unique_prompts")
         self.wandb_log_unique_prompts = None
+        self._translate_generation()
         if self.use_vllm:
             self._use_local_sampler()
+
+    def _translate_generation(self) -> None:
+        """Keywords of `generate` in `generation_kwargs` as fields of the config and as the sampler's own."""
+        asked = dict(self.generation_kwargs or {})
+        defaults = {entry.name: default_of(entry) for entry in fields(self)}
+        for keyword, name in SAMPLING_FIELDS.items():
+            value = asked.pop(keyword, None)
+            if value is not None and value != getattr(self, name):
+                way_out = f"generation_kwargs has {keyword}={value!r}; say it once"
+                require(self, name, getattr(self, name) == defaults[name], way_out)
+                setattr(self, name, value)
+        greedy = asked.pop("do_sample", True) is False
+        require(self, "generation_kwargs", not greedy, "do_sample=False explores nothing; leave it out")
+        ends = asked.pop("eos_token_id", None)
+        if ends is not None:
+            asked.setdefault("stop_token_ids", ends if isinstance(ends, list | tuple) else [ends])
+        if isinstance(asked.get("stop_strings"), str):
+            asked["stop_strings"] = [asked["stop_strings"]]
+        own = {name: value for name, value in asked.items() if name in SAMPLING_KEYWORDS}
+        unknown = unknown_to_samplers({name: value for name, value in asked.items() if name not in own})
+        way_out = f"no sampler follows {', '.join(unknown)}; choose among do_sample, eos_token_id, "
+        require(self, "generation_kwargs", not unknown, way_out + ", ".join([*SAMPLING_FIELDS, *SAMPLING_KEYWORDS]))
+        self.generation_kwargs = own or None
 
     def _use_local_sampler(self) -> None:
         """Leave vLLM's settings; ValueError where the completions would not be those that were asked for."""
@@ -206,8 +240,6 @@ class RolloutConfig(PostTrainingConfig):
         require(self, "top_k", self.top_k is None or self.top_k >= 0, "give a number of tokens, or 0 for all")
         require(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "give a fraction in [0, 1], or None")
         require(self, "repetition_penalty", self.repetition_penalty > 0, "give a number > 0; 1 is off")
-        unknown = set(self.generation_kwargs or {}) - set(SAMPLING_KEYWORDS)
-        require(self, "generation_kwargs", not unknown, f"choose among {', '.join(SAMPLING_KEYWORDS)}")
         for name in ("num_completions_to_print", "log_unique_prompts"):
             require(
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
@@ -299,6 +331,29 @@ class RewardedConfig(RolloutConfig):
         return self.dynamic_sampling_max_rounds if self.dynamic_sampling else 1
 
 
+DECIDED = (*SAMPLING_FIELDS, "do_sample", "eos_token_id", "max_length", "min_length", *OUTPUTS)
+"""what the config of a trainer decides, whatever the model's `generation_config` says; and what says nothing here"""
+
+
+def with_models_own(given: Mapping[str, Any] | None, model: nn.Module) -> dict[str, Any] | None:
+    """`generation_kwargs` with what the model's `generation_config` says of completions and the config does not.
+
+    ValueError for what no sampler follows.
+    """
+    own = getattr(below_peft(model), "generation_config", None)
+    said = {name: value for name, value in (vars(own) if own is not None else {}).items() if name[0] != "_"}
+    unknown = unknown_to_samplers({name: value for name, value in said.items() if name not in DECIDED})
+    if unknown:
+        raise ValueError(
+            f"model.generation_config.{unknown[0]}={said[unknown[0]]!r}: no sampler follows it, so completions would "
+            "be drawn otherwise than by `generate`; set it to None"
+        )
+    taken = {name: said[name] for name in ("min_new_tokens", "stop_strings") if said.get(name)}
+    if isinstance(taken.get("stop_strings"), str):
+        taken["stop_strings"] = [taken["stop_strings"]]
+    return {**taken, **(given or {})} or None
+
+
 def _prompts_job(config: RolloutConfig, tokenizer: Any, model: nn.Module) -> PromptsJob:
     return PromptsJob(
         tokenizer=tokenizer,
@@ -310,8 +365,9 @@ def _prompts_job(config: RolloutConfig, tokenizer: Any, model: nn.Module) -> Pro
     )
 
 
-RolloutFunction = Callable[[list[dict[str, Any]], Any], Rollout]
-"""`(a row of the data set per completion, trainer) -> Rollout`, for environments and other engines"""
+RolloutFunction = Callable[..., Rollout | Mapping[str, Any]]
+"""`(a row of the data set per completion, trainer) -> Rollout`, or `(prompts, trainer) -> dict of lists`, for
+environments and other engines; see `calls_of` and `rollout_of`"""
 
 
 class RolloutTrainer(ObjectiveTrainer):
@@ -401,13 +457,14 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ValueError(
                 "the weights are sharded (FSDP, DeepSpeed ZeRO-3), and the sampler needs them whole: train with DDP"
             )
+        self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
         self.sampler = make_sampler(self.model, tokenizer)
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
         self.source = self.make_source()
         self.rewards = self._rewards(reward_funcs, reward_processing_classes) if self.needs_rewards else None
-        self.reward_processing_classes = reward_processing_classes
-        self._reward_funcs = reward_funcs
+        self._reward_tokenizers = reward_processing_classes
+        self._reward_funcs: Any = reward_funcs
         self.reference: Reference | None = None
         self.collector = self._collector(shape)
         self.rollouts = self._loader(shape)
@@ -415,13 +472,16 @@ class RolloutTrainer(ObjectiveTrainer):
         self._before_first_update = True
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ == "NotebookProgressCallback":
+                self.add_callback(NotebookColumns(callback))
 
     def _ready(self, environment: Any, reward_funcs: Any) -> Any:
         """The environment with what it needs to play; ValueError for arguments that do not go together."""
         return environment_for_policy(
             environment,
             self.processing_class,
-            end_tokens(self.model, self.processing_class, self.sampling_params(0).stop_token_ids),
+            self._ends(),
             reward_funcs=reward_funcs,
             needs_rewards=self.needs_rewards,
             max_prompt_length=self.args.max_prompt_length,
@@ -457,8 +517,15 @@ class RolloutTrainer(ObjectiveTrainer):
 
     @reward_funcs.setter
     def reward_funcs(self, functions: RewardSource | Sequence[RewardSource]) -> None:
-        self.rewards = self._rewards(functions, self.reward_processing_classes)
+        self.rewards = self._rewards(functions, self._reward_tokenizers)
         self._reward_funcs, self.collector.rewards = functions, self.rewards
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizer of each reward function that is a model, None for the others."""
+        panel = None if self.rewards is None else self.rewards.panel
+        judges = [] if panel is None else panel.functions
+        return [judge.encoder.tokenizer if isinstance(judge, RewardModel) else None for judge in judges]
 
     @property
     def reward_func_names(self) -> list[str]:
@@ -487,14 +554,15 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _loader(self, shape: RolloutShape) -> RolloutLoader:
         prompts = shape.rows // shape.num_generations * self.args.world_size
-        length = -(-len(self.train_dataset) // prompts) * shape.passes
+        sized = hasattr(self.train_dataset, "__len__")
+        length = -(-len(self.train_dataset) // prompts) * shape.passes if sized else None
         return RolloutLoader(self._make_experience, self._in_passes, shape, length)
 
     def make_source(self) -> Source:
         """What completes the prompts: the environment, the user's function or the sampler."""
         if self.rollout_func is not None:
-            function = self.rollout_func
-            return FunctionSource(lambda rows: function(rows, self))
+            call = calls_of(self.rollout_func, [self], [self.args, self.processing_class])
+            return FunctionSource(call, self.logprobs_of)
         config = self.args
         if self.environment is None:
             return SamplerSource(
@@ -520,7 +588,27 @@ class RolloutTrainer(ObjectiveTrainer):
             like = frozen_dtype(self.model, self.accelerator.mixed_precision)
             panel = reward_panel(functions, tokenizers, config.reward_timeout, config.device, like=like)
         overlong = None if config.overlong_cache is None else (config.max_completion_length, config.overlong_cache)
-        return RolloutRewards(panel, config.reward_weights, overlong)
+        if not self.owns("_calculate_rewards"):
+            return RolloutRewards(panel, config.reward_weights, overlong)
+        if panel is None:
+            raise ValueError("_calculate_rewards: it is overridden, but the rollouts bring their own rewards")
+        rewards = OwnRewards(panel, config.reward_weights, overlong)
+        rewards.function = lambda *asked: self._calculate_rewards(*asked)
+        return rewards
+
+    def _calculate_rewards(
+        self, inputs: Sequence[Mapping[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        """What the reward functions say of this process's completions, NaN for no opinion; for subclasses. [B, F]
+
+        inputs: the row of the data set of each completion.
+        """
+        if not isinstance(self.rewards, OwnRewards):
+            raise ValueError("_calculate_rewards: it is there for a subclass that overrides it; ask trainer.rewards")
+        return self.rewards.of_panel(inputs, prompts, completions, completion_ids_list)
+
+    def prepared_columns(self) -> frozenset[str]:
+        return frozenset({"prompt_ids"})
 
     def _collector(self, shape: RolloutShape) -> Collector:
         config = self.args
@@ -540,7 +628,12 @@ class RolloutTrainer(ObjectiveTrainer):
             rank=config.process_index,
             world=config.world_size,
             unscored=self._write_unscored,
+            ends=self._ends(),
         )
+
+    def _ends(self) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        return end_tokens(self.model, self.processing_class, self.sampling_params(0).stop_token_ids)
 
     def make_reference(self, ref_model: nn.Module | str | None) -> Reference:
         """The model given, the policy without its new adapter, or a frozen copy; it moves where the config says so."""
@@ -620,18 +713,32 @@ class RolloutTrainer(ObjectiveTrainer):
             experience, learned = self.experience(rollout, rewards, rows)
         self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
+        if rewards.logs.metrics:
+            check_new_names(rewards.logs.metrics)
         rollout_report.record(self.record, self.record_extreme, rollout, rewards, group)
         prompts = self.collector.prompt_texts(rows, group)
-        table = rollout_report.table_of(self.state.global_step, rollout, prompts, rewards, learned)
+        table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
         if self.args.save_rollouts:
             self._write(state.rollouts, "rollouts", table)
         if self.args.log_completions and self.is_world_process_zero():
             rollout_report.print_table(table, self.args.num_completions_to_print, self.args.log_unique_prompts)
         return experience
 
+    _misses_scores = False
+    """whether a completion may go without a score, or has gone so"""
+
+    def _read(self, mode: str) -> dict[str, float]:
+        found = super()._read(mode)
+        panel = None if self.rewards is None else self.rewards.panel
+        timed = panel is not None and any(seconds is not None for seconds in panel.timeouts)
+        self._misses_scores = self._misses_scores or timed or bool(found.get("unscored_ratio"))
+        if not self._misses_scores:
+            found.pop("unscored_ratio", None)
+        return found
+
     def _write_unscored(self, number: int, rollout: Rollout, prompts: list[Any]) -> None:
         nothing = Rewards.none(len(rollout))
-        table = rollout_report.table_of(self.state.global_step, rollout, prompts, nothing, {})
+        table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, nothing, {})
         self._write(number, "unscored", table)
 
     def _write(self, number: int, folder: str, table: rollout_report.Columns) -> None:
@@ -755,6 +862,8 @@ class RolloutTrainer(ObjectiveTrainer):
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
+        if rewards.logs.metrics:
+            check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group)
         return self.evaluated(model, rollout, rewards, rows), None, None

@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from trl.models.weight_files import SAVING
-from trl.trainer.checkpoints import PREFIX, checkpoints, is_whole
+from trl.trainer.checkpoints import PREFIX, checkpoints, is_finished, remove
 from trl.trainer.tally import METRICS
 
 logger = logging.getLogger(__name__)
@@ -25,6 +24,8 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 RECORDS = ("rollouts", "unscored")
 """folders of what a run has sampled"""
+EARLIER = "earlier-"
+"""a folder with the records of a run that left no checkpoint, followed by a number"""
 _held: set[int] = set()
 """file descriptors of the locks that this process holds"""
 
@@ -118,6 +119,13 @@ class RunFolder:
         self.own_metrics: int | None = None
         """where the lines of this object begin in `metrics.jsonl`; None before the first"""
 
+    def goes_on(self, resume: bool | str | os.PathLike[str] | None, folder: str | os.PathLike[str]) -> bool:
+        """Whether a run that resumes so goes on with what is in `folder`, and not with a checkpoint from elsewhere."""
+        if not resume or resume is True:
+            return bool(resume)
+        path, place = Path(resume).resolve(), Path(folder).resolve()
+        return place in (path, path.parent)
+
     @contextmanager
     def held(
         self,
@@ -125,12 +133,14 @@ class RunFolder:
         *,
         resumes: bool,
         overwrite: bool,
+        asked: bool = False,
         root: str | os.PathLike[str] | None = None,
     ) -> Iterator[None]:
         """Try the folder for writing and lock it. ValueError, on all processes, where it is in use or not writable.
 
-        resumes: the run goes on with a checkpoint. If not, another run's checkpoints in `folder` are refused, or
-        removed with `overwrite`; records of a run that left no checkpoint are replaced. root: where the lock and the
+        resumes: the run goes on with a checkpoint of `folder`. If not, another run's checkpoints there are refused, or
+        removed with `overwrite`, or named where a checkpoint from elsewhere was `asked` for; records of a run that left
+        no checkpoint are put aside. root: where the lock and the
         records are, if not in `folder`.
         """
         top, place = Path(root or folder), Path(folder)
@@ -138,7 +148,7 @@ class RunFolder:
         descriptor = None
         if PartialState().is_main_process:
             try:
-                descriptor = self._begin(top, place, resumes, overwrite)
+                descriptor = self._begin(top, place, resumes, overwrite, asked)
             except (ValueError, OSError) as error:
                 answer[0] = str(error)
         broadcast_object_list(answer)
@@ -151,7 +161,7 @@ class RunFolder:
                 self.own |= {path.resolve() for path in checkpoints(place, self._prefix)}
                 _release(top, descriptor)
 
-    def _begin(self, top: Path, place: Path, resumes: bool, overwrite: bool) -> int | None:
+    def _begin(self, top: Path, place: Path, resumes: bool, overwrite: bool, asked: bool) -> int | None:
         try:
             top.mkdir(parents=True, exist_ok=True)
             descriptor = _acquire(top)
@@ -161,29 +171,55 @@ class RunFolder:
             ) from error
         try:
             if not resumes:
-                self._clear(top, place, overwrite)
+                self._clear(top, place, overwrite, asked)
         except BaseException:
             if descriptor is not None:
                 _release(top, descriptor)
             raise
         return descriptor
 
-    def _clear(self, top: Path, place: Path, overwrite: bool) -> None:
+    def _clear(self, top: Path, place: Path, overwrite: bool, asked: bool) -> None:
         found = [path for path in checkpoints(place, self._prefix) if path.resolve() not in self.own]
-        others = [path for path in found if is_whole(path) or self._is_old(path)]
+        others = [path for path in found if is_finished(path) or self._is_old(path)]
+        if others and asked and not overwrite:
+            logger.warning(
+                "%s holds %s of another run than the checkpoint that this one goes on with: `save_total_limit` counts "
+                "it, and a checkpoint of the same number replaces it",
+                top,
+                others[-1].name,
+            )
+            return
         if others and not overwrite:
             raise FolderInUse(
                 f"{str(top)!r} holds {others[-1].name} of another run: go on with it by {self._resume}, remove it "
                 "by overwrite_output_dir=True, or write into another folder"
             )
         for path in others:
-            shutil.rmtree(path)
+            remove(path)
         if self.own or self.own_metrics == 0:
             return  # the same trainer trains once more: its records stay
-        for name in RECORDS:
-            if any((top / name).glob("**/*.parquet")):
-                logger.warning("%s: the %s of an earlier run, which left no checkpoint, are removed", top, name)
-                shutil.rmtree(top / name)
+        records = [top / name for name in RECORDS if any((top / name).glob("**/*.parquet"))]
+        if overwrite:
+            for path in records:
+                remove(path)
+        else:
+            self._put_aside(top, records)
+
+    def _put_aside(self, top: Path, records: list[Path]) -> None:
+        """Move what an earlier run has left, which left no checkpoint, and what it has logged."""
+        metrics = top / METRICS
+        logged = metrics.read_bytes()[: self.own_metrics] if metrics.is_file() else b""
+        if not records and not logged.strip():
+            return
+        number = max((int(path.name.removeprefix(EARLIER)) for path in _earlier(top)), default=0) + 1
+        aside = top / f"{EARLIER}{number}"
+        aside.mkdir()
+        for path in records:
+            os.rename(path, aside / path.name)
+        if logged:
+            (aside / METRICS).write_bytes(logged)
+        names = [*(path.name for path in records), *([METRICS] if logged else [])]
+        logger.warning("%s of an earlier run, which left no checkpoint: now in %s", " and ".join(names), aside)
 
     def begin_metrics(self, folder: str | os.PathLike[str], upto: int | None) -> None:
         """Leave in `metrics.jsonl` what a run has logged up to the step that it goes on from.
@@ -206,6 +242,10 @@ class RunFolder:
         """Called before this object's first line."""
         path = Path(folder) / METRICS
         self.own_metrics = path.stat().st_size if path.exists() else 0
+
+
+def _earlier(top: Path) -> list[Path]:
+    return [path for path in top.glob(f"{EARLIER}*") if path.name.removeprefix(EARLIER).isdigit()]
 
 
 def _upto(line: str, step: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -18,7 +19,7 @@ from trl.data.formats import column_names, maybe_convert_to_chatml
 from trl.data.messages import messages_of
 from trl.data.packed_dataset import STRATEGIES, pack_dataset
 from trl.data.packing import pack
-from trl.data.records import Batch
+from trl.data.records import ROWS, Batch
 from trl.data.supervised_rows import SupervisedJob, supervised_row
 from trl.data.tokenize import has_rows, tokenize, unprepared
 from trl.generation.stopping import end_tokens
@@ -327,6 +328,7 @@ class SFTTrainer(ObjectiveTrainer):
         processing_class: Any = None,
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         quantization_config: Any = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
     ):
         given = {
             "packing": packing, "dataset_text_field": dataset_text_field, "max_length": max_seq_length,
@@ -365,6 +367,7 @@ class SFTTrainer(ObjectiveTrainer):
             embedding_rows(model),
             unnamed=older and dataset_text_field is None,
         )
+        self._formatting_func = formatting_func
         super().__init__(
             model=model,
             args=config,
@@ -379,7 +382,52 @@ class SFTTrainer(ObjectiveTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            compute_loss_func=compute_loss_func,
         )
+        if compute_loss_func is not None:
+            self._take_loss_func()
+
+    def _take_loss_func(self) -> None:
+        if self.owns("compute_loss"):
+            raise ValueError("compute_loss_func: compute_loss is overridden too; give one of them")
+        self.compute_loss = self._by_func  # type: ignore[method-assign, assignment]
+        self._take_own_methods()
+
+    def _by_func(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None) -> Tensor:
+        """The loss by `compute_loss_func(outputs, labels, num_items_in_batch=)`, of padded rows with whole logits."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)  # type: ignore[misc, no-any-return]
+
+    packed_way_out = "set padding_free=False in SFTConfig, and inputs are input_ids, attention_mask and labels"
+
+    def handed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if self.args.padding_free else {name: batch[name] for name in ROWS}
+
+    def taken_back(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch at hand; where its padded rows were changed, a batch of the changed ones."""
+        if dict.get(inputs, "packed") is not None:  # type: ignore[call-overload]
+            return super().taken_back(inputs)
+        before = {name: self._at_hand[name] for name in ROWS}
+        rows = before | {name: inputs[name] for name in ROWS if name in inputs}
+        if all(torch.equal(rows[name], before[name]) for name in ROWS):
+            return self._at_hand  # type: ignore[no-any-return]
+        trees = sequence_trees(rows_of_padded(rows, "compute_loss"))
+        return Batch(packed=pack(trees).to(self.args.device))
+
+    def outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        if self._at_hand is None or self.args.padding_free:
+            return super().outputs(model, inputs)
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+    def prepared_columns(self) -> frozenset[str]:
+        return frozenset({"input_ids", "loss_mask"})
+
+    def preparing(self) -> dict[str, Any]:
+        config = self.args
+        return {
+            **super().preparing(), "packing": config.packing, "formatting_func": self._formatting_func,
+            "dataset_text_field": config.dataset_text_field, "max_seq_length": config.max_length,
+        }  # fmt: skip
 
     def _trl_activate_neftune(self, model: nn.Module) -> nn.Module:
         """Add NEFTune's noise to the embeddings in training; `model.neftune_hook_handle.remove()` ends it."""

@@ -38,6 +38,11 @@ class StopSignal:
             return
         self._process = os.getpid()
         before = signal.signal(signal.SIGTERM, self._hear)
+        if callable(before):
+            logger.warning(
+                "SIGTERM: the handler that was set is not called while the run trains, which is saved first; with "
+                "enable_jit_checkpoint=False it is"
+            )
         try:
             yield
         finally:

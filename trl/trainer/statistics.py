@@ -28,7 +28,9 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, current: float, n_steps: int) -> None:
-        """`value *= 1 + clip(current / target - 1, -0.2, 0.2) * n_steps / horizon`."""
+        """`value *= 1 + clip(current / target - 1, -0.2, 0.2) * n_steps / horizon`; a KL of nan changes nothing."""
+        if np.isnan(current):
+            return
         error = float(np.clip(current / self.target - 1, -0.2, 0.2))
         self.value *= 1 + error * n_steps / self.horizon
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
@@ -52,9 +52,10 @@ class Tally:
             found = Extreme(further(old.value, found.value), found.largest)
         self._extremes[name] = found
 
-    def add_loss(self, result: LossSum) -> None:
-        """Add a loss under the name "loss", and its metrics."""
-        self.add("loss", result.total.detach(), result.count)
+    def add_loss(self, result: LossSum, loss: bool = True) -> None:
+        """Add a loss under the name "loss", and its metrics. loss: False for the metrics alone."""
+        if loss:
+            self.add("loss", result.total.detach(), result.count)
         for name, value in result.metrics.items():
             if isinstance(value, Extreme):
                 self.add_extreme(name, value)
@@ -175,12 +176,22 @@ class StepWatch:
 
 def write_metrics(folder: str | os.PathLike[str], line: Mapping[str, Any]) -> None:
     """Add a line to the run's `metrics.jsonl`; a number that is not finite becomes null, which JSON can hold."""
-    plain = {key: value for key, value in ((k, _in_json(v)) for k, v in line.items()) if value is not _LEFT_OUT}
+    plain = {str(key): value for key, value in ((k, _in_json(v)) for k, v in line.items()) if value is not _LEFT_OUT}
     try:
-        with open(Path(folder) / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
-    except OSError as error:
+        with open(Path(folder) / METRICS, "ab+") as file:
+            _cut_torn_line(file)
+            file.write(json.dumps(plain).encode() + b"\n")
+    except (OSError, ValueError) as error:  # a number with too many digits
         logger.warning("%s: a line of step %s is not written (%s)", Path(folder) / METRICS, line.get("step"), error)
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Remove the end of a file behind its last line's end: a kill or a full disk has torn it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read() not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 _LEFT_OUT = object()

@@ -272,7 +272,7 @@ def run_locked(program: str, settings: dict) -> None:
         try:
             report(error)
         except BaseException:
-            print("an error that cannot be shown")
+            write(1, b"an error that cannot be shown\n")  # the program may have replaced the standard output
     try:
         sys.stdout.flush()
     finally:
