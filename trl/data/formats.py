@@ -298,7 +298,7 @@ def extract_prompt(example: Mapping[str, Any]) -> Row:
     cut = max(0, min(shared, len(chosen) - 1, len(rejected) - 1))
     asked = example.get("prompt")
     if not cut and isinstance(asked, str) and asked.strip():
-        return {**example, "prompt": [{"role": "user", "content": asked}], "chosen": chosen, "rejected": rejected}
+        return {**example, "prompt": _said(example, "prompt", "user"), "chosen": chosen, "rejected": rejected}
     return {**example, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
@@ -314,22 +314,23 @@ def maybe_extract_prompt(example: Mapping[str, Any]) -> Row:
 def as_messages(example: Mapping[str, Any], answers: Sequence[str]) -> Row:
     """A conversational row whose prompt and answers are lists of messages; answers that repeat the prompt lose it.
 
-    A text is what the user asks, or what the assistant answers. A prompt that is a text stays one where the answers
+    A text is what the user asks, or what the assistant answers. A prompt that is a text stays one where all answers
     begin with other messages than the assistant's: they hold the question themselves. ValueError for what is neither.
     """
     row = maybe_convert_to_chatml(example)
     said = {name: _said(row, name, "assistant") for name in answers if name in row}
     prompt = row.get("prompt")
     if isinstance(prompt, str):
-        answered = all(not own or own[0]["role"] == "assistant" for own in said.values())
+        answered = any(not own or own[0]["role"] == "assistant" for own in said.values())
         prompt = _said(row, "prompt", "user") if answered and prompt.strip() else prompt
     elif prompt is not None:
         prompt = messages_of(row, "prompt")
+    if isinstance(prompt, list):
         said = {name: own[_repeated(prompt, own) :] for name, own in said.items()}
     return {**row, **said, **({"prompt": prompt} if "prompt" in row else {})}
 
 
-def _said(row: Row, column: str, role: str) -> Messages:
+def _said(row: Mapping[str, Any], column: str, role: str) -> Messages:
     """The row's messages in that column; a text is one of that role."""
     if isinstance(row[column], str):
         return [{"role": role, "content": text_of(row, column)}]
