@@ -15,7 +15,7 @@ test: $(VENV)/.dev  ## everything, on two processes
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
 test-long: $(VENV)/.dev  ## every trainer killed ten times, its files spoilt, its disk full; about 10 minutes on two cores
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q --long tests/chaos $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q --long tests/chaos tests/data/test_bad_rows.py $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, layers, no `trainer: Any`
 	$(BIN)/ruff format --check .
