@@ -40,6 +40,17 @@ def copy_of(policy: nn.Module, *, share: bool = True) -> nn.Module:
     return deepcopy(model, frozen).eval().requires_grad_(False)
 
 
+def copy_with_adapter(policy: Any, name: str) -> nn.Module:
+    """A frozen copy of a PeftModel with another of its adapters active; frozen base weights are shared."""
+    own = {f".{policy.active_adapter}.", f".{name}."}
+    frozen = [(key, weight) for key, weight in policy.named_parameters() if not weight.requires_grad]
+    shared = {id(weight): weight for key, weight in frozen if not any(part in key for part in own)}
+    copy: Any = deepcopy(policy, {**shared})
+    copy.set_adapter(name)
+    copy.delete_adapter(policy.active_adapter)
+    return copy.eval().requires_grad_(False)
+
+
 class Reference:
     """`with reference.model() as m:` is the one place that knows what the reference is.
 
