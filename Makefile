@@ -6,13 +6,16 @@ TORCH ?= 2.13.0
 # Two busy threads on contended cores are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: quickstart test check bench format clean
+.PHONY: quickstart test test-long check bench format clean
 
 quickstart: $(VENV)/.quickstart  ## fine-tune, reward, reinforce a real model; needs no GPU and no account
 	$(BIN)/trl quickstart $(ARGS)
 
 test: $(VENV)/.dev  ## everything, on two processes
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+test-long: $(VENV)/.dev  ## every trainer killed ten times, its files spoilt, its disk full; about 10 minutes on two cores
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q --long tests/chaos tests/data/test_bad_rows.py $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, layers, no `trainer: Any`
 	$(BIN)/ruff format --check .

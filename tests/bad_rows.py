@@ -129,6 +129,12 @@ def _chat() -> list[Row]:
     return [{"role": "user", "content": "hi"}, _calls(), {"role": "tool", "content": "3"}, _say("ok")]
 
 
+def _older_chat() -> list[Row]:
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    older = [{"role": "assistant", "content": "", "function_call": call}, {"role": "function", "content": "3"}]
+    return [{"role": "user", "content": "hi"}, *older, _say("ok")]
+
+
 def _say(text: str, role: str = "assistant") -> Row:
     return {"role": role, "content": text}
 
@@ -144,6 +150,10 @@ FORMS: dict[str, Form] = {
     "messages, marked": Form({"messages": _chat()}, _job(SupervisedJob, CHATML_GENERATION, assistant_only_loss=True)),
     "messages with tools": Form(
         {"messages": _chat(), "tools": _TOOLS, "chat_template_kwargs": {"a": 1}}, _job(SupervisedJob, TOOLS)
+    ),
+    "messages with an older call": Form({"messages": _older_chat()}, _job(SupervisedJob, TOOLS)),
+    "prompt a text, completion messages": Form(
+        {"prompt": "hi", "completion": [*_ASKED, _say("yo")]}, _job(SupervisedJob)
     ),
     "ShareGPT": Form(
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, _job(SupervisedJob)
@@ -164,6 +174,10 @@ FORMS: dict[str, Form] = {
     "pair of messages, prompt a text": Form(
         {"prompt": "hi", "chosen": [_say("yo")], "rejected": [_say("no")]}, _job(PairsJob)
     ),
+    "pair of messages and texts": Form(
+        {"prompt": _ASKED, "chosen": [*_ASKED, _say("yo")], "rejected": "no"}, _job(PairsJob)
+    ),
+    "pair of ids with masks": Form({**_IDS, "chosen_mask": [1], "rejected_mask": [1]}, _job(PairsJob)),
     "pair of ids": Form({**_IDS, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, _job(PairsJob)),
     "pair of ids, Reward's": Form(
         {"input_ids_chosen": [20, 21], "attention_mask_chosen": [1, 1], "input_ids_rejected": [20, 22],
@@ -184,10 +198,16 @@ FORMS: dict[str, Form] = {
     "KTO, prompt inside": Form({"completion": [*_ASKED, _say("yo")], "label": 1}, _job(CompletionsJob)),
     "KTO, ids": Form({"prompt_ids": [20], "completion_ids": [21], "label": True}, _job(CompletionsJob)),
     "KTO, pair": Form({"prompt": "the ", "chosen": "sky", "rejected": "mat"}, _job(CompletionsJob)),
+    "KTO, pair of messages and texts": Form(
+        {"prompt": "hi", "chosen": [_say("yo")], "rejected": "no"}, _job(CompletionsJob)
+    ),
     "KTO, pair of messages": Form(
         {"chosen": [*_ASKED, _say("yo")], "rejected": [*_ASKED, _say("no")]}, _job(CompletionsJob)
     ),
     "PRM": Form({"prompt": "the ", "completions": ["sky", "is"], "labels": [True, False]}, _job(StepwiseJob)),
+    "PRM, one not learned": Form(
+        {"prompt": "the ", "completions": ["sky", "is"], "labels": [1, -100]}, _job(StepwiseJob)
+    ),
     "PRM, ids": Form({"input_ids": [20, 21], "labels": [-100, 1]}, _job(StepwiseJob)),
     "prompt": Form({"prompt": "the ", "solution": "5"}, _job(PromptsJob)),
     "prompt, messages": Form({"prompt": [*_ASKED, _say("yo"), *_ASKED], "tools": _TOOLS}, _job(PromptsJob, TOOLS)),
@@ -274,6 +294,9 @@ def _checked(made: Any, job: RowJob) -> str:
                 return f"{name} is not finite"
         if "loss_mask" in row and len(row["loss_mask"]) != len(row["input_ids"]):
             return "a mask of another length"
+        for name in job.features:
+            if name.endswith("_ids") and len(row.get(name.replace("_ids", "_mask"), row[name])) != len(row[name]):
+                return f"a mask of another length than {name}"
     return "right"
 
 

@@ -14,6 +14,19 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long forms of tests, which `make test-long` runs")
+    parser.addoption("--counts", help="a file that the tests of tests/chaos add lines of JSON to: what they did")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `long` are chosen by `--long`, and all others without it."""
+    chosen = [item for item in items if (item.get_closest_marker("long") is not None) == config.getoption("--long")]
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

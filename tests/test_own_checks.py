@@ -33,3 +33,9 @@ def test_functions_that_take_a_trainer_of_unknown_type(source, names):
 
 def test_no_function_of_the_package_does():
     assert load("check_trainer_arguments").main() == 0
+
+
+def test_long_forms_are_apart(request):
+    """`make test` runs none of the tests marked `long`; `--long` runs nothing else."""
+    marked = {item.get_closest_marker("long") is not None for item in request.session.items}
+    assert marked == {request.config.getoption("--long")}

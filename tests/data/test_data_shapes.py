@@ -68,7 +68,10 @@ def test_a_question_that_no_one_reads_is_an_error(needs_prompt: bool, as_table: 
         (tokenize_stepwise, {"prompt": "", "completions": ["blue"], "labels": [True]}),
         (tokenize_prompts, {"prompt": ""}),
         (tokenize_prompts, {"prompt": [{"role": "system", "content": "be good"}, {"role": "user", "content": " "}]}),
-        (tokenize_preference, {"prompt": [{**USER, "content": ""}], "chosen": [YO], "rejected": [USER]}),
+        (
+            tokenize_preference,
+            {"prompt": [{**USER, "content": ""}], "chosen": [YO], "rejected": [{**YO, "content": "no"}]},
+        ),
     ],
 )
 def test_no_prompt_at_all_is_an_error(tokenise: Any, row: dict[str, Any]) -> None:

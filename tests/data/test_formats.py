@@ -91,11 +91,6 @@ def test_missing_columns_are_named(rows: Any, message: str) -> None:
         detect_format(rows, (RowKind.PREFERENCE,), name="eval")
 
 
-def test_text_and_conversation_do_not_mix() -> None:
-    with pytest.raises(ValueError, match="one of the columns 'prompt' and 'completion' is a conversation"):
-        detect_format([{"prompt": "a", "completion": [BLUE]}], (RowKind.PROMPT_COMPLETION,))
-
-
 def test_is_conversational() -> None:
     assert is_conversational({"prompt": [ASK]})
     assert is_conversational({"messages": [{"role": "assistant", "tool_calls": []}]})

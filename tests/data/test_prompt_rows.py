@@ -171,7 +171,7 @@ def test_steps_carry_their_label_at_their_last_token() -> None:
     [
         ({"completions": "sky"}, "column 'completions' should be a list of texts"),
         ({"labels": [True]}, "column 'labels' has 1 entries for 2 steps"),
-        ({"labels": [1, 2]}, "should hold true or false for each step, got 2"),
+        ({"labels": [1, 2]}, "should hold true or false for each step, or -100 for one that is not learned, got 2"),
     ],
 )
 def test_wrong_steps(row: dict[str, Any], message: str) -> None:

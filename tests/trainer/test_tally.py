@@ -1,5 +1,8 @@
 """Means of metrics: right over micro-batches and ranks, read with one transfer, in 32 bits on the device."""
 
+import json
+import resource
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from transformers import TrainerCallback
 
 from trl.losses.loss_sum import LossSum
-from trl.trainer.tally import Tally
+from trl.trainer.tally import METRICS, Tally, write_metrics
 from trl.trainer.update import optimizer_step
 
 
@@ -138,3 +141,17 @@ def test_the_prefix_of_an_evaluation_by_its_place(tmp_path):
     by_name = trainer.evaluation_loop(loader, "x", metric_key_prefix="mine").metrics
     assert by_place["mine_rewards/margins"] == by_name["mine_rewards/margins"]
     assert "eval_rewards/margins" in trainer.evaluation_loop(loader, "x").metrics
+
+
+def test_a_line_that_a_full_disk_cuts_off(tmp_path, caplog):
+    """It is said, nothing of it stays, and the next line is whole."""
+    write_metrics(tmp_path, {"step": 1, "loss": 0.5})
+    path, limits = tmp_path / METRICS, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, limits[1]))
+    try:
+        write_metrics(tmp_path, {"step": 2, "loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "metrics.jsonl: a line of step 2 is not written ([Errno 27] File too large)" in caplog.text
+    write_metrics(tmp_path, {"step": 3, "loss": 0.125})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]

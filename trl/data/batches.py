@@ -30,20 +30,23 @@ def sequence_trees(rows: Sequence[Mapping[str, Any]]) -> list[TokenTree]:
 def pair_tree(row: Mapping[str, Any]) -> TokenTree:
     """The prompt with two branches, chosen and rejected, from any of the known sets of tokenised columns."""
     ids = row if "prompt_ids" in row else pair_ids(row)
-    return TokenTree(ids["prompt_ids"], [Branch(ids["chosen_ids"]), Branch(ids["rejected_ids"])])
+    sides = [Branch(ids[f"{side}_ids"], ids.get(f"{side}_mask")) for side in ("chosen", "rejected")]
+    return TokenTree(ids["prompt_ids"], sides)
 
 
 def pair_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenised pair with the columns that the collators of older releases read, for reward models and for DPO."""
     prompt = list(row["prompt_ids"])
-    columns: dict[str, Any] = {name: value for name, value in row.items() if not name.endswith("_ids")}
+    columns: dict[str, Any] = {name: value for name, value in row.items() if not name.endswith(("_ids", "_mask"))}
     columns |= {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
     for side in ("chosen", "rejected"):
         answer = list(row[f"{side}_ids"])
         ids, mask = prompt + answer, [1] * (len(prompt) + len(answer))
         columns |= {f"input_ids_{side}": ids, f"attention_mask_{side}": mask}
         columns |= {f"{side}_input_ids": ids, f"{side}_attention_mask": mask}
-        columns[f"{side}_labels"] = [-100] * len(prompt) + answer
+        scored = row.get(f"{side}_mask") or [1] * len(answer)
+        labels = [token if counts else -100 for token, counts in zip(answer, scored, strict=True)]
+        columns[f"{side}_labels"] = [-100] * len(prompt) + labels
     return columns
 
 
@@ -146,8 +149,9 @@ def pair_ids(row: Mapping[str, Any], label_pad_token_id: int = -100) -> dict[str
     of `RewardTrainer` (`input_ids_chosen`, ..., or `chosen_ids` and `chosen_input_ids` alone; the prompt is what both
     share, or `prompt_input_ids`).
     """
+    masks: dict[str, Ids] = {}
     if "chosen_labels" not in row:
-        names = next((pair for pair in _WHOLE if pair[0] in row), None)
+        names = next((pair for pair in _WHOLE if row.keys() >= set(pair)), None)
         if names is None:
             ways = ", or ".join(" + ".join(pair) for pair in _WHOLE)
             raise ValueError(f"a tokenised pair needs the columns {ways}; columns found: {', '.join(row)}")
@@ -169,9 +173,13 @@ def pair_ids(row: Mapping[str, Any], label_pad_token_id: int = -100) -> dict[str
     else:
         chosen = _attended(row, "chosen_input_ids", "chosen_attention_mask")
         rejected = _attended(row, "rejected_input_ids", "rejected_attention_mask")
-        masked = []
-        for side, ids in (("chosen", chosen), ("rejected", rejected)):
-            labels = _attended(row, f"{side}_labels", f"{side}_attention_mask", of_ids=f"{side}_input_ids")
-            masked.append(next((i for i, label in enumerate(labels) if label != label_pad_token_id), len(ids)))
-        split = min(common_prefix(chosen, rejected), *masked)
-    return {"prompt_ids": chosen[:split], "chosen_ids": chosen[split:], "rejected_ids": rejected[split:]}
+        of_side = {
+            side: _attended(row, f"{side}_labels", f"{side}_attention_mask", of_ids=f"{side}_input_ids")
+            for side in ("chosen", "rejected")
+        }
+        marks = {side: [int(label != label_pad_token_id) for label in own] for side, own in of_side.items()}
+        starts = [mask.index(1) if 1 in mask else len(mask) for mask in marks.values()]
+        split = min(common_prefix(chosen, rejected), *starts)
+        masks = {f"{side}_mask": mask[split:] for side, mask in marks.items()}
+    ids = {"prompt_ids": chosen[:split], "chosen_ids": chosen[split:], "rejected_ids": rejected[split:]}
+    return ids | (masks if any(0 in mask for mask in masks.values()) else {})

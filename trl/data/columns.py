@@ -120,6 +120,12 @@ def unwrapped(value: Any) -> Any:
         return value
 
 
+def listed(value: Any) -> Any:
+    """One dict alone as a list of one, arrays and tensors as lists; other values as they are."""
+    value = unwrapped(value)
+    return [value] if isinstance(value, Mapping) else value
+
+
 def list_in(row: Mapping[str, Any], column: str, what: str) -> list[Any]:
     """The row's list in that column, from a tuple, an array or a tensor too; `what` it should be, for the error."""
     value = unwrapped(row.get(column))
@@ -177,31 +183,33 @@ def check_embedded(ids: Ids, where: str, embeddings: int | None) -> None:
         )
 
 
-def flag_in(value: Any) -> int | None:
-    """0 or 1 for what says so, else None."""
+def flag_in(value: Any, known: tuple[int, ...] = (0, 1)) -> int | None:
+    """0 or 1 for what says so, else None; `known`: the numbers that are flags."""
     value = unwrapped(value)
-    return int(value) if isinstance(value, int | float) and value in (0, 1) else None
+    return int(value) if isinstance(value, int | float) and value in known else None
 
 
-def flags_in(row: Mapping[str, Any], column: str, what: str = "0 or 1 for each token") -> list[int]:
+def flags_in(
+    row: Mapping[str, Any], column: str, what: str = "0 or 1 for each token", known: tuple[int, ...] = (0, 1)
+) -> list[int]:
     """The row's list of true and false in that column, as ones and zeros."""
     values = list_in(row, column, f"a list of {what}")
-    flags = list(map(flag_in, values))
+    flags = [flag_in(value, known) for value in values]
     for place, flag in enumerate(flags):
         if flag is None:
             raise ValueError(f"column '{column}' should hold {what}, got {shown(values[place])} at entry {place}")
     return [flag for flag in flags if flag is not None]
 
 
-def mask_for(row: Mapping[str, Any], column: str, ids: Sequence[int]) -> list[int]:
+def mask_for(row: Mapping[str, Any], column: str, ids: Sequence[int], of_ids: str = "input_ids") -> list[int]:
     """The row's mask in that column, with an entry for each id."""
-    return same_length(flags_in(row, column), column, ids)
+    return same_length(flags_in(row, column), column, ids, of_ids)
 
 
-def same_length(values: list[int], column: str, ids: Sequence[int]) -> list[int]:
+def same_length(values: list[int], column: str, ids: Sequence[int], of_ids: str = "input_ids") -> list[int]:
     """The values; ValueError where there is not one for each id."""
     if len(values) != len(ids):
-        raise ValueError(f"column '{column}' has {len(values)} entries for {len(ids)} `input_ids`")
+        raise ValueError(f"column '{column}' has {len(values)} entries for {len(ids)} `{of_ids}`")
     return values
 
 

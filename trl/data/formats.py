@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 from trl.data.chat import ChatTemplate, read_tools
-from trl.data.columns import at_row, check_keys, from_json, shown, text_of
+from trl.data.columns import at_row, check_keys, from_json, listed, shown, text_of
 from trl.data.encode import common_prefix
-from trl.data.messages import messages_of, template_arguments
+from trl.data.messages import Messages, messages_of, template_arguments, without_nones
 from trl.data.version import code_version
 
 Row = dict[str, Any]
@@ -99,7 +99,7 @@ def first_row(dataset: Any, name: str = "train") -> Row:
 
 def _is_messages(value: Any, keys: tuple[str, str] = ("role", "content")) -> bool:
     """Whether it is a list of messages, or one message."""
-    value = [value] if isinstance(value, Mapping) else value
+    value = listed(value)
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return False
     first = value[0]
@@ -116,7 +116,7 @@ def is_conversational_from_value(example: Mapping[str, Any]) -> bool:
     return _is_messages(example.get("conversations"), ("from", "value"))
 
 
-def _format(row: Row, kind: RowKind, required: tuple[str, ...], name: str) -> Format:
+def _format(row: Row, kind: RowKind, required: tuple[str, ...]) -> Format:
     """The format of rows like this one, which has the required columns."""
     chats = {c: _is_messages(row.get(c)) or _is_messages(row.get(c), ("from", "value")) for c in required}
     if kind is RowKind.TEXT and chats[required[0]]:
@@ -124,11 +124,6 @@ def _format(row: Row, kind: RowKind, required: tuple[str, ...], name: str) -> Fo
     pairs = kind in (RowKind.PREFERENCE, RowKind.UNPAIRED)
     answer = next((c for c in ("chosen", "completion") if c in chats), None)
     mixed = answer is not None and "prompt" in chats and "prompt" in row and chats["prompt"] != chats[answer]
-    if mixed and kind is not RowKind.PREFERENCE:
-        raise ValueError(
-            f"row 0 of the {name} data set: one of the columns 'prompt' and '{answer}' is a conversation and the "
-            "other is text: make both the same"
-        )
     conversational = kind is RowKind.MESSAGES or any(chats.values())
     return Format(kind, conversational, pairs and ("prompt" not in chats or mixed), required)
 
@@ -154,7 +149,7 @@ def detect_format(
         for required in alternatives:
             if not columns.issuperset(required):
                 continue
-            return _format(row, kind, required, name)
+            return _format(row, kind, required)
     raise ValueError(_missing(columns, kinds, name))
 
 
@@ -173,31 +168,32 @@ _ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
 }
+_CALLS = ("function_call", "tool_call")
 
 
 def _to_chatml(message: Any) -> Any:
     if not isinstance(message, Mapping) or "from" not in message:
         return message
     role, value = message["from"], message.get("value")
-    if role != "function_call":
+    known = role.lower() if isinstance(role, str) else ""
+    if known not in _CALLS:
         kept = {key: own for key, own in message.items() if key not in ("from", "value")}  # `weight` is among them
-        return {**kept, "role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
+        return {**kept, "role": _ROLES.get(known, known) or role, "content": value}
     try:
         calls = from_json(value, "a call") if isinstance(value, str) else value
     except ValueError:
         return {"role": "assistant", "content": value}
     calls = calls if isinstance(calls, list) else [calls]
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
-
-
-def _listed(messages: Any) -> Any:
-    """The messages as a list; one message alone is given as it is by some data sets."""
-    return [messages] if isinstance(messages, Mapping) else messages
 
 
 def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
@@ -208,7 +204,7 @@ def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
     converted = dict(example)
     for column in _CONVERSATION_COLUMNS:
         if _is_messages(example.get(column), ("from", "value")):
-            converted[column] = list(map(_to_chatml, _listed(example[column])))
+            converted[column] = list(map(_to_chatml, listed(example[column])))
     if "conversations" in converted and "messages" not in converted:
         converted["messages"] = converted.pop("conversations")
     return converted
@@ -298,10 +294,11 @@ def extract_prompt(example: Mapping[str, Any]) -> Row:
         cut = _text_split(first, second)
         return {**example, "prompt": first[:cut], "chosen": first[cut:], "rejected": second[cut:]}
     chosen, rejected = messages_of(example, "chosen"), messages_of(example, "rejected")
-    cut = max(0, min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    shared = common_prefix(without_nones(chosen), without_nones(rejected))  # Arrow may have filled in some
+    cut = max(0, min(shared, len(chosen) - 1, len(rejected) - 1))
     asked = example.get("prompt")
     if not cut and isinstance(asked, str) and asked.strip():
-        return {**example, "prompt": [{"role": "user", "content": asked}], "chosen": chosen, "rejected": rejected}
+        return {**example, "prompt": _said(example, "prompt", "user"), "chosen": chosen, "rejected": rejected}
     return {**example, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
@@ -312,6 +309,51 @@ def maybe_extract_prompt(example: Mapping[str, Any]) -> Row:
     if "prompt" in example and isinstance(example["prompt"], str) == isinstance(example["chosen"], str):
         return dict(example)
     return extract_prompt(example)
+
+
+def as_messages(example: Mapping[str, Any], answers: Sequence[str]) -> Row:
+    """A conversational row whose prompt and answers are lists of messages; answers that repeat the prompt lose it.
+
+    A text is what the user asks, or what the assistant answers. A prompt that is a text stays one where all answers
+    begin with other messages than the assistant's: they hold the question themselves. ValueError for what is neither.
+    """
+    row = maybe_convert_to_chatml(example)
+    said = {name: _said(row, name, "assistant") for name in answers if name in row}
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        answered = any(not own or own[0]["role"] == "assistant" for own in said.values())
+        prompt = _said(row, "prompt", "user") if answered and prompt.strip() else prompt
+    elif prompt is not None:
+        prompt = messages_of(row, "prompt")
+    if isinstance(prompt, list):
+        said = {name: own[_repeated(prompt, own) :] for name, own in said.items()}
+    return {**row, **said, **({"prompt": prompt} if "prompt" in row else {})}
+
+
+def _said(row: Mapping[str, Any], column: str, role: str) -> Messages:
+    """The row's messages in that column; a text is one of that role."""
+    if isinstance(row[column], str):
+        return [{"role": role, "content": text_of(row, column)}]
+    return messages_of(row, column)
+
+
+def _repeated(prompt: Messages, answer: Messages) -> int:
+    """How many of the prompt's last messages the answer begins with."""
+    asked, said = without_nones(prompt), without_nones(answer)
+    most = range(min(len(asked), len(said) - 1), 0, -1)
+    return next((n for n in most if said[:n] == asked[-n:] and said[0]["role"] != "assistant"), 0)
+
+
+def with_prompt(example: Mapping[str, Any], answers: Sequence[str], split: Callable[[Row], Row]) -> Row:
+    """`as_messages`; a row that has no messages in its prompt then is taken apart by `split`."""
+    row = as_messages(example, answers)
+    return row if row.get("prompt") and not isinstance(row["prompt"], str) else split(row)
+
+
+def split_completion(row: Row) -> Row:
+    """The row whose completion is a whole conversation: its last message is the answer, the others are the prompt."""
+    whole = messages_of(row, "completion")
+    return {**row, "prompt": whole[:-1], "completion": whole[-1:]}
 
 
 def _unpair(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -364,6 +406,7 @@ __all__ = [
     "Format",
     "RowKind",
     "apply_chat_template",
+    "as_messages",
     "column_names",
     "detect_format",
     "extract_prompt",

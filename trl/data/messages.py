@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from trl.data.columns import check_text, from_json, plain, shown, unwrapped
+from trl.data.columns import check_text, from_json, listed, plain, shown, unwrapped
 
 Message = dict[str, Any]
 Messages = list[Message]
@@ -40,12 +40,15 @@ def without_nones(value: Any) -> Any:
 
 
 def read_tools(tools: Any, keep_nulls: bool = False) -> list[Any] | None:
-    """A row's tools (a list of JSON schemas or functions, or the list as JSON text); None when there are none."""
+    """A row's tools; None when there are none.
+
+    They are a list of JSON schemas or functions, or one of them; the list or its entries can be JSON text.
+    """
     where = "column 'tools'"
     if isinstance(tools, str):
         tools = from_json(tools, where) if tools.strip() else None
         keep_nulls = True  # Arrow fills nothing into a text
-    tools = unwrapped(tools)
+    tools = listed(tools)
     if tools is not None and not isinstance(tools, list | tuple):
         raise ValueError(f"{where} should be a list of tools, got {type(tools)}: {shown(tools)}")
     return [_tool(tool, f"{where}, tool {i},", keep_nulls) for i, tool in enumerate(tools)] if tools else None
@@ -74,14 +77,28 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def messages_of(row: Mapping[str, Any], column: str) -> Messages:
-    """The row's conversation in that column, each message checked; one message alone is a list of one."""
-    value = unwrapped(row.get(column))
-    value = [value] if isinstance(value, Mapping) else value
+    """The row's conversation in that column, each message checked; one message alone is a list of one.
+
+    Calls are a list under `tool_calls`, each with its `function`.
+    """
+    value = listed(row.get(column))
     if not isinstance(value, list | tuple) or not all(isinstance(m, Mapping) and _has_role(m) for m in value):
         raise ValueError(
             f"column '{column}' should be a list of messages with `role` and `content`, got {shown(row.get(column))}"
         )
-    return [_message(message, f"message {place} of column '{column}'") for place, message in enumerate(value)]
+    places = [f"message {place} of column '{column}'" for place in range(len(value))]
+    if any(message.get("function_call") is not None for message in value):
+        value = [_with_tool_calls(message, where) for message, where in zip(value, places, strict=True)]
+    return [_message(message, where) for message, where in zip(value, places, strict=True)]
+
+
+def _with_tool_calls(message: Mapping[str, Any], where: str) -> Message:
+    """A message with OpenAI's older `function_call`, or its result, which has the role `function`, in today's form."""
+    made = {key: value for key, value in message.items() if key != "function_call"}
+    made["role"] = "tool" if made["role"] == "function" else made["role"]
+    if message.get("function_call") is not None and not unwrapped(made.get("tool_calls")):
+        made["tool_calls"] = _calls(message["function_call"], f"{where}: its `function_call`")
+    return made
 
 
 def _has_role(message: Mapping[str, Any]) -> bool:
@@ -102,30 +119,39 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
             raise ValueError(f"{where}: its content should be a text or a list of text parts, got {shown(content)}")
         made["content"] = content
     if message.get("tool_calls") is not None:
-        made["tool_calls"] = _calls(message["tool_calls"], where)
+        made["tool_calls"] = _calls(message["tool_calls"], f"{where}: its `tool_calls`")
     return made
 
 
 def _calls(calls: Any, where: str) -> list[Message]:
     """An assistant's tool calls: a list of them, which may be JSON text, or one alone."""
     spelled = isinstance(calls, str)
-    where = f"{where}: its `tool_calls`"
-    calls = unwrapped(from_json(calls, where) if spelled else calls)
-    calls = [calls] if isinstance(calls, Mapping) else calls
+    if spelled:
+        calls = from_json(calls, where) if calls.strip() else []
+    calls = listed(calls)
     if not isinstance(calls, list | tuple):
         raise ValueError(f"{where} should be a list of calls, got {shown(calls)}")
     made = []
     for call in calls:
         told = isinstance(call, str)
-        call = plain(from_json(call, where) if told else call, where)
-        function = (call.get("function") or call) if isinstance(call, Mapping) else None
+        call = _with_function(plain(from_json(call, where) if told else call, where))
+        function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"{where} should be calls with a function's `name` and `arguments`, got {shown(call)}")
         if (spelled or told) and isinstance(function.get("arguments"), Mapping):  # Arrow fills nothing into a text
-            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-            call = {**call, "function": function} if call.get("function") else function
+            arguments = json.dumps(function["arguments"], ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": arguments}}
         made.append(call)
     return made
+
+
+def _with_function(call: Any) -> Any:
+    """The call with `function` around its name and arguments, where it has none."""
+    if not isinstance(call, Mapping) or call.get("function") or "name" not in call:
+        return call
+    outer = {key: call[key] for key in ("id", "type") if call.get(key) is not None}
+    function = {key: value for key, value in call.items() if key not in ("id", "type", "function")}
+    return {"type": "function", **outer, "function": function}
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:

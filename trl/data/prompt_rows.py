@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datasets import Value
@@ -18,25 +18,30 @@ from trl.data.columns import (
     flags_in,
     ids_of,
     list_in,
+    mask_for,
     number_of,
     same_length,
     shown,
     text_of,
     whole_numbers,
 )
-from trl.data.encode import Ids, common_prefix, cut
+from trl.data.encode import Ids, Span, common_prefix, cut
 from trl.data.formats import (
     RowKind,
+    column_names,
     extract_prompt,
     mapped_rows,
     maybe_convert_to_chatml,
     maybe_extract_prompt,
+    split_completion,
     unpair_preference_dataset,
+    with_prompt,
 )
 from trl.data.messages import messages_of
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
+    MASK,
     Answered,
     Made,
     Row,
@@ -93,6 +98,10 @@ class _AnswersJob(_PromptJob):
 
     add_eos: bool = True
     is_encoder_decoder: bool = False
+    learn_tool_results: bool = False
+    """score all of an answer, what tools and users say in it too"""
+    masked: bool = field(init=False, default=False)
+    """each answer has a mask beside its ids: 1 where the assistant speaks"""
 
     answers: ClassVar[tuple[str, ...]]
 
@@ -105,10 +114,20 @@ class _AnswersJob(_PromptJob):
 
     @property
     def features(self) -> dict[str, Any]:
-        return {"prompt_ids": IDS} | {f"{answer}_ids": IDS for answer in self.answers}
+        masks = {f"{answer}_mask": MASK for answer in self.answers} if self.masked else {}
+        return {"prompt_ids": IDS} | {f"{answer}_ids": IDS for answer in self.answers} | masks
 
     def options(self) -> tuple[Any, ...]:
-        return self.answers, self.add_eos, self.is_encoder_decoder
+        return self.answers, self.add_eos, self.is_encoder_decoder, self.learn_tool_results
+
+    def reading(self, dataset: Any, name: str) -> tuple[Any, RowJob]:
+        dataset, job = super().reading(dataset, name)
+        assert isinstance(job, _AnswersJob)
+        given = {f"{answer}_mask" for answer in self.answers} <= set(column_names(dataset, name))
+        of_ids = job.format.kind is RowKind.TOKENIZED
+        given = given or "chosen_labels" in job.format.columns
+        job.masked = not self.learn_tool_results and (given if of_ids else job.format.conversational)
+        return dataset, job
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
         numbers = []
@@ -137,22 +156,24 @@ class _AnswersJob(_PromptJob):
         for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
                 own = row if "prompt_ids" in self.format.columns else pair_ids(row)
-                answered.append(Answered(ids_of(own, "prompt_ids"), [ids_of(own, f"{a}_ids") for a in self.answers]))
+                ids = [ids_of(own, f"{a}_ids") for a in self.answers]
+                masks = [_mask_of(own, a, i) for a, i in zip(self.answers, ids, strict=True)] if self.masked else []
+                answered.append(Answered(ids_of(own, "prompt_ids"), ids, masks=masks))
         return answered
 
     def _texts(self, row: Row) -> Answered[str]:
         if not self.format.conversational:
             return self.plain(row, self.answers)
-        row, given = maybe_convert_to_chatml(row), row.get("prompt")
-        row = self._with_prompt(row) if self.format.implicit_prompt else row
-        asked = row.get("prompt")
-        prompt = [] if asked is None or (isinstance(asked, str) and not asked) else messages_of(row, "prompt")
+        given = row.get("prompt")
+        row = with_prompt(row, self.answers, self._with_prompt)
+        prompt = row["prompt"]
         if not prompt:
             missing = f"is {shown(given)}" if "prompt" in self.format.columns else "is missing too"
             raise ValueError(
-                f"the conversation has no message before its answer, so there is no prompt (column 'prompt' {missing})"
+                "the conversation has no message before its answer, so there is no prompt "
+                f"(column 'prompt' {missing}): give it in that column"
             )
-        return self.rendered(row, prompt, [messages_of(row, answer) for answer in self.answers])
+        return self.rendered(row, prompt, [row[answer] for answer in self.answers])
 
     def _apart(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
         """Prompt and answers are tokenised separately, as at generation time."""
@@ -162,14 +183,25 @@ class _AnswersJob(_PromptJob):
                 texts.append(self._texts(row))
         prompts = self.encoder.encode([one.prompt for one in texts])
         answer_texts = [text for one in texts for text in one.answers]
-        tokenise = self.encoder.encode if self.is_encoder_decoder else self.encoder.continuations
-        answer_ids = iter(tokenise(answer_texts))
+        said = [spans for one in texts for spans in one.said] if self.masked else []
+        answer_ids, masks = self._answer_ids(answer_texts, said)
         answered = []
         for one, prompt_ids in zip(texts, prompts, strict=True):
             opened, flags = (prompt_ids, NO_FLAGS) if self.is_encoder_decoder else self._opened(prompt_ids)
             answers = [self._closed(next(answer_ids), text) for text in one.answers]
-            answered.append(Answered(opened, answers, flags | one.flags, met=one.met))
+            own = [next(masks) for _ in answers] if self.masked else []
+            answered.append(Answered(opened, answers, flags | one.flags, met=one.met, masks=own))
         return answered
+
+    def _answer_ids(self, texts: list[str], said: list[list[Span]]) -> tuple[Iterator[Ids], Iterator[Ids]]:
+        """The ids of the answers, and their masks where it is known what is said in them."""
+        encoder = self.encoder
+        if not self.masked:
+            tokenise = encoder.encode if self.is_encoder_decoder else encoder.continuations
+            return iter(tokenise(texts)), iter(())
+        masking = encoder.encode_with_masks if self.is_encoder_decoder else encoder.continuations_with_masks
+        made = masking(texts, said)
+        return iter([ids for ids, _ in made]), iter([mask for _, mask in made])
 
     def _whole(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
         """Answers that include the prompt are tokenised as a whole; the tokens that they share are the prompt."""
@@ -204,16 +236,20 @@ class _AnswersJob(_PromptJob):
         if self.is_encoder_decoder and self.format.kind is not RowKind.TOKENIZED:
             prompt = self._encoder_input(prompt)
         after = len(prompt) + sum(map(len, answers))
-        if any(not answer for answer in answers):
-            lost = any(old and not new for old, new in zip(one.answers, answers, strict=True))
+        masks = [mask[: len(answer)] for mask, answer in zip(one.masks, answers, strict=False)]
+        scored = [sum(mask) for mask in masks] or [len(answer) for answer in answers]
+        if not all(scored):
+            had = [sum(mask) for mask in one.masks] or [len(answer) for answer in one.answers]
+            lost = any(old and not new for old, new in zip(had, scored, strict=True))
             flags |= RowFlag.ANSWER_CUT if lost else RowFlag.UNLEARNED
         elif len(answers) == 2 and answers[0] == answers[1]:
             flags |= RowFlag.IDENTICAL
         elif after >= before and self.add_eos and self.stops and any(map(self.stops.isdisjoint, answers)):
             flags |= RowFlag.MISSING_EOS
         columns = {"prompt_ids": prompt} | dict(zip((f"{a}_ids" for a in self.answers), answers, strict=True))
+        columns |= dict(zip((f"{a}_mask" for a in self.answers), masks, strict=True)) if self.masked else {}
         flags |= RowFlag.TRUNCATED if after < before else flags
-        return Made(columns, flags, max(0, before - after), after, sum(map(len, answers)), one.met)
+        return Made(columns, flags, max(0, before - after), after, sum(scored), one.met)
 
     def _encoder_input(self, prompt: Ids) -> Ids:
         """The prompt with what the tokenizer puts around an encoder's input, within the prompt's limit."""
@@ -224,9 +260,17 @@ class _AnswersJob(_PromptJob):
         return head + prompt + tail
 
 
+def _mask_of(row: Mapping[str, Any], answer: str, ids: Ids) -> Ids:
+    """Which tokens of an answer are scored: all of them where the row does not say."""
+    column = f"{answer}_mask"
+    return [1] * len(ids) if row.get(column) is None else mask_for(row, column, ids, f"{answer}_ids")
+
+
 @dataclass(kw_only=True)
 class PairsJob(_AnswersJob):
     """Makes `prompt_ids`, `chosen_ids` and `rejected_ids`; the prompt is tokenised once and shared to the token.
+
+    Of conversations it also makes `chosen_mask` and `rejected_mask`.
 
     Takes texts or conversations, with the prompt in its own column or inside both answers, and rows tokenised in our
     columns or in those of older releases; of ids without a prompt apart, what both answers share is the prompt.
@@ -279,8 +323,8 @@ class CompletionsJob(_AnswersJob):
         if job.format.kind is not RowKind.PREFERENCE:
             return dataset, job
         dataset = list(dataset) if isinstance(dataset, tuple) else dataset
-        desc = f"Splitting the {name} data"
-        parts = mapped_rows(dataset, _in_parts, desc, with_indices=True, fn_kwargs={"name": name})
+        desc, options = f"Splitting the {name} data", {"name": name, "conversational": job.format.conversational}
+        parts = mapped_rows(dataset, _in_parts, desc, with_indices=True, fn_kwargs=options)
         return super().reading(unpair_preference_dataset(parts), name)
 
     def reads(self) -> set[str] | None:
@@ -303,23 +347,22 @@ class CompletionsJob(_AnswersJob):
         return made
 
     def _with_prompt(self, row: Row) -> Row:
-        whole, asked = messages_of(row, "completion"), row.get("prompt")
-        if len(whole) == 1 and isinstance(asked, str) and asked.strip():
-            return {**row, "prompt": [{"role": "user", "content": asked}], "completion": whole}
-        return {**row, "prompt": whole[:-1], "completion": whole[-1:]}
+        return split_completion(row)
 
 
 _PLACE = "_row"
 """column that says in which row of the data set an answer stood before pairs were taken apart"""
 
 
-def _in_parts(row: Row, index: int, name: str) -> Row:
+def _in_parts(row: Row, index: int, name: str, conversational: bool) -> Row:
     """A pair with its prompt apart, its parts checked, and with its place."""
     names = ("prompt", "chosen", "rejected")
     with at_row(index, name, names[1:]):
-        row = maybe_extract_prompt(maybe_convert_to_chatml({**dict.fromkeys(names[1:]), **row}))
-        read = text_of if isinstance(row["chosen"], str) else messages_of
-        return {**row, **{column: read(row, column) for column in names}, _PLACE: index}
+        row = {**dict.fromkeys(names[1:]), **row}
+        if conversational:
+            return {**with_prompt(row, names[1:], extract_prompt), _PLACE: index}
+        row = maybe_extract_prompt(row)
+        return {**row, **{column: text_of(row, column) for column in names}, _PLACE: index}
 
 
 @dataclass(kw_only=True)
@@ -375,7 +418,9 @@ class PromptsJob(_PromptJob):
 
 @dataclass(kw_only=True)
 class StepwiseJob(_PromptJob):
-    """Makes `input_ids` and `step_labels` from `prompt`, `completions` (a text a step) and `labels` (true = right).
+    """Makes `input_ids` and `step_labels` from `prompt`, `completions` and `labels`: a text a step, and true = right.
+
+    A step whose label is -100 is not learned.
 
     `step_labels` holds 0 or 1 at the last token of each step, its separator's, and -100 elsewhere. Tokenised rows have
     them as `labels`.
@@ -441,7 +486,8 @@ class StepwiseJob(_PromptJob):
         return steps
 
     def _labels(self, row: Mapping[str, Any], steps: int) -> Ids:
-        labels = [] if row.get("labels") is None else flags_in(row, "labels", "true or false for each step")
+        what = "true or false for each step, or -100 for one that is not learned"
+        labels = [] if row.get("labels") is None else flags_in(row, "labels", what, known=(0, 1, -100))
         if len(labels) != steps:
             raise ValueError(f"column 'labels' has {len(labels)} entries for {steps} steps in 'completions'")
         return [-100] * (len(labels) - 1) + labels[-1:] if self.train_on_last_step_only and labels else labels

@@ -35,6 +35,7 @@ class RowFlag(IntFlag):
     DECODED_ARGUMENTS = 16384
     JOINED_PARTS = 32768
     EMPTY_PROMPT = 65536
+    UNREAD_WEIGHTS = 131072
 
 
 NO_FLAGS = RowFlag(0)
@@ -70,6 +71,8 @@ _WORDS = {
     RowFlag.UNLEARNED: "rows have no learned token and are left out",
     RowFlag.REWRITTEN: "rows have turns that the chat template renders in another way than it prompts for them",
     RowFlag.IDENTICAL: "pairs have the same chosen and rejected tokens, so they teach nothing",
+    RowFlag.UNREAD_WEIGHTS: "rows have assistant's messages with `weight: 0`, which are learned with all the rest: "
+    "`assistant_only_loss=True` leaves those messages out",
     RowFlag.SPELLED_TOOLS: "rows have tools that the chat template does not know: they were spelled out as text",
 }
 _UNPRINTED = {
@@ -148,6 +151,7 @@ class TokenizationReport:
     unprinted_text: int = 0
     decoded_arguments: int = 0
     joined_parts: int = 0
+    unread_weights: int = 0
     met: Met = NOTHING_MET
     """what was met in the messages of all rows"""
     unread: list[str] = field(default_factory=list)

@@ -53,6 +53,8 @@ class Answered(Generic[Part]):
     said: list[list[Span]] = field(default_factory=list)
     """of rendered answers the characters that the assistant says"""
     met: Met = NOTHING_MET
+    masks: list[Ids] = field(default_factory=list)
+    """of answers as ids, where they are known: 1 for what the assistant says"""
 
 
 def says_nothing(messages: Messages) -> bool:

@@ -13,8 +13,16 @@ from datasets import Dataset, IterableDataset
 from trl.data.chat import Messages, read_tools
 from trl.data.columns import ids_of, mask_for, same_length, shown, text_of, whole_numbers
 from trl.data.encode import Ids
-from trl.data.formats import RowKind, column_names, detect_format, first_row, maybe_convert_to_chatml
-from trl.data.messages import messages_of
+from trl.data.formats import (
+    RowKind,
+    as_messages,
+    column_names,
+    detect_format,
+    first_row,
+    maybe_convert_to_chatml,
+    split_completion,
+)
+from trl.data.messages import is_learned, messages_of
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
@@ -110,6 +118,12 @@ def format_rows(dataset: Any, formatting_func: Callable[[Any], Any], name: str =
         columns = {column: [row.get(column) for row in dataset] for column in column_names(dataset, name)}
         return [{"text": text} for text in formatting_func(columns)]
     return [one(row) for row in dataset]
+
+
+def _in_parts(row: Row) -> Row:
+    """A conversational row with its prompt apart; a prompt that is a text can stand in the completion's messages."""
+    row = as_messages(row, ("completion",))
+    return split_completion(row) if isinstance(row["prompt"], str) else row
 
 
 @dataclass(kw_only=True)
@@ -235,6 +249,7 @@ class SupervisedJob(RowJob):
     def _texts_of(self, row: Row) -> Answered[str]:
         if not self.format.conversational:
             return self.plain(row, ("completion",))
+        row = _in_parts(row)
         return self.rendered(row, messages_of(row, "prompt"), [messages_of(row, "completion")])
 
     def _answers(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
@@ -273,6 +288,8 @@ class SupervisedJob(RowJob):
                 flag |= flags_of(reading, met[-1])
                 if not self.assistant_only_loss:
                     flag &= ~RowFlag.REWRITTEN  # no turn is told apart
+                    unheard = any(m["role"] == "assistant" and not is_learned(m) for m in messages)
+                    flag |= RowFlag.UNREAD_WEIGHTS if unheard else flag
                 flag |= RowFlag.EMPTY_COMPLETION if says_nothing(messages) else flag
                 texts.append(text)
                 spans.append(row_spans)
@@ -286,6 +303,7 @@ class SupervisedJob(RowJob):
     def _messages(self, row: Row) -> tuple[Messages, int, RowFlag]:
         """The conversation, the first message that can be learned, and whether its prompt is empty."""
         if self.format.kind is RowKind.PROMPT_COMPLETION:
+            row = _in_parts(row)
             prompt = messages_of(row, "prompt")
             first = 0 if self.completion_only_loss is False else len(prompt)
             flag = RowFlag.EMPTY_PROMPT if asks_nothing(prompt) else NO_FLAGS

@@ -8,13 +8,14 @@ all, it is a ValueError.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch.utils.data
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
@@ -36,6 +37,18 @@ def has_rows(dataset: Any, name: str = "train") -> bool:
     return isinstance(dataset, Dataset | IterableDataset | list | tuple)
 
 
+def unprepared(dataset: Any, tokenised: Sequence[tuple[str, ...]]) -> Any:
+    """A torch Dataset with none of these sets of columns as a list of rows; every other data set as it is."""
+    others = Dataset | torch.utils.data.IterableDataset | Mapping | list | tuple
+    sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not sized or isinstance(dataset, others) or not len(dataset):
+        return dataset
+    row = dataset[0]
+    if not isinstance(row, Mapping) or any(row.keys() >= set(columns) for columns in tokenised):
+        return dataset
+    return [dataset[index] for index in range(len(dataset))]
+
+
 def tokenize(
     dataset: Any, job: RowJob, *, name: str = "train", num_proc: int | None = None, batch_size: int = 1000
 ) -> tuple[Any, TokenizationReport]:
@@ -45,6 +58,7 @@ def tokenize(
     data set it is in messages. Of a stream the report sees only the first batch.
     """
     report = TokenizationReport()
+    dataset = unprepared(dataset, job.tokenised)
     if not has_rows(dataset, name):
         return dataset, report
     check_rows(dataset, name)

@@ -44,7 +44,10 @@ def is_disk_error(error: BaseException | None) -> bool:
     """Whether a file could not be written; torch says so in a RuntimeError, and `writing` passes causes on."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    words = ("PytorchStreamWriter", "unexpected pos", "could not save to", "No space left", "File too large")
+    words = (
+        "PytorchStreamWriter", "unexpected pos", "iostream error", "could not save to", "No space left",
+        "File too large",
+    )  # fmt: skip
     return error is not None and any(word in str(error) for word in words)
 
 

@@ -337,6 +337,8 @@ class PreferenceConfig(OfflineConfig):
     """longest completion in tokens"""
     truncation_mode: str = field(default="keep_start")
     """which end of a long prompt stays: keep_start or keep_end"""
+    learn_tool_results: bool = field(default=False)
+    """score what tools and users say inside a completion too (conversational rows)"""
     disable_dropout: bool = field(default=True)
     """train without dropout"""
     pad_token: str | None = field(default=None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 
 from trl.data.formats import refuse_splits
@@ -14,6 +16,24 @@ Prepare = Callable[[Any, str], Any]
 
 
 def _as_it_is(dataset: Any, name: str) -> Any:
+    return dataset
+
+
+def _in_rows(dataset: Any, name: str) -> Any:
+    """The data set; a table of pandas or of Arrow as a `Dataset`. ValueError for what holds no rows to come back to."""
+    if isinstance(dataset, str | os.PathLike):
+        raise ValueError(
+            f"the {name} data set is the text {str(dataset)!r}: load it first, with `datasets.load_dataset`"
+        )
+    if isinstance(dataset, Iterator):
+        raise ValueError(
+            f"the {name} data set is a {type(dataset).__name__}, which can be read only once: pass `list(rows)`, or "
+            "`datasets.IterableDataset.from_generator(function)`"
+        )
+    if isinstance(dataset, pa.Table):
+        return Dataset(dataset)
+    if type(dataset).__module__.partition(".")[0] == "pandas":
+        return Dataset.from_pandas(dataset, preserve_index=False)
     return dataset
 
 
@@ -46,7 +66,7 @@ class GivenData:
         before = self._given.get(name)
         if before is not None and isinstance(dataset, Dataset) and before == (dataset, dataset._fingerprint):
             return self._rows[name]
-        rows = self._prepare(dataset, name)
+        rows = self._prepare(_in_rows(dataset, name), name)
         self._given.pop(name, None)
         if isinstance(dataset, Dataset):
             self._given[name] = (dataset, dataset._fingerprint)

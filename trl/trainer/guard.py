@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 MOST_NAMES = 3
 """parameters that a message names"""
 GO_BACK = (
-    "nothing is saved, and earlier checkpoints are as they were: go on from one of them (resume_from_checkpoint=True) "
-    "with a lower learning_rate"
+    "nothing is saved, and earlier checkpoints are as they were: go on from one of them (resume_from_checkpoint=True, "
+    "for DDPO resume_from) with a lower learning_rate"
 )
 WAY_OUT = "look at the rows and at learning_rate, or set on_non_finite='skip' to leave such steps out"
 

@@ -41,6 +41,8 @@ REFERENCE_COLUMNS = ("reference_logps", "reference_kl_logps")
 """the reference's log-probabilities of the completion; for the KL of the loss also of a mismatched one"""
 MISMATCHED = "mismatched_ids"
 """column with another row's completion, for the KL estimate"""
+MASKS = {"completion_ids": "completion_mask", MISMATCHED: "mismatched_mask"}
+"""columns that say which tokens of a completion are scored; of conversations"""
 
 
 @dataclass
@@ -84,9 +86,12 @@ def with_mismatched(dataset: Any, name: str) -> Any:
     if other is None:
         raise ValueError(f"all rows of the {name} data set have one prompt: loss_type='kto' needs several for its KL")
     dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
-    mismatched = dataset.data.table.column("completion_ids").take(pa.array(other))
-    key = Hasher.hash([dataset._fingerprint, MISMATCHED, code_version()])
-    return dataset.add_column(MISMATCHED, mismatched, new_fingerprint=key, feature=dataset.features["completion_ids"])
+    for column, added in (("completion_ids", MISMATCHED), ("completion_mask", MASKS[MISMATCHED])):
+        if column in dataset.column_names:
+            taken = dataset.data.table.column(column).take(pa.array(other))
+            key = Hasher.hash([dataset._fingerprint, added, code_version()])
+            dataset = dataset.add_column(added, taken, new_fingerprint=key, feature=dataset.features[column])
+    return dataset
 
 
 def _next_with_other(prompt_R: np.ndarray) -> np.ndarray | None:
@@ -103,7 +108,8 @@ class UnpairedCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         def packed(*columns: str) -> Any:
-            return pack([TokenTree(row["prompt_ids"], [Branch(row[column]) for column in columns]) for row in rows])
+            branches = [[Branch(row[column], row.get(MASKS[column])) for column in columns] for row in rows]
+            return pack([TokenTree(row["prompt_ids"], own) for row, own in zip(rows, branches, strict=True)])
 
         desirable_B = torch.tensor([bool(row["label"]) for row in rows])
         batch = Batch(packed=packed("completion_ids"), desirable=desirable_B)
@@ -195,6 +201,7 @@ class KTOTrainer(ObjectiveTrainer):
             ends=end_tokens(model, tokenizer),
             keep=REFERENCE_COLUMNS,
             is_encoder_decoder=encoder_decoder,
+            learn_tool_results=config.learn_tool_results,
             embeddings=embedding_rows(model),
         )
 

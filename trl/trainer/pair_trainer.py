@@ -152,6 +152,7 @@ class PairTrainer(ObjectiveTrainer):
             add_bos=add_bos,
             ends=end_tokens(model, tokenizer),
             is_encoder_decoder=encoder_decoder,
+            learn_tool_results=config.learn_tool_results,
             embeddings=embedding_rows(model),
         )
 

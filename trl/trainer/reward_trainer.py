@@ -117,6 +117,7 @@ class RewardTrainer(ObjectiveTrainer):
             ends=end_tokens(model, tokenizer),
             embeddings=embedding_rows(model),
             needs_prompt=False,
+            learn_tool_results=True,
         )
 
         whole = config.eval_do_concat_batches and not config.batch_eval_metrics  # else `accuracy` is that of the loss

@@ -21,7 +21,7 @@ from trl.data.packed_dataset import STRATEGIES, pack_dataset
 from trl.data.packing import pack
 from trl.data.records import ROWS, Batch
 from trl.data.supervised_rows import SupervisedJob, supervised_row
-from trl.data.tokenize import has_rows, tokenize
+from trl.data.tokenize import has_rows, tokenize, unprepared
 from trl.generation.stopping import end_tokens
 from trl.import_utils import lazy_names
 from trl.legacy import absent
@@ -163,7 +163,8 @@ class SupervisedData:
         self.options = {"add_special_tokens": True, "append_concat_token": True, "skip_prepare_dataset": False} | given
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """The tokenised rows, packed where asked; torch data sets go through as they are."""
+        """The tokenised rows, packed where asked; torch data sets of tokenised rows go through as they are."""
+        dataset = unprepared(dataset, SupervisedJob.tokenised)
         if not has_rows(dataset, name) or self.options["skip_prepare_dataset"]:
             if isinstance(dataset, ConstantLengthDataset) and name == "train":
                 dataset.infinite = self.config.max_steps > 0
