@@ -188,7 +188,8 @@ def test_tokens_and_template_of_gkd(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("beta", "scales"), [([0.1], [0.1, 0.1, 0.1]), ([0.5, 0.2], [0.5, 0.2, 0.2]), (0.3, [0.3, 0.3, 0.3])]
+    ("beta", "scales"),
+    [([0.1], [0.1, 0.1, 0.1]), ([0.5, 0.2], [0.5, 0.2, 0.2]), (0.3, [0.3, 0.3, 0.3]), ("[0.4, 0.2]", [0.4, 0.2, 0.2])],
 )
 def test_the_scale_of_online_dpo_by_epoch(beta, scales, tmp_path):
     made = trl.OnlineDPOConfig(output_dir=str(tmp_path), beta=beta, report_to="none")
@@ -248,6 +249,17 @@ def test_adapters_of_one_model_by_name(kind, tmp_path):
     assert history(named, "loss") == pytest.approx(history(given, "loss"), abs=1e-6)
     other = trained(trainer, config, tmp_path, with_adapters(), rows)
     assert history(named, "loss") != pytest.approx(history(other, "loss"), abs=1e-6)
+
+
+def test_sharded_weights_are_not_shared(monkeypatch):
+    from trl.models import reference
+
+    model = with_adapters()
+    assert reference.copy_with_adapter(model, "kept").base_model.model.lm_head.weight is model.lm_head.weight
+    monkeypatch.setattr(reference, "is_fsdp_enabled", lambda: True)
+    copy = reference.copy_with_adapter(model, "kept")
+    assert copy.lm_head.weight is not model.lm_head.weight
+    assert (copy.active_adapter, model.active_adapter, list(copy.peft_config)) == ("kept", "learned", ["kept"])
 
 
 def test_the_adapter_to_train_is_made_active(tmp_path):

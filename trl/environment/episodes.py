@@ -239,8 +239,8 @@ class OwnEnvironment:
         self.timeout = -1.0 if timeout is None else timeout
         if not callable(factory):
             raise ValueError(
-                f"environment_factory: a {type(factory).__name__} makes no environment; give one class or function, whose "
-                "`reset` may go by a column of the row"
+                f"environment_factory: a {type(factory).__name__} makes no environment; give one class or function, "
+                "whose `reset` may go by a column of the row"
             )
         with _no_exit("environment_factory"):
             self.instance = factory()

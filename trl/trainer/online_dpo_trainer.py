@@ -52,6 +52,9 @@ class OnlineDPOConfig(RewardedConfig):
     """scale of the log-ratios: the smaller, the further the policy may move; a list: one for each epoch, the last stays
     """
 
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "beta")
+
     def beta_at(self, epoch: float | None) -> float:
         """The scale in an epoch."""
         scales = self._scales()
