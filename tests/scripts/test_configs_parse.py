@@ -54,6 +54,7 @@ def test_the_columns_option_of_todays_documentation(name, tmp_path):
         ("GRPOConfig", ["--scale_rewards", "True"], "scale_rewards", "group"),
         ("GRPOConfig", ["--reward_timeout", "2.5"], "reward_timeout", 2.5),
         ("GRPOConfig", ["--reward_timeout", "[1, null]"], "reward_timeout", [1, None]),
+        ("OnlineDPOConfig", ["--beta", "0.2"], "beta", 0.2),
         ("SFTConfig", ["--model_init_kwargs", '{"dtype": "float32"}'], "model_init_kwargs", {"dtype": "float32"}),
         ("SFTConfig", ["--trust_remote_code"], "trust_remote_code", True),
     ],

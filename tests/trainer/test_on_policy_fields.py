@@ -9,6 +9,7 @@ from test_config_fields import HERE, own_fields
 from tokenizers_for_tests import word_tokenizer
 
 import trl
+from trl.trainer.distillation_trainer import SUPERVISED
 
 SHORT = {"generation_kwargs": {"stop_token_ids": list(range(30, 70))}}
 """completions of different lengths"""
@@ -92,6 +93,7 @@ CHANGED = {
     ("DistillationConfig", "num_generations"): ("distillation", {}, {"num_generations": 2}),
     ("DistillationConfig", "beta"): ("distillation", {}, {"beta": 0.1}),
     ("DistillationConfig", "lmbda"): ("gkd", {}, {"lmbda": 0.0}),
+    ("GKDConfig", "max_length"): ("gkd", {"max_completion_length": 4}, {"max_length": 6}),
     ("GKDConfig", "temperature"): ("gkd", {"lmbda": 1.0}, {"temperature": 0.2}),
     ("GKDConfig", "beta"): ("gkd", {}, {"beta": 0.1}),
     ("GKDConfig", "lmbda"): ("gkd", {}, {"lmbda": 1.0}),
@@ -135,6 +137,11 @@ SHOWN = {
     "token_level_kl": ("test_rloo_earlier", "test_wrong_values_are_named"),
     "sft_model_path": ("test_rloo_earlier", "test_models_by_the_paths_of_the_config"),
     "seq_kd": ("test_settings", "test_what_would_change_numbers_raises"),
+    "truncation_mode": ("test_todays_fields", "test_lengths_of_gkd"),
+    "completion_only_loss": ("test_todays_fields", "test_a_field"),
+    "eos_token": ("test_todays_fields", "test_tokens_and_template_of_gkd"),
+    "chat_template_path": ("test_todays_fields", "test_tokens_and_template_of_gkd"),
+    **dict.fromkeys(SUPERVISED, ("test_todays_fields", "test_a_field")),
     "max_length": ("test_settings", "test_lengths_of_online_dpo"),
     "missing_eos_penalty": ("test_settings", "test_a_completion_without_end_is_punished"),
     "reward_model_path": ("test_settings", "test_online_dpo_with_a_reward_model_by_name"),

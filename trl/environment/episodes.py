@@ -237,6 +237,11 @@ class OwnEnvironment:
     def __init__(self, factory: Callable[[], Any], timeout: float | None = None) -> None:
         """`timeout`: seconds that a call waits for an earlier one that is late."""
         self.timeout = -1.0 if timeout is None else timeout
+        if not callable(factory):
+            raise ValueError(
+                f"environment_factory: a {type(factory).__name__} makes no environment; give one class or function, "
+                "whose `reset` may go by a column of the row"
+            )
         with _no_exit("environment_factory"):
             self.instance = factory()
         if not callable(getattr(self.instance, _RESET, None)):

@@ -117,6 +117,71 @@ ABSENT: tuple[tuple[str, str, str], ...] = (
         "use torch.autograd.graph.save_on_cpu, or gradient_checkpointing=True in the config",
     ),
     (
+        "prepare_deepspeed prepare_fsdp",
+        "",
+        "use `trainer.accelerator.prepare_model(model, evaluation_mode=True)`, which takes either",
+    ),
+    (
+        "ensure_master_addr_port",
+        "",
+        "use `accelerate launch` or torchrun, which set MASTER_ADDR and MASTER_PORT",
+    ),
+    (
+        "RepeatSampler repeat_iterable_dataset",
+        "",
+        "leave it out: the trainers draw each prompt once and sample `num_generations` completions of it",
+    ),
+    (
+        "shuffle_sequence_dict",
+        "",
+        "use torch.randperm and the same order for each value of the dict; `split_tensor_dict` is here",
+    ),
+    (
+        "generate_model_card",
+        "",
+        "use `create_model_card` of a trainer, which writes the card beside the model",
+    ),
+    (
+        "print_prompt_completions_sample",
+        "",
+        "use `log_completions=True` in the config, or LogCompletionsCallback",
+    ),
+    (
+        "compute_flops_per_token compute_mfu adjusted_mfu",
+        "",
+        "use `model.floating_point_ops(inputs)` of transformers, and the time of a step that the log has",
+    ),
+    (
+        "hash_module",
+        "",
+        "use `hashlib.sha256` over the values of `model.state_dict()`",
+    ),
+    (
+        "use_adapter",
+        "",
+        "use `model.set_adapter(name)` of PEFT, or `model_adapter_name` and `ref_adapter_name` of DPOConfig",
+    ),
+    (
+        "get_callable_name",
+        "",
+        "use the function's `__name__`, by which the trainers log a reward",
+    ),
+    (
+        "DataCollatorForLanguageModeling DataCollatorForPreference DataCollatorForUnpairedPreference",
+        "",
+        "leave it out: the trainers collate their rows themselves, and SFTTrainer takes a collator of transformers",
+    ),
+    (
+        "dft_loss",
+        "",
+        "use SFTConfig(loss_type='dft')",
+    ),
+    (
+        "",
+        "skills",
+        "leave it out: `trl --help` and the folder docs say what there is",
+    ),
+    (
         "patch_chunked_lm_head chunked_lm_head",
         "",
         "leave it out: the head is always computed in tiles, for the scored tokens only",

@@ -1,5 +1,7 @@
 """Model wrappers, and everything that runs a model forward."""
 
+import importlib
+
 from trl.import_utils import is_diffusers_available, lazy_names
 
 _names = {
@@ -17,4 +19,9 @@ if is_diffusers_available():
         "DefaultDDPOStableDiffusionPipeline",
     ]  # fmt: skip
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, _names)
+
+def _refuse(name: str) -> None:  # `legacy` lies above this room, so it is read when asked for
+    importlib.import_module("trl.legacy.absent").refuse(name)
+
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, _names, _refuse)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import create_reference_model
@@ -38,6 +39,17 @@ def copy_of(policy: nn.Module, *, share: bool = True) -> nn.Module:
         return create_reference_model(model)
     frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
     return deepcopy(model, frozen).eval().requires_grad_(False)
+
+
+def copy_with_adapter(policy: Any, name: str) -> nn.Module:
+    """A frozen copy of a PeftModel with another of its adapters active; it shares frozen base weights, but for FSDP."""
+    own = {f".{policy.active_adapter}.", f".{name}."}
+    frozen = [(key, weight) for key, weight in policy.named_parameters() if not weight.requires_grad]
+    shared = {id(weight): weight for key, weight in frozen if not any(part in key for part in own)}
+    copy: Any = deepcopy(policy, {} if is_fsdp_enabled() else shared)
+    copy.set_adapter(name)
+    copy.delete_adapter(policy.active_adapter)
+    return copy.eval().requires_grad_(False)
 
 
 class Reference:

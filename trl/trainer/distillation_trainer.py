@@ -23,8 +23,8 @@ from trl.models.scoring import in_head, map_logits, scored_states
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.rollout.source import Rows, Source
-from trl.trainer.configuration import Setting, require
-from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer
+from trl.trainer.configuration import Setting, choose, require
+from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer, limit_whole
 from trl.trainer.settings import accepted, rename
 
 
@@ -51,6 +51,21 @@ class DistillationConfig(RolloutConfig):
         require(self, "lmbda", 0 <= self.lmbda <= 1, "give a share in [0, 1]")
 
 
+_COMPLETIONS = "has no effect: rows have `prompt` and `completion`, or `messages`"
+_PACKED = "has no effect: a forward pass packs its rows anyway, each apart from the others"
+SUPERVISED = {
+    "packing": _PACKED,
+    "packing_strategy": _PACKED,
+    "eval_packing": _PACKED,
+    "loss_type": "has no effect: the loss is the divergence from the teacher (`beta`)",
+    "dataset_text_field": _COMPLETIONS,
+    "dataset_kwargs": _COMPLETIONS,
+    "assistant_only_loss": "has no effect: the completion alone is learned",
+    "dataset_batch_size": "has no effect: prompts are tokenised as they are drawn",
+}
+"""fields of supervised fine-tuning that scripts give GKD -> what they do here"""
+
+
 @dataclass
 class GKDConfig(DistillationConfig):
     """Distillation with the defaults of GKD."""
@@ -68,14 +83,51 @@ class GKDConfig(DistillationConfig):
     """initial learning rate"""
     seq_kd: bool = field(default=False)
     """learn the teacher's own completions: not supported, raises"""
+    max_length: int | None = field(default=None)
+    """longest prompt + completion in tokens: the prompt loses its start; None: prompts are as long as they are"""
+    max_seq_length: int | None = accepted("max_seq_length")
+    truncation_mode: str = field(default="keep_end")
+    """which end of a long prompt stays: keep_end; keep_start only where prompts have no limit"""
+    completion_only_loss: bool | None = field(default=None)
+    """learn the completion alone; False raises"""
+    eos_token: str | None = field(default=None)
+    """end token, where it is not the tokenizer's own"""
+    chat_template_path: str | None = field(default=None)
+    """file of a Jinja template, or folder or Hub name of a tokenizer whose template is taken"""
+    packing: bool = field(default=False, metadata={"help": SUPERVISED["packing"]})
+    packing_strategy: str = field(default="bfd", metadata={"help": SUPERVISED["packing_strategy"]})
+    eval_packing: bool | None = field(default=None, metadata={"help": SUPERVISED["eval_packing"]})
+    loss_type: str | None = field(default=None, metadata={"help": SUPERVISED["loss_type"]})
+    dataset_text_field: str = field(default="text", metadata={"help": SUPERVISED["dataset_text_field"]})
+    dataset_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": SUPERVISED["dataset_kwargs"]})
+    assistant_only_loss: bool = field(default=False, metadata={"help": SUPERVISED["assistant_only_loss"]})
+    dataset_batch_size: int | None = field(default=None, metadata={"help": SUPERVISED["dataset_batch_size"]})
+    activation_offloading: bool = accepted("activation_offloading", False)
+
+    @classmethod
+    def exceptions(cls) -> dict[str, str]:
+        return {**super().exceptions(), **SUPERVISED}
 
     def translate(self) -> None:
         super().translate()
         rename(self, "max_new_tokens", "max_completion_length")
         self.max_new_tokens = self.max_completion_length
+        rename(self, "max_seq_length", "max_length")
+        self.max_seq_length = None
+        limit_whole(self)
+
+    def token_settings(self) -> dict[str, str | None]:
+        return {
+            **super().token_settings(), "eos_token": self.eos_token, "chat_template_path": self.chat_template_path,
+        }  # fmt: skip
 
     def validate(self) -> None:
         super().validate()
+        choose(self, "truncation_mode", ("keep_start", "keep_end"))
+        uncut = self.truncation_mode == "keep_end" or self.max_prompt_length is None
+        require(self, "truncation_mode", uncut, "a prompt that is too long loses its start; give 'keep_end'")
+        way_out = "the divergence is over completions alone; leave it out"
+        require(self, "completion_only_loss", self.completion_only_loss is not False, way_out)
         way_out = "sample the teacher's completions first, give them as column `completion`, and set lmbda=0"
         require(self, "seq_kd", not self.seq_kd, way_out)
 

@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from trl.data.batches import padded_pairs
 from trl.data.formats import column_names
-from trl.import_utils import is_peft_available
-from trl.legacy import dpo
+from trl.import_utils import is_peft_available, lazy_names
+from trl.legacy import absent, dpo
 from trl.losses.loss_sum import LossSum
 from trl.losses.pairs import F_DIVERGENCES, PairLogps
 from trl.losses.preference import (
@@ -35,7 +35,7 @@ from trl.models.reference import Reference
 from trl.trainer.configuration import Setting, as_config, choose, older_style, refuse_unused, require, with_keywords
 from trl.trainer.overrides import check_own_losses, known_to, own_batch_loss
 from trl.trainer.pair_trainer import PairBatch, PairConfig, PairTrainer
-from trl.trainer.references import ReferenceColumns, ReferenceConfig, follows, make_reference
+from trl.trainer.references import ReferenceColumns, ReferenceConfig, choose_adapters, follows, make_reference
 
 WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo")
 """losses that have other trainers"""
@@ -69,6 +69,8 @@ class DPOConfig(PairConfig, ReferenceConfig):
     """ipo on log-probabilities per token instead of their sum"""
     rpo_alpha: float | None = field(default=None)
     """RPO: weight of an added loss on the chosen completion's own likelihood"""
+    tools: list[Any] | None = field(default=None)
+    """tools of every conversation: not read, raises; each row has its own in a column `tools`"""
 
     def losses(self) -> dict[str, float]:
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
@@ -99,6 +101,8 @@ class DPOConfig(PairConfig, ReferenceConfig):
                     "SimPO have trainers of their own)"
                 )
         super().validate()
+        way_out = "each row has its own: leave it out and give a column `tools`"
+        require(self, "tools", not self.tools, way_out)
         require(self, "ld_alpha", self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "give a weight in [0, 1], or None")
         require(self, "rpo_alpha", self.rpo_alpha is None or self.rpo_alpha >= 0, "give a weight >= 0, or None")
         require(self, "discopop_tau", self.discopop_tau > 0, "give a temperature > 0")
@@ -196,6 +200,7 @@ class DPOTrainer(PairTrainer):
             given |= _older_defaults(given, model, bool(encoder_decoder), warns=data_collator is None)
         config = with_keywords(as_config(args, DPOConfig), given)
         _check(config, model, ref_model, peft_config, encoder_decoder)
+        ref_model = choose_adapters(config, model, ref_model)
         self.label_pad_token_id, self.padding_value = label_pad_token_id, padding_value
         super().__init__(
             model,
@@ -658,3 +663,6 @@ class SimPOTrainer(_ReferenceFreeTrainer):
 
     _tag_names = ("trl", "simpo")
     config_class = SimPOConfig
+
+
+__getattr__ = lazy_names(__name__, {}, absent.refuse)[0]

@@ -20,6 +20,8 @@ from trl.data.records import Batch, Branch, TokenTree
 from trl.data.tokenize import list_codes, tokenize
 from trl.data.version import code_version
 from trl.generation.stopping import end_tokens
+from trl.import_utils import lazy_names
+from trl.legacy import absent
 from trl.legacy.dpo import mean_metrics
 from trl.losses.kto import UNPAIRED_LOSSES, mismatched_kl, unpaired_loss
 from trl.losses.loss_sum import LossSum, Measure, masked_sum
@@ -32,7 +34,7 @@ from trl.trainer.given_data import Prepare
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.overrides import check_own_losses, own_batch_loss
 from trl.trainer.preparation import answer_limits, prepare, refuse_collator
-from trl.trainer.references import ReferenceColumns, ReferenceConfig, follows, make_reference
+from trl.trainer.references import ReferenceColumns, ReferenceConfig, choose_adapters, follows, make_reference
 from trl.trainer.statistics import RewardShift
 
 REFERENCE_COLUMNS = ("reference_logps", "reference_kl_logps")
@@ -53,9 +55,13 @@ class KTOConfig(PreferenceConfig, ReferenceConfig):
     """weight of the desirable completions' loss"""
     undesirable_weight: float = field(default=1.0)
     """weight of the undesirable completions' loss"""
+    generate_during_eval: bool = field(default=False)
+    """log samples of an evaluation: not supported, raises"""
 
     def validate(self) -> None:
         super().validate()
+        way_out = "leave it out and add a LogCompletionsCallback, which logs completions of the evaluation's prompts"
+        require(self, "generate_during_eval", not self.generate_during_eval, way_out)
         choose(self, "loss_type", UNPAIRED_LOSSES)
         for name in ("desirable_weight", "undesirable_weight"):
             require(self, name, getattr(self, name) >= 0, "give a number >= 0")
@@ -152,6 +158,7 @@ class KTOTrainer(ObjectiveTrainer):
         if compute_metrics is not None:
             raise ValueError("compute_metrics: completions without a pair give nothing to compare; leave it out")
         config = as_config(args, self.config_class)
+        ref_model = choose_adapters(config, model, ref_model)
         model, model_init, tokenizer = prepare(
             self,
             model,
@@ -382,3 +389,6 @@ class BCOTrainer(KTOTrainer):
 
     _tag_names = ("trl", "bco")
     config_class = BCOConfig
+
+
+__getattr__ = lazy_names(__name__, {}, absent.refuse)[0]

@@ -19,7 +19,7 @@ from trl.rewards.named import Judge, pairwise
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards, without_end
 from trl.trainer.configuration import Setting, choose, require
-from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
+from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer, limit_whole
 from trl.trainer.settings import accepted, rename
 
 logger = logging.getLogger(__name__)
@@ -48,17 +48,29 @@ class OnlineDPOConfig(RewardedConfig):
     """completions of each prompt; the best and the worst of them are a pair"""
     loss_type: str = field(default="sigmoid")
     """pairwise loss: any of DPO's that needs a reference and one pair at a time"""
-    beta: float = field(default=0.1)
-    """scale of the log-ratios: the smaller, the further the policy may move"""
+    beta: float | str | list[float] = field(default=0.1)
+    """scale of the log-ratios: the smaller, the further the policy may move; a list: one for each epoch, the last stays
+    """
+
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "beta")
+
+    def beta_at(self, epoch: float | None) -> float:
+        """The scale in an epoch."""
+        scales = self._scales()
+        return scales[min(int(epoch or 0), len(scales) - 1)]
+
+    def _scales(self) -> list[float]:
+        given: Any = self.beta
+        return given if isinstance(given, list) else [given]
 
     def translate(self) -> None:
         super().translate()
         rename(self, "max_new_tokens", "max_completion_length")
         self.max_new_tokens = self.max_completion_length
-        if self.max_length is not None:
-            room = self.max_length - self.max_completion_length
-            require(self, "max_length", room > 0, f"give more than max_completion_length={self.max_completion_length}")
-            self.max_prompt_length = min(room, self.max_prompt_length or room)
+        limit_whole(self)
+        if isinstance(self.beta, list) and len(self.beta) == 1:
+            self.beta = self.beta[0]
         if self.per_device_train_batch_size == 1:  # one prompt elsewhere
             self.__dict__["per_device_train_batch_size"] = self.num_generations
             logger.warning(
@@ -69,7 +81,8 @@ class OnlineDPOConfig(RewardedConfig):
     def validate(self) -> None:
         super().validate()
         choose(self, "loss_type", ONLINE_LOSSES)
-        require(self, "beta", self.beta > 0, "give a scale > 0")
+        scales = self._scales()
+        require(self, "beta", bool(scales) and min(scales) > 0, "give a scale > 0, or one for each epoch")
         require(self, "num_generations", self.num_generations >= 2, "a pair needs at least 2 completions")
         rows = self.per_device_train_batch_size
         require(
@@ -154,7 +167,8 @@ class OnlineDPOTrainer(RolloutTrainer):
         lengths_B = mask_BT.sum(-1)
         pair = PairLogps(*sums[0], *sums[1], lengths_B[0::2], lengths_B[1::2])
         decided_B = (lengths_B[0::2] > 0).float()
-        result = preference_loss(pair, {self.args.loss_type: 1.0}, {"beta": self.args.beta}, weight_B=decided_B)
+        beta = self.args.beta_at(self.state.epoch)
+        result = preference_loss(pair, {self.args.loss_type: 1.0}, {"beta": beta}, weight_B=decided_B)
         return LossSum(result.total, batch.counted, result.metrics)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
 from trl.models.forward import eval_no_grad, rows_padded
+from trl.models.peft_support import is_peft_model
 from trl.models.precision import dtype_of
 from trl.models.prepare import disable_dropout_in_model, load_model
-from trl.models.reference import Reference, needs_no_copy
+from trl.models.reference import Reference, copy_with_adapter, needs_no_copy
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer
@@ -37,6 +38,10 @@ class ReferenceConfig(OfflineConfig):
     """TR-DPO: share of the policy in the new reference"""
     ref_model_sync_steps: int = field(default=512)
     """TR-DPO: optimizer steps between two moves"""
+    model_adapter_name: str | None = field(default=None)
+    """the adapter of a PeftModel that is trained, where it has several; None: its active one"""
+    ref_adapter_name: str | None = field(default=None)
+    """the adapter of the same PeftModel that is the reference; None: no adapter of the policy is"""
 
     def json_fields(self) -> tuple[str, ...]:
         return (*super().json_fields(), "ref_model_init_kwargs")
@@ -55,6 +60,29 @@ class ReferenceConfig(OfflineConfig):
         require(
             self, "sync_ref_model", not (self.sync_ref_model and precomputes), "a precomputed reference cannot move"
         )
+
+        way_out = "an adapter that is the reference stays as it is; give a ref_model to move one"
+        require(self, "ref_adapter_name", not (self.ref_adapter_name and self.sync_ref_model), way_out)
+
+
+def choose_adapters(config: ReferenceConfig, model: Any, ref_model: Any) -> Any:
+    """Activate the adapter to train; the reference: that given, or a copy of the adapter that the config names.
+
+    The copy shares all weights with the policy but those of the two adapters.
+    """
+    trained, kept = config.model_adapter_name, config.ref_adapter_name
+    held = list(model.peft_config) if is_peft_model(model) else []
+    for name in ("model_adapter_name", "ref_adapter_name"):
+        way_out = f"the model has no such adapter (it has {', '.join(held) or 'none'}); load it by `load_adapter`"
+        require(config, name, getattr(config, name) in (None, *held), way_out)
+    if trained is not None:
+        model.set_adapter(trained)
+    if kept is None:
+        return ref_model
+    require(config, "ref_adapter_name", ref_model is None, "the reference is given as ref_model too; give one of them")
+    trained = model.active_adapter
+    require(config, "ref_adapter_name", kept != trained, "it is the adapter that is trained; name it for one of them")
+    return copy_with_adapter(model, kept)
 
 
 class SyncReference(TrainerCallback):

@@ -17,6 +17,8 @@ from trl.data.encode import Limits
 from trl.data.prompt_rows import PairsJob
 from trl.data.tokenize import tokenize
 from trl.generation.stopping import end_tokens
+from trl.import_utils import lazy_names
+from trl.legacy import absent
 from trl.losses.loss_sum import LossSum
 from trl.losses.supervised import bradley_terry
 from trl.models.prepare import context_length, embedding_rows
@@ -222,3 +224,6 @@ def compute_accuracy(eval_pred: tuple[ArrayLike, ArrayLike]) -> dict[str, float]
     if not len(labels):
         return {"accuracy": float("nan")}
     return {"accuracy": float((np.argmax(predictions, axis=1) == labels).mean())}
+
+
+__getattr__ = lazy_names(__name__, {}, absent.refuse)[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
@@ -67,6 +67,22 @@ SAMPLING_FIELDS = {
     "min_p": "min_p", "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
 """keywords of `generate` that are fields of the config"""
+
+
+class _OfLength(Protocol):
+    """A config that limits prompt and completion together."""
+
+    max_length: int | None
+    max_completion_length: int
+    max_prompt_length: int | None
+
+
+def limit_whole(config: _OfLength) -> None:
+    """Give prompts the room that `max_length` leaves beside the longest completion."""
+    if config.max_length is not None:
+        room = config.max_length - config.max_completion_length
+        require(config, "max_length", room > 0, f"give more than max_completion_length={config.max_completion_length}")
+        config.max_prompt_length = min(room, config.max_prompt_length or room)
 
 
 @dataclass

@@ -23,6 +23,8 @@ from trl.data.records import ROWS, Batch
 from trl.data.supervised_rows import SupervisedJob, supervised_row
 from trl.data.tokenize import has_rows, tokenize, unprepared
 from trl.generation.stopping import end_tokens
+from trl.import_utils import lazy_names
+from trl.legacy import absent
 from trl.legacy.collators import DataCollatorForCompletionOnlyLM
 from trl.legacy.constant_length import ConstantLengthDataset
 from trl.losses.loss_sum import LossSum
@@ -498,3 +500,6 @@ def _default_length(tokenizer: Any, fitting: int | None) -> int:
         f"You didn't pass a `max_seq_length` argument to the SFTTrainer, this will default to {length}", stacklevel=3
     )
     return length
+
+
+__getattr__ = lazy_names(__name__, {}, absent.refuse)[0]
