@@ -33,7 +33,7 @@ GONE: dict[str, set[str]] = {
     "trl.trainer.ppo_environment": {"check_environment", "play"},
     "trl.trainer.ppo_generation": {"respond", "respond_at_lengths"},
     "trl.trainer.ppo_inputs": {"samples_of"},
-    "trl.trainer.ppo_loop": {"batches", "episodes", "prompt_of", "rollout", "run", "sampling_kwargs", "scores_of"},
+    "trl.trainer.ppo_loop": {"batches", "episodes", "rollout", "run", "sampling_kwargs", "scores_of"},
     "trl.trainer.ppo_objective": {"terms"},
     "trl.trainer.ppo_setup": {"columns_of"},
     "trl.trainer.rollouts": {"policy_batch", "prompt_trees"},

@@ -81,7 +81,7 @@ def test_the_three_stages(reviews, progress, tmp_path, tiny_tokenizer):
     kept, _ = open_model(tmp_path / "policy")
     again = kept(torch.tensor([[5, 6, 7]])).logits
     assert torch.allclose(again, trainer.model.pretrained_model(torch.tensor([[5, 6, 7]])).logits, atol=1e-5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "metrics.jsonl", "policy", "reward"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "imitate", "policy", "reward", "reward-run"]
 
 
 def test_the_tiny_model_is_of_about_a_million_weights(reviews):

@@ -510,7 +510,7 @@ def test_rollouts_of_another_engine_with_masked_tokens(tmp_path):
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
         ({"rows": {"train": prompts()}}, r"with the splits .train. \(8 rows\): pass one of them"),
-        ({"rows": [{"prompt": "a b"}] and iter(())}, "train_dataset"),
+        ({"rows": [{"prompt": "a b"}] and iter(())}, "a tuple_iterator, which can be read only once"),
         ({"reward_funcs": None}, "reward_funcs: give"),
         ({"arguments": {"ref_model": "x"}}, "ref_model: beta=0"),
     ],

@@ -22,7 +22,7 @@ CHANGED = {
     "adap_kl_ctrl": ({"horizon": 10.0}, {"adap_kl_ctrl": False}),
     "init_kl_coef": ({}, {"init_kl_coef": 0.9}),
     "kl_penalty": ({}, {"kl_penalty": "mse"}),
-    "target": ({"horizon": 10.0, "target": 100.0}, {"target": 0.01}),
+    "target": ({"horizon": 10.0, "target": 100.0, "steps": 16}, {"target": 0.01}),
     "horizon": ({}, {"horizon": 10.0}),
     "gamma": ({}, {"gamma": 0.5}),
     "lam": ({}, {"lam": 0.2}),

@@ -43,7 +43,7 @@ def imitate(
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
-                output_dir=str(scratch),
+                output_dir=str(scratch / "imitate"),
                 max_steps=recipe.imitation_steps,
                 per_device_train_batch_size=recipe.imitation_lines,
                 per_device_eval_batch_size=2 * recipe.imitation_lines,
@@ -83,7 +83,7 @@ def learn_reward(
         trainer = RewardTrainer(
             model=model,
             args=RewardConfig(
-                output_dir=str(scratch),
+                output_dir=str(scratch / "reward-run"),
                 num_train_epochs=1,
                 per_device_train_batch_size=recipe.reward_batch,
                 learning_rate=recipe.reward_rate,
