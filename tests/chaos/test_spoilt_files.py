@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_cases import KINDS, weights
+from checkpoint_cases import KINDS, weights, whole_runs
 
 from trl.trainer.checkpoints import MANIFEST, checkpoints, read_manifest
 
@@ -30,17 +30,7 @@ def spoil(path, damage, rng):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Of each kind: a run with all its checkpoints, and its weights at the end."""
-    runs = {}
-
-    def of(kind):
-        if kind not in runs:
-            folder = tmp_path_factory.mktemp(kind)
-            torch.manual_seed(0)
-            runs[kind] = (folder, KINDS[kind].run(folder))
-        return runs[kind]
-
-    return of
+    return whole_runs(tmp_path_factory)
 
 
 @every_kind

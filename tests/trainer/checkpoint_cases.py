@@ -138,3 +138,17 @@ def two_ranks_resume(rank: int, world: int, out: str) -> None:
 
 
 __all__ = ["CASES", "ENDED", "KINDS", "ended_at", "in_a_process", "two_ranks", "two_ranks_resume", "weights"]
+
+
+def whole_runs(tmp_path_factory):
+    """Of each kind: a run with all its checkpoints, and its weights at the end."""
+    runs = {}
+
+    def of(kind):
+        if kind not in runs:
+            folder = tmp_path_factory.mktemp(kind)
+            torch.manual_seed(0)
+            runs[kind] = (folder, KINDS[kind].run(folder))
+        return runs[kind]
+
+    return of

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import ENDED, KINDS, ended_at, in_a_process, two_ranks, two_ranks_resume, weights
+from checkpoint_cases import ENDED, KINDS, ended_at, in_a_process, two_ranks, two_ranks_resume, weights, whole_runs
 from conformity import build, causal_lm, config, pairs, tokenizer
 from process_group import on_ranks
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -48,17 +48,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Of each kind: a run with all its checkpoints, and its weights at the end."""
-    runs = {}
-
-    def of(kind):
-        if kind not in runs:
-            folder = tmp_path_factory.mktemp(kind)
-            torch.manual_seed(0)
-            runs[kind] = (folder, KINDS[kind].run(folder))
-        return runs[kind]
-
-    return of
+    return whole_runs(tmp_path_factory)
 
 
 @pytest.fixture
