@@ -195,13 +195,15 @@ def test_lmbda_mixes_in_the_completions_of_the_data(tmp_path):
         trainer = make("Distillation", tmp_path / str(lmbda), answered(), arguments=arguments, lmbda=lmbda, max_steps=4)
         trainer.train()
         table = rollouts_of(tmp_path / str(lmbda))
-        wanted = dict(zip(answered()["prompt"], answered()["completion"], strict=True))
+        wanted = {
+            row["prompt"]: [*tokenizer()(row["completion"], add_special_tokens=False)["input_ids"], 2]
+            for row in answered()
+        }
         seen[lmbda] = [
-            text == wanted[prompt] for prompt, text in zip(table["prompt"], table["completion"], strict=True)
+            ids == wanted[prompt] for prompt, ids in zip(table["prompt"], table["completion_ids"], strict=True)
         ]
-        assert all(ids[-1] == 2 for ids, own in zip(table["completion_ids"], seen[lmbda], strict=True) if own)
     assert all(seen[0.0])
-    assert not any(seen[1.0])
+    assert sum(seen[1.0]) < 4  # a sampled completion of two tokens may be that of the data by chance
     assert 3 < sum(seen[0.5]) < 13
 
 
