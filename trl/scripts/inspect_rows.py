@@ -41,6 +41,8 @@ def command(
     """
     if job not in JOBS:
         raise ValueError(f"{job}: no training command of that name; choose one of {', '.join(JOBS)}")
+    if job == "ppo":
+        raise ValueError("ppo reads its prompts while it samples: `trl inspect grpo` shows how prompts are tokenised")
     given = prepared(JOBS[job], context.args)
     seen = read(given, max(sample, 0 if row is None else row + 1) if sample else None)
     if row is not None and row >= len(seen.notes):
