@@ -10,19 +10,31 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from conformity import causal_lm, config, history, prompts, tokenizer
+from datasets import Dataset
 from ppo_cases import batch, causal
 from transformers import AutoModelForCausalLM
 
 import trl
-from trl.data.records import Rollout
 from trl.generation import LocalSampler
 from trl.losses.policy import clipped_surrogate, sampling_metrics
 from trl.models.scoring import score
 
+pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided", "ignore:.*trained weights are stored in")
+
 OFF = 0.01
 """of each token's log-probability, in every second completion"""
+SHORT = {"max_completion_length": 20, "generation_kwargs": {"min_new_tokens": 20}}
 GSPO = {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 3e-4, "epsilon_high": 4e-4}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    """Accelerate remembers the precision of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def place(completions, **columns):
@@ -33,10 +45,11 @@ def place(completions, **columns):
 def made(folder, kind="RLOO", *, cls=None, model=None, arguments=None, **settings):
     base = {
         "output_dir": str(folder), "use_cpu": True, "bf16": True, "per_device_train_batch_size": 8,
-        "num_generations": 4, "max_completion_length": 100, "generation_kwargs": {"min_new_tokens": 100}, "beta": 0.0,
+        "num_generations": 4, "max_completion_length": 100, "generation_kwargs": {"min_new_tokens": 100},
         "max_steps": 1, "logging_steps": 1, "learning_rate": 0.0, "report_to": "none", "disable_tqdm": True,
         "save_strategy": "no", "save_rollouts": False,
     }  # fmt: skip
+    base |= {"beta": 0.0} if kind in ("RLOO", "GRPO") else {}
     return (cls or getattr(trl, f"{kind}Trainer"))(
         model or long_model(), place, getattr(trl, f"{kind}Config")(**{**base, **settings}), train_dataset=prompts(),
         processing_class=tokenizer(), **(arguments or {}),
@@ -53,15 +66,11 @@ def off(trainer):
     """The trainer, whose sampler is off; and the rows of each pass without gradient."""
     own, scored, passes = trainer.sampler.sample, trainer.scored, []
 
+    def moved(number, one):
+        return replace(one, raw_logprobs=[each + OFF * (number % 2) for each in one.raw_logprobs])
+
     def sample(*args, **kwargs):
-        groups = own(*args, **kwargs)
-        return [
-            [
-                replace(one, logprobs=[each + OFF for each in one.logprobs]) if number % 2 else one
-                for number, one in enumerate(group)
-            ]
-            for group in groups
-        ]
+        return [[moved(number, one) for number, one in enumerate(group)] for group in own(*args, **kwargs)]
 
     def counted(model, rows, **kwargs):
         passes.append(len(rows))
@@ -140,7 +149,7 @@ class Wrapped(trl.RLOOTrainer):
 def test_one_pass_more_measures_only_what_is_read_later(settings, rows, tmp_path, caplog):
     """With a rate of 0 the policy stays, and so does its ratio: the sampler's numbers would give a KL of 2.5e-5."""
     steps = settings.get("num_iterations", 1) * settings.get("steps_per_generation", 1)
-    settings = {"max_completion_length": 20, "generation_kwargs": {"min_new_tokens": 20}, "max_steps": steps, **settings}
+    settings = {**SHORT, "max_steps": steps, **settings}
     trainer, passes = off(made(tmp_path, **settings))
     with caplog.at_level(logging.WARNING, logger="trl.trainer.on_policy"):
         trainer.train()
@@ -159,8 +168,7 @@ def test_one_pass_more_measures_only_what_is_read_later(settings, rows, tmp_path
 
 def test_the_kl_of_a_reward_starts_at_0(tmp_path):
     for bf16, kl in ((True, 0.0), (False, 20 * OFF / 2)):
-        settings = {"max_completion_length": 20, "generation_kwargs": {"min_new_tokens": 20}}
-        trainer, _ = off(made(tmp_path, beta=0.1, bf16=bf16, **settings))
+        trainer, _ = off(made(tmp_path, beta=0.1, bf16=bf16, **SHORT))
         trainer._before_first_update = False
         trainer.train()
         assert history(trainer, "objective/kl")[0] == pytest.approx(kl, abs=1e-5)
@@ -168,8 +176,13 @@ def test_the_kl_of_a_reward_starts_at_0(tmp_path):
 
 def test_a_rollout_that_is_half_used_is_not_before_its_first_update(tmp_path):
     """Neither in a second run of a trainer, whose steps begin at 0 again, nor after a resume."""
-    settings = {"max_completion_length": 20, "generation_kwargs": {"min_new_tokens": 20}, "steps_per_generation": 2}
-    settings |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "kind": "GRPO"}
+    settings = {
+        **SHORT,
+        "steps_per_generation": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "kind": "GRPO",
+    }
     whole = made(tmp_path / "a", max_steps=2, save_strategy="steps", save_steps=1, **settings)
     whole.train()
     resumed = made(tmp_path / "b", max_steps=2, **settings)
@@ -182,21 +195,127 @@ def test_a_rollout_that_is_half_used_is_not_before_its_first_update(tmp_path):
     assert second != 1.0
     assert history(resumed, "ratio")[-1] == second
     assert history(again, "ratio")[-1] == second
-    assert len(history(again, "sampling/kl")) == 1
+    assert history(again, "sampling/kl") == []  # of its second run
 
 
-def test_others_make_no_pass_more(tmp_path):
-    """Online DPO and RAFT read no ratio; distillation and PPO measure theirs anyway."""
-    short = {"max_completion_length": 8, "generation_kwargs": {"min_new_tokens": 8}}
-    for kind, more in (("OnlineDPO", {"beta": 0.1}), ("RAFT", {})):
-        rows = []
-        for bf16 in (False, True):
-            settings = {**short, "num_generations": 2, **more} if more else short
-            trainer, passes = off(_without_beta(tmp_path, kind, bf16=bf16, **settings))
-            trainer.train()
-            rows.append(passes)
-        assert rows[0] == rows[1]
+@pytest.mark.parametrize("kind", ["OnlineDPO", "RAFT"])
+def test_who_reads_no_ratio_makes_no_pass_more(kind, tmp_path):
+    rows = []
+    for bf16 in (False, True):
+        trainer, passes = off(made(tmp_path, kind, bf16=bf16, num_generations=2, temperature=1.0, **SHORT))
+        trainer.train()
+        rows.append(passes)
+    assert rows[0] == rows[1] == ([8] if kind == "OnlineDPO" else [])  # of the reference
 
 
-def _without_beta(folder, kind, **settings):
-    return made(folder, kind, **settings) if "beta" in settings else made(folder, kind, beta=None, **settings)
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_step_of_ppo_starts_from_its_own_pass(epochs, tiny_tokenizer):
+    """Which it makes anyway: for the values and the KL."""
+    config = trl.PPOConfig(
+        batch_size=4, mini_batch_size=2, ppo_epochs=epochs, learning_rate=1e-9,
+        accelerator_kwargs={"mixed_precision": "bf16", "cpu": True},
+    )  # fmt: skip
+    trainer = trl.PPOTrainer(config, causal(), tokenizer=tiny_tokenizer)
+    stats = trainer.step(*batch(response_length=40))
+    assert stats["ppo/policy/ratio"] == pytest.approx(1, abs=1e-2)
+    assert (stats["ppo/policy/clipfrac"], stats["ppo/policy/approxkl"]) == (0.0, pytest.approx(0, abs=1e-5))
+    assert stats["objective/kl"] == pytest.approx(0, abs=1e-4)
+
+
+# -- one probe, one check: by the precision that is really used ---------------------------------------------------
+
+
+@pytest.fixture
+def rounded(request, monkeypatch):
+    """Factors of products lose all but so many bits of their mantissa, as tensor cores read them; no switch says so."""
+    plain, mask = F.linear, -(1 << (23 - request.param))
+
+    def linear(x, weight, bias=None):
+        if x.dtype != torch.float32 or weight.dtype != torch.float32:
+            return plain(x, weight, bias)
+        return plain(*((each.contiguous().view(torch.int32) & mask).view(torch.float32) for each in (x, weight)), bias)
+
+    monkeypatch.setattr(F, "linear", linear)
+    return request.param
+
+
+@pytest.mark.parametrize("rounded", [10, 7], indirect=True)
+@pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
+def test_rounded_products_are_half_precision(kind, rounded, tmp_path):
+    """The trainer's own kernels do not round here, so sampler and trainer differ as they may on a GPU."""
+    trainer = made(tmp_path, kind, bf16=False, model=causal_lm(), **SHORT)
+    assert isinstance(trainer.sampler, LocalSampler)
+    trainer.train()
+    assert history(trainer, "ratio") == [1.0]
+    assert history(trainer, "sampling/approx_kl")[0] > 1e-12
+
+
+@pytest.mark.parametrize("rounded", [10, 7], indirect=True)
+def test_a_step_of_ppo_allows_for_rounded_products(rounded, tiny_tokenizer):
+    config = trl.PPOConfig(batch_size=4, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-9)
+    stats = trl.PPOTrainer(config, causal(), tokenizer=tiny_tokenizer).step(*batch())
+    assert stats["ppo/policy/ratio"] == pytest.approx(1, abs=1e-2)
+
+
+@pytest.mark.parametrize("how", ["switch", "float16", "bfloat16"])
+def test_switches_and_weights_are_half_precision(how, tmp_path):
+    model = causal_lm() if how == "switch" else causal_lm().to(getattr(torch, how))
+    torch.set_float32_matmul_precision("high" if how == "switch" else "highest")
+    try:
+        trainer, passes = off(made(tmp_path, bf16=False, model=model, **SHORT))
+        trainer.train()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert isinstance(trainer.sampler, LocalSampler)
+    assert passes == []
+    assert history(trainer, "ratio") == [1.0]
+    assert history(trainer, "sampling/kl")[0] == pytest.approx(OFF / 2, abs=3e-3)
+
+
+# -- the metrics --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_the_sampler_by_hand():
+    trained_BT = torch.tensor([[0.1, 0.3], [0.0, 9.0], [5.0, 5.0]])
+    sampled_BT, mask_BT = torch.zeros(3, 2), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    found = sampling_metrics(trained_BT, sampled_BT, mask_BT, "trajectory", (0.8, 1.2))
+    assert found["sampling/sampling_logp_difference/mean"][0] == pytest.approx(0.4)
+    assert found["sampling/sampling_logp_difference/max"].value == pytest.approx(0.3)
+    total, count = found["sampling/importance_sampling_ratio/mean"]
+    assert (float(total), int(count)) == (pytest.approx(torch.tensor(0.4).exp().item() + 1.0), 2)
+    assert found["sampling/importance_sampling_ratio/min"].value == 1.0
+    assert [int(part) for part in found["sampling/outside_clip_range"]] == [1, 2]
+    assert found["sampling/kl"][0] == pytest.approx(-0.4)
+    assert found["sampling/approx_kl"][0] == pytest.approx(0.05)
+    of_tokens = sampling_metrics(trained_BT, sampled_BT, mask_BT, "token", (0.8, 1.2))
+    assert [int(part) for part in of_tokens["sampling/outside_clip_range"]] == [1, 3]
+    assert of_tokens["sampling/importance_sampling_ratio/max"].value == pytest.approx(torch.tensor(0.3).exp().item())
+    nothing = sampling_metrics(trained_BT, sampled_BT, 0 * mask_BT, "token", (0.8, 1.2))
+    assert nothing["sampling/sampling_logp_difference/max"].value == -torch.inf  # left out of the log
+
+
+@pytest.mark.parametrize(("fields", "said"), [({}, True), ({"temperature": 0.7}, True), ({"top_k": 5}, False)])
+def test_ppo_says_how_far_its_sampler_is(fields, said, tiny_tokenizer, tmp_path):
+    """The step's own pass measures it; with a filter the sampler's numbers are of another distribution."""
+    filters = {"generation_kwargs": {"top_k": 5}} if "top_k" in fields else fields
+    config = trl.PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, max_new_tokens=6, steps=2, **filters)
+    rows = Dataset.from_list([{"query": "a b"}, {"query": "c d"}])
+    trainer = trl.PPOTrainer(
+        config, causal(), tokenizer=tiny_tokenizer, dataset=rows, reward_funcs=lambda completions, **columns: [1.0, 0.0]
+    )
+    draw = trainer.source.draw
+
+    def moved(*args, **kwargs):
+        rollout = draw(*args, **kwargs)
+        rollout.logprobs = [[each + OFF for each in row] for row in rollout.logprobs]
+        return rollout
+
+    trainer.source.draw = moved
+    stats = trainer.train()
+    assert ("sampling/kl" in stats) == said
+    if said:
+        assert stats["sampling/kl"] == pytest.approx(OFF, abs=1e-4)
+        assert stats["sampling/importance_sampling_ratio/mean"] == pytest.approx(0.990, abs=1e-3)
+    assert stats["ppo/policy/ratio"] == pytest.approx(1, abs=1e-4)
+    again = trainer.step(*batch(2))
+    assert "sampling/kl" not in again  # of responses from elsewhere

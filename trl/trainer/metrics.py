@@ -42,7 +42,10 @@ class Metric:
 
 _ENDS = "so the limit does not cut most of them"
 _SAMPLING = tuple(
-    Metric(f"sampling/{name}", f"{meaning}, before the first update on a rollout", healthy, RATIOS, "", False)
+    Metric(
+        f"sampling/{name}", f"{meaning}, before the first update on a rollout", healthy,
+        RATIOS if name.endswith(("max", "min")) else (*RATIOS, "PPO"), "", False,
+    )
     for name, meaning, healthy in (
         (
             "sampling_logp_difference/mean", "mean absolute difference between the log-probabilities that the sampler "
