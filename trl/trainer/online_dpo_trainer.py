@@ -16,7 +16,8 @@ from trl.losses.pairs import PairLogps, sum_pairs
 from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair_options, preference_loss
 from trl.models.scoring import score
 from trl.rewards.named import Judge, pairwise
-from trl.rollout.experience import Experience, PolicyBatch
+from trl.rollout.experience import Experience, PolicyBatch, padded
+from trl.rollout.report import record_objective
 from trl.rollout.rewards import Rewards, without_end
 from trl.trainer.configuration import Setting, choose, require
 from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer, limit_whole
@@ -148,9 +149,24 @@ class OnlineDPOTrainer(RolloutTrainer):
         with self.reference.model() as model:
             assert model is not None
             reference_BT = self.scored(model, whole).logprobs_BT
+        self._record(whole, rollout, reference_BT, rewards.total_B(), chosen)
         mask_BT = whole.mask_BT * (preference_B != 0)[:, None]
         whole = replace(whole, mask_BT=mask_BT, reference_BT=reference_BT)
         return whole.select(chosen), {"preference": preference_B.tolist()}
+
+    def _record(
+        self, rows: Experience, rollout: Rollout, reference_BT: Tensor, total_B: Tensor, chosen: Sequence[int]
+    ) -> None:
+        """The rollout's metrics under today's names. chosen: the best and the worst of each group, in turn."""
+        beta = self.args.beta_at(self.state.epoch)
+        record_objective(self.record, rows, reference_BT, padded(rollout.masks), total_B, beta)
+        best, worst = total_B[chosen[0::2]], total_B[chosen[1::2]]
+        known = (best - worst)[~(best - worst).isnan()]
+        self.record("objective/scores_margin", float(known.sum()), len(known))
+        ends = set(self._ends())
+        ended = sum(not ends.isdisjoint(ids) for ids in rollout.completions)
+        self.record("val/contain_eos_token", float(ended), len(rollout))
+        self.record("beta", beta)
 
     def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
         batch = super()._collate(rows)["policy"]

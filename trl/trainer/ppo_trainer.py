@@ -60,7 +60,7 @@ from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_dec
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
 from trl.rollout.collector import rendered
-from trl.rollout.experience import Experience, PolicyBatch
+from trl.rollout.experience import Experience, PolicyBatch, padded
 from trl.rollout.measure import (
     PACKED_TOKENS,
     ActorCritic,
@@ -470,6 +470,8 @@ class PPOTrainer(BaseTrainer):
         self._folder, self._signal = RunFolder(is_old=_is_old_checkpoint), StopSignal()
         self._non_finite = NonFiniteSteps(config.on_non_finite, config.max_non_finite_skips)
         self._named: list[Piece] = []
+        self._sampled_BT: Tensor | None = None
+        """log-probabilities by the sampler of `train`, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self._take_own_methods()
@@ -596,6 +598,14 @@ class PPOTrainer(BaseTrainer):
         sampler = make_sampler(model, self.tokenizer, max_rows=max_rows)
         return SamplerSource(sampler, lambda seed: replace(params, seed=seed))
 
+    def _samples_policy(self) -> bool:
+        """Whether `train` samples from the policy at its temperature, with no filter in between."""
+        params = sampling_params(below_accelerate(self.model), self._sampling_kwargs())
+        temperature = self.config.temperature
+        return params is not None and params == replace(
+            params, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_new_tokens=0
+        )
+
     @cached_property
     def source(self) -> Source:
         """What completes the prompts in `train`: the environment, a sampler or `generate`."""
@@ -672,7 +682,8 @@ class PPOTrainer(BaseTrainer):
             clock.lap("compute_advantages")
             train_stats = self._update(experience)
             clock.lap("optimize_step")
-        stats = self.record_step_stats(
+        of_sampler = self._said_of_sampler(measured)
+        stats = of_sampler | self.record_step_stats(
             self.kl_ctl.value, logprobs=measured.old_logprobs_BT, ref_logprobs=measured.reference_BT,
             masks=measured.mask_BT, scores=scores_B, non_score_reward=penalty_BT, train_stats=train_stats,
             queries=queries, responses=responses,
@@ -793,6 +804,13 @@ class PPOTrainer(BaseTrainer):
             self.actor, self.reference, experience, kl_penalty=self.config.kl_penalty, rows=self.config.mini_batch_size,
             tokens=0 if self.is_distributed else self._budget or PACKED_TOKENS, device=self.current_device,
         )  # fmt: skip
+
+    def _said_of_sampler(self, measured: Experience) -> dict[str, Any]:
+        """How far the sampler of `train` was from the policy that is measured here; nothing where it is not known."""
+        sampled_BT, self._sampled_BT = self._sampled_BT, None
+        if sampled_BT is None or sampled_BT.shape != measured.mask_BT.shape:
+            return {}
+        return ppo_statistics.sampling_keys(measured, sampled_BT, self.config.cliprange)
 
     def _gae_numbers(self) -> dict[str, Any]:
         return {"gamma": self.config.gamma, "lam": self.config.lam, "whiten_rewards": self.config.whiten_rewards}
@@ -1064,6 +1082,7 @@ class PPOTrainer(BaseTrainer):
             if self.progress is not None:
                 self.progress.begin_update()
             batch = self._rollout(rows, rewards)
+            self._sampled_BT = batch.pop("logprobs", None)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
             stops = self._report(stats, batch)
             progress.update()
@@ -1341,6 +1360,8 @@ class PPOTrainer(BaseTrainer):
             tokens["masks"] = rollout.masks  # 1 where the policy chose the token
         for name, lists in tokens.items():
             batch[name] = [torch.tensor(ids, dtype=torch.long, device=self.current_device) for ids in lists]
+        if source is None and rollout.logprobs and self._samples_policy():
+            batch["logprobs"] = padded(rollout.logprobs)
         return {**batch, "scores": total_scores(rewards(rollout, prompts, columns))}
 
     def save_state(self, directory: str | os.PathLike[str]) -> None:

@@ -475,6 +475,8 @@ class RolloutTrainer(ObjectiveTrainer):
         self.rollouts = self._loader(shape)
         self._draws = True
         self._before_first_update = True
+        self._steps_begun = 0
+        """optimizer steps since the trainer was made, whatever its runs were"""
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
         for callback in list(self.callback_handler.callbacks):
@@ -681,6 +683,11 @@ class RolloutTrainer(ObjectiveTrainer):
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         """The loss of a micro-batch, summed over the rows that are computed; the base divides by the count of all."""
 
+    @staticmethod
+    def old_logprobs(batch: PolicyBatch, logprobs_BT: Tensor) -> Tensor:
+        """The log-probabilities under the policy that sampled; `logprobs_BT` of this pass where it is that policy."""
+        return logprobs_BT.detach() if batch.own_pass else batch.old_logprobs_BT
+
     def zero_advantage_means_zero_gradient(self) -> bool:
         """Whether no term of the objective reaches a completion whose advantages are 0; it is then not computed.
 
@@ -808,6 +815,7 @@ class RolloutTrainer(ObjectiveTrainer):
         exact = self.args.disable_dropout and self.rollout_func is None
         self._ratio_is_one_at = self.state.global_step if fresh and exact else None
         self._before_first_update = False
+        self._steps_begun += 1
         started = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for piece in pieces_of(batches):
