@@ -295,6 +295,15 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Generates:
+    """When a network's `generate` computes rows together as it computes them alone."""
+
+    behind_padding: bool = True
+    """with padding on the left, which the mask hides"""
+    with_cache: bool = True
+
+
+@dataclass(frozen=True)
 class ForwardPlan:
     """How a network computes a batch, with its adapter as it is now and in the precision of now."""
 
@@ -307,6 +316,8 @@ class ForwardPlan:
     samples_locally: bool | None = None
     """whether the local sampler's engine computes what the network computes; None: nobody has asked"""
     why_not_local: str = ""
+    generates: Generates | None = None
+    """None: nobody has asked"""
 
 
 PADDED = ForwardPlan()
