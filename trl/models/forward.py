@@ -295,6 +295,15 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Generates:
+    """When a network's `generate` computes rows together as it computes them alone."""
+
+    behind_padding: bool = True
+    """with padding on the left, which the mask hides"""
+    with_cache: bool = True
+
+
+@dataclass(frozen=True)
 class ForwardPlan:
     """How a network computes a batch, with its adapter as it is now and in the precision of now."""
 
@@ -309,6 +318,8 @@ class ForwardPlan:
     why_not_local: str = ""
     precision: str = ""
     """in which the network computes, see `computes_in`; "": nobody has asked"""
+    generates: Generates | None = None
+    """None: nobody has asked"""
 
 
 PADDED = ForwardPlan()

@@ -43,7 +43,7 @@ class Rewards:
 
     def informative_groups(self, group: int) -> Tensor:
         """Whether a group holds two scored completions of different reward. [groups]"""
-        total = self.total_B().view(-1, group)
+        total = self.total_B().unflatten(0, (-1, group))
         highest, lowest = total.nan_to_num(nan=-torch.inf).amax(1), total.nan_to_num(nan=torch.inf).amin(1)
         return highest - lowest > 1e-6
 
@@ -82,6 +82,10 @@ class RolloutRewards:
             )
         self.names = [*names, *(["overlong"] if overlong else [])]
         self.weights_F = torch.tensor([*weights, *([1.0] if overlong else [])], dtype=torch.float32)
+
+    def of_nothing(self) -> Rewards:
+        """The rewards of no completion."""
+        return Rewards(self.names, torch.zeros(0, len(self.names)), self.weights_F, [None] * len(self.names))
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
         """prompts: texts or conversations, one for each completion. columns: further keywords of the functions."""
@@ -256,14 +260,14 @@ def credit_turns(
     A turn is compared with the same turn of the episodes that `advantages` compares with, if they have it; it cannot
     have caused the rewards before it. A tool's tokens get the number of the turn that follows; they are masked.
     """
-    turn_rewards, turn_ends = rollout.metadata["turn_rewards"], rollout.metadata["turn_ends"]
+    turn_rewards, turn_ends = (rollout.metadata[name] if len(rollout) else [] for name in ("turn_rewards", "turn_ends"))
     longest = [max(map(len, turn_ends), default=0)]
     most = max(gather_object(longest) if world_size > 1 else longest)
     credited: list[list[float]] = [[] for _ in turn_ends]
     for turn in range(most):
         scores_BF = rewards.scores_BF.clone()
         scores_BF[:, 0] -= torch.tensor([sum(earned[:turn]) for earned in turn_rewards])
-        absent_B = torch.tensor([turn >= len(ends) for ends in turn_ends])
+        absent_B = torch.tensor([turn >= len(ends) for ends in turn_ends], dtype=torch.bool)
         advantages_B = advantages(replace(rewards, scores_BF=scores_BF.masked_fill(absent_B[:, None], torch.nan)))
         for row, ends, advantage in zip(credited, turn_ends, advantages_B.tolist(), strict=True):
             if turn < len(ends):

@@ -16,11 +16,11 @@ from trl.losses.pairs import PairLogps, sum_pairs
 from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair_options, preference_loss
 from trl.models.scoring import score
 from trl.rewards.named import Judge, pairwise
-from trl.rollout.experience import Experience, PolicyBatch, padded
+from trl.rollout.experience import Experience, PolicyBatch, RolloutShape, padded
 from trl.rollout.report import record_objective
 from trl.rollout.rewards import Rewards, without_end
 from trl.trainer.configuration import Setting, choose, require
-from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer, limit_whole
+from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer, divisors, limit_whole
 from trl.trainer.settings import accepted, rename
 
 logger = logging.getLogger(__name__)
@@ -85,11 +85,16 @@ class OnlineDPOConfig(RewardedConfig):
         scales = self._scales()
         require(self, "beta", bool(scales) and min(scales) > 0, "give a scale > 0, or one for each epoch")
         require(self, "num_generations", self.num_generations >= 2, "a pair needs at least 2 completions")
-        rows = self.per_device_train_batch_size
-        require(
-            self, "per_device_train_batch_size", rows % self.num_generations == 0,
-            f"must be a multiple of num_generations={self.num_generations}, so that no pair is cut apart",
-        )  # fmt: skip
+
+    def rollout_shape(self) -> RolloutShape:
+        shape = super().rollout_shape()
+        step = self.rows_of_step(shape) * self.world_size
+        if step % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: must divide the completions of an optimizer step over all "
+                f"processes, {step}, so that its pairs are whole; {divisors(step)} do"
+            )
+        return shape
 
 
 class OnlineDPOTrainer(RolloutTrainer):
@@ -104,6 +109,7 @@ class OnlineDPOTrainer(RolloutTrainer):
     config_class = OnlineDPOConfig
     beta, loss_type, missing_eos_penalty = Setting(), Setting(), Setting()
     aggregation: Aggregation = "sequence"
+    rows_together = 2
 
     def __init__(
         self,
@@ -172,9 +178,6 @@ class OnlineDPOTrainer(RolloutTrainer):
         batch = super()._collate(rows)["policy"]
         return {"policy": replace(batch, counted=batch.counted / 2)}
 
-    def least_rows(self) -> int:
-        return 2 * super().least_rows()
-
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         assert batch.reference_BT is not None
         logprobs_BT = score(model, batch.packed, temperature=self.args.temperature).logprobs_BT
@@ -190,7 +193,7 @@ class OnlineDPOTrainer(RolloutTrainer):
 
 def ordered(rewards: Rewards, group: int) -> tuple[list[int], list[int], list[bool]]:
     """The best and the worst completion of each group, and whether their rewards differ."""
-    total = rewards.total_B().view(-1, group)
+    total = rewards.total_B().unflatten(0, (-1, group))
     first = torch.arange(len(total)) * group
     best = total.nan_to_num(nan=-torch.inf).argmax(1)
     worst = total.nan_to_num(nan=torch.inf).argmin(1)

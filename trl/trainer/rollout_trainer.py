@@ -40,7 +40,7 @@ from trl.rollout import report as rollout_report
 from trl.rollout.collector import Collector
 from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
 from trl.rollout.measure import check_first_ratio, in_pieces, means_of
-from trl.rollout.prompts import PromptStream
+from trl.rollout.prompts import PromptStream, part_of, places_of
 from trl.rollout.rewards import OwnRewards, Rewards, RolloutRewards
 from trl.rollout.source import (
     EnvironmentSource,
@@ -304,12 +304,22 @@ class RolloutConfig(PostTrainingConfig):
                 f"steps_per_generation={steps}: an optimizer step of gradient_accumulation_steps={accumulation} "
                 "micro-batches would straddle two rollouts; make one a multiple of the other"
             )
-        if steps * size % self.num_generations:
+        whole = size * world * steps
+        if whole % self.num_generations:
             raise ValueError(
-                f"num_generations={self.num_generations}: must divide the completions of a rollout on each rank, "
-                f"per_device_train_batch_size * steps_per_generation = {steps * size}"
+                f"num_generations={self.num_generations}: must divide the completions of a rollout, "
+                f"per_device_train_batch_size * processes * steps_per_generation = {whole}; {divisors(whole)} do"
             )
         return RolloutShape(size, self.num_generations, self.num_iterations, steps)
+
+    def rows_of_step(self, shape: RolloutShape) -> int:
+        """Completions that an optimizer step learns from on each rank."""
+        return shape.per_device_train_batch_size * min(self.gradient_accumulation_steps, shape.steps_per_generation)
+
+
+def divisors(number: int) -> str:
+    """The sizes of groups that divide a number of completions, for an error."""
+    return ", ".join(str(size) for size in range(2, number + 1) if number % size == 0) or "1"
 
 
 @dataclass
@@ -571,7 +581,7 @@ class RolloutTrainer(ObjectiveTrainer):
             self.source = self.collector.source = self.make_source()
 
     def _loader(self, shape: RolloutShape) -> RolloutLoader:
-        prompts = shape.rows // shape.num_generations * self.args.world_size
+        prompts = shape.rows * self.args.world_size // shape.num_generations
         sized = hasattr(self.train_dataset, "__len__")
         length = -(-len(self.train_dataset) // prompts) * shape.passes if sized else None
         return RolloutLoader(self._make_experience, self._in_passes, shape, length)
@@ -630,21 +640,23 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _collector(self, shape: RolloutShape) -> Collector:
         config = self.args
-        wanted = shape.rows // config.num_generations
-        step = config.per_device_train_batch_size * min(config.gradient_accumulation_steps, shape.steps_per_generation)
-        whole, cut = divmod(step, config.num_generations)
+        rank, world, group = config.process_index, config.world_size, config.num_generations
+        wanted = shape.rows * world // group
+        if self._deals(shape):
+            places: Sequence[int] = part_of(rank, world, wanted)
+        else:
+            places = places_of(rank, world, wanted // world, config.rows_of_step(shape) // group)
         return Collector(
             self.source,
             self.rewards,
             self._prompts(),
             self.processing_class,
             seed=config.seed,
-            group=config.num_generations,
+            group=group,
             wanted=wanted,
-            stretch=wanted if cut else whole,  # a group across two steps stays on one rank
+            places=places,
             rounds=config.refill_rounds(),
-            rank=config.process_index,
-            world=config.world_size,
+            world=world,
             unscored=self._write_unscored,
             ends=self._ends(),
         )
@@ -738,14 +750,31 @@ class RolloutTrainer(ObjectiveTrainer):
         group = self.args.num_generations
         if rewards.logs.metrics:
             check_new_names(rewards.logs.metrics)
-        rollout_report.record(self.record, self.record_extreme, rollout, rewards, group)
+        rollout_report.record(self.record, self.record_extreme, rollout, rewards, group, self.collector.gather)
         prompts = self.collector.prompt_texts(rows, group)
         table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
-        if self.args.save_rollouts:
+        if self.args.save_rollouts and len(rollout):
             self._write(state.rollouts, "rollouts", table)
         if self.args.log_completions and self.is_world_process_zero():
             rollout_report.print_table(table, self.args.num_completions_to_print, self.args.log_unique_prompts)
-        return experience
+        return self._own_share(experience)
+
+    rows_together = 1
+    """rows of an experience, one behind the other, that a micro-batch must hold together"""
+
+    def _deals(self, shape: RolloutShape) -> bool:
+        """Whether groups lie across ranks: one rank draws and judges a group, and several learn from it."""
+        rows = shape.per_device_train_batch_size if self.rows_together > 1 else self.args.rows_of_step(shape)
+        return rows % shape.num_generations > 0
+
+    def _own_share(self, experience: Experience) -> Experience:
+        """What this rank learns from."""
+        shape, world = self.rollouts.shape, self.args.world_size
+        if not self._deals(shape):
+            return experience
+        of_step = min(self.args.gradient_accumulation_steps, shape.steps_per_generation)
+        whole = Experience.below(self.collector.gather([experience]))
+        return whole.dealt(self.args.process_index, world, shape.steps_per_generation, of_step, self.rows_together)
 
     _misses_scores = False
     """whether a completion may go without a score, or has gone so"""
@@ -784,6 +813,8 @@ class RolloutTrainer(ObjectiveTrainer):
             scores = score(model, packed, temperature=self.args.temperature, entropy=entropy)
             return [scores.logprobs_BT] if scores.entropy_BT is None else [scores.logprobs_BT, scores.entropy_BT]
 
+        if not len(rows):
+            return Scores(torch.zeros(0, 0), torch.zeros(0, 0) if entropy else None)
         size = self.args.per_device_train_batch_size
         runs = (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
         with rows_padded(self.pads_rows):
@@ -794,7 +825,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def least_rows(self) -> int:
         """Rows of a micro-batch to compute at least: many processes must all run the model."""
-        return int(self.args.world_size > 1)
+        return self.rows_together * int(self.args.world_size > 1)
 
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
@@ -889,7 +920,7 @@ class RolloutTrainer(ObjectiveTrainer):
         if rewards.logs.metrics:
             check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
-        rollout_report.record(add, add_extreme, rollout, rewards, group)
+        rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         return self.evaluated(model, rollout, rewards, rows), None, None
 
     def evaluated(
