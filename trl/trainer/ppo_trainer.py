@@ -71,7 +71,15 @@ from trl.rollout.measure import (
 )
 from trl.rollout.prompts import PromptStream, with_prompts
 from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_scores
-from trl.rollout.source import EnvironmentSource, GenerateSource, SamplerSource, Source, environment_for_policy
+from trl.rollout.source import (
+    EnvironmentSource,
+    GenerateSource,
+    SamplerSource,
+    Source,
+    close_objects,
+    environment_for_policy,
+    reward_names,
+)
 from trl.trainer import checkpoints, overrides, ppo_forms, ppo_statistics, ppo_today
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of
@@ -1064,8 +1072,11 @@ class PPOTrainer(BaseTrainer):
                 self._resume(found)
             if folder is not None and self.accelerator.is_main_process:
                 self._folder.begin_metrics(folder, self.data_position if found and resumes else None)
-            with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
-                stats = self._steps(rewards, callback)
+            try:
+                with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
+                    stats = self._steps(rewards, callback)
+            finally:
+                close_objects(self.environment)
             check_weights(self.accelerator, f"after step {self.current_step}", *self._models().values())
             return stats
 
@@ -1333,7 +1344,7 @@ class PPOTrainer(BaseTrainer):
         if self._reward_funcs is None and self.environment is None:
             raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
         if self._reward_funcs is None:
-            return RolloutRewards(None)
+            return RolloutRewards(None, kinds=reward_names(self.environment))
         like = frozen_dtype(self.model, self.accelerator.mixed_precision)
         tokenizers, device = self._reward_tokenizers, self.accelerator.device
         return RolloutRewards(panel_of(self._reward_funcs, tokenizers, self.tokenizer, device, like))

@@ -192,7 +192,8 @@ class RLOOTrainer(OnPolicyTrainer):
         if model is None:
             raise ValueError("model: none was given; pass a model, a folder or a Hub name")
         source = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
-        if source is None and not any(kwargs.get(name) for name in ("rollout_func", "environment", "tools")):
+        others = ("rollout_func", "environment", "tools", "environment_factory")
+        if source is None and not any(kwargs.get(name) for name in others):
             source = _path(args, "reward_model_path")
         self._token_model = None
         if reward_model is not None and kwargs.get("reward_processing_classes") is None and reads_tokens(reward_model):

@@ -23,6 +23,7 @@ from trl.data.microbatches import collated, unasked_budget
 from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
+from trl.environment.factories import Factory
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, unknown_to_samplers
 from trl.generation.sampler import SamplingParams
@@ -49,8 +50,15 @@ from trl.rollout.source import (
     Seed,
     Source,
     calls_of,
+    check_names,
+    close_objects,
     environment_for_policy,
     make_environment,
+    names_of,
+    reward_names,
+    rows_without_prompts,
+    says_prompts,
+    with_own_prompts,
 )
 from trl.trainer.callbacks import NotebookColumns
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
@@ -380,6 +388,19 @@ def with_models_own(given: Mapping[str, Any] | None, model: nn.Module) -> dict[s
     return {**taken, **(given or {})} or None
 
 
+def _own_prompts(environment: Any, config: RolloutConfig) -> Any:
+    """Rows without prompts, for an environment that says them."""
+    names = names_of(environment)
+    if names is None:
+        raise ValueError(
+            "train_dataset: on-policy training needs prompts; give rows with a column `prompt`, or an "
+            "`environment_factory` whose `reset()` says them"
+        )
+    way_out = "without a train_dataset the environment says the prompts, which never end; give a number of steps"
+    require(config, "max_steps", config.max_steps > 0, way_out)
+    return rows_without_prompts(names, config.seed if config.data_seed is None else config.data_seed)
+
+
 RolloutFunction = Callable[..., Rollout | Mapping[str, Any]]
 """`(a row of the data set per completion, trainer) -> Rollout`, or `(prompts, trainer) -> dict of lists`, for
 environments and other engines; see `calls_of` and `rollout_of`"""
@@ -417,13 +438,11 @@ class RolloutTrainer(ObjectiveTrainer):
         tokenizer: Any = None,
         rollout_func: RolloutFunction | None = None,
         environment: Any = None,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
     ):
         config = as_config(args, self.config_class)
         shape = config.rollout_shape()
-        if train_dataset is None:
-            raise ValueError("train_dataset: on-policy training needs prompts; give rows with a column `prompt`")
         environment = make_environment(
             environment,
             tools,
@@ -431,6 +450,8 @@ class RolloutTrainer(ObjectiveTrainer):
             max_iterations=config.max_tool_calling_iterations,
             template_kwargs=config.chat_template_kwargs,
         )
+        if train_dataset is None:
+            train_dataset = _own_prompts(environment, config)
         if environment is not None and rollout_func is not None:
             raise ValueError("rollout_func and an environment both make the rollouts: give one of them")
         if self.needs_rewards and reward_funcs is None and rollout_func is None and environment is None:
@@ -455,7 +476,11 @@ class RolloutTrainer(ObjectiveTrainer):
         job = self.row_job(tokenizer, config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize(self.with_prompt(dataset, name), job, name=name, num_proc=config.dataset_num_proc)[0]
+            dataset = self.with_prompt(dataset, name)
+            check_names(environment, dataset, name)
+            if says_prompts(environment, dataset, name):
+                return dataset
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
@@ -617,7 +642,7 @@ class RolloutTrainer(ObjectiveTrainer):
             panel = reward_panel(functions, tokenizers, config.reward_timeout, config.device, like=like)
         overlong = None if config.overlong_cache is None else (config.max_completion_length, config.overlong_cache)
         if not self.owns("_calculate_rewards"):
-            return RolloutRewards(panel, config.reward_weights, overlong)
+            return RolloutRewards(panel, config.reward_weights, overlong, reward_names(self.environment))
         if panel is None:
             raise ValueError("_calculate_rewards: it is overridden, but the rollouts bring their own rewards")
         rewards = OwnRewards(panel, config.reward_weights, overlong)
@@ -726,6 +751,7 @@ class RolloutTrainer(ObjectiveTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = self.args.in_training = False
+            close_objects(self.environment)
 
     def sampling_params(self, seed: Seed) -> SamplingParams:
         config = self.args
@@ -910,11 +936,19 @@ class RolloutTrainer(ObjectiveTrainer):
 
     # -- evaluation ------------------------------------------------------------------------------
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                close_objects(self.environment)
+
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, None, None]:
         """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
         rows = inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
+        rows = with_own_prompts(rows, rollout)
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
         if rewards.logs.metrics:
