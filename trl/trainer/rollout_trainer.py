@@ -370,17 +370,6 @@ def with_models_own(given: Mapping[str, Any] | None, model: nn.Module) -> dict[s
     return {**taken, **(given or {})} or None
 
 
-def _prompts_job(config: RolloutConfig, tokenizer: Any, model: nn.Module) -> PromptsJob:
-    return PromptsJob(
-        tokenizer=tokenizer,
-        limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
-        template_kwargs=config.chat_template_kwargs,
-        context_length=context_length(model),
-        embeddings=embedding_rows(model),
-        ends=end_tokens(model, tokenizer),
-    )
-
-
 UNREAD = {
     "data_collator": "rollouts are packed by the trainer",
     "compute_metrics": "a reward function can log with its argument `log_metric`",
@@ -481,7 +470,7 @@ class RolloutTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
 
-        job = _prompts_job(config, tokenizer, model)
+        job = self.row_job(tokenizer, config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(self.with_prompt(dataset, name), job, name=name, num_proc=config.dataset_num_proc)[0]
@@ -529,6 +518,17 @@ class RolloutTrainer(ObjectiveTrainer):
             reward_funcs=reward_funcs,
             needs_rewards=self.needs_rewards,
             max_prompt_length=self.args.max_prompt_length,
+        )
+
+    @staticmethod
+    def row_job(tokenizer: Any, config: RolloutConfig, model: nn.Module) -> PromptsJob:
+        return PromptsJob(
+            tokenizer=tokenizer,
+            limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
+            template_kwargs=config.chat_template_kwargs,
+            context_length=context_length(model),
+            embeddings=embedding_rows(model),
+            ends=end_tokens(model, tokenizer),
         )
 
     def with_prompt(self, dataset: Any, name: str) -> Any:
