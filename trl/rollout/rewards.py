@@ -244,17 +244,22 @@ def panel_of(functions: Any, tokenizers: Any, default: Any, device: Any, like: A
     return reward_panel(list(listed), own + list(given[len(own) :]), None, device, like)
 
 
-def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Rewards:
-    """The rewards with a further column: minus the penalty for completions that were cut at the length limit."""
+def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None, ends: Sequence[int] = ()) -> Rewards:
+    """The rewards with a further column: minus the penalty for completions that were cut at the length limit.
+
+    ends: the tokens that end a completion. Where the rollout does not say which were cut, those without one are.
+    """
     if penalty is None:
         return rewards
-    cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)), dtype=torch.float32)
+    unended = [not set(ids[-1:]) & set(ends) for ids in rollout.completions]
+    cut_B = torch.tensor(rollout.metadata.get("truncated", unended), dtype=torch.float32)
     lost_B = (-penalty * cut_B).masked_fill(rewards.scores_BF.isnan().all(-1), torch.nan)
     return Rewards(
         [*rewards.names, "missing_eos"],
         torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
         torch.cat([rewards.weights_F, torch.ones(1)]),
         [*rewards.timed_out, None],
+        rewards.logs,
     )
 
 

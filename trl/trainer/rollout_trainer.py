@@ -26,7 +26,7 @@ from trl.data.tokenize import tokenize
 from trl.environment.factories import Factory
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, unknown_to_samplers
-from trl.generation.sampler import SamplingParams
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
@@ -401,6 +401,34 @@ def _own_prompts(environment: Any, config: RolloutConfig) -> Any:
     return rows_without_prompts(names, config.seed if config.data_seed is None else config.data_seed)
 
 
+UNREAD = {
+    "data_collator": "rollouts are packed by the trainer",
+    "compute_metrics": "a reward function can log with its argument `log_metric`",
+    "preprocess_logits_for_metrics": "no metrics are computed of logits",
+    "formatting_func": "give rows with `prompt` and `completion`, or `messages`",
+}
+"""arguments that trainers of other releases have -> what is done here"""
+
+
+def without_unread(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those that no trainer here reads; ValueError where one of them was given a value."""
+    for name, text in UNREAD.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: {text}; leave it out")
+    return {name: value for name, value in given.items() if name not in UNREAD}
+
+
+def with_prompt_ids(dataset: Any) -> Any:
+    """A data set of tokenised prompts in `input_ids`, as releases 0.9-0.16 took it, with them as `prompt_ids`."""
+    if isinstance(dataset, list):
+        plain = all(isinstance(row, Mapping) and "input_ids" in row and "prompt" not in row for row in dataset)
+        return [{**row, "prompt_ids": row["input_ids"]} for row in dataset] if plain else dataset
+    names = getattr(dataset, "column_names", None)
+    if not isinstance(names, list) or "input_ids" not in names or {"prompt", "prompt_ids"} & set(names):
+        return dataset
+    return dataset.rename_column("input_ids", "prompt_ids")
+
+
 RolloutFunction = Callable[..., Rollout | Mapping[str, Any]]
 """`(a row of the data set per completion, trainer) -> Rollout`, or `(prompts, trainer) -> dict of lists`, for
 environments and other engines; see `calls_of` and `rollout_of`"""
@@ -616,17 +644,21 @@ class RolloutTrainer(ObjectiveTrainer):
         if self.rollout_func is not None:
             call = calls_of(self.rollout_func, [self], [self.args, self.processing_class])
             return FunctionSource(call, self.logprobs_of)
+        return self.sampled_by(self.sampler)
+
+    def sampled_by(self, sampler: Sampler) -> Source:
+        """Completions by a sampler, or episodes of the environment in which it makes the turns."""
         config = self.args
         if self.environment is None:
             return SamplerSource(
-                self.sampler,
+                sampler,
                 self.sampling_params,
                 reshaped=config.reshapes,
                 measure=self.logprobs_of if config.reshapes and config.temperature != 1.0 else None,
             )
         return EnvironmentSource(
             self.environment,
-            self.sampler,
+            sampler,
             self.sampling_params,
             context=context_length(self.model),
             limit=config.max_completion_length,
