@@ -25,11 +25,14 @@ class Other:
 
     module: str
     help: str
+    settings: bool = False
+    """it takes the settings of a training command too"""
 
 
 COMMANDS: dict[str, Training | Other] = {
     "quickstart": Other("trl.quickstart.command", "Imitate, reward, reinforce: the whole job here, with a report."),
     **JOBS,
+    "inspect": Other("trl.scripts.inspect_rows", "Show what a training command learns of each row.", settings=True),
     "schema": Other("trl.scripts.describe", "Print the JSON schema of a training command's YAML file."),
     "env": Other("trl.scripts.env", "Print the versions and devices that a bug report should name."),
 }
@@ -55,7 +58,8 @@ def load_command(name: str) -> Any:
     if isinstance(entry, Training):
         single.command(name, cls=RawCommand, help=entry.help)(_training_command(name, entry))
     else:
-        single.command(name)(importlib.import_module(entry.module).command)
+        takes = {"ignore_unknown_options": entry.settings, "allow_extra_args": entry.settings}
+        single.command(name, context_settings=takes)(importlib.import_module(entry.module).command)
     return typer.main.get_command(single)
 
 
