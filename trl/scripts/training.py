@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
+
 import trl
 from trl.scripts import launch
 from trl.scripts.data_config import (
@@ -224,6 +227,7 @@ def train(
     several: LaunchArguments,
 ) -> str:
     """Train and save the model; returns its folder."""
+    from trl.trainer.callbacks import RichProgressCallback
     from trl.trainer.run_record import RunFolderCallback
 
     record = RunFolderCallback(
@@ -233,6 +237,9 @@ def train(
     with reported(record):
         with told("data", [place for place in places if place], sure=False):  # streamed rows are read while it trains
             trainer = trainer_of(job, model, script, mixture, config, own)
+            for printer in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(printer)
+            trainer.add_callback(RichProgressCallback())
             trainer.add_callback(record)
             trainer.train(resume_from_checkpoint=resumed(config.resume_from_checkpoint))
         trainer.save_model(config.output_dir)
