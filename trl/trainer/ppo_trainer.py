@@ -88,7 +88,7 @@ from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
-from trl.trainer.run_folder import RunFolder
+from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
@@ -1064,7 +1064,9 @@ class PPOTrainer(BaseTrainer):
         held: AbstractContextManager[None] = nullcontext()
         if folder is not None:
             held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked)
-        with held, self._signal.listening(config.enable_jit_checkpoint):
+        listeners = [] if self.progress is None else self.progress.handler.callbacks
+        heard = told(listeners, lambda: RunFacts(type(self).__name__, self.arguments, resumes, self._data()))
+        with held, self._signal.listening(config.enable_jit_checkpoint), heard:
             if folder is not None:
                 checkpoints.clean_up(folder)
             found = checkpoints.find(resume_from_checkpoint, folder, is_old=_is_old_checkpoint)
@@ -1079,6 +1081,11 @@ class PPOTrainer(BaseTrainer):
                 close_objects(self.environment)
             check_weights(self.accelerator, f"after step {self.current_step}", *self._models().values())
             return stats
+
+    def _data(self) -> dict[str, dict[str, Any]]:
+        from trl.trainer.given_data import data_facts  # which brings `datasets`
+
+        return {} if self.dataset is None else {"train": data_facts(self.dataset)}
 
     def _steps(
         self, rewards: RolloutRewards, callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None
