@@ -38,7 +38,7 @@ def equation(completions: list[list[dict[str, str]]]) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    asked = arguments(__doc__, argv, tokens=20)
+    asked = arguments(__doc__, argv, tokens=20, prompts=8)
     learn(asked, problems(2000, asked.seed, terms=2), [right_number, equation])
 
 

@@ -94,7 +94,7 @@ def right_answer(completions: list[list[dict[str, Any]]], answer: list[str]) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    asked = arguments(__doc__, argv, tokens=56)
+    asked = arguments(__doc__, argv, tokens=72, steps=16, prompts=4, learning_rate=8e-4, held_out=24)
     picker = random.Random(asked.seed)
     rows = [problem(picker) for _ in range(1000)]
     environment = ChatEnvironment([add, multiply], max_iterations=1, tool_timeout=None)
