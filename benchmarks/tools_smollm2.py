@@ -59,38 +59,46 @@ def multiply(a: int, b: int) -> int:
 SIGNS = {"+": add, "*": multiply}
 
 
+def question(picker: random.Random) -> tuple[str, dict[str, Any], str]:
+    """A sum or product of two numbers of 2 digits, the call that computes it, and its result."""
+    sign, a, b = picker.choice("+*"), picker.randint(11, 99), picker.randint(11, 99)
+    tool = SIGNS[sign]
+    return f"What is {a} {sign} {b}?", {"name": tool.__name__, "arguments": {"a": a, "b": b}}, str(tool(a, b))
+
+
 def problem(picker: random.Random) -> dict[str, Any]:
-    """A sum or product of two numbers of 2 digits, after one that was computed with the tool."""
-    messages: list[dict[str, Any]] = []
-    for last in (False, True):
-        sign, a, b = picker.choice("+*"), picker.randint(11, 99), picker.randint(11, 99)
-        messages.append({"role": "user", "content": f"What is {a} {sign} {b}?"})
-        tool, numbers = SIGNS[sign], {"a": a, "b": b}
-        call = {"type": "function", "function": {"name": tool.__name__, "arguments": numbers}}
-        if last:
-            return {"prompt": messages, "call": call["function"], "answer": str(tool(a, b))}
-        messages += [
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "name": tool.__name__, "content": str(tool(a, b))},
-            {"role": "assistant", "content": f"The answer is {tool(a, b)}."},
-        ]
-    raise AssertionError
+    """A question after another one that was answered with the tool."""
+    text, call, result = question(picker)
+    shown = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "name": call["name"], "content": result},
+        {"role": "assistant", "content": f"The answer is {result}."},
+    ]
+    text, call, result = question(picker)
+    return {"prompt": [*shown, {"role": "user", "content": text}], "call": call, "answer": result}
+
+
+def first_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the model's first turn calls."""
+    return [made["function"] for made in messages[0].get("tool_calls", [])]
+
+
+def some_call(completions: list[list[dict[str, Any]]]) -> list[float]:
+    """1 if the first turn is one readable call of a tool that there is."""
+    names = [[call["name"] for call in first_calls(messages)] for messages in completions]
+    return [float(called in (["add"], ["multiply"])) for called in names]
 
 
 def right_call(completions: list[list[dict[str, Any]]], call: list[dict[str, Any]]) -> list[float]:
-    """1 if the first turn calls the tool of the question with its two numbers, 0.5 for another call of a tool."""
-    rewards = []
-    for messages, wanted in zip(completions, call, strict=True):
-        calls = [made["function"] for made in messages[0].get("tool_calls", [])]
-        readable = len(calls) == 1 and calls[0]["name"] in ("add", "multiply")
-        rewards.append(1.0 if calls == [wanted] else 0.5 * readable)
-    return rewards
+    """1 if it is the tool of the question with its two numbers."""
+    return [float(first_calls(messages) == [wanted]) for messages, wanted in zip(completions, call, strict=True)]
 
 
 def right_answer(completions: list[list[dict[str, Any]]], answer: list[str]) -> list[float]:
-    """1 if the model's last words end with the answer as their last number."""
-    said = [re.findall(r"-?\d+", messages[-1]["content"]) for messages in completions]
-    return [float(numbers[-1:] == [right]) for numbers, right in zip(said, answer, strict=True)]
+    """1 if the last number that the model says after the tool, or without it, is the answer."""
+    said = [messages[-1]["content"] if messages[-1]["role"] == "assistant" else "" for messages in completions]
+    return [float(re.findall(r"-?\d+", text)[-1:] == [right]) for text, right in zip(said, answer, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     picker = random.Random(asked.seed)
     rows = [problem(picker) for _ in range(1000)]
     environment = ChatEnvironment([add, multiply], max_iterations=1, tool_timeout=None)
-    learn(asked, rows, [right_call, right_answer], TEMPLATE, environment=environment)
+    learn(asked, rows, [some_call, right_call, right_answer], TEMPLATE, environment=environment)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from benchmarks import smollm2, sums_smollm2, tools_smollm2
 from tests.tiny_models import tiny_model
 from tests.tokenizers_for_tests import byte_tokenizer
 
-NAMES = {"sums": {"right_number", "equation"}, "tools": {"right_call", "right_answer"}}
+NAMES = {"sums": {"right_number", "equation"}, "tools": {"some_call", "right_call", "right_answer"}}
 FEW = ["--steps", "1", "--prompts", "2", "--group", "2", "--held-out", "2", "--tokens", "4", "--last-layers", "1"]
 
 
@@ -74,10 +74,12 @@ def test_rewards_of_tools():
         called(other, numbers, f"{answer} or 1"),
         called("divide", numbers, ""),
         said(f"It is {answer}.")[0],
+        [*called(function, numbers, "")[:1], {"role": "tool", "content": answer}],  # no room to say it
     ]
-    rights = [row["call"]] * 4
-    assert tools_smollm2.right_call(completions, rights) == [1, 0.5, 0, 0]
-    assert tools_smollm2.right_answer(completions, [answer] * 4) == [1, 0, 0, 1]
+    rights = [row["call"]] * 5
+    assert tools_smollm2.some_call(completions) == [1, 1, 0, 0, 1]
+    assert tools_smollm2.right_call(completions, rights) == [1, 0, 0, 0, 1]
+    assert tools_smollm2.right_answer(completions, [answer] * 5) == [1, 0, 0, 1, 0]
     assert row["prompt"][-1]["content"].startswith("What is")
 
 
