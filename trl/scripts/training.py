@@ -195,12 +195,20 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
     several = LaunchArguments(**{key: settings[key] for key in settings_hints(LaunchArguments) if key in settings})
     if several.wanted():
         return launch.start(several, "trl", [name, *words])
-    for note in without_effect(settings):
+    for note in [*without_effect(settings), *adapters_rate(job, settings)]:
         print(f"note: {note}", file=sys.stderr)
     folder = train(job, Line(["trl", name, *words], parser.reads), *parser.parse_dict(settings))
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"saved to {folder}")
     return 0
+
+
+def adapters_rate(job: Training, settings: dict[str, Any]) -> list[str]:
+    """Set the learning rate of an adapter where none is given, and say so."""
+    if not settings.get("use_peft") or settings.get("learning_rate") is not None:
+        return []
+    settings["learning_rate"] = job.lora_rate
+    return [f"learning_rate={job.lora_rate:g}, as an adapter takes a higher one than whole weights (--learning_rate)"]
 
 
 def without_effect(settings: Mapping[str, Any]) -> list[str]:
