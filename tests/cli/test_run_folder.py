@@ -87,6 +87,9 @@ def test_the_folder_of_a_command_says_what_it_was(name, place, tmp_path):
     assert record["settings"]["learning_rate"] == 1e-3
     assert "weight_decay" not in record["settings"]
     assert record["parameters"] == record["trained"] > 0
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") >= 4
+    assert ("Samples over time" in page) == (name == "grpo")
     text = (out / "config.yaml").read_text()
     assert text.startswith(OURS)
     assert text.index("\nlearning_rate: 0.001") < text.index("# at the default") < text.index("\nweight_decay:")
@@ -199,6 +202,7 @@ def test_the_end_is_told(how, status, line, code, place, tmp_path, monkeypatch):
     assert ended == code
     record = record_of(tmp_path)
     assert (seen, record["status"], record["how"]) == (["running"], status, line)
+    assert f"{status.capitalize()} {line}".replace("'", "&#39;") in (tmp_path / "report.html").read_text()
 
 
 def test_what_fails_after_training_is_told(place, tmp_path, monkeypatch):
@@ -217,6 +221,15 @@ def test_a_refused_run_leaves_the_record(place, tmp_path):
     before = (out / "run.json").read_text(), (out / "config.yaml").read_text()
     assert run(words("sft", place, out, "--max_steps", "2")) == 2
     assert ((out / "run.json").read_text(), (out / "config.yaml").read_text()) == before
+
+
+def test_a_report_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise OSError("no space for it")
+
+    monkeypatch.setattr("trl.reports.run_report.write_report", broken)
+    assert run(words("sft", place, tmp_path, "--max_steps", "1", "--save_strategy", "no")) == 0
+    assert "note: report.html is not written: no space for it" in capsys.readouterr().err.splitlines()
 
 
 # -- library runs --------------------------------------------------------------------------------

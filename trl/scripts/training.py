@@ -26,7 +26,7 @@ from trl.scripts.data_config import (
     split_of,
 )
 from trl.scripts.data_files import told
-from trl.scripts.exit_codes import exit_code
+from trl.scripts.exit_codes import exit_code, one_line
 from trl.scripts.hints import default_of, read_value, settings_hints, takes_no_word, takes_several
 from trl.scripts.jobs import JOBS, Training
 from trl.scripts.launch import LaunchArguments
@@ -242,7 +242,7 @@ def train(
         (model, script, mixture, config, own, several), line.words, line.reads, data_names(script, mixture, own)
     )
     places = [script.dataset_name, own.eval_data, *(one.path for one in mixture.datasets)]
-    with reported(record):
+    with reported(record, Path(str(config.output_dir))):
         with told("data", [place for place in places if place], sure=False):  # streamed rows are read while it trains
             trainer = trainer_of(job, model, script, mixture, config, own)
             for printer in (PrinterCallback, ProgressCallback):
@@ -262,14 +262,29 @@ def resumed(word: str | None) -> str | bool | None:
 
 
 @contextmanager
-def reported(record: RunFolderCallback) -> Iterator[None]:
-    """Record an error of what follows the training too."""
+def reported(record: RunFolderCallback, folder: Path) -> Iterator[None]:
+    """Record an error of what follows the training too; write the report of a run that has begun, however it ends."""
     try:
         yield
     except BaseException as error:
         if record.record.get("status") == "finished":
             record.end_run(error)
         raise
+    finally:
+        if record.record:
+            with suppress_all("report.html is not written"):
+                from trl.reports.run_report import write_report
+
+                write_report(folder)
+
+
+@contextmanager
+def suppress_all(what: str) -> Iterator[None]:
+    """An error in the block is one line: what was trained is worth more than what is said of it."""
+    try:
+        yield
+    except Exception as error:
+        print(f"note: {what}: {one_line(error)}", file=sys.stderr)
 
 
 def trainer_of(

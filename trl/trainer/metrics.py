@@ -46,8 +46,8 @@ class Metric:
 
     @property
     def direction(self) -> int:
-        """1 for a metric that should rise, -1 for one that should fall, else 0."""
-        return {"rises": 1, "falls": -1}.get(re.split(r"\W", self.healthy)[0], 0)
+        """1 for a metric that should rise, -1 for one that should fall, 0 for one that may do either."""
+        return 0 if ", or " in self.healthy else {"rises": 1, "falls": -1}.get(re.split(r"\W", self.healthy)[0], 0)
 
     def names(self, logged: str) -> bool:
         """Whether a name in the logs is this metric."""
