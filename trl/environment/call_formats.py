@@ -171,6 +171,7 @@ def _spoken(text: str, reads: Sequence[tuple[int, Found]]) -> Spoken:
 
 _JSON = json.JSONDecoder(strict=False)  # lines may break inside a text
 _NAME = r"""[^\s<>{}\[\]()"'=,:`]{1,256}"""
+_TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _ID = re.compile(r"call\d{5}")
 
 
@@ -333,7 +334,8 @@ class NamedForm:
     def opener(self) -> str:
         if not self.bare:
             return loose(self.frame.opening)
-        return rf"(?={loose(self.frame.rest)}\s*{_NAME}\s*{loose(self.frame.after_name)}{self.begins})"
+        rest = rf"{loose(self.frame.rest)}\s*" if self.frame.rest.strip() else ""
+        return rf"(?={rest}{_NAME}\s*{loose(self.frame.after_name)}{self.begins})"
 
     def read(self, text: str, at: int, first: bool) -> Found:
         calls: list[ToolCall] = []
@@ -374,7 +376,8 @@ class NamedForm:
 
     def _bad(self, text: str, at: int, why: str | Callable[[str], str], name: str = "unknown") -> Found:
         if self.frame.closing.strip() or self.bare:
-            return unreadable(text, at, self.frame.closing, why, name)
+            tags = _TAG.findall(self.frame.closing)
+            return unreadable(text, at, tags[-1] if tags else self.frame.closing, why, name)
         following = re.compile(self.opener).search(text, at)  # nothing closes a call: up to the next
         end = len(text) if following is None else following.start()
         return Found(unreadable(text[at:end], 0, "", why, name).calls, end)

@@ -322,7 +322,7 @@ class AnswerRenderer:
         It is one of the ends; where the template prints them after other turns only, the special token of this one.
         """
         before, after = self._rendered([Answer("zqtool", "zqanswer")])
-        said = before[before.rindex("zqtool") :]
+        said = before[max(before.rfind("zqtool"), before.rfind("I look it up."), 0) :]
         follows = after[len(before.rstrip()) :].lstrip() if after.startswith(before.rstrip()) else ""
         known = {self._text_of(end): end for end in ends}
         inside = {said.index(text): end for text, end in known.items() if text and text in said}

@@ -112,7 +112,7 @@ class _Probes:
         said = [call.name for call in calls] + [str(value) for value in more.values() if value]
         if not all(word in text for word in said):
             return None
-        last = max(text.rindex(word) for word in [*said, *(key for call in calls for key in call.arguments)])
+        last = max(text.rfind(word) for word in [*said, *(key for call in calls for key in call.arguments)])
         cuts = [at for end in self.ends if (at := text.find(end, last)) >= 0]
         text = text[: min(cuts, default=len(text))]
         head = re.match("|".join(rf"\s*{re.escape(a)}\s*{re.escape(b)}" for a, b in THOUGHTS), text)
@@ -250,6 +250,12 @@ class _Pieces:
     between: list[str] | None
     """from the end of the last value to the name of the next call"""
 
+    @property
+    def quoted(self) -> list[str]:
+        """The mark that stands on both sides of the value, if any."""
+        both = self.after_key[-1:] == self.after_value[:1] and "".join(self.after_value[:1]).strip()
+        return self.after_value[:1] if both else []
+
 
 def _pieces(probes: _Probes) -> _Pieces | None:
     one, two, calls = probes.turn(_ONE), probes.turn(_TWO_ARGUMENTS), probes.turn(_TWO_CALLS)
@@ -269,7 +275,7 @@ def _pieces(probes: _Probes) -> _Pieces | None:
 def _fields_form(probes: _Probes) -> FieldsForm | None:
     """The form where each argument stands between pieces of its own."""
     pieces = _pieces(probes)
-    if pieces is None or not "".join(pieces.after_value).strip() or pieces.after_key[-1:] == pieces.after_value[:1]:
+    if pieces is None or not "".join(pieces.after_value).strip() or pieces.quoted:
         return None
     frame = _frame(pieces.lead, "".join(pieces.after_name), pieces.closing, pieces.between)
     if not frame.opening or not frame.closing.strip():
@@ -283,8 +289,7 @@ def _syntax_form(probes: _Probes) -> SyntaxForm | None:
     pieces = _pieces(probes)
     if pieces is None or not pieces.after_name:
         return None
-    quoted = pieces.after_value[:1] if pieces.after_key[-1:] == pieces.after_value[:1] else []
-    equals = pieces.after_key[: len(pieces.after_key) - len(quoted)]
+    equals = pieces.after_key[: len(pieces.after_key) - len(pieces.quoted)]
     closes = {"(": ")", "{": "}", "[": "]"}.get("".join(pieces.after_name).strip()[-1:], "")
     if not closes or pieces.closing[:1] != [closes] or not equals:
         return None
@@ -294,5 +299,5 @@ def _syntax_form(probes: _Probes) -> SyntaxForm | None:
     frame = _frame(pieces.lead, "".join(pieces.after_name), pieces.closing[1:], between)
     if between is None and frame.closing.startswith("]"):  # the template writes one call, in a list
         frame = replace(frame, closing="", again=",", end=frame.closing)
-    quote = "" if "".join(quoted) in ("", '"', "'") else "".join(quoted)
+    quote = "" if pieces.quoted[:1] in ([], ['"'], ["'"]) else pieces.quoted[0]
     return SyntaxForm(frame, {}, "".join(equals), closes, quote)
