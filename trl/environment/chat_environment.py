@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -260,8 +260,13 @@ class AnswerRenderer:
 
     @property
     def end_texts(self) -> list[str]:
-        """The texts of the tokens that can end a turn."""
-        return [self._text_of(end) for end in self.ends]
+        """The texts of the tokens that can end a turn: of all that are special, and of the one that ends a call."""
+        return [text for text in map(self._text_of, self.ends) if text in self._specials or text == self._end]
+
+    @cached_property
+    def _specials(self) -> dict[str, int]:
+        added = self.template.tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if token.special and token.content}
 
     def _text_of(self, token: int) -> str:
         return str(self.template.tokenizer.decode([token]))
@@ -322,22 +327,22 @@ class AnswerRenderer:
         It is one of the ends; where the template prints them after other turns only, the special token of this one.
         """
         before, after = self._rendered([Answer("zqtool", "zqanswer")])
-        said = before[max(before.rfind("zqtool"), before.rfind("I look it up."), 0) :]
+        said = before[max(before.rfind("zqtool"), before.rfind("I look it up."), 0) :].rstrip()
         follows = after[len(before.rstrip()) :].lstrip() if after.startswith(before.rstrip()) else ""
         known = {self._text_of(end): end for end in ends}
-        inside = {said.index(text): end for text, end in known.items() if text and text in said}
+        special = self._specials
+        marks = {text: end for text, end in known.items() if text in special}
+        inside = {said.index(text): end for text, end in marks.items() if text in said}
         if inside:
             return inside[min(inside)], True
-        added = self.template.tokenizer.added_tokens_decoder
-        special = {token.content: number for number, token in added.items() if token.special}
-        special = special if self._ends_answers(known) else {}
-        for texts in (known, special):
-            opening = [text for text in texts if text and follows.startswith(text)]
-            closing = [text for text in texts if text and said.rstrip().endswith(text)]
-            if closing:
-                return texts[max(closing, key=len)], True
-            if opening:
-                return texts[max(opening, key=len)], False
+        for texts in (marks, special if self._ends_answers(marks) else {}):
+            for whole, is_inside in ((said, True), (follows, False)):
+                found = [text for text in texts if (whole.endswith(text) if is_inside else whole.startswith(text))]
+                if found:
+                    return texts[max(found, key=len)], is_inside
+        words = {said.rfind(text): end for text, end in known.items() if text and text in said}
+        if words:
+            return words[max(words)], True
         names = ", ".join(known) or "none"
         raise ValueError(
             f"the chat template ends an assistant's turn with none of the model's end tokens ({names}); set "
