@@ -7,17 +7,22 @@ file to write them anew, and read the difference before you commit it.
 import json
 import sys
 import time
+from functools import partial
 
 import pytest
 from call_styles import FOLDER, NAMES, WRITTEN, chatml, each, tokenizer_of
 from tokenizers_for_tests import byte_tokenizer
 
 from trl.data.chat import ChatTemplate
+from trl.data.records import Completion
 from trl.data.rendering import shared_start
 from trl.environment import ChatEnvironment, JsonCalls
 from trl.environment.call_formats import ToolCall
 from trl.environment.turns import SampledTurns
 from trl.generation.sampler import SamplingParams
+from trl.rollout.report import record
+from trl.rollout.rewards import Rewards
+from trl.trainer.metrics import named
 
 
 def note(
@@ -117,8 +122,6 @@ class Says:
         self.tokenizer, self.turns, self.given, self.stops = tokenizer, list(turns), [], set()
 
     def sample(self, prompts, params, n=1):
-        from trl.data.records import Completion
-
         self.stops = set(params.stop_token_ids or ())
         self.given += [list(prompt) for prompt in prompts]
         ids = self.tokenizer(self.turns.pop(0), add_special_tokens=False)["input_ids"]
@@ -349,6 +352,138 @@ def test_a_template_that_lists_no_tools_is_told_of(caplog):
     tokenizer = byte_tokenizer(template)
     ChatEnvironment([note, now]).for_policy(tokenizer, [tokenizer.eos_token_id])
     assert "the chat template does not list note, now in the prompt" in caplog.text
+
+
+def test_frequencies_of_calls_are_logged():
+    """The share of completions in which a tool was called, and of these calls that failed."""
+    case, logged = Case("hermes"), {}
+    bad = NOW.replace("now", "then") + '<tool_call>{"name": "note"}</tool_call><tool_call>{</tool_call>'
+    rollouts = [play(case, *turns)[1] for turns in (("Done.",), (NOW + bad, "Done."), (NOW, "Done."))]
+    rollout, *further = rollouts
+    for other in further:
+        for name in ("prompts", "completions", "masks", "texts"):
+            getattr(rollout, name).extend(getattr(other, name))
+        for name in ("truncated", "turn_ends", "tools_called", "tools_failed"):
+            rollout.metadata[name] = rollout.metadata[name] + other.metadata[name]
+    record(lambda name, *sums: logged.update({name: sums}), lambda *_: None, rollout, Rewards.none(3), 1)
+    assert logged["tools/call_frequency"] == (2.0, 3)
+    assert logged["tools/failure_frequency"] == (3.0, 5.0)
+    assert named("GRPO", "eval_tools/failure_frequency") is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"town": "Köln", "sky": ["東京", None]}, '{"town": "Köln", "sky": ["東京", null]}'),
+        (["ü", 1], '["ü", 1]'),
+        ({1: b"x"}, '{"1": "b\'x\'"}'),
+        (None, ""),
+    ],
+)
+def test_results_are_readable(given, text):
+    """E6"""
+
+    def look() -> str:
+        """Look."""
+        return given
+
+    case = Case("hermes")
+    case.environment = ChatEnvironment([look]).for_policy(case.tokenizer, case.ends)
+    assert answers(play(case, NOW.replace("now", "look") + "<|im_end|>", "Done.<|im_end|>")[0]) == [text]
+
+
+# --- tools of other kinds -----------------------------------------------------------------------------------------
+
+
+def weigh(thing: str, unit: str, places: int = 1) -> str:
+    """Weigh.
+
+    Args:
+        thing: What to weigh.
+        unit: The unit.
+        places: How exactly.
+    """
+    return f"{thing} {unit} {places}"
+
+
+class Scale:
+    """Weighs things."""
+
+    def __call__(self, thing: str) -> str:
+        """Weigh a thing.
+
+        Args:
+            thing: What to weigh.
+        """
+        return f"{thing} is heavy"
+
+    def lift(self, thing: str) -> str:
+        """Lift.
+
+        Args:
+            thing: What.
+        """
+        return f"{thing} lifted"
+
+
+class Echo:
+    """Say it again.
+
+    Args:
+        text: What.
+    """
+
+    async def __call__(self, text: str) -> str:
+        return text
+
+
+@pytest.mark.parametrize(
+    ("tool", "name", "keys", "arguments", "answer"),
+    [
+        (partial(weigh, unit="g"), "weigh", ["thing", "places"], {"thing": "a"}, "a g 1"),
+        (partial(weigh, "b"), "weigh", ["unit", "places"], {"unit": "kg", "places": 2}, "b kg 2"),
+        (partial(partial(weigh, "b"), places=3), "weigh", ["unit"], {"unit": "kg"}, "b kg 3"),
+        (partial(Scale().lift), "lift", ["thing"], {"thing": "a"}, "a lifted"),
+        (Scale(), "Scale", ["thing"], {"thing": "a"}, "a is heavy"),
+        (Scale().lift, "lift", ["thing"], {"thing": "a"}, "a lifted"),
+        (Echo(), "Echo", ["text"], {"text": "a"}, "a"),
+        (partial(Echo(), text="b"), "Echo", [], {}, "b"),
+        (partial(weigh, unit="g"), "weigh", ["thing", "places"], {"thing": "a", "unit": "kg"},
+         "Tool error: weigh() got an unexpected argument 'unit'"),
+    ],
+)  # fmt: skip
+def test_tools_need_not_be_functions(tool, name, keys, arguments, answer):
+    """E4: what a partial fixes is not the model's to choose."""
+    case = Case("hermes")
+    case.environment = ChatEnvironment([tool]).for_policy(case.tokenizer, case.ends)
+    ((schema,),) = ([each["function"] for each in case.environment.schemas],)
+    assert schema["name"] == name
+    assert list(schema["parameters"]["properties"]) == keys
+    said = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call><|im_end|>"
+    assert answers(play(case, said, "Done.<|im_end|>")[0]) == [answer]
+
+
+def test_tools_may_have_names_of_their_own():
+    environment = ChatEnvironment({"first": partial(weigh, unit="g"), "second": weigh})
+    assert [schema["function"]["name"] for schema in environment.schemas] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "wrong"),
+    [
+        ([{"type": "function", "function": {"name": "add", "parameters": {}}}], r"tools\[0\]: a JSON schema of 'add' "),
+        ([weigh, {"name": "add"}], r"tools\[1\]: a JSON schema of 'add' holds no code"),
+        ({"type": "function", "function": {"name": "add"}}, r"tools\[0\]: a JSON schema of 'add' holds no code"),
+        (["weigh"], r"tools\[0\]: a str holds no code that could run"),
+        ([weigh, partial(weigh, unit="g")], r"tools: several have the same name \(weigh\)"),
+        ([partial(lambda x: x, 1)], "tools: <lambda> cannot be described to the model"),
+        ([partial(print)], "tools: print cannot be described to the model"),
+    ],
+)
+def test_tools_that_cannot_be_used(tools, wrong):
+    """E4"""
+    with pytest.raises(ValueError, match=wrong):
+        ChatEnvironment(tools)
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
