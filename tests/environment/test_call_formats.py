@@ -86,7 +86,7 @@ class Case:
         return text.split(self.environment.renderer._end)[0]
 
     def read(self, text):
-        return self.environment.reader(text).calls
+        return self.environment.renderer.reader(text).calls
 
 
 def shown(name):
@@ -229,7 +229,7 @@ def test_reasoning_in_the_tags_of_the_template():
     template = chatml(calls).replace("{{ message.content or", thoughts + "{{ message.content or")
     tokenizer = byte_tokenizer(template)
     environment = ChatEnvironment([note, now]).for_policy(tokenizer, [tokenizer.eos_token_id])
-    assert [call.name for call in environment.reader(f"<ponder>{OTHER}</ponder>{NOW}").calls] == ["now"]
+    assert [call.name for call in environment.renderer.reader(f"<ponder>{OTHER}</ponder>{NOW}").calls] == ["now"]
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_a_template_without_calls_gets_the_tokens_that_its_tokenizer_has_for_the
         tokenizer = byte_tokenizer(plain)
         tokenizer.add_tokens(tokens)
         environment = ChatEnvironment([note, now]).for_policy(tokenizer, [tokenizer.eos_token_id])
-        assert environment.reader(text).calls == [ToolCall("now")]
+        assert environment.renderer.reader(text).calls == [ToolCall("now")]
 
 
 def test_a_template_that_lists_no_tools_is_told_of(caplog):
@@ -514,7 +514,7 @@ def test_reading_takes_linear_time(name):
     def seconds(unit, size):
         text = (unit * (size // len(unit) + 1))[:size]
         began = time.process_time()
-        case.environment.reader(text)
+        case.environment.renderer.reader(text)
         return time.process_time() - began
 
     for unit in units:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +17,11 @@ from trl.data.encode import TextEncoder
 from trl.data.formats import maybe_convert_to_chatml
 from trl.data.records import Rollout
 from trl.environment.call_formats import CallReader, Spoken, ToolCall, ToolParser, call_id
-from trl.environment.episodes import Environment, Episode, OwnEnvironment
+from trl.environment.episodes import Environment, Episode, lacks_prompt
+from trl.environment.factories import Factory, OwnEnvironment, Said
 from trl.environment.learned_calls import learned_reader
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import FailedCall, error_text, is_interrupt
+from trl.environment.tool_calls import FailedCall, Pending, answer_of, error_text
 from trl.environment.tool_schemas import named_tools, schema_of
 from trl.environment.turns import SampledTurns
 
@@ -39,7 +38,7 @@ class ChatEnvironment(Environment):
     def __init__(
         self,
         tools: Sequence[Callable[..., Any]] = (),
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
         *,
         max_iterations: int | None = None,
         max_tool_response: int | None = None,
@@ -52,8 +51,8 @@ class ChatEnvironment(Environment):
     ) -> None:
         """
         `tools`: functions, also async ones, with type hints and a docstring that describes each argument; methods,
-        `functools.partial` and objects with `__call__` too.
-        `environment_factory`: makes an object with `reset()` for every conversation; its public methods are tools.
+        `functools.partial` and objects with `__call__` too; a dict gives them names.
+        `environment_factory`: makes objects with `reset()`, of which each conversation has one; see `TextEnvironment`.
         `max_tool_response`: most characters of a result that the model reads; None: all.
         `parser`: finds the calls in a turn; None: they are read as the chat template writes them.
         `tool_timeout`: seconds a call may take, see `TextEnvironment`.
@@ -70,43 +69,45 @@ class ChatEnvironment(Environment):
         self.max_iterations, self.max_tool_response = max_iterations, max_tool_response
         self.parser = parser
         self.template_kwargs = dict(template_kwargs or {})
-        own = {} if environment_factory is None else OwnEnvironment(environment_factory).tools
-        self.schemas = [schema_of(name, function) for name, function in {**self.tools, **own}.items()]
-        if not self.schemas:
+        if not self.tools and self.factories is None:
             raise ValueError("tools: give at least one function, or an environment_factory with public methods")
-        shared = set(self.tools) & set(own)
-        if shared:
-            raise ValueError(f"tools: several have the same name ({', '.join(sorted(shared))})")
+        each = [schema for own in self._kinds() for schema in self._schemas(own)]
+        self.schemas = list({schema["function"]["name"]: schema for schema in each}.values())
+        """of all tools; those of a factory's objects are offered in their episodes only"""
         self.end_ids = end_ids
+        self._renderers: dict[Any, TurnRenderer] = {}
         eos = getattr(tokenizer, "eos_token_id", None)
-        self.renderer: Any = None
-        self.reader: Any = parser
-        """what finds the calls: the `parser`, or what was learned of the template"""
-        if tokenizer is not None:
-            self._learn_template([] if eos is None else [eos])
+        self.renderer: Any = None if tokenizer is None else self._renderer([] if eos is None else [eos])
 
-    def _learn_template(self, end_ids: Sequence[int]) -> None:
-        """Learn how the tokenizer's chat template writes answers and, unless there is a parser, calls."""
-        template = ChatTemplate(self.tokenizer, self.template_kwargs)
-        self.renderer = AnswerRenderer(template, end_ids if self.end_ids is None else self.end_ids, self.schemas)
-        if self.parser is None:
-            self.reader = learned_reader(template, self.renderer.end_texts, self.schemas)
-            self._warn_of_unlisted_tools(template)
+    def _kinds(self) -> list[OwnEnvironment | None]:
+        """An object of each factory, or None where there is none."""
+        return [None] if self.factories is None else list(self.factories.firsts().values())
 
-    def _warn_of_unlisted_tools(self, template: ChatTemplate) -> None:
-        asked: Messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
-        names = [schema["function"]["name"] for schema in self.schemas]
-        for messages in (asked[1:], asked):
-            try:
-                text = template.render(messages, self.schemas, open_turn=True)
-            except ValueError:
-                continue
-            names = [name for name in names if name not in text]
-        if names:
-            logger.warning(
-                "tools: the chat template does not list %s in the prompt, so the model knows of them only what the "
-                "rows say; use a template that prints `tools`", ", ".join(names),
-            )  # fmt: skip
+    def _schemas(self, own: OwnEnvironment | None) -> list[dict[str, Any]]:
+        """Of the tools in an episode that uses this object."""
+        tools = {} if own is None else own.tools
+        if shared := sorted(self.tools.keys() & tools.keys()):
+            raise ValueError(f"tools: several have the same name ({', '.join(shared)})")
+        return [schema_of(name, function) for name, function in {**self.tools, **tools}.items()]
+
+    def _renderer(self, end_ids: Sequence[int]) -> TurnRenderer:
+        """Of the first kind of episodes; those of the other kinds are made too, as each may be refused."""
+        self._ends, self._renderers = end_ids, {}
+        first, *_ = [self._renderer_of(own) for own in self._kinds()]
+        return first  # type: ignore[no-any-return]
+
+    def _renderer_of(self, own: OwnEnvironment | None) -> Any:
+        """Of the episodes that use this object; which tools it has may be known after its first `reset` only."""
+        key = None if own is None else (own.factory, *own.tools)
+        if key not in self._renderers:
+            template, schemas = ChatTemplate(self.tokenizer, self.template_kwargs), self._schemas(own)
+            kind = AnswerRenderer if schemas else TurnRenderer
+            made = kind(template, self._ends if self.end_ids is None else self.end_ids, schemas)
+            if isinstance(made, AnswerRenderer) and self.parser is None:
+                made.reader = learned_reader(template, made.end_texts, schemas)
+                made.warn_of_unlisted_tools()
+            self._renderers[key] = made
+        return self._renderers[key]
 
     @property
     def is_ready(self) -> bool:
@@ -119,7 +120,7 @@ class ChatEnvironment(Environment):
             return self
         ready = copy.copy(self)
         ready.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
-        ready._learn_template(end_ids)
+        ready.renderer = ready._renderer(end_ids)
         return ready
 
     def check_settings(self, tokenizer: Any, max_prompt_length: int | None = None, reward_funcs: Any = None) -> None:
@@ -127,12 +128,6 @@ class ChatEnvironment(Environment):
         super().check_settings(tokenizer, max_prompt_length, reward_funcs)
         if max_prompt_length is not None:
             raise ValueError("max_prompt_length: a prompt with tools cannot be cut; leave it out")
-
-    @property
-    def gives_rewards(self) -> bool:
-        """Whether episodes have rewards without further functions."""
-        own = self.environment_factory
-        return super().gives_rewards or (own is not None and OwnEnvironment(own).gives_rewards)
 
     def rollout(
         self, rows: Sequence[Mapping[str, Any]], turns: SampledTurns, seeds: Sequence[int], limit: int
@@ -142,8 +137,9 @@ class ChatEnvironment(Environment):
         The metadata holds the messages of each (`completions`), how many calls were answered (`tools_called`) and how
         many of them by an error (`tools_failed`), and the rows' own `environments`.
         """
-        if self.is_ready and (self.end_ids is not None or self.renderer.adds_end):
-            turns = turns.stopping_at(self.renderer.ends)
+        known = list(self._renderers.values())
+        if self.is_ready and (self.end_ids is not None or any(renderer.adds_end for renderer in known)):
+            turns = turns.stopping_at(end for renderer in known for end in renderer.ends)
         rollout = super().rollout(rows, turns, seeds, limit)
         episodes = [history.episode for history in rollout.metadata["histories"]]
         rollout.metadata["completions"] = [episode.messages for episode in episodes]
@@ -155,24 +151,28 @@ class ChatEnvironment(Environment):
 
     # --- the loop's steps -----------------------------------------------------------------------------------------
 
-    def _open(self, row: Mapping[str, Any], said: str, ids: Sequence[int] | None) -> TextHistory:
-        prompt = row.get("prompt")
-        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
-            raise ValueError("prompt: tools need conversations; give a list of messages in each row")
-        messages = _with_said(list(maybe_convert_to_chatml({"prompt": prompt})["prompt"]), said)
-        text = self.renderer.template.of_row(dict(row)).prompt(messages, self.schemas)
-        encoder = self.renderer.encoder
+    def _open(
+        self, row: Mapping[str, Any], said: Said, ids: Sequence[int] | None, own: OwnEnvironment | None = None
+    ) -> TextHistory:
+        renderer = self._renderer_of(own)
+        messages = _conversation(row, said)
+        text = renderer.template.of_row(dict(row)).prompt(messages, renderer.schemas or None)
+        encoder = renderer.encoder
         (tokens,) = encoder.encode([text])
         return TextHistory(text, torch.tensor(encoder.without_double_bos(tokens)), system=True)
 
-    def _read_turn(self, episode: Episode) -> list[Callable[[], str]]:
-        history = episode.history
+    def _prompt(self, episode: Episode) -> Messages:
+        return _conversation(episode.columns, episode.said)
+
+    def _read_turn(self, episode: Episode) -> list[Callable[[], str | Pending]]:
+        history, renderer = episode.history, self._renderer_of(episode.own)
         tokens = history.tokens[slice(*history.token_spans[-1])]
-        closed = int(tokens[-1]) in self.renderer.ends
-        decode = self.renderer.template.tokenizer.decode
+        closed = int(tokens[-1]) in renderer.ends
+        decode = renderer.template.tokenizer.decode
         text = str(decode(tokens[:-1] if closed else tokens, clean_up_tokenization_spaces=False))
         start = history.text_spans[-1][0]
-        spoken = self._parsed(text, history.text[max(start - 200, 0) : start])
+        before = history.text[max(start - 200, 0) : start]
+        spoken = self._parsed(renderer.reader or self.parser, text, before) if renderer.schemas else Spoken(text)
         message: dict[str, Any] = {"role": "assistant", "content": encodable(spoken.content)}
         if spoken.calls:
             message["tool_calls"] = [call.message(place) for place, call in enumerate(spoken.calls)]
@@ -185,46 +185,51 @@ class ChatEnvironment(Environment):
         tools = self.tools if episode.own is None else {**self.tools, **episode.own.tools}
         return [partial(self._answer, tools, call) for call in spoken.calls]
 
-    def _parsed(self, text: str, before: str) -> Spoken:
-        """What the parser finds after that text; if it fails, the turn is a call that cannot be read."""
+    @staticmethod
+    def _parsed(parser: Any, text: str, before: str) -> Spoken:
+        """What the parser finds in a turn after that text; if it fails, the turn is a call that cannot be read."""
         try:
-            spoken = self.reader.read(text, before) if isinstance(self.reader, CallReader) else self.reader(text)
+            spoken: Spoken = parser.read(text, before) if isinstance(parser, CallReader) else parser(text)
             return spoken
         except Exception as error:
             logger.warning("parser: it failed on %r: %r; the model reads that its call cannot be read", text, error)
             return Spoken(text, [ToolCall("unknown", error=f"the call cannot be read ({type(error).__name__})")])
 
-    def _answer(self, tools: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
+    def _answer(self, tools: Mapping[str, Callable[..., Any]], call: ToolCall) -> str | Pending:
         """The answer to a call. Errors become text that the model reads."""
         if call.error:
             return FailedCall(f"Tool error: {call.error}")
         if call.name not in tools:
             return FailedCall(f"Unknown tool {call.name}.")
-        try:
-            with self.late_calls.calling(call.name):
-                result = tools[call.name](**call.arguments)
-                if inspect.isawaitable(result):
-                    result = asyncio.run(_awaited(result, self.tool_timeout))
-            text = _text_of(result)
-        except BaseException as error:  # SystemExit too: a tool must not end the run
-            if is_interrupt(error):
-                raise
-            text = error_text(error)
-        kind, text, most = type(text), encodable(text), self.max_tool_response
-        return kind(text if most is None or len(text) <= most else text[: max(most - 3, 0)] + "...")
+        return answer_of(self.late_calls, call.name, partial(tools[call.name], **call.arguments), _text_of)
+
+    def _cut(self, text: str) -> str:
+        """So much of an answer as the model reads."""
+        text, most = encodable(text), self.max_tool_response
+        return text if most is None or len(text) <= most else text[: max(most - 3, 0)] + "..."
 
     def _hear(self, episode: Episode) -> None:
         """Append the tools' answers as the template renders them."""
-        history = episode.history
-        known = {schema["function"]["name"] for schema in self.schemas}
+        history, renderer = episode.history, self._renderer_of(episode.own)
+        known = {schema["function"]["name"] for schema in renderer.schemas}
         called = [call["function"]["name"] for call in episode.messages[-1]["tool_calls"]]
         names = [name if name in known else "unknown" for name in called]  # no template meets what a model made up
-        answers = [Answer(*answer) for answer in zip(names, episode.answers, strict=True)]
+        answers = [Answer(*each) for each in zip(names, map(self._cut, episode.answers), strict=True)]
         episode.called += len(answers)
         episode.failed += sum(isinstance(answer, FailedCall) for answer in episode.answers)
-        text, ids = self.renderer(answers, closed=int(history.tokens[-1]) == self.renderer.end_id)
+        text, ids = renderer(answers, closed=int(history.tokens[-1]) == renderer.end_id)
         history.append_segment(text, torch.tensor(ids), system=True)
         episode.messages += _messages_of(answers)
+
+
+def _text_of(result: Any) -> str:
+    """What the model reads of a tool's result; letters of any script stay readable."""
+    if isinstance(result, str):
+        return result
+    try:
+        return "" if result is None else json.dumps(result, default=str, ensure_ascii=False)
+    except Exception as error:
+        return error_text(error)
 
 
 class Answer(NamedTuple):
@@ -234,7 +239,21 @@ class Answer(NamedTuple):
     text: str
 
 
-class AnswerRenderer:
+class TurnRenderer:
+    """What conversations are rendered with, where the model is offered these schemas of tools.
+
+    ends: the tokens that can end a turn.
+    """
+
+    def __init__(self, template: ChatTemplate, ends: Sequence[int], schemas: Sequence[Any] = ()) -> None:
+        self.template, self.schemas = template, list(schemas)
+        self.encoder = TextEncoder(template.tokenizer)
+        self.ends = frozenset(ends)
+        self.adds_end = False
+        """whether a token ends turns that is none of the ends given"""
+
+
+class AnswerRenderer(TurnRenderer):
     """Renders tools' answers and a new generation prompt, as text and tokens that follow an assistant's turn.
 
     The template renders a stand-in conversation with and without the answers; only the difference is tokenised and
@@ -246,8 +265,9 @@ class AnswerRenderer:
     """
 
     def __init__(self, template: ChatTemplate, ends: Sequence[int], schemas: Sequence[Any] = ()) -> None:
-        self.template, self.schemas = template, list(schemas)
-        self.encoder = TextEncoder(template.tokenizer)
+        super().__init__(template, ends, schemas)
+        self.reader: CallReader | None = None
+        """what finds the calls of a turn, where no parser was given"""
         self.by_user = False
         self.most_calls: int | None = None
         self.most_calls = self._find_most_calls()
@@ -262,6 +282,22 @@ class AnswerRenderer:
     def end_texts(self) -> list[str]:
         """The texts of the tokens that can end a turn: of all that are special, and of the one that ends a call."""
         return [text for text in map(self._text_of, self.ends) if text in self._specials or text == self._end]
+
+    def warn_of_unlisted_tools(self) -> None:
+        """A line where the template does not print the tools, so that the model does not know of them."""
+        asked: Messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+        names = [schema["function"]["name"] for schema in self.schemas]
+        for messages in (asked[1:], asked):
+            try:
+                text = self.template.render(messages, self.schemas, open_turn=True)
+            except ValueError:
+                continue
+            names = [name for name in names if name not in text]
+        if names:
+            logger.warning(
+                "tools: the chat template does not list %s in the prompt, so the model knows of them only what the "
+                "rows say; use a template that prints `tools`", ", ".join(names),
+            )  # fmt: skip
 
     @cached_property
     def _specials(self) -> dict[str, int]:
@@ -377,34 +413,24 @@ def _messages_of(answers: Sequence[Answer]) -> Messages:
     ]
 
 
-def _text_of(result: Any) -> str:
-    """A tool's result as text, which keeps letters of any script readable."""
-    if isinstance(result, str):
-        return result
-    return "" if result is None else json.dumps(result, default=str, ensure_ascii=False)
-
-
-def _with_said(messages: Messages, said: str) -> Messages:
-    """The conversation with `said` at the end of its last message."""
+def _conversation(row: Mapping[str, Any], said: Said) -> Messages:
+    """The prompt of a row with what `reset` said: its messages, or a text at the end of the last one, the user's."""
+    given = row.get("prompt")
+    prompt = [] if lacks_prompt(row) or given is None else given
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        raise ValueError("prompt: tools need conversations; give a list of messages in each row")
+    messages = list(maybe_convert_to_chatml({"prompt": prompt})["prompt"]) if len(prompt) else []
     if not said:
+        if not messages:
+            raise ValueError("prompt: the row has none, and reset() gave none; one of them has to say it")
         return messages
-    if not messages or messages[-1].get("role") != "user":
+    if not isinstance(said, str):
+        return [*messages, *said]
+    last = messages[-1] if messages else {"role": "system"}
+    if last.get("role") == "system":
+        return [*messages, {"role": "user", "content": said}]
+    if last.get("role") != "user":
         raise ValueError("prompt: what reset() returns is added to the last message, which is not the user's")
-    content = messages[-1]["content"]
+    content = last["content"]
     more = content + said if isinstance(content, str) else [*content, {"type": "text", "text": said}]
-    return [*messages[:-1], {**messages[-1], "content": more}]
-
-
-async def _awaited(result: Any, timeout: float | None) -> Any:
-    try:
-        return await asyncio.wait_for(_without_exit(result), timeout)
-    except TimeoutError as error:
-        raise error if str(error) or timeout is None else TimeoutError(f"no answer within {timeout:g} s") from None
-
-
-async def _without_exit(result: Any) -> Any:
-    """What is awaited; SystemExit, which a task would not keep to itself, as another exception."""
-    try:
-        return await result
-    except SystemExit as error:
-        raise RuntimeError(str(error)) from error
+    return [*messages[:-1], {**last, "content": more}]
