@@ -43,6 +43,10 @@ class Episode:
     """the tool calls of the last turn; they run one after the other"""
     answers: list[str] = field(default_factory=list)
     """the answers to those calls so far"""
+    called: int = 0
+    """calls of the whole episode that were answered"""
+    failed: int = 0
+    """those of them that were answered by an error"""
 
     def __post_init__(self) -> None:
         self.history.episode = self
