@@ -904,7 +904,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, None, None]:
         """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
-        rows = inputs["rows"]
+        rows = [] if self.only_repeats else inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
         rewards = self.collector.judge(rollout, rows, group, self.state)
@@ -913,7 +913,8 @@ class RolloutTrainer(ObjectiveTrainer):
             check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
-        return self.evaluated(model, rollout, rewards, rows), None, None
+        nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
+        return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
