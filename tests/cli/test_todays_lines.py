@@ -95,6 +95,8 @@ LINES = [
     f"grpo {MODEL} prompt.jsonl --reward_funcs mine.count --reward mine.py:count --reward_weights 1 0.5",
     f"grpo {MODEL} prompt.jsonl --reward-model-name-or-path judge --scale_rewards false",
     f"rloo {MODEL} prompt.jsonl --reward_funcs repetition get_soft_overlong_punishment --reward_clip_range -1 1",
+    f"ppo {MODEL} prompt.jsonl --reward_funcs mine.count --response_length 4",
+    f"ppo {MODEL} prompt.jsonl --reward-model-name-or-path judge --response_length 4 --use_peft --lora_r 4",
     f"raft {MODEL} prompt.jsonl --reward_funcs mine.count",
     f"online_dpo {MODEL} prompt.jsonl --reward_funcs mine.count",
     f"online-dpo {MODEL} prompt.jsonl --reward_funcs mine.count",
@@ -173,6 +175,13 @@ def test_what_has_no_effect_says_so(tmp_path, capsys):
         "note: bnb_4bit_quant_type: no effect without --load_in_4bit",
         "note: eval_data: no effect without --eval_strategy",
     ]
+
+
+@pytest.mark.parametrize(("words", "rate"), [("", 2e-4), ("--learning_rate 3e-5", 3e-5)])
+def test_an_adapter_takes_an_adapters_rate(words, rate, tmp_path, capsys):
+    assert start(f"sft {MODEL} text.jsonl --use_peft --lora_r 2 {words}", tmp_path) == 0
+    assert arguments_of(tmp_path).learning_rate == rate
+    assert ("note: learning_rate=0.0002, as an adapter" in capsys.readouterr().err) == (rate == 2e-4)
 
 
 def test_a_mixture_and_the_environment(settings, tmp_path, monkeypatch):

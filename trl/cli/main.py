@@ -25,17 +25,20 @@ class Other:
 
     module: str
     help: str
+    settings: bool = False
+    """it takes the settings of a training command too"""
 
 
 COMMANDS: dict[str, Training | Other] = {
     "quickstart": Other("trl.quickstart.command", "Imitate, reward, reinforce: the whole job here, with a report."),
     **JOBS,
+    "inspect": Other("trl.scripts.inspect_rows", "Show what a training command learns of each row.", settings=True),
     "schema": Other("trl.scripts.describe", "Print the JSON schema of a training command's YAML file."),
     "env": Other("trl.scripts.env", "Print the versions and devices that a bug report should name."),
 }
 """every command and its line in `trl --help`; an entry here, or in `JOBS`, is all that a new command needs"""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 UsageError: Any = typer.BadParameter.__base__
 """the class of typer's own copy of click, which may differ from the installed click"""
 
@@ -55,7 +58,8 @@ def load_command(name: str) -> Any:
     if isinstance(entry, Training):
         single.command(name, cls=RawCommand, help=entry.help)(_training_command(name, entry))
     else:
-        single.command(name)(importlib.import_module(entry.module).command)
+        takes = {"ignore_unknown_options": entry.settings, "allow_extra_args": entry.settings}
+        single.command(name, context_settings=takes)(importlib.import_module(entry.module).command)
     return typer.main.get_command(single)
 
 

@@ -8,10 +8,10 @@ all, it is a ValueError.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
 from trl.data.columns import unwrapped
-from trl.data.formats import check_rows, column_names, first_row, refuse_splits
+from trl.data.formats import Format, check_rows, column_names, first_row, refuse_splits
 from trl.data.report import Met, RowFlag, RowNote, TokenizationReport
 from trl.data.row_job import Made, Row, RowJob
 
@@ -77,23 +77,46 @@ def tokenize(
         )
     else:
         mapped = _map_list(dataset, job, keep, report, batch_size)
-    read = job.reads()
-    report.unread = [] if read is None else [column for column in columns if column not in read]
+    report.unread = _unread(columns, job)
     report.check(name)
     report.check_prompts(name, _texts(report.unread, dataset, name), job.asks_prompt(), job.no_prompt)
     report.log(name)
     return mapped, report
 
 
-def notes(dataset: Any, job: RowJob, *, name: str = "train", most: int | None = None) -> Iterator[RowNote]:
-    """What the report counts, row by row, with the tokenised row; `most`: of so many rows at the start."""
+class Noted(NamedTuple):
+    """A data set as a job reads it."""
+
+    notes: Iterator[RowNote]
+    """what the report counts, row by row; each row is tokenised when it is asked for"""
+    format: Format
+    unread: list[str]
+    """columns that no one reads"""
+
+
+def noted(dataset: Any, job: RowJob, *, name: str = "train", most: int | None = None) -> Noted:
+    """How the job reads the data set, for an inspector; `most`: its first so many rows."""
     if not has_rows(dataset, name):
         raise ValueError(f"the {name} data set is a {type(dataset).__name__}, whose rows are not read here")
     check_rows(dataset, name)
     dataset, job = job.reading(as_shown(dataset, name), name)
-    for index, row in enumerate(islice(dataset, most)):
+    return Noted(_notes(islice(dataset, most), job), job.format, _unread(column_names(dataset, name), job))
+
+
+def notes(dataset: Any, job: RowJob, *, name: str = "train", most: int | None = None) -> Iterator[RowNote]:
+    """What the report counts, row by row, with the tokenised row; `most`: of so many rows at the start."""
+    return noted(dataset, job, name=name, most=most).notes
+
+
+def _notes(rows: Iterable[Row], job: RowJob) -> Iterator[RowNote]:
+    for index, row in enumerate(rows):
         (one,) = _made(job, _whole([row], job, index), [index])
         yield RowNote(index, one.columns, one.tokens, one.learned, one.cut, one.left_out, one.flags, one.met)
+
+
+def _unread(columns: Sequence[str], job: RowJob) -> list[str]:
+    read = job.reads()
+    return [] if read is None else [column for column in columns if column not in read]
 
 
 def as_shown(dataset: Any, name: str = "train") -> Any:

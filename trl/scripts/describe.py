@@ -40,7 +40,10 @@ class Setting:
 
 def settings_of(dataclass_type: Any) -> Iterator[Setting]:
     """The settings that a dataclass stands for."""
-    hints, docs = settings_hints(dataclass_type), field_docs(dataclass_type)
+    from trl.trainer.configuration import PostTrainingConfig
+
+    # a config that is no subclass may have its fields
+    hints, docs = settings_hints(dataclass_type), field_docs(PostTrainingConfig) | field_docs(dataclass_type)
     for entry in fields(dataclass_type):
         if entry.init:
             meaning = docs.get(entry.name) or " ".join(str(entry.metadata.get("help", "")).split())

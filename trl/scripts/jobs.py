@@ -13,6 +13,8 @@ class Training:
     help: str
     rewards: bool = False
     """the trainer takes reward functions"""
+    lora_rate: float = 1e-5
+    """learning rate of an adapter, where the user gives none: about ten times that of whole weights"""
     task: str = "CAUSAL_LM"
     """`task_type` of the LoRA config"""
     row: str = '{"prompt": "..."}'
@@ -34,9 +36,12 @@ LABELLED = '{"prompt": "...", "completion": "...", "label": true}'
 TEACHER = "--teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct "
 
 JOBS = {
-    "sft": Training("SFTTrainer", "Fine-tune on texts, prompts with completions, or conversations.", row=TEXT),
-    "reward": Training("RewardTrainer", "Train a reward model on preference pairs.", task="SEQ_CLS", row=PAIR),
-    "prm": Training("PRMTrainer", "Train a reward model of single steps.", task="TOKEN_CLS", row=STEPS),
+    "sft": Training("SFTTrainer", "Fine-tune on texts, prompts with completions, or conversations.", lora_rate=2e-4,
+                    row=TEXT),
+    "reward": Training("RewardTrainer", "Train a reward model on preference pairs.", lora_rate=3e-4, task="SEQ_CLS",
+                       row=PAIR),
+    "prm": Training("PRMTrainer", "Train a reward model of single steps.", lora_rate=1e-4, task="TOKEN_CLS",
+                    row=STEPS),
     "dpo": Training("DPOTrainer", "Optimise on preference pairs, against a reference.", row=PAIR),
     "orpo": Training("ORPOTrainer", "Optimise on preference pairs, without a reference (odds ratio).", row=PAIR),
     "cpo": Training("CPOTrainer", "Optimise on preference pairs, without a reference (contrastive).", row=PAIR),
@@ -44,10 +49,12 @@ JOBS = {
     "kto": Training("KTOTrainer", "Optimise on completions that are good or not.", row=LABELLED),
     "grpo": Training("GRPOTrainer", "Reinforce on groups of own completions.", rewards=True),
     "rloo": Training("RLOOTrainer", "Reinforce, each completion against the mean of the others.", rewards=True),
-    "raft": Training("RAFTTrainer", "Imitate the best of own completions.", rewards=True),
-    "online_dpo": Training("OnlineDPOTrainer", "Optimise on pairs of own completions.", rewards=True),
+    "ppo": Training("PPOTrainer", "Reinforce with a critic, token by token.", rewards=True, lora_rate=3e-5),
+    "raft": Training("RAFTTrainer", "Imitate the best of own completions.", rewards=True, lora_rate=2e-4),
+    "online_dpo": Training("OnlineDPOTrainer", "Optimise on pairs of own completions.", rewards=True,
+                           lora_rate=5e-6),
     "distillation": Training("DistillationTrainer", "Learn from a teacher on own completions.", more=TEACHER),
-    "gkd": Training("GKDTrainer", "Learn from a teacher on own completions and on given ones.",
+    "gkd": Training("GKDTrainer", "Learn from a teacher on own completions and on given ones.", lora_rate=2e-4,
                     row='{"prompt": "...", "completion": "..."}', more=TEACHER),
 }  # fmt: skip
 """command -> what it trains; an entry here is all that a new command needs"""

@@ -141,6 +141,19 @@ def merged(job: Training, of_file: dict[str, Any], of_words: dict[str, Any]) -> 
     return settings
 
 
+def read_settings(job: Training, words: Sequence[str]) -> tuple[JobParser, dict[str, Any]]:
+    """The settings on a line and in its YAML file, and their parser; ValueError without a model or data."""
+    path, line = take_config(words)
+    file = {} if path is None else read_yaml(path)
+    set_environment(file.pop("env", {}))
+    parser = JobParser(job)
+    settings = merged(job, parser.settings_of_file(file), parser.settings_of_words(line))
+    for key, alias in (("model_name_or_path", "model"), ("dataset_name", "data")):
+        if not settings.get(key) and not (key == "dataset_name" and settings.get("datasets")):
+            raise ValueError(f"--{alias}: say which (`--{key}` or `--{alias}` on the line, or in --config)")
+    return parser, settings
+
+
 def command(name: str, job: Training, words: Sequence[str]) -> int:
     """Run `trl NAME words`; returns the exit code."""
     from trl.scripts.describe import show_fields, show_help
@@ -151,26 +164,27 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
     if "--fields" in words:
         show_fields(job)
         return 0
-    path, line = take_config(words)
-    file = {} if path is None else read_yaml(path)
-    set_environment(file.pop("env", {}))
-    parser = JobParser(job)
-    settings = merged(job, parser.settings_of_file(file), parser.settings_of_words(line))
+    parser, settings = read_settings(job, words)
     settings.setdefault("enable_jit_checkpoint", True)  # at SIGTERM: finish the step, save it, exit with 143
-    for key, alias in (("model_name_or_path", "model"), ("dataset_name", "data")):
-        if not settings.get(key) and not (key == "dataset_name" and settings.get("datasets")):
-            raise ValueError(f"--{alias}: say which (`--{key}` or `--{alias}` on the line, or in --config)")
     if job.rewards and not (settings.get("reward_funcs") or settings.get("reward_model_name_or_path")):
         raise ValueError("--reward: say what to reward (`--reward_funcs` or `--reward`, one or more)")
     several = LaunchArguments(**{key: settings[key] for key in settings_hints(LaunchArguments) if key in settings})
     if several.wanted():
         return launch.start(several, "trl", [name, *words])
-    for note in without_effect(settings):
+    for note in [*without_effect(settings), *adapters_rate(job, settings)]:
         print(f"note: {note}", file=sys.stderr)
     folder = train(job, *parser.parse_dict(settings)[:5])
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"saved to {folder}")
     return 0
+
+
+def adapters_rate(job: Training, settings: dict[str, Any]) -> list[str]:
+    """Set the learning rate of an adapter where none is given, and say so."""
+    if not settings.get("use_peft") or settings.get("learning_rate") is not None:
+        return []
+    settings["learning_rate"] = job.lora_rate
+    return [f"learning_rate={job.lora_rate:g}, as an adapter takes a higher one than whole weights (--learning_rate)"]
 
 
 def without_effect(settings: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl.data.packing import pack
 from trl.data.prompt_rows import CompletionsJob
 from trl.data.records import Batch, Branch, TokenTree
+from trl.data.row_job import RowJob
 from trl.data.tokenize import list_codes, tokenize
 from trl.data.version import code_version
 from trl.generation.stopping import end_tokens
@@ -191,19 +192,22 @@ class KTOTrainer(ObjectiveTrainer):
         self._ahead = ReferenceColumns(self, self.reference, self._columns, self._reference_sums)
 
     @staticmethod
-    def _rows(tokenizer: Any, config: KTOConfig, model: nn.Module | None) -> Prepare:
-        """What tokenises a data set, and adds mismatched completions where the loss has a KL."""
+    def row_job(tokenizer: Any, config: KTOConfig, model: nn.Module | None) -> RowJob:
         encoder_decoder = model is not None and is_encoder_decoder(model)
-        limits = answer_limits(config, model, encoder_decoder)
-        job = CompletionsJob(
+        return CompletionsJob(
             tokenizer=tokenizer,
-            limits=limits,
+            limits=answer_limits(config, model, encoder_decoder),
             ends=end_tokens(model, tokenizer),
             keep=REFERENCE_COLUMNS,
             is_encoder_decoder=encoder_decoder,
             learn_tool_results=config.learn_tool_results,
             embeddings=embedding_rows(model),
         )
+
+    @staticmethod
+    def _rows(tokenizer: Any, config: KTOConfig, model: nn.Module | None) -> Prepare:
+        """What tokenises a data set, and adds mismatched completions where the loss has a KL."""
+        job = KTOTrainer.row_job(tokenizer, config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
             rows = tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]

@@ -17,6 +17,7 @@ from trl.data.batches import PADDED_PAIRS, padded_pairs, pair_columns, pair_rows
 from trl.data.packing import pack
 from trl.data.prompt_rows import PairsJob
 from trl.data.records import Batch
+from trl.data.row_job import RowJob
 from trl.data.tokenize import tokenize
 from trl.generation import make_sampler
 from trl.generation.sampler import SamplingParams
@@ -145,16 +146,7 @@ class PairTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
         encoder_decoder = encoder_decoder if model is None else is_encoder_decoder(model)
-        limits = answer_limits(config, model, encoder_decoder)
-        job = PairsJob(
-            tokenizer=tokenizer,
-            limits=limits,
-            add_bos=add_bos,
-            ends=end_tokens(model, tokenizer),
-            is_encoder_decoder=encoder_decoder,
-            learn_tool_results=config.learn_tool_results,
-            embeddings=embedding_rows(model),
-        )
+        job = self.row_job(tokenizer, config, model, encoder_decoder, add_bos)
 
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(self.own_rows(dataset), job, name=name, num_proc=config.dataset_num_proc)[0]
@@ -173,6 +165,26 @@ class PairTrainer(ObjectiveTrainer):
         )
         self.shift = RewardShift() if "bco_pair" in self.losses else None
         self.reference: Reference | None = None
+
+    @staticmethod
+    def row_job(
+        tokenizer: Any,
+        config: PairConfig,
+        model: nn.Module | None,
+        encoder_decoder: bool | None = None,
+        add_bos: bool | None = None,
+    ) -> RowJob:
+        if encoder_decoder is None:
+            encoder_decoder = model is not None and is_encoder_decoder(model)
+        return PairsJob(
+            tokenizer=tokenizer,
+            limits=answer_limits(config, model, encoder_decoder),
+            add_bos=add_bos,
+            ends=end_tokens(model, tokenizer),
+            is_encoder_decoder=encoder_decoder,
+            learn_tool_results=config.learn_tool_results,
+            embeddings=embedding_rows(model),
+        )
 
     def own_rows(self, dataset: Any) -> Any:
         """The data set, tokenised where a user's method does that."""

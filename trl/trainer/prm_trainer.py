@@ -117,23 +117,10 @@ class PRMTrainer(ObjectiveTrainer):
         )
         if model is not None and label_count(model) != 2:
             raise ValueError(f"num_labels={label_count(model)}: a process reward model has 2, wrong and right")
-        length = fitting_length(config, model)
-        limits = Limits(
-            length,
-            config.max_prompt_length,
-            config.max_completion_length,
-            asked_length=asked_length(config, length),
-        )
+        job = self.row_job(tokenizer, config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            job = StepwiseJob(
-                tokenizer=tokenizer,
-                limits=limits,
-                step_separator=config.step_separator,
-                train_on_last_step_only=config.train_on_last_step_only and name == "train",
-                ends=end_tokens(model, tokenizer),
-                embeddings=embedding_rows(model),
-            )
+            job.train_on_last_step_only = config.train_on_last_step_only and name == "train"
             return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
@@ -147,6 +134,19 @@ class PRMTrainer(ObjectiveTrainer):
             model_init=model_init,
             compute_metrics=compute_accuracy if compute_metrics is None else compute_metrics,
             **kwargs,
+        )
+
+    @staticmethod
+    def row_job(tokenizer: Any, config: PRMConfig, model: nn.Module | None) -> StepwiseJob:
+        length = fitting_length(config, model)
+        lengths = (length, config.max_prompt_length, config.max_completion_length)
+        return StepwiseJob(
+            tokenizer=tokenizer,
+            limits=Limits(*lengths, asked_length=asked_length(config, length)),
+            step_separator=config.step_separator,
+            train_on_last_step_only=config.train_on_last_step_only,
+            ends=end_tokens(model, tokenizer),
+            embeddings=embedding_rows(model),
         )
 
     def count(self, batch: dict[str, Any]) -> int:

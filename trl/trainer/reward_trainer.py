@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from trl.data.encode import Limits
 from trl.data.prompt_rows import PairsJob
+from trl.data.row_job import RowJob
 from trl.data.tokenize import tokenize
 from trl.generation.stopping import end_tokens
 from trl.import_utils import lazy_names
@@ -110,16 +111,8 @@ class RewardTrainer(ObjectiveTrainer):
             init_kwargs=label_kwargs(config, model, 1),
             quantization_config=quantization_config,
         )
-        length = _length(config, model)
-        job = PairsJob(
-            tokenizer=tokenizer,
-            limits=Limits(length, asked_length=asked_length(config, length)),
-            ends=end_tokens(model, tokenizer),
-            embeddings=embedding_rows(model),
-            needs_prompt=False,
-            learn_tool_results=True,
-        )
-
+        _warn_of_labels(model)
+        job = self.row_job(tokenizer, config, model)
         whole = config.eval_do_concat_batches and not config.batch_eval_metrics  # else `accuracy` is that of the loss
 
         def tokenised(dataset: Any, name: str) -> Any:
@@ -139,6 +132,18 @@ class RewardTrainer(ObjectiveTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+
+    @staticmethod
+    def row_job(tokenizer: Any, config: RewardConfig, model: nn.Module | None) -> RowJob:
+        length = _length(config, model)
+        return PairsJob(
+            tokenizer=tokenizer,
+            limits=Limits(length, asked_length=asked_length(config, length)),
+            ends=end_tokens(model, tokenizer),
+            embeddings=embedding_rows(model),
+            needs_prompt=False,
+            learn_tool_results=True,
         )
 
     @staticmethod
@@ -195,14 +200,17 @@ class RewardTrainer(ObjectiveTrainer):
         return self._loss(rewards_P2C, inputs), rewards_P2C.mean(-1).softmax(-1), labels
 
 
-def _length(config: RewardConfig, model: nn.Module | None) -> int:
-    """The longest sequence: as in the config; by default 1024, or the model's context if that is shorter."""
-    limit = None if model is None else context_length(model)
+def _warn_of_labels(model: nn.Module | None) -> None:
     if model is not None and label_count(model) != 1:
         warnings.warn(
             f"num_labels={label_count(model)}: a reward model usually has 1 (load it with num_labels=1); each label "
             "learns the pairs, and the reward is the mean over the labels"
         )
+
+
+def _length(config: RewardConfig, model: nn.Module | None) -> int:
+    """The longest sequence: as in the config; by default 1024, or the model's context if that is shorter."""
+    limit = None if model is None else context_length(model)
     return fitting_length(config, model) or min(1024, limit or 1024)
 
 

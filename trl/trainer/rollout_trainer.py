@@ -380,17 +380,6 @@ def with_models_own(given: Mapping[str, Any] | None, model: nn.Module) -> dict[s
     return {**taken, **(given or {})} or None
 
 
-def _prompts_job(config: RolloutConfig, tokenizer: Any, model: nn.Module) -> PromptsJob:
-    return PromptsJob(
-        tokenizer=tokenizer,
-        limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
-        template_kwargs=config.chat_template_kwargs,
-        context_length=context_length(model),
-        embeddings=embedding_rows(model),
-        ends=end_tokens(model, tokenizer),
-    )
-
-
 RolloutFunction = Callable[..., Rollout | Mapping[str, Any]]
 """`(a row of the data set per completion, trainer) -> Rollout`, or `(prompts, trainer) -> dict of lists`, for
 environments and other engines; see `calls_of` and `rollout_of`"""
@@ -463,7 +452,7 @@ class RolloutTrainer(ObjectiveTrainer):
             quantization_config=quantization_config,
         )
 
-        job = _prompts_job(config, tokenizer, model)
+        job = self.row_job(tokenizer, config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
             return tokenize(self.with_prompt(dataset, name), job, name=name, num_proc=config.dataset_num_proc)[0]
@@ -511,6 +500,17 @@ class RolloutTrainer(ObjectiveTrainer):
             reward_funcs=reward_funcs,
             needs_rewards=self.needs_rewards,
             max_prompt_length=self.args.max_prompt_length,
+        )
+
+    @staticmethod
+    def row_job(tokenizer: Any, config: RolloutConfig, model: nn.Module) -> PromptsJob:
+        return PromptsJob(
+            tokenizer=tokenizer,
+            limits=Limits(max_prompt_length=config.max_prompt_length, truncation_mode="keep_end"),
+            template_kwargs=config.chat_template_kwargs,
+            context_length=context_length(model),
+            embeddings=embedding_rows(model),
+            ends=end_tokens(model, tokenizer),
         )
 
     def with_prompt(self, dataset: Any, name: str) -> Any:

@@ -20,6 +20,7 @@ from trl.data.messages import messages_of
 from trl.data.packed_dataset import STRATEGIES, pack_dataset
 from trl.data.packing import pack
 from trl.data.records import ROWS, Batch
+from trl.data.row_job import RowJob
 from trl.data.supervised_rows import SupervisedJob, supervised_row
 from trl.data.tokenize import has_rows, tokenize, unprepared
 from trl.generation.stopping import end_tokens
@@ -46,6 +47,8 @@ from trl.trainer.preparation import asked_length, fitting_length, prepare
 from trl.trainer.settings import accepted, rename
 
 PACKING_STRATEGIES = (*STRATEGIES, "constant_length")
+UNCUT = ("wrapped", "bfd_split")
+"""strategies that cut no row before it is packed"""
 DATASET_KWARGS = ("add_special_tokens", "append_concat_token", "skip_prepare_dataset")
 ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "completion", "input_ids"}
 """each of these columns alone shows what a row is"""
@@ -177,8 +180,7 @@ class SupervisedData:
         if strategy == "constant_length":
             return self._constant_length(dataset, name)
         self._check_named(dataset, name)
-        whole = strategy in ("wrapped", "bfd_split")
-        tokenised = self._tokenised(dataset, name, None if whole else self.max_length)
+        tokenised = self._tokenised(dataset, name, None if strategy in UNCUT else self.max_length)
         if strategy is None or "seq_lengths" in column_names(tokenised, name):  # not packed, or packed already
             return tokenised
         return pack_dataset(tokenised, self.max_length, strategy)
@@ -189,13 +191,13 @@ class SupervisedData:
             raise ValueError(f"shuffle_dataset=True: a {type(dataset).__name__} cannot be shuffled; give a `Dataset`")
         return dataset.shuffle(seed=seed)
 
-    def _tokenised(self, dataset: Any, name: str, max_length: int | None) -> Any:
+    def job(self, max_length: int | None) -> SupervisedJob:
         config = self.config
         # a collator that finds the answer by its template gets the text as it stands
         closes = self.options["append_concat_token"] and not isinstance(
             self.data_collator, DataCollatorForCompletionOnlyLM
         )
-        job = SupervisedJob(
+        return SupervisedJob(
             tokenizer=self.tokenizer,
             limits=Limits(
                 max_length, truncation_mode=config.truncation_mode, asked_length=asked_length(config, max_length)
@@ -210,9 +212,10 @@ class SupervisedData:
             add_special_tokens=self.options["add_special_tokens"],
             formatting_func=self.formatting_func,
         )
-        return tokenize(
-            dataset, job, name=name, num_proc=config.dataset_num_proc, batch_size=config.dataset_batch_size
-        )[0]
+
+    def _tokenised(self, dataset: Any, name: str, max_length: int | None) -> Any:
+        job, workers, rows = self.job(max_length), self.config.dataset_num_proc, self.config.dataset_batch_size
+        return tokenize(dataset, job, name=name, num_proc=workers, batch_size=rows)[0]
 
     def _check_named(self, dataset: Any, name: str) -> None:
         """Raise the error of older releases if no column shows what a row is."""
@@ -420,6 +423,12 @@ class SFTTrainer(ObjectiveTrainer):
         if self._at_hand is None or self.args.padding_free:
             return super().outputs(model, inputs)
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+    @staticmethod
+    def row_job(tokenizer: Any, config: SFTConfig, model: nn.Module) -> RowJob:
+        ends, rows = end_tokens(model, tokenizer), embedding_rows(model)
+        data = SupervisedData(tokenizer, config, fitting_length(config, model), None, None, ends, rows, unnamed=False)
+        return data.job(None if config.packing and config.packing_strategy in UNCUT else data.max_length)
 
     def prepared_columns(self) -> frozenset[str]:
         return frozenset({"input_ids", "loss_mask"})
