@@ -56,8 +56,9 @@ def run(name: str, world: int, folder: Path) -> dict[str, Any]:
     case = conformity.CASES[base]
     arguments = MORE.get(name, case.arguments)
     trainer = _build(
-        replace(case, arguments=arguments, settings={**case.settings, **settings}), folder, per_device_train_batch_size=rows // world, max_steps=2, optim="sgd", learning_rate=0.5,
-        use_cpu=True, save_rollouts=False, per_device_eval_batch_size=4 // world,
+        replace(case, arguments=arguments, settings={**case.settings, **settings}), folder,
+        per_device_train_batch_size=rows // world, per_device_eval_batch_size=4 // world, max_steps=2, optim="sgd",
+        learning_rate=0.5, use_cpu=True, save_rollouts=False,
     )  # fmt: skip
     trainer.train()
     assert trainer.args.world_size == world
@@ -130,17 +131,14 @@ def evaluated(name: str, rows: int, world: int, folder: Path) -> dict[str, float
     if name != base:
         held = held.to_iterable_dataset(num_shards=min(rows, 2))
     trainer = _build(
-        replace(case, arguments=lambda: {**case.arguments(), "eval_dataset": held}),
-        folder,
-        per_device_train_batch_size=4 // world,
-        per_device_eval_batch_size=4 // world,
-        use_cpu=True,
-    )
+        replace(case, arguments=lambda: {**case.arguments(), "eval_dataset": held}), folder,
+        per_device_train_batch_size=4 // world, per_device_eval_batch_size=4 // world, use_cpu=True,
+    )  # fmt: skip
     torch.manual_seed(1)
     for parameter in trainer.model.parameters():  # away from the reference
         parameter.data += 0.05 * torch.randn_like(parameter)
     trainer.compute_metrics = lambda seen: {
-        "seen": len(seen.label_ids), "mean": float(seen.predictions[seen.predictions > -100].mean())
+        "seen": len(seen.label_ids), "mean": float(seen.predictions[seen.label_ids != -100].mean())
     }  # fmt: skip
     found = trainer.evaluate()
     return {key: value for key, value in found.items() if not key.endswith(("_runtime", "_per_second", "_time"))}

@@ -406,14 +406,14 @@ class ObjectiveTrainer(Trainer):
         if isinstance(found, torch.utils.data.IterableDataset) and not isinstance(found, Numbered):
             rows = Numbered(found)
         whole: Any = self.data_collator
-        self.data_collator = WithShare(whole, rank, world, self._eval_size)
+        self.data_collator = WithShare(whole, rank, world, self.eval_rows)
         try:
             return load(rows)
         finally:
             self.data_collator = whole
 
     @property
-    def _eval_size(self) -> int:
+    def eval_rows(self) -> int:
         """Rows of an evaluation batch on each process."""
         size: int = self.args.eval_batch_size
         return size // self.args.world_size if self.args.accelerator_config.split_batches else size
@@ -724,7 +724,7 @@ class ObjectiveTrainer(Trainer):
         if share is None:
             return self._predicted(model, inputs, prediction_loss_only)
         rank, world = self.args.process_index, self.args.world_size
-        own = share.own_at(self._eval_batch, rank, world, self._eval_size, self._eval_total)
+        own = share.own_at(self._eval_batch, rank, world, self.eval_rows, self._eval_total)
         self._eval_batch += 1
         self._eval_own = torch.arange(len(share.rows), device=self.args.device) < own
         if own == len(share.rows):

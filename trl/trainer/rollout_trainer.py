@@ -603,7 +603,7 @@ class RolloutTrainer(ObjectiveTrainer):
             self.sampling_params,
             context=context_length(self.model),
             limit=config.max_completion_length,
-            rank=config.process_index,
+            first=config.process_index * self.eval_rows,
             measure=self.logprobs_of if config.reshapes else None,
         )
 
