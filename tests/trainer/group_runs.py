@@ -18,13 +18,13 @@ SAID = ("reward", "completions/", "episodes/", "unscored", "frac_")
 
 GRPO: dict[str, Any] = {"num_generations": 4, "beta": 0.1, "num_iterations": 2, "scale_rewards": "batch"}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "grpo": ("grpo", 4, GRPO),
+    "grpo": ("grpo", 4, {**GRPO, "dynamic_sampling": True, "mask_truncated_completions": True}),
     "grpo-whole": ("grpo", 8, GRPO),
     "grpo-steps": (
         "grpo", 2,
         {"num_generations": 4, "steps_per_generation": 6, "top_entropy_quantile": 0.7, "dynamic_sampling": True},
     ),
-    "rloo": ("rloo", 6, {"num_generations": 2, "normalize_advantages": True}),
+    "rloo": ("rloo", 6, {"num_generations": 2, "normalize_advantages": True, "missing_eos_penalty": 0.3}),
     "online-dpo": ("online-dpo", 6, {"num_generations": 2, "dynamic_sampling": False, "generation_batch_size": None}),
     "online-dpo-four": (
         "online-dpo", 4, {"num_generations": 4, "dynamic_sampling": False, "generation_batch_size": None},
