@@ -18,6 +18,7 @@ from trl.data.microbatches import balanced_pieces, runs_of_groups
 from trl.data.packing import PackedRow, join, pack, rows_alone
 from trl.data.records import Branch, PackedBatch, Rollout, TensorRecord, TokenTree
 from trl.losses.loss_sum import counted
+from trl.rollout.prompts import part_of
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Tensor:
@@ -127,6 +128,36 @@ class Experience(TensorRecord):
         names = [name for name, column in columns.items() if isinstance(column, list)]
         ragged = {name: [columns[name][row] for row in chosen] for name in names}
         return Experience(**{**columns, **tensors, **ragged})
+
+    @classmethod
+    def below(cls, parts: Sequence[Experience]) -> Experience:
+        """The rows of the parts, one part after the other; those without a row may lack columns."""
+        filled = [part for part in parts if len(part)] or parts[:1]
+        columns: dict[str, Any] = {}
+        for entry in fields(cls):
+            values = [getattr(part, entry.name) for part in filled]
+            if isinstance(values[0], Tensor):
+                columns[entry.name] = joined(values)
+            elif values[0] is not None:
+                columns[entry.name] = [row for value in values for row in value]
+        return cls(**columns)
+
+    def dealt(self, rank: int, world: int, steps: int, of_step: int, together: int = 1) -> Experience:
+        """The rows that one of `world` ranks learns from, in `steps` micro-batches of equally many rows.
+
+        An optimizer step, of `of_step` micro-batches on each rank, takes the same rows whatever the number of ranks.
+        Runs of `together` rows stay in one micro-batch. Where rows are too few, others fill it up that do not count.
+        """
+        units, cells = len(self) // together, world * steps
+        width = -(-units // cells) * together
+        chosen, counts = list[int](), list[bool]()
+        for step in range(steps):
+            part = part_of((step // of_step * world + rank) * of_step + step % of_step, cells, units)
+            own = [row for unit in part for row in range(unit * together, (unit + 1) * together)]
+            chosen += own + [0] * (width - len(own))
+            counts += [True] * len(own) + [False] * (width - len(own))
+        share = self.select(chosen)
+        return share if all(counts) else replace(share, mask_BT=share.mask_BT * torch.tensor(counts)[:, None])
 
     def cut(self, max_tokens: int, *, whole_groups: bool = False) -> list[Experience]:
         """The rows in pieces of about `max_tokens` tokens, equally full. `whole_groups`: equal prompts in a run stay

@@ -48,8 +48,12 @@ def record(
     rollout: Rollout,
     rewards: Rewards,
     group: int,
+    gather: Callable[[list[Any]], list[Any]] = list,
 ) -> None:
-    """The rollout's metrics: sums and counts by `add(name, total, count)`, and extremes."""
+    """The rollout's metrics: sums and counts by `add(name, total, count)`, and extremes.
+
+    gather: collective; the list of all ranks of each rank's list. A standard deviation is that of all ranks' rewards.
+    """
     truncated = rollout.metadata.get("truncated", [False] * len(rollout))
     lengths = [len(ids) for ids in rollout.completions]
     add("completions/mean_length", float(sum(lengths)), len(lengths))
@@ -64,11 +68,14 @@ def record(
         add("episodes/sampled_tokens", float(sum(map(sum, rollout.masks))), len(lengths))
     if not rewards.names:
         return
-    for name, column_B, late in zip(rewards.names, rewards.scores_BF.unbind(1), rewards.timed_out, strict=True):
+    all_BF = torch.tensor(gather(rewards.scores_BF.tolist())).view(-1, len(rewards.names))
+    columns = zip(rewards.names, rewards.scores_BF.unbind(1), all_BF.unbind(1), rewards.timed_out, strict=True)
+    for name, column_B, all_B, late in columns:
         known = column_B[~column_B.isnan()]
         add(f"rewards/{name}/mean", float(known.sum()), len(known))
-        if len(known) > 1:
-            add(f"rewards/{name}/std", float(known.std()), 1)
+        everywhere = all_B[~all_B.isnan()]
+        if len(everywhere) > 1:
+            add(f"rewards/{name}/std", float(everywhere.std()), 1)
         if late is not None:
             add(f"rewards/{name}/timed_out", float(late), 1)
     total_B = rewards.total_B()
@@ -78,7 +85,9 @@ def record(
     add("reward", float(known.sum()), len(known))
     add("unscored_ratio", float(len(total_B) - len(known)), len(total_B))
     if group > 1:
-        spread = [row[~row.isnan()].std().item() for row in total_B.view(-1, group) if (~row.isnan()).sum() > 1]
+        spread = [
+            row[~row.isnan()].std().item() for row in total_B.unflatten(0, (-1, group)) if (~row.isnan()).sum() > 1
+        ]
         add("reward_std", float(sum(spread)), len(spread))
         idle = ~rewards.informative_groups(group)
         add("frac_reward_zero_std", float(idle.sum()), len(idle))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 OF_TRANSFORMERS = frozenset(
     {
@@ -33,6 +34,20 @@ class Metric:
     """the setting that it needs; "": always there"""
     evaluated: bool = True
     """whether evaluation logs it too, with `eval_` before it"""
+    least: float | None = None
+    most: float | None = None
+    """bounds of what is healthy"""
+    advice: str = ""
+    """what a number outside of them means, and what to do"""
+
+    def is_healthy(self, value: float) -> bool:
+        """Whether a number is within the bounds; one without bounds is."""
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+    @property
+    def direction(self) -> int:
+        """1 for a metric that should rise, -1 for one that should fall, 0 for one that may do either."""
+        return 0 if ", or " in self.healthy else {"rises": 1, "falls": -1}.get(re.split(r"\W", self.healthy)[0], 0)
 
     def names(self, logged: str) -> bool:
         """Whether a name in the logs is this metric."""
@@ -195,9 +210,11 @@ METRICS: tuple[Metric, ...] = (
         "`beta` > 0", evaluated=False,
     ),
     Metric("ratio", "mean importance ratio", "near 1; exactly 1 at the first update on a rollout", RATIOS, "", False),
-    Metric("approx_kl", "mean of half the squared log-ratio to the sampling policy", "below 0.05", RATIOS, "", False),
+    Metric("approx_kl", "mean of half the squared log-ratio to the sampling policy", "below 0.05", RATIOS, "", False,
+        most=0.05, advice="each update moves the policy far from what sampled; lower learning_rate or num_iterations"),
     Metric("policy_kl", "mean of minus that log-ratio", "near 0", RATIOS, "", False),
-    Metric("clip_ratio/region_mean", "share of tokens whose gradient is clipped", "below 0.2", RATIOS, "", False),
+    Metric("clip_ratio/region_mean", "share of tokens whose gradient is clipped", "below 0.2", RATIOS, "", False,
+        most=0.2, advice="much of what was sampled is not learned; lower learning_rate or num_iterations"),
     Metric("clip_ratio/low_mean", "share clipped because the ratio is too low", "below 0.1", RATIOS, "", False),
     Metric("clip_ratio/low_min", "the same in the completion with the least", "0", RATIOS, "", False),
     Metric("clip_ratio/high_mean", "share clipped because the ratio is too high", "below 0.1", RATIOS, "", False),
@@ -212,7 +229,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("completions/mean_length", "mean length in tokens", "does not run to the limit", ROLLOUTS),
     Metric("completions/min_length", "shortest completion", "above 1", ROLLOUTS),
     Metric("completions/max_length", "longest completion", "at most the limit", ROLLOUTS),
-    Metric("completions/clipped_ratio", "share of completions that the limit cut", f"small, {_ENDS}", ROLLOUTS),
+    Metric("completions/clipped_ratio", "share of completions that the limit cut", f"small, {_ENDS}", ROLLOUTS,
+        most=0.3,
+        advice="the limit cuts completions before they end; raise max_completion_length, or reward shorter ones"),
     Metric(
         "completions/mean_terminated_length", "mean length of those that ended by themselves", "near `mean_length`",
         ROLLOUTS, "completions that end",
@@ -229,10 +248,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward_std", "mean standard deviation within a group", "above 0", REWARDED, "groups of 2 or more"),
     Metric(
         "frac_reward_zero_std", "share of groups whose rewards are all equal: they teach nothing", "below 0.5",
-        REWARDED, "groups of 2 or more",
+        REWARDED, "groups of 2 or more", most=0.5,
+        advice="most groups teach nothing, as all their rewards are equal; use a finer reward, prompts neither "
+        "too easy nor too hard, a higher temperature or more num_generations",
     ),
     Metric("unscored_ratio", "share of completions that no reward function had an opinion of", "0", REWARDED,
-        "reward_timeout, or a function that has given None"),
+        "reward_timeout, or a function that has given None", most=0.0,
+        advice="some completions have no reward and are not learned; see what the reward functions return for them"),
     Metric("rewards/<function>/mean", "mean of one reward function", "rises", REWARDED),
     Metric("rewards/<function>/std", "its standard deviation", "above 0", REWARDED, "2 opinions or more"),
     Metric("rewards/<function>/timed_out", "share of calls that came too late", "0", REWARDED, "reward_timeout"),
@@ -259,6 +281,14 @@ def named(trainer: str, logged: str) -> Metric | None:
     evaluated = logged.startswith("eval_")
     found = (m for m in METRICS if trainer in m.trainers and m.names(logged.removeprefix("eval_")))
     return next((metric for metric in found if metric.evaluated or not evaluated), None)
+
+
+def with_advice(logged: str, value: Any) -> Metric | None:
+    """The entry of a name in the logs whose advice a number asks for; None: it is healthy, or nothing is advised."""
+    if not isinstance(value, int | float):
+        return None
+    found = next((metric for metric in METRICS if metric.advice and metric.names(logged)), None)
+    return None if found is None or found.is_healthy(value) else found
 
 
 def table(metrics: Iterable[Metric] = METRICS) -> str:

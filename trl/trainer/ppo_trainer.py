@@ -71,7 +71,15 @@ from trl.rollout.measure import (
 )
 from trl.rollout.prompts import PromptStream, with_prompts
 from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_scores
-from trl.rollout.source import EnvironmentSource, GenerateSource, SamplerSource, Source, environment_for_policy
+from trl.rollout.source import (
+    EnvironmentSource,
+    GenerateSource,
+    SamplerSource,
+    Source,
+    close_objects,
+    environment_for_policy,
+    reward_names,
+)
 from trl.trainer import checkpoints, overrides, ppo_forms, ppo_statistics, ppo_today
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of
@@ -80,7 +88,7 @@ from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
-from trl.trainer.run_folder import RunFolder
+from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
@@ -1056,7 +1064,9 @@ class PPOTrainer(BaseTrainer):
         held: AbstractContextManager[None] = nullcontext()
         if folder is not None:
             held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked)
-        with held, self._signal.listening(config.enable_jit_checkpoint):
+        listeners = [] if self.progress is None else self.progress.handler.callbacks
+        heard = told(listeners, lambda: RunFacts(type(self).__name__, self.arguments, resumes, self._data()))
+        with held, self._signal.listening(config.enable_jit_checkpoint), heard:
             if folder is not None:
                 checkpoints.clean_up(folder)
             found = checkpoints.find(resume_from_checkpoint, folder, is_old=_is_old_checkpoint)
@@ -1064,10 +1074,18 @@ class PPOTrainer(BaseTrainer):
                 self._resume(found)
             if folder is not None and self.accelerator.is_main_process:
                 self._folder.begin_metrics(folder, self.data_position if found and resumes else None)
-            with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
-                stats = self._steps(rewards, callback)
+            try:
+                with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
+                    stats = self._steps(rewards, callback)
+            finally:
+                close_objects(self.environment)
             check_weights(self.accelerator, f"after step {self.current_step}", *self._models().values())
             return stats
+
+    def _data(self) -> dict[str, dict[str, Any]]:
+        from trl.trainer.given_data import data_facts  # which brings `datasets`
+
+        return {} if self.dataset is None else {"train": data_facts(self.dataset)}
 
     def _steps(
         self, rewards: RolloutRewards, callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None
@@ -1333,7 +1351,7 @@ class PPOTrainer(BaseTrainer):
         if self._reward_funcs is None and self.environment is None:
             raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
         if self._reward_funcs is None:
-            return RolloutRewards(None)
+            return RolloutRewards(None, kinds=reward_names(self.environment))
         like = frozen_dtype(self.model, self.accelerator.mixed_precision)
         tokenizers, device = self._reward_tokenizers, self.accelerator.device
         return RolloutRewards(panel_of(self._reward_funcs, tokenizers, self.tokenizer, device, like))

@@ -20,6 +20,7 @@ from trl.trainer.configuration import Setting, require
 from trl.trainer.on_policy import OnPolicyConfig, OnPolicyTrainer
 from trl.trainer.ppo_forms import EXAMPLE, one_of
 from trl.trainer.ppo_today import print_samples, reads_tokens
+from trl.trainer.rollout_trainer import with_prompt_ids
 from trl.trainer.settings import OfForm, accepted, rename
 
 RENAMED = {
@@ -192,12 +193,13 @@ class RLOOTrainer(OnPolicyTrainer):
         if model is None:
             raise ValueError("model: none was given; pass a model, a folder or a Hub name")
         source = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
-        if source is None and not any(kwargs.get(name) for name in ("rollout_func", "environment", "tools")):
+        others = ("rollout_func", "environment", "tools", "environment_factory")
+        if source is None and not any(kwargs.get(name) for name in others):
             source = _path(args, "reward_model_path")
         self._token_model = None
         if reward_model is not None and kwargs.get("reward_processing_classes") is None and reads_tokens(reward_model):
             self._token_model = reward_model
-        kwargs |= {name: _with_prompt_ids(kwargs[name]) for name in ("train_dataset", "eval_dataset") if name in kwargs}
+        kwargs |= {name: with_prompt_ids(kwargs[name]) for name in ("train_dataset", "eval_dataset") if name in kwargs}
         reference = one_of("ref_model", ref_model, "ref_policy", ref_policy)
         super().__init__(model, source, args, *more, ref_model=reference, **kwargs)
 
@@ -209,7 +211,8 @@ class RLOOTrainer(OnPolicyTrainer):
     def experience(
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
-        return super().experience(rollout, without_end(rewards, rollout, self.args.missing_eos_penalty), rows)
+        penalty = self.args.missing_eos_penalty
+        return super().experience(rollout, without_end(rewards, rollout, penalty, self._ends()), rows)
 
     def generate_completions(self, sampling: bool = False) -> dict[str, list[Any]]:
         """A completion of each prompt of `eval_dataset` and its reward, as a table on the console; the table's columns.
@@ -274,11 +277,3 @@ def _path(args: Any, name: str) -> str | None:
     """The folder or name that a field was given; None for its default."""
     given = getattr(args, name, None)
     return None if given == EXAMPLE else given
-
-
-def _with_prompt_ids(dataset: Any) -> Any:
-    """A data set of tokenised prompts in `input_ids`, as releases 0.9-0.16 took it, with them as `prompt_ids`."""
-    names = getattr(dataset, "column_names", None)
-    if not isinstance(names, list) or "input_ids" not in names or {"prompt", "prompt_ids"} & set(names):
-        return dataset
-    return dataset.rename_column("input_ids", "prompt_ids")
