@@ -121,3 +121,15 @@ def test_an_interrupted_command_says_so(job, capsys):
     job(failing(KeyboardInterrupt()))
     assert command_line.run(["quickstart"]) == 130
     assert last_line(capsys) == "interrupted"
+
+
+def test_a_shell_completes_commands_and_options(monkeypatch, capsys):
+    from trl.cli.main import run
+
+    for words, at, wanted in (("trl s", "1", ["sft", "simpo", "schema"]), ("trl inspect sft --ht", "3", ["--html"])):
+        monkeypatch.setenv("_TRL_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", at)
+        with pytest.raises(SystemExit):
+            run([])
+        assert capsys.readouterr().out.split() == wanted

@@ -129,3 +129,18 @@ def test_streamed_files_are_told_where_they_are_read(tmp_path):
         list(rows)
     with pytest.raises(pa.ArrowInvalid, match="of another thing"), told_of("data", [tmp_path / "none.csv"], sure=False):
         raise pa.ArrowInvalid("of another thing")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "folder"])
+def test_answers_in_a_csv_file_are_texts(name, tmp_path):
+    from trl.scripts.data_config import named_dataset
+
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path, tmp_path / "folder"):
+        (place / "rows.csv").write_text("prompt,chosen,rejected,score,label\n1+1,2.,007,1.5,true\nnull,NA,1e3,,false\n")
+    rows = named_dataset(str(tmp_path / name), "data", split="train")
+    assert rows["chosen"][:] == ["2.", "NA"]
+    assert rows["rejected"][:] == ["007", "1e3"]
+    assert rows["prompt"][:] == ["1+1", "null"]
+    assert rows["score"][:] == [1.5, None]
+    assert rows["label"][:] == [True, False]

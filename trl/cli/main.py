@@ -38,7 +38,7 @@ COMMANDS: dict[str, Training | Other] = {
 }
 """every command and its line in `trl --help`; an entry here, or in `JOBS`, is all that a new command needs"""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 UsageError: Any = typer.BadParameter.__base__
 """the class of typer's own copy of click, which may differ from the installed click"""
 

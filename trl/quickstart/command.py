@@ -101,7 +101,8 @@ def prepare_libraries(threads: int | None) -> None:
 def idle_cores() -> int:
     """Number of idle cores that this process may use, at least 1. Threads on busy cores only wait."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - round(os.getloadavg()[0]))
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows does not say
+    return max(1, cores - round(busy))
 
 
 def perform(model_name: str | None, tiny: bool, seed: int, scratch: Path, progress: Progress) -> tuple[Run, Any]:

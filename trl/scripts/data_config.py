@@ -114,6 +114,13 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Any:
     return mixed.train_test_split(test_size=int(size) if size >= 1 else size, shuffle=True)
 
 
+TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "query", "solution", "answer")
+TEXTS_OF_CSV: dict[str, Any] = {
+    "converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""],
+}  # fmt: skip
+"""keywords that read a CSV file as it stands: its reader makes numbers of answers such as `76.`, and None of `NA`"""
+
+
 def named_dataset(path: str, option: str, *, split: str | None = None, **keywords: Any) -> Any:
     """The rows of a file, a folder of `save_to_disk`, a folder of files, or a Hub name; all splits, or one of them.
 
@@ -127,6 +134,7 @@ def named_dataset(path: str, option: str, *, split: str | None = None, **keyword
             raise ValueError(f"--{option} {path}: there is no such file")
         check_file(place, option)
         keywords |= {"path": FILE_FORMATS[place.suffix], "data_files": path, "name": None}
+        keywords |= TEXTS_OF_CSV if place.suffix == ".csv" else {}
         with told(option, [path]):
             return datasets.load_dataset(split=split, **keywords)
     if place.is_file():
@@ -135,6 +143,8 @@ def named_dataset(path: str, option: str, *, split: str | None = None, **keyword
         loaded = _saved(path, option)
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
         return splits if split is None else split_of(splits, split, option)
+    kinds = {file.suffix for file in place.rglob("*")} & FILE_FORMATS.keys() if place.is_dir() else set()
+    keywords |= TEXTS_OF_CSV if path == "csv" or kinds == {".csv"} else {}
     with told(option, [path, *_paths(keywords.get("data_files"))]):
         return datasets.load_dataset(path, split=split, **keywords)
 

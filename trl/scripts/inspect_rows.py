@@ -248,14 +248,18 @@ def shown_row(note: RowNote, tokenizer: Any, tokens: bool) -> ShownRow:
 
 def _runs(tokenizer: Any, ids: Sequence[int], marks: Sequence[str], tokens: bool) -> list[tuple[str, str]]:
     """The text in pieces of the same mark, or token by token."""
-    ends = [at for at in range(1, len(ids) + 1) if tokens or at == len(ids) or marks[at] != marks[at - 1]]
-    runs, start, before = [], 0, ""
-    for end in ends:
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        # a piece alone may lose the blank at its start, so it is told by what comes before it
-        piece = text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[start:end])
-        runs.append((piece, marks[end - 1]))
-        start, before = end, text
+    from trl.data.any_text import visible
+    from trl.data.inspect import pieces
+
+    runs: list[tuple[str, str]] = []
+    end = 0
+    for piece in pieces(tokenizer, ids, [int(bool(mark)) for mark in marks]):
+        end += len(piece.ids)
+        text, mark = visible(piece.text), marks[end - 1]
+        if runs and runs[-1][1] == mark and not tokens:
+            runs[-1] = (runs[-1][0] + text, mark)
+        else:
+            runs.append((text, mark))
     return runs
 
 
