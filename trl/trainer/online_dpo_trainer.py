@@ -19,10 +19,18 @@ from trl.losses.preference import PAIR_LOSSES, REFERENCE_FREE, WHOLE_BATCH, pair
 from trl.models.scoring import score
 from trl.models.unwrap import below_peft
 from trl.rewards.named import Judge, judge_named, pairwise
-from trl.rollout.experience import Experience, PolicyBatch
+from trl.rollout.experience import Experience, PolicyBatch, RolloutShape, padded
+from trl.rollout.report import record_objective
 from trl.rollout.rewards import Rewards, without_end
 from trl.trainer.configuration import Setting, as_config, choose, require
-from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer, limit_whole, with_prompt_ids, without_unread
+from trl.trainer.rollout_trainer import (
+    RewardedConfig,
+    RolloutTrainer,
+    divisors,
+    limit_whole,
+    with_prompt_ids,
+    without_unread,
+)
 from trl.trainer.settings import accepted, rename
 
 logger = logging.getLogger(__name__)
@@ -95,11 +103,16 @@ class OnlineDPOConfig(RewardedConfig):
         require(self, "beta", bool(scales) and min(scales) > 0, "give a scale > 0, or one for each epoch")
         require(self, "num_generations", self.num_generations >= 2, "a pair needs at least 2 completions")
         self._validate_judges()
-        rows = self.per_device_train_batch_size
-        require(
-            self, "per_device_train_batch_size", rows % self.num_generations == 0,
-            f"must be a multiple of num_generations={self.num_generations}, so that no pair is cut apart",
-        )  # fmt: skip
+
+    def rollout_shape(self) -> RolloutShape:
+        shape = super().rollout_shape()
+        step = self.rows_of_step(shape) * self.world_size
+        if step % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: must divide the completions of an optimizer step over all "
+                f"processes, {step}, so that its pairs are whole; {divisors(step)} do"
+            )
+        return shape
 
     def _validate_judges(self) -> None:
         """Of what says which completion is better."""
@@ -138,6 +151,7 @@ class OnlineDPOTrainer(RolloutTrainer):
     config_class = OnlineDPOConfig
     beta, loss_type, missing_eos_penalty = Setting(), Setting(), Setting()
     aggregation: Aggregation = "sequence"
+    rows_together = 2
 
     def __init__(
         self,
@@ -187,16 +201,28 @@ class OnlineDPOTrainer(RolloutTrainer):
         with self.reference.model() as model:
             assert model is not None
             reference_BT = self.scored(model, whole).logprobs_BT
+        self._record(whole, rollout, reference_BT, rewards.total_B(), chosen)
         mask_BT = whole.mask_BT * (preference_B != 0)[:, None]
         whole = replace(whole, mask_BT=mask_BT, reference_BT=reference_BT)
         return whole.select(chosen), {"preference": preference_B.tolist()}
 
+    def _record(
+        self, rows: Experience, rollout: Rollout, reference_BT: Tensor, total_B: Tensor, chosen: Sequence[int]
+    ) -> None:
+        """The rollout's metrics under today's names. chosen: the best and the worst of each group, in turn."""
+        beta = self.args.beta_at(self.state.epoch)
+        record_objective(self.record, rows, reference_BT, padded(rollout.masks), total_B, beta)
+        best, worst = total_B[chosen[0::2]], total_B[chosen[1::2]]
+        known = (best - worst)[~(best - worst).isnan()]
+        self.record("objective/scores_margin", float(known.sum()), len(known))
+        ends = set(self._ends())
+        ended = sum(not ends.isdisjoint(ids) for ids in rollout.completions)
+        self.record("val/contain_eos_token", float(ended), len(rollout))
+        self.record("beta", beta)
+
     def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
         batch = super()._collate(rows)["policy"]
         return {"policy": replace(batch, counted=batch.counted / 2)}
-
-    def least_rows(self) -> int:
-        return 2 * super().least_rows()
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         assert batch.reference_BT is not None
@@ -281,7 +307,7 @@ def ordering(config: OnlineDPOConfig, reward_funcs: Any, reward_model: Any, judg
 
 def ordered(rewards: Rewards, group: int) -> tuple[list[int], list[int], list[bool]]:
     """The best and the worst completion of each group, and whether their rewards differ."""
-    total = rewards.total_B().view(-1, group)
+    total = rewards.total_B().unflatten(0, (-1, group))
     first = torch.arange(len(total)) * group
     best = total.nan_to_num(nan=-torch.inf).argmax(1)
     worst = total.nan_to_num(nan=torch.inf).argmin(1)

@@ -28,6 +28,11 @@ RENAMED = {
     "response_length": "max_completion_length", "normalize_advantage": "normalize_advantages",
 }  # fmt: skip
 """field of releases 0.9-0.16 -> today's"""
+LOGGED = {
+    "policy/approxkl_avg": "approx_kl", "policy/clipfrac_avg": "clip_ratio/region_mean",
+    "policy/entropy_avg": "entropy", "loss/policy_avg": "policy_loss", "val/ratio": "ratio",
+}  # fmt: skip
+"""metric of these releases -> today's; a config of their form logs both"""
 
 
 @dataclass(kw_only=True)
@@ -88,8 +93,7 @@ class RLOOConfig(OnPolicyConfig, EarlierSettings):
         rename(self, "exp_name", "run_name")
         if isinstance(self.reward_clip_range, float | int):
             self.reward_clip_range = (-self.reward_clip_range, self.reward_clip_range)
-        earlier = [name for name in EARLIER if getattr(self, name) is not None]
-        if not earlier:
+        if not self.is_of_earlier_form:
             self.temperature = float(self.temperature)
             return
         self._take_earlier_defaults()
@@ -106,6 +110,11 @@ class RLOOConfig(OnPolicyConfig, EarlierSettings):
             kept = dict(self.generation_kwargs or {})
             self.generation_kwargs = {**kept, "stop_token_ids": [self.stop_token_id]}
         self.log_completions = self.log_completions or bool(self.num_sample_generations)
+
+    @property
+    def is_of_earlier_form(self) -> bool:
+        """Whether a field has a value that only releases 0.9-0.16 have."""
+        return any(getattr(self, name) is not None for name in EARLIER)
 
     def _take_earlier_defaults(self) -> None:
         """What that form samples and how often it learns, where nothing is said."""
@@ -184,7 +193,8 @@ class RLOOTrainer(OnPolicyTrainer):
         if model is None:
             raise ValueError("model: none was given; pass a model, a folder or a Hub name")
         source = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
-        if source is None and not any(kwargs.get(name) for name in ("rollout_func", "environment", "tools")):
+        others = ("rollout_func", "environment", "tools", "environment_factory")
+        if source is None and not any(kwargs.get(name) for name in others):
             source = _path(args, "reward_model_path")
         self._token_model = None
         if reward_model is not None and kwargs.get("reward_processing_classes") is None and reads_tokens(reward_model):
@@ -223,6 +233,11 @@ class RLOOTrainer(OnPolicyTrainer):
             print_samples(columns)
         return columns
 
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        if not self.args.is_of_earlier_form:
+            return {}
+        return {earlier: means[name] for earlier, name in LOGGED.items() if name in means}
+
     def zero_advantage_means_zero_gradient(self) -> bool:
         return True
 
@@ -237,17 +252,21 @@ class RLOOTrainer(OnPolicyTrainer):
         advantages_B = leave_one_out(rewards_B, self.args.num_generations)
         return batch_relative(advantages_B) if self.args.normalize_advantages else advantages_B
 
+    def reads_own_pass(self) -> bool:
+        return self.has_objective_of(RLOOTrainer)
+
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         scores = score(model, batch.packed, temperature=self.args.temperature, entropy=True)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
         return clipped_surrogate(
             scores.logprobs_BT,
-            batch.old_logprobs_BT,
+            self.old_logprobs(batch, scores.logprobs_BT),
             batch.advantages_BT,
             batch.mask_BT,
             clip_low=self.args.epsilon,
             clip_high=high,
             level="trajectory",
+            sampled_BT=batch.sampled_BT,
             reference_BT=batch.reference_BT,
             entropy_BT=scores.entropy_BT,
             how=self.aggregation,
