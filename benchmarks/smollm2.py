@@ -103,24 +103,34 @@ def show(out: Path, names: list[str], curve: list[dict[str, Any]], report: dict[
         print(f"step {row['step']}: {row['completion']!r}")
 
 
-def chart(runs: Sequence[Path], path: Path) -> None:
-    """A panel for each reward, a line for each run."""
+def gather(runs: Sequence[Path], path: Path) -> None:
+    """The curves of several runs in one file, and their chart beside it: a panel for a reward, a line for a run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = [[json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()] for run in runs]
-    panels = {key: [curve for curve in curves if key in curve[0]] for curve in curves for key in curve[0]
-              if key.startswith("rewards/") and key.endswith("/mean")}  # fmt: skip
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 2.6), sharey=True, squeeze=False)
-    for axis, (key, shown) in zip(axes[0], panels.items(), strict=True):
-        for curve in shown:
-            axis.plot([row["step"] for row in curve], [row[key] for row in curve], linewidth=1)
-        axis.set(title=key.split("/")[1].replace("_", " "), xlabel="step", ylim=(0, 1.02))
+    curves = {run.name: [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()] for run in runs}
+    lines = [
+        {"run": run, "step": row["step"], **{name: round(row[f"rewards/{name}/mean"], 4) for name in _names(row)}}
+        for run, curve in curves.items()
+        for row in curve
+    ]
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = list(dict.fromkeys(name for curve in curves.values() for name in _names(curve[0])))
+    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.6), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for curve in curves.values():
+            if name in _names(curve[0]):
+                axis.plot([row["step"] for row in curve], [row[f"rewards/{name}/mean"] for row in curve], linewidth=1)
+        axis.set(title=name.replace("_", " "), xlabel="step", ylim=(0, 1.02))
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path.with_suffix(".png"), dpi=80)
 
 
-if __name__ == "__main__":  # python -m benchmarks.smollm2 CHART RUN...
-    chart([Path(run) for run in sys.argv[2:]], Path(sys.argv[1]))
+def _names(row: dict[str, Any]) -> list[str]:
+    return [key.split("/")[1] for key in row if key.startswith("rewards/") and key.endswith("/mean")]
+
+
+if __name__ == "__main__":  # python -m benchmarks.smollm2 docs/results/real_words RUN...
+    gather([Path(run) for run in sys.argv[2:]], Path(sys.argv[1]))

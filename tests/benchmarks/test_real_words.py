@@ -83,6 +83,14 @@ def test_rewards_of_tools():
     assert row["prompt"][-1]["content"].startswith("What is")
 
 
-def test_table():
-    curve = [{"step": n, "rewards/a/mean": n / 10} for n in range(10)]
+def test_ends_of_a_curve_and_curves_of_several_runs(tmp_path):
+    curve = [{"step": n, "rewards/a/mean": n / 10, "loss": 1.0} for n in range(10)]
     assert smollm2.ends(curve, "a") == pytest.approx((0.2, 0.7))
+    for run in ("one-0", "one-1"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+    smollm2.gather([tmp_path / "one-0", tmp_path / "one-1"], tmp_path / "all")
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert len(lines) == 20
+    assert lines[11] == {"run": "one-1", "step": 1, "a": 0.1}
+    assert (tmp_path / "all.png").stat().st_size > 0
