@@ -156,7 +156,7 @@ def start(name: str | None, tiny: bool, lines: list[str], used: list[Any], progr
     if name is not None:
         return open_model(name), name
     used.append(assets.SMOLLM2)
-    return open_model(assets.fetch(assets.SMOLLM2, progress.say)), "SmolLM2-135M-Instruct"
+    return open_model(assets.fetch(assets.SMOLLM2, progress.say)), "SmolLM2-135M-Instruct, from a 4-bit file"
 
 
 def circumstances() -> dict[str, Any]:

@@ -18,6 +18,7 @@ PAIRS = ("DPO", "ORPO", "CPO", "SimPO")
 REWARDED = ("GRPO", "RLOO", "OnlineDPO", "RAFT")
 ROLLOUTS = (*REWARDED, "Distillation")
 RATIOS = ("GRPO", "RLOO")
+_TODAY = "today's form of its config"
 EVERY = ("SFT", "Reward", "PRM", *PAIRS, "KTO", *ROLLOUTS)
 
 
@@ -55,6 +56,67 @@ class Metric:
 
 
 _ENDS = "so the limit does not cut most of them"
+_SAMPLING = tuple(
+    Metric(
+        f"sampling/{name}", f"{meaning}, before the first update on a rollout", healthy,
+        RATIOS if name.endswith(("max", "min")) else (*RATIOS, "PPO"), "", False,
+    )
+    for name, meaning, healthy in (
+        (
+            "sampling_logp_difference/mean", "mean absolute difference between the log-probabilities that the sampler "
+            "and the trainer compute of a token", "1e-6 in float32, below 0.03 in half precision",
+        ),
+        ("sampling_logp_difference/max", "the largest", "below 1"),
+        (
+            "importance_sampling_ratio/mean", "mean ratio of trainer to sampler: of tokens, or of completions where "
+            "the loss reads theirs", "1",
+        ),
+        ("importance_sampling_ratio/min", "the least", "near 1"),
+        ("importance_sampling_ratio/max", "the largest", "near 1"),
+        ("kl", "estimate of the KL of a token from sampler to trainer", "near 0, of either sign"),
+        ("approx_kl", "mean of half their squared log-ratio", "below 1e-3"),
+        (
+            "outside_clip_range", "share of these ratios outside the clip range: what would be clipped if the "
+            "sampler's log-probabilities were the old ones", "0 in float32; more is harmless in half precision, whose "
+            "old ones are the trainer's",
+        ),
+    )
+)  # fmt: skip
+_OBJECTIVE = tuple(
+    Metric(f"objective/{name}", meaning, healthy, trainers, when, evaluated=trainers == ("PPO",) and name == "scores")
+    for trainers, when in ((RATIOS, "`beta` > 0"), (("OnlineDPO",), ""), (("PPO",), _TODAY))
+    for name, meaning, healthy in (
+        ("kl", "mean KL of a completion to the reference, by its tokens' log-ratios", "grows slowly"),
+        ("entropy", "mean of minus a completion's log-probability", "falls slowly"),
+        ("scores", "mean reward of a completion", "rises"),
+        ("non_score_reward", "minus `beta` times that KL; PPO: the KL coefficient", "small beside `objective/scores`"),
+        ("rlhf_reward", "`objective/scores` plus that", "rises"),
+    )
+)
+_EARLIER = tuple(
+    Metric(name, f"`{now}`, as releases 0.9-0.16 called it", "as that", ("RLOO",), "a field of these releases", False)
+    for name, now in (
+        ("policy/approxkl_avg", "approx_kl"), ("policy/clipfrac_avg", "clip_ratio/region_mean"),
+        ("policy/entropy_avg", "entropy"), ("loss/policy_avg", "policy_loss"), ("val/ratio", "ratio"),
+    )
+)  # fmt: skip
+_PPO = tuple(
+    Metric(name, meaning, healthy, ("PPO",), _TODAY, False)
+    for name, meaning, healthy in (
+        ("policy/approxkl_avg", "mean of half the squared log-ratio to the policy before the step", "below 0.05"),
+        ("policy/clipfrac_avg", "share of tokens whose gradient is clipped", "below 0.2"),
+        ("policy/entropy_avg", "mean entropy of the policy's next token, in nats", "falls slowly"),
+        ("loss/policy_avg", "the policy's loss", "of either sign"),
+        ("loss/value_avg", "the critic's loss", "falls"),
+        ("val/clipfrac_avg", "share of values that the critic's clip range holds back", "below 0.2"),
+        ("val/ratio", "mean importance ratio", "near 1"),
+        ("val/ratio_var", "its variance over tokens", "small"),
+        ("val/num_eos_tokens", "responses that ended by themselves", "near the batch size"),
+        ("lr", "learning rate", "as set"),
+        ("episode", "responses so far, over all processes", "grows evenly"),
+        ("eps", "responses a second", "steady"),
+    )
+)
 METRICS: tuple[Metric, ...] = (
     Metric(
         "num_tokens",
@@ -196,6 +258,19 @@ METRICS: tuple[Metric, ...] = (
     Metric("rewards/<function>/mean", "mean of one reward function", "rises", REWARDED),
     Metric("rewards/<function>/std", "its standard deviation", "above 0", REWARDED, "2 opinions or more"),
     Metric("rewards/<function>/timed_out", "share of calls that came too late", "0", REWARDED, "reward_timeout"),
+    Metric("policy_loss", "the loss without its KL term and entropy bonus", "of either sign", RATIOS, "", False),
+    *_SAMPLING,
+    *_OBJECTIVE,
+    Metric(
+        "objective/scores_margin", "mean reward of the best of a group minus that of the worst", "above 0",
+        ("OnlineDPO",), "", False,
+    ),
+    Metric(
+        "val/contain_eos_token", "share of completions that hold an end token", "near 1", ("OnlineDPO",), "", False,
+    ),
+    Metric("beta", "scale of the log-ratios in this epoch", "as set", ("OnlineDPO",), "", False),
+    *_EARLIER,
+    *_PPO,
     Metric("kept_ratio", "share of completions that are learned", "steady", ("RAFT",), "", False),
     Metric("step_time", "seconds of an optimizer step, sampling and rewards included", "steady", ROLLOUTS, "", False),
 )  # fmt: skip

@@ -140,7 +140,8 @@ def resolved(settings: Sequence[Any]) -> Iterator[Resolved]:
     """Each field of the dataclasses, secrets left out; `given` can be read again in place of `now`."""
     seen = {"config"}
     for one in settings:
-        asked = getattr(one, "asked", None)
+        # a `PPOConfig` answers for its arguments, which were asked for other values
+        asked = one.asked if hasattr(type(one), "asked") else None
         for entry in fields(one):
             if not entry.init or entry.name in seen or _names_secret(entry.name):
                 continue
