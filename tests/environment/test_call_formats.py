@@ -5,11 +5,17 @@ file to write them anew, and read the difference before you commit it.
 """
 
 import json
+import re
 import sys
 import time
+from datetime import date
+from decimal import Decimal
+from enum import Enum
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 from call_styles import FOLDER, NAMES, WRITTEN, chatml, each, tokenizer_of
 from tokenizers_for_tests import byte_tokenizer
 
@@ -18,6 +24,7 @@ from trl.data.records import Completion
 from trl.data.rendering import shared_start
 from trl.environment import ChatEnvironment, JsonCalls
 from trl.environment.call_formats import ToolCall
+from trl.environment.tool_calls import error_text
 from trl.environment.turns import SampledTurns
 from trl.generation.sampler import SamplingParams
 from trl.rollout.report import record
@@ -376,8 +383,16 @@ def test_frequencies_of_calls_are_logged():
     [
         ({"town": "Köln", "sky": ["東京", None]}, '{"town": "Köln", "sky": ["東京", null]}'),
         (["ü", 1], '["ü", 1]'),
-        ({1: b"x"}, '{"1": "b\'x\'"}'),
+        ({1: b"x"}, '{"1": "x"}'),
         (None, ""),
+        ("Köln\n".encode(), "Köln\n"),
+        (b"\xff", "\\xff"),
+        (np.float32(2.5), "2.5"),
+        ({"n": np.int64(3), "at": torch.tensor([1, 2])}, '{"n": 3, "at": [1, 2]}'),
+        ([Decimal("2.50"), {4}], '["2.50", [4]]'),
+        (date(2024, 1, 2), "2024-01-02"),
+        ({(1, 2): 3}, "{(1, 2): 3}"),
+        (map(str, [1]), "Tool error: the tool gave a map and not what it holds; return a list"),
     ],
 )
 def test_results_are_readable(given, text):
@@ -390,6 +405,44 @@ def test_results_are_readable(given, text):
     case = Case("hermes")
     case.environment = ChatEnvironment([look]).for_policy(case.tokenizer, case.ends)
     assert answers(play(case, NOW.replace("now", "look") + "<|im_end|>", "Done.<|im_end|>")[0]) == [text]
+
+
+class Colour(Enum):
+    RED, BLUE = "red", "blue"
+
+
+def paint(colour: Colour, others: list[Colour] = (), last: Colour | None = None) -> str:  # type: ignore[assignment]
+    """Paint.
+
+    Args:
+        colour: The colour.
+        others: More of them.
+        last: The last one.
+    """
+    return " ".join(each.name for each in [colour, *others, *([last] if last else [])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"colour": "red"}, "RED"),
+        ({"colour": "red", "others": ["blue", "red"], "last": "blue"}, "RED BLUE RED BLUE"),
+        ({"colour": "blue", "last": None}, "BLUE"),
+        ({"colour": "RED"}, "Tool error: 'RED' is not a valid Colour"),
+    ],
+)
+def test_a_tool_with_an_enum_gets_its_members(arguments, text):
+    """E1: the schema says the members' values, so that is what the model writes."""
+    case = Case("hermes")
+    case.environment = ChatEnvironment([paint]).for_policy(case.tokenizer, case.ends)
+    said = f"<tool_call>{json.dumps({'name': 'paint', 'arguments': arguments})}</tool_call><|im_end|>"
+    assert answers(play(case, said, "Done.<|im_end|>")[0]) == [text]
+
+
+def test_errors_whose_text_says_nothing_are_named():
+    assert [error_text(error) for error in (KeyError("town"), AssertionError(), OSError("gone"))] == [
+        "Tool error: KeyError('town')", "Tool error: AssertionError()", "Tool error: gone"
+    ]  # fmt: skip
 
 
 # --- tools of other kinds -----------------------------------------------------------------------------------------
@@ -463,6 +516,61 @@ def test_tools_need_not_be_functions(tool, name, keys, arguments, answer):
     assert answers(play(case, said, "Done.<|im_end|>")[0]) == [answer]
 
 
+def by_place(a: int, /) -> int:
+    """Place.
+
+    Args:
+        a: A number.
+    """
+    return a
+
+
+def several(*numbers: int) -> int:
+    """Add.
+
+    Args:
+        numbers: To add.
+    """
+    return sum(numbers)
+
+
+def counts() -> str:
+    """Count."""
+    yield "one"
+
+
+async def counts_later() -> str:
+    """Count."""
+    yield "one"
+
+
+@pytest.mark.parametrize(
+    ("tool", "what"),
+    [
+        (by_place, "tools: by_place takes a by position, and models give arguments by name"),
+        (several, "tools: several takes *numbers by position"),
+        (counts, "tools: counts yields, and a call has one answer"),
+        (counts_later, "tools: counts_later yields"),
+    ],
+)
+def test_tools_that_no_call_could_use_are_named(tool, what):
+    with pytest.raises(ValueError, match=re.escape(what)):
+        ChatEnvironment([tool])
+
+
+def test_further_keywords_are_no_argument_of_a_schema():
+    def look(town: str, **further: str) -> str:
+        """Look.
+
+        Args:
+            town: Where.
+            further: Whatever.
+        """
+
+    (schema,) = ChatEnvironment([look]).schemas
+    assert list(schema["function"]["parameters"]["properties"]) == ["town"]
+
+
 def test_tools_may_have_names_of_their_own():
     environment = ChatEnvironment({"first": partial(weigh, unit="g"), "second": weigh})
     assert [schema["function"]["name"] for schema in environment.schemas] == ["first", "second"]
@@ -477,7 +585,7 @@ def test_tools_may_have_names_of_their_own():
         (["weigh"], r"tools\[0\]: a str holds no code that could run"),
         ([weigh, partial(weigh, unit="g")], r"tools: several have the same name \(weigh\)"),
         ([partial(lambda x: x, 1)], "tools: <lambda> cannot be described to the model"),
-        ([partial(print)], "tools: print cannot be described to the model"),
+        ([partial(print)], r"tools: print takes \*args by position"),
     ],
 )
 def test_tools_that_cannot_be_used(tools, wrong):

@@ -107,6 +107,78 @@ def test_what_is_no_reward_is_named(value, error, wrong, asynchronous):
         chat(ChatEnvironment(environment_factory=factory), guesses(), [row()])
 
 
+def rewarded(**attributes):
+    """Objects whose `reset` sets these attributes, and which have a tool."""
+
+    class Holder:
+        def reset(self):
+            self.__dict__.update(attributes)
+
+        def go(self) -> str:
+            """Go."""
+            return "gone"
+
+    return Holder
+
+
+@pytest.mark.parametrize("held", [None, math.nan, {"parts": 1.0}, [0.0]])
+def test_an_attribute_reward_that_is_no_number(held):
+    """E1: it is named, and does not matter where `get_reward` judges."""
+    holder = rewarded(reward=held)
+    with pytest.raises(ValueError, match=r"^Holder.reward is .*; give a finite number, the sum so far"):
+        chat(ChatEnvironment(environment_factory=holder), lambda *_: "x", [row()])
+    holder.get_reward = lambda self: 2.0
+    assert chat(ChatEnvironment(environment_factory=holder), lambda *_: "x", [row()])[0].rewards == [2.0]
+
+
+def test_methods_called_reward_and_done_are_tools():
+    """E1: a method is always true, and no number; a property is what it gives."""
+
+    class Methods(rewarded()):
+        def done(self) -> bool:
+            """Say that it is done."""
+            return False
+
+        def reward(self) -> float:
+            """Ask for the reward."""
+            return 1.0
+
+    environment = ChatEnvironment(environment_factory=Methods)
+    environment.needs_rewards = True
+    with pytest.raises(ValueError, match="Methods has no get_reward"):
+        chat(environment, lambda *_: "x", [row()])
+    environment.needs_rewards = False
+    rollout, _, _ = chat(environment, lambda text, turn: call("done") if turn < 2 else "x", [row()])
+    assert rollout.metadata["tools_called"] == [2]
+
+    class Properties(rewarded()):
+        done = property(lambda self: True)
+        reward = property(lambda self: 0.5)
+
+    rollout, _, _ = chat(ChatEnvironment(environment_factory=Properties), lambda *_: call("go"), [row()])
+    assert (rollout.rewards, rollout.metadata["tools_called"]) == ([0.5], [1])
+
+
+def test_a_method_inherits_its_docstring():
+    class Loud(Word):
+        def guess(self, word: str) -> str:
+            return super().guess(word).upper()
+
+    environment = ChatEnvironment(environment_factory=Loud)
+    assert environment.schemas == ChatEnvironment(environment_factory=Word).schemas
+    rollout, _, _ = chat(environment, guesses("a"), [row()])
+    assert rollout.metadata["completions"][0][1]["content"] == "YES"
+
+
+def test_a_helper_that_cannot_be_described_is_named_with_a_way_out():
+    class Helped(Word):
+        def helper(self, word):
+            return word
+
+    with pytest.raises(ValueError, match=r"helper cannot be .*; a method that is no tool begins with an underscore$"):
+        ChatEnvironment(environment_factory=Helped)
+
+
 def test_what_reset_sets_is_there():
     """E3: the reward, and a tool."""
 

@@ -199,7 +199,7 @@ class CannotSay(Exception):
     [
         (SystemExit(0), "Tool error: 0"),
         (SystemExit("bye"), "Tool error: bye"),
-        (GeneratorExit(), "Tool error: "),
+        (GeneratorExit(), "Tool error: GeneratorExit()"),
         (asyncio.CancelledError("no"), "Tool error: no"),
         (CannotSay(), "Tool error: CannotSay"),
     ],

@@ -30,7 +30,18 @@ def test_every_column_reaches_every_function_by_name():
 
 @pytest.mark.parametrize(
     "values",
-    [[1, 0.5], (1.0, 0.5), torch.tensor([1.0, 0.5]), np.array([1, 0.5], np.float32), [np.float32(1), True / 2]],
+    [
+        [1, 0.5],
+        (1.0, 0.5),
+        torch.tensor([1.0, 0.5]),
+        torch.tensor([[1.0], [0.5]]),
+        np.array([[1], [0.5]]),
+        torch.tensor([1.0, 0.5], requires_grad=True),
+        torch.tensor([1.0, 0.5]).bfloat16(),
+        iter([1, 0.5]),
+        np.array([1, 0.5], np.float32),
+        [np.float32(1), True / 2],
+    ],
 )
 def test_any_numbers_will_do(values):
     assert ask(lambda **_: values).scores == [[1.0, 0.5]]
@@ -72,6 +83,14 @@ def broken(**columns):
     raise KeyError("solution")
 
 
+async def yields(**columns):
+    yield 1.0
+
+
+def unknown(prompts, answer, *, level, log_metric, further=None, **columns):
+    return [1.0] * len(prompts)
+
+
 @pytest.mark.parametrize(
     ("function", "what"),
     [
@@ -86,12 +105,16 @@ def broken(**columns):
         (lambda **_: [1e39, 1.0], r"gave 1e\+39 for completion 0: give a finite number of at most 1e\+15 in size"),
         (lambda **_: [0.0, -1e30], r"gave -1e\+30 for completion 1: give a finite number of at most"),
         (lambda **_: [0.0, 10**400], "for completion 1: give a finite number"),
+        (lambda **_: torch.tensor(1.0), "gave one Tensor; give a list, with a value each"),
+        (lambda **_: torch.ones(2, 2), r"gave \[1.0, 1.0\] for completion 0"),
+        (yields, "gave one async_generator; give a list"),
+        (unknown, "'unknown' needs answer, level; there are the columns prompts: add one, or give the parameter a def"),
     ],
 )
 @pytest.mark.parametrize("timeout", [None, 5.0])
 def test_a_function_that_does_not_do_as_asked_is_named(function, what, timeout):
     with pytest.raises(RewardError, match=what):
-        ask(function, timeout=timeout)
+        ask(function, timeout=timeout, prompts=["a", "b"])
 
 
 def test_the_cause_stays_visible():

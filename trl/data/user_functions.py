@@ -29,6 +29,16 @@ def accepted(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[s
     return {name: value for name, value in columns.items() if name in named}
 
 
+def needed(function: Callable[..., Any]) -> set[str]:
+    """The names of the parameters that a call by keywords must give; none where the function does not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {each.name for each in parameters if each.kind in by_name and each.default is each.empty}
+
+
 def own(value: Any) -> Any:
     """A value that its taker may change: lists, dicts, arrays, images are copied; what cannot be copied is shared.
 
@@ -53,7 +63,10 @@ def in_order(value: Any) -> list[Any]:
     """The values that a function gave, one after the other; TypeError for what has no order or holds no values."""
     if isinstance(value, Mapping | Set | str | bytes):
         raise TypeError(f"a {type(value).__name__}; give a list, in the order of what was asked")
-    return list(value.tolist() if hasattr(value, "tolist") else value)
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(listed, Iterable) and not hasattr(listed, "__getitem__"):
+        raise TypeError(f"one {type(value).__name__}; give a list, with a value each")
+    return list(listed)
 
 
 # --- async --------------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 
 from trl.data.any_text import encodable
@@ -22,7 +23,7 @@ from trl.environment.factories import Factory, OwnEnvironment, Said
 from trl.environment.learned_calls import learned_reader
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import FailedCall, Pending, answer_of, error_text
-from trl.environment.tool_schemas import named_tools, schema_of
+from trl.environment.tool_schemas import named_tools, schema_of, with_members
 from trl.environment.turns import SampledTurns
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,12 @@ class ChatEnvironment(Environment):
             return FailedCall(f"Tool error: {call.error}")
         if call.name not in tools:
             return FailedCall(f"Unknown tool {call.name}.")
-        return answer_of(self.late_calls, call.name, partial(tools[call.name], **call.arguments), _text_of)
+        tool = tools[call.name]
+        try:
+            arguments = with_members(tool, call.arguments)
+        except ValueError as error:
+            return error_text(error)
+        return answer_of(self.late_calls, call.name, partial(tool, **arguments), _text_of)
 
     def _cut(self, text: str) -> str:
         """So much of an answer as the model reads."""
@@ -223,13 +229,32 @@ class ChatEnvironment(Environment):
 
 
 def _text_of(result: Any) -> str:
-    """What the model reads of a tool's result; letters of any script stay readable."""
+    """What the model reads of a tool's result: a text as it stands, JSON, or what `str` makes of other objects."""
     if isinstance(result, str):
         return result
+    if isinstance(result, Iterator | AsyncIterator):
+        return FailedCall(f"Tool error: the tool gave a {type(result).__name__} and not what it holds; return a list")
     try:
-        return "" if result is None else json.dumps(result, default=str, ensure_ascii=False)
+        plain = result if isinstance(result, _JSON) else _plain(result)
+        return plain if isinstance(plain, str) else json.dumps(plain, default=_plain, ensure_ascii=False)
+    except (TypeError, ValueError):  # keys that JSON does not know, or a list that holds itself
+        return str(result)
     except Exception as error:
         return error_text(error)
+
+
+_JSON = (dict, list, tuple, int, float)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a value that it does not know; letters of any script stay readable."""
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, bytes | bytearray):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, set | frozenset):
+        return list(value)
+    return "" if value is None else str(value)
 
 
 class Answer(NamedTuple):

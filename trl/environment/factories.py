@@ -169,15 +169,31 @@ class OwnEnvironment:
     @property
     def gives_rewards(self) -> bool:
         """Whether it has rewards; one that sets `reward` in `reset` has them from then on."""
-        return self.judges or hasattr(self.instance, "reward")
+        return self.judges or self._attribute("reward", ...) is not ...
+
+    def _attribute(self, name: str, default: Any) -> Any:
+        """What an attribute or a property holds; the default for a method, which is a tool."""
+        held = getattr(self.instance, name, default)
+        return default if inspect.isroutine(held) else held
 
     @property
     def done(self) -> bool:
-        return bool(getattr(self.instance, "done", False))
+        return bool(self._attribute("done", False))
 
     def new_reward(self) -> float:
-        """The growth of `reward` since the last call of this method."""
-        reward = float(getattr(self.instance, "reward", 0.0))
+        """The growth of `reward` since the last call of this method; 0 for what is no number beside `get_reward`."""
+        held = self._attribute("reward", 0.0)
+        try:
+            reward = float(held)
+        except (TypeError, ValueError):
+            reward = math.nan
+        if not math.isfinite(reward):
+            if self.judges:
+                return 0.0
+            raise ValueError(
+                f"{self.name}.reward is {shown(held)}; give a finite number, the sum so far, or a method get_reward(), "
+                "which may return None for no opinion"
+            )
         grown, self._credited = reward - self._credited, reward
         return grown
 

@@ -43,9 +43,11 @@ class FailedCall(str):
 
 
 def error_text(error: BaseException) -> FailedCall:
-    """What the model reads of an exception of a tool."""
+    """What the model reads of an exception of a tool: its text, with its type where that alone says nothing."""
     try:
-        return FailedCall(f"Tool error: {error}")
+        said = str(error)
+        bare = not said.strip() or isinstance(error, KeyError)  # the text of a KeyError is only the key
+        return FailedCall(f"Tool error: {error!r}" if bare else f"Tool error: {said}")
     except Exception:  # its own text cannot be made
         return FailedCall(f"Tool error: {type(error).__name__}")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from functools import partial
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils.chat_template_utils import get_json_schema
 
@@ -64,12 +66,13 @@ def _with_fixed(tool: partial[Any]) -> Tool:
 
 
 def schema_of(name: str, tool: Tool) -> dict[str, Any]:
-    """The JSON schema of a tool, by its type hints and docstring; ValueError where it lacks them."""
+    """The JSON schema of a tool, by its hints and docstring, without `**kwargs`; ValueError where it lacks them."""
     given = getattr(tool, "__wrapped__", None)
     given = given if isinstance(given, partial) else tool
+    _refuse_uncallable(name, tool)
     error: Exception | None = None
     try:
-        stubs = [tool] if getattr(given, "__name__", None) == name else _stubs(name, given)
+        stubs = [tool] if _describes_itself(name, given) else _stubs(name, given)
         for stub in stubs:
             try:
                 return dict(get_json_schema(stub))
@@ -79,18 +82,68 @@ def schema_of(name: str, tool: Tool) -> dict[str, Any]:
         error = raised
     raise ValueError(
         f"tools: {name} cannot be described to the model ({error}); give it type hints, and a docstring with an "
-        "`Args:` section"
+        f"`Args:` section{_OR_HIDE if inspect.ismethod(inspect.unwrap(tool)) else ''}"
     ) from None
+
+
+_OR_HIDE = "; a method that is no tool begins with an underscore"
+
+
+def _describes_itself(name: str, tool: Tool) -> bool:
+    """Whether it has the name and a docstring of its own, and no `**kwargs`, of which a schema says nothing true."""
+    parameters = inspect.signature(tool).parameters.values()
+    is_open = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    return getattr(tool, "__name__", None) == name and bool(tool.__doc__) and not is_open
+
+
+def with_members(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with the members of an `Enum` for their values, which a schema tells the model.
+
+    ValueError for a value that no member has.
+    """
+    try:
+        hints = get_type_hints(_code_of(inspect.unwrap(tool)))
+    except Exception:  # nothing is known of them
+        return dict(arguments)
+    return {name: _member(hints.get(name), value) for name, value in arguments.items()}
+
+
+def _member(hint: Any, value: Any) -> Any:
+    if get_origin(hint) is list and isinstance(value, list):
+        return [_member(get_args(hint)[0], each) for each in value]
+    kinds = [each for each in (hint, *get_args(hint)) if inspect.isclass(each) and issubclass(each, Enum)]
+    plain = value is None or len(kinds) != 1 or get_origin(hint) not in (None, Union, UnionType)
+    return value if plain else kinds[0](value)
+
+
+def _refuse_uncallable(name: str, tool: Tool) -> None:
+    """ValueError for a tool that a call by name cannot fill, or of which a call gives no result."""
+    code = inspect.unwrap(tool)
+    codes = (code, getattr(code, "__call__", None))  # noqa: B004
+    if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in codes):
+        raise ValueError(f"tools: {name} yields, and a call has one answer; let it return a text or a list")
+    try:
+        parameters = inspect.signature(tool).parameters.values()
+    except (TypeError, ValueError):
+        return
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.POSITIONAL_ONLY: ""}
+    unnamed = [f"{stars[each.kind]}{each.name}" for each in parameters if each.kind in stars]
+    if unnamed:
+        raise ValueError(
+            f"tools: {name} takes {', '.join(unnamed)} by position, and models give arguments by name; give it "
+            "parameters with names, a list for several values"
+        )
 
 
 def _stubs(name: str, tool: Tool) -> list[Tool]:
     """Functions with the tool's name, signature and hints, one for each docstring that may describe it."""
     inner, fixed = (tool.func, tool.keywords) if isinstance(tool, partial) else (tool, {})
-    is_object = not (inspect.isroutine(inner) or inspect.isclass(inner))
-    code = type(inner).__call__ if is_object else inner
+    inner = getattr(inner, "__wrapped__", inner)  # the method of an environment, which inherits its docstring
+    code = _code_of(inner)
     hints = get_type_hints(code)
     signature = inspect.signature(tool)
-    kept = [each for key, each in signature.parameters.items() if key not in fixed]
+    named = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    kept = [each for each in named if each.name not in fixed]
 
     def stub_with(doc: str | None) -> Tool:
         def stub() -> None: ...
@@ -101,5 +154,12 @@ def _stubs(name: str, tool: Tool) -> list[Tool]:
         stub.__annotations__ = {key: hints[key] for key in names if key in hints}
         return stub
 
-    docs = [code.__doc__, type(inner).__doc__] if is_object else [inspect.getdoc(inner)]
+    docs = [inspect.getdoc(inner)] if code is inner else [code.__doc__, type(inner).__doc__]
     return [stub_with(doc) for doc in docs]
+
+
+def _code_of(tool: Tool) -> Callable[..., Any]:
+    """The function that has a tool's hints: itself, that of a partial, or the `__call__` of an object's class."""
+    inner = tool.func if isinstance(tool, partial) else tool
+    is_object = not (inspect.isroutine(inner) or inspect.isclass(inner))
+    return type(inner).__call__ if is_object else inner  # type: ignore[no-any-return]

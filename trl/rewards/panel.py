@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from trl.data.user_functions import Awaited, accepted, in_order, is_async, own
+from trl.data.user_functions import Awaited, accepted, in_order, is_async, needed, own
 from trl.rewards.reward_model import RewardModel
 
 RewardFunction = Callable[..., Any]
@@ -122,6 +122,7 @@ class RewardPanel:
                     f"reward function {name!r}: {len(late)} calls still run after their reward_timeout. A thread "
                     "cannot be stopped: let the function end in time by itself, or work in a process that it can kill"
                 )
+        _refuse_missing(self.names, self.functions, {**columns, **(live or {})})
         calls = [_Call(*each, count, columns, live or {}) for each in zip(self.functions, self.timeouts, strict=True)]
         for call in sorted(calls, key=lambda call: not call.runs_aside):  # these first: they run meanwhile
             call.start()
@@ -223,6 +224,17 @@ class _Call:
             raise RewardError(f"reward function {name!r} failed: {error!r}") from error
 
 
+def _refuse_missing(names: Sequence[str], functions: Sequence[RewardFunction], columns: Mapping[str, Any]) -> None:
+    """`RewardError` for a function that needs what nobody gives."""
+    for name, function in zip(names, functions, strict=True):
+        missing = needed(function) - columns.keys() - {"log_extra", "log_metric"}
+        if missing:
+            raise RewardError(
+                f"reward function {name!r} needs {', '.join(sorted(missing))}; there are the columns "
+                f"{', '.join(columns)}: add one, or give the parameter a default"
+            )
+
+
 def checked(who: str, value: Any, count: int) -> list[float]:
     """The values of one function as floats, None as NaN; `RewardError` unless there is one for each completion.
 
@@ -230,6 +242,8 @@ def checked(who: str, value: Any, count: int) -> list[float]:
     """
     if value is None or isinstance(value, int | float):
         raise RewardError(f"{who} gave {value!r}: give a list of numbers, one each")
+    if getattr(value, "ndim", 1) == 2 and value.shape[1] == 1:
+        value = value[:, 0]  # a column, as reward models give it
     try:
         values = in_order(value)
     except TypeError as error:
