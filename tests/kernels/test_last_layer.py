@@ -7,9 +7,9 @@ from torch import nn
 
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.kernels.layers import computed_at, last_layer
+from trl.kernels.layers import computed_at, final_norm, last_layer
 from trl.kernels.tree_attention import TreeLayout
-from trl.models.forward import rows_padded
+from trl.models.forward import in_module, plan_of, rows_padded
 from trl.models.prepare import enable_gradient_checkpointing
 from trl.models.scoring import score
 
@@ -87,3 +87,58 @@ def test_layers_whose_activations_are_computed_again_are_left_alone():
     model = tiny_model("llama")
     enable_gradient_checkpointing(model)
     assert last_layer(model) is None
+
+
+# -- the final norm ------------------------------------------------------------------------------
+
+
+def final_states(model):
+    """What the final norm returns and what the head reads of it, in a pass with gradient."""
+    normed, read = [], []
+    hook = final_norm(model).register_forward_hook(lambda module, inputs, output: normed.append(output))
+    head = model.get_output_embeddings()
+    in_module(model, head, PACKED, lambda states_SD: read.append(states_SD) or states_SD.sum(-1))
+    hook.remove()
+    return normed[-1], read[-1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_final_norm_computes_what_is_read_and_the_head_takes_it_without_a_copy(name, checkpointing):
+    """6 tokens are scored; two completions share the state of their prompt's last token."""
+    model = tiny_model(name)
+    if checkpointing:
+        enable_gradient_checkpointing(model.train())
+    score(model, PACKED)
+    normed, read = final_states(model)
+    assert len(PACKED.scored_S) == 6
+    assert normed.shape[:2] == (1, 6)
+    assert read.data_ptr() == normed.data_ptr()
+    assert read.untyped_storage().nbytes() == 6 * read.shape[-1] * 4
+
+
+def test_a_network_that_views_the_norms_output_as_a_whole_row_gets_it():
+    model = tiny_model("gpt2")
+    score(model, PACKED)
+    assert (plan_of(model).packed, plan_of(model).narrow, plan_of(model).early) == (True, True, False)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_head_that_needs_the_whole_row_gets_it(name):
+    """A network that adds something as long as the row to the norm's output: its last layer is still narrowed."""
+    model = tiny_model(name)
+    whole = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: whole.append(output))
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.0 * whole[-1],))
+    found = score(model, PACKED).logprobs_BT
+    assert (plan_of(model).packed, plan_of(model).narrow, plan_of(model).early) == (True, True, False)
+    assert final_states(model)[0].shape[1] == len(PACKED.ids_N)
+    torch.testing.assert_close(found, score(tiny_model(name), PACKED).logprobs_BT)
+
+
+def test_a_norm_that_is_not_beside_the_layers_is_left_alone():
+    model = tiny_model("llama")
+    model.model.norm = nn.Sequential(model.model.norm)
+    assert final_norm(model) is None
+    expected = score(tiny_model("llama"), PACKED).logprobs_BT
+    torch.testing.assert_close(score(model, PACKED).logprobs_BT, expected)

@@ -106,6 +106,60 @@ def test_words_that_never_come_may_fill_tiles(monkeypatch):
     assert module.bias.grad.tolist() == [0, 0, 0.5, -0.5, 0, 0]
 
 
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("width", [2, 3, 6])
+def test_words_that_never_come_have_no_share_in_the_entropy(linear, trained, width, monkeypatch):
+    """A bias of -inf, in whole tiles too: 0 log 0 is 0."""
+    monkeypatch.setattr(tiled, "tiles", lambda *shape: [slice(i, i + width) for i in range(0, 6, width)])
+    module = torch.nn.Linear(2, 6)
+    module.bias.data[:] = torch.tensor([-torch.inf, -torch.inf, 0.0, 1.0, -torch.inf, 0.5])
+    module.requires_grad_(trained)
+    hidden, ids = torch.randn(2, 2, requires_grad=True), torch.tensor([2, 4])
+    head = heads.Head(module, 6) if linear else heads.Head(torch.nn.Sequential(module), 6)
+    logprobs, entropies, _ = heads.token_logprobs(head, hidden, ids, entropy=True)
+    logp = module(hidden)[:, [2, 3, 5]].log_softmax(-1)
+    torch.testing.assert_close(entropies, -(logp.exp() * logp).sum(-1).detach())
+    torch.testing.assert_close(logprobs[0], logp[0, 0])
+    assert logprobs[1].item() == -torch.inf  # never
+    expected = torch.autograd.grad(logp[0, 0], hidden)[0]
+    torch.testing.assert_close(torch.autograd.grad(logprobs[0], hidden)[0][0], expected[0])
+    slow = heads.logprobs_and_entropy(head, hidden, ids)[1]
+    torch.testing.assert_close(slow, entropies)
+    assert torch.autograd.grad(slow.sum(), hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+def test_entropies_of_logits_of_every_size(size, offset):
+    """Flat and sharp rows, with logits far from 0: the entropy is exact to their rounding, and never below 0."""
+    torch.manual_seed(0)
+    module, hidden = torch.nn.Linear(8, 64), size * torch.randn(64, 8)
+    module.bias.data += offset
+    found = heads.token_logprobs(heads.Head(module, 64), hidden, torch.arange(64), entropy=True)
+    logits = module(hidden).detach().double()
+    logp, largest = logits.log_softmax(-1), float(logits.abs().max())
+    torch.testing.assert_close(found[1].double(), -(logp.exp() * logp).sum(-1), rtol=0, atol=2e-6 * max(1, largest))
+    torch.testing.assert_close(found[0].detach().double(), logp.diagonal(), rtol=0, atol=2e-6 * max(1, largest))
+    assert (found[1] >= 0).all()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_entropies_in_autocast_and_in_half_precision(trained):
+    torch.manual_seed(0)
+    module, hidden = torch.nn.Linear(8, 64).requires_grad_(trained), 3 * torch.randn(5, 8)
+    ids = torch.arange(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = heads.token_logprobs(heads.Head(module, 64), hidden, ids, entropy=True)
+        logits = module(hidden).float()
+    half = module.to(torch.bfloat16)
+    plain_half = heads.token_logprobs(heads.Head(half, 64), hidden.to(torch.bfloat16), ids, entropy=True)
+    for found, given in ((cast, logits), (plain_half, half(hidden.to(torch.bfloat16)).float())):
+        logp = given.log_softmax(-1)
+        torch.testing.assert_close(found[1], -(logp.exp() * logp).sum(-1).detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[0], logp[ids, ids])
+
+
 def test_words_beyond_the_named_vocabulary_count_as_the_model_counts_them():
     module = torch.nn.Linear(2, 4, bias=False)
     logprobs, *_ = heads.token_logprobs(heads.Head(module, 3), torch.zeros(1, 2), torch.tensor([0]))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from math import inf
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ MOST_ROWS = 2**10
 """rows of a tile: more of them would leave it few columns"""
 LOWEST = torch.finfo(torch.float32).min
 KEPT_ELEMENTS = 2**25
-"""exponentials of logits that a trained head keeps from forward to backward (128 MiB in float32)"""
+"""probabilities that a trained head keeps from forward to backward (128 MiB in float32)"""
 
 
 def row_blocks(count: int) -> list[slice]:
@@ -96,6 +97,11 @@ class Linear:
         return None if softcap is None else 1 - (logits * (self.temperature / softcap)) ** 2
 
 
+def floor_of(dtype: torch.dtype) -> float:
+    """What stands for a bias of -inf: a word that never comes, whose logit is still a number."""
+    return max(-1e30, torch.finfo(dtype).min / 2)
+
+
 def targets_of(ids_R: Tensor, walked: list[slice]) -> list[tuple[Tensor, Tensor]]:
     """For each tile the rows whose target lies in it, and the columns of these targets."""
     ordered, rows = ids_R.sort()
@@ -103,6 +109,35 @@ def targets_of(ids_R: Tensor, walked: list[slice]) -> list[tuple[Tensor, Tensor]
     tile = torch.bucketize(ordered, starts, right=True) - 1
     counts = tile.bincount(minlength=len(walked)).tolist()
     return list(zip(rows.split(counts), (ordered - starts[tile]).split(counts), strict=True))
+
+
+class Tile(NamedTuple):
+    """The softmax of one tile: probabilities = exp(logits - peak) times share. [R, W], [R], [R]"""
+
+    probabilities: Tensor
+    peak: Tensor
+    share: Tensor
+
+
+def softmax_of(logits: Tensor, peak_R: Tensor, memory: Tensor | None) -> tuple[Tile, Tensor]:
+    """The softmax of a tile with these peaks, and the sum of its probabilities, at least 1/2. [R]
+
+    The sum of the exponentials is read off a word whose exponential is known: the tile's first word takes the place of
+    the likeliest for the while. So `softmax` is the only operation on all words, and sums are exact to rounding.
+    """
+    known = logits.select(1, 0)
+    first = known.clone()
+    known.copy_(peak_R)
+    if memory is None:
+        probabilities = torch.softmax(logits, 1)
+    else:
+        probabilities = torch.softmax(logits, 1, out=memory[: logits.numel()].view_as(logits))
+    read = probabilities.select(1, 0)
+    share = read.clone()
+    own = torch.sub(first, peak_R).exp_().mul_(share)
+    known.copy_(first)
+    read.copy_(own)
+    return Tile(probabilities, peak_R, share), own.sub_(share).add_(1)
 
 
 class Softmax:
@@ -115,24 +150,25 @@ class Softmax:
         self.want_entropy = want_entropy
 
     def take(
-        self, logits: Tensor, targets: tuple[Tensor, Tensor], cap_slope: Tensor | None, keeps: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Add a tile. Returns exp(logits - peak), [R, W], and the factor that rescales sums over earlier tiles, [R].
+        self, logits: Tensor, targets: tuple[Tensor, Tensor], cap_slope: Tensor | None, memory: Tensor | None
+    ) -> tuple[Tile, Tensor, Tensor]:
+        """Add a tile, whose logits are overwritten. Returns its softmax, and the factors of sums over earlier tiles and
+        over this one, [R].
 
-        The logits are overwritten. keeps: the exponentials get their own memory.
+        memory: for the probabilities; None: they get their own.
         """
         self.chosen[targets[0]] = logits[targets]
         if cap_slope is not None:
             self.target_cap_slope[targets[0]] = cap_slope[targets]
-        peak = torch.maximum(self.peak, logits.amax(1))
-        rise, self.peak = peak - self.peak, peak
-        rescale = (-rise).exp_()
-        below = logits.sub_(peak[:, None])
-        exponentials = below.exp() if keeps or self.want_entropy else below.exp_()
+        peak_R = logits.amax(1)
+        tile, mass = softmax_of(logits, peak_R, memory)
+        peak = torch.maximum(self.peak, peak_R)
+        before, own = self.peak.sub_(peak).exp_(), torch.sub(peak_R, peak).exp_().div_(tile.share)
+        self.peak = peak
+        self.total.mul_(before).addcmul_(own, mass)
         if self.want_entropy:
-            self.mean = rescale * (self.mean - rise * self.total) + below.mul_(exponentials).sum(1)
-        self.total = torch.addcmul(exponentials.sum(1), self.total, rescale)
-        return exponentials, rescale
+            self.mean.mul_(before).addcmul_(own, logits.mul_(tile.probabilities).sum(1))
+        return tile, before, own
 
     def logprobs(self) -> Tensor:
         """log p of the targets."""
@@ -144,7 +180,9 @@ class Softmax:
 
     def entropies(self) -> Tensor:
         """-sum p log p; 0 unless wanted."""
-        return self.total.log() - self.mean / self.total if self.want_entropy else self.mean
+        if not self.want_entropy:
+            return self.mean
+        return (self.peak - self.mean / self.total + self.total.log()).clamp_(min=0.0)
 
     def target_slope(self) -> Tensor:
         """d log p(target) / d its logit, with the soft-cap's slope: in float32 where half precision rounds p to 1."""
@@ -152,27 +190,40 @@ class Softmax:
 
 
 class HiddenGradient:
-    """d log p / d h of some rows, for a frozen head: summed while the logits exist. [R, D]"""
+    """d log p / d h of some rows, for a frozen head: averaged while the logits exist. [R, D]"""
 
     def __init__(self, linear: Linear, hidden_RD: Tensor):
-        self.linear, self.sum_RD = linear, wide_zeros(hidden_RD)
+        self.linear, self.mean_RD = linear, wide_zeros(hidden_RD)
+        same = self.mean_RD.dtype == linear.weight.dtype and not torch.is_autocast_enabled(hidden_RD.device.type)
+        self.product = torch.empty_like(self.mean_RD) if same else None
+        self.total = hidden_RD.new_zeros(len(hidden_RD), dtype=torch.float32)
 
     def take(
         self,
-        exponentials: Tensor,
+        tile: Tile,
         words: slice,
         targets: tuple[Tensor, Tensor],
         cap_slope: Tensor | None,
-        rescale_R: Tensor,
+        before_R: Tensor,
+        own_R: Tensor,
     ) -> None:
         """Add the words of a tile, without the targets."""
-        slope = exponentials if cap_slope is None else exponentials.mul_(cap_slope)
+        slope, weight = tile.probabilities, self.linear.weight[words]
+        if cap_slope is not None:
+            slope = slope.mul_(cap_slope)
         slope[targets] = 0.0
-        add_product(self.sum_RD.mul_(rescale_R[:, None]), slope, self.linear.weight[words])
+        self.total = torch.addcmul(own_R, self.total, before_R)
+        product = (
+            (slope.to(weight.dtype) @ weight).to(self.mean_RD.dtype)
+            if self.product is None
+            else torch.mm(slope, weight, out=self.product)
+        )
+        self.mean_RD.lerp_(product, (own_R / self.total).to(product.dtype)[:, None])
 
     def finished(self, softmax: Softmax, ids_R: Tensor) -> Tensor:
-        own = self.linear.weight[ids_R].float() * softmax.target_slope()[:, None]
-        return own.sub_(self.sum_RD / softmax.total[:, None]).mul_(self.linear.factor)
+        self.product = None
+        own = self.linear.weight[ids_R].float().mul_(softmax.target_slope()[:, None])
+        return own.addcmul_(self.mean_RD, (self.total / softmax.total)[:, None], value=-1).mul_(self.linear.factor)
 
 
 def wide_zeros(like: Tensor) -> Tensor:
@@ -190,29 +241,27 @@ def add_product(sum_RD: Tensor, slope: Tensor, weight: Tensor) -> None:
 
 
 class Kept:
-    """The exponentials that the forward pass of a trained head keeps for its backward pass, within a budget."""
+    """The probabilities that the forward pass of a trained head keeps for its backward pass, within a budget."""
 
     def __init__(self, budget: int):
         self.budget = budget
-        self.tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        """for the tile at (row, word): exp(logits - peak) times the soft-cap's slope, and that peak"""
+        self.tiles: dict[tuple[int, int], Tile] = {}
+        """the tile at (row, word), its probabilities times the soft-cap's slope"""
 
     def fits(self, rows: int, words: slice) -> bool:
         return rows * (words.stop - words.start) <= self.budget
 
-    def take(
-        self, place: tuple[int, int], exponentials: Tensor, cap_slope: Tensor | None, peak_R: Tensor, dtype: torch.dtype
-    ) -> None:
-        self.budget -= exponentials.numel()
-        slope = exponentials if cap_slope is None else exponentials.mul_(cap_slope)
-        self.tiles[place] = slope.to(dtype), peak_R
+    def take(self, place: tuple[int, int], tile: Tile, cap_slope: Tensor | None, dtype: torch.dtype) -> None:
+        self.budget -= tile.probabilities.numel()
+        slope = tile.probabilities if cap_slope is None else tile.probabilities.mul_(cap_slope)
+        self.tiles[place] = tile._replace(probabilities=slope.to(dtype))
 
 
 class LinearLogprobs(torch.autograd.Function):
     """log p of the targets; their entropies, and which are the likeliest (no gradient). [S], [S], [S] float32
 
     A frozen head needs only the gradient of h, which the forward pass knows up to a factor for each row: the logits are
-    then computed once. A trained head keeps exponentials up to a budget, and computes the others again in the backward
+    then computed once. A trained head keeps probabilities up to a budget, and computes the others again in the backward
     pass. Each pass over a tile costs time, so all of them work in place.
     """
 
@@ -221,7 +270,7 @@ class LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head, temperature: float,
         want_entropy: bool, learns: bool, place: Place | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        linear = Linear(weight, bias, head, temperature)
+        linear = Linear(weight, None if bias is None else bias.clamp(min=floor_of(bias.dtype)), head, temperature)
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         frozen = learns and hidden.requires_grad and not head_trains
         kept = Kept(KEPT_ELEMENTS if learns and head_trains else 0)
@@ -232,20 +281,24 @@ class LinearLogprobs(torch.autograd.Function):
             softmax = Softmax(len(hidden_RD), hidden.device, want_entropy)
             of_hidden = HiddenGradient(linear, hidden_RD) if frozen else None
             walked = tiles(len(hidden_RD), len(weight), hidden.device)
-            memory = linear.memory(hidden, len(hidden_RD), walked[0].stop)
+            memory, room = linear.memory(hidden, len(hidden_RD), walked[0].stop), None
             for words, targets in zip(walked, targets_of(ids_R, walked), strict=True):
                 keeps = kept.fits(len(hidden_RD), words)
+                if not keeps and memory is not None and room is None:
+                    room = torch.empty_like(memory)
                 logits = linear.logits(hidden_RD, words, memory)
                 cap_slope = linear.softcap_slope(logits) if learns else None
-                exponentials, rescale_R = softmax.take(logits, targets, cap_slope, keeps)
+                tile, before_R, own_R = softmax.take(logits, targets, cap_slope, None if keeps else room)
                 if of_hidden is not None:
-                    of_hidden.take(exponentials, words, targets, cap_slope, rescale_R)
+                    of_hidden.take(tile, words, targets, cap_slope, before_R, own_R)
                 elif keeps:
-                    kept.take((rows.start, words.start), exponentials, cap_slope, softmax.peak, weight.dtype)
+                    kept.take((rows.start, words.start), tile, cap_slope, weight.dtype)
             logprobs[rows], entropies[rows], tops[rows] = softmax.logprobs(), softmax.entropies(), softmax.tops()
             peak[rows], total[rows], slope[rows] = softmax.peak, softmax.total, softmax.target_slope()
             if gradient is not None and of_hidden is not None:
                 gradient[rows] = of_hidden.finished(softmax, ids_R)
+        if bias is not None and head.softcap is None:
+            logprobs.masked_fill_(bias[ids].isneginf(), -inf)  # the floor stands for it
         ctx.linear, ctx.kept, ctx.place = linear, kept.tiles, place
         ctx.save_for_backward(hidden, weight, bias, ids, gradient, peak, total, slope)
         ctx.mark_non_differentiable(entropies, tops)
@@ -265,29 +318,27 @@ class LinearLogprobs(torch.autograd.Function):
             hidden_RD, grad_R, target_R = hidden[rows], grad_S[rows], grad_S[rows] * slope[rows]
             walked = tiles(len(hidden_RD), len(weight), hidden.device)
             for words, targets in zip(walked, targets_of(ids[rows], walked), strict=True):
-                exponentials, peak_R = ctx.kept.pop((rows.start, words.start), None) or recomputed(
-                    linear, hidden_RD, words, peak[rows]
-                )
-                share_R = (peak_R - peak[rows]).exp() / total[rows]
-                tile = exponentials.mul_((-grad_R * share_R)[:, None])
-                tile[targets] = target_R[targets[0]].to(tile.dtype)
-                tile = tile.to(weight.dtype)
+                tile = ctx.kept.pop((rows.start, words.start), None) or recomputed(linear, hidden_RD, words, peak[rows])
+                own_R = (tile.peak - peak[rows]).exp_().div_(tile.share * total[rows])
+                slope_RW = tile.probabilities.mul_((-grad_R * own_R)[:, None])
+                slope_RW[targets] = target_R[targets[0]].to(slope_RW.dtype)
+                slope_RW = slope_RW.to(weight.dtype)
                 if grad_hidden is not None:
-                    add_product(grad_hidden[rows], tile, weight[words])
+                    add_product(grad_hidden[rows], slope_RW, weight[words])
                 if grad_weight is not None:
-                    grad_weight[words].addmm_(tile.t(), hidden_RD, beta=0 if fresh and rows.start == 0 else 1)
+                    grad_weight[words].addmm_(slope_RW.t(), hidden_RD, beta=0 if fresh and rows.start == 0 else 1)
                 if grad_bias is not None:
-                    grad_bias[words] += tile.sum(0)
+                    grad_bias[words] += slope_RW.sum(0)
         given = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
         return given, None if ctx.place is not None else grad_weight, grad_bias, *[None] * 6
 
 
-def recomputed(linear: Linear, hidden_RD: Tensor, words: slice, peak_R: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - peak) of a tile times the soft-cap's slope, and the peak."""
+def recomputed(linear: Linear, hidden_RD: Tensor, words: slice, peak_R: Tensor) -> Tile:
+    """A tile whose share is 1: exp(logits - peak) times the soft-cap's slope."""
     logits = linear.logits(hidden_RD, words, None)
     cap_slope = linear.softcap_slope(logits)
     exponentials = logits.sub_(peak_R[:, None]).exp_()
-    return exponentials if cap_slope is None else exponentials.mul_(cap_slope), peak_R
+    return Tile(exponentials if cap_slope is None else exponentials.mul_(cap_slope), peak_R, torch.ones_like(peak_R))
 
 
 def _weight_gradient(weight: Tensor, place: Place | None, rows: int) -> tuple[Tensor | None, bool]:

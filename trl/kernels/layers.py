@@ -1,7 +1,7 @@
 """Faster forwards for some layers of a network, for the length of one pass over a packed row.
 
 `fast` is the door: a pass inside it computes the same numbers. Norms, rotary embeddings and the embedding are one step
-of autograd each, and the last layer leaves out positions that nobody reads.
+of autograd each, and the last layer and the final norm leave out positions that nobody reads.
 """
 
 from __future__ import annotations
@@ -27,22 +27,38 @@ WORTH_IT = 0.9
 """share of positions that are read above which the last layer computes all of them"""
 
 
+@dataclass
+class Reading:
+    """The positions of a packed row whose states a head reads."""
+
+    index_S: Tensor
+    selected: bool = False
+    """whether the final norm has computed these positions alone, in this order"""
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The states that are read, [S, D], of those that reach the head: [1, N, D], or [1, S, D] where selected."""
+        return hidden[0] if self.selected else hidden[0].index_select(0, self.index_S)
+
+
 @contextmanager
-def fast(network: Any, packed: PackedBatch, read_S: Tensor | None) -> Iterator[TreeLayout]:
+def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, early: bool) -> Iterator[TreeLayout]:
     """Within it `network` computes this batch faster; yields the layout that its attention takes as `tree`.
 
-    read_S: the positions at which the last layer's output is read, elsewhere it may be wrong; None: all are read.
+    narrow: the last layer's output may be wrong where it is not read. early: the final norm selects what is read.
     """
     layout, total = TreeLayout(packed.segments), len(packed.ids_N)
     with ExitStack() as stack:
-        if read_S is not None:
-            positions = read_S.unique()
+        if narrow:
+            positions = reading.index_S.unique()
             layer = last_layer(network) if len(positions) <= WORTH_IT * total else None
             if layer is not None:
                 stack.enter_context(computed_at(layer.by_position, positions, total))
                 if layer.attention is not None:
                     layout.read_only_at(layer.attention, positions.tolist())
         stack.enter_context(fused_norms(network))
+        norm = final_norm(network) if early else None
+        if norm is not None:
+            stack.enter_context(selected_by(norm, reading))
         stack.enter_context(fused_rotary(network))
         stack.enter_context(lookup(network.get_input_embeddings()))
         yield layout
@@ -83,14 +99,7 @@ def last_layer(network: nn.Module) -> LastLayer | None:
 
     A checkpointed layer is computed again in the backward pass, when the positions are no longer known.
     """
-    layer: Any = None
-    for module in network.modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module)
-            and isinstance(getattr(module[-1], "mlp", None), nn.Module)
-        ):
-            layer = module[-1]
+    _, layer = _around_last_layer(network)
     if layer is None or getattr(layer, "gradient_checkpointing", False):
         return None
     attention = getattr(layer, "self_attn", None)
@@ -98,6 +107,43 @@ def last_layer(network: nn.Module) -> LastLayer | None:
     if not all(isinstance(projection, nn.Module) for projection in projections):
         return LastLayer((layer.mlp,), None)
     return LastLayer((layer.mlp, *projections), attention)
+
+
+def _around_last_layer(network: nn.Module) -> tuple[nn.Module | None, Any]:
+    """The module that holds the decoder's layers, and the last of them; (None, None) where it has no `mlp`."""
+    found: tuple[nn.Module | None, Any] = (None, None)
+    for module in network.modules():
+        for child in module.children():
+            if (
+                isinstance(child, nn.ModuleList)
+                and len(child)
+                and isinstance(getattr(child[-1], "mlp", None), nn.Module)
+            ):
+                found = module, child[-1]
+    return found
+
+
+def final_norm(network: nn.Module) -> nn.Module | None:
+    """The norm that stands beside the decoder's list of layers, the last if there are several; a probe tries it."""
+    decoder, _ = _around_last_layer(network)
+    beside = [] if decoder is None else list(decoder.children())
+    return next((module for module in reversed(beside) if type(module).__name__.lower().endswith("norm")), None)
+
+
+@contextmanager
+def selected_by(norm: nn.Module, reading: Reading) -> Iterator[None]:
+    """Within it the norm takes a packed row [1, N, D] and returns what is read of it, [1, S, D].
+
+    The caller of the head holds the norm's output as long as the head computes: it is then no longer than what is read.
+    """
+    whole = norm.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reading.selected = True
+        return whole(hidden.index_select(1, reading.index_S), *args, **kwargs)  # type: ignore[no-any-return]
+
+    with swapped_forward(norm, forward):
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from math import inf
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
-from trl.kernels.layers import fast, swapped_forward
+from trl.kernels.layers import Reading, fast, swapped_forward
 from trl.losses.loss_sum import LossSum
 from trl.models.attention import enable_tree_attention, inside_tree, own_attention
-from trl.models.precision import HALF, TOLERANCES, coarsest, precision_of
+from trl.models.precision import EXACT, HALF, TOLERANCES, coarsest, precision_of
 from trl.models.unwrap import (
     accepts,
     adapter_state,
@@ -97,22 +97,24 @@ def _pass(
     """
     parts: list[Tensor] = []
     outputs: list[Tensor] = []
+    reading = Reading(index_S)
 
     def compute(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+        batch, length = hidden.shape[0], hidden.shape[-2]
         if is_encoder_decoder(model):
             states_SD = hidden[packed.row_S, packed.slot_S]
         elif plan.packed:
-            states_SD = hidden[0].index_select(0, index_S)
+            states_SD, length = reading.states(hidden), len(packed.ids_N)
         else:
             states_SD = hidden[row_S, packed.position_N[index_S] + virtual_tokens(packed, hidden)]
         result = function(states_SD)
         parts[:] = [result] if isinstance(result, Tensor) else result
-        return _as_output(parts, hidden) if torch.is_grad_enabled() else hidden[..., :1]
+        return _as_output(parts, batch, length) if torch.is_grad_enabled() else hidden.new_zeros(batch, length, 1)
 
     with swapped_forward(module, compute):
         last = module.register_forward_hook(lambda called, inputs, output: outputs.append(output))
         try:
-            _run(model, packed, plan, index_S)
+            _run(model, packed, plan, reading)
         finally:
             last.remove()
     if not torch.is_grad_enabled():
@@ -125,15 +127,14 @@ def _pass(
     )
 
 
-def _as_output(parts: Sequence[Tensor], hidden: Tensor) -> Tensor:
+def _as_output(parts: Sequence[Tensor], batch: int, length: int) -> Tensor:
     """All numbers of the parts, then zeros, in a tensor that a model takes for logits of one word. [B, L or more, 1]"""
     numbers = torch.cat([part.flatten() for part in parts])
-    batch, length = hidden.shape[0], hidden.shape[-2]
     length = max(length, -(-len(numbers) // batch))
     return nn.functional.pad(numbers, (0, batch * length - len(numbers))).view(batch, length, 1)
 
 
-def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, index_S: Tensor) -> Any:
+def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, reading: Reading) -> Any:
     """The model's call, and what it returns."""
     network = below_value_head(model)
     with ExitStack() as stack:
@@ -147,7 +148,7 @@ def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, index_S: Tens
             return _watched(model, packed, inputs, inputs["attention_mask"])
         enable_tree_attention(network)  # again where somebody has set the attention since the probe
         stack.enter_context(inside_tree())
-        tree = stack.enter_context(fast(network, packed, index_S if plan.narrow else None))
+        tree = stack.enter_context(fast(network, packed, reading, narrow=plan.narrow, early=plan.early))
         inputs = {"input_ids": packed.ids_N[None], "position_ids": packed.position_N[None], "tree": tree}
         return _watched(model, packed, {**inputs, "use_cache": False}, None)
 
@@ -164,7 +165,7 @@ def _watched(model: nn.Module, packed: PackedBatch, inputs: dict[str, Any], mask
 
 def padded_pass(model: nn.Module, packed: PackedBatch) -> Any:
     """What the model returns for the rows padded, with its own logits."""
-    return _run(model, packed, PADDED, packed.scored_S)
+    return _run(model, packed, PADDED, Reading(packed.scored_S))
 
 
 def within_forward(model: nn.Module, function: Callable[[nn.Module], LossSum]) -> LossSum:
@@ -311,11 +312,15 @@ class ForwardPlan:
     """rows are packed; else padded"""
     narrow: bool = False
     """the last layer may skip positions that nobody reads"""
+    early: bool = False
+    """the final norm may leave them out, so that the head gets only those that are read"""
     reach: float = 0
-    """tokens of the longest row for which the probe has found out `packed` and `narrow`"""
+    """tokens of the longest row for which the probe has found out `packed`, `narrow` and `early`"""
     samples_locally: bool | None = None
     """whether the local sampler's engine computes what the network computes; None: nobody has asked"""
     why_not_local: str = ""
+    precision: str = ""
+    """in which the network computes, see `computes_in`; "": nobody has asked"""
     generates: Generates | None = None
     """None: nobody has asked"""
 
@@ -335,6 +340,12 @@ def note(model: nn.Module, plan: ForwardPlan) -> ForwardPlan:
     network = below_value_head(model)
     _plans.setdefault(network, {})[_state_of(network)] = plan
     return plan
+
+
+def computes_in(model: nn.Module) -> str:
+    """The precision in which the model computes now, as `precision_of` finds it; asked once for each state of it."""
+    plan = plan_of(model)
+    return (plan if plan.precision else note(model, replace(plan, precision=precision_of(model)))).precision
 
 
 def _state_of(network: nn.Module) -> tuple[Any, ...]:
@@ -411,7 +422,7 @@ def probe_rows(network: Any, longest: int = 0) -> tuple[PackedBatch, float]:
 
 
 def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
-    """Whether packed rows give the states that padded rows give, with the last layer narrowed or whole."""
+    """Whether packed rows give the states of padded rows, with the last layer and the final norm narrowed or whole."""
     network = below_value_head(model)
     known, (packed, reach) = plan_of(model), probe_rows(network, longest)
     switched_off, _ = adapter_state(network)
@@ -422,8 +433,8 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
             as_now = _expected(model, module, packed)
             exact = as_now if as_now.is_exact else _expected_exactly(model, module, packed)
             enable_tree_attention(network)
-            for narrow in (True, False) if shares_prompts else ():
-                plan = replace(known, packed=True, narrow=narrow, reach=reach)
+            for narrow, early in product((True, False), repeat=2) if shares_prompts else ():
+                plan = replace(known, packed=True, narrow=narrow, early=early, reach=reach)
                 if _computes(model, module, packed, plan, as_now, exact):
                     return plan
         except PROBE_ERRORS as error:
@@ -432,7 +443,7 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
         "%s does not compute packed rows as it computes separate ones: it pads its rows (same results, slower).",
         type(network).__name__,
     )
-    return replace(known, packed=False, narrow=False, reach=inf)
+    return replace(known, packed=False, narrow=False, early=False, reach=inf)
 
 
 class Expected(NamedTuple):
@@ -443,7 +454,7 @@ class Expected(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        return self.precision in ("float64", "float32")
+        return self.precision in EXACT
 
     def agrees(self, states_SD: Tensor) -> bool:
         tolerance = TOLERANCES[self.precision].states * float(self.states_SD.abs().max())

@@ -160,9 +160,10 @@ def map_logits(
 
 
 def entropy_of(logits: Tensor, log_z: Tensor | None = None) -> Tensor:
-    """Entropy of softmax(logits) over the last axis, in nats."""
+    """Entropy of softmax(logits) over the last axis, in nats; a logit of -inf adds 0."""
     log_z = torch.logsumexp(logits, -1) if log_z is None else log_z
-    return log_z - ((logits - log_z[..., None]).exp() * logits).sum(-1)
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+    return log_z - ((logits - log_z[..., None]).exp() * finite).sum(-1)
 
 
 def logprobs_and_entropy(
@@ -289,7 +290,7 @@ def score(
 
     A token's value is the one at the position that predicts it. `entropy_gradient` makes the entropies
     differentiable, at the price of a second pass through the head. The tops cost nothing; entropies without gradient
-    cost a product of numbers and a sum for each tile of logits, whose exponentials are there.
+    cost a product of numbers and a sum for each tile of logits, whose probabilities are there.
     """
     v_head = below_accelerate(model).v_head if values else None
     asked = {

@@ -17,7 +17,7 @@ from trl.rewards.panel import RewardError
 from trl.rollout.experience import RolloutState
 from trl.rollout.prompts import PromptStream
 from trl.rollout.rewards import Rewards, RolloutRewards
-from trl.rollout.source import Rows, Source
+from trl.rollout.source import Rows, Source, with_own_prompts
 
 Collected = tuple[list[Any], Rollout, Rewards]
 """rows of the data set (one a group), their completions, the completions' rewards"""
@@ -70,6 +70,7 @@ class Collector:
         rows = [row for place in self._places for row in self.prompts.take(state.position + place, 1)]
         state.position += self._wanted
         rollout = self.draw(rows, self.group, self.seed(state.rollouts, turn), self._places)
+        rows = with_own_prompts(rows, rollout)
         try:
             return rows, rollout, self.judge(rollout, rows, self.group, trainer_state)
         except RewardError:

@@ -56,6 +56,10 @@ class PolicyBatch(TensorRecord):
     weight_BT: Tensor | None = None
     values_BT: Tensor | None = None
     returns_BT: Tensor | None = None
+    sampled_BT: Tensor | None = None
+    """the sampler's log-probabilities, before the first update since it sampled"""
+    own_pass: bool = False
+    """whether this pass, before the first update, gives the old log-probabilities in place of `old_logprobs_BT`"""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Experience(TensorRecord):
     """1 where the policy sampled the token and learns from it"""
     old_logprobs_BT: Tensor | None = None
     """under the policy that sampled, at the sampling temperature"""
+    sampled_BT: Tensor | None = None
+    """the same as the sampler computed them, where its precision is too coarse to learn from them"""
     advantages_BT: Tensor | None = None
     reference_BT: Tensor | None = None
     """the reference's log-probabilities"""
@@ -197,6 +203,7 @@ class Experience(TensorRecord):
             weight_BT=self.weight_BT,
             values_BT=self.values_BT,
             returns_BT=self.returns_BT,
+            sampled_BT=self.old_logprobs_BT if self.sampled_BT is None else self.sampled_BT,
         )
 
 
@@ -219,6 +226,12 @@ class RolloutShape:
     def passes(self) -> int:
         """How many micro-batches are handed out of each rollout."""
         return self.steps_per_generation * self.num_iterations
+
+    def learned_later(self, accumulation: int) -> range:
+        """The rows that are learned after the first update on their rollout too; accumulation: micro-batches of one."""
+        if self.num_iterations > 1:
+            return range(0 if accumulation % self.passes else self.rows, self.rows)
+        return range(min(accumulation * self.per_device_train_batch_size, self.rows), self.rows)
 
 
 @dataclass

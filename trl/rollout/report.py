@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trl.data.any_text import console, encodable, visible
 from trl.data.records import Rollout
 from trl.losses.loss_sum import Extreme, extreme
 from trl.models.weight_files import writing
+from trl.rollout.experience import Experience
 from trl.rollout.rewards import Rewards
 
 Columns = dict[str, list[Any]]
@@ -89,6 +91,30 @@ def record(
         add("reward_std", float(sum(spread)), len(spread))
         idle = ~rewards.informative_groups(group)
         add("frac_reward_zero_std", float(idle.sum()), len(idle))
+
+
+def record_objective(
+    add: Callable[[str, float, float], None],
+    rows: Experience,
+    reference_BT: Tensor,
+    mask_BT: Tensor,
+    scores_B: Tensor,
+    beta: float,
+) -> None:
+    """What a policy is held to by rewards and its reference, a number for each completion before the first update.
+
+    mask_BT: the tokens that the policy sampled. scores_B: the rewards, NaN for a completion that nobody scored.
+    """
+    assert rows.old_logprobs_BT is not None
+    kl_B = ((rows.old_logprobs_BT - reference_BT) * mask_BT).sum(-1)
+    entropy_B = -(rows.old_logprobs_BT * mask_BT).sum(-1)
+    columns = {
+        "kl": kl_B, "entropy": entropy_B, "scores": scores_B, "non_score_reward": -beta * kl_B,
+        "rlhf_reward": scores_B - beta * kl_B,
+    }  # fmt: skip
+    for name, column_B in columns.items():
+        known = column_B[~column_B.isnan()]
+        add(f"objective/{name}", float(known.sum()), len(known))
 
 
 def write_parquet(directory: Path, number: int, columns: Mapping[str, Sequence[Any]]) -> Path:

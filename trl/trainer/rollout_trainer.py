@@ -23,9 +23,10 @@ from trl.data.microbatches import collated, unasked_budget
 from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
+from trl.environment.factories import Factory
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, unknown_to_samplers
-from trl.generation.sampler import SamplingParams
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
@@ -49,8 +50,15 @@ from trl.rollout.source import (
     Seed,
     Source,
     calls_of,
+    check_names,
+    close_objects,
     environment_for_policy,
     make_environment,
+    names_of,
+    reward_names,
+    rows_without_prompts,
+    says_prompts,
+    with_own_prompts,
 )
 from trl.trainer.callbacks import NotebookColumns
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
@@ -380,6 +388,47 @@ def with_models_own(given: Mapping[str, Any] | None, model: nn.Module) -> dict[s
     return {**taken, **(given or {})} or None
 
 
+def _own_prompts(environment: Any, config: RolloutConfig) -> Any:
+    """Rows without prompts, for an environment that says them."""
+    names = names_of(environment)
+    if names is None:
+        raise ValueError(
+            "train_dataset: on-policy training needs prompts; give rows with a column `prompt`, or an "
+            "`environment_factory` whose `reset()` says them"
+        )
+    way_out = "without a train_dataset the environment says the prompts, which never end; give a number of steps"
+    require(config, "max_steps", config.max_steps > 0, way_out)
+    return rows_without_prompts(names, config.seed if config.data_seed is None else config.data_seed)
+
+
+UNREAD = {
+    "data_collator": "rollouts are packed by the trainer",
+    "compute_metrics": "a reward function can log with its argument `log_metric`",
+    "preprocess_logits_for_metrics": "no metrics are computed of logits",
+    "formatting_func": "give rows with `prompt` and `completion`, or `messages`",
+}
+"""arguments that trainers of other releases have -> what is done here"""
+
+
+def without_unread(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those that no trainer here reads; ValueError where one of them was given a value."""
+    for name, text in UNREAD.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: {text}; leave it out")
+    return {name: value for name, value in given.items() if name not in UNREAD}
+
+
+def with_prompt_ids(dataset: Any) -> Any:
+    """A data set of tokenised prompts in `input_ids`, as releases 0.9-0.16 took it, with them as `prompt_ids`."""
+    if isinstance(dataset, list):
+        plain = all(isinstance(row, Mapping) and "input_ids" in row and "prompt" not in row for row in dataset)
+        return [{**row, "prompt_ids": row["input_ids"]} for row in dataset] if plain else dataset
+    names = getattr(dataset, "column_names", None)
+    if not isinstance(names, list) or "input_ids" not in names or {"prompt", "prompt_ids"} & set(names):
+        return dataset
+    return dataset.rename_column("input_ids", "prompt_ids")
+
+
 RolloutFunction = Callable[..., Rollout | Mapping[str, Any]]
 """`(a row of the data set per completion, trainer) -> Rollout`, or `(prompts, trainer) -> dict of lists`, for
 environments and other engines; see `calls_of` and `rollout_of`"""
@@ -417,13 +466,11 @@ class RolloutTrainer(ObjectiveTrainer):
         tokenizer: Any = None,
         rollout_func: RolloutFunction | None = None,
         environment: Any = None,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
     ):
         config = as_config(args, self.config_class)
         shape = config.rollout_shape()
-        if train_dataset is None:
-            raise ValueError("train_dataset: on-policy training needs prompts; give rows with a column `prompt`")
         environment = make_environment(
             environment,
             tools,
@@ -431,6 +478,8 @@ class RolloutTrainer(ObjectiveTrainer):
             max_iterations=config.max_tool_calling_iterations,
             template_kwargs=config.chat_template_kwargs,
         )
+        if train_dataset is None:
+            train_dataset = _own_prompts(environment, config)
         if environment is not None and rollout_func is not None:
             raise ValueError("rollout_func and an environment both make the rollouts: give one of them")
         if self.needs_rewards and reward_funcs is None and rollout_func is None and environment is None:
@@ -455,7 +504,11 @@ class RolloutTrainer(ObjectiveTrainer):
         job = self.row_job(tokenizer, config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize(self.with_prompt(dataset, name), job, name=name, num_proc=config.dataset_num_proc)[0]
+            dataset = self.with_prompt(dataset, name)
+            check_names(environment, dataset, name)
+            if says_prompts(environment, dataset, name):
+                return dataset
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
@@ -485,6 +538,8 @@ class RolloutTrainer(ObjectiveTrainer):
         self.rollouts = self._loader(shape)
         self._draws = True
         self._before_first_update = True
+        self._steps_begun = 0
+        """optimizer steps since the trainer was made, whatever its runs were"""
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
         for callback in list(self.callback_handler.callbacks):
@@ -589,17 +644,21 @@ class RolloutTrainer(ObjectiveTrainer):
         if self.rollout_func is not None:
             call = calls_of(self.rollout_func, [self], [self.args, self.processing_class])
             return FunctionSource(call, self.logprobs_of)
+        return self.sampled_by(self.sampler)
+
+    def sampled_by(self, sampler: Sampler) -> Source:
+        """Completions by a sampler, or episodes of the environment in which it makes the turns."""
         config = self.args
         if self.environment is None:
             return SamplerSource(
-                self.sampler,
+                sampler,
                 self.sampling_params,
                 reshaped=config.reshapes,
                 measure=self.logprobs_of if config.reshapes and config.temperature != 1.0 else None,
             )
         return EnvironmentSource(
             self.environment,
-            self.sampler,
+            sampler,
             self.sampling_params,
             context=context_length(self.model),
             limit=config.max_completion_length,
@@ -615,7 +674,7 @@ class RolloutTrainer(ObjectiveTrainer):
             panel = reward_panel(functions, tokenizers, config.reward_timeout, config.device, like=like)
         overlong = None if config.overlong_cache is None else (config.max_completion_length, config.overlong_cache)
         if not self.owns("_calculate_rewards"):
-            return RolloutRewards(panel, config.reward_weights, overlong)
+            return RolloutRewards(panel, config.reward_weights, overlong, reward_names(self.environment))
         if panel is None:
             raise ValueError("_calculate_rewards: it is overridden, but the rollouts bring their own rewards")
         rewards = OwnRewards(panel, config.reward_weights, overlong)
@@ -693,6 +752,11 @@ class RolloutTrainer(ObjectiveTrainer):
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         """The loss of a micro-batch, summed over the rows that are computed; the base divides by the count of all."""
 
+    @staticmethod
+    def old_logprobs(batch: PolicyBatch, logprobs_BT: Tensor) -> Tensor:
+        """The log-probabilities under the policy that sampled; `logprobs_BT` of this pass where it is that policy."""
+        return logprobs_BT.detach() if batch.own_pass else batch.old_logprobs_BT
+
     def zero_advantage_means_zero_gradient(self) -> bool:
         """Whether no term of the objective reaches a completion whose advantages are 0; it is then not computed.
 
@@ -719,6 +783,7 @@ class RolloutTrainer(ObjectiveTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = self.args.in_training = False
+            close_objects(self.environment)
 
     def sampling_params(self, seed: Seed) -> SamplingParams:
         config = self.args
@@ -839,6 +904,7 @@ class RolloutTrainer(ObjectiveTrainer):
         exact = self.args.disable_dropout and self.rollout_func is None
         self._ratio_is_one_at = self.state.global_step if fresh and exact else None
         self._before_first_update = False
+        self._steps_begun += 1
         started = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for piece in pieces_of(batches):
@@ -902,11 +968,19 @@ class RolloutTrainer(ObjectiveTrainer):
 
     # -- evaluation ------------------------------------------------------------------------------
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                close_objects(self.environment)
+
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, None, None]:
         """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
         rows = [] if self.only_repeats else inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
+        rows = with_own_prompts(rows, rollout)
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
         if rewards.logs.metrics:
