@@ -35,6 +35,7 @@ from trl.losses.loss_sum import Extreme, LossSum
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
+from trl.models.unwrap import below_accelerate
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
 from trl.trainer import overrides
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
@@ -56,8 +57,10 @@ from trl.trainer.checkpoints import (
 from trl.trainer.configuration import PostTrainingConfig, as_config
 from trl.trainer.given_data import SHARE, GivenData, Numbered, Prepare, WithShare
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
+from trl.trainer.model_card import WAYS, CardFacts, card_text, listed, write_card
 from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
 from trl.trainer.run_folder import RunFacts, RunFolder, told
+from trl.trainer.run_record import resolved
 from trl.trainer.settings import NO_EFFECT
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.tally import Appended, StepWatch, Tally, write_metrics
@@ -631,6 +634,41 @@ class ObjectiveTrainer(Trainer):
                 self.args.output_dir, self._is_staged = folder, False
         remove_when_done(beside, pushed)
         return pushed
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Write a README with data, settings, results and versions into `output_dir`, unless somebody's own is there.
+
+        license: None: what the README of the base model says. dataset_name: as `dataset`, by the name of scripts.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, model = Path(str(self.args.output_dir)), below_accelerate(self.model)
+        base = finetuned_from or str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        history, named = self.state.log_history, listed(dataset_tags) or listed(dataset) or listed(dataset_name)
+        last: list[dict[str, Any]] = [
+            next((one for one in reversed(history) if name in one), {}) for name in ("loss", "eval_loss")
+        ]
+        trainer = next((each.__name__ for each in type(self).__mro__ if each.__name__ in WAYS), type(self).__name__)
+        more = {"language": language, "dataset_args": dataset_args, **({"pipeline_tag": tasks} if tasks else {})}
+        facts = CardFacts(
+            trainer, model_name or folder.name, base, resolved([self.args]), license,
+            [*dict.fromkeys([*self._tag_names, *listed(tags)])], hasattr(model, "peft_config"), self.state.global_step,
+            self.given.facts(), named, last, {name: value for name, value in more.items() if value},
+        )  # fmt: skip
+        if not write_card(folder, card_text(facts)):
+            logger.warning("%s: it is not of trl, and stays as it is", folder / "README.md")
 
     def _push_checkpoint(self, folder: Path) -> None:
         """Called with a whole checkpoint; as `Trainer` does while it trains, without what else lies in `output_dir`."""
