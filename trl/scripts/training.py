@@ -46,6 +46,8 @@ ALIASES = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run
 }
 """other names of settings, on the line and in YAML"""
+ORDERS = ("reward_funcs", "reward_model_name_or_path", "reward_model_path", "judge")
+"""settings of which one must say which completion is good"""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
         return 0
     parser, settings = read_settings(job, words)
     settings.setdefault("enable_jit_checkpoint", True)  # at SIGTERM: finish the step, save it, exit with 143
-    if job.rewards and not (settings.get("reward_funcs") or settings.get("reward_model_name_or_path")):
+    if job.rewards and not any(settings.get(name) for name in ORDERS):
         raise ValueError("--reward: say what to reward (`--reward_funcs` or `--reward`, one or more)")
     several = LaunchArguments(**{key: settings[key] for key in settings_hints(LaunchArguments) if key in settings})
     if several.wanted():
@@ -304,7 +306,7 @@ def trainer_of(
     arguments: dict[str, Any] = {}
     if isinstance(script, GRPOScriptArguments):
         models = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
-        arguments["reward_funcs"] = [*models, *map(reward_function, script.reward_funcs or [])]
+        arguments["reward_funcs"] = [*models, *map(reward_function, script.reward_funcs or [])] or None
     keywords = loading_keywords(model, config.trust_remote_code)
     where = {name: keywords[name] for name in ("revision", "trust_remote_code") if name in keywords}
     if where:

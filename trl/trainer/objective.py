@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import recursively_apply, send_to_device
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ from trl.trainer.checkpoints import (
     write_state,
 )
 from trl.trainer.configuration import PostTrainingConfig, as_config
-from trl.trainer.given_data import GivenData, Prepare
+from trl.trainer.given_data import SHARE, GivenData, Numbered, Prepare, WithShare
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
 from trl.trainer.model_card import WAYS, CardFacts, card_text, listed, write_card
 from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
@@ -162,6 +164,12 @@ class ObjectiveTrainer(Trainer):
     is_in_train = False  # before `Trainer` says so itself
     _train_rows: Any = None
     _eval_rows: Any = None
+    _eval_batch = _eval_total = 0
+    """number of the evaluation batch, and the rows of all processes; 0 where that is not known"""
+    _eval_own: Tensor
+    """which rows of the evaluation batch do not come again. [B]"""
+    only_repeats = False
+    """whether an evaluation batch is there only because other processes have one; it must not count"""
 
     def __init__(self, *args: Any, processing_class: Any = None, rows: Prepare | None = None, **kwargs: Any):
         """rows: prepares a data set for the collator; it is called for each one that the trainer is ever given."""
@@ -387,10 +395,31 @@ class ObjectiveTrainer(Trainer):
         return unasked_budget(self.args.device, self.args.world_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return super().get_eval_dataloader(self.prepare_evaluation(eval_dataset))
+        return self._with_shares(super().get_eval_dataloader, self.prepare_evaluation(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return super().get_test_dataloader(self.prepare_evaluation(test_dataset, "test"))
+        return self._with_shares(super().get_test_dataloader, self.prepare_evaluation(test_dataset, "test"))
+
+    def _with_shares(self, load: Callable[[Any], DataLoader], rows: Any) -> DataLoader:
+        """A loader for evaluation; that of several processes says which rows of its batches are the process's own."""
+        rank, world = self.args.process_index, self.args.world_size
+        if world == 1:
+            return load(rows)
+        found = self.eval_dataset if rows is None else self.eval_dataset[rows] if isinstance(rows, str) else rows
+        if isinstance(found, torch.utils.data.IterableDataset) and not isinstance(found, Numbered):
+            rows = Numbered(found)
+        whole: Any = self.data_collator
+        self.data_collator = WithShare(whole, rank, world, self.eval_rows)
+        try:
+            return load(rows)
+        finally:
+            self.data_collator = whole
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of an evaluation batch on each process."""
+        size: int = self.args.eval_batch_size
+        return size // self.args.world_size if self.args.accelerator_config.split_batches else size
 
     @property
     def tokenizer(self) -> Any:
@@ -733,6 +762,30 @@ class ObjectiveTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        share = inputs.pop(SHARE, None) if isinstance(inputs, MutableMapping) else None
+        if share is None:
+            return self._predicted(model, inputs, prediction_loss_only)
+        rank, world = self.args.process_index, self.args.world_size
+        own = share.own_at(self._eval_batch, rank, world, self.eval_rows, self._eval_total)
+        self._eval_batch += 1
+        self._eval_own = torch.arange(len(share.rows), device=self.args.device) < own
+        if own == len(share.rows):
+            return self._predicted(model, inputs, prediction_loss_only)
+        if own:
+            inputs = send_to_device(self.data_collator(share.rows[:own]), self.args.device)
+            predicted = self._predicted(model, inputs, prediction_loss_only)
+            loss, logits, labels = (_filled(part, own, len(share.rows)) for part in predicted)
+            return loss, logits, labels
+        counting, self._tallies["eval"] = self._tallies["eval"], Tally(self.args.device)
+        self.only_repeats = True
+        try:
+            return self._predicted(model, inputs, prediction_loss_only)
+        finally:
+            self._tallies["eval"], self.only_repeats = counting, False
+
+    def _predicted(
+        self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool
+    ) -> tuple[Tensor, Any, Any]:
         own = "compute_loss" in self._own
         with torch.no_grad(), self.compute_loss_context_manager(), rows_padded(self.pads_rows):
             loss: Any = self.compute_loss(model, Batch(inputs)) if own else None
@@ -744,10 +797,21 @@ class ObjectiveTrainer(Trainer):
             loss = result.mean
         return loss.detach(), *((None, None) if prediction_loss_only else (logits, labels))
 
+    def _gather_own(self, values: Any) -> Any:
+        """Collective: what belongs to rows of an evaluation batch, of all processes, without rows that come again."""
+        own = self.accelerator.gather(self._eval_own)
+        whole = self.accelerator.gather(values)
+        return recursively_apply(lambda part: part[own] if len(part) == len(own) else part, whole)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         given = inspect.signature(super().evaluation_loop).bind(*args, **kwargs)
         given.apply_defaults()
         self._tallies["eval"] = Tally(self.args.device)
+        rows = getattr(given.arguments["dataloader"], "dataset", None)
+        stream = isinstance(rows, IterableDatasetShard)  # of which accelerate does not know what it has filled up
+        self._eval_batch, self._eval_total = 0, len(rows) if isinstance(rows, Sized) and not stream else 0
+        if stream:
+            self.gather_function = self._gather_own
         flags = eval_no_grad(self.model) if self.is_in_train else nullcontext()  # the training flags come back
         with flags, rows_padded(self.pads_rows):
             output = super().evaluation_loop(*args, **kwargs)
@@ -782,6 +846,15 @@ class ObjectiveTrainer(Trainer):
 
 
 overrides.remember(ObjectiveTrainer)
+
+
+def _filled(part: Any, own: int, rows: int) -> Any:
+    """Predictions of `own` rows for as many as other processes have; the loop leaves out what fills them up."""
+    if isinstance(part, tuple | list):
+        return type(part)(_filled(each, own, rows) for each in part)
+    if not isinstance(part, Tensor) or not part.dim() or len(part) != own:
+        return part
+    return torch.cat([part, part[-1:].expand(rows - own, *part.shape[1:])])
 
 
 def _with_lengths(dataset: Any, config: PostTrainingConfig) -> Any:
