@@ -185,6 +185,13 @@ def test_the_student_with_an_adapter_is_no_teacher_of_its_own(tmp_path):
         make("Distillation", tmp_path, model=model, arguments=given)
 
 
+def test_a_teacher_of_few_positions_is_named(tmp_path):
+    teacher = AutoModelForCausalLM.from_config(config(max_position_embeddings=4))
+    given = {"teacher_model": teacher, "rollout_func": given_rollouts}
+    with pytest.raises(ValueError, match=r"^teacher_model: its context holds 4 tokens, and a prompt with its comple"):
+        make("Distillation", tmp_path, arguments=given).train()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -240,7 +247,20 @@ def test_the_last_message_of_a_conversation_is_learned(column, turns, prompt, st
     assert [chat_tokenizer.decode(ids) for ids in table["completion_ids"]] == ["yes<|im_end|>"] * len(table)
 
 
-@pytest.mark.parametrize("rows", [Dataset.from_list, list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
+class OfTorch(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.mark.parametrize(
+    "rows", [Dataset.from_list, list, tuple, OfTorch, lambda rows: Dataset.from_list(rows).to_iterable_dataset()]
+)
 def test_a_conversation_that_ends_with_a_question(rows, tmp_path, chat_tokenizer):
     asked = rows([{"messages": TURNS}, {"messages": TURNS[:3]}])
     with pytest.raises(ValueError, match=r"row 1 of the train data set: column 'messages' ends with the role 'user'"):

@@ -20,11 +20,12 @@ from trl.data.encode import TextEncoder
 from trl.data.formats import column_names, mapped_rows, maybe_convert_to_chatml
 from trl.data.messages import messages_of
 from trl.data.records import Rollout
+from trl.data.tokenize import unprepared
 from trl.generation import make_sampler
 from trl.losses.distillation import generalized_jsd
 from trl.losses.loss_sum import LossSum
 from trl.models.precision import frozen_dtype
-from trl.models.prepare import load_model, read_tokenizer
+from trl.models.prepare import context_length, load_model, read_tokenizer
 from trl.models.scoring import head_of, in_head, map_logits, scored_states
 from trl.models.unwrap import below_peft
 from trl.rollout.experience import Experience, PolicyBatch
@@ -223,10 +224,11 @@ class DistillationTrainer(RolloutTrainer):
         columns = ("messages",) if "prompt" in names else ("messages", "conversations")
         whole = [column for column in columns if column in names]
         if whole:
+            rows = unprepared(list(dataset) if isinstance(dataset, tuple) else dataset, ())
             split = partial(in_two, name=name, needed=needed)
             split.__name__ = f"in_two_{needed}"  # type: ignore[attr-defined]
             text = f"Splitting the {name} data"
-            return mapped_rows(dataset, split, text, with_indices=True, remove_columns=whole)
+            return mapped_rows(rows, split, text, with_indices=True, remove_columns=whole)
         if needed and "completion" not in names:
             way_out = "give one, or lmbda=1, or seq_kd=True, by which the teacher completes them"
             found = f"the {name} data set has {', '.join(names)}"
@@ -262,6 +264,13 @@ class DistillationTrainer(RolloutTrainer):
     def experience(
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
+        limit = context_length(self.teacher)
+        longest = max((len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)), default=0)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"teacher_model: its context holds {limit:,} tokens, and a prompt with its completion has {longest:,}; "
+                "set max_prompt_length and max_completion_length, so that both fit"
+            )
         return Experience.of(rollout, advantages=torch.zeros(len(rollout))), {}
 
     # -- objective -------------------------------------------------------------------------------
