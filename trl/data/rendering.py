@@ -404,7 +404,8 @@ def _snapped(text: str, at: int, forward: bool = False) -> int:
     return at
 
 
-def _shared_start(first: str, second: str) -> int:
+def shared_start(first: str, second: str) -> int:
+    """How much both begin with, up to a special token's edge."""
     return _snapped(first, _snapped(second, common_prefix(first, second)))
 
 
@@ -653,7 +654,7 @@ class Reader:
     def _user_end(self) -> str:
         """What closes a user's message, whatever follows."""
         closed, opened = self._user_tails
-        return opened[: _shared_start(opened, closed)]
+        return opened[: shared_start(opened, closed)]
 
     @cached_property
     def _prompt(self) -> str:
@@ -666,7 +667,7 @@ class Reader:
         opened = self._user_tails[1]
         if self._history is None or not opened:
             return ""
-        size = min(_shared_start(opened, self._history.before(1)), _shared_start(opened, self._history.before(3)))
+        size = min(shared_start(opened, self._history.before(1)), shared_start(opened, self._history.before(3)))
         return opened[len(self._user_end) : size]
 
     @cached_property
@@ -695,7 +696,7 @@ class Reader:
         if whole is None or alone is None:
             return None
         gap = whole.before(2)
-        return whole, gap[: _shared_start(gap, alone.tail)]
+        return whole, gap[: shared_start(gap, alone.tail)]
 
     @cached_property
     def ends(self) -> tuple[str, ...]:

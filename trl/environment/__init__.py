@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "trl.environment.base_environment": ["TextEnvironment", "TextHistory"],
         "trl.environment.chat_environment": ["ChatEnvironment"],
-        "trl.environment.tool_calls": ["JsonCalls"],
+        "trl.environment.call_formats": ["JsonCalls"],
     },
 )

@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
 import torch
-from transformers.utils.chat_template_utils import get_json_schema
 
 from trl.data.any_text import encodable
 from trl.data.chat import ChatTemplate, Messages
 from trl.data.encode import TextEncoder
 from trl.data.formats import maybe_convert_to_chatml
 from trl.data.records import Rollout
+from trl.environment.call_formats import CallReader, Spoken, ToolCall, ToolParser, call_id
 from trl.environment.episodes import Environment, Episode, lacks_prompt
 from trl.environment.factories import Factory, OwnEnvironment, Said
+from trl.environment.learned_calls import learned_reader
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import JsonCalls, Pending, Spoken, ToolCall, ToolParser, answer_of, call_id, error_text
+from trl.environment.tool_calls import FailedCall, Pending, answer_of, error_text
+from trl.environment.tool_schemas import named_tools, schema_of
 from trl.environment.turns import SampledTurns
 
 logger = logging.getLogger(__name__)
@@ -48,25 +50,25 @@ class ChatEnvironment(Environment):
         end_ids: Sequence[int] | None = None,
     ) -> None:
         """
-        `tools`: functions, also async ones, with type hints and a docstring that describes each argument.
+        `tools`: functions, also async ones, with type hints and a docstring that describes each argument; methods,
+        `functools.partial` and objects with `__call__` too; a dict gives them names.
         `environment_factory`: makes objects with `reset()`, of which each conversation has one; see `TextEnvironment`.
         `max_tool_response`: most characters of a result that the model reads; None: all.
-        `parser`: finds the calls in a turn; None: JSON in `<tool_call>` tags.
+        `parser`: finds the calls in a turn; None: they are read as the chat template writes them.
         `tool_timeout`: seconds a call may take, see `TextEnvironment`.
         `template_kwargs`: variables for the chat template.
         `tokenizer`: its chat template renders the conversations; None: a trainer takes the policy's.
-        `end_ids`: the tokens that end a turn; None: the policy's, without a trainer the tokenizer's.
+        `end_ids`: the tokens that end a turn; None: the policy's, without a trainer the tokenizer's. The token by which
+        the template ends a call does too.
         """
         super().__init__(tokenizer, environment_factory, tool_timeout, tool_workers)
         for name, value in (("max_iterations", max_iterations), ("max_tool_response", max_tool_response)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: give 1 or more, or None for no limit")
-        self.tools = {function.__name__: function for function in tools}
+        self.tools = named_tools(tools)
         self.max_iterations, self.max_tool_response = max_iterations, max_tool_response
-        self.parser = parser or JsonCalls()
+        self.parser = parser
         self.template_kwargs = dict(template_kwargs or {})
-        if len(self.tools) < len(tools):
-            raise ValueError("tools: several have the same name (functions)")
         if not self.tools and self.factories is None:
             raise ValueError("tools: give at least one function, or an environment_factory with public methods")
         each = [schema for own in self._kinds() for schema in self._schemas(own)]
@@ -86,7 +88,7 @@ class ChatEnvironment(Environment):
         tools = {} if own is None else own.tools
         if shared := sorted(self.tools.keys() & tools.keys()):
             raise ValueError(f"tools: several have the same name ({', '.join(shared)})")
-        return [_schema(name, function) for name, function in {**self.tools, **tools}.items()]
+        return [schema_of(name, function) for name, function in {**self.tools, **tools}.items()]
 
     def _renderer(self, end_ids: Sequence[int]) -> TurnRenderer:
         """Of the first kind of episodes; those of the other kinds are made too, as each may be refused."""
@@ -100,7 +102,11 @@ class ChatEnvironment(Environment):
         if key not in self._renderers:
             template, schemas = ChatTemplate(self.tokenizer, self.template_kwargs), self._schemas(own)
             kind = AnswerRenderer if schemas else TurnRenderer
-            self._renderers[key] = kind(template, self._ends if self.end_ids is None else self.end_ids, schemas)
+            made = kind(template, self._ends if self.end_ids is None else self.end_ids, schemas)
+            if isinstance(made, AnswerRenderer) and self.parser is None:
+                made.reader = learned_reader(template, made.end_texts, schemas)
+                made.warn_of_unlisted_tools()
+            self._renderers[key] = made
         return self._renderers[key]
 
     @property
@@ -128,11 +134,17 @@ class ChatEnvironment(Environment):
     ) -> Rollout:
         """Play a conversation from each row's `prompt`, with at most `limit` tokens after it; columns reach `reset`.
 
-        The metadata holds the messages of each (`completions`) and the rows' own `environments`.
+        The metadata holds the messages of each (`completions`), how many calls were answered (`tools_called`) and how
+        many of them by an error (`tools_failed`), and the rows' own `environments`.
         """
+        known = list(self._renderers.values())
+        if self.is_ready and (self.end_ids is not None or any(renderer.adds_end for renderer in known)):
+            turns = turns.stopping_at(end for renderer in known for end in renderer.ends)
         rollout = super().rollout(rows, turns, seeds, limit)
         episodes = [history.episode for history in rollout.metadata["histories"]]
         rollout.metadata["completions"] = [episode.messages for episode in episodes]
+        rollout.metadata["tools_called"] = [episode.called for episode in episodes]
+        rollout.metadata["tools_failed"] = [episode.failed for episode in episodes]
         if self.environment_factory is not None:
             rollout.metadata["environments"] = [episode.own.instance for episode in episodes]
         return rollout
@@ -156,8 +168,11 @@ class ChatEnvironment(Environment):
         history, renderer = episode.history, self._renderer_of(episode.own)
         tokens = history.tokens[slice(*history.token_spans[-1])]
         closed = int(tokens[-1]) in renderer.ends
-        text = str(renderer.template.tokenizer.decode(tokens[:-1] if closed else tokens))
-        spoken = self._parsed(text) if renderer.schemas else Spoken(text)
+        decode = renderer.template.tokenizer.decode
+        text = str(decode(tokens[:-1] if closed else tokens, clean_up_tokenization_spaces=False))
+        start = history.text_spans[-1][0]
+        before = history.text[max(start - 200, 0) : start]
+        spoken = self._parsed(renderer.reader or self.parser, text, before) if renderer.schemas else Spoken(text)
         message: dict[str, Any] = {"role": "assistant", "content": encodable(spoken.content)}
         if spoken.calls:
             message["tool_calls"] = [call.message(place) for place, call in enumerate(spoken.calls)]
@@ -170,10 +185,12 @@ class ChatEnvironment(Environment):
         tools = self.tools if episode.own is None else {**self.tools, **episode.own.tools}
         return [partial(self._answer, tools, call) for call in spoken.calls]
 
-    def _parsed(self, text: str) -> Spoken:
-        """What the parser finds; if it fails, the turn is a call that cannot be read."""
+    @staticmethod
+    def _parsed(parser: Any, text: str, before: str) -> Spoken:
+        """What the parser finds in a turn after that text; if it fails, the turn is a call that cannot be read."""
         try:
-            return self.parser(text)
+            spoken: Spoken = parser.read(text, before) if isinstance(parser, CallReader) else parser(text)
+            return spoken
         except Exception as error:
             logger.warning("parser: it failed on %r: %r; the model reads that its call cannot be read", text, error)
             return Spoken(text, [ToolCall("unknown", error=f"the call cannot be read ({type(error).__name__})")])
@@ -181,9 +198,9 @@ class ChatEnvironment(Environment):
     def _answer(self, tools: Mapping[str, Callable[..., Any]], call: ToolCall) -> str | Pending:
         """The answer to a call. Errors become text that the model reads."""
         if call.error:
-            return f"Tool error: {call.error}"
+            return FailedCall(f"Tool error: {call.error}")
         if call.name not in tools:
-            return f"Unknown tool {call.name}."
+            return FailedCall(f"Unknown tool {call.name}.")
         return answer_of(self.late_calls, call.name, partial(tools[call.name], **call.arguments), _text_of)
 
     def _cut(self, text: str) -> str:
@@ -198,15 +215,19 @@ class ChatEnvironment(Environment):
         called = [call["function"]["name"] for call in episode.messages[-1]["tool_calls"]]
         names = [name if name in known else "unknown" for name in called]  # no template meets what a model made up
         answers = [Answer(*each) for each in zip(names, map(self._cut, episode.answers), strict=True)]
+        episode.called += len(answers)
+        episode.failed += sum(isinstance(answer, FailedCall) for answer in episode.answers)
         text, ids = renderer(answers, closed=int(history.tokens[-1]) == renderer.end_id)
         history.append_segment(text, torch.tensor(ids), system=True)
         episode.messages += _messages_of(answers)
 
 
 def _text_of(result: Any) -> str:
-    """What the model reads of a tool's result."""
+    """What the model reads of a tool's result; letters of any script stay readable."""
+    if isinstance(result, str):
+        return result
     try:
-        return result if isinstance(result, str) else "" if result is None else json.dumps(result, default=str)
+        return "" if result is None else json.dumps(result, default=str, ensure_ascii=False)
     except Exception as error:
         return error_text(error)
 
@@ -228,6 +249,8 @@ class TurnRenderer:
         self.template, self.schemas = template, list(schemas)
         self.encoder = TextEncoder(template.tokenizer)
         self.ends = frozenset(ends)
+        self.adds_end = False
+        """whether a token ends turns that is none of the ends given"""
 
 
 class AnswerRenderer(TurnRenderer):
@@ -236,51 +259,146 @@ class AnswerRenderer(TurnRenderer):
     The template renders a stand-in conversation with and without the answers; only the difference is tokenised and
     appended. So nothing that the model has seen or said is rendered or tokenised again. The constructor
     checks that the template would render a whole conversation in the same way; other templates are a ValueError.
+    Where a template knows no tools' answers, they are said by the user, in `<tool_response>` tags.
 
-    ends: the tokens that can end a turn.
+    ends: the tokens that can end a turn; the one by which the template ends a call is added.
     """
 
     def __init__(self, template: ChatTemplate, ends: Sequence[int], schemas: Sequence[Any] = ()) -> None:
         super().__init__(template, ends, schemas)
-        self.end_id = self._end_of_turns(ends)
-        self._end = str(template.tokenizer.decode([self.end_id]))
+        self.reader: CallReader | None = None
+        """what finds the calls of a turn, where no parser was given"""
+        self.by_user = False
+        self.most_calls: int | None = None
+        self.most_calls = self._find_most_calls()
+        self.by_user = not self._prints_answers()
+        self.end_id, self._is_inside = self._end_of_calls(ends)
+        self.ends = frozenset([*ends, self.end_id])
+        self.adds_end = self.end_id not in ends
+        self._end = self._text_of(self.end_id)
         self._refuse_rewriting()
+
+    @property
+    def end_texts(self) -> list[str]:
+        """The texts of the tokens that can end a turn: of all that are special, and of the one that ends a call."""
+        return [text for text in map(self._text_of, self.ends) if text in self._specials or text == self._end]
+
+    def warn_of_unlisted_tools(self) -> None:
+        """A line where the template does not print the tools, so that the model does not know of them."""
+        asked: Messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+        names = [schema["function"]["name"] for schema in self.schemas]
+        for messages in (asked[1:], asked):
+            try:
+                text = self.template.render(messages, self.schemas, open_turn=True)
+            except ValueError:
+                continue
+            names = [name for name in names if name not in text]
+        if names:
+            logger.warning(
+                "tools: the chat template does not list %s in the prompt, so the model knows of them only what the "
+                "rows say; use a template that prints `tools`", ", ".join(names),
+            )  # fmt: skip
+
+    @cached_property
+    def _specials(self) -> dict[str, int]:
+        added = self.template.tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if token.special and token.content}
+
+    def _text_of(self, token: int) -> str:
+        return str(self.template.tokenizer.decode([token]))
 
     def __call__(self, answers: Sequence[Answer], closed: bool) -> tuple[str, list[int]]:
         """`(text, ids)` that follow the turn; closed: the turn has its end token already."""
-        text = self._suffix(_stand_in("x", [answer.name for answer in answers]), answers)
+        text = self._suffix(self._stand_in("x", [answer.name for answer in answers]), answers)
         text = text if closed else self._end + text
         return text, self.encoder.continuations([text])[0]
 
+    def _stand_in(self, question: str, names: Sequence[str]) -> Messages:
+        calls = [ToolCall(name).message(place) for place, name in enumerate(names[: self.most_calls])]
+        thoughts = "<think>\nWhat is it?\n</think>\n\nI look it up."  # some templates drop thoughts from earlier turns
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": thoughts, "tool_calls": calls}]
+
+    def _told(self, answers: Sequence[Answer]) -> Messages:
+        """The messages that tell the answers to the model."""
+        if not self.by_user:
+            return _messages_of(answers)
+        said = "\n".join(f"<tool_response>\n{answer.text}\n</tool_response>" for answer in answers)
+        return [{"role": "user", "content": said}]
+
+    def _find_most_calls(self) -> int | None:
+        """How many calls a turn may have in this template; None: no limit."""
+        try:
+            self.template.render(self._stand_in("x", ["tool", "tool"]), self.schemas)
+        except ValueError:
+            return 1
+        return None
+
+    def _prints_answers(self) -> bool:
+        try:
+            told = self._rendered([Answer("tool", "zqanswer")])[1]
+        except ValueError:
+            return False
+        return "zqanswer" in told
+
+    def _rendered(self, answers: Sequence[Answer]) -> tuple[str, str]:
+        """A stand-in that calls, without and with these answers."""
+        spoken = self._stand_in("x", [answer.name for answer in answers])
+        after = self.template.render([*spoken, *self._told(answers)], self.schemas, open_turn=True)
+        return self.template.render(spoken, self.schemas), after
+
     def _suffix(self, spoken: Messages, answers: Sequence[Answer]) -> str:
         before = self.template.render(spoken, self.schemas)
-        after = self.template.render([*spoken, *_messages_of(answers)], self.schemas, open_turn=True)
-        cut = before.rindex(self._end) + len(self._end)
+        after = self.template.render([*spoken, *self._told(answers)], self.schemas, open_turn=True)
+        cut = before.rindex(self._end) + len(self._end) if self._is_inside else len(before.rstrip())
         if not after.startswith(before[:cut]):
             raise ValueError(
                 "the chat template renders an assistant's turn in another way once tools have answered, so the tokens "
                 "that the model sampled would not be what it sees; use a template that leaves earlier turns as they are"
             )
-        return after[cut:]
+        return after[cut:] if self._is_inside else after[cut:].lstrip().removeprefix(self._end)
 
-    def _end_of_turns(self, ends: Sequence[int]) -> int:
-        text = self.template.render(_stand_in("x", ["tool"]), self.schemas)
-        places = {end: text.rfind(str(self.template.tokenizer.decode([end]))) for end in ends}
-        last = max(places, key=lambda end: places[end], default=None)
-        if last is None or places[last] < text.index("tool"):
-            names = ", ".join(str(self.template.tokenizer.decode([end])) for end in ends) or "none"
-            raise ValueError(
-                f"the chat template ends an assistant's turn with none of the model's end tokens ({names}); set "
-                "`generation_config.eos_token_id` to the one that it uses"
-            )
-        return last
+    def _end_of_calls(self, ends: Sequence[int]) -> tuple[int, bool]:
+        """The token that ends a turn with calls, and whether it belongs to the turn: else it opens the answers.
+
+        It is one of the ends; where the template prints them after other turns only, the special token of this one.
+        """
+        before, after = self._rendered([Answer("zqtool", "zqanswer")])
+        said = before[max(before.rfind("zqtool"), before.rfind("I look it up."), 0) :].rstrip()
+        follows = after[len(before.rstrip()) :].lstrip() if after.startswith(before.rstrip()) else ""
+        known = {self._text_of(end): end for end in ends}
+        special = self._specials
+        marks = {text: end for text, end in known.items() if text in special}
+        inside = {said.index(text): end for text, end in marks.items() if text in said}
+        if inside:
+            return inside[min(inside)], True
+        for texts in (marks, special if self._ends_answers(marks) else {}):
+            for whole, is_inside in ((said, True), (follows, False)):
+                found = [text for text in texts if (whole.endswith(text) if is_inside else whole.startswith(text))]
+                if found:
+                    return texts[max(found, key=len)], is_inside
+        words = {said.rfind(text): end for text, end in known.items() if text and text in said}
+        if words:
+            return words[max(words)], True
+        names = ", ".join(known) or "none"
+        raise ValueError(
+            f"the chat template ends an assistant's turn with none of the model's end tokens ({names}); set "
+            "`generation_config.eos_token_id` to the one that it uses"
+        )
+
+    def _ends_answers(self, ends: Iterable[str]) -> bool:
+        """Whether the template prints one of these texts after an answer of the assistant."""
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "zqsaid"}]
+        alone = self.template.render(messages, self.schemas).partition("zqsaid")[2]
+        followed = self.template.render([*messages, {"role": "user", "content": "zqmore"}], self.schemas)
+        followed = followed.partition("zqsaid")[2].partition("zqmore")[0]
+        return any(end and (end in alone or end in followed) for end in ends)
 
     def _refuse_rewriting(self) -> None:
         """ValueError if the template renders answers in another way in a later round than in the first."""
         answers = [Answer("tool", "four"), Answer("tool", "five")]
-        once = _stand_in("x", ["tool", "tool"])
-        told = _messages_of([Answer("tool", "six")] * 2)
-        twice = [*_stand_in("Another question?", ["tool", "tool"]), *told, *once[1:]]
+        once = self._stand_in("x", ["tool", "tool"])
+        told = self._told([Answer("tool", "six")] * 2)
+        twice = [*self._stand_in("Another question?", ["tool", "tool"]), *told, *once[1:]]
         if self._suffix(once, answers) != self._suffix(twice, answers):
             raise ValueError(
                 "the chat template renders a tool's answer in another way in later rounds, so it cannot be appended to "
@@ -293,22 +411,6 @@ def _messages_of(answers: Sequence[Answer]) -> Messages:
         {"role": "tool", "name": answer.name, "tool_call_id": call_id(place), "content": answer.text}
         for place, answer in enumerate(answers)
     ]
-
-
-def _stand_in(question: str, names: Sequence[str]) -> Messages:
-    calls = [ToolCall(name).message(place) for place, name in enumerate(names)]
-    thoughts = "<think>\nWhat is it?\n</think>\n\nI look it up."  # some templates drop thoughts from earlier turns
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": thoughts, "tool_calls": calls}]
-
-
-def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return dict(get_json_schema(function))
-    except Exception as error:
-        raise ValueError(
-            f"tools: {name} cannot be described to the model ({error}); give it type hints, and a docstring with an "
-            "`Args:` section"
-        ) from None
 
 
 def _conversation(row: Mapping[str, Any], said: Said) -> Messages:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Self
 
 from trl.data.records import Rollout
@@ -43,6 +44,10 @@ class Episode:
     """the tool calls of the last turn; they run one after the other"""
     answers: list[str] = field(default_factory=list)
     """the answers to those calls so far"""
+    called: int = 0
+    """calls of the whole episode that were answered"""
+    failed: int = 0
+    """those of them that were answered by an error"""
 
     def __post_init__(self) -> None:
         self.history.episode = self
@@ -174,8 +179,9 @@ class Environment:
         objects: Sequence[OwnEnvironment | None] = [None] * len(rows)
         said: Sequence[Said] = [""] * len(rows)
         if self.factories is not None:
-            drawn = [row.get("seed") if lacks_prompt(row) else None for row in rows]
-            objects, said = self.factories.begin(rows, [seed if type(seed) is int else None for seed in drawn])
+            given = [row.get("seed") if lacks_prompt(row) else None for row in rows]
+            drawn = [int(seed) if isinstance(seed, Integral) else None for seed in given]
+            objects, said = self.factories.begin(rows, drawn)
             self._check_rewarded(objects)
         episodes = []
         for index, (row, seed, own, own_said) in enumerate(zip(rows, seeds, objects, said, strict=True)):

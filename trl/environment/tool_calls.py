@@ -1,4 +1,4 @@
-"""Tool calls: how a chat model writes them, and how those of many rows run at once, each with a time-out.
+"""Tool calls of many rows, run at once, each with a time-out; `call_formats` says how a chat model writes them.
 
 What a model writes ends no run: unreadable calls, and whatever a tool raises, become text that the model reads.
 """
@@ -6,112 +6,48 @@ What a model writes ends no run: unreadable calls, and whatever a tool raises, b
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import queue
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from trl.data.any_text import encodable, encodable_values
 from trl.data.user_functions import Awaited, is_async
+from trl.environment.call_formats import LONGEST_CALL, JsonCalls, Spoken, ToolCall, ToolParser, call_id
 
 logger = logging.getLogger(__name__)
 
-LONGEST_CALL = 65_536
-"""characters; a longer call is answered with an error"""
+__all__ = [
+    "LONGEST_CALL",
+    "FailedCall",
+    "JsonCalls",
+    "LateCalls",
+    "Pending",
+    "Spoken",
+    "ToolCall",
+    "ToolCalls",
+    "ToolParser",
+    "answer_of",
+    "call_id",
+    "error_text",
+    "is_interrupt",
+]
 
 
-@dataclass(frozen=True)
-class ToolCall:
-    """A call as the model wrote it, or the `error` that made it unreadable."""
-
-    name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", encodable(self.name))
-        object.__setattr__(self, "error", encodable(self.error))
-        try:
-            object.__setattr__(self, "arguments", encodable_values(self.arguments))
-        except ValueError as error:
-            object.__setattr__(self, "arguments", {})
-            object.__setattr__(self, "error", f"the arguments cannot be read: {error}")
-
-    def message(self, number: int) -> dict[str, Any]:
-        """The entry of a chat message's `tool_calls`."""
-        return {"type": "function", "id": call_id(number), "function": {"name": self.name, "arguments": self.arguments}}
+class FailedCall(str):
+    """The answer to a call that failed."""
 
 
-@dataclass(frozen=True)
-class Spoken:
-    """A turn of the model: its text without the calls, and the calls."""
-
-    content: str
-    calls: list[ToolCall] = field(default_factory=list)
-
-
-ToolParser = Callable[[str], Spoken]
-"""reads the text of a turn without its end token"""
-
-
-def call_id(number: int) -> str:
-    """The id of a turn's n-th call: nine letters and digits, because some chat templates accept nothing else."""
-    return f"call{number:05d}"
-
-
-@dataclass(frozen=True)
-class JsonCalls:
-    """Reads calls such as `<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>`, or between other tags."""
-
-    opening: str = "<tool_call>"
-    closing: str = "</tool_call>"
-
-    def __post_init__(self) -> None:
-        if not self.opening or not self.closing:
-            raise ValueError("opening, closing: give the tags that stand around a call")
-
-    def __call__(self, text: str) -> Spoken:
-        call = re.compile(f"{re.escape(self.opening)}(.*?)({re.escape(self.closing)}|$)", re.DOTALL)
-        calls = [
-            _read(found[1]) if found[2] else ToolCall("unknown", error=f"the call is not closed by {self.closing}")
-            for found in call.finditer(text)
-        ]
-        return Spoken(call.sub("", text).strip() if calls else text, calls)
-
-
-def _read(text: str) -> ToolCall:
-    if len(text) > LONGEST_CALL:
-        return ToolCall("unknown", error=f"the call is longer than {LONGEST_CALL} characters")
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ToolCall("unknown", error=f"the call is no JSON: {error}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return ToolCall("unknown", error='a call is a JSON object with "name" and "arguments"')
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            return ToolCall(call["name"], error=f"the arguments are no JSON: {error}")
-    if not isinstance(arguments, dict):
-        return ToolCall(call["name"], error='"arguments" is a JSON object of the arguments by name')
-    return ToolCall(call["name"], arguments)
-
-
-def error_text(error: BaseException) -> str:
+def error_text(error: BaseException) -> FailedCall:
     """What the model reads of an exception of a tool."""
     try:
-        return f"Tool error: {error}"
+        return FailedCall(f"Tool error: {error}")
     except Exception:  # its own text cannot be made
-        return f"Tool error: {type(error).__name__}"
+        return FailedCall(f"Tool error: {type(error).__name__}")
 
 
 def is_interrupt(error: BaseException) -> bool:
@@ -184,7 +120,7 @@ class Pending:
             if not ended:  # late, or Ctrl-C
                 self.awaited.cancel()
         if not ended:
-            return f"Tool error: no answer within {seconds:g} s"
+            return FailedCall(f"Tool error: no answer within {seconds:g} s")
         try:
             value = self.awaited.result()
         except BaseException as error:
@@ -279,6 +215,8 @@ class ToolCalls:
                 continue
             if ticket in self._running:
                 self._take(ticket, outcome, answers)
+            elif isinstance(outcome, Pending):  # it began after its time
+                outcome.awaited.cancel()
         return answers
 
     def _take(self, ticket: int, outcome: str | Pending | BaseException | None, answers: dict[int, str]) -> None:
@@ -316,4 +254,4 @@ class ToolCalls:
             late = self._running.pop(ticket).pending
             if late is not None:
                 late.awaited.cancel()
-        return dict.fromkeys(expired.values(), f"Tool error: no answer within {self.timeout:g} s")
+        return dict.fromkeys(expired.values(), FailedCall(f"Tool error: no answer within {self.timeout:g} s"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -41,6 +41,11 @@ class SampledTurns:
     params: SamplingParams
     context: int | None = None
     rows_are_apart: bool = True
+
+    def stopping_at(self, ends: Iterable[int]) -> SampledTurns:
+        """The same turns, which end at these tokens too."""
+        stops = tuple(sorted({*(self.params.stop_token_ids or ()), *ends}))
+        return replace(self, params=replace(self.params, stop_token_ids=stops))
 
     def speak(self, texts: Sequence[Tensor], seeds: Sequence[int] | None = None, most: int | None = None) -> list[Turn]:
         speaking = [i for i, text in enumerate(texts) if self.context is None or len(text) < self.context]

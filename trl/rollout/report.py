@@ -66,6 +66,10 @@ def record(
     if "turn_ends" in rollout.metadata:
         add("episodes/turns", float(sum(map(len, rollout.metadata["turn_ends"]))), len(lengths))
         add("episodes/sampled_tokens", float(sum(map(sum, rollout.masks))), len(lengths))
+    if "tools_called" in rollout.metadata:
+        called, failed = rollout.metadata["tools_called"], rollout.metadata["tools_failed"]
+        add("tools/call_frequency", float(sum(map(bool, called))), len(lengths))
+        add("tools/failure_frequency", float(sum(failed)), float(sum(called)))
     if not rewards.names:
         return
     all_BF = torch.tensor(gather(rewards.scores_BF.tolist())).view(-1, len(rewards.names))

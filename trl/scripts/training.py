@@ -253,6 +253,8 @@ def train(
             trainer.add_callback(record)
             trainer.train(resume_from_checkpoint=resumed(config.resume_from_checkpoint))
         trainer.save_model(config.output_dir)
+        with suppress_all("README.md is not written"):
+            trainer.create_model_card(dataset_name=[place for place in places if place])
         if config.push_to_hub:
             trainer.push_to_hub(dataset_name=script.dataset_name)
     return str(config.output_dir)

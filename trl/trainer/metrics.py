@@ -244,6 +244,15 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("episodes/turns", "mean turns of an episode", "what the task needs", ROLLOUTS, "an environment"),
     Metric("episodes/sampled_tokens", "mean tokens that the policy sampled in it", "-", ROLLOUTS, "an environment"),
+    Metric(
+        "tools/call_frequency", "share of completions in which a tool was called", "as often as the task needs one",
+        ROLLOUTS, "`tools`, or another chat environment",
+    ),
+    Metric(
+        "tools/failure_frequency",
+        "share of these calls that failed: unreadable, to an unknown tool, too late, or the tool raised an error",
+        "falls to near 0", ROLLOUTS, "calls",
+    ),
     Metric("reward", "mean of the weighted sum of all rewards", "rises", REWARDED),
     Metric("reward_std", "mean standard deviation within a group", "above 0", REWARDED, "groups of 2 or more"),
     Metric(
