@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from typing import Any
 
+from trl.data.records import Completion
 from trl.environment.base_environment import TextEnvironment
 from trl.environment.episodes import Episode
 from trl.environment.tool_calls import Spoken, ToolCall
@@ -69,3 +71,29 @@ def letters(**settings: Any) -> Talkative:
 
 def everything_is_a_call(text: str) -> Spoken:
     return Spoken(text, [ToolCall("tool", {"text": text})])
+
+
+class Scripted:
+    """A sampler that says `script(text so far, turn)` and the end of a turn, of a chat or of a text."""
+
+    def __init__(self, tokenizer: Any, script: Any, end: str = "<|im_end|>", opens: str = "<|im_start|>assistant"):
+        self.tokenizer, self.script, self.end, self.opens = tokenizer, script, end, opens
+
+    def sample(self, prompts: list[list[int]], params: Any, n: int = 1) -> list[list[Completion]]:
+        return [[self._said(prompt, params.max_new_tokens) for _ in range(n)] for prompt in prompts]
+
+    def _said(self, prompt: list[int], most: int) -> Completion:
+        text = self.tokenizer.decode(prompt)
+        said = self.script(text, text.count(self.opens) - 1) + self.end
+        ids = self.tokenizer(said, add_special_tokens=False).input_ids[:most]
+        return Completion(ids, [-1.0] * len(ids), [-1.0] * len(ids), "stop")
+
+
+def follow(trainer: Any, script: Any) -> None:
+    """Have the model say what the script says; its log-probabilities are those that it gives these words."""
+    trainer.source.sampler = Scripted(trainer.processing_class, script)
+    trainer.source.measure = trainer.logprobs_of
+
+
+def call(name: str, **arguments: Any) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"

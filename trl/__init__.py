@@ -43,6 +43,7 @@ _names = {
     "trl.trainer.raft_trainer": ["RAFTConfig", "RAFTTrainer"],
     "trl.trainer.reward_trainer": ["RewardConfig", "RewardTrainer"],
     "trl.trainer.rloo_trainer": ["RLOOConfig", "RLOOTrainer"],
+    "trl.trainer.run_record": ["RunFolderCallback"],
     "trl.trainer.sft_trainer": ["SFTConfig", "SFTTrainer"],
 }  # fmt: skip
 if is_diffusers_available():

@@ -80,6 +80,7 @@ from trl.trainer.reward_trainer import RewardConfig as RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer as RewardTrainer
 from trl.trainer.rloo_trainer import RLOOConfig as RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer as RLOOTrainer
+from trl.trainer.run_record import RunFolderCallback as RunFolderCallback
 from trl.trainer.sft_trainer import SFTConfig as SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer as SFTTrainer
 

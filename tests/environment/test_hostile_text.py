@@ -245,7 +245,7 @@ def test_environments_cannot_end_the_run_either():
     for factory, what in ((Leaves, r"Leaves.reset\(\)"), (leave, "environment_factory")):
         environment = TextEnvironment(None, byte_tokenizer(), environment_factory=factory)
         with pytest.raises(RuntimeError, match=rf"{what} asked the program to end: SystemExit\(0\)"):
-            environment._begin(0, 0, {"prompt": "p"})
+            environment._begin([{"prompt": "p"}], [0])
     environment = TextEnvironment(None, byte_tokenizer(), [], leave)
     with pytest.raises(RuntimeError, match="reward_fn asked the program to end"):
         environment.compute_reward([environment._open({"prompt": "p"}, "", None)])

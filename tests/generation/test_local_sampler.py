@@ -37,6 +37,32 @@ def test_a_prompt_is_read_once_for_its_group():
     assert counts == [27] + [16] * 5
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma3", "gpt_oss"])
+def test_what_prompts_have_in_common_is_read_once(name):
+    """Conversations of two groups that went apart after their prompts of 34 tokens: 2 starts and 6 ends."""
+    model = build(name)
+    starts, ends = random_prompts(34, 34), random_prompts(3, 1, 5, 4, 2, 3)
+    prompts = [starts[place % 2] + end for place, end in enumerate(ends)]
+    greedy = SamplingParams(max_new_tokens=4, temperature=0, stop_token_ids=())
+    sampler, counts = LocalSampler(model), forwarded(model)
+    together = sampler.sample(prompts, greedy)
+    assert counts == [34 + 34 + sum(map(len, ends)), 6, 6, 6]
+    for prompt, (completion,) in zip(prompts, together, strict=True):
+        expected = raw_logprobs(model, prompt, completion.ids)
+        assert completion.raw_logprobs == pytest.approx(expected, abs=2e-5)
+
+
+def test_equal_prompts_are_read_once_and_short_starts_apart():
+    model = build("llama")
+    params = SamplingParams(max_new_tokens=1, seed=0, stop_token_ids=())
+    (prompt,) = random_prompts(40)
+    sampler, counts = LocalSampler(model), forwarded(model)
+    sampler.sample([prompt] * 5, params)
+    sampler.sample([[*prompt[:20], 5], [*prompt[:20], 6]], params)
+    sampler.sample([prompt[:33], prompt], params)  # one is the start of the other
+    assert counts == [39 + 5, 42, 32 + 1 + 8]
+
+
 def test_finished_rows_leave_and_waiting_ones_take_their_places():
     model = build("llama")
     sampler = LocalSampler(model, max_rows=6)

@@ -108,4 +108,6 @@ def _logs(name: str, world: int, folder: Path) -> dict[str, list[float]]:
     trainer = build(name, folder, per_device_train_batch_size=8 // world, max_steps=4, use_cpu=True)
     trainer.train()
     assert trainer.args.world_size == world
-    return {key: history(trainer, key) for key in ("loss", "grad_norm", "reward", "completions/mean_length")}
+    keys = ("loss", "grad_norm", "reward", "completions/mean_length", "policy_loss", "val/contain_eos_token",
+            "objective/kl", "objective/entropy", "objective/rlhf_reward", "objective/scores_margin")  # fmt: skip
+    return {key: history(trainer, key) for key in keys}

@@ -1,5 +1,6 @@
 """Callbacks that scripts add: completions, progress, moving references, averages of the weights."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from datasets import Dataset
 from dpo_cases import PLAIN, config, trainer_of
 from tokenizers_for_tests import CHATML, byte_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, GenerationConfig, PrinterCallback, TrainerControl, TrainerState
 
 from trl import (
     BEMACallback,
@@ -20,6 +21,7 @@ from trl import (
     SyncRefModelCallback,
 )
 from trl.trainer.callbacks import prompts_of
+from trl.trainer.step_line import Advice, Clock, duration, short, training_line
 
 # -- the reference moves ----------------------------------------------------------------------
 
@@ -178,15 +180,84 @@ def test_prompts_of_rows():
 # -- progress ---------------------------------------------------------------------------------
 
 
-def test_progress_in_the_terminal(tmp_path, capsys):
-    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_of(config(tmp_path, **settings), eval_dataset=pairs(), callbacks=[RichProgressCallback])
+def shown_by(tmp_path, **settings):
+    asked = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1} | settings
+    trainer = trainer_of(config(tmp_path, **asked), eval_dataset=pairs(), callbacks=[RichProgressCallback])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
+
+
+def test_lines_without_a_terminal(tmp_path, capsys):
+    shown_by(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    kinds = [re.sub(r"[-\d.,e]+ ?", "0 ", line) for line in lines]
+    first, last = "accuracy 0 · margin 0 · loss 0 · lr 0 · 0 tok/s · 0 ", "accuracy 0 · margin 0 · loss 0 "
+    assert lines[0].startswith("step 1/2 · ")
+    assert lines[0].endswith(" left")
+    assert first in kinds[0]
+    assert lines[1].startswith("evaluation after step 1 · ")
+    assert last in kinds[1]
+    assert lines[2].startswith("step 2/2 · ")
+    assert lines[4].startswith("trained 2 steps in 0:0")
+    assert len(lines) == 5
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_bars_in_a_terminal(bars, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown_by(tmp_path, disable_tqdm=not bars)
     shown = capsys.readouterr().out
-    assert "training" in shown
-    assert "2/2" in shown
-    assert "step 2: loss" in shown
-    assert "eval_loss" in shown
+    assert ("2/2\x1b" in shown) == ("training" in shown) == bars
+    assert "step 2/2 · accuracy" in shown
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (2.3149, "2.31"), (8e-6, "8e-6"), (1.24e-5, "1.2e-5"), (1920.4, "1,920"), (0.0, "0"), (-0.0712, "-0.0712"),
+        (float("nan"), "nan"), (7, "7"), (1e9, "1,000,000,000"), (0.5, "0.5"), (-3e-7, "-3e-7"),
+    ],
+)  # fmt: skip
+def test_numbers_are_short(number, text):
+    assert short(number) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(250, "4:10"), (3723.4, "1:02:03"), (0.2, "0:00"), (-1, "0:00")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_line_by_hand(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("trl.trainer.step_line.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("trl.trainer.step_line.peak_memory", lambda: 1.3 * 2**30)
+    monkeypatch.setattr("trl.trainer.step_line.peak_device_memory", lambda: None)
+    clock = Clock(10, 300, 1000)
+    now[0] += 20
+    clock.pause(10.0)
+    logs = {"loss": 2.3149, "grad_norm": 1.0, "learning_rate": 8e-6, "num_tokens": 20200.0, "epoch": 1.0}
+    assert training_line(20, logs, clock) == ("step 20/300 · loss 2.31 · lr 8e-6 · 1,920 tok/s · 1.3 GiB · 4:40 left")
+    logs = {"reward": 0.312, "reward_std": 0.1, "kl": 0.02, "completions/mean_length": 143.2, "loss": float("nan"),
+            "completions/clipped_ratio": 0.125, "num_tokens": 20200.0}  # fmt: skip
+    assert training_line(300, logs, clock) == (
+        "step 300/300 · reward 0.312 ± 0.1 · KL 0.02 · length 143 · 12% cut · loss nan · 1.3 GiB"
+    )
+    assert training_line(30, {"objective/x": 0.5}, clock).startswith("step 30/300 · objective/x 0.5 · ")
+
+
+def test_advice_is_given_once():
+    advice, cut = Advice(), {"completions/clipped_ratio": 0.9, "frac_reward_zero_std": 0.1, "loss": 1.0}
+    assert list(advice.of(cut)) == []  # once is chance
+    assert list(advice.of(cut)) == [
+        "note: completions/clipped_ratio 0.9: the limit cuts completions before they end; raise max_completion_length, "
+        "or reward shorter ones"
+    ]
+    assert [line for _ in range(5) for line in advice.of(cut)] == []
+    idle = {"frac_reward_zero_std": 0.8}
+    assert [*advice.of(idle), *advice.of({"frac_reward_zero_std": 0.2}), *advice.of(idle)] == []
 
 
 def test_other_processes_show_nothing(capsys):

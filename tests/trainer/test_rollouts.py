@@ -46,7 +46,7 @@ def test_prompts_are_a_function_of_the_position():
 
 
 def test_ranks_share_the_prompts_of_a_step():
-    assert doctest.testmod(prompts).attempted == 3
+    assert doctest.testmod(prompts).attempted == 4
     assert doctest.testmod(prompts).failed == 0
 
 

@@ -163,7 +163,6 @@ def test_the_folder_of_tensorboard(tmp_path):
         ("SFTConfig", {"warmup_ratio": 1.5}, "warmup_ratio=1.5: give a share"),
         ("SFTConfig", {"max_seq_length": 7, "max_length": 9}, "max_seq_length=7, max_length=9: two names"),
         ("GKDConfig", {"max_new_tokens": 7, "max_completion_length": 9}, "max_new_tokens=7, max_completion_length=9"),
-        ("GKDConfig", {"seq_kd": True}, "seq_kd=True: sample the teacher's completions first"),
         ("OnlineDPOConfig", {"max_length": 64}, "max_length=64: give more than max_completion_length=64"),
         ("GRPOConfig", {"use_vllm": True, "vllm_server_base_url": "http://a"}, "vllm_server_base_url='http://a': no"),
         ("RLOOConfig", {"use_vllm": True, "vllm_server_host": "10.0.0.1"}, "vllm_server_host='10.0.0.1': no"),

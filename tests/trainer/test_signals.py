@@ -165,7 +165,7 @@ def test_the_command_asks_for_it(tmp_path, monkeypatch):
     """Unless the line says no; and what is not finite is an exit code that is not 0."""
     seen = []
 
-    def train(job, model, script, mixture, config, own):
+    def train(job, line, model, script, mixture, config, *others):
         seen.append(config.enable_jit_checkpoint)
         raise NonFiniteError("step 3: the loss is not finite")
 

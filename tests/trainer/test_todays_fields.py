@@ -79,13 +79,23 @@ LINES = {
                    "vllm_importance_sampling_correction": False, "vllm_importance_sampling_mode": "token_mask",
                    "vllm_importance_sampling_cap": 2.5, "vllm_importance_sampling_clip_min": 0.1},
     "RLOOConfig": {**VLLM, **SAMPLER},
-    "DistillationConfig": {**VLLM, "log_completions_steps": 5},
+    "DistillationConfig": {**VLLM, **SAMPLER, "log_completions_steps": 5, "seq_kd": True},
     "GKDConfig": {"packing": True, "eval_packing": True, "packing_strategy": "wrapped", "loss_type": "nll",
                   "dataset_text_field": "other", "dataset_kwargs": {"skip_prepare_dataset": True},
                   "assistant_only_loss": True, "dataset_batch_size": 7, "activation_offloading": True},
-    "OnlineDPOConfig": {"cache_implementation": "static", "vllm_mode": "server", "per_device_train_batch_size": 1},
+    "OnlineDPOConfig": {**VLLM, **SAMPLER, "gpu_memory_utilization": 0.5, "use_transformers_paged": True,
+                        "use_transformers_continuous_batching": True, "per_device_train_batch_size": 1,
+                        "beta": [0.1, 0.2, 0.3, 0.4]},
     "CPOConfig": {"padding_value": 0, "is_encoder_decoder": False},
     "ORPOConfig": {"padding_value": 0, "is_encoder_decoder": False},
+}  # fmt: skip
+TEACHERS = {
+    "teacher_model_name_or_path": "a", "teacher_model_revision": "main", "teacher_model_init_kwargs": {"revision": "a"},
+    "disable_dropout": False, "beta": 0.2, "lmbda": 0.25, "model_init_kwargs": {"dtype": "bfloat16"},
+}  # fmt: skip
+SAMPLING = {
+    "temperature": 0.7, "top_p": 0.95, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
+    "generation_kwargs": {"min_new_tokens": 2},
 }  # fmt: skip
 WORKING = {
     "SFTConfig": {"trust_remote_code": True, "router_aux_loss_coef": 0.001, "loss_type": "chunked_nll",
@@ -95,11 +105,16 @@ WORKING = {
     "KTOConfig": {"train_sampling_strategy": "sequential", "label_pad_token_id": -100},
     "GRPOConfig": {"use_bias_correction_kl": False, "disable_dropout": False},
     "RLOOConfig": {"rloo_k": 4, "kl_coef": 0.1, "num_ppo_epochs": 2},
-    "DistillationConfig": {"teacher_model_revision": "main", "top_p": 0.95},
-    "GKDConfig": {"max_new_tokens": 5, "max_length": 512, "max_seq_length": 512, "truncation_mode": "keep_start",
-                  "completion_only_loss": True, "eos_token": "d", "chat_template_path": "a.jinja"},
-    "OnlineDPOConfig": {"beta": [0.1], "max_new_tokens": 5, "max_length": 512, "missing_eos_penalty": 1.0,
-                        "reward_model_path": "x"},
+    "DistillationConfig": {**TEACHERS, **SAMPLING, "max_completion_length": 5, "shuffle_dataset": False,
+                           "max_prompt_length": 9, "num_generations": 2},
+    "GKDConfig": {**TEACHERS, **SAMPLING, "seq_kd": True, "max_new_tokens": 5, "dataset_num_proc": 2,
+                  "padding_free": False, "pad_token": "a", "max_length": 512, "max_seq_length": 512,
+                  "truncation_mode": "keep_start", "completion_only_loss": True, "eos_token": "d",
+                  "chat_template_path": "a.jinja"},
+    "OnlineDPOConfig": {**SAMPLING, "beta": [0.1, 0.2], "max_new_tokens": 5, "max_length": 512, "loss_type": "ipo",
+                        "missing_eos_penalty": 1.0, "reward_model_path": "owner/model", "judge": "module:name",
+                        "reward_weights": [1.0, 0.5], "dataset_num_proc": 2, "disable_dropout": False,
+                        "model_init_kwargs": {"dtype": "bfloat16"}},
     "CPOConfig": {"loss_type": "simpo"},
     "PPOConfig": {"num_ppo_epochs": 1, "kl_coef": 0.1, "total_episodes": 4, "response_length": 5,
                   "num_mini_batches": 1, "stop_token_id": 3, "stop_token": "eos", "missing_eos_penalty": 1.0,
@@ -107,11 +122,16 @@ WORKING = {
 }  # fmt: skip
 ERRORS = {
     "GRPOConfig": {f"vespo_{name}": (1.5, "loss_type='vespo'") for name in ("k_pos", "lambda_pos", "k_neg")},
-    "GKDConfig": {"seq_kd": (True, "lmbda=0"), "completion_only_loss": (False, "leave it out"),
+    "DistillationConfig": {"beta": (2.0, "[0, 1]"), "lmbda": (-0.5, "a share in [0, 1]"),
+                           "teacher_model_init_kwargs": ("{", "")},
+    "GKDConfig": {"completion_only_loss": (False, "leave it out"),
                   "max_length": (100, "give more than max_completion_length=128"),},
     "DPOConfig": {"tools": ([print], "column `tools`")},
     "KTOConfig": {"generate_during_eval": (True, "LogCompletionsCallback")},
-    "OnlineDPOConfig": {"beta": ([], "one for each epoch")},
+    "OnlineDPOConfig": {"beta": ([], "one for each epoch"), "judge": ("pair_rm", "an object as the trainer's `judge`"),
+                        "reward_model_path": ("x", "there is no such folder"), "loss_type": ("x", "choose one of"),
+                        "missing_eos_penalty": (-1.0, "a number >= 0"),
+                        "max_length": (64, "give more than max_completion_length=64")},
     "CPOConfig": {"simpo_gamma": (0.3, "loss_type='simpo'"), "alpha": (0.5, "loss_type='simpo'")},
 }  # fmt: skip
 FIELDS = [
@@ -301,7 +321,8 @@ ARGUMENTS = {
     "KTOTrainer": "quantization_config peft_config",
     "GRPOTrainer": "quantization_config environment_factory rollout_func tools",
     "RLOOTrainer": "quantization_config",
-    "OnlineDPOTrainer": "reward_model judge reward_processing_class",
+    "OnlineDPOTrainer": "ref_model reward_model reward_funcs judge reward_processing_class peft_config",
+    "GKDTrainer": "teacher_model processing_class peft_config quantization_config",
     "PPOTrainer": """args processing_class model ref_model reward_model value_model train_dataset eval_dataset
         peft_config""",
 }
@@ -341,9 +362,9 @@ def test_arguments_of_a_trainer(name):
     assert set(ARGUMENTS[name].split()) <= known
 
 
-@pytest.mark.parametrize(("factory", "kind"), [({"a": dict}, "dict"), ([dict], "list"), ("a.B", "str")])
+@pytest.mark.parametrize(("factory", "kind"), [([dict], "list"), ("a.B", "str"), (3, "int")])
 def test_a_factory_that_makes_nothing_is_named(factory, kind):
-    with pytest.raises(ValueError, match=f"^environment_factory: a {kind} makes no environment; give one class"):
+    with pytest.raises(ValueError, match=f"^environment_factory: a {kind} makes no environment; give a class or"):
         trl.RLOOTrainer(causal_lm(), "repetition", train_dataset=prompts(), environment_factory=factory,
                         processing_class=tokenizer())  # fmt: skip
 

@@ -33,6 +33,7 @@ COMMANDS: dict[str, Training | Other] = {
     "quickstart": Other("trl.quickstart.command", "Imitate, reward, reinforce: the whole job here, with a report."),
     **JOBS,
     "inspect": Other("trl.scripts.inspect_rows", "Show what a training command learns of each row.", settings=True),
+    "report": Other("trl.scripts.report", "Write the report of a run's folder: curves, samples, what to look at."),
     "schema": Other("trl.scripts.describe", "Print the JSON schema of a training command's YAML file."),
     "env": Other("trl.scripts.env", "Print the versions and devices that a bug report should name."),
 }

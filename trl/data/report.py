@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any, NamedTuple
@@ -208,6 +210,9 @@ class TokenizationReport:
         Python shows warnings only unless it is told otherwise, so a report without findings goes to a handler of its
         own then.
         """
+        kept = _kept.get()
+        if kept is not None:
+            kept[name] = self
         if not self.rows or int(os.environ.get("RANK", "0")) != 0:
             return
         line = "; ".join(self.lines(name))
@@ -248,3 +253,17 @@ class TokenizationReport:
     def seen(self) -> str:
         """How many rows were looked at, in words."""
         return f"the first {self.rows:,}" if self.partial else f"all {self.rows:,}"
+
+
+_kept: ContextVar[dict[str, TokenizationReport] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def reports_kept() -> Iterator[dict[str, TokenizationReport]]:
+    """The reports that are logged within the block, by the names of their data sets."""
+    kept: dict[str, TokenizationReport] = {}
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)

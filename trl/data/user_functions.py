@@ -8,9 +8,10 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Set
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
 _LIVE = (type, type(os), type(len), type(lambda: 0), threading.Thread)
 """what a copy would make nothing of"""
@@ -90,6 +91,15 @@ class Awaited:
         self._task = self._loop.create_task(_awaited(make))
         self._task.add_done_callback(lambda _: self._ended.set())
 
+    def then(self, call: Callable[[], None]) -> None:
+        """Have something called on the loop once it has ended."""
+
+        def ask() -> None:
+            assert self._task is not None
+            self._task.add_done_callback(lambda _: call())
+
+        self._loop.call_soon_threadsafe(ask)
+
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for its end; whether it came within the seconds."""
         return self._ended.wait(seconds)
@@ -107,6 +117,57 @@ class Awaited:
         self._ended.wait()
         assert self._task is not None
         return self._task.result()
+
+
+class Begun:
+    """A call of a function, async or not, that has begun: it has ended, or is awaited on the loop."""
+
+    def __init__(self, function: Callable[..., Any], **given: Any) -> None:
+        self._value: Any = None
+        self._awaited: Awaited | None = None
+        if is_async(function):
+            self._awaited = Awaited(lambda: function(**given))
+            return
+        value = function(**given)
+        if inspect.isawaitable(value):
+            self._awaited = Awaited.of(value)
+        else:
+            self._value = value
+
+    def result(self, seconds: float | None = None) -> Any:
+        """What it gives; TimeoutError where it does not come within the seconds. It is then cancelled."""
+        if self._awaited is None:
+            return self._value
+        ended = False
+        try:
+            ended = self._awaited.wait(seconds)
+        finally:
+            if not ended:  # late, or Ctrl-C
+                self._awaited.cancel()
+        if not ended:
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        return self._awaited.result()
+
+    def cancel(self) -> None:
+        """Ask what is awaited to end."""
+        if self._awaited is not None:
+            self._awaited.cancel()
+
+
+def results_of(calls: Iterable[Callable[[], Begun]], read: Callable[[int, Begun], T]) -> list[T]:
+    """What `read(place, begun)` makes of calls, in their order: all of them begin, then all are awaited.
+
+    Where one fails, the others are cancelled.
+    """
+    begun: list[Begun] = []
+    try:
+        for call in calls:
+            begun.append(call())
+        return [read(place, each) for place, each in enumerate(begun)]
+    except BaseException:
+        for each in begun:
+            each.cancel()
+        raise
 
 
 async def _awaited(make: Callable[[], Awaitable[Any]]) -> Any:

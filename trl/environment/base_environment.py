@@ -15,8 +15,9 @@ from trl.data.any_text import encodable
 from trl.data.records import Rollout
 from trl.data.user_functions import accepted, in_order
 from trl.environment.episodes import Environment, Episode
+from trl.environment.factories import Factory, OwnEnvironment, Said
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import LONGEST_CALL, ToolCalls, error_text, is_interrupt
+from trl.environment.tool_calls import LONGEST_CALL, Answer, Pending, ToolCalls, answer_of
 from trl.environment.turns import ModelTurns, SampledTurns, Turns
 from trl.generation.sampler import Sampler
 from trl.generation.stopping import StringStoppingCriteria
@@ -49,7 +50,7 @@ class TextEnvironment(Environment):
         *,
         tool_timeout: float | None = 30.0,
         tool_workers: int = 16,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
     ) -> None:
         """
         `tools`: by name, or a list of objects; the name of such a tool is the name of its class.
@@ -59,8 +60,9 @@ class TextEnvironment(Environment):
         `generation_kwargs`: keywords of transformers' `generate`.
         `tool_timeout`: seconds; the model reads an error if a tool takes longer. Tools run in several threads (at most
         `tool_workers`); None: one after the other in the calling thread, without a limit.
-        `environment_factory`: makes an object with `reset()` for every row; its public methods are tools of that row,
-        its `reward` is the sum of the row's rewards so far, a true `done` ends the episode.
+        `environment_factory`: makes objects with `reset()`, of which each row has one; its public methods are tools of
+        that row, its `get_reward()` or `reward` (the sum so far) is the reward, a true `done` ends the episode. Of a
+        dict of factories a row's column `environment` names its own.
         """
         super().__init__(tokenizer, environment_factory, tool_timeout, tool_workers)
         if max_tool_reponse < 3:
@@ -92,10 +94,11 @@ class TextEnvironment(Environment):
         columns = {name: values for name, values in rewards_kwargs.items() if _is_column(values, len(queries))}
         # Every row has a seed, so that its turns do not depend on which rows share its batches.
         seed = int(torch.randint(2**62, ()))
-        episodes = []
-        for index, query in enumerate(queries):
-            row = {name: values[index] for name, values in columns.items()} | {"prompt": query}
-            episodes.append(self._begin(index, seed + index, row))
+        rows = [
+            {name: values[index] for name, values in columns.items()} | {"prompt": query}
+            for index, query in enumerate(queries)
+        ]
+        episodes = self._begin(rows, [seed + index for index in range(len(rows))])
         self._play(episodes, self._own_turns())
         histories = [episode.history for episode in episodes]
         self.compute_reward(histories, **rewards_kwargs)
@@ -105,11 +108,9 @@ class TextEnvironment(Environment):
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    @property
-    def gives_rewards(self) -> bool:
-        """Whether episodes have rewards without further functions."""
+    def _judges(self) -> bool:
         computes = type(self).compute_reward is not TextEnvironment.compute_reward
-        return self.reward_fn is not None or self.environment_factory is not None or computes or super().gives_rewards
+        return self.reward_fn is not None or computes or super()._judges()
 
     def check_settings(self, tokenizer: Any, max_prompt_length: int | None = None, reward_funcs: Any = None) -> None:
         """ValueError for settings of a trainer that do not go with this environment."""
@@ -142,10 +143,18 @@ class TextEnvironment(Environment):
 
     # --- the loop's steps -----------------------------------------------------------------------------------------
 
-    def _open(self, row: Mapping[str, Any], said: str, ids: Sequence[int] | None) -> TextHistory:
-        query = row["prompt"] if ids is None or isinstance(row.get("prompt"), str) else self.tokenizer.decode(ids)
+    def _open(
+        self, row: Mapping[str, Any], said: Said, ids: Sequence[int] | None, own: OwnEnvironment | None = None
+    ) -> TextHistory:
+        if not isinstance(said, str):
+            raise TypeError(f"{type(own.instance).__name__ if own else 'it'}.reset() gave messages; give a text here")
+        query = row.get("prompt")
+        if not isinstance(query, str):
+            query = row["prompt"] if ids is None and query else self.tokenizer.decode(ids or [])
         text = self.prompt + query + said
-        if ids is None or self.prompt or said:
+        if not text and not ids:
+            raise ValueError("prompt: the row has none, and reset() gave none; one of them has to say it")
+        if ids is None or not len(ids) or self.prompt or said:
             return TextHistory(text, self._tokens(text, add_special_tokens=True), system=True)
         return TextHistory(text, torch.tensor(ids, device=self.current_device), system=True)
 
@@ -160,7 +169,7 @@ class TextEnvironment(Environment):
         for episode, history in zip(episodes, histories, strict=True):
             episode.history, history.episode = history, episode
 
-    def _read_turn(self, episode: Episode) -> list[Callable[[], str]]:
+    def _read_turn(self, episode: Episode) -> list[Answer]:
         self.tasks_end_check([episode.history])
         return [partial(self._answer, episode.history)]
 
@@ -190,18 +199,23 @@ class TextEnvironment(Environment):
             self._append_response(history, calls.collect(patience=0)[0])
         return history
 
-    def _answer(self, history: TextHistory) -> str:
+    def _answer(self, history: TextHistory) -> str | Pending:
         own = Episode.of(history).own
-        if own is None:
-            return self.call_tool(history.last_text_segment)
-        return self.call_tool(history.last_text_segment, {**self.tools, **own.tools})
+        tools = self.tools if own is None else {**self.tools, **own.tools}
+        if type(self).call_tool is TextEnvironment.call_tool:
+            return self._begin_call(history.last_text_segment, tools)
+        return self.call_tool(history.last_text_segment, *([] if own is None else [tools]))
 
     def call_tool(self, text: str, tools: Mapping[str, Tool] | None = None) -> str:
         """The answer to the tool call in `text`. Errors become text that the model reads.
 
         tools: by name; None: those of the environment.
         """
-        tools = self.tools if tools is None else tools
+        answer = self._begin_call(text, self.tools if tools is None else tools)
+        return answer if isinstance(answer, str) else answer.text(self.tool_timeout)
+
+    def _begin_call(self, text: str, tools: Mapping[str, Tool]) -> str | Pending:
+        """The answer to the tool call in `text`, which may be awaited."""
         name, query = self.parse_tool_call(text)
         if query is not None and len(query) > LONGEST_CALL:
             return f"Tool error: the call is longer than {LONGEST_CALL} characters"
@@ -209,16 +223,7 @@ class TextEnvironment(Environment):
             return f"Unknown tool call: {text}"
         if name not in tools:
             return f"Unknown tool {name}."
-        try:
-            with self.late_calls.calling(name):
-                answer = tools[name](query)
-        except BaseException as error:  # SystemExit too: a tool must not end the run
-            if is_interrupt(error):
-                raise
-            return error_text(error)
-        if not isinstance(answer, str):
-            raise TypeError(f"tools[{name!r}] answered with {type(answer).__name__}; a tool answers with a string")
-        return answer
+        return answer_of(self.late_calls, name, partial(tools[name], query), partial(_checked_answer, name))
 
     def _append_response(self, history: TextHistory, response: str) -> None:
         response = encodable(response)
@@ -257,9 +262,9 @@ class TextEnvironment(Environment):
             raise ValueError(f"reward_fn gave {error}") from None
         if len(rewards) != len(histories):
             raise ValueError(f"reward_fn gave {len(rewards)} rewards for {len(histories)} episodes; give one for each")
-        for history, reward in zip(histories, rewards, strict=True):
-            earned = Episode.of(history).turn_rewards
-            history.reward = reward + sum(earned) if any(earned) else reward
+        earned = self._earned([Episode.of(history) for history in histories])
+        for history, reward, more in zip(histories, rewards, earned, strict=True):
+            history.reward = reward + more if more else reward
         return histories
 
     def tasks_end_check(self, histories: list[TextHistory], model_turn: bool = True) -> list[TextHistory]:
@@ -311,6 +316,12 @@ class TextEnvironment(Environment):
     def _own_turns(self) -> ModelTurns:
         stop_strings = (self.call_token, self.submit_token)
         return ModelTurns(self.model, self.tokenizer, self.generation_kwargs, stop_strings, self._samplers)
+
+
+def _checked_answer(name: str, answer: Any) -> str:
+    if not isinstance(answer, str):
+        raise TypeError(f"tools[{name!r}] answered with {type(answer).__name__}; a tool answers with a string")
+    return answer
 
 
 def _named(tools: Mapping[str, Tool] | Sequence[Tool] | None) -> dict[str, Tool]:

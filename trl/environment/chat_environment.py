@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +17,10 @@ from trl.data.chat import ChatTemplate, Messages
 from trl.data.encode import TextEncoder
 from trl.data.formats import maybe_convert_to_chatml
 from trl.data.records import Rollout
-from trl.environment.episodes import Environment, Episode, OwnEnvironment
+from trl.environment.episodes import Environment, Episode, lacks_prompt
+from trl.environment.factories import Factory, OwnEnvironment, Said
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import JsonCalls, Spoken, ToolCall, ToolParser, call_id, error_text, is_interrupt
+from trl.environment.tool_calls import JsonCalls, Pending, Spoken, ToolCall, ToolParser, answer_of, call_id, error_text
 from trl.environment.turns import SampledTurns
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class ChatEnvironment(Environment):
     def __init__(
         self,
         tools: Sequence[Callable[..., Any]] = (),
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
         *,
         max_iterations: int | None = None,
         max_tool_response: int | None = None,
@@ -50,7 +49,7 @@ class ChatEnvironment(Environment):
     ) -> None:
         """
         `tools`: functions, also async ones, with type hints and a docstring that describes each argument.
-        `environment_factory`: makes an object with `reset()` for every conversation; its public methods are tools.
+        `environment_factory`: makes objects with `reset()`, of which each conversation has one; see `TextEnvironment`.
         `max_tool_response`: most characters of a result that the model reads; None: all.
         `parser`: finds the calls in a turn; None: JSON in `<tool_call>` tags.
         `tool_timeout`: seconds a call may take, see `TextEnvironment`.
@@ -66,20 +65,43 @@ class ChatEnvironment(Environment):
         self.max_iterations, self.max_tool_response = max_iterations, max_tool_response
         self.parser = parser or JsonCalls()
         self.template_kwargs = dict(template_kwargs or {})
-        own = {} if environment_factory is None else OwnEnvironment(environment_factory).tools
-        self.schemas = [_schema(name, function) for name, function in {**self.tools, **own}.items()]
-        if not self.schemas:
+        if len(self.tools) < len(tools):
+            raise ValueError("tools: several have the same name (functions)")
+        if not self.tools and self.factories is None:
             raise ValueError("tools: give at least one function, or an environment_factory with public methods")
-        shared = set(self.tools) & set(own)
-        if shared or len(self.tools) < len(tools):
-            raise ValueError(f"tools: several have the same name ({', '.join(sorted(shared)) or 'functions'})")
+        each = [schema for own in self._kinds() for schema in self._schemas(own)]
+        self.schemas = list({schema["function"]["name"]: schema for schema in each}.values())
+        """of all tools; those of a factory's objects are offered in their episodes only"""
         self.end_ids = end_ids
+        self._renderers: dict[Any, TurnRenderer] = {}
         eos = getattr(tokenizer, "eos_token_id", None)
         self.renderer: Any = None if tokenizer is None else self._renderer([] if eos is None else [eos])
 
-    def _renderer(self, end_ids: Sequence[int]) -> AnswerRenderer:
-        template = ChatTemplate(self.tokenizer, self.template_kwargs)
-        return AnswerRenderer(template, end_ids if self.end_ids is None else self.end_ids, self.schemas)
+    def _kinds(self) -> list[OwnEnvironment | None]:
+        """An object of each factory, or None where there is none."""
+        return [None] if self.factories is None else list(self.factories.firsts().values())
+
+    def _schemas(self, own: OwnEnvironment | None) -> list[dict[str, Any]]:
+        """Of the tools in an episode that uses this object."""
+        tools = {} if own is None else own.tools
+        if shared := sorted(self.tools.keys() & tools.keys()):
+            raise ValueError(f"tools: several have the same name ({', '.join(shared)})")
+        return [_schema(name, function) for name, function in {**self.tools, **tools}.items()]
+
+    def _renderer(self, end_ids: Sequence[int]) -> TurnRenderer:
+        """Of the first kind of episodes; those of the other kinds are made too, as each may be refused."""
+        self._ends, self._renderers = end_ids, {}
+        first, *_ = [self._renderer_of(own) for own in self._kinds()]
+        return first  # type: ignore[no-any-return]
+
+    def _renderer_of(self, own: OwnEnvironment | None) -> Any:
+        """Of the episodes that use this object; which tools it has may be known after its first `reset` only."""
+        key = None if own is None else (own.factory, *own.tools)
+        if key not in self._renderers:
+            template, schemas = ChatTemplate(self.tokenizer, self.template_kwargs), self._schemas(own)
+            kind = AnswerRenderer if schemas else TurnRenderer
+            self._renderers[key] = kind(template, self._ends if self.end_ids is None else self.end_ids, schemas)
+        return self._renderers[key]
 
     @property
     def is_ready(self) -> bool:
@@ -101,12 +123,6 @@ class ChatEnvironment(Environment):
         if max_prompt_length is not None:
             raise ValueError("max_prompt_length: a prompt with tools cannot be cut; leave it out")
 
-    @property
-    def gives_rewards(self) -> bool:
-        """Whether episodes have rewards without further functions."""
-        own = self.environment_factory
-        return super().gives_rewards or (own is not None and OwnEnvironment(own).gives_rewards)
-
     def rollout(
         self, rows: Sequence[Mapping[str, Any]], turns: SampledTurns, seeds: Sequence[int], limit: int
     ) -> Rollout:
@@ -123,21 +139,25 @@ class ChatEnvironment(Environment):
 
     # --- the loop's steps -----------------------------------------------------------------------------------------
 
-    def _open(self, row: Mapping[str, Any], said: str, ids: Sequence[int] | None) -> TextHistory:
-        prompt = row.get("prompt")
-        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
-            raise ValueError("prompt: tools need conversations; give a list of messages in each row")
-        messages = _with_said(list(maybe_convert_to_chatml({"prompt": prompt})["prompt"]), said)
-        text = self.renderer.template.of_row(dict(row)).prompt(messages, self.schemas)
-        encoder = self.renderer.encoder
+    def _open(
+        self, row: Mapping[str, Any], said: Said, ids: Sequence[int] | None, own: OwnEnvironment | None = None
+    ) -> TextHistory:
+        renderer = self._renderer_of(own)
+        messages = _conversation(row, said)
+        text = renderer.template.of_row(dict(row)).prompt(messages, renderer.schemas or None)
+        encoder = renderer.encoder
         (tokens,) = encoder.encode([text])
         return TextHistory(text, torch.tensor(encoder.without_double_bos(tokens)), system=True)
 
-    def _read_turn(self, episode: Episode) -> list[Callable[[], str]]:
-        history = episode.history
+    def _prompt(self, episode: Episode) -> Messages:
+        return _conversation(episode.columns, episode.said)
+
+    def _read_turn(self, episode: Episode) -> list[Callable[[], str | Pending]]:
+        history, renderer = episode.history, self._renderer_of(episode.own)
         tokens = history.tokens[slice(*history.token_spans[-1])]
-        closed = int(tokens[-1]) in self.renderer.ends
-        spoken = self._parsed(str(self.renderer.template.tokenizer.decode(tokens[:-1] if closed else tokens)))
+        closed = int(tokens[-1]) in renderer.ends
+        text = str(renderer.template.tokenizer.decode(tokens[:-1] if closed else tokens))
+        spoken = self._parsed(text) if renderer.schemas else Spoken(text)
         message: dict[str, Any] = {"role": "assistant", "content": encodable(spoken.content)}
         if spoken.calls:
             message["tool_calls"] = [call.message(place) for place, call in enumerate(spoken.calls)]
@@ -158,36 +178,37 @@ class ChatEnvironment(Environment):
             logger.warning("parser: it failed on %r: %r; the model reads that its call cannot be read", text, error)
             return Spoken(text, [ToolCall("unknown", error=f"the call cannot be read ({type(error).__name__})")])
 
-    def _answer(self, tools: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
+    def _answer(self, tools: Mapping[str, Callable[..., Any]], call: ToolCall) -> str | Pending:
         """The answer to a call. Errors become text that the model reads."""
         if call.error:
             return f"Tool error: {call.error}"
         if call.name not in tools:
             return f"Unknown tool {call.name}."
-        try:
-            with self.late_calls.calling(call.name):
-                result = tools[call.name](**call.arguments)
-                if inspect.isawaitable(result):
-                    result = asyncio.run(_awaited(result, self.tool_timeout))
-            text = result if isinstance(result, str) else "" if result is None else json.dumps(result, default=str)
-        except BaseException as error:  # SystemExit too: a tool must not end the run
-            if is_interrupt(error):
-                raise
-            text = error_text(error)
-        text = encodable(text)
-        most = self.max_tool_response
+        return answer_of(self.late_calls, call.name, partial(tools[call.name], **call.arguments), _text_of)
+
+    def _cut(self, text: str) -> str:
+        """So much of an answer as the model reads."""
+        text, most = encodable(text), self.max_tool_response
         return text if most is None or len(text) <= most else text[: max(most - 3, 0)] + "..."
 
     def _hear(self, episode: Episode) -> None:
         """Append the tools' answers as the template renders them."""
-        history = episode.history
-        known = {schema["function"]["name"] for schema in self.schemas}
+        history, renderer = episode.history, self._renderer_of(episode.own)
+        known = {schema["function"]["name"] for schema in renderer.schemas}
         called = [call["function"]["name"] for call in episode.messages[-1]["tool_calls"]]
         names = [name if name in known else "unknown" for name in called]  # no template meets what a model made up
-        answers = [Answer(*answer) for answer in zip(names, episode.answers, strict=True)]
-        text, ids = self.renderer(answers, closed=int(history.tokens[-1]) == self.renderer.end_id)
+        answers = [Answer(*each) for each in zip(names, map(self._cut, episode.answers), strict=True)]
+        text, ids = renderer(answers, closed=int(history.tokens[-1]) == renderer.end_id)
         history.append_segment(text, torch.tensor(ids), system=True)
         episode.messages += _messages_of(answers)
+
+
+def _text_of(result: Any) -> str:
+    """What the model reads of a tool's result."""
+    try:
+        return result if isinstance(result, str) else "" if result is None else json.dumps(result, default=str)
+    except Exception as error:
+        return error_text(error)
 
 
 class Answer(NamedTuple):
@@ -197,7 +218,19 @@ class Answer(NamedTuple):
     text: str
 
 
-class AnswerRenderer:
+class TurnRenderer:
+    """What conversations are rendered with, where the model is offered these schemas of tools.
+
+    ends: the tokens that can end a turn.
+    """
+
+    def __init__(self, template: ChatTemplate, ends: Sequence[int], schemas: Sequence[Any] = ()) -> None:
+        self.template, self.schemas = template, list(schemas)
+        self.encoder = TextEncoder(template.tokenizer)
+        self.ends = frozenset(ends)
+
+
+class AnswerRenderer(TurnRenderer):
     """Renders tools' answers and a new generation prompt, as text and tokens that follow an assistant's turn.
 
     The template renders a stand-in conversation with and without the answers; only the difference is tokenised and
@@ -208,9 +241,7 @@ class AnswerRenderer:
     """
 
     def __init__(self, template: ChatTemplate, ends: Sequence[int], schemas: Sequence[Any] = ()) -> None:
-        self.template, self.schemas = template, list(schemas)
-        self.encoder = TextEncoder(template.tokenizer)
-        self.ends = frozenset(ends)
+        super().__init__(template, ends, schemas)
         self.end_id = self._end_of_turns(ends)
         self._end = str(template.tokenizer.decode([self.end_id]))
         self._refuse_rewriting()
@@ -280,27 +311,24 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         ) from None
 
 
-def _with_said(messages: Messages, said: str) -> Messages:
-    """The conversation with `said` at the end of its last message."""
+def _conversation(row: Mapping[str, Any], said: Said) -> Messages:
+    """The prompt of a row with what `reset` said: its messages, or a text at the end of the last one, the user's."""
+    given = row.get("prompt")
+    prompt = [] if lacks_prompt(row) or given is None else given
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        raise ValueError("prompt: tools need conversations; give a list of messages in each row")
+    messages = list(maybe_convert_to_chatml({"prompt": prompt})["prompt"]) if len(prompt) else []
     if not said:
+        if not messages:
+            raise ValueError("prompt: the row has none, and reset() gave none; one of them has to say it")
         return messages
-    if not messages or messages[-1].get("role") != "user":
+    if not isinstance(said, str):
+        return [*messages, *said]
+    last = messages[-1] if messages else {"role": "system"}
+    if last.get("role") == "system":
+        return [*messages, {"role": "user", "content": said}]
+    if last.get("role") != "user":
         raise ValueError("prompt: what reset() returns is added to the last message, which is not the user's")
-    content = messages[-1]["content"]
+    content = last["content"]
     more = content + said if isinstance(content, str) else [*content, {"type": "text", "text": said}]
-    return [*messages[:-1], {**messages[-1], "content": more}]
-
-
-async def _awaited(result: Any, timeout: float | None) -> Any:
-    try:
-        return await asyncio.wait_for(_without_exit(result), timeout)
-    except TimeoutError as error:
-        raise error if str(error) or timeout is None else TimeoutError(f"no answer within {timeout:g} s") from None
-
-
-async def _without_exit(result: Any) -> Any:
-    """What is awaited; SystemExit, which a task would not keep to itself, as another exception."""
-    try:
-        return await result
-    except SystemExit as error:
-        raise RuntimeError(str(error)) from error
+    return [*messages[:-1], {**last, "content": more}]

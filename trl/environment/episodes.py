@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from trl.data.records import Rollout
-from trl.data.user_functions import accepted, own
+from trl.data.user_functions import results_of
+from trl.environment.factories import Factories, Factory, OwnEnvironment, Said
 from trl.environment.text_history import TextHistory
-from trl.environment.tool_calls import LateCalls, ToolCalls
+from trl.environment.tool_calls import Answer, LateCalls, ToolCalls
 from trl.environment.turns import SampledTurns, Turns
-
-_RESET = "reset"
 
 
 @dataclass(eq=False)
@@ -35,11 +31,15 @@ class Episode:
     """most tokens of the history that training takes; None: no limit"""
     own: OwnEnvironment | None = None
     """the object whose methods are tools of this row alone"""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """of its row"""
+    said: Said = ""
+    """what `reset` of that object added to the prompt"""
     turn_rewards: list[float] = field(default_factory=list)
     """reward of each turn of the model so far"""
     messages: list[dict[str, Any]] = field(default_factory=list)
     """in a chat: the messages that follow the prompt"""
-    calls: list[Callable[[], str]] = field(default_factory=list)
+    calls: list[Answer] = field(default_factory=list)
     """the tool calls of the last turn; they run one after the other"""
     answers: list[str] = field(default_factory=list)
     """the answers to those calls so far"""
@@ -65,10 +65,15 @@ class Episode:
 class Environment:
     """The loop that text and chat environments share. A subclass says how a model calls tools and reads answers."""
 
+    needs_rewards = False
+    """whether episodes must have rewards: a trainer has no reward functions"""
+    asks_rewards = True
+    """whether `get_reward` is called: a trainer has no reward functions"""
+
     def __init__(
         self,
         tokenizer: Any,
-        environment_factory: Callable[[], Any] | None,
+        environment_factory: Factory | Mapping[str, Factory] | None,
         tool_timeout: float | None,
         tool_workers: int,
     ) -> None:
@@ -78,6 +83,7 @@ class Environment:
             raise ValueError(f"tool_workers={tool_workers}: give 1 or more")
         self.tokenizer = tokenizer
         self.environment_factory = environment_factory
+        self.factories = None if environment_factory is None else Factories(environment_factory, tool_timeout)
         self.tool_timeout = tool_timeout
         self.tool_workers = tool_workers
         self.late_calls = LateCalls(tool_timeout)
@@ -86,8 +92,25 @@ class Environment:
 
     @property
     def gives_rewards(self) -> bool:
-        """Whether episodes have rewards without further functions."""
+        """Whether episodes may have rewards without further functions: objects of a factory show it after `reset`."""
+        return self.factories is not None or self._judges()
+
+    def _judges(self) -> bool:
+        """Whether the environment itself gives rewards, not the objects of its factory."""
         return type(self).turn_reward is not Environment.turn_reward
+
+    @property
+    def reward_names(self) -> dict[str | None, str] | None:
+        """Under what the rewards are logged, by the factory; None: as those of the environment as a whole."""
+        if self.factories is None or self._judges():
+            return None
+        judged = any(first.judges for first in self.factories.firsts().values())
+        return self.factories.labels() if judged or self.factories.names else None
+
+    def close(self) -> None:
+        """Close the objects of its factory; episodes that follow get new ones."""
+        if self.factories is not None:
+            self.factories.close()
 
     def check_settings(self, tokenizer: Any, max_prompt_length: int | None = None, reward_funcs: Any = None) -> None:
         """ValueError for settings of a trainer that do not go with this environment."""
@@ -116,16 +139,18 @@ class Environment:
     ) -> Rollout:
         """Play one episode from each row, with at most `limit` tokens after its prompt.
 
-        The row's columns reach the `reset` of its own environment, as far as it has parameters for them.
+        The row's columns reach the `reset` of its own environment, as far as it has parameters for them. A row without
+        a prompt gets it from there; the metadata then holds the `prompts` of all rows.
         """
-        episodes = []
-        for index, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-            episode = self._begin(index, seed, row, row.get("prompt_ids"))
+        episodes = self._begin(rows, seeds, [row.get("prompt_ids") for row in rows])
+        for episode in episodes:
             episode.limit = min(len(episode.history.tokens) + limit, turns.context or 2**62)
-            episodes.append(episode)
         self._play(episodes, turns)
         self._score(episodes, rows)
-        return as_rollout([episode.history for episode in episodes])
+        rollout = as_rollout([episode.history for episode in episodes])
+        if any(map(lacks_prompt, rows)):
+            rollout.metadata["prompts"] = [self._prompt(episode) for episode in episodes]
+        return rollout
 
     def turn_reward(self, history: TextHistory) -> float:
         """The reward of the model's last turn and the answers to it. Subclasses may compute their own.
@@ -137,16 +162,35 @@ class Environment:
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
-    def _begin(self, index: int, seed: int, row: Mapping[str, Any], ids: Sequence[int] | None = None) -> Episode:
-        """ids: of the prompt, where they are known."""
+    def _begin(
+        self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], ids: Sequence[Sequence[int] | None] | None = None
+    ) -> list[Episode]:
+        """An episode of each row; `ids`: of the prompts, where they are known."""
         if not self.is_ready:
             raise ValueError(
                 "tokenizer=None: an environment needs one to play; construct it with one, or take "
                 "`environment.for_policy(tokenizer, end_ids)`"
             )
-        own = None if self.environment_factory is None else OwnEnvironment(self.environment_factory, self.tool_timeout)
-        said = "" if own is None else own.reset(row)
-        return Episode(self._open(row, said, ids), index, seed, own=own)
+        objects: Sequence[OwnEnvironment | None] = [None] * len(rows)
+        said: Sequence[Said] = [""] * len(rows)
+        if self.factories is not None:
+            drawn = [row.get("seed") if lacks_prompt(row) else None for row in rows]
+            objects, said = self.factories.begin(rows, [seed if type(seed) is int else None for seed in drawn])
+            self._check_rewarded(objects)
+        episodes = []
+        for index, (row, seed, own, own_said) in enumerate(zip(rows, seeds, objects, said, strict=True)):
+            history = self._open(row, own_said, None if ids is None else ids[index], own)
+            episodes.append(Episode(history, index, seed, own=own, columns=row, said=own_said))
+        return episodes
+
+    def _check_rewarded(self, objects: Sequence[OwnEnvironment]) -> None:
+        """ValueError for an object without rewards, where they are needed."""
+        poor = None if self._judges() else next((each for each in objects if not each.gives_rewards), None)
+        if self.needs_rewards and poor is not None:
+            raise ValueError(
+                f"reward_funcs: the environment gives no rewards: {poor.name} has no get_reward(), and no `reward` "
+                "after reset(); give it one of them, or give reward functions"
+            )
 
     def _play(self, episodes: Sequence[Episode], turns: Turns) -> None:
         """Let the model and its tools take turns until every episode is over. Episodes stand in the order of `row`."""
@@ -205,11 +249,17 @@ class Environment:
 
     # --- what a subclass says -------------------------------------------------------------------------------------
 
-    def _open(self, row: Mapping[str, Any], said: str, ids: Sequence[int] | None) -> TextHistory:
+    def _open(
+        self, row: Mapping[str, Any], said: Said, ids: Sequence[int] | None, own: OwnEnvironment | None = None
+    ) -> TextHistory:
         """The prompt of a row; `said`: what `reset` of its own environment adds to it."""
         raise NotImplementedError
 
-    def _read_turn(self, episode: Episode) -> list[Callable[[], str]]:
+    def _prompt(self, episode: Episode) -> Any:
+        """The prompt of an episode, as reward functions read it."""
+        return episode.history.text[: episode.history.text_spans[0][1]]
+
+    def _read_turn(self, episode: Episode) -> list[Answer]:
         """The tool calls of the turn that the model has just taken. A turn without any completes the history."""
         raise NotImplementedError
 
@@ -224,81 +274,37 @@ class Environment:
 
     def _score(self, episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]]) -> None:
         """Set the reward of each history."""
-        for episode in episodes:
-            episode.history.reward = sum(episode.turn_rewards)
+        for episode, reward in zip(episodes, self._earned(episodes), strict=True):
+            episode.history.reward = reward
+
+    def _earned(self, episodes: Sequence[Episode]) -> list[float]:
+        """What each episode got: from `get_reward` of its own environment, else by its turns; nan: no opinion.
+
+        All episodes are asked at once, where the methods are async.
+        """
+        earned = [sum(episode.turn_rewards) if self._turns_count(episode) else 0.0 for episode in episodes]
+        owned = [(place, each.own) for place, each in enumerate(episodes) if each.own is not None]
+        judges = [(place, own) for place, own in owned if own.judges and self.asks_rewards]
+        calls = [functools.partial(own.begin_reward, self._columns(episodes[place])) for place, own in judges]
+        rewards = results_of(calls, lambda i, begun: judges[i][1].reward(begun))
+        for (place, _), reward in zip(judges, rewards, strict=True):
+            earned[place] += reward
+        return earned
+
+    def _turns_count(self, episode: Episode) -> bool:
+        """Whether the rewards of turns are part of the reward; those of an object are not if its `get_reward` is it."""
+        own_turns = type(self).turn_reward is not Environment.turn_reward
+        return own_turns or episode.own is None or not episode.own.judges
+
+    def _columns(self, episode: Episode) -> dict[str, Any]:
+        """What `get_reward` may have parameters for."""
+        said = episode.messages or episode.history.text[episode.history.text_spans[0][1] :]
+        return {**episode.columns, "prompt": self._prompt(episode), "completion": said}
 
 
-class OwnEnvironment:
-    """An object of the user's class that one episode uses; its public methods are tools, called one at a time.
-
-    Its attribute `reward`, where it has one, is the sum of the rewards so far; a true `done` ends the episode.
-    """
-
-    def __init__(self, factory: Callable[[], Any], timeout: float | None = None) -> None:
-        """`timeout`: seconds that a call waits for an earlier one that is late."""
-        self.timeout = -1.0 if timeout is None else timeout
-        if not callable(factory):
-            raise ValueError(
-                f"environment_factory: a {type(factory).__name__} makes no environment; give one class or function, "
-                "whose `reset` may go by a column of the row"
-            )
-        with _no_exit("environment_factory"):
-            self.instance = factory()
-        if not callable(getattr(self.instance, _RESET, None)):
-            raise ValueError(f"environment_factory: {type(self.instance).__name__} has no method reset(); give it one")
-        self._lock = threading.Lock()
-        self.tools = {name: self._one_at_a_time(method) for name, method in public_methods(self.instance).items()}
-        self._credited = 0.0
-
-    def _one_at_a_time(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._lock.acquire(timeout=self.timeout):  # a call that timed out may still be running
-                raise TimeoutError("an earlier call of this environment still runs")
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._lock.release()
-
-        return call
-
-    def reset(self, row: Mapping[str, Any]) -> str:
-        """Begin an episode with those columns of the row that `reset` takes. What it returns is added to the prompt."""
-        reset = getattr(self.instance, _RESET)
-        with _no_exit(f"{type(self.instance).__name__}.reset()"):
-            said = reset(**own(accepted(reset, row)))
-        if said is not None and not isinstance(said, str):
-            raise TypeError(f"{type(self.instance).__name__}.reset() gave {type(said).__name__}; give a text or None")
-        return said or ""
-
-    @property
-    def gives_rewards(self) -> bool:
-        return hasattr(self.instance, "reward")
-
-    @property
-    def done(self) -> bool:
-        return bool(getattr(self.instance, "done", False))
-
-    def new_reward(self) -> float:
-        """The growth of `reward` since the last call of this method."""
-        reward = float(getattr(self.instance, "reward", 0.0))
-        grown, self._credited = reward - self._credited, reward
-        return grown
-
-
-@contextmanager
-def _no_exit(what: str) -> Iterator[None]:
-    """RuntimeError where the code of an environment asks the program to end."""
-    try:
-        yield
-    except SystemExit as error:
-        raise RuntimeError(f"{what} asked the program to end: {error!r}; raise another exception instead") from error
-
-
-def public_methods(environment: Any) -> dict[str, Callable[..., Any]]:
-    """The methods that a model may call, by name: all without a leading underscore, except `reset`."""
-    names = [name for name, _ in inspect.getmembers(type(environment), inspect.isroutine)]
-    return {name: getattr(environment, name) for name in names if not name.startswith("_") and name != _RESET}
+def lacks_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether the environment has to say the prompt of a row."""
+    return not any(row.get(name) is not None and len(row[name]) for name in ("prompt", "prompt_ids"))
 
 
 def as_rollout(histories: Sequence[TextHistory]) -> Rollout:

@@ -5,6 +5,7 @@ What a model writes ends no run: unreadable calls, and whatever a tool raises, b
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import queue
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl.data.any_text import encodable, encodable_values
+from trl.data.user_functions import Awaited, is_async
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +137,8 @@ class LateCalls:
         latest = time.monotonic() - self.timeout
         return sum(name == tool and began <= latest for name, began in list(self._began.values()))
 
-    @contextmanager
-    def calling(self, tool: str) -> Iterator[None]:
-        """The call of a tool in the block."""
+    def begin(self, tool: str) -> object:
+        """A call of a tool begins; TimeoutError where too many are late. What it gives is for `end`."""
         late = self.count(tool)
         if late >= self.most:
             if tool not in self._told:
@@ -150,26 +151,90 @@ class LateCalls:
             raise TimeoutError(f"{late} earlier calls of {tool} still run after their time-out")
         token = object()
         self._began[token] = (tool, time.monotonic())
+        return token
+
+    def end(self, token: object) -> None:
+        """The call has ended."""
+        del self._began[token]
+
+    @contextmanager
+    def calling(self, tool: str) -> Iterator[None]:
+        """The call of a tool in the block."""
+        token = self.begin(tool)
         try:
             yield
         finally:
-            del self._began[token]
+            self.end(token)
 
 
-Answer = Callable[[], str]
+@dataclass(frozen=True)
+class Pending:
+    """The answer to a call that is awaited on the loop of all async functions."""
+
+    awaited: Awaited
+    read: Callable[[Any], str]
+    """makes the text of what the tool gives"""
+
+    def text(self, seconds: float | None = None) -> str:
+        """The answer, or what the model reads where it does not come within the seconds: it is then cancelled."""
+        ended = False
+        try:
+            ended = self.awaited.wait(seconds)
+        finally:
+            if not ended:  # late, or Ctrl-C
+                self.awaited.cancel()
+        if not ended:
+            return f"Tool error: no answer within {seconds:g} s"
+        try:
+            value = self.awaited.result()
+        except BaseException as error:
+            return error_text(error)
+        return self.read(value)
 
 
-@dataclass(frozen=True, slots=True)
+def answer_of(late: LateCalls, tool: str, call: Callable[[], Any], read: Callable[[Any], str]) -> str | Pending:
+    """The answer to the call of a tool, which has begun where it is awaited. Errors become text that the model reads.
+
+    read: makes the text of what the tool gives.
+    """
+    awaited, value = None, None
+    try:
+        token = late.begin(tool)
+        try:
+            if is_async(call):
+                awaited = Awaited(call)
+            elif inspect.isawaitable(value := call()):
+                awaited = Awaited.of(value)
+        finally:
+            if awaited is None:
+                late.end(token)
+    except BaseException as error:  # SystemExit too: a tool must not end the run
+        if is_interrupt(error):
+            raise
+        return error_text(error)
+    if awaited is None:
+        return read(value)
+    awaited.then(lambda: late.end(token))
+    return Pending(awaited, read)
+
+
+Answer = Callable[[], str | Pending]
+
+
+@dataclass(slots=True)
 class _Running:
     row: int
     deadline: float
+    pending: Pending | None = None
+    """once it is awaited; it needs no thread then"""
 
 
 class ToolCalls:
     """Runs calls in at most `workers` threads; with `timeout=None` in the calling thread, one after the other.
 
-    A thread cannot be stopped: a call that times out keeps running, and its late answer is dropped (`LateCalls` bounds
-    how many do). Work that may never end belongs in a separate process.
+    Those that are awaited run beside these, all at once. A thread cannot be stopped: a call that times out keeps
+    running, and its late answer is dropped (`LateCalls` bounds how many do). Work that may never end belongs in a
+    separate process.
     """
 
     def __init__(self, timeout: float | None, workers: int) -> None:
@@ -177,7 +242,7 @@ class ToolCalls:
         self.workers = workers
         self._waiting: deque[tuple[int, Answer]] = deque()
         self._running: dict[int, _Running] = {}
-        self._answered: queue.SimpleQueue[tuple[int, str | BaseException]] = queue.SimpleQueue()
+        self._answered: queue.SimpleQueue[tuple[int, str | Pending | BaseException | None]] = queue.SimpleQueue()
         self._started = 0
 
     def __len__(self) -> int:
@@ -196,10 +261,10 @@ class ToolCalls:
         An exception of a tool is raised here.
         """
         if self.timeout is None:
-            answers = {row: answer() for row, answer in self._waiting}
+            begun = [(row, answer()) for row, answer in self._waiting]
             self._waiting.clear()
-            return answers
-        answers = {}
+            return {row: answer.text() if isinstance(answer, Pending) else answer for row, answer in begun}
+        answers: dict[int, str] = {}
         enough = time.monotonic() + patience
         while len(self):
             self._fill_workers()
@@ -212,17 +277,27 @@ class ToolCalls:
                 if answers and time.monotonic() >= enough:
                     break
                 continue
-            call = self._running.pop(ticket, None)
-            if call is None:
-                continue
-            if isinstance(outcome, BaseException):
-                raise outcome
-            answers[call.row] = outcome
+            if ticket in self._running:
+                self._take(ticket, outcome, answers)
         return answers
+
+    def _take(self, ticket: int, outcome: str | Pending | BaseException | None, answers: dict[int, str]) -> None:
+        """What a thread gave; None: what is awaited has ended."""
+        call = self._running[ticket]
+        if isinstance(outcome, Pending):
+            call.pending = outcome
+            outcome.awaited.then(lambda: self._answered.put((ticket, None)))
+            return
+        del self._running[ticket]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome is None and call.pending is not None:
+            outcome = call.pending.text()
+        answers[call.row] = outcome or ""
 
     def _fill_workers(self) -> None:
         assert self.timeout is not None
-        while self._waiting and len(self._running) < self.workers:
+        while self._waiting and sum(call.pending is None for call in self._running.values()) < self.workers:
             row, answer = self._waiting.popleft()
             self._started += 1
             self._running[self._started] = _Running(row, time.monotonic() + self.timeout)
@@ -238,5 +313,7 @@ class ToolCalls:
         now = time.monotonic()
         expired = {ticket: call.row for ticket, call in self._running.items() if call.deadline <= now}
         for ticket in expired:
-            del self._running[ticket]
+            late = self._running.pop(ticket).pending
+            if late is not None:
+                late.awaited.cancel()
         return dict.fromkeys(expired.values(), f"Tool error: no answer within {self.timeout:g} s")

@@ -1,4 +1,8 @@
-"""Forward passes of the local sampler: each prompt is read once, then every pass adds a token to each row."""
+"""Forward passes of the local sampler: each prompt is read once, then every pass adds a token to each row.
+
+Prompts that begin alike, such as the conversations of a group after their tools have answered, are read as one up to
+where they part.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl.generation.kv_attention import Decode, Layout, Prefill
+from trl.generation.kv_attention import Decode, Layout, Piece, Prefill
 from trl.generation.kv_cache import Prompt, Prompts, Suffixes
 from trl.models.unwrap import accepts
+
+_LEAST_SHARED = 32
+"""fewer tokens are not worth a piece of their own"""
 
 
 class Engine:
@@ -30,14 +37,25 @@ class Engine:
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
         """Read new prompts, without padding, and keep the logits of the token that follows each."""
-        ids = [token for prompt in prompts for token in prompt.ids]
-        positions = [position for prompt in prompts for position in range(len(prompt.ids))]
-        bounds, end = [], 0
-        for prompt in prompts:
-            bounds.append((end, end + len(prompt.ids)))
-            end += len(prompt.ids)
-        state = Prefill(bounds, self.prompts.add(prompts), self.layers)
-        last_P = torch.tensor([end - 1 for _, end in bounds], device=self.device)
+        places = dict(zip(prompts, self.prompts.add(prompts), strict=True))
+        ids: list[int] = []
+        positions: list[int] = []
+        pieces: list[Piece] = []
+
+        def read(prompt: Prompt, start: int, end: int, **of_piece: Any) -> Piece:
+            piece = Piece(len(ids), len(ids) + end - start, **of_piece)
+            ids.extend(prompt.ids[start:end])
+            positions.extend(range(start, end))
+            pieces.append(piece)
+            return piece
+
+        last: dict[Prompt, int] = {}
+        for shared, members in _alike(prompts):
+            stem = read(members[0], 0, shared) if shared else None
+            for prompt in members:
+                last[prompt] = read(prompt, shared, len(prompt.ids), stem=stem, place=places[prompt]).end - 1
+        last_P = torch.tensor([last[prompt] for prompt in prompts], device=self.device)
+        state = Prefill(pieces, self.layers)
         logits_PV = self._forward(ids, torch.tensor(positions, device=self.device), state, last_P)
         for prompt, logits_V in zip(prompts, logits_PV, strict=True):
             prompt.logits_V = logits_V
@@ -98,3 +116,25 @@ class Engine:
         )  # fmt: skip
         logits_NV = output.logits[0]
         return logits_NV if keep_S is None or selected else logits_NV[keep_S]
+
+
+def _alike(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
+    """Prompts that begin alike, with how many tokens they share; 0 for one alone. All keep a token of their own."""
+    texts = [list(prompt.ids) for prompt in prompts]
+    runs: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(texts)), key=texts.__getitem__):  # those that begin alike are neighbours now
+        if runs:
+            shared, members = runs[-1]
+            common = min(shared, _common(texts[members[0]], texts[index]), len(texts[index]) - 1)
+            if len(members) * common >= max((len(members) - 1) * shared, _LEAST_SHARED):
+                runs[-1] = common, [*members, index]
+                continue
+        runs.append((len(texts[index]) - 1, [index]))
+    runs.sort(key=lambda run: min(run[1]))
+    return [(shared if len(run) > 1 else 0, [prompts[i] for i in run]) for shared, run in runs]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens at the start that are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

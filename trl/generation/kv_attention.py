@@ -85,12 +85,23 @@ def _configs(model: torch.nn.Module) -> list[Any]:
     return list(found.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens `start` to `end` of a pass: a prompt, the start that prompts share, or what one of those adds to it."""
+
+    start: int
+    end: int
+    stem: "Piece | None" = None
+    """the shared start"""
+    place: tuple[PromptBlock, int] | None = None
+    """where the prompt's keys and values go; None for a shared start, whose prompts keep copies of it"""
+
+
 @dataclass(slots=True)
 class Prefill:
-    """A pass over whole prompts, laid end to end; each attends to itself, its keys and values go into the cache."""
+    """A pass over prompts, laid end to end; each attends to itself, its keys and values go into the cache."""
 
-    bounds: Sequence[tuple[int, int]]
-    places: Sequence[tuple[PromptBlock, int]]
+    pieces: Sequence[Piece]
     layers: dict[int, int | None] = field(default_factory=dict)
     """the window of each layer that has computed attention"""
 
@@ -98,11 +109,20 @@ class Prefill:
         self.layers[layer] = features.window
         query, key = query.to(value.dtype), key.to(value.dtype)
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-        for (start, end), (block, slot) in zip(self.bounds, self.places, strict=True):
-            keys, values = key[:, :, start:end], value[:, :, start:end]
-            block.write(layer, slot, keys[0], values[0])
-            out[start:end] = causal_attention(query[:, :, start:end], keys, values, features)[0].transpose(0, 1)
+        for piece in self.pieces:
+            keys, values = (_of_piece(piece, each) for each in (key, value))
+            if piece.place is not None:
+                block, slot = piece.place
+                block.write(layer, slot, keys[0], values[0])
+            own = query[:, :, piece.start : piece.end]
+            out[piece.start : piece.end] = causal_attention(own, keys, values, features)[0].transpose(0, 1)
         return out[None]
+
+
+def _of_piece(piece: Piece, keys: Tensor) -> Tensor:
+    """Keys or values of the piece's tokens, after those of its stem."""
+    own = keys[:, :, piece.start : piece.end]
+    return own if piece.stem is None else torch.cat([_of_piece(piece.stem, keys), own], 2)
 
 
 @dataclass(slots=True)
@@ -262,11 +282,12 @@ def partial_attention(
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
-    """One sequence's attention to itself: [1, heads, N, D] each."""
-    length = query.shape[2]
-    seen = None
-    if features.window is not None and features.window < length:
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - features.window)
+    """Attention of a sequence's last tokens, or of all, to it: [1, heads, N, D] each."""
+    new, length = query.shape[2], key.shape[2]
+    window, seen = features.window, None
+    if new < length or (window is not None and window < length):
+        seen = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
+        seen = seen if window is None else seen.triu(length - new + 1 - window)
     return attend(
         query, key, value, seen, causal=seen is None, scale=features.scaling, softcap=features.softcap,
         sinks=features.sinks_H,

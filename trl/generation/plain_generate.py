@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from trl.generation.generate_kwargs import asked_end_tokens
+from trl.generation.probe import generates
 from trl.generation.stopping import StringStoppingCriteria, end_tokens, until_end
 from trl.models.unwrap import is_encoder_decoder
 
@@ -47,13 +49,22 @@ def generate_padded(
 ) -> list[Tensor]:
     """What one call of `model.generate` adds to each query, up to its first stop string or end token. B x [T]
 
-    Queries are padded on the left, those of an encoder on the right. The stop string or end token belongs to the
-    response; an encoder-decoder's response begins with the start token.
+    Queries are padded on the left, those of an encoder on the right; a model that does not bear that gets those of one
+    length in a call. The stop string or end token belongs to the response; an encoder-decoder's response begins with
+    the start token.
     several: `num_return_sequences` may be above 1; the responses to a query then follow each other.
     """
     if not several and kwargs.get("num_return_sequences", 1) != 1:
         raise ValueError("num_return_sequences: one response for each query; repeat the query for more")
     encodes = is_encoder_decoder(model)
+    how = generates(model)
+    if not how.with_cache:
+        kwargs = {"use_cache": False, **kwargs}
+    if not how.behind_padding:
+        pad_to_multiple_of = None
+        if len(set(map(len, queries))) > 1:
+            return _by_length(queries, partial(generate_padded, model, tokenizer, kwargs=kwargs, several=several,
+                                               stop_strings=stop_strings))  # fmt: skip
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     given = dict(kwargs) if padding is None else {"pad_token_id": padding, **kwargs}
     ids, mask = padded_pair(queries, padding or 0, "right" if encodes else "left", pad_to_multiple_of)
@@ -67,6 +78,17 @@ def generate_padded(
     ends = end_tokens(model, tokenizer, asked_end_tokens(kwargs))
     answers = [until_end(row[start:][:count], ends) for row, count in zip(rows, counts, strict=True)]
     return [torch.cat([row[:1], answer]) for row, answer in zip(rows, answers, strict=True)] if encodes else answers
+
+
+def _by_length(queries: Sequence[Tensor], generate: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
+    """What `generate` says of the queries of each length, in the order of the queries."""
+    said: dict[int, list[Tensor]] = {}
+    for length in sorted(set(map(len, queries))):
+        places = [place for place, query in enumerate(queries) if len(query) == length]
+        answers = generate([queries[place] for place in places])
+        copies = len(answers) // len(places)
+        said |= {place: answers[i * copies : (i + 1) * copies] for i, place in enumerate(places)}
+    return [answer for place in range(len(queries)) for answer in said[place]]
 
 
 def padded(rows: Sequence[Tensor], value: float, side: str) -> Tensor:

@@ -1,19 +1,23 @@
 """Whether the local engine computes what a model computes: one probe of the rows that `models.forward` probes too."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from trl.data.records import PackedBatch
 from trl.generation.engine import Engine
 from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
-from trl.models.forward import eval_no_grad, note, plan_of, probe_rows
-from trl.models.precision import TOLERANCES
+from trl.models.forward import PROBE_ERRORS, Generates, eval_no_grad, note, plan_of, probe_rows
+from trl.models.precision import TOLERANCES, precision_of
 from trl.models.scoring import plain_forward
 from trl.models.unwrap import accepts, below_peft, below_value_head, is_encoder_decoder, learns_prompt, reads_rows
+
+logger = logging.getLogger(__name__)
 
 
 class NotLocal(ValueError):
@@ -97,3 +101,65 @@ def _strange_layers(config: Any, windows: dict[int, int | None]) -> str | None:
     if passed < asked or (not kinds and window and not passed) or getattr(config, "attention_chunk_size", None):
         return "it does not tell its attention how far back it looks"
     return None
+
+
+# -- `generate` --------------------------------------------------------------------------------
+
+STEPS = 3
+"""tokens that the probe of `generate` draws"""
+
+
+def generates(model: Any) -> Generates:
+    """How a causal language model's `generate` computes rows together as it computes them alone; found out once."""
+    network = below_value_head(model)
+    base = below_peft(network)
+    if is_encoder_decoder(network) or learns_prompt(network) or not isinstance(base, PreTrainedModel):
+        return Generates()
+    plan = plan_of(network)
+    if plan.generates is None:
+        asked: Any = network if reads_rows(network) else base
+        try:
+            found = _how_it_generates(asked)
+        except PROBE_ERRORS as error:
+            logger.debug("probe of %s.generate failed: %s", type(base).__name__, error)
+            found = Generates()
+        plan = note(network, replace(plan_of(network), generates=found))
+        if found != Generates():
+            shortcomings = [] if found.behind_padding else ["rows behind padding"]
+            shortcomings += [] if found.with_cache else ["several rows from its cache"]
+            logger.warning(
+                "%s.generate computes %s otherwise than each row alone: %s (same results, slower).",
+                type(base).__name__,
+                " and ".join(shortcomings),
+                "prompts of one length run together" + ("" if found.with_cache else ", without the cache"),
+            )
+    assert plan.generates is not None
+    return plan.generates
+
+
+def _how_it_generates(model: Any) -> Generates:
+    """RWKV and RecurrentGemma take padding into their state; RWKV's state of several rows mixes them."""
+    packed, _ = probe_rows(model)
+    ids_BL = torch.stack([packed.ids_N[packed.row_indices(row)[:4]] for row in range(2)])
+    with eval_no_grad(model):
+        cached = _is_plain(model, ids_BL, 0, use_cache=True)
+        return Generates(_is_plain(model, ids_BL, ids_BL.shape[1], use_cache=cached), cached)
+
+
+def _is_plain(model: Any, ids_BL: Tensor, room: int, *, use_cache: bool) -> bool:
+    """Whether the logits in `generate`, behind so many tokens of padding, are those of passes of each row alone.
+
+    The padding are tokens that have a meaning: the padding token may have none before it is trained.
+    """
+    length = ids_BL.shape[1]
+    rows, mask = torch.cat([ids_BL.flip(1)[:, :room], ids_BL], 1), torch.ones_like(ids_BL)
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=STEPS, do_sample=False, use_cache=use_cache, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    mask = torch.nn.functional.pad(mask, (room, 0))
+    made = model.generate(input_ids=rows, attention_mask=mask, generation_config=config)
+    texts = made.sequences[:, room:-1]
+    alone = [model(input_ids=text[None], use_cache=False).logits[0, length - 1 :] for text in texts]
+    ours, plain = torch.stack(made.logits, 1).float(), torch.stack(alone).float()
+    return bool((ours - plain).abs().max() / plain.std() <= TOLERANCES[precision_of(model)].logits)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from trl.data.records import Completion
+from trl.generation.probe import generates
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
@@ -60,10 +61,11 @@ class TransformersSampler:
     def _batches(self, rows: list[Row], context: int | None) -> Iterator[list[Row]]:
         """Rows that run together: `generate` continues all until the last is done, and none may exceed the context.
 
-        Virtual tokens stand before the padding, so only prompts of one length run together behind them.
+        Virtual tokens stand before the padding, so only prompts of one length run together behind them; nor do others
+        where padding changes what is computed.
         """
         batch: list[Row] = []
-        alike = learns_prompt(self.model)
+        alike = learns_prompt(self.model) or not generates(self.model).behind_padding
         for row in rows:
             steps = max([row.limit, *(one.limit for one in batch)])
             too_long = batch and context is not None and len(row.prompt) + steps > context
@@ -92,7 +94,8 @@ class TransformersSampler:
         try:
             model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
-                do_sample=False, use_cache=not virtual, logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
+                do_sample=False, use_cache=generates(self.model).with_cache and not virtual,
+                logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
                 stopping_criteria=StoppingCriteriaList([_Done(rows)]),
             )  # fmt: skip
         finally:

@@ -49,7 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "data.truncation": ("data.encode",),
     "data_utils": ("data.formats", "data.packed_dataset"),
     "environment.answer_renderer": ("environment.chat_environment",),
-    "environment.own_environment": ("environment.episodes",),
+    "environment.own_environment": ("environment.factories",),
     "environment.plain_generate": ("generation.plain_generate",),
     "environment.rollout": ("environment.episodes",),
     "environment.stopping": ("generation.stopping",),

@@ -26,7 +26,7 @@ from trl.losses.advantages import (
 )
 from trl.losses.clipping import CLIP_RULES, RATIO_LEVELS, ClipRule, Surrogate, cispo, clip, sapo, vespo
 from trl.losses.kl import KL_ESTIMATORS
-from trl.losses.loss_sum import Aggregation, LossSum, Measure, aggregate, masked_sum, row_share
+from trl.losses.loss_sum import Aggregation, LossSum, Measure, aggregate, extreme, masked_sum, row_share
 from trl.losses.token_weights import (
     adaptive_entropy_coef,
     importance_correction,
@@ -58,6 +58,7 @@ __all__ = [
     "normalize_then_sum",
     "off_policy_mask",
     "policy_loss",
+    "sampling_metrics",
     "sapo",
     "soft_overlong_punishment",
     "sum_then_normalize",
@@ -89,6 +90,8 @@ def policy_loss(
     entropy_share: Tensor | float | None = None,
     how: Aggregation = "token",
     max_tokens: int = 0,
+    sampled_BT: Tensor | None = None,
+    clip_range: tuple[float, float] = (0.0, torch.inf),
 ) -> LossSum:
     """`weight rule(ratio, A) + beta KL` per token, added up by `how`, minus `entropy_coef` times the mean entropy.
 
@@ -96,6 +99,7 @@ def policy_loss(
     `token_weights`, for the surrogate alone. kl, kl_importance: see `kl_in_loss`; a reference with beta 0 is only
     recorded, so is an entropy with coefficient 0. The entropy is a mean over tokens, and metrics are too, whatever
     `how`. entropy_share: the count of the loss over that of tokens, in the whole optimizer step; None: in this batch.
+    sampled_BT, clip_range: see `sampling_metrics`; None: these are not recorded.
     """
     if beta and reference_BT is None:
         raise ValueError(f"beta={beta}: the KL term needs reference_BT")
@@ -105,13 +109,17 @@ def policy_loss(
         raise ValueError(f"importance_sampling_level={level!r}: choose one of {list(RATIO_LEVELS)}")
     log_ratio = RATIO_LEVELS[level](logprobs_BT, old_logprobs_BT, mask_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     surrogate = rule(log_ratio, logprobs_BT, advantages)
-    loss_BT = surrogate.loss_BT if weight_BT is None else weight_BT * surrogate.loss_BT
+    loss_BT = surrogate_BT = surrogate.loss_BT if weight_BT is None else weight_BT * surrogate.loss_BT
     metrics = _policy_metrics(logprobs_BT, old_logprobs_BT, mask_BT, log_ratio, surrogate)
+    if sampled_BT is not None:
+        metrics |= sampling_metrics(logprobs_BT, sampled_BT, mask_BT, level, clip_range)
     if reference_BT is not None:
         kl_BT = kl_in_loss(logprobs_BT, reference_BT, old_logprobs_BT if kl_importance else None, kl)
         loss_BT = loss_BT + beta * kl_BT if beta else loss_BT
         metrics["kl"] = masked_sum(KL_ESTIMATORS["k3" if kl == "k3" else "k1"](logprobs_BT, reference_BT), mask_BT)
     total, count = aggregate(loss_BT, mask_BT, how, max_tokens)
+    alone = loss_BT is surrogate_BT
+    metrics["policy_loss"] = (total if alone else aggregate(surrogate_BT, mask_BT, how, max_tokens)[0]).detach()
     if entropy_BT is not None:
         metrics["entropy"] = masked_sum(entropy_BT, mask_BT)
     if entropy_BT is not None and entropy_coef:
@@ -133,6 +141,7 @@ def clipped_surrogate(
 ) -> LossSum:
     """`policy_loss` with PPO's rule `clip`. Serves PPO, GRPO, RLOO (per token) and DDPO (per denoising step)."""
     rule = partial(clip, clip_low=clip_low, clip_high=clip_high, delta=delta)
+    terms.setdefault("clip_range", (1 - clip_low, 1 + clip_high))
     return policy_loss(logprobs_BT, old_logprobs_BT, advantages, mask_BT, rule=rule, **terms)
 
 
@@ -169,6 +178,32 @@ def _policy_metrics(
         "clip_ratio/low_min": row_share(low_BT, mask_BT, largest=False),
         "clip_ratio/high_mean": masked_sum(high_BT, mask_BT),
         "clip_ratio/high_max": row_share(high_BT, mask_BT, largest=True),
+    }
+
+
+@torch.no_grad()
+def sampling_metrics(
+    logprobs_BT: Tensor, sampled_BT: Tensor, mask_BT: Tensor, level: str, clip_range: tuple[float, float]
+) -> dict[str, Measure]:
+    """By how much two computations of one policy differ: the trainer's and the sampler's, before the first update.
+
+    The ratio is of `level`; outside `clip_range` it would be clipped before anything was learned.
+    """
+    change_BT, low, high = logprobs_BT - sampled_BT, *clip_range
+    size_BT = change_BT.abs().masked_fill(mask_BT == 0, -torch.inf)
+    ratio = RATIO_LEVELS[level](logprobs_BT, sampled_BT, mask_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    counts = mask_BT if ratio.shape == mask_BT.shape else (mask_BT.sum(-1, keepdim=True) > 0).to(mask_BT.dtype)
+    known = ratio[counts > 0]
+    outside = ((ratio < low) | (ratio > high)).to(mask_BT.dtype)
+    return {
+        "sampling/sampling_logp_difference/mean": masked_sum(change_BT.abs(), mask_BT),
+        "sampling/sampling_logp_difference/max": extreme(size_BT, largest=True),
+        "sampling/importance_sampling_ratio/mean": masked_sum(ratio, counts),
+        "sampling/importance_sampling_ratio/min": extreme(known, largest=False),
+        "sampling/importance_sampling_ratio/max": extreme(known, largest=True),
+        "sampling/kl": masked_sum(-change_BT, mask_BT),
+        "sampling/approx_kl": masked_sum(0.5 * change_BT**2, mask_BT),
+        "sampling/outside_clip_range": masked_sum(outside, counts),
     }
 
 

@@ -25,7 +25,7 @@ from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels.layers import Reading, fast, swapped_forward
 from trl.losses.loss_sum import LossSum
 from trl.models.attention import enable_tree_attention, inside_tree, own_attention
-from trl.models.precision import HALF, TOLERANCES, coarsest, precision_of
+from trl.models.precision import EXACT, HALF, TOLERANCES, coarsest, precision_of
 from trl.models.unwrap import (
     accepts,
     adapter_state,
@@ -296,6 +296,15 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Generates:
+    """When a network's `generate` computes rows together as it computes them alone."""
+
+    behind_padding: bool = True
+    """with padding on the left, which the mask hides"""
+    with_cache: bool = True
+
+
+@dataclass(frozen=True)
 class ForwardPlan:
     """How a network computes a batch, with its adapter as it is now and in the precision of now."""
 
@@ -310,6 +319,10 @@ class ForwardPlan:
     samples_locally: bool | None = None
     """whether the local sampler's engine computes what the network computes; None: nobody has asked"""
     why_not_local: str = ""
+    precision: str = ""
+    """in which the network computes, see `computes_in`; "": nobody has asked"""
+    generates: Generates | None = None
+    """None: nobody has asked"""
 
 
 PADDED = ForwardPlan()
@@ -327,6 +340,12 @@ def note(model: nn.Module, plan: ForwardPlan) -> ForwardPlan:
     network = below_value_head(model)
     _plans.setdefault(network, {})[_state_of(network)] = plan
     return plan
+
+
+def computes_in(model: nn.Module) -> str:
+    """The precision in which the model computes now, as `precision_of` finds it; asked once for each state of it."""
+    plan = plan_of(model)
+    return (plan if plan.precision else note(model, replace(plan, precision=precision_of(model)))).precision
 
 
 def _state_of(network: nn.Module) -> tuple[Any, ...]:
@@ -435,7 +454,7 @@ class Expected(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        return self.precision in ("float64", "float32")
+        return self.precision in EXACT
 
     def agrees(self, states_SD: Tensor) -> bool:
         tolerance = TOLERANCES[self.precision].states * float(self.states_SD.abs().max())

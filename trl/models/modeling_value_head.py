@@ -156,7 +156,8 @@ class AutoModelForCausalLMWithValueHead(_WithValueHead):
     transformers_parent_class = AutoModelForCausalLM
 
     def _has_lm_head(self, model: nn.Module) -> bool:
-        return any(hasattr(model, name) for name in self.lm_head_namings)
+        named = any(hasattr(model, name) for name in self.lm_head_namings)
+        return named or getattr(model, "get_output_embeddings", lambda: None)() is not None  # RWKV's is `head`
 
     def forward(
         self,

@@ -257,6 +257,9 @@ TOLERANCES = {
 gemma2, gemma3, gpt2 and opt of 2 to 8 layers, nearly all for a router of experts, more for ALiBi whose biases matter;
 the others, with 3 bits more, have an eighth of it"""
 
+EXACT = ("float64", "float32")
+"""of these: two ways to compute the same numbers, such as sampling and training, differ by nothing that counts"""
+
 
 def coarsest(precisions: Iterable[str]) -> str:
     """Of several precisions, the one that tolerates most."""

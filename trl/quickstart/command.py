@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trl.quickstart.progress import Progress
     from trl.quickstart.report import Run
 
-NEEDED = ("matplotlib", "peft", "scipy", "vaderSentiment")
+NEEDED = ("peft", "scipy", "vaderSentiment")
 
 
 def command(
@@ -156,35 +156,25 @@ def start(name: str | None, tiny: bool, lines: list[str], used: list[Any], progr
     if name is not None:
         return open_model(name), name
     used.append(assets.SMOLLM2)
-    return open_model(assets.fetch(assets.SMOLLM2, progress.say)), "SmolLM2-135M-Instruct"
+    return open_model(assets.fetch(assets.SMOLLM2, progress.say)), "SmolLM2-135M-Instruct, from a 4-bit file"
 
 
 def circumstances() -> dict[str, Any]:
     """Date, versions and peak memory of this process."""
     import datetime
-    import platform
-    import resource
-    import sys
 
-    import peft
     import torch
-    import transformers
 
-    import trl
+    from trl.trainer.run_record import peak_memory, versions
 
+    found = versions()
     today = datetime.date.today()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "date": f"{today.day} {today:%B %Y}",
-        "versions": {
-            "trl": trl.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "Python": platform.python_version(),
-        },
+        "versions": {name: found[name] for name in ("trl", "torch", "transformers", "peft")}
+        | {"Python": found["python"]},
         "threads": torch.get_num_threads(),
-        "peak_mebibytes": peak / (1024 * 1024 if sys.platform == "darwin" else 1024),
+        "peak_mebibytes": peak_memory() / 2**20,
     }
 
 

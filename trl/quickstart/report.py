@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from trl.quickstart import plots
 from trl.quickstart.intervals import Interval, gain_interval, mean_interval
 from trl.quickstart.recipe import Recipe
 from trl.quickstart.results import Imitation, Preference, Reinforcement
+from trl.reports.charts import AFTER, BEFORE, Curve, curves, plain
+from trl.reports.page import rendered
+from trl.trainer.run_record import write_whole
 
 SHOWN = 12
 """number of samples in the report: the first ones, not the best"""
@@ -89,41 +92,26 @@ class Figure:
 def write_report(run: Run, folder: Path) -> Path:
     """Write `report.html` and `report.json` into the folder; returns the path of the first."""
     write_whole(folder / "report.json", run.to_json())
-    return write_whole(folder / "report.html", render(run))
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a temporary file, then rename it: the file is never half written."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except OSError as error:
-        Path(beside).unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-    return path
+    write_whole(folder / "report.html", render(run))
+    return folder / "report.html"
 
 
 def render(run: Run) -> str:
     """The report as HTML that loads nothing from elsewhere."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=PackageLoader("trl.quickstart"), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"signed": _signed, "plain": plots.plain, "span": _span}
-    return environment.get_template("quickstart.html.jinja").render(
+    return rendered(
+        "trl.quickstart",
+        "quickstart.html.jinja",
+        filters={"signed": _signed, "plain": plain, "span": _span},
         run=run,
         figures=run.figures(),
-        plots={name: Markup(svg) for name, svg in _plots(run).items()},
+        plots=_plots(run),
         samples=_samples(run),
         total=_minutes(sum(run.seconds.values())),
         minutes=_minutes,
     )
 
 
-def _plots(run: Run) -> dict[str, str]:
+def _plots(run: Run) -> dict[str, Markup]:
     imitation, preference, outcome, recipe = run.imitation, run.preference, run.reinforcement, run.recipe
     judge, reward = run.figures()[:2]
     usual = sum(outcome.before.variety) / len(outcome.before.variety)
@@ -131,26 +119,23 @@ def _plots(run: Run) -> dict[str, str]:
         "verdict": plots.before_after(
             [plots.Pair("Judge", judge.before, judge.after), plots.Pair("Reward", reward.before, reward.after)]
         ),
-        "imitation": plots.curves(
-            [plots.Curve("Loss, nats a token", imitation.losses, imitation.heldout_after, "held-out, after", True)],
-            width=5.0,
+        "imitation": curves(
+            [Curve("Loss, nats a token", imitation.losses, imitation.heldout_after, "held-out, after", True)]
         ),
-        "preference": plots.curves(
-            [plots.Curve("Loss, nats a pair", preference.losses, math.log(2), "no opinion: ln 2", True)], width=5.0
-        ),
+        "preference": curves([Curve("Loss, nats a pair", preference.losses, math.log(2), "no opinion: ln 2", True)]),
         "accuracy": plots.shares(
             [
-                ("reward model", preference.accuracy, plots.AFTER),
-                ("VADER", preference.judge_accuracy, plots.BEFORE),
+                ("reward model", preference.accuracy, AFTER),
+                ("VADER", preference.judge_accuracy, BEFORE),
             ],
             chance=0.5,
         ),
-        "reinforcement": plots.curves(
+        "reinforcement": curves(
             [
-                plots.Curve("Reward", outcome.history["reward"], 0.0, "before"),
-                plots.Curve("Judge", outcome.history["judge"], judge.before.mean, "before"),
-                plots.Curve("KL, nats a line", outcome.history["KL"], recipe.highest_kl, "limit", bad_mark=True),
-                plots.Curve("Variety", outcome.history["variety"], usual - recipe.lost_variety, "limit", bad_mark=True),
+                Curve("Reward", outcome.history["reward"], 0.0, "before"),
+                Curve("Judge", outcome.history["judge"], judge.before.mean, "before"),
+                Curve("KL, nats a line", outcome.history["KL"], recipe.highest_kl, "limit", bad_mark=True),
+                Curve("Variety", outcome.history["variety"], usual - recipe.lost_variety, "limit", bad_mark=True),
             ]
         ),
         "distribution": plots.distributions(outcome.before.judge, outcome.after.judge, "Judge, line by line"),
@@ -181,7 +166,7 @@ def _signed(value: float, digits: int = 2) -> str:
 
 
 def _span(interval: Interval, digits: int = 2) -> str:
-    return f"{plots.plain(interval.low, digits)} to {plots.plain(interval.high, digits)}"
+    return f"{plain(interval.low, digits)} to {plain(interval.high, digits)}"
 
 
 def _minutes(seconds: float) -> str:

@@ -57,14 +57,21 @@ def reward_named(
     return of_model(model, name if tokenizer is None else tokenizer, device)
 
 
-def _imported(name: str, module: str, function: str) -> RewardFunction:
+def _imported(name: str, module: str, function: str, field: str = "reward_funcs") -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward_funcs={name!r}: {error}; give `package.module:function`") from error
+        raise ValueError(f"{field}={name!r}: {error}; give `package.module:function`") from error
     if not callable(found):
-        raise ValueError(f"reward_funcs={name!r}: not a function")
-    return found
+        raise ValueError(f"{field}={name!r}: not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def judge_named(name: str) -> Judge | Any:
+    """The judge of pairs at `package.module:name`: a function, or an object of a class."""
+    module, _, function = name.partition(":")
+    found = _imported(name, module, function, "judge")
+    return found() if isinstance(found, type) else found
 
 
 def of_model(model: Any, tokenizer: Any, device: torch.device | str) -> RewardModel:

@@ -15,9 +15,9 @@ from trl.data.records import Rollout
 from trl.generation.stopping import without_ends
 from trl.rewards.panel import RewardError
 from trl.rollout.experience import RolloutState
-from trl.rollout.prompts import PromptStream, places_of
+from trl.rollout.prompts import PromptStream
 from trl.rollout.rewards import Rewards, RolloutRewards
-from trl.rollout.source import Rows, Source
+from trl.rollout.source import Rows, Source, with_own_prompts
 
 Collected = tuple[list[Any], Rollout, Rewards]
 """rows of the data set (one a group), their completions, the completions' rewards"""
@@ -26,10 +26,11 @@ Collected = tuple[list[Any], Rollout, Rewards]
 class Collector:
     """Draws prompts, has a source complete them and reward functions judge the completions.
 
-    rewards: None for an algorithm without rewards. group: completions of each prompt. wanted: prompts of a rollout on
-    each rank. stretch: see `places_of`. rounds: of sampling at most; in further rounds than the first, groups of equal
-    rewards give their places to groups of further prompts (dynamic sampling). unscored: is told of completions whose
-    reward functions failed. ends: tokens that end the model's completions, which their texts leave out.
+    rewards: None for an algorithm without rewards. group: completions of each prompt; one rank draws and judges all of
+    them. wanted: prompts of a rollout over all ranks. places: those that this rank takes, which may be none. rounds: of
+    sampling at most; in further rounds than the first, groups of equal rewards give their places to groups of further
+    prompts (dynamic sampling). unscored: is told of completions whose reward functions failed. ends: tokens that end a
+    completion, which their texts leave out.
     """
 
     def __init__(
@@ -42,34 +43,34 @@ class Collector:
         seed: int,
         group: int,
         wanted: int,
-        stretch: int,
+        places: Sequence[int],
         rounds: int = 1,
-        rank: int = 0,
         world: int = 1,
         unscored: Callable[[int, Rollout, list[Any]], None] | None = None,
         ends: Sequence[int] = (),
     ):
         self.source, self.rewards, self.prompts, self.tokenizer = source, rewards, prompts, tokenizer
         self.group, self.rounds, self.unscored, self.ends = group, rounds, unscored, ends
-        self._seed, self._wanted, self._world = seed, wanted, world
-        self._places = places_of(rank, world, wanted, stretch)
-        self._gather: Callable[[list[Any]], list[Any]] = gather_object if world > 1 else list
+        self._seed, self._wanted, self._places = seed, wanted, places
+        self.gather: Callable[[list[Any]], list[Any]] = gather_object if world > 1 else list
+        """the list of all ranks of each rank's list"""
 
     def collect(self, state: RolloutState, trainer_state: Any) -> Collected:
         """The rollout that is due; moves `state.position` on. Every rank takes its own part of the prompts."""
         rows, rollout, rewards = self._round(state, 0, trainer_state)
         for turn in range(1, self.rounds):
             idle = [not bool(rewards.informative_groups(self.group).all())]
-            if not any(self._gather(idle)):  # all ranks stop together
+            if not any(self.gather(idle)):  # all ranks stop together
                 break
             further = self._round(state, turn, trainer_state)
-            replace_groups(rows, rollout, rewards, further, self.group, self._places, self._gather)
+            replace_groups(rows, rollout, rewards, further, self.group, self._places, self.gather)
         return rows, rollout, rewards
 
     def _round(self, state: RolloutState, turn: int, trainer_state: Any) -> Collected:
         rows = [row for place in self._places for row in self.prompts.take(state.position + place, 1)]
-        state.position += self._wanted * self._world
+        state.position += self._wanted
         rollout = self.draw(rows, self.group, self.seed(state.rollouts, turn), self._places)
+        rows = with_own_prompts(rows, rollout)
         try:
             return rows, rollout, self.judge(rollout, rows, self.group, trainer_state)
         except RewardError:
@@ -82,7 +83,9 @@ class Collector:
         return (self._seed * 1_000_003 + rollout) * 64 + turn
 
     def draw(self, rows: Rows, group: int, seed: int, places: Sequence[int] | None = None) -> Rollout:
-        """See `Source.draw`; with the completions' texts."""
+        """See `Source.draw`; with the completions' texts. Nobody is asked where there are no rows."""
+        if not rows:
+            return Rollout([], [], [], [])
         rollout = self.source.draw(rows, group, seed, places)
         if not rollout.texts:
             rollout.texts = without_ends(self.tokenizer, rollout.completions, self.ends)
@@ -92,6 +95,8 @@ class Collector:
         """The rewards of a rollout; the rows' columns reach the reward functions by their names."""
         if self.rewards is None:
             return Rewards.none(len(rollout))
+        if not rows:
+            return self.rewards.of_nothing()
         columns = {"prompt_texts": rendered(rollout, self.tokenizer), **columns_of(rows, group)}
         return self.rewards(rollout, self.prompt_texts(rows, group), {**columns, "trainer_state": trainer_state})
 

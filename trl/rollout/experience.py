@@ -18,6 +18,7 @@ from trl.data.microbatches import balanced_pieces, runs_of_groups
 from trl.data.packing import PackedRow, join, pack, rows_alone
 from trl.data.records import Branch, PackedBatch, Rollout, TensorRecord, TokenTree
 from trl.losses.loss_sum import counted
+from trl.rollout.prompts import part_of
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Tensor:
@@ -55,6 +56,10 @@ class PolicyBatch(TensorRecord):
     weight_BT: Tensor | None = None
     values_BT: Tensor | None = None
     returns_BT: Tensor | None = None
+    sampled_BT: Tensor | None = None
+    """the sampler's log-probabilities, before the first update since it sampled"""
+    own_pass: bool = False
+    """whether this pass, before the first update, gives the old log-probabilities in place of `old_logprobs_BT`"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Experience(TensorRecord):
     """1 where the policy sampled the token and learns from it"""
     old_logprobs_BT: Tensor | None = None
     """under the policy that sampled, at the sampling temperature"""
+    sampled_BT: Tensor | None = None
+    """the same as the sampler computed them, where its precision is too coarse to learn from them"""
     advantages_BT: Tensor | None = None
     reference_BT: Tensor | None = None
     """the reference's log-probabilities"""
@@ -122,6 +129,36 @@ class Experience(TensorRecord):
         ragged = {name: [columns[name][row] for row in chosen] for name in names}
         return Experience(**{**columns, **tensors, **ragged})
 
+    @classmethod
+    def below(cls, parts: Sequence[Experience]) -> Experience:
+        """The rows of the parts, one part after the other; those without a row may lack columns."""
+        filled = [part for part in parts if len(part)] or parts[:1]
+        columns: dict[str, Any] = {}
+        for entry in fields(cls):
+            values = [getattr(part, entry.name) for part in filled]
+            if isinstance(values[0], Tensor):
+                columns[entry.name] = joined(values)
+            elif values[0] is not None:
+                columns[entry.name] = [row for value in values for row in value]
+        return cls(**columns)
+
+    def dealt(self, rank: int, world: int, steps: int, of_step: int, together: int = 1) -> Experience:
+        """The rows that one of `world` ranks learns from, in `steps` micro-batches of equally many rows.
+
+        An optimizer step, of `of_step` micro-batches on each rank, takes the same rows whatever the number of ranks.
+        Runs of `together` rows stay in one micro-batch. Where rows are too few, others fill it up that do not count.
+        """
+        units, cells = len(self) // together, world * steps
+        width = -(-units // cells) * together
+        chosen, counts = list[int](), list[bool]()
+        for step in range(steps):
+            part = part_of((step // of_step * world + rank) * of_step + step % of_step, cells, units)
+            own = [row for unit in part for row in range(unit * together, (unit + 1) * together)]
+            chosen += own + [0] * (width - len(own))
+            counts += [True] * len(own) + [False] * (width - len(own))
+        share = self.select(chosen)
+        return share if all(counts) else replace(share, mask_BT=share.mask_BT * torch.tensor(counts)[:, None])
+
     def cut(self, max_tokens: int, *, whole_groups: bool = False) -> list[Experience]:
         """The rows in pieces of about `max_tokens` tokens, equally full. `whole_groups`: equal prompts in a run stay
         together and their prompt counts once; the rows keep their order."""
@@ -166,6 +203,7 @@ class Experience(TensorRecord):
             weight_BT=self.weight_BT,
             values_BT=self.values_BT,
             returns_BT=self.returns_BT,
+            sampled_BT=self.old_logprobs_BT if self.sampled_BT is None else self.sampled_BT,
         )
 
 
@@ -188,6 +226,12 @@ class RolloutShape:
     def passes(self) -> int:
         """How many micro-batches are handed out of each rollout."""
         return self.steps_per_generation * self.num_iterations
+
+    def learned_later(self, accumulation: int) -> range:
+        """The rows that are learned after the first update on their rollout too; accumulation: micro-batches of one."""
+        if self.num_iterations > 1:
+            return range(0 if accumulation % self.passes else self.rows, self.rows)
+        return range(min(accumulation * self.per_device_train_batch_size, self.rows), self.rows)
 
 
 @dataclass

@@ -64,16 +64,24 @@ def means_of(metrics: Mapping[str, Measure]) -> dict[str, Tensor]:
     return {name: total / torch.as_tensor(count).clamp(min=1) for name, (total, count) in pairs.items()}
 
 
+FIRST_RATIOS = (
+    ("sampling/importance_sampling_ratio/mean", "sampling/kl", "sampling/approx_kl"),
+    ("ratio", "policy_kl", "approx_kl"),
+)
+"""ratio, KL and half the squared log-ratio, to the sampler and to the old policy: the first that an update reports"""
+
+
 def check_first_ratio(means: Mapping[str, Tensor | float], precision: Callable[[], str]) -> None:
     """RuntimeError unless a first update starts from the policy that sampled: at ratio 1 and approx_kl 0.
 
-    means: the update's metrics; an objective that reports no `ratio`, `policy_kl` and `approx_kl` is not checked. The
-    `ratio` may be of whole sequences, so the tokens' mean log-ratio is judged, which is `-policy_kl`.
+    means: the update's metrics; an objective that reports none of `FIRST_RATIOS` is not checked. The ratio may be of
+    whole sequences, so the tokens' mean log-ratio is judged, which is minus the KL.
     precision: in which the policy computes (`precision_of`); asked only of numbers that float32 would not give.
     """
-    if not {"ratio", "policy_kl", "approx_kl"} <= means.keys():
+    names = next((names for names in FIRST_RATIOS if means.keys() >= set(names)), None)
+    if names is None:
         return
-    ratio, policy_kl, approx_kl = (float(means[name]) for name in ("ratio", "policy_kl", "approx_kl"))
+    ratio, policy_kl, approx_kl = (float(means[name]) for name in names)
     if not ratio:  # no token counts: all completions are empty or masked out
         return
     if not math.isfinite(policy_kl) or not math.isfinite(approx_kl):

@@ -103,6 +103,15 @@ def places_of(rank: int, world: int, wanted: int, stretch: int) -> list[int]:
     return [(i // stretch * world + rank) * stretch + i % stretch for i in range(wanted)]
 
 
+def part_of(place: int, parts: int, wanted: int) -> range:
+    """The part at `place` of `wanted` things that `parts` share, in their order and as evenly as can be.
+
+    >>> [list(part_of(place, 3, 5)) for place in range(3)]
+    [[0, 1], [2, 3], [4]]
+    """
+    return range(-(-place * wanted // parts), -(-(place + 1) * wanted // parts))
+
+
 TEXT_COLUMNS = ("prompt", "query")
 """columns that may hold the text of a prompt, where a row has no `input_ids`"""
 

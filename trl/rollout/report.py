@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trl.data.any_text import console, encodable, visible
 from trl.data.records import Rollout
 from trl.losses.loss_sum import Extreme, extreme
 from trl.models.weight_files import writing
+from trl.rollout.experience import Experience
 from trl.rollout.rewards import Rewards
 
 Columns = dict[str, list[Any]]
@@ -46,8 +48,12 @@ def record(
     rollout: Rollout,
     rewards: Rewards,
     group: int,
+    gather: Callable[[list[Any]], list[Any]] = list,
 ) -> None:
-    """The rollout's metrics: sums and counts by `add(name, total, count)`, and extremes."""
+    """The rollout's metrics: sums and counts by `add(name, total, count)`, and extremes.
+
+    gather: collective; the list of all ranks of each rank's list. A standard deviation is that of all ranks' rewards.
+    """
     truncated = rollout.metadata.get("truncated", [False] * len(rollout))
     lengths = [len(ids) for ids in rollout.completions]
     add("completions/mean_length", float(sum(lengths)), len(lengths))
@@ -62,11 +68,14 @@ def record(
         add("episodes/sampled_tokens", float(sum(map(sum, rollout.masks))), len(lengths))
     if not rewards.names:
         return
-    for name, column_B, late in zip(rewards.names, rewards.scores_BF.unbind(1), rewards.timed_out, strict=True):
+    all_BF = torch.tensor(gather(rewards.scores_BF.tolist())).view(-1, len(rewards.names))
+    columns = zip(rewards.names, rewards.scores_BF.unbind(1), all_BF.unbind(1), rewards.timed_out, strict=True)
+    for name, column_B, all_B, late in columns:
         known = column_B[~column_B.isnan()]
         add(f"rewards/{name}/mean", float(known.sum()), len(known))
-        if len(known) > 1:
-            add(f"rewards/{name}/std", float(known.std()), 1)
+        everywhere = all_B[~all_B.isnan()]
+        if len(everywhere) > 1:
+            add(f"rewards/{name}/std", float(everywhere.std()), 1)
         if late is not None:
             add(f"rewards/{name}/timed_out", float(late), 1)
     total_B = rewards.total_B()
@@ -76,10 +85,36 @@ def record(
     add("reward", float(known.sum()), len(known))
     add("unscored_ratio", float(len(total_B) - len(known)), len(total_B))
     if group > 1:
-        spread = [row[~row.isnan()].std().item() for row in total_B.view(-1, group) if (~row.isnan()).sum() > 1]
+        spread = [
+            row[~row.isnan()].std().item() for row in total_B.unflatten(0, (-1, group)) if (~row.isnan()).sum() > 1
+        ]
         add("reward_std", float(sum(spread)), len(spread))
         idle = ~rewards.informative_groups(group)
         add("frac_reward_zero_std", float(idle.sum()), len(idle))
+
+
+def record_objective(
+    add: Callable[[str, float, float], None],
+    rows: Experience,
+    reference_BT: Tensor,
+    mask_BT: Tensor,
+    scores_B: Tensor,
+    beta: float,
+) -> None:
+    """What a policy is held to by rewards and its reference, a number for each completion before the first update.
+
+    mask_BT: the tokens that the policy sampled. scores_B: the rewards, NaN for a completion that nobody scored.
+    """
+    assert rows.old_logprobs_BT is not None
+    kl_B = ((rows.old_logprobs_BT - reference_BT) * mask_BT).sum(-1)
+    entropy_B = -(rows.old_logprobs_BT * mask_BT).sum(-1)
+    columns = {
+        "kl": kl_B, "entropy": entropy_B, "scores": scores_B, "non_score_reward": -beta * kl_B,
+        "rlhf_reward": scores_B - beta * kl_B,
+    }  # fmt: skip
+    for name, column_B in columns.items():
+        known = column_B[~column_B.isnan()]
+        add(f"objective/{name}", float(known.sum()), len(known))
 
 
 def write_parquet(directory: Path, number: int, columns: Mapping[str, Sequence[Any]]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,7 +44,7 @@ class Rewards:
 
     def informative_groups(self, group: int) -> Tensor:
         """Whether a group holds two scored completions of different reward. [groups]"""
-        total = self.total_B().view(-1, group)
+        total = self.total_B().unflatten(0, (-1, group))
         highest, lowest = total.nan_to_num(nan=-torch.inf).amax(1), total.nan_to_num(nan=torch.inf).amin(1)
         return highest - lowest > 1e-6
 
@@ -64,7 +65,8 @@ class RolloutRewards:
     """Scores rollouts with reward functions, and with the soft overlong punishment where it is asked for.
 
     panel: None where the rollouts carry their own rewards. weights: one for each function; None: 1 each.
-    overlong: `(longest completion, tokens before it that are punished)`.
+    overlong: `(longest completion, tokens before it that are punished)`. kinds: of an environment whose rewards are
+    logged apart, the name of each factory's rewards.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class RolloutRewards:
         panel: RewardPanel | None,
         weights: Sequence[float] | None = None,
         overlong: tuple[int, int] | None = None,
+        kinds: Mapping[Any, str] | None = None,
     ):
         self.panel, self.overlong = panel, overlong
-        names = ["reward"] if panel is None else panel.names
+        self.kinds = kinds if panel is None else None
+        names = list(self.kinds.values()) if self.kinds else ["reward"] if panel is None else panel.names
         weights = weights or [1.0] * len(names)
         if len(weights) != len(names):
             raise ValueError(
@@ -83,23 +87,39 @@ class RolloutRewards:
         self.names = [*names, *(["overlong"] if overlong else [])]
         self.weights_F = torch.tensor([*weights, *([1.0] if overlong else [])], dtype=torch.float32)
 
+    def of_nothing(self) -> Rewards:
+        """The rewards of no completion."""
+        return Rewards(self.names, torch.zeros(0, len(self.names)), self.weights_F, [None] * len(self.names))
+
     def __call__(self, rollout: Rollout, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Rewards:
         """prompts: texts or conversations, one for each completion. columns: further keywords of the functions."""
-        late: list[bool | None] = [None]
+        late: list[bool | None]
         if self.panel is None:
             if len(rollout.rewards) != len(rollout):
                 raise ValueError(
                     f"rollout_func gave {len(rollout.rewards)} rewards for {len(rollout)} completions: fill "
                     "`Rollout.rewards`, or give `reward_funcs`"
                 )
-            source = "the environment" if "histories" in rollout.metadata else "rollout_func"
+            histories = rollout.metadata.get("histories")
+            source = "rollout_func" if histories is None else "the environment"
             known = [None if reward is not None and reward != reward else reward for reward in rollout.rewards]
-            scores, logs = [checked(source, known, len(rollout))], Logs(len(rollout))  # nan: no opinion
+            logs, given = Logs(len(rollout)), checked(source, known, len(rollout))  # nan: no opinion
+            scores = [given] if self.kinds is None else self._apart(given, histories or [])
+            late = [None] * len(scores)
         else:
             asked = asked_of(rollout, prompts, columns)
             verdict = self.panel(len(rollout), asked, {name: asked.pop(name) for name in LIVE if name in asked})
             scores, late, logs = verdict.scores, lateness(self.panel, verdict), verdict.logs
         return self.with_overlong(rollout, torch.tensor(scores, dtype=torch.float32).T, late, logs)
+
+    def _apart(self, scores: Sequence[float], histories: Sequence[Any]) -> list[list[float]]:
+        """The scores in a column for each kind of environment."""
+        assert self.kinds is not None
+        own = [history.episode.own.factory for history in histories]
+        return [
+            [score if factory == kind else math.nan for score, factory in zip(scores, own, strict=True)]
+            for kind in self.kinds
+        ]
 
     def with_overlong(self, rollout: Rollout, scores_BF: Tensor, late: list[bool | None], logs: Logs) -> Rewards:
         """The rewards, with the soft overlong punishment where it is asked for."""
@@ -224,17 +244,22 @@ def panel_of(functions: Any, tokenizers: Any, default: Any, device: Any, like: A
     return reward_panel(list(listed), own + list(given[len(own) :]), None, device, like)
 
 
-def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None) -> Rewards:
-    """The rewards with a further column: minus the penalty for completions that were cut at the length limit."""
+def without_end(rewards: Rewards, rollout: Rollout, penalty: float | None, ends: Sequence[int] = ()) -> Rewards:
+    """The rewards with a further column: minus the penalty for completions that were cut at the length limit.
+
+    ends: the tokens that end a completion. Where the rollout does not say which were cut, those without one are.
+    """
     if penalty is None:
         return rewards
-    cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)), dtype=torch.float32)
+    unended = [not set(ids[-1:]) & set(ends) for ids in rollout.completions]
+    cut_B = torch.tensor(rollout.metadata.get("truncated", unended), dtype=torch.float32)
     lost_B = (-penalty * cut_B).masked_fill(rewards.scores_BF.isnan().all(-1), torch.nan)
     return Rewards(
         [*rewards.names, "missing_eos"],
         torch.cat([rewards.scores_BF, lost_B[:, None]], 1),
         torch.cat([rewards.weights_F, torch.ones(1)]),
         [*rewards.timed_out, None],
+        rewards.logs,
     )
 
 
@@ -256,14 +281,16 @@ def credit_turns(
     A turn is compared with the same turn of the episodes that `advantages` compares with, if they have it; it cannot
     have caused the rewards before it. A tool's tokens get the number of the turn that follows; they are masked.
     """
-    turn_rewards, turn_ends = rollout.metadata["turn_rewards"], rollout.metadata["turn_ends"]
+    turn_rewards, turn_ends = (rollout.metadata[name] if len(rollout) else [] for name in ("turn_rewards", "turn_ends"))
     longest = [max(map(len, turn_ends), default=0)]
     most = max(gather_object(longest) if world_size > 1 else longest)
     credited: list[list[float]] = [[] for _ in turn_ends]
     for turn in range(most):
         scores_BF = rewards.scores_BF.clone()
-        scores_BF[:, 0] -= torch.tensor([sum(earned[:turn]) for earned in turn_rewards])
-        absent_B = torch.tensor([turn >= len(ends) for ends in turn_ends])
+        first_B1 = (~scores_BF.isnan()).int().argmax(1, keepdim=True)  # each kind of environment has a column
+        before_B = torch.tensor([sum(earned[:turn]) for earned in turn_rewards])
+        scores_BF.scatter_add_(1, first_B1, -before_B[:, None].to(scores_BF))
+        absent_B = torch.tensor([turn >= len(ends) for ends in turn_ends], dtype=torch.bool)
         advantages_B = advantages(replace(rewards, scores_BF=scores_BF.masked_fill(absent_B[:, None], torch.nan)))
         for row, ends, advantage in zip(credited, turn_ends, advantages_B.tolist(), strict=True):
             if turn < len(ends):

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
+from random import Random
 from typing import Any, Protocol
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from trl.data.columns import at_row, shown
+from trl.data.formats import column_names
 from trl.data.records import Rollout
 from trl.data.user_functions import in_order, own
 from trl.environment.chat_environment import ChatEnvironment
-from trl.environment.episodes import Environment
+from trl.environment.episodes import Environment, lacks_prompt
+from trl.environment.factories import ROUTE, Factory
 from trl.environment.turns import SampledTurns
 from trl.generation.sampler import Sampler, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
 """of a data set, each with `prompt_ids`"""
@@ -106,11 +115,35 @@ class EnvironmentSource:
         else:
             places = range(self.rank * len(rows), (self.rank + 1) * len(rows)) if places is None else places
             seeds = [seed * 2**20 + place * group + i for place in places for i in range(group)]
+        for at, row in enumerate(played):
+            if lacks_prompt(row):  # the episodes of a group begin alike
+                row.setdefault("seed", seeds[at - at % group] % 2**31)
         turns = SampledTurns(self.sampler, self.params(seed), self.context)
         rollout: Rollout = self.environment.rollout(played, turns, seeds, self.limit)
+        check_groups(rollout, played, group)
         if self.measure is not None:
             rollout.logprobs = self.measure(rollout)
         return rollout
+
+
+def check_groups(rollout: Rollout, rows: Rows, group: int) -> None:
+    """ValueError where an environment said other prompts to other episodes of one group, which are compared."""
+    said = rollout.metadata.get("prompts", rows)
+    for at, row in enumerate(rows):
+        if lacks_prompt(row) and said[at] != said[at - at % group]:
+            raise ValueError(
+                f"environment_factory: reset() said different prompts to the {group} episodes of a group, which are "
+                f"compared ({shown(said[at - at % group])}, {shown(said[at])}): let it take `seed`, which they share"
+            )
+
+
+def with_own_prompts(rows: Rows, rollout: Rollout) -> list[Any]:
+    """The rows of a rollout, one a group, with the prompts that the environment said where they have none."""
+    said = rollout.metadata.get("prompts")
+    if said is None or not len(rows):
+        return list(rows)
+    firsts = said[:: len(said) // len(rows)]
+    return [{**row, "prompt": own} if lacks_prompt(row) else row for row, own in zip(rows, firsts, strict=True)]
 
 
 @dataclass
@@ -206,7 +239,7 @@ def calls_of(
 def make_environment(
     environment: Any,
     tools: Sequence[Callable[..., Any]] | None,
-    factory: Callable[[], Any] | None,
+    factory: Factory | Mapping[str, Factory] | None,
     *,
     max_iterations: int | None,
     template_kwargs: Mapping[str, Any] | None,
@@ -239,9 +272,69 @@ def environment_for_policy(
 
     end_ids: tokens that end a turn.
     """
+    needs_rewards = needs_rewards and reward_funcs is None
     if isinstance(environment, Environment):
         environment.check_settings(tokenizer, max_prompt_length, reward_funcs)
         environment = environment.for_policy(tokenizer, end_ids)
-    if needs_rewards and reward_funcs is None and not environment.gives_rewards:
+        environment.needs_rewards = environment.asks_rewards = needs_rewards
+        if reward_funcs is not None and environment.reward_names:
+            names = ", ".join(dict.fromkeys(environment.reward_names.values()))
+            logger.warning(
+                "reward_funcs: they judge alone, get_reward() of %s is not called; leave reward_funcs out, or let one "
+                "of them take `environments` and call it", names,
+            )  # fmt: skip
+    if needs_rewards and not environment.gives_rewards:
         raise ValueError("reward_funcs: the environment gives no rewards; give reward functions, or it a `reward`")
     return environment
+
+
+def reward_names(environment: Any) -> dict[str | None, str] | None:
+    """Under what the rewards of an environment's factories are logged; None: as one."""
+    return environment.reward_names if isinstance(environment, Environment) else None
+
+
+def close_objects(environment: Any) -> None:
+    """Close the objects that an environment's factory has made."""
+    if isinstance(environment, Environment):
+        environment.close()
+
+
+PROMPTS = ("prompt", "prompt_ids", "input_ids", "messages", "conversations")
+"""columns of which a prompt can be made"""
+
+
+def names_of(environment: Any) -> list[str] | None:
+    """The names of an environment's factories, none of a single one; None where it has no factory."""
+    factories = environment.factories if isinstance(environment, Environment) else None
+    return None if factories is None else factories.names
+
+
+def rows_without_prompts(names: Sequence[str], seed: int) -> IterableDataset:
+    """Endless rows for environments that say their prompts: a `seed`, and one of the names in turn."""
+    return IterableDataset.from_generator(_seeds, gen_kwargs={"names": [list(names)], "seed": seed})
+
+
+def _seeds(names: list[list[str]], seed: int) -> Iterator[dict[str, Any]]:
+    for place in count():
+        row = {"seed": Random(f"{seed} {place}").getrandbits(31)}
+        yield row | ({ROUTE: names[0][place % len(names[0])]} if names[0] else {})
+
+
+def says_prompts(environment: Any, dataset: Any, name: str) -> bool:
+    """Whether the environment has to say the prompts of a data set, or those of some of its rows."""
+    if names_of(environment) is None or isinstance(dataset, Mapping) or not hasattr(dataset, "__iter__"):
+        return False
+    columns = column_names(dataset, name)
+    if "prompt" in columns and not {"prompt_ids", "input_ids"} & set(columns) and hasattr(dataset, "__len__"):
+        return any(map(lacks_prompt, dataset.select_columns(["prompt"]) if isinstance(dataset, Dataset) else dataset))
+    return not any(column in columns for column in PROMPTS)
+
+
+def check_names(environment: Any, dataset: Any, name: str) -> None:
+    """ValueError for a row that names no environment, where it has several; rows of a stream are read later."""
+    if not names_of(environment) or not hasattr(dataset, "__len__"):
+        return
+    rows = dataset.select_columns([ROUTE]) if ROUTE in (getattr(dataset, "column_names", None) or ()) else dataset
+    for index in range(len(rows)):
+        with at_row(index, name):
+            environment.factories.name_of(rows[index])

@@ -6,10 +6,14 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
 
 import trl
 from trl.scripts import launch
@@ -22,12 +26,15 @@ from trl.scripts.data_config import (
     split_of,
 )
 from trl.scripts.data_files import told
-from trl.scripts.exit_codes import exit_code
-from trl.scripts.hints import read_value, settings_hints, takes_no_word, takes_several
+from trl.scripts.exit_codes import exit_code, one_line
+from trl.scripts.hints import default_of, read_value, settings_hints, takes_no_word, takes_several
 from trl.scripts.jobs import JOBS, Training
 from trl.scripts.launch import LaunchArguments
 from trl.scripts.model_config import ModelConfig, get_peft_config, loading_keywords
 from trl.scripts.parser import TrlParser, read_yaml, set_environment, suggestion, take_config
+
+if TYPE_CHECKING:
+    from trl.trainer.run_record import RunFolderCallback
 
 ALIASES = {
     "model": "model_name_or_path",
@@ -39,6 +46,15 @@ ALIASES = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run
 }
 """other names of settings, on the line and in YAML"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A job's command line, for the record of its run."""
+
+    words: Sequence[str]
+    reads: Callable[[str, Any], bool]
+    """whether `--config` can read a value of a setting"""
 
 
 @dataclass
@@ -101,6 +117,14 @@ class JobParser(TrlParser):
                 raise ValueError(f"{key}: the file gives {name} twice, under two of its names")
             given[name] = read_value(key, self.hints[name], value)
         return given
+
+    def reads(self, name: str, value: Any) -> bool:
+        """Whether a YAML file can give a setting this value."""
+        try:
+            read_value(name, self.hints[name], value)
+        except (KeyError, ValueError):
+            return False
+        return True
 
     def _canonical(self, name: str) -> str:
         return name if name in self.hints else ALIASES.get(name, name)
@@ -173,7 +197,7 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
         return launch.start(several, "trl", [name, *words])
     for note in [*without_effect(settings), *adapters_rate(job, settings)]:
         print(f"note: {note}", file=sys.stderr)
-    folder = train(job, *parser.parse_dict(settings)[:5])
+    folder = train(job, Line(["trl", name, *words], parser.reads), *parser.parse_dict(settings))
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"saved to {folder}")
     return 0
@@ -189,7 +213,8 @@ def adapters_rate(job: Training, settings: dict[str, Any]) -> list[str]:
 
 def without_effect(settings: Mapping[str, Any]) -> list[str]:
     """A line for each group of settings that were given and have no effect."""
-    notes = []
+    notes, usual = [], {entry.name: default_of(entry) for entry in fields(ModelConfig)}
+    settings = {name: value for name, value in settings.items() if name not in usual or value != usual[name]}
     for starts, needed in ((("lora_", "use_rslora", "use_dora"), "use_peft"), (("bnb_", "use_bnb"), "load_in_4bit")):
         names = [name for name in settings if name.startswith(starts) and name != "lora_task_type"]
         if names and not settings.get(needed):
@@ -201,13 +226,76 @@ def without_effect(settings: Mapping[str, Any]) -> list[str]:
 
 def train(
     job: Training,
+    line: Line,
     model: ModelConfig,
     script: ScriptArguments,
     mixture: DatasetMixtureConfig,
     config: Any,
     own: JobArguments,
+    several: LaunchArguments,
 ) -> str:
     """Train and save the model; returns its folder."""
+    from trl.trainer.callbacks import RichProgressCallback
+    from trl.trainer.run_record import RunFolderCallback
+
+    record = RunFolderCallback(
+        (model, script, mixture, config, own, several), line.words, line.reads, data_names(script, mixture, own)
+    )
+    places = [script.dataset_name, own.eval_data, *(one.path for one in mixture.datasets)]
+    with reported(record, Path(str(config.output_dir))):
+        with told("data", [place for place in places if place], sure=False):  # streamed rows are read while it trains
+            trainer = trainer_of(job, model, script, mixture, config, own)
+            for printer in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(printer)
+            trainer.add_callback(RichProgressCallback())
+            trainer.add_callback(record)
+            trainer.train(resume_from_checkpoint=resumed(config.resume_from_checkpoint))
+        trainer.save_model(config.output_dir)
+        if config.push_to_hub:
+            trainer.push_to_hub(dataset_name=script.dataset_name)
+    return str(config.output_dir)
+
+
+def resumed(word: str | None) -> str | bool | None:
+    """A checkpoint's folder; True and False, which the field of transformers reads as texts, as they are meant."""
+    return {"true": True, "false": False}.get(str(word).lower(), word)
+
+
+@contextmanager
+def reported(record: RunFolderCallback, folder: Path) -> Iterator[None]:
+    """Record an error of what follows the training too; write the report of a run that has begun, however it ends."""
+    try:
+        yield
+    except BaseException as error:
+        if record.record.get("status") == "finished":
+            record.end_run(error)
+        raise
+    finally:
+        if record.record:
+            with suppress_all("report.html is not written"):
+                from trl.reports.run_report import write_report
+
+                write_report(folder)
+
+
+@contextmanager
+def suppress_all(what: str) -> Iterator[None]:
+    """An error in the block is one line: what was trained is worth more than what is said of it."""
+    try:
+        yield
+    except Exception as error:
+        print(f"note: {what}: {one_line(error)}", file=sys.stderr)
+
+
+def trainer_of(
+    job: Training,
+    model: ModelConfig,
+    script: ScriptArguments,
+    mixture: DatasetMixtureConfig,
+    config: Any,
+    own: JobArguments,
+) -> Any:
+    """The job's trainer, with its model and its data."""
     from trl.models.prepare import load_tokenizer
 
     train_dataset, eval_dataset = datasets_of(script, mixture, own.eval_data, config.eval_strategy != "no")
@@ -220,26 +308,31 @@ def train(
     if where:
         arguments["processing_class"] = load_tokenizer(str(model.model_name_or_path), **where)
     config.model_init_kwargs = {**keywords, **(config.model_init_kwargs or {})}
-    places = [script.dataset_name, own.eval_data, *(one.path for one in mixture.datasets)]
-    with told("data", [place for place in places if place], sure=False):  # streamed rows are read as they are needed
-        trainer = getattr(trl, job.trainer)(
-            model=model.model_name_or_path,
-            args=config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            peft_config=get_peft_config(model),
-            **arguments,
-        )
-        if script.ignore_bias_buffers:
-            buffers = trainer.model.named_buffers()
-            trainer.model._ddp_params_and_buffers_to_ignore = [
-                name for name, each in buffers if str(each.dtype) == "torch.bool"
-            ]
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model(config.output_dir)
-    if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
-    return str(config.output_dir)
+    trainer = getattr(trl, job.trainer)(
+        model=model.model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model),
+        **arguments,
+    )
+    if script.ignore_bias_buffers:
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, each in buffers if str(each.dtype) == "torch.bool"
+        ]
+    return trainer
+
+
+def data_names(script: ScriptArguments, mixture: DatasetMixtureConfig, own: JobArguments) -> dict[str, dict[str, Any]]:
+    """By what names the rows were asked for, and how big files of these names are."""
+    names = [one.path for one in mixture.datasets] or [str(script.dataset_name)]
+    return {"train": _named(names), "eval": _named([own.eval_data] if own.eval_data else names)}
+
+
+def _named(names: Sequence[str]) -> dict[str, Any]:
+    sizes = {name: Path(name).stat().st_size for name in names if Path(name).is_file()}
+    return {"name": ", ".join(names), **({"files": sizes} if sizes else {})}
 
 
 def datasets_of(

@@ -23,6 +23,7 @@ _names = {
     "trl.trainer.prm_trainer": ["PRMConfig", "PRMTrainer"],
     "trl.trainer.reward_trainer": ["RewardConfig", "RewardTrainer", "compute_accuracy"],
     "trl.trainer.rloo_trainer": ["RLOOConfig", "RLOOTrainer"],
+    "trl.trainer.run_record": ["RunFolderCallback"],
     "trl.trainer.sft_trainer": ["SFTConfig", "SFTTrainer"],
     "trl.trainer.statistics": ["AdaptiveKLController", "FixedKLController", "RunningMoments"],
 }  # fmt: skip

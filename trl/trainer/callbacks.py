@@ -21,8 +21,10 @@ from trl.generation.stopping import end_tokens, without_ends
 from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
+from trl.trainer.step_line import Advice, Clock, evaluation_line, last_line, training_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
 
@@ -53,11 +55,17 @@ class SyncRefModelCallback(TrainerCallback):
 
 
 class RichProgressCallback(TrainerCallback):
-    """Shows in the terminal how far training and its evaluations are, and what is logged; on the first process only."""
+    """Shows how far training and its evaluations are, and what is logged, in one line each; on the first process only.
+
+    A terminal gets progress bars below the lines (unless `disable_tqdm` is set), a file or a pipe the lines alone. What
+    stays outside of what is healthy is advised on once.
+    """
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self._bars: dict[str, TaskID] = {}
+        self._console: Console | None = None
+        self._clock, self._advice = Clock(0, 0, 0), Advice()
 
     def _advance(self, name: str, total: int | None, to: int | None = None) -> None:
         """Move a bar, which is made when it is first moved, to a place or by one."""
@@ -77,9 +85,13 @@ class RichProgressCallback(TrainerCallback):
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        counted = state.num_input_tokens_seen if args.include_num_input_tokens_seen == "no" else 0
+        self._clock, self._advice = Clock(state.global_step, state.max_steps, counted), Advice()
+        self._console = console()  # its own: a failed run may hold another
+        if not self._console.is_terminal or args.disable_tqdm:
+            return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # an own console: a failed run may hold another
-        self.progress, self._bars = Progress(*columns, console=console()), {}
+        self.progress, self._bars = Progress(*columns, console=self._console), {}
         self.progress.start()
         self._advance("training", state.max_steps, state.global_step)
 
@@ -99,10 +111,24 @@ class RichProgressCallback(TrainerCallback):
     on_predict = on_evaluate
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.progress is not None:
-            logs = {name: value for name, value in (kwargs.get("logs") or {}).items() if name != "total_flos"}
-            text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items())
-            self.progress.console.print(f"step {state.global_step}: {text}", markup=False, highlight=False)
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if self._console is None or not logs:
+            return
+        if "train_runtime" in logs:
+            self._say(last_line(state.global_step, logs))
+            return
+        runtime = [value for name, value in logs.items() if name.endswith("_runtime")]
+        if runtime:
+            self._clock.pause(runtime[0])
+            self._say(evaluation_line(state.global_step, logs))
+            return
+        self._say(training_line(state.global_step, logs, self._clock))
+        for line in self._advice.of(logs):
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        if self._console is not None:
+            self._console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

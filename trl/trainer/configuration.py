@@ -86,6 +86,17 @@ class PostTrainingConfig(TrainingArguments):
     half_precision_backend: str = accepted("half_precision_backend", "auto")
     include_tokens_per_second: bool = accepted("include_tokens_per_second", False)
 
+    def __new__(cls, *values: Any, **named: Any) -> Any:
+        """Keep the values that were asked for: `__post_init__` changes some fields, and derives others."""
+        made = super().__new__(cls)
+        made.__dict__["_asked"] = {**dict(zip((entry.name for entry in fields(cls)), values, strict=False)), **named}
+        return made
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The fields that were given, with their values then."""
+        return dict(self.__dict__.get("_asked", {}))
+
     @property
     def pads_rows(self) -> bool:
         """Whether every forward pass pads its rows."""

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from trl.data.chat import ChatTemplate
+from trl.data.chat import ChatTemplate, read_tools
+from trl.data.columns import at_row, shown
 from trl.data.encode import TextEncoder
-from trl.data.formats import column_names, mapped_rows
+from trl.data.formats import column_names, mapped_rows, maybe_convert_to_chatml
+from trl.data.messages import messages_of
 from trl.data.records import Rollout
+from trl.generation import make_sampler
 from trl.losses.distillation import generalized_jsd
 from trl.losses.loss_sum import LossSum
 from trl.models.precision import frozen_dtype
-from trl.models.prepare import load_model
-from trl.models.scoring import in_head, map_logits, scored_states
+from trl.models.prepare import load_model, read_tokenizer
+from trl.models.scoring import head_of, in_head, map_logits, scored_states
+from trl.models.unwrap import below_peft
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.rollout.source import Rows, Source
-from trl.trainer.configuration import Setting, choose, require
-from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer, limit_whole
+from trl.trainer.configuration import Setting, as_config, choose, require
+from trl.trainer.rollout_trainer import RolloutConfig, RolloutTrainer, limit_whole, without_unread
 from trl.trainer.settings import accepted, rename
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,18 +46,48 @@ class DistillationConfig(RolloutConfig):
     beta: float = field(default=1.0)
     """generalised Jensen-Shannon divergence: 0 is the forward KL(teacher || student), 1 the reverse KL"""
     lmbda: float = field(default=1.0)
-    """share of the prompts that the student completes; the others take the data set's `completion`"""
+    """share of the prompts that the student completes; the others take the data set's `completion`, or the teacher's"""
+    seq_kd: bool = field(default=False)
+    """sequence-level distillation (arXiv:1606.07947): the teacher completes the prompts that the student does not, by
+    the same sampling settings; the data set needs no completions"""
     teacher_model_name_or_path: str | None = field(default=None)
     """name or folder of the teacher, if it is not given as an object"""
-    teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(default=None)
     """keywords of `from_pretrained` for a teacher given by name"""
     teacher_model_revision: str | None = field(default=None)
     """branch, tag or commit of a teacher given by name"""
+
+    def json_fields(self) -> tuple[str, ...]:
+        return (*super().json_fields(), "teacher_model_init_kwargs")
+
+    def translate(self) -> None:
+        super().translate()
+        if self.seq_kd and self.lmbda == 1:
+            logger.warning("seq_kd=True: has no effect with lmbda=1, where the student completes every prompt")
 
     def validate(self) -> None:
         super().validate()
         require(self, "beta", 0 <= self.beta <= 1, "give a number in [0, 1]")
         require(self, "lmbda", 0 <= self.lmbda <= 1, "give a share in [0, 1]")
+
+    @property
+    def needs_completions(self) -> bool:
+        """Whether some of the completions are the data set's."""
+        return self.lmbda < 1 and not self.seq_kd
+
+    def teacher_keywords(self, source: nn.Module | str) -> dict[str, Any]:
+        """Keywords of `from_pretrained` for the teacher; ValueError where it is an object that they cannot change."""
+        keywords: dict[str, Any] = dict(self.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
+        if not isinstance(source, str):
+            for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+                require(self, name, not getattr(self, name), "the teacher is loaded already; leave it out")
+            return {}
+        revision = self.teacher_model_revision
+        if revision is not None:
+            way_out = f"teacher_model_init_kwargs has revision={keywords.get('revision')!r}; say it once"
+            require(self, "teacher_model_revision", keywords.get("revision", revision) == revision, way_out)
+            keywords["revision"] = revision
+        return {**({"trust_remote_code": True} if self.trust_remote_code else {}), **keywords}
 
 
 _COMPLETIONS = "has no effect: rows have `prompt` and `completion`, or `messages`"
@@ -75,14 +114,12 @@ class GKDConfig(DistillationConfig):
     beta: float = field(default=0.5)
     """generalised Jensen-Shannon divergence: 0 is the forward KL(teacher || student), 1 the reverse KL"""
     lmbda: float = field(default=0.5)
-    """share of the prompts that the student completes; the others take the data set's `completion`"""
+    """share of the prompts that the student completes; the others take the data set's `completion`, or the teacher's"""
     max_completion_length: int = field(default=128)
     """longest completion in tokens"""
     max_new_tokens: int | None = accepted("max_new_tokens")
     learning_rate: float = field(default=2e-5)
     """initial learning rate"""
-    seq_kd: bool = field(default=False)
-    """learn the teacher's own completions: not supported, raises"""
     max_length: int | None = field(default=None)
     """longest prompt + completion in tokens: the prompt loses its start; None: prompts are as long as they are"""
     max_seq_length: int | None = accepted("max_seq_length")
@@ -128,15 +165,21 @@ class GKDConfig(DistillationConfig):
         require(self, "truncation_mode", uncut, "a prompt that is too long loses its start; give 'keep_end'")
         way_out = "the divergence is over completions alone; leave it out"
         require(self, "completion_only_loss", self.completion_only_loss is not False, way_out)
-        way_out = "sample the teacher's completions first, give them as column `completion`, and set lmbda=0"
-        require(self, "seq_kd", not self.seq_kd, way_out)
 
 
 class DistillationTrainer(RolloutTrainer):
-    """Teach a student by a teacher with the same vocabulary (generalised knowledge distillation, arXiv:2306.13649).
+    """Teach a student by a teacher with the same tokens (generalised knowledge distillation, arXiv:2306.13649).
 
-    `train_dataset` has a column `prompt`, and `completion` if `lmbda < 1` (or `messages`, whose last one it is). The
-    divergence is between the distributions at temperature 1, whatever the sampling temperature.
+    The student completes a share `lmbda` of the prompts. The others take the data set's `completion`, or with `seq_kd`
+    one that the teacher samples. The student learns the teacher's distribution at every token of them; a tool's tokens
+    are left out. The divergence is between the distributions at temperature 1, whatever the sampling temperature.
+
+    `train_dataset` has a column `prompt`, and `completion` where the data's are taken; or whole conversations
+    (`messages`, or ShareGPT's `conversations`), whose last message is the completion: earlier turns are its prompt.
+
+    teacher_model: a model, a folder or a Hub name. It stays in its own precision if it is an object; one that is given
+    by name follows the student's, unless `teacher_model_init_kwargs` has a `dtype`. Its output may have more or fewer
+    rows than the student's, as long as there is one for each token of the tokenizer.
     """
 
     _tag_names = ("trl", "distillation")
@@ -160,67 +203,61 @@ class DistillationTrainer(RolloutTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ):
+        config = as_config(args, self.config_class)
+        self._teacher_source = one_teacher(teacher_model, config.teacher_model_name_or_path)
+        self._teacher_keywords = config.teacher_keywords(self._teacher_source)
         super().__init__(
             model,
             None,
-            args,
+            config,
             train_dataset,
             eval_dataset,
             processing_class,
-            **kwargs,
+            **without_unread(kwargs),
         )
-        self.teacher = self._teacher(teacher_model)
+        self.teacher.eval()  # it is loaded now, unless it makes rollouts
 
     def with_prompt(self, dataset: Any, name: str) -> Any:
         """Rows of whole conversations as prompt and completion: their last message."""
-        names = column_names(dataset, name)
-        if "messages" in names:
-            return mapped_rows(dataset, _in_two, f"Splitting the {name} data", remove_columns=["messages"])
-        if self.args.lmbda < 1 and "completion" not in names:
-            raise ValueError(f"lmbda={self.args.lmbda}: needs a column `completion`; found {', '.join(names)}")
+        names, needed = column_names(dataset, name), self.args.needs_completions
+        columns = ("messages",) if "prompt" in names else ("messages", "conversations")
+        whole = [column for column in columns if column in names]
+        if whole:
+            split = partial(in_two, name=name, needed=needed)
+            split.__name__ = f"in_two_{needed}"  # type: ignore[attr-defined]
+            text = f"Splitting the {name} data"
+            return mapped_rows(dataset, split, text, with_indices=True, remove_columns=whole)
+        if needed and "completion" not in names:
+            way_out = "give one, or lmbda=1, or seq_kd=True, by which the teacher completes them"
+            found = f"the {name} data set has {', '.join(names)}"
+            raise ValueError(f"lmbda={self.args.lmbda}: needs a column `completion`, and {found}; {way_out}")
+        if needed:
+            check_completions(dataset, name)
         return dataset
 
-    def _teacher(self, given: nn.Module | str | None) -> nn.Module:
-        config = self.args
-        named = config.teacher_model_name_or_path
-        if (given is None) == (named is None) and given != named:
-            raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path; not both")
-        source = named if given is None else given
-        if source is None:
-            raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path")
-        if source is self.model:
-            raise ValueError("teacher_model: it is the student itself; load it a second time, or give a copy")
-        like = frozen_dtype(self.model, self.accelerator.mixed_precision)
-        keywords = self._teacher_keywords(source)
-        teacher: Any = load_model(source, AutoModelForCausalLM, keywords, frozen=True, like=like)
-        sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, self.model)]  # type: ignore[operator]
-        if min(sizes) < len(self.processing_class):
-            raise ValueError(
-                f"teacher_model: vocabularies of {sizes[0]} (teacher) and {sizes[1]} (student) for a tokenizer of "
-                f"{len(self.processing_class)}: both must read the same tokens"
-            )
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The model that is learned from, frozen."""
+        source, like = self._teacher_source, frozen_dtype(self.model, self.accelerator.mixed_precision)
+        teacher: Any = load_model(source, AutoModelForCausalLM, self._teacher_keywords, frozen=True, like=like)
+        check_teacher(teacher, self.model, self.processing_class)
+        check_same_tokens(self.processing_class, tokenizer_beside(teacher, source, self._teacher_keywords))
         teacher.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)  # type: ignore[no-any-return]
 
     def frozen_models(self) -> list[nn.Module]:
         return [*super().frozen_models(), self.teacher]
 
-    def _teacher_keywords(self, source: nn.Module | str) -> dict[str, Any]:
-        config = self.args
-        keywords = dict(config.teacher_model_init_kwargs or {})
-        if isinstance(source, str):
-            keywords |= {"revision": config.teacher_model_revision} if config.teacher_model_revision else {}
-            keywords |= {"trust_remote_code": True} if config.trust_remote_code else {}
-        return keywords
-
-    # -- samples, the student's own or the data set's --------------------------------------------
+    # -- samples: the student's own, the teacher's or the data set's -------------------------------
 
     def make_source(self) -> Source:
-        config = self.args
-        template = config.chat_template_kwargs
-        return MixedSource(
-            super().make_source(), config.lmbda, self.processing_class, config.max_completion_length, template
-        )
+        config, own = self.args, super().make_source()
+        if config.lmbda == 1:
+            return own
+        if config.seq_kd:
+            return MixedSource(own, self.sampled_by(make_sampler(self.teacher, self.processing_class)), config.lmbda)
+        theirs = DataSource(self.processing_class, config.max_completion_length, config.chat_template_kwargs)
+        return MixedSource(own, theirs, config.lmbda)
 
     def experience(
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
@@ -251,12 +288,117 @@ class DistillationTrainer(RolloutTrainer):
         return self.objective(model, {"policy": batch})
 
 
+def one_teacher(given: nn.Module | str | None, named: str | None) -> nn.Module | str:
+    """The teacher that was given, as an object or by name; ValueError for none, and for two."""
+    if given is not None and named is not None and given != named:
+        raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path; not both")
+    source = named if given is None else given
+    if source is None:
+        raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path")
+    return source
+
+
+def check_teacher(teacher: nn.Module, student: nn.Module, tokenizer: Any) -> None:
+    """ValueError for a teacher that cannot be learned from: the student itself, without a head, of too few tokens."""
+    ours = {id(weight) for weight in student.parameters()}
+    if any(id(weight) in ours for weight in teacher.parameters()):
+        raise ValueError("teacher_model: it is the student itself; load it a second time, or give a copy")
+    try:
+        heads: list[Any] = [head_of(model).module for model in (teacher, student)]
+    except ValueError as error:
+        raise ValueError(f"teacher_model: {error}; give a causal language model") from None
+    kinds = [bool(getattr(below_peft(model).config, "is_encoder_decoder", False)) for model in (teacher, student)]
+    if kinds[0] != kinds[1]:
+        names = [type(below_peft(model)).__name__ for model in (teacher, student)]
+        raise ValueError(
+            f"teacher_model: {names[0]} (teacher) and {names[1]} (student): one is an encoder-decoder; give models of "
+            "one kind"
+        )
+    sizes = [head.weight.shape[0] for head in heads]
+    if min(sizes) < len(tokenizer):
+        raise ValueError(
+            f"teacher_model: vocabularies of {sizes[0]} (teacher) and {sizes[1]} (student) for a tokenizer of "
+            f"{len(tokenizer)}: both must read the same tokens"
+        )
+
+
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+"""how the names of a tokenizer's files begin"""
+
+
+def tokenizer_beside(teacher: nn.Module, source: nn.Module | str, keywords: Mapping[str, Any]) -> Any:
+    """The tokenizer in the teacher's folder or Hub repository; None where there is none, or it is not known where."""
+    own = getattr(below_peft(teacher).config, "_name_or_path", "")
+    name = source if isinstance(source, str) else own
+    if os.path.isdir(name):
+        if not any(file.startswith(TOKENIZER_FILES) for file in os.listdir(name)):
+            return None
+    elif not isinstance(source, str):
+        return None
+    where = {key: keywords[key] for key in ("revision", "trust_remote_code") if key in keywords}
+    try:
+        return read_tokenizer(name, **where)
+    except OSError:
+        return None
+
+
+def check_same_tokens(ours: Any, theirs: Any) -> None:
+    """ValueError where a token is another one to the teacher's tokenizer; added tokens may differ. None: not known."""
+    if theirs is None:
+        return
+    added = {*ours.added_tokens_decoder, *theirs.added_tokens_decoder}
+    tokens = [{place: text for text, place in each.get_vocab().items()} for each in (ours, theirs)]
+    for place in sorted(tokens[0].keys() & tokens[1].keys() - added):
+        if tokens[0][place] != tokens[1][place]:
+            raise ValueError(
+                f"teacher_model: token {place} is {tokens[1][place]!r} to its tokenizer and {tokens[0][place]!r} to "
+                "the student's: both must read the same tokens; give a teacher with the student's tokenizer"
+            )
+
+
 @dataclass
 class MixedSource:
-    """The student's own completions for a random share of the prompts, the data set's for the others."""
+    """The student's own completions for a random share of the prompts, another source's for the others."""
 
     own: Source
+    others: Source
     share: float
+
+    def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
+        generator, at = torch.Generator().manual_seed((seed or 0) % 2**63), places or range(len(rows))
+        draws = torch.rand(max(at) + 1, generator=generator).tolist()
+        is_own = [draws[place] < self.share for place in at]
+        parts = []
+        for source, wanted in ((self.own, True), (self.others, False)):
+            which = [number for number, own in enumerate(is_own) if own == wanted]
+            theirs = None if places is None else [at[number] for number in which]
+            if which:
+                parts.append((which, source.draw([rows[number] for number in which], group, seed, theirs)))
+        return parts[0][1] if len(parts) == 1 else merged(parts, group)
+
+
+def merged(parts: Sequence[tuple[Sequence[int], Rollout]], group: int) -> Rollout:
+    """The rollout of parts of its prompts, each with their numbers; it has the columns that all of them have."""
+    places = [number * group + i for which, _ in parts for number in which for i in range(group)]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    rollouts = [rollout for _, rollout in parts]
+
+    def joined(columns: Sequence[Sequence[Any]]) -> list[Any]:
+        values = [value for column in columns for value in column]
+        return [values[place] for place in order] if all(columns) else []
+
+    names = ("prompts", "completions", "logprobs", "masks", "rewards", "texts")
+    shared = [name for name in rollouts[0].metadata if all(name in each.metadata for each in rollouts)]
+    return Rollout(
+        **{name: joined([getattr(each, name) for each in rollouts]) for name in names},
+        metadata={name: joined([each.metadata[name] for each in rollouts]) for name in shared},
+    )
+
+
+@dataclass
+class DataSource:
+    """The completions of the data set, cut to the limit."""
+
     tokenizer: Any
     longest: int
     """most tokens of a completion"""
@@ -267,34 +409,30 @@ class MixedSource:
         return TextEncoder(self.tokenizer)
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
-        generator, at = torch.Generator().manual_seed((seed or 0) % 2**63), places or range(len(rows))
-        draws = torch.rand(max(at) + 1, generator=generator).tolist()
-        own = [draws[place] < self.share for place in at]
-        asked = [row for row, is_own in zip(rows, own, strict=True) if is_own]
-        theirs = None if places is None else [place for place, is_own in zip(at, own, strict=True) if is_own]
-        sampled = self.own.draw(asked, group, seed, theirs) if asked else Rollout([], [], [], [])
-        cut = sampled.metadata.get("truncated", [False] * len(sampled))
-        samples = iter(zip(sampled.completions, cut, strict=True))
-        rollout = Rollout([], [], [], [], metadata={"truncated": []})
-        for row, is_own in zip(rows, own, strict=True):
-            given = None if is_own else self._completion(row)
-            for _ in range(group):
-                ids, truncated = next(samples) if given is None else given
-                rollout.prompts.append(list(row["prompt_ids"]))
-                rollout.completions.append(ids)
-                rollout.metadata["truncated"].append(truncated)
-        rollout.masks = [[1] * len(ids) for ids in rollout.completions]
-        rollout.logprobs = [[0.0] * len(ids) for ids in rollout.completions]  # distillation does not read them
-        return rollout
+        whole = [ids for ids in map(self._completion, rows) for _ in range(group)]
+        completions = [ids[: self.longest] for ids in whole]
+        return Rollout(
+            prompts=[list(row["prompt_ids"]) for row in rows for _ in range(group)],
+            completions=completions,
+            logprobs=[[0.0] * len(ids) for ids in completions],  # distillation does not read them
+            masks=[[1] * len(ids) for ids in completions],
+            metadata={"truncated": [len(ids) > self.longest for ids in whole]},
+        )
 
-    def _completion(self, row: Mapping[str, Any]) -> tuple[list[int], bool]:
-        """The data set's completion, and whether it was cut to the limit."""
-        if isinstance(row["completion"], str):
-            ids = self._encoder.encode([row["completion"]])[0] + self._encoder.tail
-        else:
-            template = ChatTemplate(self.tokenizer, self.template_kwargs)
-            ids = self._encoder.encode(template.split(row["prompt"], [row["completion"]]).answers)[0]
-        return ids[: self.longest], len(ids) > self.longest
+    def _completion(self, row: Mapping[str, Any]) -> list[int]:
+        given = row.get("completion")
+        if isinstance(given, str):
+            return self._encoder.encode([given])[0] + self._encoder.tail
+        if isinstance(row.get("prompt"), str) or not given:
+            raise ValueError(
+                f"column 'completion' of the prompt {shown(row.get('prompt'))}: it should be a text, or messages where "
+                f"the prompt is a conversation; got {shown(given)}"
+            )
+        row = maybe_convert_to_chatml(row)
+        said = messages_of({"completion": [given] if isinstance(given, Mapping) else row["completion"]}, "completion")
+        template = ChatTemplate(self.tokenizer, self.template_kwargs).of_row(row)
+        split = template.split(messages_of(row, "prompt"), [said], read_tools(row.get("tools")))
+        return self._encoder.encode(split.answers)[0]
 
 
 class GKDTrainer(DistillationTrainer):
@@ -303,6 +441,36 @@ class GKDTrainer(DistillationTrainer):
     config_class = GKDConfig
 
 
-def _in_two(row: Mapping[str, Any]) -> dict[str, Any]:
-    others = {name: value for name, value in row.items() if name != "messages"}
-    return {**others, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+def check_completions(dataset: Any, name: str) -> None:
+    """ValueError where a row has no completion; those of a stream are looked at when they come."""
+    missing: list[int] = []
+    if isinstance(dataset, list):
+        missing = [index for index, row in enumerate(dataset) if row.get("completion") is None]
+    elif isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        missing = dataset.with_format("arrow")["completion"][:].is_null().to_numpy().nonzero()[0].tolist()
+    if missing:
+        raise ValueError(
+            f"row {missing[0]} of the {name} data set: column 'completion' is None; give a text, or messages where the "
+            "prompt is a conversation"
+        )
+
+
+def in_two(row: Mapping[str, Any], index: int, *, name: str, needed: bool) -> dict[str, Any]:
+    """A whole conversation as prompt and completion, which is the assistant's last message.
+
+    needed: whether completions are learned; else the row has none, and a conversation may end with a question.
+    """
+    with at_row(index, name):
+        row = maybe_convert_to_chatml(row)
+        others = {key: value for key, value in row.items() if key != "messages"}
+        messages = messages_of(row, "messages")
+        role = messages[-1].get("role") if messages else None
+        if role != "assistant" and needed:
+            raise ValueError(
+                f"column 'messages' ends with {f'the role {role!r}' if messages else 'nothing'}: end it with the "
+                "assistant's answer, or give lmbda=1 or seq_kd=True, by which models answer"
+            )
+        ends = len(messages) - int(role == "assistant")
+        if not ends:
+            raise ValueError("column 'messages' has no message before the assistant's answer: give it a question")
+        return {**others, "prompt": messages[:ends], **({"completion": messages[ends:]} if needed else {})}

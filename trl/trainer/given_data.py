@@ -10,6 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from trl.data.formats import refuse_splits
+from trl.data.report import TokenizationReport, reports_kept
 
 Prepare = Callable[[Any, str], Any]
 """`(data set, its name in messages) -> prepared rows`"""
@@ -49,6 +50,8 @@ class GivenData:
         """the latest prepared rows of each name"""
         self._given: dict[str, tuple[Dataset, str]] = {}
         """what they were made of, with its fingerprint then"""
+        self._reports: dict[str, TokenizationReport] = {}
+        """what was met when they were made"""
 
     def ready(self, dataset: Any, name: str) -> Any:
         """Take the rows as prepared ones: they come back from `of` as they are."""
@@ -66,7 +69,9 @@ class GivenData:
         before = self._given.get(name)
         if before is not None and isinstance(dataset, Dataset) and before == (dataset, dataset._fingerprint):
             return self._rows[name]
-        rows = self._prepare(_in_rows(dataset, name), name)
+        with reports_kept() as met:
+            rows = self._prepare(_in_rows(dataset, name), name)
+        self._reports |= met
         self._given.pop(name, None)
         if isinstance(dataset, Dataset):
             self._given[name] = (dataset, dataset._fingerprint)
@@ -80,3 +85,27 @@ class GivenData:
         if given is None or given[0]._fingerprint == given[1]:
             return rows
         return self.of(given[0], name)
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What is known of each data set, for a record of the run: rows, fingerprint, files, what was met in it."""
+        return {name: self._facts(name, rows) for name, rows in self._rows.items() if not isinstance(rows, Mapping)}
+
+    def _facts(self, name: str, rows: Any) -> dict[str, Any]:
+        given, fingerprint = self._given.get(name, (rows, None))
+        report = self._reports.get(name)
+        found = data_facts(given) | ({} if fingerprint is None else {"fingerprint": fingerprint})
+        if report is not None and report.rows:
+            found |= {"tokens": report.tokens, "learned_tokens": report.learned, "met": report.lines(name)}
+            found |= {} if report.partial else {"rows": report.rows}
+        return found
+
+
+def data_facts(dataset: Any) -> dict[str, Any]:
+    """What a data set says of itself: rows, fingerprint, and the files that it was read from with their sizes."""
+    found: dict[str, Any] = {"rows": len(dataset)} if hasattr(dataset, "__len__") else {}
+    if isinstance(dataset, Dataset):
+        found["fingerprint"] = dataset._fingerprint
+        files = getattr(dataset.info, "download_checksums", None) or {}
+        sizes = {str(path): one.get("num_bytes") for path, one in files.items() if isinstance(one, Mapping)}
+        found |= {"files": sizes} if sizes else {}
+    return found

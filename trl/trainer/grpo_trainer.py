@@ -192,6 +192,13 @@ class GRPOConfig(OnPolicyConfig):
             )  # fmt: skip
         return cispo if self.epsilon_high is None else partial(cispo, clip_high=self.epsilon_high - 1)
 
+    def clip_range(self) -> tuple[float, float]:
+        """The ratios that the rule leaves as they are, whatever the advantage."""
+        rule, high = LOSS_TYPES[self.loss_type][0], self.epsilon_high
+        if rule == "clip":
+            return 1 - self.epsilon, 1 + (self.epsilon if high is None else high)
+        return 0.0, (5.0 if high is None else high) if rule == "cispo" else torch.inf
+
     def ratio_level(self) -> str:
         """Whose ratio the rule reads, of `RATIO_LEVELS`."""
         return "trajectory" if LOSS_TYPES[self.loss_type][0] == "vespo" else self.importance_sampling_level
@@ -316,6 +323,9 @@ class GRPOTrainer(OnPolicyTrainer):
             self._entropy_share = count / tokens.clamp(min=1)
         return batches, count
 
+    def reads_own_pass(self) -> bool:
+        return self.has_objective_of(GRPOTrainer)
+
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         config = self.args
         coef = config.entropy_coef if self.entropy is None else self.entropy.active
@@ -329,16 +339,16 @@ class GRPOTrainer(OnPolicyTrainer):
         if self.entropy is not None and scores.entropy_BT is not None:
             self.entropy.add((scores.entropy_BT * batch.mask_BT).sum(), batch.mask_BT.sum())
             self.record("entropy_coef", coef)
-        weight_BT = batch.weight_BT
+        weight_BT, old_BT = batch.weight_BT, self.old_logprobs(batch, scores.logprobs_BT)
         if config.off_policy_mask_threshold is not None:
             fresh = off_policy_mask(
-                scores.logprobs_BT, batch.old_logprobs_BT, batch.advantages_BT, batch.mask_BT,
+                scores.logprobs_BT, old_BT, batch.advantages_BT, batch.mask_BT,
                 config.off_policy_mask_threshold,
             )  # fmt: skip
             weight_BT = fresh if weight_BT is None else weight_BT * fresh
         return policy_loss(
             scores.logprobs_BT,
-            batch.old_logprobs_BT,
+            old_BT,
             batch.advantages_BT,
             batch.mask_BT,
             rule=config.clip_rule(),
@@ -353,4 +363,6 @@ class GRPOTrainer(OnPolicyTrainer):
             entropy_share=self._entropy_share,
             how=self.aggregation,
             max_tokens=config.max_completion_length,
+            sampled_BT=batch.sampled_BT,
+            clip_range=config.clip_range(),
         )

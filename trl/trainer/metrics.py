@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 OF_TRANSFORMERS = frozenset(
     {
@@ -17,6 +18,7 @@ PAIRS = ("DPO", "ORPO", "CPO", "SimPO")
 REWARDED = ("GRPO", "RLOO", "OnlineDPO", "RAFT")
 ROLLOUTS = (*REWARDED, "Distillation")
 RATIOS = ("GRPO", "RLOO")
+_TODAY = "today's form of its config"
 EVERY = ("SFT", "Reward", "PRM", *PAIRS, "KTO", *ROLLOUTS)
 
 
@@ -32,6 +34,20 @@ class Metric:
     """the setting that it needs; "": always there"""
     evaluated: bool = True
     """whether evaluation logs it too, with `eval_` before it"""
+    least: float | None = None
+    most: float | None = None
+    """bounds of what is healthy"""
+    advice: str = ""
+    """what a number outside of them means, and what to do"""
+
+    def is_healthy(self, value: float) -> bool:
+        """Whether a number is within the bounds; one without bounds is."""
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+    @property
+    def direction(self) -> int:
+        """1 for a metric that should rise, -1 for one that should fall, 0 for one that may do either."""
+        return 0 if ", or " in self.healthy else {"rises": 1, "falls": -1}.get(re.split(r"\W", self.healthy)[0], 0)
 
     def names(self, logged: str) -> bool:
         """Whether a name in the logs is this metric."""
@@ -40,6 +56,67 @@ class Metric:
 
 
 _ENDS = "so the limit does not cut most of them"
+_SAMPLING = tuple(
+    Metric(
+        f"sampling/{name}", f"{meaning}, before the first update on a rollout", healthy,
+        RATIOS if name.endswith(("max", "min")) else (*RATIOS, "PPO"), "", False,
+    )
+    for name, meaning, healthy in (
+        (
+            "sampling_logp_difference/mean", "mean absolute difference between the log-probabilities that the sampler "
+            "and the trainer compute of a token", "1e-6 in float32, below 0.03 in half precision",
+        ),
+        ("sampling_logp_difference/max", "the largest", "below 1"),
+        (
+            "importance_sampling_ratio/mean", "mean ratio of trainer to sampler: of tokens, or of completions where "
+            "the loss reads theirs", "1",
+        ),
+        ("importance_sampling_ratio/min", "the least", "near 1"),
+        ("importance_sampling_ratio/max", "the largest", "near 1"),
+        ("kl", "estimate of the KL of a token from sampler to trainer", "near 0, of either sign"),
+        ("approx_kl", "mean of half their squared log-ratio", "below 1e-3"),
+        (
+            "outside_clip_range", "share of these ratios outside the clip range: what would be clipped if the "
+            "sampler's log-probabilities were the old ones", "0 in float32; more is harmless in half precision, whose "
+            "old ones are the trainer's",
+        ),
+    )
+)  # fmt: skip
+_OBJECTIVE = tuple(
+    Metric(f"objective/{name}", meaning, healthy, trainers, when, evaluated=trainers == ("PPO",) and name == "scores")
+    for trainers, when in ((RATIOS, "`beta` > 0"), (("OnlineDPO",), ""), (("PPO",), _TODAY))
+    for name, meaning, healthy in (
+        ("kl", "mean KL of a completion to the reference, by its tokens' log-ratios", "grows slowly"),
+        ("entropy", "mean of minus a completion's log-probability", "falls slowly"),
+        ("scores", "mean reward of a completion", "rises"),
+        ("non_score_reward", "minus `beta` times that KL; PPO: the KL coefficient", "small beside `objective/scores`"),
+        ("rlhf_reward", "`objective/scores` plus that", "rises"),
+    )
+)
+_EARLIER = tuple(
+    Metric(name, f"`{now}`, as releases 0.9-0.16 called it", "as that", ("RLOO",), "a field of these releases", False)
+    for name, now in (
+        ("policy/approxkl_avg", "approx_kl"), ("policy/clipfrac_avg", "clip_ratio/region_mean"),
+        ("policy/entropy_avg", "entropy"), ("loss/policy_avg", "policy_loss"), ("val/ratio", "ratio"),
+    )
+)  # fmt: skip
+_PPO = tuple(
+    Metric(name, meaning, healthy, ("PPO",), _TODAY, False)
+    for name, meaning, healthy in (
+        ("policy/approxkl_avg", "mean of half the squared log-ratio to the policy before the step", "below 0.05"),
+        ("policy/clipfrac_avg", "share of tokens whose gradient is clipped", "below 0.2"),
+        ("policy/entropy_avg", "mean entropy of the policy's next token, in nats", "falls slowly"),
+        ("loss/policy_avg", "the policy's loss", "of either sign"),
+        ("loss/value_avg", "the critic's loss", "falls"),
+        ("val/clipfrac_avg", "share of values that the critic's clip range holds back", "below 0.2"),
+        ("val/ratio", "mean importance ratio", "near 1"),
+        ("val/ratio_var", "its variance over tokens", "small"),
+        ("val/num_eos_tokens", "responses that ended by themselves", "near the batch size"),
+        ("lr", "learning rate", "as set"),
+        ("episode", "responses so far, over all processes", "grows evenly"),
+        ("eps", "responses a second", "steady"),
+    )
+)
 METRICS: tuple[Metric, ...] = (
     Metric(
         "num_tokens",
@@ -133,9 +210,11 @@ METRICS: tuple[Metric, ...] = (
         "`beta` > 0", evaluated=False,
     ),
     Metric("ratio", "mean importance ratio", "near 1; exactly 1 at the first update on a rollout", RATIOS, "", False),
-    Metric("approx_kl", "mean of half the squared log-ratio to the sampling policy", "below 0.05", RATIOS, "", False),
+    Metric("approx_kl", "mean of half the squared log-ratio to the sampling policy", "below 0.05", RATIOS, "", False,
+        most=0.05, advice="each update moves the policy far from what sampled; lower learning_rate or num_iterations"),
     Metric("policy_kl", "mean of minus that log-ratio", "near 0", RATIOS, "", False),
-    Metric("clip_ratio/region_mean", "share of tokens whose gradient is clipped", "below 0.2", RATIOS, "", False),
+    Metric("clip_ratio/region_mean", "share of tokens whose gradient is clipped", "below 0.2", RATIOS, "", False,
+        most=0.2, advice="much of what was sampled is not learned; lower learning_rate or num_iterations"),
     Metric("clip_ratio/low_mean", "share clipped because the ratio is too low", "below 0.1", RATIOS, "", False),
     Metric("clip_ratio/low_min", "the same in the completion with the least", "0", RATIOS, "", False),
     Metric("clip_ratio/high_mean", "share clipped because the ratio is too high", "below 0.1", RATIOS, "", False),
@@ -150,7 +229,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("completions/mean_length", "mean length in tokens", "does not run to the limit", ROLLOUTS),
     Metric("completions/min_length", "shortest completion", "above 1", ROLLOUTS),
     Metric("completions/max_length", "longest completion", "at most the limit", ROLLOUTS),
-    Metric("completions/clipped_ratio", "share of completions that the limit cut", f"small, {_ENDS}", ROLLOUTS),
+    Metric("completions/clipped_ratio", "share of completions that the limit cut", f"small, {_ENDS}", ROLLOUTS,
+        most=0.3,
+        advice="the limit cuts completions before they end; raise max_completion_length, or reward shorter ones"),
     Metric(
         "completions/mean_terminated_length", "mean length of those that ended by themselves", "near `mean_length`",
         ROLLOUTS, "completions that end",
@@ -167,13 +248,29 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward_std", "mean standard deviation within a group", "above 0", REWARDED, "groups of 2 or more"),
     Metric(
         "frac_reward_zero_std", "share of groups whose rewards are all equal: they teach nothing", "below 0.5",
-        REWARDED, "groups of 2 or more",
+        REWARDED, "groups of 2 or more", most=0.5,
+        advice="most groups teach nothing, as all their rewards are equal; use a finer reward, prompts neither "
+        "too easy nor too hard, a higher temperature or more num_generations",
     ),
     Metric("unscored_ratio", "share of completions that no reward function had an opinion of", "0", REWARDED,
-        "reward_timeout, or a function that has given None"),
+        "reward_timeout, or a function that has given None", most=0.0,
+        advice="some completions have no reward and are not learned; see what the reward functions return for them"),
     Metric("rewards/<function>/mean", "mean of one reward function", "rises", REWARDED),
     Metric("rewards/<function>/std", "its standard deviation", "above 0", REWARDED, "2 opinions or more"),
     Metric("rewards/<function>/timed_out", "share of calls that came too late", "0", REWARDED, "reward_timeout"),
+    Metric("policy_loss", "the loss without its KL term and entropy bonus", "of either sign", RATIOS, "", False),
+    *_SAMPLING,
+    *_OBJECTIVE,
+    Metric(
+        "objective/scores_margin", "mean reward of the best of a group minus that of the worst", "above 0",
+        ("OnlineDPO",), "", False,
+    ),
+    Metric(
+        "val/contain_eos_token", "share of completions that hold an end token", "near 1", ("OnlineDPO",), "", False,
+    ),
+    Metric("beta", "scale of the log-ratios in this epoch", "as set", ("OnlineDPO",), "", False),
+    *_EARLIER,
+    *_PPO,
     Metric("kept_ratio", "share of completions that are learned", "steady", ("RAFT",), "", False),
     Metric("step_time", "seconds of an optimizer step, sampling and rewards included", "steady", ROLLOUTS, "", False),
 )  # fmt: skip
@@ -184,6 +281,14 @@ def named(trainer: str, logged: str) -> Metric | None:
     evaluated = logged.startswith("eval_")
     found = (m for m in METRICS if trainer in m.trainers and m.names(logged.removeprefix("eval_")))
     return next((metric for metric in found if metric.evaluated or not evaluated), None)
+
+
+def with_advice(logged: str, value: Any) -> Metric | None:
+    """The entry of a name in the logs whose advice a number asks for; None: it is healthy, or nothing is advised."""
+    if not isinstance(value, int | float):
+        return None
+    found = next((metric for metric in METRICS if metric.advice and metric.names(logged)), None)
+    return None if found is None or found.is_healthy(value) else found
 
 
 def table(metrics: Iterable[Metric] = METRICS) -> str:

@@ -55,7 +55,7 @@ from trl.trainer.configuration import PostTrainingConfig, as_config
 from trl.trainer.given_data import GivenData, Prepare
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
 from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
-from trl.trainer.run_folder import RunFolder
+from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.settings import NO_EFFECT
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.tally import Appended, StepWatch, Tally, write_metrics
@@ -482,6 +482,7 @@ class ObjectiveTrainer(Trainer):
         with (
             self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir, asked=asked),
             self._signal.listening(self.args.enable_jit_checkpoint),
+            told(self.callback_handler.callbacks, lambda: self._facts(resumes)),
         ):
             self._take_own_methods()
             self.prepare_data()
@@ -506,6 +507,9 @@ class ObjectiveTrainer(Trainer):
         for job in self._uploads:
             job.result()
         return result
+
+    def _facts(self, resumes: bool) -> RunFacts:
+        return RunFacts(type(self).__name__, self.args, resumes, self.given.facts())
 
     def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with errors that say what was going on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,15 +12,20 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from trl.data.records import Rollout
+from trl.data.records import Batch, Rollout
 from trl.losses.kl import KL_ESTIMATORS
 from trl.losses.policy import mask_truncated
+from trl.models.forward import computes_in
+from trl.models.precision import EXACT
 from trl.models.reference import Reference
-from trl.rollout.experience import Experience, padded
+from trl.rollout.experience import Experience, PolicyBatch, padded
+from trl.rollout.report import record_objective
 from trl.rollout.rewards import Rewards, credit_turns
 from trl.trainer.configuration import Setting, require
 from trl.trainer.guard import NonFiniteError, non_finite_weights
 from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,9 @@ class OnPolicyTrainer(RolloutTrainer):
         if self.args.turn_level_credit and (self.environment is None or self.rewards is None or self.rewards.panel):
             raise ValueError("turn_level_credit=True: needs an environment that gives the rewards, and no reward_funcs")
         self.reference = self._reference(ref_model)
+        self._sampled_at = -1
+        """number of the optimizer step before which the rollout at hand was made; -1: none was"""
+        self._said_passes = False
 
     @property
     def kl(self) -> KLTerm:
@@ -125,7 +134,7 @@ class OnPolicyTrainer(RolloutTrainer):
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
         self._check_reference()
-        experience = Experience.of(rollout)
+        experience = self._before_updates(Experience.of(rollout))
         if self.args.mask_truncated_completions:
             cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)))
             experience = replace(experience, mask_BT=mask_truncated(experience.mask_BT, cut_B))
@@ -134,7 +143,9 @@ class OnPolicyTrainer(RolloutTrainer):
             with self.reference.model() as model:
                 assert model is not None
                 reference_BT = self.scored(model, experience).logprobs_BT
-        kl_B = self._kl_B(rollout, reference_BT)
+            of_policy_BT, beta = padded(rollout.masks), self.args.beta
+            record_objective(self.record, experience, reference_BT, of_policy_BT, rewards.total_B(), beta)
+        kl_B = self._kl_B(experience, rollout, reference_BT)
         advantages_B = self._over_all_ranks(rewards, kl_B)
         advantages_BT = experience.per_token(advantages_B)
         if self.args.turn_level_credit:
@@ -149,11 +160,80 @@ class OnPolicyTrainer(RolloutTrainer):
         )
         return experience, {"advantage": advantages_B.tolist()}
 
-    def _kl_B(self, rollout: Rollout, reference_BT: Tensor | None) -> Tensor | None:
+    def _kl_B(self, rows: Experience, rollout: Rollout, reference_BT: Tensor | None) -> Tensor | None:
         if reference_BT is None:
             return None
-        sampled_BT, mask_BT = padded(rollout.logprobs), padded(rollout.masks)
-        return (KL_ESTIMATORS[self.kl.estimator](sampled_BT, reference_BT) * mask_BT).sum(-1)
+        policy_BT, mask_BT = rows.old_logprobs_BT, padded(rollout.masks)
+        assert policy_BT is not None
+        return (KL_ESTIMATORS[self.kl.estimator](policy_BT, reference_BT) * mask_BT).sum(-1)
+
+    # -- the old log-probabilities ---------------------------------------------------------------
+
+    def reads_own_pass(self) -> bool:
+        """Whether the objective asks `old_logprobs` for them.
+
+        Before the first update they are then those of the update's own pass, where the sampler's are too coarse.
+        """
+        return False
+
+    def has_objective_of(self, owner: type) -> bool:
+        """Whether no subclass of `owner` nor the trainer itself has another `policy_objective`."""
+        ours: Any = owner
+        return type(self).policy_objective is ours.policy_objective and "policy_objective" not in vars(self)
+
+    def _before_updates(self, rows: Experience) -> Experience:
+        """The rows with old log-probabilities that are good enough to learn from.
+
+        Those of the sampler are where it computes what training computes. Else those of training are: the first
+        update's own, and what one pass more measures of the rows that are read before it or learned later.
+        """
+        self._sampled_at = self._steps_begun
+        if not self._sampler_is_coarse() or rows.old_logprobs_BT is None:
+            return rows
+        later = self._measured_rows(len(rows))
+        if not len(later):
+            return replace(rows, sampled_BT=rows.old_logprobs_BT)
+        self._say_passes(len(later), len(rows))
+        part = rows.select(later)
+        measured_BT = self.scored(self.model, part).logprobs_BT
+        old_BT = rows.old_logprobs_BT.clone()
+        old_BT[later.start : later.stop, : measured_BT.shape[1]] = measured_BT
+        return replace(rows, old_logprobs_BT=old_BT, sampled_BT=rows.old_logprobs_BT)
+
+    def _sampler_is_coarse(self) -> bool:
+        """Whether log-probabilities are a sampler's, in a precision in which another computation gives other ones."""
+        measured = self.rollout_func is not None or getattr(self.source, "measure", None) is not None
+        return not measured and self._sampling_precision() not in EXACT
+
+    def _sampling_precision(self) -> str:
+        with self.accelerator.autocast():
+            return computes_in(self.model)
+
+    def _uses_own_pass(self) -> bool:
+        return self.args.disable_dropout and self.reads_own_pass()
+
+    def _measured_rows(self, rows: int) -> range:
+        """The rows of a rollout, its last ones, that a pass of their own must measure."""
+        in_reward = self.reference is not None and not self.kl.in_loss
+        if in_reward or not self._uses_own_pass():
+            return range(rows)
+        later = self.rollouts.shape.learned_later(self.args.gradient_accumulation_steps)
+        return range(min(later.start, rows), rows)
+
+    def _say_passes(self, rows: int, of: int) -> None:
+        if not self._said_passes:
+            logger.warning(
+                "the sampler computes in %s, in which its log-probabilities are not quite those of training: one "
+                "forward pass more measures %d of the %d completions of each rollout",
+                self._sampling_precision(), rows, of,
+            )  # fmt: skip
+        self._said_passes = True
+
+    def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
+        batch = super()._collate(rows)["policy"]
+        first = self._sampled_at == self._steps_begun
+        own = first and rows.sampled_BT is not None and self._uses_own_pass()
+        return Batch(policy=replace(batch, own_pass=own, sampled_BT=batch.sampled_BT if first else None))
 
     def _over_all_ranks(self, rewards: Rewards, kl_B: Tensor | None) -> Tensor:
         """This rank's advantages; statistics over the batch see the completions of all ranks."""
@@ -180,7 +260,7 @@ class OnPolicyTrainer(RolloutTrainer):
             )
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        before = self.rollouts.state
+        before, self._sampled_at = self.rollouts.state, -1
         super().load_extra_state(state)
         rest = self.rollouts.state.experience
         if rest is not None and rest.reference_BT is None and self.reference is not None:

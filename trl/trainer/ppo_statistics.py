@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trl.core import WANDB_PADDING, masked_mean
+from trl.losses.policy import sampling_metrics
 from trl.rollout.experience import Experience, PolicyBatch
+from trl.rollout.measure import means_of
 
 METRICS = {
     "loss": "loss/total",
@@ -60,6 +62,14 @@ def batch_keys(batch: Experience | PolicyBatch, ratios: Tensor) -> dict[str, Ten
         "val/mean": values[0],
         "val/var": values[1],
     }
+
+
+def sampling_keys(measured: Experience, sampled_BT: Tensor, cliprange: float) -> dict[str, Tensor]:
+    """By how much the sampler's log-probabilities differ from those that were measured, as means over tokens."""
+    assert measured.old_logprobs_BT is not None
+    trained_BT, mask_BT = measured.old_logprobs_BT, measured.mask_BT
+    bounds = (1 - cliprange, 1 + cliprange)
+    return means_of(sampling_metrics(trained_BT, sampled_BT.to(trained_BT), mask_BT, "token", bounds))
 
 
 def _std(values: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ def todays_metrics(
     penalty = float(stats["ppo/mean_non_score_reward"]) * float(stats["tokens/responses_len_mean"])
     return {
         **{name: float(stats[key]) for name, key in METRICS.items()},
+        **{name: float(value) for name, value in stats.items() if name.startswith("sampling/")},
         "objective/non_score_reward": penalty,
         "objective/rlhf_reward": float(stats["ppo/mean_scores"]) + penalty,
         "loss/value_avg": float(stats["ppo/loss/value"]) / (vf_coef or 1.0),

@@ -60,7 +60,7 @@ from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_dec
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
 from trl.rollout.collector import rendered
-from trl.rollout.experience import Experience, PolicyBatch
+from trl.rollout.experience import Experience, PolicyBatch, padded
 from trl.rollout.measure import (
     PACKED_TOKENS,
     ActorCritic,
@@ -71,7 +71,15 @@ from trl.rollout.measure import (
 )
 from trl.rollout.prompts import PromptStream, with_prompts
 from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_scores
-from trl.rollout.source import EnvironmentSource, GenerateSource, SamplerSource, Source, environment_for_policy
+from trl.rollout.source import (
+    EnvironmentSource,
+    GenerateSource,
+    SamplerSource,
+    Source,
+    close_objects,
+    environment_for_policy,
+    reward_names,
+)
 from trl.trainer import checkpoints, overrides, ppo_forms, ppo_statistics, ppo_today
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of
@@ -80,7 +88,7 @@ from trl.trainer.model_card import PPO_CARD, write_model_card
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
-from trl.trainer.run_folder import RunFolder
+from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
@@ -470,6 +478,8 @@ class PPOTrainer(BaseTrainer):
         self._folder, self._signal = RunFolder(is_old=_is_old_checkpoint), StopSignal()
         self._non_finite = NonFiniteSteps(config.on_non_finite, config.max_non_finite_skips)
         self._named: list[Piece] = []
+        self._sampled_BT: Tensor | None = None
+        """log-probabilities by the sampler of `train`, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self._take_own_methods()
@@ -596,6 +606,14 @@ class PPOTrainer(BaseTrainer):
         sampler = make_sampler(model, self.tokenizer, max_rows=max_rows)
         return SamplerSource(sampler, lambda seed: replace(params, seed=seed))
 
+    def _samples_policy(self) -> bool:
+        """Whether `train` samples from the policy at its temperature, with no filter in between."""
+        params = sampling_params(below_accelerate(self.model), self._sampling_kwargs())
+        temperature = self.config.temperature
+        return params is not None and params == replace(
+            params, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_new_tokens=0
+        )
+
     @cached_property
     def source(self) -> Source:
         """What completes the prompts in `train`: the environment, a sampler or `generate`."""
@@ -672,7 +690,8 @@ class PPOTrainer(BaseTrainer):
             clock.lap("compute_advantages")
             train_stats = self._update(experience)
             clock.lap("optimize_step")
-        stats = self.record_step_stats(
+        of_sampler = self._said_of_sampler(measured)
+        stats = of_sampler | self.record_step_stats(
             self.kl_ctl.value, logprobs=measured.old_logprobs_BT, ref_logprobs=measured.reference_BT,
             masks=measured.mask_BT, scores=scores_B, non_score_reward=penalty_BT, train_stats=train_stats,
             queries=queries, responses=responses,
@@ -793,6 +812,13 @@ class PPOTrainer(BaseTrainer):
             self.actor, self.reference, experience, kl_penalty=self.config.kl_penalty, rows=self.config.mini_batch_size,
             tokens=0 if self.is_distributed else self._budget or PACKED_TOKENS, device=self.current_device,
         )  # fmt: skip
+
+    def _said_of_sampler(self, measured: Experience) -> dict[str, Any]:
+        """How far the sampler of `train` was from the policy that is measured here; nothing where it is not known."""
+        sampled_BT, self._sampled_BT = self._sampled_BT, None
+        if sampled_BT is None or sampled_BT.shape != measured.mask_BT.shape:
+            return {}
+        return ppo_statistics.sampling_keys(measured, sampled_BT, self.config.cliprange)
 
     def _gae_numbers(self) -> dict[str, Any]:
         return {"gamma": self.config.gamma, "lam": self.config.lam, "whiten_rewards": self.config.whiten_rewards}
@@ -1038,7 +1064,9 @@ class PPOTrainer(BaseTrainer):
         held: AbstractContextManager[None] = nullcontext()
         if folder is not None:
             held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked)
-        with held, self._signal.listening(config.enable_jit_checkpoint):
+        listeners = [] if self.progress is None else self.progress.handler.callbacks
+        heard = told(listeners, lambda: RunFacts(type(self).__name__, self.arguments, resumes, self._data()))
+        with held, self._signal.listening(config.enable_jit_checkpoint), heard:
             if folder is not None:
                 checkpoints.clean_up(folder)
             found = checkpoints.find(resume_from_checkpoint, folder, is_old=_is_old_checkpoint)
@@ -1046,10 +1074,18 @@ class PPOTrainer(BaseTrainer):
                 self._resume(found)
             if folder is not None and self.accelerator.is_main_process:
                 self._folder.begin_metrics(folder, self.data_position if found and resumes else None)
-            with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
-                stats = self._steps(rewards, callback)
+            try:
+                with sampler_errors(lambda: self.current_step + 1, *self.actor.models):
+                    stats = self._steps(rewards, callback)
+            finally:
+                close_objects(self.environment)
             check_weights(self.accelerator, f"after step {self.current_step}", *self._models().values())
             return stats
+
+    def _data(self) -> dict[str, dict[str, Any]]:
+        from trl.trainer.given_data import data_facts  # which brings `datasets`
+
+        return {} if self.dataset is None else {"train": data_facts(self.dataset)}
 
     def _steps(
         self, rewards: RolloutRewards, callback: Callable[[int, dict[str, Any], dict[str, Any]], None] | None
@@ -1064,6 +1100,7 @@ class PPOTrainer(BaseTrainer):
             if self.progress is not None:
                 self.progress.begin_update()
             batch = self._rollout(rows, rewards)
+            self._sampled_BT = batch.pop("logprobs", None)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
             stops = self._report(stats, batch)
             progress.update()
@@ -1314,7 +1351,7 @@ class PPOTrainer(BaseTrainer):
         if self._reward_funcs is None and self.environment is None:
             raise ValueError("train() needs something that scores responses: pass `reward_funcs`")
         if self._reward_funcs is None:
-            return RolloutRewards(None)
+            return RolloutRewards(None, kinds=reward_names(self.environment))
         like = frozen_dtype(self.model, self.accelerator.mixed_precision)
         tokenizers, device = self._reward_tokenizers, self.accelerator.device
         return RolloutRewards(panel_of(self._reward_funcs, tokenizers, self.tokenizer, device, like))
@@ -1341,6 +1378,8 @@ class PPOTrainer(BaseTrainer):
             tokens["masks"] = rollout.masks  # 1 where the policy chose the token
         for name, lists in tokens.items():
             batch[name] = [torch.tensor(ids, dtype=torch.long, device=self.current_device) for ids in lists]
+        if source is None and rollout.logprobs and self._samples_policy():
+            batch["logprobs"] = padded(rollout.logprobs)
         return {**batch, "scores": total_scores(rewards(rollout, prompts, columns))}
 
     def save_state(self, directory: str | os.PathLike[str]) -> None:

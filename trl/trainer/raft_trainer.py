@@ -57,7 +57,7 @@ class RAFTTrainer(RolloutTrainer):
 
 def best_rows(rewards_B: Tensor, group: int, keep: int, least: float | None) -> Tensor:
     """Which completions are learned: scored, not below `least`, and among the `keep` best of their group. [B]"""
-    total = rewards_B.view(-1, group).nan_to_num(nan=-torch.inf)
+    total = rewards_B.unflatten(0, (-1, group)).nan_to_num(nan=-torch.inf)
     places = total.argsort(dim=1, descending=True, stable=True)[:, :keep]
     among_best = torch.zeros_like(total, dtype=torch.bool).scatter(1, places, True)
     good = total > -torch.inf if least is None else total >= least

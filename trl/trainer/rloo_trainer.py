@@ -20,6 +20,7 @@ from trl.trainer.configuration import Setting, require
 from trl.trainer.on_policy import OnPolicyConfig, OnPolicyTrainer
 from trl.trainer.ppo_forms import EXAMPLE, one_of
 from trl.trainer.ppo_today import print_samples, reads_tokens
+from trl.trainer.rollout_trainer import with_prompt_ids
 from trl.trainer.settings import OfForm, accepted, rename
 
 RENAMED = {
@@ -27,6 +28,11 @@ RENAMED = {
     "response_length": "max_completion_length", "normalize_advantage": "normalize_advantages",
 }  # fmt: skip
 """field of releases 0.9-0.16 -> today's"""
+LOGGED = {
+    "policy/approxkl_avg": "approx_kl", "policy/clipfrac_avg": "clip_ratio/region_mean",
+    "policy/entropy_avg": "entropy", "loss/policy_avg": "policy_loss", "val/ratio": "ratio",
+}  # fmt: skip
+"""metric of these releases -> today's; a config of their form logs both"""
 
 
 @dataclass(kw_only=True)
@@ -87,8 +93,7 @@ class RLOOConfig(OnPolicyConfig, EarlierSettings):
         rename(self, "exp_name", "run_name")
         if isinstance(self.reward_clip_range, float | int):
             self.reward_clip_range = (-self.reward_clip_range, self.reward_clip_range)
-        earlier = [name for name in EARLIER if getattr(self, name) is not None]
-        if not earlier:
+        if not self.is_of_earlier_form:
             self.temperature = float(self.temperature)
             return
         self._take_earlier_defaults()
@@ -105,6 +110,11 @@ class RLOOConfig(OnPolicyConfig, EarlierSettings):
             kept = dict(self.generation_kwargs or {})
             self.generation_kwargs = {**kept, "stop_token_ids": [self.stop_token_id]}
         self.log_completions = self.log_completions or bool(self.num_sample_generations)
+
+    @property
+    def is_of_earlier_form(self) -> bool:
+        """Whether a field has a value that only releases 0.9-0.16 have."""
+        return any(getattr(self, name) is not None for name in EARLIER)
 
     def _take_earlier_defaults(self) -> None:
         """What that form samples and how often it learns, where nothing is said."""
@@ -183,12 +193,13 @@ class RLOOTrainer(OnPolicyTrainer):
         if model is None:
             raise ValueError("model: none was given; pass a model, a folder or a Hub name")
         source = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
-        if source is None and not any(kwargs.get(name) for name in ("rollout_func", "environment", "tools")):
+        others = ("rollout_func", "environment", "tools", "environment_factory")
+        if source is None and not any(kwargs.get(name) for name in others):
             source = _path(args, "reward_model_path")
         self._token_model = None
         if reward_model is not None and kwargs.get("reward_processing_classes") is None and reads_tokens(reward_model):
             self._token_model = reward_model
-        kwargs |= {name: _with_prompt_ids(kwargs[name]) for name in ("train_dataset", "eval_dataset") if name in kwargs}
+        kwargs |= {name: with_prompt_ids(kwargs[name]) for name in ("train_dataset", "eval_dataset") if name in kwargs}
         reference = one_of("ref_model", ref_model, "ref_policy", ref_policy)
         super().__init__(model, source, args, *more, ref_model=reference, **kwargs)
 
@@ -200,7 +211,8 @@ class RLOOTrainer(OnPolicyTrainer):
     def experience(
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
-        return super().experience(rollout, without_end(rewards, rollout, self.args.missing_eos_penalty), rows)
+        penalty = self.args.missing_eos_penalty
+        return super().experience(rollout, without_end(rewards, rollout, penalty, self._ends()), rows)
 
     def generate_completions(self, sampling: bool = False) -> dict[str, list[Any]]:
         """A completion of each prompt of `eval_dataset` and its reward, as a table on the console; the table's columns.
@@ -221,6 +233,11 @@ class RLOOTrainer(OnPolicyTrainer):
             print_samples(columns)
         return columns
 
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        if not self.args.is_of_earlier_form:
+            return {}
+        return {earlier: means[name] for earlier, name in LOGGED.items() if name in means}
+
     def zero_advantage_means_zero_gradient(self) -> bool:
         return True
 
@@ -235,17 +252,21 @@ class RLOOTrainer(OnPolicyTrainer):
         advantages_B = leave_one_out(rewards_B, self.args.num_generations)
         return batch_relative(advantages_B) if self.args.normalize_advantages else advantages_B
 
+    def reads_own_pass(self) -> bool:
+        return self.has_objective_of(RLOOTrainer)
+
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         scores = score(model, batch.packed, temperature=self.args.temperature, entropy=True)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
         return clipped_surrogate(
             scores.logprobs_BT,
-            batch.old_logprobs_BT,
+            self.old_logprobs(batch, scores.logprobs_BT),
             batch.advantages_BT,
             batch.mask_BT,
             clip_low=self.args.epsilon,
             clip_high=high,
             level="trajectory",
+            sampled_BT=batch.sampled_BT,
             reference_BT=batch.reference_BT,
             entropy_BT=scores.entropy_BT,
             how=self.aggregation,
@@ -256,11 +277,3 @@ def _path(args: Any, name: str) -> str | None:
     """The folder or name that a field was given; None for its default."""
     given = getattr(args, name, None)
     return None if given == EXAMPLE else given
-
-
-def _with_prompt_ids(dataset: Any) -> Any:
-    """A data set of tokenised prompts in `input_ids`, as releases 0.9-0.16 took it, with them as `prompt_ids`."""
-    names = getattr(dataset, "column_names", None)
-    if not isinstance(names, list) or "input_ids" not in names or {"prompt", "prompt_ids"} & set(names):
-        return dataset
-    return dataset.rename_column("input_ids", "prompt_ids")

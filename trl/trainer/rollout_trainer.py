@@ -23,9 +23,10 @@ from trl.data.microbatches import collated, unasked_budget
 from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
+from trl.environment.factories import Factory
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, unknown_to_samplers
-from trl.generation.sampler import SamplingParams
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
@@ -40,7 +41,7 @@ from trl.rollout import report as rollout_report
 from trl.rollout.collector import Collector
 from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
 from trl.rollout.measure import check_first_ratio, in_pieces, means_of
-from trl.rollout.prompts import PromptStream
+from trl.rollout.prompts import PromptStream, part_of, places_of
 from trl.rollout.rewards import OwnRewards, Rewards, RolloutRewards
 from trl.rollout.source import (
     EnvironmentSource,
@@ -49,8 +50,15 @@ from trl.rollout.source import (
     Seed,
     Source,
     calls_of,
+    check_names,
+    close_objects,
     environment_for_policy,
     make_environment,
+    names_of,
+    reward_names,
+    rows_without_prompts,
+    says_prompts,
+    with_own_prompts,
 )
 from trl.trainer.callbacks import NotebookColumns
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
@@ -304,12 +312,22 @@ class RolloutConfig(PostTrainingConfig):
                 f"steps_per_generation={steps}: an optimizer step of gradient_accumulation_steps={accumulation} "
                 "micro-batches would straddle two rollouts; make one a multiple of the other"
             )
-        if steps * size % self.num_generations:
+        whole = size * world * steps
+        if whole % self.num_generations:
             raise ValueError(
-                f"num_generations={self.num_generations}: must divide the completions of a rollout on each rank, "
-                f"per_device_train_batch_size * steps_per_generation = {steps * size}"
+                f"num_generations={self.num_generations}: must divide the completions of a rollout, "
+                f"per_device_train_batch_size * processes * steps_per_generation = {whole}; {divisors(whole)} do"
             )
         return RolloutShape(size, self.num_generations, self.num_iterations, steps)
+
+    def rows_of_step(self, shape: RolloutShape) -> int:
+        """Completions that an optimizer step learns from on each rank."""
+        return shape.per_device_train_batch_size * min(self.gradient_accumulation_steps, shape.steps_per_generation)
+
+
+def divisors(number: int) -> str:
+    """The sizes of groups that divide a number of completions, for an error."""
+    return ", ".join(str(size) for size in range(2, number + 1) if number % size == 0) or "1"
 
 
 @dataclass
@@ -370,6 +388,47 @@ def with_models_own(given: Mapping[str, Any] | None, model: nn.Module) -> dict[s
     return {**taken, **(given or {})} or None
 
 
+def _own_prompts(environment: Any, config: RolloutConfig) -> Any:
+    """Rows without prompts, for an environment that says them."""
+    names = names_of(environment)
+    if names is None:
+        raise ValueError(
+            "train_dataset: on-policy training needs prompts; give rows with a column `prompt`, or an "
+            "`environment_factory` whose `reset()` says them"
+        )
+    way_out = "without a train_dataset the environment says the prompts, which never end; give a number of steps"
+    require(config, "max_steps", config.max_steps > 0, way_out)
+    return rows_without_prompts(names, config.seed if config.data_seed is None else config.data_seed)
+
+
+UNREAD = {
+    "data_collator": "rollouts are packed by the trainer",
+    "compute_metrics": "a reward function can log with its argument `log_metric`",
+    "preprocess_logits_for_metrics": "no metrics are computed of logits",
+    "formatting_func": "give rows with `prompt` and `completion`, or `messages`",
+}
+"""arguments that trainers of other releases have -> what is done here"""
+
+
+def without_unread(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those that no trainer here reads; ValueError where one of them was given a value."""
+    for name, text in UNREAD.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: {text}; leave it out")
+    return {name: value for name, value in given.items() if name not in UNREAD}
+
+
+def with_prompt_ids(dataset: Any) -> Any:
+    """A data set of tokenised prompts in `input_ids`, as releases 0.9-0.16 took it, with them as `prompt_ids`."""
+    if isinstance(dataset, list):
+        plain = all(isinstance(row, Mapping) and "input_ids" in row and "prompt" not in row for row in dataset)
+        return [{**row, "prompt_ids": row["input_ids"]} for row in dataset] if plain else dataset
+    names = getattr(dataset, "column_names", None)
+    if not isinstance(names, list) or "input_ids" not in names or {"prompt", "prompt_ids"} & set(names):
+        return dataset
+    return dataset.rename_column("input_ids", "prompt_ids")
+
+
 RolloutFunction = Callable[..., Rollout | Mapping[str, Any]]
 """`(a row of the data set per completion, trainer) -> Rollout`, or `(prompts, trainer) -> dict of lists`, for
 environments and other engines; see `calls_of` and `rollout_of`"""
@@ -407,13 +466,11 @@ class RolloutTrainer(ObjectiveTrainer):
         tokenizer: Any = None,
         rollout_func: RolloutFunction | None = None,
         environment: Any = None,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
     ):
         config = as_config(args, self.config_class)
         shape = config.rollout_shape()
-        if train_dataset is None:
-            raise ValueError("train_dataset: on-policy training needs prompts; give rows with a column `prompt`")
         environment = make_environment(
             environment,
             tools,
@@ -421,6 +478,8 @@ class RolloutTrainer(ObjectiveTrainer):
             max_iterations=config.max_tool_calling_iterations,
             template_kwargs=config.chat_template_kwargs,
         )
+        if train_dataset is None:
+            train_dataset = _own_prompts(environment, config)
         if environment is not None and rollout_func is not None:
             raise ValueError("rollout_func and an environment both make the rollouts: give one of them")
         if self.needs_rewards and reward_funcs is None and rollout_func is None and environment is None:
@@ -445,7 +504,11 @@ class RolloutTrainer(ObjectiveTrainer):
         job = self.row_job(tokenizer, config, model)
 
         def tokenised(dataset: Any, name: str) -> Any:
-            return tokenize(self.with_prompt(dataset, name), job, name=name, num_proc=config.dataset_num_proc)[0]
+            dataset = self.with_prompt(dataset, name)
+            check_names(environment, dataset, name)
+            if says_prompts(environment, dataset, name):
+                return dataset
+            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
 
         super().__init__(
             model=model,
@@ -475,6 +538,8 @@ class RolloutTrainer(ObjectiveTrainer):
         self.rollouts = self._loader(shape)
         self._draws = True
         self._before_first_update = True
+        self._steps_begun = 0
+        """optimizer steps since the trainer was made, whatever its runs were"""
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
         for callback in list(self.callback_handler.callbacks):
@@ -569,7 +634,7 @@ class RolloutTrainer(ObjectiveTrainer):
             self.source = self.collector.source = self.make_source()
 
     def _loader(self, shape: RolloutShape) -> RolloutLoader:
-        prompts = shape.rows // shape.num_generations * self.args.world_size
+        prompts = shape.rows * self.args.world_size // shape.num_generations
         sized = hasattr(self.train_dataset, "__len__")
         length = -(-len(self.train_dataset) // prompts) * shape.passes if sized else None
         return RolloutLoader(self._make_experience, self._in_passes, shape, length)
@@ -579,17 +644,21 @@ class RolloutTrainer(ObjectiveTrainer):
         if self.rollout_func is not None:
             call = calls_of(self.rollout_func, [self], [self.args, self.processing_class])
             return FunctionSource(call, self.logprobs_of)
+        return self.sampled_by(self.sampler)
+
+    def sampled_by(self, sampler: Sampler) -> Source:
+        """Completions by a sampler, or episodes of the environment in which it makes the turns."""
         config = self.args
         if self.environment is None:
             return SamplerSource(
-                self.sampler,
+                sampler,
                 self.sampling_params,
                 reshaped=config.reshapes,
                 measure=self.logprobs_of if config.reshapes and config.temperature != 1.0 else None,
             )
         return EnvironmentSource(
             self.environment,
-            self.sampler,
+            sampler,
             self.sampling_params,
             context=context_length(self.model),
             limit=config.max_completion_length,
@@ -605,7 +674,7 @@ class RolloutTrainer(ObjectiveTrainer):
             panel = reward_panel(functions, tokenizers, config.reward_timeout, config.device, like=like)
         overlong = None if config.overlong_cache is None else (config.max_completion_length, config.overlong_cache)
         if not self.owns("_calculate_rewards"):
-            return RolloutRewards(panel, config.reward_weights, overlong)
+            return RolloutRewards(panel, config.reward_weights, overlong, reward_names(self.environment))
         if panel is None:
             raise ValueError("_calculate_rewards: it is overridden, but the rollouts bring their own rewards")
         rewards = OwnRewards(panel, config.reward_weights, overlong)
@@ -628,21 +697,23 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _collector(self, shape: RolloutShape) -> Collector:
         config = self.args
-        wanted = shape.rows // config.num_generations
-        step = config.per_device_train_batch_size * min(config.gradient_accumulation_steps, shape.steps_per_generation)
-        whole, cut = divmod(step, config.num_generations)
+        rank, world, group = config.process_index, config.world_size, config.num_generations
+        wanted = shape.rows * world // group
+        if self._deals(shape):
+            places: Sequence[int] = part_of(rank, world, wanted)
+        else:
+            places = places_of(rank, world, wanted // world, config.rows_of_step(shape) // group)
         return Collector(
             self.source,
             self.rewards,
             self._prompts(),
             self.processing_class,
             seed=config.seed,
-            group=config.num_generations,
+            group=group,
             wanted=wanted,
-            stretch=wanted if cut else whole,  # a group across two steps stays on one rank
+            places=places,
             rounds=config.refill_rounds(),
-            rank=config.process_index,
-            world=config.world_size,
+            world=world,
             unscored=self._write_unscored,
             ends=self._ends(),
         )
@@ -681,6 +752,11 @@ class RolloutTrainer(ObjectiveTrainer):
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         """The loss of a micro-batch, summed over the rows that are computed; the base divides by the count of all."""
 
+    @staticmethod
+    def old_logprobs(batch: PolicyBatch, logprobs_BT: Tensor) -> Tensor:
+        """The log-probabilities under the policy that sampled; `logprobs_BT` of this pass where it is that policy."""
+        return logprobs_BT.detach() if batch.own_pass else batch.old_logprobs_BT
+
     def zero_advantage_means_zero_gradient(self) -> bool:
         """Whether no term of the objective reaches a completion whose advantages are 0; it is then not computed.
 
@@ -707,6 +783,7 @@ class RolloutTrainer(ObjectiveTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = self.args.in_training = False
+            close_objects(self.environment)
 
     def sampling_params(self, seed: Seed) -> SamplingParams:
         config = self.args
@@ -731,14 +808,31 @@ class RolloutTrainer(ObjectiveTrainer):
         group = self.args.num_generations
         if rewards.logs.metrics:
             check_new_names(rewards.logs.metrics)
-        rollout_report.record(self.record, self.record_extreme, rollout, rewards, group)
+        rollout_report.record(self.record, self.record_extreme, rollout, rewards, group, self.collector.gather)
         prompts = self.collector.prompt_texts(rows, group)
         table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
-        if self.args.save_rollouts:
+        if self.args.save_rollouts and len(rollout):
             self._write(state.rollouts, "rollouts", table)
         if self.args.log_completions and self.is_world_process_zero():
             rollout_report.print_table(table, self.args.num_completions_to_print, self.args.log_unique_prompts)
-        return experience
+        return self._own_share(experience)
+
+    rows_together = 1
+    """rows of an experience, one behind the other, that a micro-batch must hold together"""
+
+    def _deals(self, shape: RolloutShape) -> bool:
+        """Whether groups lie across ranks: one rank draws and judges a group, and several learn from it."""
+        rows = shape.per_device_train_batch_size if self.rows_together > 1 else self.args.rows_of_step(shape)
+        return rows % shape.num_generations > 0
+
+    def _own_share(self, experience: Experience) -> Experience:
+        """What this rank learns from."""
+        shape, world = self.rollouts.shape, self.args.world_size
+        if not self._deals(shape):
+            return experience
+        of_step = min(self.args.gradient_accumulation_steps, shape.steps_per_generation)
+        whole = Experience.below(self.collector.gather([experience]))
+        return whole.dealt(self.args.process_index, world, shape.steps_per_generation, of_step, self.rows_together)
 
     _misses_scores = False
     """whether a completion may go without a score, or has gone so"""
@@ -777,6 +871,8 @@ class RolloutTrainer(ObjectiveTrainer):
             scores = score(model, packed, temperature=self.args.temperature, entropy=entropy)
             return [scores.logprobs_BT] if scores.entropy_BT is None else [scores.logprobs_BT, scores.entropy_BT]
 
+        if not len(rows):
+            return Scores(torch.zeros(0, 0), torch.zeros(0, 0) if entropy else None)
         size = self.args.per_device_train_batch_size
         runs = (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
         with rows_padded(self.pads_rows):
@@ -787,7 +883,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def least_rows(self) -> int:
         """Rows of a micro-batch to compute at least: many processes must all run the model."""
-        return int(self.args.world_size > 1)
+        return self.rows_together * int(self.args.world_size > 1)
 
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
@@ -808,6 +904,7 @@ class RolloutTrainer(ObjectiveTrainer):
         exact = self.args.disable_dropout and self.rollout_func is None
         self._ratio_is_one_at = self.state.global_step if fresh and exact else None
         self._before_first_update = False
+        self._steps_begun += 1
         started = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for piece in pieces_of(batches):
@@ -871,17 +968,25 @@ class RolloutTrainer(ObjectiveTrainer):
 
     # -- evaluation ------------------------------------------------------------------------------
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                close_objects(self.environment)
+
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, None, None]:
         """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
         rows = inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
+        rows = with_own_prompts(rows, rollout)
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
         if rewards.logs.metrics:
             check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
-        rollout_report.record(add, add_extreme, rollout, rewards, group)
+        rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         return self.evaluated(model, rollout, rewards, rows), None, None
 
     def evaluated(

@@ -7,13 +7,15 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
 
 from trl.models.weight_files import SAVING
 from trl.trainer.checkpoints import PREFIX, checkpoints, is_finished, remove
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 RECORDS = ("rollouts", "unscored")
 """folders of what a run has sampled"""
+RECORD, CONFIG, REPORT = "run.json", "config.yaml", "report.html"
+"""files of a run's folder: what the run is and how it ended, its settings, its report"""
 EARLIER = "earlier-"
 """a folder with the records of a run that left no checkpoint, followed by a number"""
 _held: set[int] = set()
@@ -98,6 +102,62 @@ def _release(folder: Path, descriptor: int) -> None:
     with suppress(OSError):  # Windows removes no open file
         (folder / LOCK).unlink(missing_ok=True)  # while it is held: nobody else has it
     os.close(descriptor)
+
+
+def is_live(folder: str | os.PathLike[str]) -> bool:
+    """Whether a process on this machine holds the folder's lock: a run writes there now."""
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        _lock_file(descriptor)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+# -- who is told ---------------------------------------------------------------------------------
+
+
+@dataclass
+class RunFacts:
+    """What a callback cannot know: which trainer runs, and on what."""
+
+    trainer: str
+    args: TrainingArguments | None = None
+    resumes: bool = False
+    """the run goes on with what is in its folder"""
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """of each data set what is known of it"""
+
+
+class RunListener:
+    """A callback that is also told, on the first process, when a run has its folder and how it ends."""
+
+    def begin_run(self, facts: RunFacts) -> None:
+        """The folder is locked; nothing is computed yet."""
+
+    def end_run(self, error: BaseException | None) -> None:
+        """The run is over, by this error if there is one; the folder is still locked."""
+
+
+@contextmanager
+def told(callbacks: Sequence[Any], facts: Callable[[], RunFacts]) -> Iterator[None]:
+    """Tell the listeners among the callbacks when the block begins and how it ends."""
+    listeners = [each for each in callbacks if isinstance(each, RunListener)] if PartialState().is_main_process else []
+    for each in listeners:
+        each.begin_run(facts())
+    try:
+        yield
+    except BaseException as error:
+        for each in listeners:
+            each.end_run(error)
+        raise
+    for each in listeners:
+        each.end_run(None)
 
 
 # -- what is in it -------------------------------------------------------------------------------
@@ -202,6 +262,8 @@ class RunFolder:
         if overwrite:
             for path in records:
                 remove(path)
+            for name in (RECORD, REPORT):  # `config.yaml` may be the user's
+                (top / name).unlink(missing_ok=True)
         else:
             self._put_aside(top, records)
 
@@ -216,6 +278,9 @@ class RunFolder:
         aside.mkdir()
         for path in records:
             os.rename(path, aside / path.name)
+        for name in (RECORD, REPORT):
+            if (top / name).is_file():
+                os.rename(top / name, aside / name)
         if logged:
             (aside / METRICS).write_bytes(logged)
         names = [*(path.name for path in records), *([METRICS] if logged else [])]

@@ -72,6 +72,7 @@ NO_EFFECT: dict[str, str] = {
     "vllm_dtype": _VLLM,
     "vllm_enable_prefix_caching": _VLLM,
     "vllm_gpu_memory_utilization": _VLLM,
+    "gpu_memory_utilization": _VLLM,
     "vllm_max_model_length": _VLLM,
     "vllm_max_model_len": _VLLM,
     "vllm_tensor_parallel_size": _VLLM,

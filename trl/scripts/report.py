@@ -1,0 +1,28 @@
+"""`trl report`: the folder of a run as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: its `output_dir`, or a checkpoint in it.")],
+    html: Annotated[Path | None, typer.Option(help="File to write. [report.html in the run's folder]")] = None,
+) -> None:
+    """Write the report of a run: curves, samples, data, settings, what to look at and what to do next.
+
+    The run may still be going on. The file loads nothing from elsewhere.
+    """
+    from trl.reports.findings import findings
+    from trl.reports.run_folder import read_run
+    from trl.reports.run_report import title_of, write_report
+
+    seen = read_run(run)
+    status, how = seen.status
+    print(f"{title_of(seen)}: {status}{f' {how}' if how else ''}, {seen.last_step:,} steps")
+    for line in findings(seen):
+        print(f"- {line}")
+    print(f"wrote {write_report(run, html)}")
