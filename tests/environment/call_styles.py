@@ -135,6 +135,17 @@ WRITTEN: dict[str, Style] = {
         IM[1:],
         IM,
     ),
+    "tagged_json": Style(
+        chatml(
+            each(
+                "<tool_call>{{ f.name }}\n"
+                + _PAIRS
+                + "<key>{{ key }}</key><value>{{ value | tojson }}</value>\n{% endfor %}</tool_call>"
+            )
+        ),
+        IM[1:],
+        IM,
+    ),
     "openai_text": Style(
         chatml(each("<tool_call>" + _JSON_TEXT + "</tool_call>")),
         IM[1:],
