@@ -43,7 +43,7 @@ def arguments(about: str, argv: Sequence[str] | None, **defaults: Any) -> argpar
 
 def learn(asked: argparse.Namespace, rows: list[dict[str, Any]], rewards: Rewards, template: str | None = None,
           **more: Any) -> None:  # fmt: skip
-    """Train on the rows after the first `held_out`; writes `curve.jsonl`, `report.json` and every completion."""
+    """Train on the rows after the first `held_out`; beside what the trainer writes, the folder gets `report.json`."""
     torch.set_num_threads(1)
     if asked.out.exists():
         raise SystemExit(f"--out: {asked.out} is there already; give a new folder")
@@ -66,15 +66,13 @@ def learn(asked: argparse.Namespace, rows: list[dict[str, Any]], rewards: Reward
     trainer.train()
     spent, waited = time.process_time() - started, time.time() - clock
     after = trainer.evaluate()
-    curve = [row for row in trainer.state.log_history if "loss" in row]
-    (asked.out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
     report = {
         "settings": {name: str(value) if name == "out" else value for name, value in vars(asked).items()},
         "before": before, "after": after, "cpu_seconds": round(spent), "wall_seconds": round(waited),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }  # fmt: skip
     (asked.out / "report.json").write_text(json.dumps(report, indent=1))
-    show(asked.out, [function.__name__ for function in rewards], curve, report)
+    show(asked.out, report)
 
 
 def last_layers(folder: str, count: int) -> LoraConfig:
@@ -85,15 +83,26 @@ def last_layers(folder: str, count: int) -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules=modules, layers_to_transform=chosen, task_type="CAUSAL_LM")
 
 
-def ends(curve: list[dict[str, Any]], name: str) -> tuple[float, float]:
+def curve_of(run: Path) -> list[dict[str, float]]:
+    """The rewards of each step."""
+    logs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key.split("/")[1]: row[key] for key in row if key.startswith("rewards/") and key.endswith("/mean")}
+        for row in logs
+        if "loss" in row
+    ]
+
+
+def ends(curve: list[dict[str, float]], name: str) -> tuple[float, float]:
     """A reward's mean over the first 5 steps and over the last 5."""
-    values = [row[f"rewards/{name}/mean"] for row in curve]
+    values = [row[name] for row in curve]
     return fmean(values[:5]), fmean(values[-5:])
 
 
-def show(out: Path, names: list[str], curve: list[dict[str, Any]], report: dict[str, Any]) -> None:
+def show(out: Path, report: dict[str, Any]) -> None:
     """Print the rewards of the first and the last 5 steps and of the held-out rows, and some completions."""
-    for name in names:
+    curve = curve_of(out)
+    for name in curve[0]:
         first, last = ends(curve, name)
         held_out = " -> ".join(f"{report[when][f'eval_rewards/{name}/mean']:.2f}" for when in ("before", "after"))
         print(f"{name}: {first:.2f} -> {last:.2f}; held out: {held_out}")
@@ -103,24 +112,29 @@ def show(out: Path, names: list[str], curve: list[dict[str, Any]], report: dict[
         print(f"step {row['step']}: {row['completion']!r}")
 
 
-def chart(runs: Sequence[Path], path: Path) -> None:
-    """A panel for each reward, a line for each run."""
+def gather(runs: Sequence[Path], path: Path) -> None:
+    """The curves of several runs in one file, and their chart beside it: a panel for a reward, a line for a run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = [[json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()] for run in runs]
-    panels = {key: [curve for curve in curves if key in curve[0]] for curve in curves for key in curve[0]
-              if key.startswith("rewards/") and key.endswith("/mean")}  # fmt: skip
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 2.6), sharey=True, squeeze=False)
-    for axis, (key, shown) in zip(axes[0], panels.items(), strict=True):
-        for curve in shown:
-            axis.plot([row["step"] for row in curve], [row[key] for row in curve], linewidth=1)
-        axis.set(title=key.split("/")[1].replace("_", " "), xlabel="step", ylim=(0, 1.02))
+    curves = {run.name: curve_of(run) for run in runs}
+    with path.with_suffix(".jsonl").open("w") as file:
+        for run, curve in curves.items():
+            for step, row in enumerate(curve, 1):
+                rewards = {name: round(value, 4) for name, value in row.items()}
+                file.write(json.dumps({"run": run, "step": step, **rewards}) + "\n")
+    names = list(dict.fromkeys(name for curve in curves.values() for name in curve[0]))
+    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.6), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for curve in curves.values():
+            if name in curve[0]:
+                axis.plot(range(1, len(curve) + 1), [row[name] for row in curve], linewidth=1)
+        axis.set(title=name.replace("_", " "), xlabel="step", ylim=(0, 1.02))
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path.with_suffix(".png"), dpi=80)
 
 
-if __name__ == "__main__":  # python -m benchmarks.smollm2 CHART RUN...
-    chart([Path(run) for run in sys.argv[2:]], Path(sys.argv[1]))
+if __name__ == "__main__":  # python -m benchmarks.smollm2 docs/results/real_words RUN...
+    gather([Path(run) for run in sys.argv[2:]], Path(sys.argv[1]))

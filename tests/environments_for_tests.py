@@ -61,7 +61,7 @@ class Letters:
             text: The letters.
         """
         self.reward += sum(letter < "h" for letter in text if letter.isalpha())
-        return f"a {self.wanted}"
+        return f"a {getattr(self, 'wanted', 'b')}"
 
 
 def letters(**settings: Any) -> Talkative:

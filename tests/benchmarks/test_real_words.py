@@ -37,10 +37,10 @@ def test_one_step(job, folder, tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         module.main(["--model", folder, "--out", str(out), "--seed", "3", *FEW])
-    (step,) = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    (step,) = smollm2.curve_of(out)
     report = json.loads((out / "report.json").read_text())
     for name in NAMES[job]:
-        assert 0 <= step[f"rewards/{name}/mean"] <= 1
+        assert 0 <= step[name] <= 1
         assert 0 <= report["after"][f"eval_rewards/{name}/mean"] <= 1
     assert report["settings"]["seed"] == 3
     assert "held out" in capsys.readouterr().out
@@ -83,6 +83,16 @@ def test_rewards_of_tools():
     assert row["prompt"][-1]["content"].startswith("What is")
 
 
-def test_table():
-    curve = [{"step": n, "rewards/a/mean": n / 10} for n in range(10)]
-    assert smollm2.ends(curve, "a") == pytest.approx((0.2, 0.7))
+def test_ends_of_a_curve_and_curves_of_several_runs(tmp_path):
+    logs = [{"step": n + 1, "rewards/a/mean": n / 10, "rewards/a/std": 0.0, "loss": 1.0} for n in range(10)]
+    logs = [{"step": 0, "eval_rewards/a/mean": 0.0}, *logs, {"step": 10, "train_loss": 1.0}]
+    runs = [tmp_path / "one-0", tmp_path / "one-1"]
+    for run in runs:
+        run.mkdir()
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logs))
+    assert smollm2.ends(smollm2.curve_of(runs[0]), "a") == pytest.approx((0.2, 0.7))
+    smollm2.gather(runs, tmp_path / "all")
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert len(lines) == 20
+    assert lines[11] == {"run": "one-1", "step": 2, "a": 0.1}
+    assert (tmp_path / "all.png").stat().st_size > 0

@@ -21,6 +21,7 @@ ROWS = {
     "sft": [{"prompt": "a b ", "completion": "c d"}, {"prompt": "b ", "completion": "e"}],
     "dpo": [{"prompt": "a b ", "chosen": "c d", "rejected": "e"}],
     "grpo": [{"prompt": "a b"}],
+    "ppo": [{"prompt": "a b"}],
 }
 COMMON = ["--logging_steps", "1", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu"]
 
@@ -87,12 +88,28 @@ def test_the_folder_of_a_command_says_what_it_was(name, place, tmp_path):
     assert record["settings"]["learning_rate"] == 1e-3
     assert "weight_decay" not in record["settings"]
     assert record["parameters"] == record["trained"] > 0
+    card = (out / "README.md").read_text()
+    assert f"| source | {name}.jsonl |" in card
+    assert f"(`{COMMANDS[name].trainer}` of trl), 3 steps." in card
     page = (out / "report.html").read_text()
     assert page.count("<svg") >= 4
     assert ("Samples over time" in page) == (name == "grpo")
     text = (out / "config.yaml").read_text()
     assert text.startswith(OURS)
     assert text.index("\nlearning_rate: 0.001") < text.index("# at the default") < text.index("\nweight_decay:")
+
+
+def test_a_run_with_a_critic_does_too(place, tmp_path, capsys):
+    line = words("ppo", place, tmp_path, "--max_steps", "2", "--save_strategy", "no", "--response_length", "4")
+    assert run([*line, "--reward", f"{place}/mine.py:one"]) == 0
+    record = record_of(tmp_path)
+    assert (record["status"], record["trainer"], record["step"]) == ("finished", "PPOTrainer", 2)
+    assert record["data"]["train"]["rows"] == 8
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+    assert "(`PPOTrainer` of trl), 2 steps." in (tmp_path / "README.md").read_text()
+    assert "objective" not in (tmp_path / "config.yaml").read_text()
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.partition(" · ")[0] for line in shown if line.startswith("step")] == ["step 1/2", "step 2/2"]
 
 
 @pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if isinstance(entry, Training)])
@@ -134,6 +151,16 @@ def test_a_config_of_the_users_stays(place, tmp_path):
     assert run([*line, "--max_steps", "1", "--save_strategy", "no"]) == 0
     assert (tmp_path / "config.yaml").read_text() == mine
     assert yaml.safe_load((tmp_path / "config-of-run.yaml").read_text())["max_steps"] == 1
+    assert f"trl sft --config {tmp_path}/config-of-run.yaml" in (tmp_path / "report.html").read_text()
+
+
+def test_a_new_run_puts_the_record_of_another_aside(place, tmp_path):
+    line = words("sft", place, tmp_path, "--max_steps", "1", "--save_strategy", "no")
+    assert run(line) == run([*line, "--seed", "7"]) == 0
+    aside = tmp_path / "earlier-1"
+    assert {path.name for path in aside.iterdir()} == {"metrics.jsonl", "run.json", "report.html"}
+    assert "seed" not in record_of(aside)["settings"]
+    assert (record_of(tmp_path)["settings"]["seed"], record_of(tmp_path)["earlier"]) == (7, [])
 
 
 @pytest.mark.parametrize(

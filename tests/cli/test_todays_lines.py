@@ -102,6 +102,9 @@ LINES = [
     f"online-dpo {MODEL} prompt.jsonl --reward_funcs mine.count",
     f"distillation {MODEL} prompt.jsonl --teacher_model_name_or_path model",
     f"gkd {MODEL} given.jsonl --teacher_model_name_or_path model",
+    f"gkd {MODEL} prompt.jsonl --teacher_model_name_or_path model --seq_kd --lmbda 0.5 "
+    '--teacher_model_init_kwargs {"dtype":"float32"}',
+    f"online_dpo {MODEL} prompt.jsonl --reward_model_path judge --beta 0.1 0.2 --missing_eos_penalty 1.0",
 ]
 
 

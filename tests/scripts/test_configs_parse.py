@@ -18,7 +18,9 @@ def parsed(name, *words):
 
 def settings_of(config):
     """All that a config holds, without what names one moment or process."""
-    return {name: str(value) for name, value in vars(config).items() if name not in ("logging_dir", "_arguments")}
+    return {
+        name: str(value) for name, value in vars(config).items() if name not in ("logging_dir", "_arguments", "_asked")
+    }
 
 
 def test_the_table_holds_all():

@@ -37,9 +37,10 @@ def trainer_for(folder: str, environment: Any = None, **settings: Any) -> Any:
         "max_grad_norm": 0.5, "save_rollouts": False,
     }  # fmt: skip
     rows = [{"prompt": text, "wanted": text[0]} for text in ("a b", "c", "d e f", "g h", "i j k")]
+    given = settings.pop("train_dataset", Dataset.from_list(rows))
     return GRPOTrainer(
         t.AutoModelForCausalLM.from_config(config), args=GRPOConfig(**{**base, **settings}),
-        train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer(),
+        train_dataset=given, processing_class=word_tokenizer(),
         environment=letters() if environment is None else environment,
     )  # fmt: skip
 
@@ -49,6 +50,32 @@ def updates(rank: int, world: int, out: str, rollout_steps: int) -> None:
     accumulated = 4 // world
     shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulated}
     trainer = trainer_for(out + "-files", **shape, steps_per_generation=accumulated * rollout_steps)
+    result = outcome(trainer)
+    if rank == 0:
+        torch.save(result, out)
+
+
+def own_prompts(rank: int, world: int, out: str) -> None:
+    """Four steps without a data set on episodes that `world` processes share; what came of them in `out`."""
+    sys.path.insert(0, str(TESTS))
+    import random
+
+    from environments_for_tests import Letters, Talkative
+
+    class Asks(Letters):
+        """Says its prompt."""
+
+        reusable = False
+
+        def reset(self) -> str:
+            return " ".join(random.choices("abcdefghijk", k=3))
+
+        def get_reward(self) -> float:
+            return self.reward
+
+    turns: dict[str, Any] = {"max_turns": 3, "generation_kwargs": {"max_new_tokens": 2}, "tool_timeout": None}
+    shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4 // world, "train_dataset": None}
+    trainer = trainer_for(out + "-files", Talkative(environment_factory=Asks, **turns), **shape)
     result = outcome(trainer)
     if rank == 0:
         torch.save(result, out)

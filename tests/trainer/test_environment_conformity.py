@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from environment_runs import trainer_for, updates
+from environment_runs import own_prompts, trainer_for, updates
 from outcomes import check_same, outcome
 from process_group import on_ranks
 
@@ -31,4 +31,12 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 def test_two_processes_make_the_same_update_from_episodes(rollout_steps, tmp_path):
     on_ranks(updates, 2, str(tmp_path / "two"), rollout_steps)
     on_ranks(updates, 1, str(tmp_path / "one"), rollout_steps)
+    check_same(torch.load(tmp_path / "one"), torch.load(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_two_processes_ask_an_environment_for_the_same_prompts(tmp_path):
+    """E2: without a data set."""
+    on_ranks(own_prompts, 2, str(tmp_path / "two"))
+    on_ranks(own_prompts, 1, str(tmp_path / "one"))
     check_same(torch.load(tmp_path / "one"), torch.load(tmp_path / "two"))

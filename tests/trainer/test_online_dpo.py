@@ -104,6 +104,15 @@ def test_a_judge_by_its_name_in_a_module(name, tmp_path, monkeypatch):
         ({"judge": print, "reward_model": early_letters}, {}, "^judge: reward_model orders the completions already"),
         ({"judge": print}, {"reward_model_path": "a/b"}, "^reward_model_path='a/b': a judge orders the completions"),
         ({}, {"judge": "a:b", "reward_model_path": "a/b"}, "^reward_model_path='a/b': a judge orders the completions"),
+        (
+            {},
+            {"reward_model_path": "repetition"},
+            "^reward_model_path='repetition': there is no such folder; give that",
+        ),
+        ({}, {"reward_model_path": "module:name"}, "^reward_model_path='module:name': there is no such folder"),
+        ({"judge": dict}, {}, r"^judge: dict is a class; give an object, dict\(\)"),
+        ({"reward_model": causal_lm()}, {}, "^reward_model: LlamaForCausalLM is a language model and gives no rewards"),
+        ({"reward_funcs": [early_letters, causal_lm()]}, {}, "^reward_funcs: LlamaForCausalLM is a language model"),
         ({"judge": print}, {"judge": "a:b"}, "^judge: the config has judge='a:b'; give one of them"),
         ({"judge": print}, {"missing_eos_penalty": 1.0}, "^missing_eos_penalty=1.0: a judge gives no rewards"),
         ({}, {"judge": "no_such_module:b"}, "^judge='no_such_module:b': No module named 'no_such_module'"),
@@ -177,6 +186,8 @@ def test_arguments_by_position_in_both_orders(tmp_path):
     assert by_name([config], {"model": model}) == {"args": config, "model": model}
     with pytest.raises(TypeError, match="got model by position and by name"):
         by_name([model, judge, config], {"model": other})
+    with pytest.raises(ValueError, match=r"^model: none was given"):
+        trl.OnlineDPOTrainer(args=config, judge=print)
     with pytest.raises(TypeError, match="takes 10 arguments by position, got 11"):
         by_name([model, judge, config, *[None] * 8], {})
 

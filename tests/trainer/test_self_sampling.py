@@ -71,10 +71,34 @@ def test_a_judge_of_pairs_as_a_reward():
     assert judged(prompts=["p", "p", "q", "q", "r", "r"], completions=["a", "bb", "cc", "d", "e", "f"]) == [
         0.0, 1.0, 1.0, 0.0, None, None,
     ]  # fmt: skip
+    with pytest.raises(RewardError, match="the judge gave a dict"):
+        pairwise(lambda prompts, pairs: {0: 1})(prompts=["p", "p"], completions=["a", "b"])
+    with pytest.raises(TypeError, match="len"):  # the judge's own fault
+        pairwise(lambda prompts, pairs: len(3))(prompts=["p", "p"], completions=["a", "b"])
     with pytest.raises(RewardError, match=r"gave \[2\] for 1 pairs"):
         pairwise(lambda prompts, pairs: [2])(prompts=["p", "p"], completions=["a", "b"])
     with pytest.raises(ValueError, match="judge=3"):
         pairwise(3)
+
+
+class Shorter:
+    """As judges of other releases are written: an object whose method reads texts."""
+
+    def judge(self, prompts, completions, shuffle_order=True):
+        self.prompts = prompts
+        return [0 if len(first) < len(second) else 1 for first, second in completions]
+
+
+def test_an_object_that_judges_reads_texts():
+    def said(role, content):
+        return {"role": role, "content": content}
+
+    shorter = Shorter()
+    asked = [said("system", "be brief"), said("user", [{"type": "text", "text": "and?"}])]
+    answers = [[said("assistant", text)] for text in ("longer", "short", "a", "bb")]
+    scores = pairwise(shorter)(prompts=[asked, asked, "plain", "plain"], completions=[*answers[:2], "a", "bb"])
+    assert scores == [0.0, 1.0, 1.0, 0.0]
+    assert shorter.prompts == ["System: be brief\n\nUser: and?\n\nAssistant:", "plain"]
 
 
 # -- online DPO --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import trl
 from trl.data.records import Rollout
-from trl.trainer.distillation_trainer import DataSource, MixedSource
+from trl.trainer.distillation_trainer import DataSource, MixedSource, ReadableSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 TEACHER = {"max_completion_length": 3, "per_device_train_batch_size": 2}
@@ -78,6 +78,29 @@ def test_a_mixture_keeps_order_masks_and_places(share):
     assert ("histories" in rollout.metadata) == (share == 1.0)
     assert sorted(own.seen + others.seen) == list(range(100, 116))
     assert {0.0: 0, 0.5: 1, 1.0: 2}[share] == (len(own.seen) > 0) + (len(own.seen) == 16)
+
+
+def test_a_token_that_one_model_lacks_ends_a_completion():
+    rollout = Rollout([[1]] * 4, [[5, 6], [5, 9], [9, 5], []], [], [[1, 1], [1, 1], [1, 1], []], texts=[])
+
+    class Given:
+        def draw(self, *asked):
+            return rollout
+
+    made = ReadableSource(Given(), 9).draw([])
+    assert made.completions == [[5, 6], [5], [], []]
+    assert made.masks == [[1, 1], [1], [], []]
+    assert made.metadata["truncated"] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("rows", [(160, 100), (100, 160)])
+@pytest.mark.parametrize("settings", [{"lmbda": 1.0}, {"lmbda": 0.0, "seq_kd": True}])
+def test_heads_of_other_sizes(rows, settings, tmp_path):
+    student, teacher = map(of_size, rows)
+    trainer = make("GKD", tmp_path, model=student, arguments={"teacher_model": teacher}, max_steps=2, **settings)
+    trainer.train()
+    trainer.evaluate(prompts())
+    assert all(token < 100 for ids in rollouts_of(tmp_path)["completion_ids"] for token in ids)
 
 
 def test_the_settings_say_whose_they_are(tmp_path, caplog):
@@ -185,6 +208,13 @@ def test_the_student_with_an_adapter_is_no_teacher_of_its_own(tmp_path):
         make("Distillation", tmp_path, model=model, arguments=given)
 
 
+def test_a_teacher_of_few_positions_is_named(tmp_path):
+    teacher = AutoModelForCausalLM.from_config(config(max_position_embeddings=4))
+    given = {"teacher_model": teacher, "rollout_func": given_rollouts}
+    with pytest.raises(ValueError, match=r"^teacher_model: its context holds 4 tokens, and a prompt with its comple"):
+        make("Distillation", tmp_path, arguments=given).train()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -240,7 +270,20 @@ def test_the_last_message_of_a_conversation_is_learned(column, turns, prompt, st
     assert [chat_tokenizer.decode(ids) for ids in table["completion_ids"]] == ["yes<|im_end|>"] * len(table)
 
 
-@pytest.mark.parametrize("rows", [Dataset.from_list, list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
+class OfTorch(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.mark.parametrize(
+    "rows", [Dataset.from_list, list, tuple, OfTorch, lambda rows: Dataset.from_list(rows).to_iterable_dataset()]
+)
 def test_a_conversation_that_ends_with_a_question(rows, tmp_path, chat_tokenizer):
     asked = rows([{"messages": TURNS}, {"messages": TURNS[:3]}])
     with pytest.raises(ValueError, match=r"row 1 of the train data set: column 'messages' ends with the role 'user'"):

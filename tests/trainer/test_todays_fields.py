@@ -129,7 +129,7 @@ ERRORS = {
     "DPOConfig": {"tools": ([print], "column `tools`")},
     "KTOConfig": {"generate_during_eval": (True, "LogCompletionsCallback")},
     "OnlineDPOConfig": {"beta": ([], "one for each epoch"), "judge": ("pair_rm", "an object as the trainer's `judge`"),
-                        "reward_model_path": ("x", "there is no such folder"), "loss_type": ("x", "choose one of"),
+                        "loss_type": ("x", "choose one of"),
                         "missing_eos_penalty": (-1.0, "a number >= 0"),
                         "max_length": (64, "give more than max_completion_length=64")},
     "CPOConfig": {"simpo_gamma": (0.3, "loss_type='simpo'"), "alpha": (0.5, "loss_type='simpo'")},

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Self
 
 from trl.data.records import Rollout
@@ -144,7 +145,7 @@ class Environment:
         """Play one episode from each row, with at most `limit` tokens after its prompt.
 
         The row's columns reach the `reset` of its own environment, as far as it has parameters for them. A row without
-        a prompt gets it from there; the metadata then holds the `prompts` of all rows.
+        a prompt gets it from there; the metadata holds the `prompts` of all rows, where there is a factory.
         """
         episodes = self._begin(rows, seeds, [row.get("prompt_ids") for row in rows])
         for episode in episodes:
@@ -152,7 +153,7 @@ class Environment:
         self._play(episodes, turns)
         self._score(episodes, rows)
         rollout = as_rollout([episode.history for episode in episodes])
-        if any(map(lacks_prompt, rows)):
+        if self.factories is not None:
             rollout.metadata["prompts"] = [self._prompt(episode) for episode in episodes]
         return rollout
 
@@ -178,8 +179,9 @@ class Environment:
         objects: Sequence[OwnEnvironment | None] = [None] * len(rows)
         said: Sequence[Said] = [""] * len(rows)
         if self.factories is not None:
-            drawn = [row.get("seed") if lacks_prompt(row) else None for row in rows]
-            objects, said = self.factories.begin(rows, [seed if type(seed) is int else None for seed in drawn])
+            given = [row.get("seed") if lacks_prompt(row) else None for row in rows]
+            drawn = [int(seed) if isinstance(seed, Integral) else None for seed in given]
+            objects, said = self.factories.begin(rows, drawn)
             self._check_rewarded(objects)
         episodes = []
         for index, (row, seed, own, own_said) in enumerate(zip(rows, seeds, objects, said, strict=True)):

@@ -215,6 +215,8 @@ class ToolCalls:
                 continue
             if ticket in self._running:
                 self._take(ticket, outcome, answers)
+            elif isinstance(outcome, Pending):  # it began after its time
+                outcome.awaited.cancel()
         return answers
 
     def _take(self, ticket: int, outcome: str | Pending | BaseException | None, answers: dict[int, str]) -> None:

@@ -14,7 +14,7 @@ from trl.generation.kv_attention import Decode, Layout, Piece, Prefill
 from trl.generation.kv_cache import Prompt, Prompts, Suffixes
 from trl.models.unwrap import accepts
 
-_LEAST_SHARED = 32
+_LEAST_SAVED = 32
 """fewer tokens are not worth a piece of their own"""
 
 
@@ -126,7 +126,7 @@ def _alike(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
         if runs:
             shared, members = runs[-1]
             common = min(shared, _common(texts[members[0]], texts[index]), len(texts[index]) - 1)
-            if len(members) * common >= max((len(members) - 1) * shared, _LEAST_SHARED):
+            if len(members) * common >= max((len(members) - 1) * shared, _LEAST_SAVED):
                 runs[-1] = common, [*members, index]
                 continue
         runs.append((len(texts[index]) - 1, [index]))

@@ -41,8 +41,9 @@ def make_sampler(model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> S
 class LocalSampler:
     """Samples with a causal language model, a PEFT model (its active adapter) or a value-head wrapper of either.
 
-    A prompt is read once for all its completions; waiting rows take the places of finished ones. A model
-    whose attention cannot be replaced raises `NotLocal`: `make_sampler` then takes `TransformersSampler`.
+    A prompt is read once for all its completions, and so is what prompts have in common at their start; waiting rows
+    take the places of finished ones. A model whose attention cannot be replaced raises `NotLocal`: `make_sampler` then
+    takes `TransformersSampler`.
     It runs the same code on every device; it is measured and tested on the CPU only.
 
     max_rows: completions in progress at a time; bounds the memory for keys and values.

@@ -193,14 +193,14 @@ def sampling_metrics(
     size_BT = change_BT.abs().masked_fill(mask_BT == 0, -torch.inf)
     ratio = RATIO_LEVELS[level](logprobs_BT, sampled_BT, mask_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     counts = mask_BT if ratio.shape == mask_BT.shape else (mask_BT.sum(-1, keepdim=True) > 0).to(mask_BT.dtype)
-    known = ratio[counts > 0]
+    unknown = counts == 0  # filled, for picking the others would wait for the device
     outside = ((ratio < low) | (ratio > high)).to(mask_BT.dtype)
     return {
         "sampling/sampling_logp_difference/mean": masked_sum(change_BT.abs(), mask_BT),
         "sampling/sampling_logp_difference/max": extreme(size_BT, largest=True),
         "sampling/importance_sampling_ratio/mean": masked_sum(ratio, counts),
-        "sampling/importance_sampling_ratio/min": extreme(known, largest=False),
-        "sampling/importance_sampling_ratio/max": extreme(known, largest=True),
+        "sampling/importance_sampling_ratio/min": extreme(ratio.masked_fill(unknown, torch.inf), largest=False),
+        "sampling/importance_sampling_ratio/max": extreme(ratio.masked_fill(unknown, -torch.inf), largest=True),
         "sampling/kl": masked_sum(-change_BT, mask_BT),
         "sampling/approx_kl": masked_sum(0.5 * change_BT**2, mask_BT),
         "sampling/outside_clip_range": masked_sum(outside, counts),

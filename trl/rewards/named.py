@@ -18,7 +18,7 @@ from trl.rewards.math_answers import accuracy_reward, exact_match_reward, reason
 from trl.rewards.panel import RewardError, RewardFunction, RewardPanel
 from trl.rewards.reward_model import RewardModel
 from trl.rewards.sentiment import sentiment_reward
-from trl.rewards.texts import repetition_penalty, think_answer_format_reward, think_format_reward
+from trl.rewards.texts import repetition_penalty, text_of, think_answer_format_reward, think_format_reward
 
 RewardSource: TypeAlias = Callable[..., Any] | nn.Module | str
 Judge = Callable[[list[Any], list[list[Any]]], Sequence[int]]
@@ -109,18 +109,25 @@ def reward_panel(
 def pairwise(judge: Judge | Any) -> Callable[..., list[float | None]]:
     """A reward function on groups of two: 1 for the better completion, 0 for the other, None for both if undecided.
 
-    judge: a function of the type `Judge`, or an object whose method `judge` is one.
+    judge: a function of the type `Judge`, or an object whose method `judge` is one. Such a method reads texts: of a
+    conversation the turns as `User: ...`, and of its completions what the assistant says.
     """
-    decide = getattr(judge, "judge", judge)
+    if isinstance(judge, type):
+        raise ValueError(f"judge: {judge.__name__} is a class; give an object, {judge.__name__}()")
+    decide, reads_texts = getattr(judge, "judge", judge), hasattr(judge, "judge")
     if not callable(decide):
         raise ValueError(
             f"judge={judge!r}: give a function (prompts, pairs) -> choices, or an object with one, `judge`"
         )
 
     def judged(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        asked = list(prompts[::2])
         pairs = [list(completions[i : i + 2]) for i in range(0, len(completions), 2)]
+        if reads_texts:
+            asked, pairs = list(map(_read_out, asked)), [[text_of(said) for said in pair] for pair in pairs]
+        given = decide(asked, pairs)
         try:
-            choices = in_order(decide(list(prompts[::2]), pairs))
+            choices = in_order(given)
         except TypeError as error:
             raise RewardError(f"the judge gave {error}") from None
         if len(choices) != len(pairs) or not set(choices) <= {-1, 0, 1}:
@@ -129,6 +136,14 @@ def pairwise(judge: Judge | Any) -> Callable[..., list[float | None]]:
 
     judged.__name__ = getattr(judge, "__name__", type(judge).__name__)
     return judged
+
+
+def _read_out(prompt: Any) -> str:
+    """A prompt as text, by the simple template for models without tokens for roles."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [(turn["role"].capitalize(), text_of([{**turn, "role": "assistant"}])) for turn in prompt]
+    return "".join(f"{role}: {text}\n\n" for role, text in said) + "Assistant:"
 
 
 _CHOICES: dict[int, tuple[float | None, float | None]] = {0: (1.0, 0.0), 1: (0.0, 1.0), -1: (None, None)}

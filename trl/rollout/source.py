@@ -103,7 +103,8 @@ class EnvironmentSource:
     """most tokens of a prompt and its completion together; None: no limit is known"""
     limit: int
     """most tokens of a completion"""
-    rank: int = 0
+    first: int = 0
+    """place of the first row of this process in an evaluation batch of all processes"""
     measure: Callable[[Rollout], list[list[float]]] | None = None
     """the policy's log-probabilities, where the sampler's are of another distribution"""
 
@@ -113,7 +114,7 @@ class EnvironmentSource:
             first = int(torch.randint(2**62, ()))
             seeds = list(range(first, first + len(played)))
         else:
-            places = range(self.rank * len(rows), (self.rank + 1) * len(rows)) if places is None else places
+            places = range(self.first, self.first + len(rows)) if places is None else places
             seeds = [seed * 2**20 + place * group + i for place in places for i in range(group)]
         for at, row in enumerate(played):
             if lacks_prompt(row):  # the episodes of a group begin alike

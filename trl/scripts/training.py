@@ -46,6 +46,8 @@ ALIASES = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run
 }
 """other names of settings, on the line and in YAML"""
+ORDERS = ("reward_funcs", "reward_model_name_or_path", "reward_model_path", "judge")
+"""settings of which one must say which completion is good"""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
         return 0
     parser, settings = read_settings(job, words)
     settings.setdefault("enable_jit_checkpoint", True)  # at SIGTERM: finish the step, save it, exit with 143
-    if job.rewards and not (settings.get("reward_funcs") or settings.get("reward_model_name_or_path")):
+    if job.rewards and not any(settings.get(name) for name in ORDERS):
         raise ValueError("--reward: say what to reward (`--reward_funcs` or `--reward`, one or more)")
     several = LaunchArguments(**{key: settings[key] for key in settings_hints(LaunchArguments) if key in settings})
     if several.wanted():
@@ -251,6 +253,8 @@ def train(
             trainer.add_callback(record)
             trainer.train(resume_from_checkpoint=resumed(config.resume_from_checkpoint))
         trainer.save_model(config.output_dir)
+        with suppress_all("README.md is not written"):
+            trainer.create_model_card(dataset_name=[place for place in places if place])
         if config.push_to_hub:
             trainer.push_to_hub(dataset_name=script.dataset_name)
     return str(config.output_dir)
@@ -302,7 +306,7 @@ def trainer_of(
     arguments: dict[str, Any] = {}
     if isinstance(script, GRPOScriptArguments):
         models = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
-        arguments["reward_funcs"] = [*models, *map(reward_function, script.reward_funcs or [])]
+        arguments["reward_funcs"] = [*models, *map(reward_function, script.reward_funcs or [])] or None
     keywords = loading_keywords(model, config.trust_remote_code)
     where = {name: keywords[name] for name in ("revision", "trust_remote_code") if name in keywords}
     if where:

@@ -30,8 +30,26 @@ ACTIONS = ("stop", "skip")
 Config = TypeVar("Config", bound="PostTrainingConfig")
 
 
+class KeepsAsked:
+    """A dataclass that keeps what was asked for: `__post_init__` changes some fields, and derives others."""
+
+    def __new__(cls, *values: Any, **named: Any) -> Any:
+        made = super().__new__(cls)
+        entries: Any = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
+        given = {**dict(zip(entries, values, strict=False)), **named}
+        made.__dict__["_asked"] = {
+            name: value for name, value in given.items() if name not in entries or value != default_of(entries[name])
+        }
+        return made
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The fields that were given another value than their default, with that value."""
+        return dict(self.__dict__.get("_asked", {}))
+
+
 @dataclass
-class PostTrainingConfig(TrainingArguments):
+class PostTrainingConfig(KeepsAsked, TrainingArguments):
     """`TrainingArguments` with the defaults of post-training: a precision that fits the device, frequent logs."""
 
     bf16: bool | None = field(default=None)
@@ -85,17 +103,6 @@ class PostTrainingConfig(TrainingArguments):
     """an error unless it is -1: no state is carried from row to row"""
     half_precision_backend: str = accepted("half_precision_backend", "auto")
     include_tokens_per_second: bool = accepted("include_tokens_per_second", False)
-
-    def __new__(cls, *values: Any, **named: Any) -> Any:
-        """Keep the values that were asked for: `__post_init__` changes some fields, and derives others."""
-        made = super().__new__(cls)
-        made.__dict__["_asked"] = {**dict(zip((entry.name for entry in fields(cls)), values, strict=False)), **named}
-        return made
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The fields that were given, with their values then."""
-        return dict(self.__dict__.get("_asked", {}))
 
     @property
     def pads_rows(self) -> bool:

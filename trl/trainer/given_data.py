@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import torch
 from datasets import Dataset
 
 from trl.data.formats import refuse_splits
@@ -109,3 +111,61 @@ def data_facts(dataset: Any) -> dict[str, Any]:
         sizes = {str(path): one.get("num_bytes") for path, one in files.items() if isinstance(one, Mapping)}
         found |= {"files": sizes} if sizes else {}
     return found
+
+
+# -- evaluation on several processes ------------------------------------------------------------
+# A loader deals batches to the processes in turn, and fills up the last ones with rows from the start of the data, so
+# that all processes make equally many steps. Those rows must not count twice.
+
+SHARE = "own_share"
+"""key of a batch's `Share`"""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of an evaluation batch, before they were collated."""
+
+    rows: list[Any]
+    own: int | None
+    """how many of them, the first ones, do not repeat others; None: that follows from the number of the batch"""
+
+    def own_at(self, batch: int, rank: int, world: int, size: int, total: int) -> int:
+        """How many rows are not repeated in a process's batch of this number; of `total` rows, `size` in a batch."""
+        rest = total - (batch * world + rank) * size
+        return min(max(rest, 0), len(self.rows)) if self.own is None else self.own
+
+
+@dataclass(frozen=True)
+class WithShare:
+    """A collator's batches with their rows beside them."""
+
+    collate: Callable[[list[Any]], Any]
+    rank: int
+    world: int
+    size: int
+
+    def __call__(self, rows: Sequence[Any]) -> Any:
+        own = None
+        if all(isinstance(row, NumberedRow) for row in rows):
+            first = self.rank * self.size
+            own = sum(row.number % (self.world * self.size) == first + place for place, row in enumerate(rows))
+            rows = [row.row for row in rows]
+        batch = self.collate(list(rows))
+        batch[SHARE] = Share(list(rows), own)
+        return batch
+
+
+@dataclass(frozen=True)
+class NumberedRow:
+    number: int
+    row: Any
+
+
+class Numbered(torch.utils.data.IterableDataset[NumberedRow]):
+    """The rows of a stream with their numbers, by which those are known that come again at its end."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[NumberedRow]:
+        return (NumberedRow(number, row) for number, row in enumerate(self.rows))

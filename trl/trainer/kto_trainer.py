@@ -283,7 +283,8 @@ class KTOTrainer(ObjectiveTrainer):
                 log_ratio_B = policy_B - batch[REFERENCE_COLUMNS[1]]
                 if self.owns("kto_loss"):
                     batch["policy_kl_logps"] = policy_B
-                totals += torch.stack([log_ratio_B.sum(), log_ratio_B.new_tensor(len(log_ratio_B))])
+                if not self.only_repeats:
+                    totals += torch.stack([log_ratio_B.sum(), log_ratio_B.new_tensor(len(log_ratio_B))])
         total, rows = self.accelerator.reduce(totals, "sum").unbind()
         for batch in batches:
             batch["kl"] = mismatched_kl(total, rows)

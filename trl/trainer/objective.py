@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import recursively_apply, send_to_device
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from trl.losses.loss_sum import Extreme, LossSum
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
+from trl.models.unwrap import below_accelerate
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
 from trl.trainer import overrides
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
@@ -52,10 +55,12 @@ from trl.trainer.checkpoints import (
     write_state,
 )
 from trl.trainer.configuration import PostTrainingConfig, as_config
-from trl.trainer.given_data import GivenData, Prepare
+from trl.trainer.given_data import SHARE, GivenData, Numbered, Prepare, WithShare
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
+from trl.trainer.model_card import WAYS, CardFacts, card_text, listed, write_card
 from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
 from trl.trainer.run_folder import RunFacts, RunFolder, told
+from trl.trainer.run_record import resolved
 from trl.trainer.settings import NO_EFFECT
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.tally import Appended, StepWatch, Tally, write_metrics
@@ -159,6 +164,12 @@ class ObjectiveTrainer(Trainer):
     is_in_train = False  # before `Trainer` says so itself
     _train_rows: Any = None
     _eval_rows: Any = None
+    _eval_batch = _eval_total = 0
+    """number of the evaluation batch, and the rows of all processes; 0 where that is not known"""
+    _eval_own: Tensor
+    """which rows of the evaluation batch do not come again. [B]"""
+    only_repeats = False
+    """whether an evaluation batch is there only because other processes have one; it must not count"""
 
     def __init__(self, *args: Any, processing_class: Any = None, rows: Prepare | None = None, **kwargs: Any):
         """rows: prepares a data set for the collator; it is called for each one that the trainer is ever given."""
@@ -384,10 +395,31 @@ class ObjectiveTrainer(Trainer):
         return unasked_budget(self.args.device, self.args.world_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return super().get_eval_dataloader(self.prepare_evaluation(eval_dataset))
+        return self._with_shares(super().get_eval_dataloader, self.prepare_evaluation(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return super().get_test_dataloader(self.prepare_evaluation(test_dataset, "test"))
+        return self._with_shares(super().get_test_dataloader, self.prepare_evaluation(test_dataset, "test"))
+
+    def _with_shares(self, load: Callable[[Any], DataLoader], rows: Any) -> DataLoader:
+        """A loader for evaluation; that of several processes says which rows of its batches are the process's own."""
+        rank, world = self.args.process_index, self.args.world_size
+        if world == 1:
+            return load(rows)
+        found = self.eval_dataset if rows is None else self.eval_dataset[rows] if isinstance(rows, str) else rows
+        if isinstance(found, torch.utils.data.IterableDataset) and not isinstance(found, Numbered):
+            rows = Numbered(found)
+        whole: Any = self.data_collator
+        self.data_collator = WithShare(whole, rank, world, self.eval_rows)
+        try:
+            return load(rows)
+        finally:
+            self.data_collator = whole
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of an evaluation batch on each process."""
+        size: int = self.args.eval_batch_size
+        return size // self.args.world_size if self.args.accelerator_config.split_batches else size
 
     @property
     def tokenizer(self) -> Any:
@@ -603,6 +635,41 @@ class ObjectiveTrainer(Trainer):
         remove_when_done(beside, pushed)
         return pushed
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Write a README with data, settings, results and versions into `output_dir`, unless somebody's own is there.
+
+        license: None: what the README of the base model says. dataset_name: as `dataset`, by the name of scripts.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, model = Path(str(self.args.output_dir)), below_accelerate(self.model)
+        base = finetuned_from or str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        history, named = self.state.log_history, listed(dataset_tags) or listed(dataset) or listed(dataset_name)
+        last: list[dict[str, Any]] = [
+            next((one for one in reversed(history) if name in one), {}) for name in ("loss", "eval_loss")
+        ]
+        trainer = next((each.__name__ for each in type(self).__mro__ if each.__name__ in WAYS), type(self).__name__)
+        more = {"language": language, "dataset_args": dataset_args, **({"pipeline_tag": tasks} if tasks else {})}
+        facts = CardFacts(
+            trainer, model_name or folder.name, base, resolved([self.args]), license,
+            [*dict.fromkeys([*self._tag_names, *listed(tags)])], hasattr(model, "peft_config"), self.state.global_step,
+            self.given.facts(), named, last, {name: value for name, value in more.items() if value},
+        )  # fmt: skip
+        if not write_card(folder, card_text(facts)):
+            logger.warning("%s: it is not of trl, and stays as it is", folder / "README.md")
+
     def _push_checkpoint(self, folder: Path) -> None:
         """Called with a whole checkpoint; as `Trainer` does while it trains, without what else lies in `output_dir`."""
         args, strategy = self.args, self._hub_strategy
@@ -695,6 +762,30 @@ class ObjectiveTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        share = inputs.pop(SHARE, None) if isinstance(inputs, MutableMapping) else None
+        if share is None:
+            return self._predicted(model, inputs, prediction_loss_only)
+        rank, world = self.args.process_index, self.args.world_size
+        own = share.own_at(self._eval_batch, rank, world, self.eval_rows, self._eval_total)
+        self._eval_batch += 1
+        self._eval_own = torch.arange(len(share.rows), device=self.args.device) < own
+        if own == len(share.rows):
+            return self._predicted(model, inputs, prediction_loss_only)
+        if own:
+            inputs = send_to_device(self.data_collator(share.rows[:own]), self.args.device)
+            predicted = self._predicted(model, inputs, prediction_loss_only)
+            loss, logits, labels = (_filled(part, own, len(share.rows)) for part in predicted)
+            return loss, logits, labels
+        counting, self._tallies["eval"] = self._tallies["eval"], Tally(self.args.device)
+        self.only_repeats = True
+        try:
+            return self._predicted(model, inputs, prediction_loss_only)
+        finally:
+            self._tallies["eval"], self.only_repeats = counting, False
+
+    def _predicted(
+        self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool
+    ) -> tuple[Tensor, Any, Any]:
         own = "compute_loss" in self._own
         with torch.no_grad(), self.compute_loss_context_manager(), rows_padded(self.pads_rows):
             loss: Any = self.compute_loss(model, Batch(inputs)) if own else None
@@ -706,10 +797,21 @@ class ObjectiveTrainer(Trainer):
             loss = result.mean
         return loss.detach(), *((None, None) if prediction_loss_only else (logits, labels))
 
+    def _gather_own(self, values: Any) -> Any:
+        """Collective: what belongs to rows of an evaluation batch, of all processes, without rows that come again."""
+        own = self.accelerator.gather(self._eval_own)
+        whole = self.accelerator.gather(values)
+        return recursively_apply(lambda part: part[own] if len(part) == len(own) else part, whole)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         given = inspect.signature(super().evaluation_loop).bind(*args, **kwargs)
         given.apply_defaults()
         self._tallies["eval"] = Tally(self.args.device)
+        rows = getattr(given.arguments["dataloader"], "dataset", None)
+        stream = isinstance(rows, IterableDatasetShard)  # of which accelerate does not know what it has filled up
+        self._eval_batch, self._eval_total = 0, len(rows) if isinstance(rows, Sized) and not stream else 0
+        if stream:
+            self.gather_function = self._gather_own
         flags = eval_no_grad(self.model) if self.is_in_train else nullcontext()  # the training flags come back
         with flags, rows_padded(self.pads_rows):
             output = super().evaluation_loop(*args, **kwargs)
@@ -744,6 +846,15 @@ class ObjectiveTrainer(Trainer):
 
 
 overrides.remember(ObjectiveTrainer)
+
+
+def _filled(part: Any, own: int, rows: int) -> Any:
+    """Predictions of `own` rows for as many as other processes have; the loop leaves out what fills them up."""
+    if isinstance(part, tuple | list):
+        return type(part)(_filled(each, own, rows) for each in part)
+    if not isinstance(part, Tensor) or not part.dim() or len(part) != own:
+        return part
+    return torch.cat([part, part[-1:].expand(rows - own, *part.shape[1:])])
 
 
 def _with_lengths(dataset: Any, config: PostTrainingConfig) -> Any:

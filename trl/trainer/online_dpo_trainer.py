@@ -116,11 +116,9 @@ class OnlineDPOConfig(RewardedConfig):
 
     def _validate_judges(self) -> None:
         """Of what says which completion is better."""
-        penalty, path = self.missing_eos_penalty, self.reward_model_path
+        penalty = self.missing_eos_penalty
         positive = penalty is None or 0 <= penalty < float("inf")
         require(self, "missing_eos_penalty", positive, "it is subtracted: give a number >= 0, or None")
-        known = path is None or Path(path).exists() or ("/" in path and ":" not in path)
-        require(self, "reward_model_path", known, "there is no such folder; give that of a reward model, or a Hub name")
         way_out = "no judge of that name is here; give `package.module:name`, or an object as the trainer's `judge`"
         require(self, "judge", self.judge is None or ":" in self.judge, way_out)
         if self.judge is not None:
@@ -140,8 +138,9 @@ class OnlineDPOTrainer(RolloutTrainer):
     """Optimise a policy on pairs of its own completions (arXiv:2402.04792): the best and the worst of each group.
 
     A group without two completions of different reward teaches nothing. `judge`: instead of reward functions, a
-    function `(prompts, pairs) -> 0, 1 or -1 each`, or an object with such a method `judge`. `reward_model` and
-    `reward_processing_class` are older names of `reward_funcs` and `reward_processing_classes`.
+    function `(prompts, pairs) -> 0, 1 or -1 each`, or an object with such a method `judge`, which reads conversations
+    as texts. `reward_model` and `reward_processing_class` are older names of `reward_funcs` and
+    `reward_processing_classes`.
 
     Arguments by position are in the order of all trainers that sample (model, reward_funcs, args, train_dataset, ...),
     or in that of other releases (model, ref_model, reward_funcs, judge, args, data_collator, train_dataset, ...): which
@@ -169,9 +168,11 @@ class OnlineDPOTrainer(RolloutTrainer):
         }  # fmt: skip
         named = by_name(given, {**named, **{name: value for name, value in more.items() if value is not None}})
         config = as_config(named.pop("args", None), self.config_class)
-        judge, ref_model = named.pop("judge", None), named.pop("ref_model", None)
+        judge, ref_model, model = (named.pop(name, None) for name in ("judge", "ref_model", "model"))
+        if model is None:
+            raise ValueError("model: none was given; pass a model, a folder or a Hub name")
         order = ordering(config, named.pop("reward_funcs", None), named.pop("reward_model", None), judge)
-        super().__init__(named.pop("model", None), order, config, **without_unread(named))
+        super().__init__(model, order, config, **without_unread(named))
         if isinstance(config.beta, list) and not hasattr(self.train_dataset, "__len__"):
             raise ValueError(f"beta={config.beta!r}: one for each epoch, and a stream has none; give one number")
         self.reference = self.make_reference(ref_model)
@@ -285,10 +286,20 @@ def ordering(config: OnlineDPOConfig, reward_funcs: Any, reward_model: Any, judg
             raise ValueError(f"judge: {name} orders the completions already; give one of them")
         config.refuse_beside_judge()
         return pairwise(judge)
+    listed = source if isinstance(source, list | tuple) else [source]
+    speaker = next(filter(is_language_model, listed), None)
+    if speaker is not None:
+        raise ValueError(
+            f"{name}: {type(speaker).__name__} is a language model and gives no rewards; load it with "
+            "AutoModelForSequenceClassification, or give it as ref_model"
+        )
     path = config.reward_model_path
+    if source is None and path is not None:
+        known = Path(path).exists() or ("/" in path and ":" not in path)
+        way_out = "there is no such folder; give that of a reward model, or a Hub name"
+        require(config, "reward_model_path", known, way_out)
     if source is None or path is None:
         return path if source is None else source
-    listed = source if isinstance(source, list | tuple) else [source]
     if not any(path in (each, getattr(getattr(each, "config", None), "_name_or_path", None)) for each in listed):
         logger.warning("reward_model_path=%r: has no effect, as %s are given", path, name)
     return source

@@ -251,7 +251,8 @@ class PairTrainer(ObjectiveTrainer):
                 sums = self.policy_sums(self.model, batch)
             pair = PairLogps(*sums, *self.reference_sums(batch))
             pairs = totals.new_tensor(self.count(batch))
-            totals += torch.stack([pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), pairs])
+            if not self.only_repeats:
+                totals += torch.stack([pair.chosen_ratio_B.sum(), pair.rejected_ratio_B.sum(), pairs])
         chosen, rejected, pairs = self.accelerator.reduce(totals, "sum").unbind()
         for batch in batches:
             batch["kl_chosen"], batch["kl_rejected"] = mismatched_kl(chosen, pairs), mismatched_kl(rejected, pairs)

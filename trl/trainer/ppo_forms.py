@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from trl.trainer.configuration import PostTrainingConfig
+from trl.trainer.configuration import KeepsAsked, PostTrainingConfig
 from trl.trainer.settings import ADAMW, NO_EFFECT, TRANSLATED, OfForm, WholeOfForm, accepted, default_of, logger
 
 OLDER, TODAY = "0.7.7", "today"
@@ -83,7 +83,9 @@ def _common_fields() -> type:
 
     kept = [entry for entry in fields(PostTrainingConfig) if entry.name not in SHARED]
     return make_dataclass(
-        "_CommonSettings", [(e.name, Annotated[types[e.name], tyro.conf.Suppress], same(e)) for e in kept]
+        "_CommonSettings",
+        [(e.name, Annotated[types[e.name], tyro.conf.Suppress], same(e)) for e in kept],
+        bases=(KeepsAsked,),
     )
 
 

@@ -17,6 +17,7 @@ from trl.models.modeling_base import PreTrainedModelWrapper
 from trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead
 from trl.models.prepare import enable_gradient_checkpointing, is_peft_model, load_model
 from trl.models.scoring import classifier_of
+from trl.trainer.callbacks import RichProgressCallback
 from trl.trainer.configuration import PostTrainingConfig
 from trl.trainer.preparation import prepare_model
 
@@ -176,6 +177,11 @@ class Progress:
 
     def saved(self) -> None:
         self.control = self.handler.on_save(self.arguments, self.state, self.control)
+
+    @property
+    def shows_steps(self) -> bool:
+        """Whether a callback shows how far the run is."""
+        return any(isinstance(each, RichProgressCallback) for each in self.handler.callbacks)
 
     def end(self) -> None:
         self.control = self.handler.on_train_end(self.arguments, self.state, self.control)

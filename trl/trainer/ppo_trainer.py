@@ -84,11 +84,12 @@ from trl.trainer import checkpoints, overrides, ppo_forms, ppo_statistics, ppo_t
 from trl.trainer.base import BaseTrainer
 from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
-from trl.trainer.model_card import PPO_CARD, write_model_card
+from trl.trainer.model_card import PPO_CARD, CardFacts, card_text, listed, write_card, write_model_card
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
 from trl.trainer.run_folder import RunFacts, RunFolder, told
+from trl.trainer.run_record import resolved
 from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
@@ -1093,7 +1094,8 @@ class PPOTrainer(BaseTrainer):
         """The steps that the run still has to make; the last one's statistics."""
         config = self.config
         stats: dict[str, Any] = {}
-        last, silent = config.total_ppo_epochs, not sys.stderr.isatty()
+        last, shown = config.total_ppo_epochs, self.progress is not None and self.progress.shows_steps
+        silent = shown or not sys.stderr.isatty()
         self._begin_run(last)
         progress = tqdm(total=last, initial=self.data_position, desc="PPO", disable=silent)
         for rows in self.batches():
@@ -1207,6 +1209,11 @@ class PPOTrainer(BaseTrainer):
     def state(self) -> TrainerState | None:
         """Today's form: where the run stands, with its `log_history`."""
         return None if self.progress is None else self.progress.state
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, or those of a class."""
+        if self.progress is not None:
+            self.progress.handler.remove_callback(callback)
 
     def add_callback(self, callback: Any) -> None:
         """Today's form: a callback of transformers more."""
@@ -1518,9 +1525,34 @@ class PPOTrainer(BaseTrainer):
         )
         self.logged_steps += 1
 
-    def create_model_card(self, path: str, model_name: str | None = "TRL Model") -> None:
-        """Write `README.md`; without a Hub account at hand, a warning instead."""
-        write_model_card(path, model_name, PPO_CARD)
+    def create_model_card(
+        self,
+        path: str | None = None,
+        model_name: str | None = "TRL Model",
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md`; without a Hub account at hand, a warning instead.
+
+        path: None: `output_dir`, with what was done (data, settings, results, versions), as other trainers' cards.
+        """
+        if path is not None:
+            write_model_card(path, model_name, PPO_CARD)
+            return
+        if self.config.output_dir is None:
+            raise ValueError("output_dir=None: say where the card goes")
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(self.config.output_dir)
+        base = str(getattr(below_value_head(below_accelerate(self.model)).config, "_name_or_path", "") or "")
+        logs = [] if self.progress is None else self.progress.state.log_history[-1:]
+        name = folder.name if model_name == "TRL Model" or model_name is None else model_name
+        facts = CardFacts(
+            "PPOTrainer", name, base, resolved([self.config]), tags=self._tag_names, steps=self.current_step,
+            data=self._data(), datasets=listed(dataset_name), logs=logs,
+            peft=hasattr(below_value_head(below_accelerate(self.model)), "peft_config"),
+        )  # fmt: skip
+        if not write_card(folder, card_text(facts)):
+            warnings.warn(f"{folder / 'README.md'}: it is not of trl, and stays as it is")
 
     def _save_pretrained(self, save_directory: Any) -> None:
         check_weights(self.accelerator, f"step {self.current_step}", self.model)

@@ -662,7 +662,7 @@ class RolloutTrainer(ObjectiveTrainer):
             self.sampling_params,
             context=context_length(self.model),
             limit=config.max_completion_length,
-            rank=config.process_index,
+            first=config.process_index * self.eval_rows,
             measure=self.logprobs_of if config.reshapes else None,
         )
 
@@ -977,7 +977,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def predictions(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossSum, None, None]:
         """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
-        rows = inputs["rows"]
+        rows = [] if self.only_repeats else inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
         rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
         rows = with_own_prompts(rows, rollout)
@@ -987,7 +987,8 @@ class RolloutTrainer(ObjectiveTrainer):
             check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
-        return self.evaluated(model, rollout, rewards, rows), None, None
+        nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
+        return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]

@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.data.any_text import encodable
 from trl.models.weight_files import SAVING
 from trl.trainer.run_folder import CONFIG, RECORD, RunFacts, RunListener
+from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.signals import TERMINATED
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,11 @@ def plain(value: Any) -> Any:
     """A setting as YAML and JSON know it; another object as a text."""
     if isinstance(value, Enum):
         return plain(value.value)
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):  # subclasses, which YAML does not know, become what they are
+        if isinstance(value, kind):
+            return kind(value)
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
@@ -123,8 +127,9 @@ def plain(value: Any) -> Any:
 class Resolved:
     """A setting of a run: its default, what it was given as, and what it became."""
 
-    def __init__(self, name: str, default: Any, given: Any, now: Any):
-        self.name, self.default, self.given, self.now = name, default, given, now
+    def __init__(self, name: str, default: Any, given: Any, now: Any, is_written: bool = True):
+        """is_written: whether it can be given again; else its default would count as given."""
+        self.name, self.default, self.given, self.now, self.is_written = name, default, given, now, is_written
 
     @property
     def differs(self) -> bool:
@@ -142,19 +147,21 @@ def resolved(settings: Sequence[Any]) -> Iterator[Resolved]:
                 continue
             seen.add(entry.name)
             default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+            of_form = isinstance(default, OfForm | WholeOfForm)
+            derived, written = of_form or entry.name in DERIVED, not of_form or entry.name in (asked or ())
             default = plain(None if default is MISSING else default)
             now = plain(getattr(one, entry.name))
-            yield Resolved(entry.name, default, _given(entry.name, default, now, asked), now)
+            yield Resolved(entry.name, default, _given(entry.name, default, now, asked, derived), now, written)
 
 
-def _given(name: str, default: Any, now: Any, asked: Mapping[str, Any] | None) -> Any:
+def _given(name: str, default: Any, now: Any, asked: Mapping[str, Any] | None, derived: bool) -> Any:
     """The value to be read again: not one that is derived of others, which would be given twice then."""
     if asked is None:
         return now
     if name not in asked:
-        return default if default is None or name in DERIVED else now
+        return default if default is None or derived else now
     told = plain(asked[name])
-    if name in DERIVED:
+    if derived:
         return told
     changed_later = isinstance(now, int | float) and isinstance(told, int | float)
     return now if changed_later else told
@@ -184,7 +191,11 @@ def _entry(each: Resolved, reads: Callable[[str, Any], bool]) -> str:
     if each.now != each.given and (each.now is None or isinstance(each.now, bool | int | float | str)):
         became = f"# became {json.dumps(each.now)}"
         text = f"{text}  {became}" if "\n" not in text else f"{became}\n{text}"
-    return text if reads(each.name, each.given) else "\n".join(f"# {line}" for line in text.splitlines())
+    return (
+        text
+        if each.is_written and reads(each.name, each.given)
+        else "\n".join(f"# {line}" for line in text.splitlines())
+    )
 
 
 # -- the callback --------------------------------------------------------------------------------

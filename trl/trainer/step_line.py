@@ -21,7 +21,12 @@ SHOWN: tuple[tuple[str, str], ...] = (
     ("completions/clipped_ratio", "cut"),
     ("loss", "loss"),
     ("mean_token_accuracy", "accuracy"),
+    ("objective/scores", "score"),
+    ("objective/kl", "KL"),
+    ("loss/policy_avg", "policy loss"),
+    ("loss/value_avg", "value loss"),
     ("learning_rate", "lr"),
+    ("lr", "lr"),
 )
 """metrics of a line in their order, and their names there; a name is used once"""
 SPREADS = {"reward": "reward_std"}
