@@ -1,4 +1,4 @@
-"""Chat templates in the styles of model families, for what they say about tool calls; `README.md` there says whose."""
+"""Chat templates for what they say about tool calls, written by hand in the styles of model families."""
 
 from __future__ import annotations
 
