@@ -179,6 +179,7 @@ def test_findings_of_the_data_are_there(tmp_path):
             [],
             ["trl reward", "trl inspect reward", "trl grpo --model MODEL"],
         ),
+        (finished("PPOTrainer", command="trl ppo -x"), [], ["trl ppo --config"]),
         (finished(command="python train.py", status="stopped"), [3], [""]),
     ],
 )

@@ -151,6 +151,16 @@ def test_a_config_of_the_users_stays(place, tmp_path):
     assert run([*line, "--max_steps", "1", "--save_strategy", "no"]) == 0
     assert (tmp_path / "config.yaml").read_text() == mine
     assert yaml.safe_load((tmp_path / "config-of-run.yaml").read_text())["max_steps"] == 1
+    assert f"trl sft --config {tmp_path}/config-of-run.yaml" in (tmp_path / "report.html").read_text()
+
+
+def test_a_new_run_puts_the_record_of_another_aside(place, tmp_path):
+    line = words("sft", place, tmp_path, "--max_steps", "1", "--save_strategy", "no")
+    assert run(line) == run([*line, "--seed", "7"]) == 0
+    aside = tmp_path / "earlier-1"
+    assert {path.name for path in aside.iterdir()} == {"metrics.jsonl", "run.json", "report.html"}
+    assert "seed" not in record_of(aside)["settings"]
+    assert (record_of(tmp_path)["settings"]["seed"], record_of(tmp_path)["earlier"]) == (7, [])
 
 
 @pytest.mark.parametrize(

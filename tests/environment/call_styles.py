@@ -1,4 +1,4 @@
-"""Chat templates in the styles of model families, for what they say about tool calls; `README.md` there says whose."""
+"""Chat templates for what they say about tool calls, written by hand in the styles of model families."""
 
 from __future__ import annotations
 
@@ -131,6 +131,17 @@ WRITTEN: dict[str, Style] = {
                 + "</parameter>\n{% endfor %}</invoke>\n"
             )
             + "</minimax:tool_call>"
+        ),
+        IM[1:],
+        IM,
+    ),
+    "tagged_json": Style(
+        chatml(
+            each(
+                "<tool_call>{{ f.name }}\n"
+                + _PAIRS
+                + "<key>{{ key }}</key><value>{{ value | tojson }}</value>\n{% endfor %}</tool_call>"
+            )
         ),
         IM[1:],
         IM,

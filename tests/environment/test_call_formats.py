@@ -328,6 +328,7 @@ def test_a_call_that_cannot_be_read_gets_an_error_for_an_answer(name, text, erro
     ("calls", "shown"),
     [
         (each("{{ f.name | length }} letters"), "does not print them"),
+        (each("<|im_end|>\n<|im_start|>call\n{{ f | tojson }}"), "does not print them in the assistant's turn"),
         (each("<{{ f.name }}: {{ f.arguments.values() | list }}>"), r"it prints .<zqname: "),
         (each("{{ f.name }}" + "{% for key in f.arguments %}?{{ key }}{% endfor %}"), r"it prints 'zqname\?zqkey'"),
     ],

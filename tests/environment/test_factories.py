@@ -253,6 +253,8 @@ def test_a_row_names_its_environment():
 
     rollout, _, tokenizer = chat(environment, script, rows)
     assert rollout.rewards == pytest.approx([0.1, 1.0, 0.2])
+    said = [prompt[-1]["content"] for prompt in rollout.metadata["prompts"]]  # whether or not the rows have prompts
+    assert said == ["hi Count to 1.", "hi", "hi Count to 2."]
     offered = [tokenizer.decode(ids) for ids in rollout.prompts]
     assert ['"up"' in text for text in offered] == [True, False, True]
     assert ['"guess"' in text for text in offered] == [False, True, False]

@@ -18,7 +18,7 @@ SAID = ("reward", "completions/", "episodes/", "unscored", "frac_")
 
 GRPO: dict[str, Any] = {"num_generations": 4, "beta": 0.1, "num_iterations": 2, "scale_rewards": "batch"}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "grpo": ("grpo", 4, {**GRPO, "dynamic_sampling": True, "mask_truncated_completions": True}),
+    "grpo": ("grpo", 4, {**GRPO, "dynamic_sampling": True}),
     "grpo-whole": ("grpo", 8, GRPO),
     "grpo-steps": (
         "grpo", 2,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import trl
 from trl.data.records import Rollout
-from trl.trainer.distillation_trainer import DataSource, MixedSource
+from trl.trainer.distillation_trainer import DataSource, MixedSource, ReadableSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 TEACHER = {"max_completion_length": 3, "per_device_train_batch_size": 2}
@@ -78,6 +78,29 @@ def test_a_mixture_keeps_order_masks_and_places(share):
     assert ("histories" in rollout.metadata) == (share == 1.0)
     assert sorted(own.seen + others.seen) == list(range(100, 116))
     assert {0.0: 0, 0.5: 1, 1.0: 2}[share] == (len(own.seen) > 0) + (len(own.seen) == 16)
+
+
+def test_a_token_that_one_model_lacks_ends_a_completion():
+    rollout = Rollout([[1]] * 4, [[5, 6], [5, 9], [9, 5], []], [], [[1, 1], [1, 1], [1, 1], []], texts=[])
+
+    class Given:
+        def draw(self, *asked):
+            return rollout
+
+    made = ReadableSource(Given(), 9).draw([])
+    assert made.completions == [[5, 6], [5], [], []]
+    assert made.masks == [[1, 1], [1], [], []]
+    assert made.metadata["truncated"] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("rows", [(160, 100), (100, 160)])
+@pytest.mark.parametrize("settings", [{"lmbda": 1.0}, {"lmbda": 0.0, "seq_kd": True}])
+def test_heads_of_other_sizes(rows, settings, tmp_path):
+    student, teacher = map(of_size, rows)
+    trainer = make("GKD", tmp_path, model=student, arguments={"teacher_model": teacher}, max_steps=2, **settings)
+    trainer.train()
+    trainer.evaluate(prompts())
+    assert all(token < 100 for ids in rollouts_of(tmp_path)["completion_ids"] for token in ids)
 
 
 def test_the_settings_say_whose_they_are(tmp_path, caplog):

@@ -410,6 +410,8 @@ class FieldsForm(NamedForm):
     before_key: str = ""
     after_key: str = ""
     after_value: str = ""
+    json_texts: bool = False
+    """texts are written as JSON too"""
 
     @cached_property
     def _field(self) -> re.Pattern[str]:
@@ -429,7 +431,8 @@ class FieldsForm(NamedForm):
             end = self._value_end.search(text, key.end())
             if end is None or end["closed"] is None:
                 raise ValueError(f"{key[1]} is not closed by {self.after_value.strip()}")
-            arguments[key[1]] = typed(text[key.end() : end.start()], self.tools.get(name, {}).get(key[1], {}))
+            schema = {} if self.json_texts else self.tools.get(name, {}).get(key[1], {})
+            arguments[key[1]] = typed(text[key.end() : end.start()], schema)
             at = end.end()
         return arguments, at
 

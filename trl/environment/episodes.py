@@ -145,7 +145,7 @@ class Environment:
         """Play one episode from each row, with at most `limit` tokens after its prompt.
 
         The row's columns reach the `reset` of its own environment, as far as it has parameters for them. A row without
-        a prompt gets it from there; the metadata then holds the `prompts` of all rows.
+        a prompt gets it from there; the metadata holds the `prompts` of all rows, where there is a factory.
         """
         episodes = self._begin(rows, seeds, [row.get("prompt_ids") for row in rows])
         for episode in episodes:
@@ -153,7 +153,7 @@ class Environment:
         self._play(episodes, turns)
         self._score(episodes, rows)
         rollout = as_rollout([episode.history for episode in episodes])
-        if any(map(lacks_prompt, rows)):
+        if self.factories is not None:
             rollout.metadata["prompts"] = [self._prompt(episode) for episode in episodes]
         return rollout
 

@@ -64,7 +64,7 @@ def learned_reader(template: ChatTemplate, ends: Sequence[str], schemas: Sequenc
         form = learn(probes) if text else None
         if form is not None and probes.reads_back(form):
             return CallReader(_with_tools(form, _arguments_of(schemas)), probes.thoughts)
-    shown = "does not print them" if not text else f"it prints {text[:80]!r}"
+    shown = "does not print them in the assistant's turn" if not text else f"it prints {text[:80]!r}"
     raise ValueError(
         f"tools: the chat template writes calls in a way that cannot be read back ({shown}); give a "
         "`ChatEnvironment(tools, parser=...)` with a function that finds them in a turn"
@@ -112,6 +112,8 @@ class _Probes:
         said = [call.name for call in calls] + [str(value) for value in more.values() if value]
         if not all(word in text for word in said):
             return None
+        if any(end in text[: text.index(said[0])] for end in self.ends):
+            return None  # sampling would stop before the call
         last = max(text.rfind(word) for word in [*said, *(key for call in calls for key in call.arguments)])
         cuts = [at for end in self.ends if (at := text.find(end, last)) >= 0]
         text = text[: min(cuts, default=len(text))]
@@ -275,13 +277,17 @@ def _pieces(probes: _Probes) -> _Pieces | None:
 def _fields_form(probes: _Probes) -> FieldsForm | None:
     """The form where each argument stands between pieces of its own."""
     pieces = _pieces(probes)
-    if pieces is None or not "".join(pieces.after_value).strip() or pieces.quoted:
+    if pieces is None:
+        return None
+    quotes = len(pieces.quoted)  # texts are JSON too, and a piece follows their quotes
+    after_key, after_value = pieces.after_key[: len(pieces.after_key) - quotes], pieces.after_value[quotes:]
+    if not "".join(after_value).strip() or pieces.quoted[:1] not in ([], ['"']):
         return None
     frame = _frame(pieces.lead, "".join(pieces.after_name), pieces.closing, pieces.between)
     if not frame.opening or not frame.closing.strip():
         return None
-    texts = ("".join(of) for of in (pieces.before_key, pieces.after_key, pieces.after_value))
-    return FieldsForm(frame, {}, *texts)
+    before, after, closes = ("".join(of) for of in (pieces.before_key, after_key, after_value))
+    return FieldsForm(frame, {}, before, after, closes, json_texts=bool(quotes))
 
 
 def _syntax_form(probes: _Probes) -> SyntaxForm | None:

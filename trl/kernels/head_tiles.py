@@ -120,10 +120,10 @@ class Tile(NamedTuple):
 
 
 def softmax_of(logits: Tensor, peak_R: Tensor, memory: Tensor | None) -> tuple[Tile, Tensor]:
-    """The softmax of a tile with these peaks, and the sum of its probabilities, at least 1/2. [R]
+    """The softmax of a tile below these peaks, and the sum of its exponentials exp(logits - peak). [R]
 
-    The sum of the exponentials is read off a word whose exponential is known: the tile's first word takes the place of
-    the likeliest for the while. So `softmax` is the only operation on all words, and sums are exact to rounding.
+    The sum is read off a word whose exponential is known: for the while the tile's first word has the peak for a logit,
+    and its probability is the share. So `softmax` is the only operation on all words.
     """
     known = logits.select(1, 0)
     first = known.clone()
@@ -137,7 +137,7 @@ def softmax_of(logits: Tensor, peak_R: Tensor, memory: Tensor | None) -> tuple[T
     own = torch.sub(first, peak_R).exp_().mul_(share)
     known.copy_(first)
     read.copy_(own)
-    return Tile(probabilities, peak_R, share), own.sub_(share).add_(1)
+    return Tile(probabilities, peak_R, share), own.sub_(share).add_(1).div_(share)
 
 
 class Softmax:
@@ -151,24 +151,22 @@ class Softmax:
 
     def take(
         self, logits: Tensor, targets: tuple[Tensor, Tensor], cap_slope: Tensor | None, memory: Tensor | None
-    ) -> tuple[Tile, Tensor, Tensor]:
-        """Add a tile, whose logits are overwritten. Returns its softmax, and the factors of sums over earlier tiles and
-        over this one, [R].
+    ) -> tuple[Tile, Tensor]:
+        """Add a tile, whose logits are overwritten. Returns its softmax, and the factor that rescales sums of
+        exponentials over earlier tiles, [R].
 
         memory: for the probabilities; None: they get their own.
         """
         self.chosen[targets[0]] = logits[targets]
         if cap_slope is not None:
             self.target_cap_slope[targets[0]] = cap_slope[targets]
-        peak_R = logits.amax(1)
-        tile, mass = softmax_of(logits, peak_R, memory)
-        peak = torch.maximum(self.peak, peak_R)
-        before, own = self.peak.sub_(peak).exp_(), torch.sub(peak_R, peak).exp_().div_(tile.share)
-        self.peak = peak
-        self.total.mul_(before).addcmul_(own, mass)
+        peak = torch.maximum(self.peak, logits.amax(1))
+        tile, total = softmax_of(logits, peak, memory)
+        rescale, self.peak = self.peak.sub(peak).exp_(), peak
+        self.total = torch.addcmul(total, self.total, rescale)
         if self.want_entropy:
-            self.mean.mul_(before).addcmul_(own, logits.mul_(tile.probabilities).sum(1))
-        return tile, before, own
+            self.mean = torch.addcmul(logits.mul_(tile.probabilities).sum(1).div_(tile.share), self.mean, rescale)
+        return tile, rescale
 
     def logprobs(self) -> Tensor:
         """log p of the targets."""
@@ -190,40 +188,26 @@ class Softmax:
 
 
 class HiddenGradient:
-    """d log p / d h of some rows, for a frozen head: averaged while the logits exist. [R, D]"""
+    """d log p / d h of some rows, for a frozen head: summed while the logits exist. [R, D]"""
 
     def __init__(self, linear: Linear, hidden_RD: Tensor):
-        self.linear, self.mean_RD = linear, wide_zeros(hidden_RD)
-        same = self.mean_RD.dtype == linear.weight.dtype and not torch.is_autocast_enabled(hidden_RD.device.type)
-        self.product = torch.empty_like(self.mean_RD) if same else None
-        self.total = hidden_RD.new_zeros(len(hidden_RD), dtype=torch.float32)
+        self.linear, self.sum_RD = linear, wide_zeros(hidden_RD)
+        self.share = torch.ones(len(hidden_RD), device=hidden_RD.device)
+        """of the last tile: the sum is one of exponentials times it"""
 
     def take(
-        self,
-        tile: Tile,
-        words: slice,
-        targets: tuple[Tensor, Tensor],
-        cap_slope: Tensor | None,
-        before_R: Tensor,
-        own_R: Tensor,
+        self, tile: Tile, words: slice, targets: tuple[Tensor, Tensor], cap_slope: Tensor | None, rescale_R: Tensor
     ) -> None:
         """Add the words of a tile, without the targets."""
-        slope, weight = tile.probabilities, self.linear.weight[words]
-        if cap_slope is not None:
-            slope = slope.mul_(cap_slope)
+        slope = tile.probabilities if cap_slope is None else tile.probabilities.mul_(cap_slope)
         slope[targets] = 0.0
-        self.total = torch.addcmul(own_R, self.total, before_R)
-        product = (
-            (slope.to(weight.dtype) @ weight).to(self.mean_RD.dtype)
-            if self.product is None
-            else torch.mm(slope, weight, out=self.product)
-        )
-        self.mean_RD.lerp_(product, (own_R / self.total).to(product.dtype)[:, None])
+        rescale_R = rescale_R * tile.share / self.share
+        self.share = tile.share
+        add_product(self.sum_RD.mul_(rescale_R[:, None]), slope, self.linear.weight[words])
 
     def finished(self, softmax: Softmax, ids_R: Tensor) -> Tensor:
-        self.product = None
-        own = self.linear.weight[ids_R].float().mul_(softmax.target_slope()[:, None])
-        return own.addcmul_(self.mean_RD, (self.total / softmax.total)[:, None], value=-1).mul_(self.linear.factor)
+        own = self.linear.weight[ids_R].float() * softmax.target_slope()[:, None]
+        return own.sub_(self.sum_RD / (self.share * softmax.total)[:, None]).mul_(self.linear.factor)
 
 
 def wide_zeros(like: Tensor) -> Tensor:
@@ -288,9 +272,9 @@ class LinearLogprobs(torch.autograd.Function):
                     room = torch.empty_like(memory)
                 logits = linear.logits(hidden_RD, words, memory)
                 cap_slope = linear.softcap_slope(logits) if learns else None
-                tile, before_R, own_R = softmax.take(logits, targets, cap_slope, None if keeps else room)
+                tile, rescale_R = softmax.take(logits, targets, cap_slope, None if keeps else room)
                 if of_hidden is not None:
-                    of_hidden.take(tile, words, targets, cap_slope, before_R, own_R)
+                    of_hidden.take(tile, words, targets, cap_slope, rescale_R)
                 elif keeps:
                     kept.take((rows.start, words.start), tile, cap_slope, weight.dtype)
             logprobs[rows], entropies[rows], tops[rows] = softmax.logprobs(), softmax.entropies(), softmax.tops()

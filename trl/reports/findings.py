@@ -9,7 +9,6 @@ from statistics import fmean, pvariance
 
 from trl.reports.run_folder import RunRead, Series
 from trl.trainer.metrics import named
-from trl.trainer.run_folder import CONFIG
 from trl.trainer.step_line import short
 
 ENOUGH = 8
@@ -20,6 +19,8 @@ NEXT = {
     "DPO": ("grpo",), "ORPO": ("grpo",), "CPO": ("grpo",), "SimPO": ("grpo",), "KTO": ("grpo",),
 }  # fmt: skip
 """trainer -> commands that often follow it"""
+NOT_INSPECTED = ("ppo",)
+"""commands whose rows `trl inspect` does not show"""
 DATA = {"dpo": "pairs.jsonl", "grpo": "prompts.jsonl"}
 
 
@@ -91,7 +92,7 @@ def _of_losses(run: RunRead) -> list[str]:
 def next_steps(run: RunRead) -> list[tuple[str, str]]:
     """What can be done now: a sentence, and a command for it or nothing."""
     job, folder = job_of(run), str(run.folder)
-    settings = f"--config {shlex.quote(str(run.folder / CONFIG))}"
+    settings = f"--config {shlex.quote(str(run.config))}"
     status = run.status[0]
     steps: list[tuple[str, str]] = []
     if status in ("failed", "stopped", "ended") and run.checkpoints:
@@ -101,6 +102,7 @@ def next_steps(run: RunRead) -> list[tuple[str, str]]:
     if job and run.settings:
         again = shlex.quote(f"{folder.rstrip('/')}-2")
         steps.append(("Run it again with something changed", f"trl {job} {settings} --output_dir {again}"))
+    if job and run.settings and job not in NOT_INSPECTED:
         steps.append(("See the rows as they were learned", f"trl inspect {job} {settings} --rows 5"))
     if status == "finished":
         for follows in NEXT.get(run.trainer, ()):

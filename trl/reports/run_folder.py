@@ -13,7 +13,7 @@ from typing import Any
 
 from trl.trainer.checkpoints import PREFIX
 from trl.trainer.run_folder import CONFIG, RECORD, is_live
-from trl.trainer.run_record import read_record
+from trl.trainer.run_record import OTHER_CONFIG, read_record
 from trl.trainer.tally import METRICS
 
 MOMENTS, SHOWN = 5, 3
@@ -61,8 +61,10 @@ class RunRead:
     series: dict[str, Series]
     summary: dict[str, float]
     samples: list[Samples]
+    config: Path
+    """file of its settings"""
     settings: str
-    """text of `config.yaml`"""
+    """text of that"""
     checkpoints: list[int]
     skipped: list[str]
     """what could not be read, in words"""
@@ -101,9 +103,10 @@ def read_run(folder: str | os.PathLike[str]) -> RunRead:
     if record is None and not (place / METRICS).is_file():
         raise ValueError(f"{folder}: no run has written there: it has neither {RECORD} nor {METRICS}")
     series, summary = read_metrics(place / METRICS, skipped)
-    config = place / CONFIG
+    config = next((path for path in (place / OTHER_CONFIG, place / CONFIG) if path.is_file()), place / CONFIG)
     return RunRead(
         place, checked(record or {}), series, summary, read_samples(place / "rollouts", skipped),
+        config,
         config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         sorted(int(path.name.removeprefix(PREFIX)) for path in place.glob(f"{PREFIX}*") if _numbered(path)), skipped,
     )  # fmt: skip

@@ -97,7 +97,7 @@ class Experience(TensorRecord):
             prompts=[torch.tensor(ids, dtype=torch.long) for ids in rollout.prompts],
             completions=[torch.tensor(ids, dtype=torch.long) for ids in rollout.completions],
             mask_BT=padded(rollout.masks),
-            old_logprobs_BT=padded(rollout.logprobs) if rollout.logprobs else None,
+            old_logprobs_BT=padded(rollout.logprobs) if rollout.logprobs or not len(rollout) else None,
         )
         advantages_B = columns.pop("advantages", None)
         if advantages_B is not None:

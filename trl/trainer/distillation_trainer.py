@@ -25,7 +25,7 @@ from trl.generation import make_sampler
 from trl.losses.distillation import generalized_jsd
 from trl.losses.loss_sum import LossSum
 from trl.models.precision import frozen_dtype
-from trl.models.prepare import context_length, load_model, read_tokenizer
+from trl.models.prepare import context_length, embedding_rows, load_model, read_tokenizer
 from trl.models.scoring import head_of, in_head, map_logits, scored_states
 from trl.models.unwrap import below_peft
 from trl.rollout.experience import Experience, PolicyBatch
@@ -180,7 +180,8 @@ class DistillationTrainer(RolloutTrainer):
 
     teacher_model: a model, a folder or a Hub name. It stays in its own precision if it is an object; one that is given
     by name follows the student's, unless `teacher_model_init_kwargs` has a `dtype`. Its output may have more or fewer
-    rows than the student's, as long as there is one for each token of the tokenizer.
+    rows than the student's, as long as there is one for each token of the tokenizer; the rows that both have are
+    compared, and a completion ends before a token that one of them lacks.
     """
 
     _tag_names = ("trl", "distillation")
@@ -253,7 +254,12 @@ class DistillationTrainer(RolloutTrainer):
     # -- samples: the student's own, the teacher's or the data set's -------------------------------
 
     def make_source(self) -> Source:
-        config, own = self.args, super().make_source()
+        source = self._mixed(super().make_source())
+        held = [embedding_rows(model) for model in (self.teacher, self.model)]
+        return source if held[0] == held[1] else ReadableSource(source, min(number for number in held if number))
+
+    def _mixed(self, own: Source) -> Source:
+        config = self.args
         if config.lmbda == 1:
             return own
         if config.seq_kd:
@@ -384,6 +390,28 @@ class MixedSource:
             if which:
                 parts.append((which, source.draw([rows[number] for number in which], group, seed, theirs)))
         return parts[0][1] if len(parts) == 1 else merged(parts, group)
+
+
+@dataclass
+class ReadableSource:
+    """Completions up to the first token that one of two models has no embedding for: heads may be padded."""
+
+    source: Source
+    tokens: int
+    """how many both have"""
+
+    def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
+        rollout = self.source.draw(rows, group, seed, places)
+        cut = list(rollout.metadata.get("truncated", [False] * len(rollout)))
+        for number, ids in enumerate(rollout.completions):
+            if max(ids, default=0) < self.tokens:
+                continue
+            end = next(place for place, token in enumerate(ids) if token >= self.tokens)
+            for column in filter(None, (rollout.completions, rollout.logprobs, rollout.masks)):
+                column[number] = column[number][:end]  # type: ignore[index, assignment]
+            cut[number] = True
+        rollout.metadata["truncated"] = cut
+        return rollout
 
 
 def merged(parts: Sequence[tuple[Sequence[int], Rollout]], group: int) -> Rollout:

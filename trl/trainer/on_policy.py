@@ -217,7 +217,10 @@ class OnPolicyTrainer(RolloutTrainer):
         in_reward = self.reference is not None and not self.kl.in_loss
         if in_reward or not self._uses_own_pass():
             return range(rows)
-        later = self.rollouts.shape.learned_later(self.args.gradient_accumulation_steps)
+        shape = self.rollouts.shape
+        later = shape.learned_later(self.args.gradient_accumulation_steps)
+        if self.args.world_size > 1 and self._deals(shape):  # any of them may be learned later, by another rank
+            return range(0 if len(later) else rows, rows)
         return range(min(later.start, rows), rows)
 
     def _say_passes(self, rows: int, of: int) -> None:
