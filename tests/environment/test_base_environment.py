@@ -1,3 +1,4 @@
+import math
 import random
 import re
 import threading
@@ -218,6 +219,15 @@ def test_rewards(make):
     assert [history.reward for history in environment.compute_reward(histories)] == list(range(8))
     with pytest.raises(ValueError, match="1 rewards for 8 episodes"):
         make(reward_fn=lambda texts: [1.0]).compute_reward(histories)
+
+    async def later(texts):
+        return [None] + [2.0] * (len(texts) - 1)
+
+    make(reward_fn=later).compute_reward(histories)
+    assert math.isnan(histories[0].reward)  # no opinion
+    assert {history.reward for history in histories[1:]} <= {2.0}
+    with pytest.raises(ValueError, match="reward_fn gave None; give a list"):
+        make(reward_fn=lambda texts: None).compute_reward(histories)
     with pytest.raises(ValueError, match="reward_fn=None"):
         make(reward_fn=None).compute_reward(histories)
 

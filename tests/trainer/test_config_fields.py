@@ -294,3 +294,40 @@ def test_quantisation_is_told_to_the_loader(name, model_with_code, tmp_path, mon
             loaded, args=args, train_dataset=rows, processing_class=word_tokenizer(),
             quantization_config={"load_in_4bit": True}, **more,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "read"),
+    [
+        ("GRPOConfig", "beta", "1e-3", 1e-3),
+        ("GRPOConfig", "num_generations", "4", 4),
+        ("GRPOConfig", "max_completion_length", 4.0, 4),
+        ("GKDConfig", "lmbda", "0.5", 0.5),
+        ("DPOConfig", "max_length", "12", 12),
+        ("PPOConfig", "init_kl_coef", "2e-1", 0.2),
+    ],
+)
+def test_numbers_written_as_text_are_read(name, setting, value, read, tmp_path):
+    """As a YAML file gives `1e-3`, or an environment variable."""
+    folder = {} if name == "PPOConfig" else {"output_dir": str(tmp_path), "report_to": "none"}
+    made = getattr(getattr(trl, name)(**folder, **{setting: value}), setting)
+    assert (made, type(made)) == (read, type(read))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "what"),
+    [
+        ("GRPOConfig", "beta", [0.1], r"beta=\[0.1\]: give a number$"),
+        ("GRPOConfig", "num_generations", 2.5, "num_generations=2.5: give a whole number"),
+        ("GRPOConfig", "max_completion_length", None, "max_completion_length=None: give a whole number$"),
+        ("GRPOConfig", "epsilon_high", "high", "epsilon_high='high': give a number, or None$"),
+        ("GRPOConfig", "reward_weights", 1.0, "reward_weights=1.0: give a list of numbers"),
+        ("OnlineDPOConfig", "missing_eos_penalty", [1], "missing_eos_penalty="),
+        ("GKDConfig", "temperature", None, "temperature=None: give a number"),
+        ("PPOConfig", "cliprange", None, "cliprange=None: give a number"),
+    ],
+)
+def test_what_is_no_number_is_named(name, setting, value, what, tmp_path):
+    folder = {} if name == "PPOConfig" else {"output_dir": str(tmp_path), "report_to": "none"}
+    with pytest.raises(ValueError, match=f"^{what}"):
+        getattr(trl, name)(**folder, **{setting: value})

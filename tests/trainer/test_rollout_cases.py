@@ -15,6 +15,7 @@ import trl
 from trl.data.records import Completion, Rollout
 from trl.environment import TextEnvironment
 from trl.generation.stopping import without_ends
+from trl.rewards.named import pairwise
 from trl.rewards.panel import RewardError, RewardPanel
 from trl.rollout.collector import columns_of, replace_groups
 from trl.rollout.prompts import PromptStream
@@ -287,6 +288,9 @@ def test_what_a_rollout_function_gives_is_read():
         ({"env_mask": [[1, 1], []]}, r"env_mask\[1\] has 0 numbers for 1 tokens"),
         ({"steps": 3}, "steps is a int; give a list"),
         ({"note": {"a": 1, "b": 2}}, "note is a dict; give a list"),
+        ({"completion_ids": ["ab", "c"]}, r"completion_ids\[0\] is 'ab'; give a list of token ids"),
+        ({"prompt_ids": [[1], None]}, r"prompt_ids\[1\] is None; give a list of token ids"),
+        ({"logprobs": [[-1.0, -1.0], None]}, r"logprobs\[1\] is None; give a number for each token, or None for all"),
     ],
 )
 def test_what_a_rollout_function_cannot_give(changes, what):
@@ -297,6 +301,42 @@ def test_what_a_rollout_function_cannot_give(changes, what):
     with pytest.raises(ValueError, match="rollout_func gave a list: return"):
         FunctionSource(lambda rows: [1]).draw([{"prompt": "p"}])
     assert calls_of(lambda rows, trainer: (rows, trainer), [1], [2, 3])([{"prompt": "p"}]) == ([{"prompt": "p"}], 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"completion_ids": [[3, 9]]}, r"completion_ids\[0\] has the token 9, and the policy knows 0 to 8; give ids"),
+        ({"prompt_ids": [[-100, 1]]}, r"prompt_ids\[0\] has the token -100"),
+        ({"logprobs": [[-1.0, 0.7]]}, r"logprobs\[0\] has 0.7; give natural logarithms"),
+        ({"logprobs": [[float("nan"), -1.0]]}, r"logprobs\[0\] has nan"),
+        ({"logprobs": [[-1.0, float("-inf")]]}, r"logprobs\[0\] has -inf"),
+    ],
+)
+def test_tokens_and_numbers_of_a_rollout_function_must_be_the_policys(changes, what):
+    """L1: also those of a `Rollout`; what the policy did not write may have any number."""
+    given = {"prompt_ids": [[1]], "completion_ids": [[3, 4]], "logprobs": [[-1.0, 0.0]], **changes}
+    ours = Rollout(given["prompt_ids"], given["completion_ids"], given["logprobs"], [[1, 1]])
+    for made in (given, ours):
+        with pytest.raises(ValueError, match=what):
+            FunctionSource(lambda rows, made=made: made, words=9).draw([{"prompt": "p"}])
+    if "logprobs" in changes:
+        masks = [[int(-50 < number <= 0) for number in given["logprobs"][0]]]
+        FunctionSource(lambda rows: {**given, "env_mask": masks}, words=9).draw([{"prompt": "p"}])
+
+
+def test_a_rollout_function_and_a_judge_may_be_async():
+    """L1, R1"""
+
+    async def made(rows):
+        return {"prompt_ids": [[1]] * len(rows), "completion_ids": [[2]] * len(rows), "logprobs": [None] * len(rows)}
+
+    async def judge(prompts, pairs):
+        return [1] * len(prompts)
+
+    source = FunctionSource(made, lambda rollout: [[-7.0]] * len(rollout), 3)
+    assert source.draw([{"prompt": "p"}], group=2).logprobs == [[-7.0], [-7.0]]
+    assert pairwise(judge)(["p", "p"], ["a", "b"]) == [0.0, 1.0]
 
 
 # --- streams of prompts -----------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ def in_order(value: Any) -> list[Any]:
         raise TypeError(f"a {type(value).__name__}; give a list, in the order of what was asked")
     listed = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(listed, Iterable) and not hasattr(listed, "__getitem__"):
-        raise TypeError(f"one {type(value).__name__}; give a list, with a value each")
+        what = "None" if value is None else f"one {type(value).__name__}"
+        raise TypeError(f"{what}; give a list, with a value each")
     return list(listed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.data.any_text import encodable
 from trl.data.records import Rollout
-from trl.data.user_functions import accepted, in_order
+from trl.data.user_functions import Begun, accepted, in_order
 from trl.environment.episodes import Environment, Episode
 from trl.environment.factories import Factory, OwnEnvironment, Said
 from trl.environment.text_history import TextHistory
@@ -253,7 +254,8 @@ class TextEnvironment(Environment):
         rewards: Sequence[Any] = [0.0] * len(histories)
         if self.reward_fn is not None:
             try:
-                rewards = self.reward_fn([history.last_text_segment for history in histories], **reward_kwargs)
+                texts = [history.last_text_segment for history in histories]
+                rewards = Begun(partial(self.reward_fn, texts), **reward_kwargs).result()
             except SystemExit as error:
                 raise RuntimeError(f"reward_fn asked the program to end: {error!r}; return a reward instead") from error
         try:
@@ -264,6 +266,7 @@ class TextEnvironment(Environment):
             raise ValueError(f"reward_fn gave {len(rewards)} rewards for {len(histories)} episodes; give one for each")
         earned = self._earned([Episode.of(history) for history in histories])
         for history, reward, more in zip(histories, rewards, earned, strict=True):
+            reward = math.nan if reward is None else reward  # no opinion
             history.reward = reward + more if more else reward
         return histories
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from trl.data.user_functions import in_order
+from trl.data.user_functions import Begun, in_order
 from trl.models.prepare import context_length, load_model, load_tokenizer
 from trl.models.unwrap import below_accelerate, below_peft
 from trl.rewards.math_answers import accuracy_reward, exact_match_reward, reasoning_accuracy_reward
@@ -125,7 +126,7 @@ def pairwise(judge: Judge | Any) -> Callable[..., list[float | None]]:
         pairs = [list(completions[i : i + 2]) for i in range(0, len(completions), 2)]
         if reads_texts:
             asked, pairs = list(map(_read_out, asked)), [[text_of(said) for said in pair] for pair in pairs]
-        given = decide(asked, pairs)
+        given = Begun(partial(decide, asked, pairs)).result()
         try:
             choices = in_order(given)
         except TypeError as error:

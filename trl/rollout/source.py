@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from random import Random
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ from torch import Tensor
 from trl.data.columns import at_row, shown
 from trl.data.formats import column_names
 from trl.data.records import Rollout
-from trl.data.user_functions import in_order, own
+from trl.data.user_functions import Begun, in_order, own
 from trl.environment.chat_environment import ChatEnvironment
 from trl.environment.episodes import Environment, lacks_prompt
 from trl.environment.factories import ROUTE, Factory
@@ -155,9 +157,11 @@ class FunctionSource:
     """called with a row of the data set for each completion; gives a rollout, or what `rollout_of` reads"""
     measure: Callable[[Rollout], list[list[float]]] | None = None
     """the policy's log-probabilities, where the function does not know them"""
+    words: float = math.inf
+    """tokens that the policy knows"""
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
-        made = self.function([own(dict(row)) for row in rows for _ in range(group)])
+        made = Begun(partial(self.function, [own(dict(row)) for row in rows for _ in range(group)])).result()
         rollout = rollout_of(made) if isinstance(made, Mapping) else made
         if not isinstance(rollout, Rollout):
             raise ValueError(
@@ -166,11 +170,34 @@ class FunctionSource:
             )
         if len(rollout) != len(rows) * group:
             raise ValueError(f"rollout_func gave {len(rollout)} completions for {len(rows) * group} rows")
+        check_given(rollout, self.words)
         if not rollout.logprobs and self.measure is not None:
             rollout.logprobs = self.measure(rollout)
         return rollout
 
 
+def check_given(rollout: Rollout, words: float) -> None:
+    """ValueError for tokens that a policy of so many words does not know, or log-probabilities that are none."""
+    for name, rows in (("prompt_ids", rollout.prompts), ("completion_ids", rollout.completions)):
+        for at, ids in enumerate(rows):
+            unknown = [token for token in ids if not 0 <= token < words]
+            if unknown:
+                raise ValueError(
+                    f"rollout_func: {name}[{at}] has the token {unknown[0]}, and the policy knows 0 to {words - 1:g}; "
+                    "give ids of its own tokenizer"
+                )
+    for at, (numbers, mask) in enumerate(zip(rollout.logprobs, rollout.masks, strict=False)):
+        own_numbers = [number for number, counts in zip(numbers, mask, strict=False) if counts]
+        wrong = [number for number in own_numbers if not -math.inf < number < _ROUND]
+        if wrong:
+            raise ValueError(
+                f"rollout_func: logprobs[{at}] has {wrong[0]:g}; give natural logarithms of the tokens' probabilities, "
+                "finite and at most 0, or None for all"
+            )
+
+
+_ROUND = 0.1
+"""a log-probability in half precision may be so much above 0"""
 MASKS = ("env_mask", "tool_mask")
 """names of the mask in what a rollout function gives"""
 
@@ -185,9 +212,8 @@ def rollout_of(columns: Mapping[str, Any]) -> Rollout:
     if missing:
         raise ValueError(f"rollout_func: {missing[0]} is missing among {', '.join(columns)}; give a list of token ids")
     given = {name: _listed(name, values) for name, values in columns.items() if values is not None}
-    completions = [list(map(int, ids)) for ids in given.pop("completion_ids")]
-    prompts = [list(map(int, ids)) for ids in given.pop("prompt_ids")]
-    logprobs = [[float(_first(number)) for number in row] for row in given.pop("logprobs", [])]
+    completions, prompts = (_ids(name, given.pop(name)) for name in ("completion_ids", "prompt_ids"))
+    logprobs = _logprobs(given.pop("logprobs", []))
     masks = next((given.pop(name) for name in MASKS if name in given), [[1] * len(ids) for ids in completions])
     for name, values in {"prompt_ids": prompts, **given}.items():
         if len(values) != len(completions):
@@ -207,6 +233,31 @@ def _listed(name: str, values: Any) -> list[Any]:
         raise ValueError(
             f"rollout_func: {name} is a {type(values).__name__}; give a list with a value for each completion"
         ) from None
+
+
+def _ids(name: str, rows: Sequence[Any]) -> list[list[int]]:
+    read: list[list[int]] = []
+    for at, ids in enumerate(rows):
+        try:
+            read.append(list(map(int, in_order(ids))))
+        except (TypeError, ValueError):
+            raise ValueError(f"rollout_func: {name}[{at}] is {shown(ids)}; give a list of token ids") from None
+    return read
+
+
+def _logprobs(rows: Sequence[Any]) -> list[list[float]]:
+    """Of each token; none where no row has any."""
+    if all(row is None for row in rows):
+        return []
+    read: list[list[float]] = []
+    for at, row in enumerate(rows):
+        try:
+            read.append([float(_first(number)) for number in row])
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"rollout_func: logprobs[{at}] is {shown(row)}; give a number for each token, or None for all rows"
+            ) from None
+    return read
 
 
 def _first(number: Any) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, TypeVar
 
 from transformers import TrainingArguments
@@ -111,6 +112,7 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.translate()
+        read_numbers(self)
         if int(os.environ.get("RANK", "0")) == 0:
             log_without_effect(self)
         self.settle()
@@ -232,6 +234,38 @@ class Setting:
         except ValueError:
             setattr(holder.args, field, before)
             raise
+
+
+_INHERITED = frozenset(entry.name for entry in fields(TrainingArguments))
+_NUMBERS: dict[str, type[int] | type[float]] = {"int": int, "float": float}
+
+
+def read_numbers(config: Any) -> None:
+    """Read numbers that are written as text, as in a YAML file; ValueError for a field of one number that has none."""
+    for entry in fields(config):
+        kind = _NUMBERS.get(str(entry.type).removesuffix(" | None"))
+        value = getattr(config, entry.name)
+        untouched = value is None and (str(entry.type).endswith("None") or default_of(entry) is None)
+        if kind is None or untouched or entry.name in _INHERITED or value == default_of(entry):
+            continue
+        try:
+            setattr(config, entry.name, _number(value, kind))
+        except (TypeError, ValueError, OverflowError):
+            what = "a whole number" if kind is int else "a number"
+            or_none = ", or None" if str(entry.type).endswith("None") else ""
+            raise ValueError(f"{entry.name}={value!r}: give {what}{or_none}") from None
+
+
+def _number(value: Any, kind: type) -> Any:
+    number: Any = float(value) if isinstance(value, str) else value
+    known = isinstance(number, Real)
+    if not known:
+        raise TypeError
+    if kind is float or isinstance(number, int):
+        return number
+    if number != int(number):
+        raise ValueError
+    return int(number)
 
 
 def _json(name: str, text: str) -> Any:

@@ -82,7 +82,7 @@ from trl.rollout.source import (
 )
 from trl.trainer import checkpoints, overrides, ppo_forms, ppo_statistics, ppo_today
 from trl.trainer.base import BaseTrainer
-from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of
+from trl.trainer.configuration import ACTIONS, PostTrainingConfig, processing_class_of, read_numbers
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
 from trl.trainer.model_card import PPO_CARD, CardFacts, card_text, listed, write_card, write_model_card
 from trl.trainer.optim import TFAdam
@@ -255,6 +255,7 @@ class PPOConfig(TodaysSettings):
                 setattr(self, name, default)
         if self._form is not None:
             self._take_defaults()
+        read_numbers(self)
         if self._form == ppo_forms.TODAY:
             ppo_forms.check_today(self)
             self.world_size = self.arguments.world_size

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -354,6 +355,8 @@ class RewardedConfig(RolloutConfig):
         require(self, "dynamic_sampling_max_rounds", 1 <= rounds <= 64, "give a whole number from 1 to 64")
         require(self, "dynamic_sampling", not self.dynamic_sampling or rounds > 1, "has no effect with 1 round")
         weights = self.reward_weights or []
+        listed = isinstance(weights, list | tuple) and all(isinstance(weight, Real) for weight in weights)
+        require(self, "reward_weights", listed, "give a list of numbers, one for each reward function")
         require(self, "reward_weights", all(map(math.isfinite, weights)), "give finite numbers")
         timeouts: list[Any] = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
         fits = all(seconds is None or seconds > 0 for seconds in timeouts)
@@ -643,7 +646,7 @@ class RolloutTrainer(ObjectiveTrainer):
         """What completes the prompts: the environment, the user's function or the sampler."""
         if self.rollout_func is not None:
             call = calls_of(self.rollout_func, [self], [self.args, self.processing_class])
-            return FunctionSource(call, self.logprobs_of)
+            return FunctionSource(call, self.logprobs_of, embedding_rows(self.model) or math.inf)
         return self.sampled_by(self.sampler)
 
     def sampled_by(self, sampler: Sampler) -> Source:
