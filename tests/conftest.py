@@ -1,6 +1,7 @@
 """One thread, no network, warnings are errors (pyproject.toml)."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,3 +47,13 @@ def chat_tokenizer() -> Any:
     from tokenizers_for_tests import byte_tokenizer
 
     return byte_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def shared_tokenizers_stay():
+    """A test that changes the tokenizer that all tests share would change those that come after it."""
+    yield
+    shared = sys.modules.get("conformity")
+    if shared is not None and shared.tokenizer.cache_info().currsize:
+        known = shared.tokenizer()
+        assert (known.eos_token, known.pad_token, known.chat_template) == ("<eos>", "<pad>", None)

@@ -6,9 +6,11 @@ import re
 import warnings
 from pathlib import Path
 
+import conformity
 import pytest
 import torch
 from conformity import build, causal_lm, history, pairs, prompts, tokenizer
+from tokenizers_for_tests import word_tokenizer
 
 import trl
 
@@ -200,7 +202,8 @@ def test_lengths_of_gkd(tmp_path):
         trl.GKDConfig(output_dir=str(tmp_path), max_length=300, truncation_mode="keep_start", report_to="none")
 
 
-def test_tokens_and_template_of_gkd(tmp_path):
+def test_tokens_and_template_of_gkd(tmp_path, monkeypatch):
+    monkeypatch.setattr(conformity, "tokenizer", word_tokenizer)  # a trainer gives the tokenizer its own tokens
     (tmp_path / "a.jinja").write_text("{{ messages[0].content }}")
     trainer = build("gkd", tmp_path, eos_token="d", chat_template_path=str(tmp_path / "a.jinja"))
     assert trainer.processing_class.eos_token == "d"

@@ -30,7 +30,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cli.assets": ("quickstart.assets",),
     "cli.intervals": ("quickstart.intervals",),
     "cli.language_model": ("quickstart.language_model",),
-    "cli.plots": ("quickstart.plots",),
+    "cli.plots": ("quickstart.plots", "reports.charts"),
     "cli.progress": ("quickstart.progress",),
     "cli.quickstart": ("quickstart.command",),
     "cli.recipe": ("quickstart.recipe",),
