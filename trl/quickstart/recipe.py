@@ -63,7 +63,7 @@ SMALL = Recipe(
 TINY = Recipe(
     imitation_steps=220, imitation_lines=32, imitation_rate=3e-3, line_tokens=64,
     reward_pairs=800, reward_batch=16, reward_rate=2e-4, rating_gap=1.0, trained_layers=3, accuracy_pairs=200,
-    ppo_steps=20, ppo_lines=48, ppo_minibatch=24, ppo_epochs=2, ppo_rate=5e-4, kl_coefficient=0.1,
+    ppo_steps=40, ppo_lines=48, ppo_minibatch=24, ppo_epochs=2, ppo_rate=5e-4, kl_coefficient=0.1,
     prompt_words=4, new_tokens=16, least_tokens=12, temperature=0.7, measured_prompts=256,
     highest_kl=12.0, lost_variety=0.1, lora_share=0.0,
 )  # fmt: skip
