@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trl.data.any_text import console, encodable, encodable_values, visible
 from trl.data.records import Rollout
 from trl.environment import TextHistory
-from trl.rollout.report import print_table, table_of, write_parquet
+from trl.rollout.report import print_samples, print_table, table_of, write_parquet
 from trl.rollout.rewards import Rewards
 
 ODD = [
@@ -115,3 +115,47 @@ def test_values_are_encodable_at_any_depth():
         nested = [nested]
     with pytest.raises(ValueError, match="nested too deeply"):
         encodable_values(nested)
+
+
+SCORED = {"reward_one": "0.00", "reward_two_with_a_long_name": "1.00", "advantage": "-0.87"}
+
+
+@pytest.mark.parametrize("columns", [30, 80, 120])
+def test_samples_are_whole_at_every_width(columns, monkeypatch, capsys):
+    """Long words fold, a prompt stands above its completions once, a conversation is read as turns."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "word " * 40}]
+    called = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    said = ["x" * 300, "two\n\nlines", ""]
+    print_samples("step 7", [(chat, text, SCORED) for text in said] + [(called, "done", {}), ("plain", "[b]", {})])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "step 7" in lines[0]
+    joined = "".join(line.strip(" │") for line in lines)
+    assert "x" * 300 in joined
+    assert joined.replace(" ", "").count("word" * 40) == 1
+    assert "user: word" in "\n".join(lines)
+    assert [line for line in lines if line.strip(" │") in ("two", "lines")] == ["  │   two", "  │   lines"]
+    assert '{"tool_calls": [{"name": "f"}]}' in " ".join(line.strip() for line in lines) or columns == 30
+    assert "reward_two_with_a_long_name" in joined
+    assert "[b]" in joined
+
+
+def test_the_middle_of_a_long_prompt_is_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    print_samples("step 1", [("a" * 1500 + "b" * 1500, "c" * 5000, {})])
+    shown = capsys.readouterr().out
+    assert "... 1,000 characters ..." in shown
+    assert (shown.count("a") - 2, shown.count("b"), shown.count("c") - 2) == (1000, 1000, 5000)
+
+
+def test_what_is_printed_stands_above_bars(monkeypatch):
+    """While rich shows bars it takes what goes to the standard output, and so what our consoles print."""
+    from rich.console import Console
+    from rich.file_proxy import FileProxy
+
+    of_bars, below = Console(file=io.StringIO(), width=40), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", FileProxy(of_bars, below))
+    print_samples("step 1", [("a prompt", "said", {})])
+    assert "said" in of_bars.file.getvalue()
+    assert below.getvalue() == ""

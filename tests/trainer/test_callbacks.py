@@ -1,6 +1,8 @@
 """Callbacks that scripts add: completions, progress, moving references, averages of the weights."""
 
+import importlib
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +22,8 @@ from trl import (
     SFTTrainer,
     SyncRefModelCallback,
 )
-from trl.trainer.callbacks import prompts_of
-from trl.trainer.step_line import Advice, Clock, duration, short, training_line
+from trl.trainer.callbacks import NotebookColumns, prompts_of
+from trl.trainer.step_line import Advice, Clock, duration, folded, short, training_line
 
 # -- the reference moves ----------------------------------------------------------------------
 
@@ -248,6 +250,20 @@ def test_a_line_by_hand(monkeypatch):
     assert training_line(30, {"objective/x": 0.5}, clock).startswith("step 30/300 · objective/x 0.5 · ")
 
 
+def test_a_line_is_folded_between_its_parts():
+    line = "step 2/2 · reward 0.5 ± 0.577 · length 4 · lr 5e-7 · 2,603 tok/s"
+    assert folded(line, 66) == line
+    assert folded(line, 40).split("\n") == ["step 2/2 · reward 0.5 ± 0.577 · length 4", "  lr 5e-7 · 2,603 tok/s"]
+    assert folded(line, 5).split("\n") == [
+        "step 2/2",
+        "  reward 0.5 ± 0.577",
+        "  length 4",
+        "  lr 5e-7",
+        "  2,603 tok/s",
+    ]
+    assert folded("note: one part", 5) == "note: one part"
+
+
 def test_advice_is_given_once():
     advice, cut = Advice(), {"completions/clipped_ratio": 0.9, "frac_reward_zero_std": 0.1, "loss": 1.0}
     assert list(advice.of(cut)) == []  # once is chance
@@ -258,6 +274,85 @@ def test_advice_is_given_once():
     assert [line for _ in range(5) for line in advice.of(cut)] == []
     idle = {"frac_reward_zero_std": 0.8}
     assert [*advice.of(idle), *advice.of({"frac_reward_zero_std": 0.2}), *advice.of(idle)] == []
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """transformers' notebook module, with a display that keeps what is shown."""
+    shown = []
+    handle = SimpleNamespace(update=shown.append)
+    display = SimpleNamespace(HTML=str, display=lambda html, display_id=False: shown.append(html) or handle)
+    for name, module in (("IPython", SimpleNamespace(display=display)), ("IPython.display", display)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    module = importlib.import_module("transformers.utils.notebook")
+    yield SimpleNamespace(callback=module.NotebookProgressCallback, shown=shown)
+    sys.modules.pop("transformers.utils.notebook", None)
+
+
+def table_of(notebook, strategy, *logged):
+    """The last table of a run with these logs; evaluations are those with a runtime."""
+    args, state = SFTConfig(report_to="none", eval_strategy=strategy), TrainerState(max_steps=4, epoch=0.5)
+    theirs = notebook.callback()
+    ours = NotebookColumns(theirs)
+
+    def call(event, **more):
+        for callback in (theirs, ours):
+            getattr(callback, event)(args, state, TrainerControl(), **more)
+
+    call("on_train_begin")
+    for step, logs in logged:
+        if step > state.global_step:
+            state.global_step = step
+            call("on_step_end")
+        call("on_log", logs=logs)
+        if "eval_runtime" in logs:
+            call("on_evaluate", metrics=dict(logs))
+    rows, last = theirs.training_tracker.inner_table, notebook.shown
+    state.global_step = state.max_steps + 1
+    call("on_train_end")
+    assert all(f"<td>{cell}</td>" in last[-1] for row in rows[1:] for cell in row)
+    return rows
+
+
+ON_POLICY = {"loss": 1e-8, "reward": 2.0, "reward_std": 0.5, "kl": 0.0123, "completions/mean_length": 7.0}
+
+
+def test_a_notebooks_table_shows_more_than_the_loss(notebook):
+    """L13"""
+    assert table_of(
+        notebook, "no", (3, ON_POLICY | {"learning_rate": 1e-6}), (4, {"loss": 0.25}), (4, {"train_runtime": 1})
+    ) == [
+        ["Step", "Reward", "KL", "Length", "Training Loss", "Learning Rate"],
+        [3, "2 ± 0.5", "0.0123", "7", "1e-8", "1e-6"],
+        [4, "", "", "", "0.25", ""],
+    ]
+    pairs = {"loss": 0.6931, "rewards/accuracies": 0.5, "rewards/margins": 0.01}
+    assert table_of(notebook, "no", (1, pairs)) == [
+        ["Step", "Accuracy", "Margin", "Training Loss"], [1, "0.5", "0.01", "0.693"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "first", "cells"), [("steps", "Step", [1, 2]), ("epoch", "Epoch", ["0.5", "0.5"])]
+)
+def test_a_notebooks_table_shows_evaluations(strategy, first, cells, notebook):
+    """L13: in columns of their own, whatever a user's metrics are called."""
+    found = {"eval_loss": 0.5, "eval_reward": 1.0, "eval_mine": 3, "eval_runtime": 2.0, "eval_num_tokens": 9.0}
+    assert table_of(notebook, strategy, (1, {"loss": 0.75}), (2, ON_POLICY), (2, found)) == [
+        [first, "Training Loss", "Reward", "KL", "Length", "Validation Reward", "Validation Loss", "Validation Mine"],
+        [cells[0], "0.75", "", "", "", "", "", ""],
+        [cells[1], "1e-8", "2 ± 0.5", "0.0123", "7", "1", "0.5", "3"],
+    ]
+
+
+def test_every_trainer_fills_a_notebooks_table(notebook, tmp_path, monkeypatch):
+    """L13"""
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", notebook.callback)
+    trainer = trainer_of(config(tmp_path, max_steps=2, logging_steps=1, disable_tqdm=False))
+    trainer.train()
+    assert "Margin" in notebook.shown[-1]
+    assert "Learning Rate" in notebook.shown[-1]
 
 
 def test_other_processes_show_nothing(capsys):

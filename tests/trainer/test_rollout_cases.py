@@ -9,7 +9,6 @@ from conformity import causal_lm, early_letters, history, prompts, tokenizer
 from datasets import Dataset, IterableDataset, load_dataset
 from tiny_models import tiny_model
 from tokenizers_for_tests import CHATML, THINKING, byte_tokenizer
-from transformers import TrainerState
 
 import trl
 from trl.data.records import Completion, Rollout
@@ -21,7 +20,6 @@ from trl.rollout.collector import columns_of, replace_groups
 from trl.rollout.prompts import PromptStream
 from trl.rollout.rewards import RolloutRewards, asked_of
 from trl.rollout.source import FunctionSource, calls_of, rollout_of
-from trl.trainer.callbacks import NotebookColumns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -457,22 +455,3 @@ def test_a_finished_run_makes_no_step_more(tmp_path):
         assert again.state.global_step == 1
         assert before is None or all(torch.equal(value, before[name]) for name, value in weights.items())
         before = weights
-
-
-def test_a_notebooks_table_shows_more_than_the_loss():
-    """L13"""
-
-    lines = []
-
-    class Table:
-        def write_line(self, values):
-            lines.append(values)
-
-    class Shown:
-        training_tracker = Table()
-
-    callback, args = NotebookColumns(Shown()), trl.GRPOConfig(report_to="none")
-    state = TrainerState(global_step=3)
-    callback.on_log(args, state, None, logs={"loss": 0.1, "reward": 2.0, "kl": 0.5, "completions/mean_length": 7.0})
-    callback.on_log(args, state, None, logs={"train_loss": 0.1, "reward": 2.0})
-    assert lines == [{"Step": 3, "Reward": 2.0, "KL": 0.5, "Length": 7.0}]

@@ -5,7 +5,9 @@ import re
 import sys
 import warnings
 from dataclasses import fields, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -155,6 +157,18 @@ def test_the_folder_of_tensorboard(tmp_path):
     trainer = build("sft", tmp_path, logging_dir=str(tmp_path / "logs"), report_to="tensorboard")
     trainer.train()
     assert any((tmp_path / "logs").iterdir())
+
+
+def test_trackio_is_told_of_a_run(tmp_path, monkeypatch):
+    """transformers' own callback needs the package alone."""
+    trackio = MagicMock(__spec__=ModuleSpec("trackio", None), __version__="0.43.0")
+    trackio.context_vars.current_space_id.get.return_value = None  # nothing is uploaded
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    build("sft", tmp_path, report_to="trackio", run_name="mine", project="ours").train()
+    asked = trackio.init.call_args.kwargs
+    assert (asked["project"], asked["name"]) == ("ours", "mine")
+    assert {"train/loss", "train/global_step"} <= {name for call in trackio.log.call_args_list for name in call.args[0]}
+    trackio.finish.assert_called_once()
 
 
 @pytest.mark.parametrize(

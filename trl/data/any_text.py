@@ -50,6 +50,8 @@ class _Lenient:
             return int(self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding)) or 0)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":  # by it rich would write past its own bars, into the middle of them
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
 

@@ -1,10 +1,10 @@
-"""Reports on a rollout: its metrics, a Parquet file of its rows, a table in the terminal."""
+"""Reports on a rollout: its metrics, a Parquet file of its rows, its texts in the terminal."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from trl.rollout.rewards import Rewards
 Columns = dict[str, list[Any]]
 TYPES = {"step": "int64", "prompt": "string", "completion": "string", "completion_ids": "list"}
 """of columns in the Parquet files; all others hold numbers"""
+LONGEST = 2000
+"""characters of a prompt that are printed; the Parquet files hold all"""
 
 
 def table_of(
@@ -172,19 +174,58 @@ def _encodable(text: str | None) -> str | None:
 
 
 def print_table(columns: Mapping[str, Sequence[Any]], most: int | None, unique: bool) -> None:
-    """Some completions with their rewards, in the terminal, literally; `unique`: the first of each prompt."""
-    from rich.table import Table
-    from rich.text import Text
-
+    """Some completions with their rewards, in the terminal; `unique`: the first of each prompt."""
     further = [name for name in columns if name not in TYPES]
     rows = list(range(len(columns["prompt"])))
     if unique:
         rows = [i for i in rows if columns["prompt"].index(columns["prompt"][i]) == i]
-    table = Table(title=f"step {columns['step'][0]}", show_lines=True)
-    for name in ("prompt", "completion", *further):
-        table.add_column(Text(visible(name)))
-    for i in rows[:most]:
-        texts = (str(columns["prompt"][i])[-200:], columns["completion"][i])
-        shown = [_shown(columns[name][i]) for name in further]
-        table.add_row(*(Text(visible(text)) for text in (*texts, *shown)))
-    console().print(table)
+    samples = (
+        (columns["prompt"][i], columns["completion"][i], {name: _shown(columns[name][i]) for name in further})
+        for i in rows[:most]
+    )
+    print_samples(f"step {columns['step'][0]}", samples)
+
+
+def print_samples(title: str, samples: Iterable[tuple[Any, str, Mapping[str, str]]]) -> None:
+    """Prompts, each with its completions and what is said of them; literally, wrapped where the terminal ends."""
+    from rich.rule import Rule
+    from rich.text import Text
+
+    screen, before = console(), None
+    bar = "|" if screen.options.ascii_only else "\u2502"
+    screen.print(Rule(Text(visible(title))))
+
+    def write(text: str, prefix: str, style: str = "") -> None:
+        for line in Text(visible(text), style).wrap(screen, max(screen.width - len(prefix), 1), overflow="fold"):
+            whole = Text(prefix, "dim").append_text(line)
+            whole.rstrip()
+            screen.print(whole, soft_wrap=True)
+
+    for prompt, completion, facts in samples:
+        if prompt != before:
+            write(_prompt_text(prompt), "", "bold")
+            before = prompt
+        if facts:
+            write("  ".join(f"{name} {value}" for name, value in facts.items()), f"  {bar} ", "dim")
+        write(completion, f"  {bar}   ")
+        screen.print()
+
+
+def _prompt_text(prompt: Any) -> str:
+    """A prompt as it is read: a conversation as turns, the middle of a long one left out."""
+    if isinstance(prompt, list) and all(isinstance(turn, Mapping) for turn in prompt):
+        text = "\n".join(f"{turn.get('role', '')}: {_said(turn)}" for turn in prompt)
+    else:
+        text = str(prompt)
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half:,} characters ...\n{text[-half:]}"
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """The text of a message; what else it holds (parts, calls) as JSON."""
+    if isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
+        return str(turn["content"])
+    others = {name: value for name, value in turn.items() if name != "role" and value is not None}
+    return str(_written(others))

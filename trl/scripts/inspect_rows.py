@@ -13,7 +13,9 @@ import numpy as np
 import typer
 
 from trl.data.report import RowNote, TokenizationReport
+from trl.scripts.exit_codes import pointing
 from trl.scripts.jobs import JOBS, Training
+from trl.scripts.quiet import quiet
 
 SAMPLE = 10_000
 """rows that are read unless --sample says otherwise"""
@@ -43,8 +45,9 @@ def command(
         raise ValueError(f"{job}: no training command of that name; choose one of {', '.join(JOBS)}")
     if job == "ppo":
         raise ValueError("ppo reads its prompts while it samples: `trl inspect grpo` shows how prompts are tokenised")
-    given = prepared(JOBS[job], context.args)
-    seen = read(given, max(sample, 0 if row is None else row + 1) if sample else None)
+    with quiet(), pointing(job):
+        given = prepared(JOBS[job], context.args)
+        seen = read(given, max(sample, 0 if row is None else row + 1) if sample else None)
     if row is not None and row >= len(seen.notes):
         raise ValueError(f"--row {row}: the data set has {len(seen.notes):,} rows")
     chosen = seen.notes if row is None else [seen.notes[row]]

@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 
 import trl
+from trl.import_utils import is_installed, pip_install
 from trl.scripts import launch
 from trl.scripts.data_config import (
     DatasetMixtureConfig,
@@ -26,12 +27,13 @@ from trl.scripts.data_config import (
     split_of,
 )
 from trl.scripts.data_files import told
-from trl.scripts.exit_codes import exit_code, one_line
+from trl.scripts.exit_codes import exit_code, one_line, pointing
 from trl.scripts.hints import default_of, read_value, settings_hints, takes_no_word, takes_several
 from trl.scripts.jobs import JOBS, Training
 from trl.scripts.launch import LaunchArguments
 from trl.scripts.model_config import ModelConfig, get_peft_config, loading_keywords
 from trl.scripts.parser import TrlParser, read_yaml, set_environment, suggestion, take_config
+from trl.scripts.quiet import quiet, say
 
 if TYPE_CHECKING:
     from trl.trainer.run_record import RunFolderCallback
@@ -48,6 +50,13 @@ ALIASES = {
 """other names of settings, on the line and in YAML"""
 ORDERS = ("reward_funcs", "reward_model_name_or_path", "reward_model_path", "judge")
 """settings of which one must say which completion is good"""
+TRACKERS: dict[str, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{name: (name,) for name in ("comet_ml", "mlflow", "swanlab", "trackio", "wandb")},
+}
+"""tracker -> modules of which one writes to it"""
+LENGTHS = ("max_length", "max_prompt_length", "max_completion_length", "response_length")
+"""settings that bound the length of rows"""
 
 
 @dataclass(frozen=True)
@@ -198,11 +207,17 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
     if several.wanted():
         return launch.start(several, "trl", [name, *words])
     for note in [*without_effect(settings), *adapters_rate(job, settings)]:
-        print(f"note: {note}", file=sys.stderr)
-    folder = train(job, Line(["trl", name, *words], parser.reads), *parser.parse_dict(settings))
+        say(note)
+    with quiet(), pointing(name, lengths_of(parser)):
+        folder = train(job, Line(["trl", name, *words], parser.reads), *parser.parse_dict(settings))
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"saved to {folder}")
     return 0
+
+
+def lengths_of(parser: JobParser) -> str:
+    """The settings of a command that bound how long its rows are, for an error."""
+    return " or ".join(f"--{name}" for name in LENGTHS if name in parser.hints)
 
 
 def adapters_rate(job: Training, settings: dict[str, Any]) -> list[str]:
@@ -240,6 +255,7 @@ def train(
     from trl.trainer.callbacks import RichProgressCallback
     from trl.trainer.run_record import RunFolderCallback
 
+    check_trackers(config.report_to)
     record = RunFolderCallback(
         (model, script, mixture, config, own, several), line.words, line.reads, data_names(script, mixture, own)
     )
@@ -258,6 +274,14 @@ def train(
         if config.push_to_hub:
             trainer.push_to_hub(dataset_name=script.dataset_name)
     return str(config.output_dir)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ValueError for a tracker that is not installed, before a model is loaded."""
+    for name in names:
+        modules = TRACKERS.get(name, ())
+        if modules and not any(map(is_installed, modules)):
+            raise ValueError(f"report_to={name!r}: it is not installed; {pip_install(name.replace('_', '-'))}")
 
 
 def resumed(word: str | None) -> str | bool | None:
@@ -288,7 +312,7 @@ def suppress_all(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        print(f"note: {what}: {one_line(error)}", file=sys.stderr)
+        say(f"{what}: {one_line(error)}")
 
 
 def trainer_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,18 @@ from trl.generation.stopping import end_tokens, without_ends
 from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
-from trl.trainer.step_line import Advice, Clock, evaluation_line, last_line, training_line
+from trl.rollout.report import print_samples
+from trl.trainer.step_line import (
+    Advice,
+    Clock,
+    evaluated,
+    evaluation_line,
+    folded,
+    last_line,
+    read,
+    short,
+    training_line,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +102,7 @@ class RichProgressCallback(TrainerCallback):
         if not self._console.is_terminal or args.disable_tqdm:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress, self._bars = Progress(*columns, console=self._console), {}
+        self.progress, self._bars = Progress(*columns, console=self._console, transient=True), {}
         self.progress.start()
         self._advance("training", state.max_steps, state.global_step)
 
@@ -128,7 +139,9 @@ class RichProgressCallback(TrainerCallback):
 
     def _say(self, line: str) -> None:
         if self._console is not None:
-            self._console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
+            terminal = self._console.is_terminal
+            line = visible(folded(line, self._console.width) if terminal else line)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=not terminal)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,22 +152,55 @@ class RichProgressCallback(TrainerCallback):
 
 
 class NotebookColumns(TrainerCallback):
-    """Adds columns to the table that transformers shows in a notebook, which has the loss alone.
+    """Makes the table that transformers shows in a notebook say what the step line says: reward, KL, lengths, ...
 
-    shown: transformers' callback, which writes its line first.
+    A row for each log, and what an evaluation found in columns of its own. shown: transformers' callback, which writes
+    its line first and is overwritten.
     """
-
-    columns: ClassVar[dict[str, str]] = {"Reward": "reward", "KL": "kl", "Length": "completions/mean_length"}
-    """title -> name in the logs"""
 
     def __init__(self, shown: Any):
         self.shown = shown
+        self._rows: dict[int, dict[str, Any]] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._rows = {}
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs, table = kwargs.get("logs") or {}, getattr(self.shown, "training_tracker", None)
-        found = {title: logs[name] for title, name in self.columns.items() if name in logs}
-        if table is not None and found and "loss" in logs and args.eval_strategy == "no":
-            table.write_line({"Step": state.global_step, **found})
+        logs = kwargs.get("logs") or {}
+        if "train_runtime" in logs:
+            return
+        if any(name.endswith("_runtime") for name in logs):
+            before, found = evaluated(logs)
+            who = " ".join(["Validation", before.removeprefix("eval_").rstrip("_")]).strip()
+        else:
+            who, found = "", dict(read(logs))
+        titles = {"loss": "Training Loss", "lr": "Learning Rate"} if not who else {"loss": f"{who} Loss"}
+        named = {
+            titles.get(name) or f"{who} {name[:1].upper()}{name[1:]}".strip(): text for name, text in found.items()
+        }
+        epoch = getattr(self.shown, "first_column", "Step") == "Epoch"
+        first = {"Epoch": short(round(state.epoch or 0.0, 2))} if epoch else {"Step": state.global_step}
+        self._rows[state.global_step] = {**first, **self._rows.get(state.global_step, {}), **named}
+        self._put()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._put(now=True)
+
+    def _put(self, now: bool = False) -> None:
+        """Give the table its rows; it is shown at its next update, or now."""
+        table = getattr(self.shown, "training_tracker", None)
+        if table is None or not self._rows:
+            return
+        columns = sorted(dict.fromkeys(name for row in self._rows.values() for name in row), key=_is_validation)
+        table.inner_table = [columns, *([row.get(name, "") for name in columns] for row in self._rows.values())]
+        if now:
+            table.display()
+
+
+def _is_validation(title: str) -> bool:
+    return title.startswith("Validation")
 
 
 class LogCompletionsCallback(TrainerCallback):
@@ -228,12 +274,8 @@ class LogCompletionsCallback(TrainerCallback):
             if (experiment := comet_ml.get_running_experiment()) is not None:
                 experiment.log_table("completions.csv", tabular_data=self.table, headers=columns)
         if not {"wandb", "comet_ml"} & set(report_to):
-            from rich.table import Table
-
-            table = Table(*columns, title="completions", show_lines=True)
-            for row in rows:
-                table.add_row(*(visible(str(value)) for value in row))
-            console().print(table, markup=False)
+            title = f"completions after step {rows[0][0]}" if rows else "completions"
+            print_samples(title, ((prompt, text, {}) for _, prompt, text in rows))
 
 
 def prompts_of(dataset: Any, tokenizer: Any, most: int | None) -> list[list[int]]:

@@ -39,6 +39,7 @@ from trl.models.unwrap import below_accelerate
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
 from trl.trainer import overrides
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
+from trl.trainer.callbacks import NotebookColumns
 from trl.trainer.checkpoints import (
     PREFIX,
     Checkpoint,
@@ -221,6 +222,9 @@ class ObjectiveTrainer(Trainer):
         for callback in self.callback_handler.callbacks if folder else ():
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = folder
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ == "NotebookProgressCallback":
+                self.add_callback(NotebookColumns(callback))
 
     def _watch_steps(self) -> None:
         """Look at each optimizer step before it is made: see `_before_optimizer_step`."""

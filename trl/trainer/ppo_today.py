@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from trl.data.any_text import console, visible
 from trl.models.modeling_base import PreTrainedModelWrapper
 from trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead
 from trl.models.prepare import enable_gradient_checkpointing, is_peft_model, load_model
 from trl.models.scoring import classifier_of
+from trl.rollout import report
 from trl.trainer.callbacks import RichProgressCallback
 from trl.trainer.configuration import PostTrainingConfig
 from trl.trainer.preparation import prepare_model
@@ -188,10 +188,6 @@ class Progress:
 
 
 def print_samples(columns: Mapping[str, Sequence[Any]]) -> None:
-    """Prompts, responses and scores as a table on the console."""
-    from rich.table import Table
-
-    table = Table(*columns, title="completions", show_lines=True)
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else visible(str(cell)) for cell in row))
-    console().print(table, markup=False)
+    """Prompts, responses and scores on the console."""
+    samples = zip(*columns.values(), strict=True)
+    report.print_samples("completions", ((query, said, {"score": f"{score:.3f}"}) for query, said, score in samples))

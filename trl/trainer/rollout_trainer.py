@@ -61,7 +61,6 @@ from trl.rollout.source import (
     says_prompts,
     with_own_prompts,
 )
-from trl.trainer.callbacks import NotebookColumns
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
 from trl.trainer.metrics import check_new_names
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
@@ -545,9 +544,6 @@ class RolloutTrainer(ObjectiveTrainer):
         """optimizer steps since the trainer was made, whatever its runs were"""
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
-        for callback in list(self.callback_handler.callbacks):
-            if type(callback).__name__ == "NotebookProgressCallback":
-                self.add_callback(NotebookColumns(callback))
 
     def _ready(self, environment: Any, reward_funcs: Any) -> Any:
         """The environment with what it needs to play; ValueError for arguments that do not go together."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl.trainer.metrics import with_advice
@@ -69,8 +69,8 @@ def gibibytes(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def numbers(logs: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """The metrics of a line. before: what stands before their names in the logs."""
+def read(logs: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """The metrics of a line, as label and text. before: what stands before their names in the logs."""
     used: set[str] = set()
     for name, label in SHOWN:
         value = logs.get(before + name)
@@ -79,10 +79,16 @@ def numbers(logs: Mapping[str, Any], before: str = "") -> Iterator[str]:
         used.add(label)
         if name in SHARES:
             if value:
-                yield f"{value:.0%} {label}"
+                yield label, f"{value:.0%}"
             continue
         spread = logs.get(before + SPREADS.get(name, ""))
-        yield f"{label} {short(value)}" + (f" ± {short(spread)}" if name in SPREADS and spread is not None else "")
+        yield label, short(value) + (f" ± {short(spread)}" if name in SPREADS and spread is not None else "")
+
+
+def numbers(found: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Labels and texts as parts of a line."""
+    for label, text in found:
+        yield f"{text} {label}" if text.endswith("%") else f"{label} {text}"
 
 
 class Clock:
@@ -120,20 +126,37 @@ class Clock:
 
 def training_line(step: int, logs: Mapping[str, Any], clock: Clock) -> str:
     """`step 20/300 · loss 2.31 · lr 8e-6 · 1,920 tok/s · 1.3 GiB · 4:10 left`."""
-    named = list(numbers(logs)) or [f"{name} {short(value)}" for name, value in logs.items()][:SEVERAL]
+    named = list(numbers(read(logs))) or [f"{name} {short(value)}" for name, value in logs.items()][:SEVERAL]
     return " · ".join([f"step {step}/{clock.last}", *named, *clock.read(step, logs.get("num_tokens"))])
 
 
-def evaluation_line(step: int, logs: Mapping[str, Any]) -> str:
-    """The metrics of an evaluation; also those that no line of training has, such as a user's."""
+def evaluated(logs: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """What stands before the names of an evaluation, and its metrics; also those that no line of training has."""
     names = [name for name in logs if not name.endswith(OF_SPEED)]
     before = next((name.removesuffix("loss") for name in names if name.endswith("_loss")), "eval_")
-    parts = list(numbers(logs, before))
     shown = {before + name for name, _ in SHOWN} | {before + name for name in SPREADS.values()}
     others = [name for name in names if name not in shown and isinstance(logs[name], int | float)]
-    parts += [f"{name.removeprefix(before)} {short(logs[name])}" for name in others]
+    return before, dict(read(logs, before)) | {name.removeprefix(before): short(logs[name]) for name in others}
+
+
+def evaluation_line(step: int, logs: Mapping[str, Any]) -> str:
+    """The metrics of an evaluation, and how long it took."""
+    before, found = evaluated(logs)
     runtime = logs.get(f"{before}runtime")
+    parts = numbers(found.items())
     return " · ".join([f"evaluation after step {step}", *parts, *([] if runtime is None else [duration(runtime)])])
+
+
+def folded(line: str, width: int) -> str:
+    """The line in several where it is wider than that, broken between its parts."""
+    first, *parts = line.split(" · ")
+    rows = [first]
+    for part in parts:
+        if len(rows[-1]) + len(f" · {part}") <= width:
+            rows[-1] += f" · {part}"
+        else:
+            rows.append(f"  {part}")
+    return "\n".join(rows)
 
 
 def last_line(step: int, logs: Mapping[str, Any]) -> str:
