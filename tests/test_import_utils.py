@@ -80,3 +80,13 @@ def test_an_unknown_name_of_a_namespace():
 
     with pytest.raises(AttributeError, match="module 'trl' has no attribute 'nothing'"):
         _ = trl.nothing
+
+
+def test_ppo_step_by_step_needs_no_data_sets():
+    """`datasets` and what comes with it take 80 MB."""
+    import subprocess
+    import sys
+
+    code = "import sys; from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer; print('datasets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import IterableDataset
 from torch import Tensor
 
 from trl.data.columns import at_row, check_embedded, ids_of, shown, text_of, unwrapped
 from trl.data.encode import Ids
 from trl.data.messages import Messages, messages_of
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+
+def is_stream(rows: Any) -> bool:
+    """Whether it is an `IterableDataset`. `datasets` takes 80 MB, which a script without a data set does not need."""
+    known = sys.modules.get("datasets")
+    return known is not None and isinstance(rows, known.IterableDataset)
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +47,7 @@ class PromptStream:
         self._read = 0
         """rows of an `IterableDataset` that were read"""
         self._reader: Iterator[dict[str, Any]] | None = None
-        if isinstance(self.rows, IterableDataset):
+        if is_stream(self.rows):
             return
         if isinstance(self.rows, Mapping):
             raise ValueError(f"train_dataset: a dict of data sets ({', '.join(self.rows)}); pass one of them")
@@ -52,7 +61,7 @@ class PromptStream:
 
     def take(self, position: int, wanted: int) -> list[dict[str, Any]]:
         """The rows from `position` on."""
-        if isinstance(self.rows, IterableDataset):
+        if is_stream(self.rows):
             return self._next(position, wanted)
         return [self.rows[self._place(position + i)] for i in range(wanted)]
 

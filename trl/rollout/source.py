@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from random import Random
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from trl.data.columns import at_row, shown
@@ -25,6 +24,9 @@ from trl.environment.episodes import Environment, lacks_prompt
 from trl.environment.factories import ROUTE, Factory
 from trl.environment.turns import SampledTurns
 from trl.generation.sampler import Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -363,6 +365,8 @@ def names_of(environment: Any) -> list[str] | None:
 
 def rows_without_prompts(names: Sequence[str], seed: int) -> IterableDataset:
     """Endless rows for environments that say their prompts: a `seed`, and one of the names in turn."""
+    from datasets import IterableDataset
+
     return IterableDataset.from_generator(_seeds, gen_kwargs={"names": [list(names)], "seed": seed})
 
 
@@ -378,7 +382,7 @@ def says_prompts(environment: Any, dataset: Any, name: str) -> bool:
         return False
     columns = column_names(dataset, name)
     if "prompt" in columns and not {"prompt_ids", "input_ids"} & set(columns) and hasattr(dataset, "__len__"):
-        return any(map(lacks_prompt, dataset.select_columns(["prompt"]) if isinstance(dataset, Dataset) else dataset))
+        return any(map(lacks_prompt, dataset.select_columns(["prompt"]) if hasattr(dataset, "select_columns") else dataset))
     return not any(column in columns for column in PROMPTS)
 
 

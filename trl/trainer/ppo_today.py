@@ -17,7 +17,6 @@ from trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead
 from trl.models.prepare import enable_gradient_checkpointing, is_peft_model, load_model
 from trl.models.scoring import classifier_of
 from trl.rollout import report
-from trl.trainer.callbacks import RichProgressCallback
 from trl.trainer.configuration import PostTrainingConfig
 from trl.trainer.preparation import prepare_model
 
@@ -181,6 +180,8 @@ class Progress:
     @property
     def shows_steps(self) -> bool:
         """Whether a callback shows how far the run is."""
+        from trl.trainer.callbacks import RichProgressCallback  # with it come `Trainer` and `datasets`, 80 MB
+
         return any(isinstance(each, RichProgressCallback) for each in self.handler.callbacks)
 
     def end(self) -> None:
