@@ -382,7 +382,9 @@ def says_prompts(environment: Any, dataset: Any, name: str) -> bool:
         return False
     columns = column_names(dataset, name)
     if "prompt" in columns and not {"prompt_ids", "input_ids"} & set(columns) and hasattr(dataset, "__len__"):
-        return any(map(lacks_prompt, dataset.select_columns(["prompt"]) if hasattr(dataset, "select_columns") else dataset))
+        return any(
+            map(lacks_prompt, dataset.select_columns(["prompt"]) if hasattr(dataset, "column_names") else dataset)
+        )
     return not any(column in columns for column in PROMPTS)
 
 
