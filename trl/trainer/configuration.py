@@ -7,8 +7,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from numbers import Real
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -237,22 +239,39 @@ class Setting:
 
 
 _INHERITED = frozenset(entry.name for entry in fields(TrainingArguments))
-_NUMBERS: dict[str, type[int] | type[float]] = {"int": int, "float": float}
+_NUMBERS: dict[Any, type[int] | type[float]] = {int: int, float: float}
+
+
+@cache
+def _hints(config_class: Any) -> dict[str, Any]:
+    """The types of the fields; `HfArgumentParser` writes others into the fields themselves."""
+    try:
+        return get_type_hints(config_class)
+    except (NameError, TypeError):  # a user's subclass may name what is not there any more
+        return {}
+
+
+def _kind_of(hint: Any) -> tuple[type[int] | type[float] | None, bool]:
+    """The kind of number that a field of this type holds, if any, and whether None is a value of it."""
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [each for each in choices if each is not type(None)]
+    kind = kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) else None
+    return _NUMBERS.get(kind), type(None) in choices
 
 
 def read_numbers(config: Any) -> None:
     """Read numbers that are written as text, as in a YAML file; ValueError for a field of one number that has none."""
     for entry in fields(config):
-        kind = _NUMBERS.get(str(entry.type).removesuffix(" | None"))
+        kind, may_be_none = _kind_of(_hints(type(config)).get(entry.name))
         value = getattr(config, entry.name)
-        untouched = value is None and (str(entry.type).endswith("None") or default_of(entry) is None)
+        untouched = value is None and (may_be_none or default_of(entry) is None)
         if kind is None or untouched or entry.name in _INHERITED or value == default_of(entry):
             continue
         try:
             setattr(config, entry.name, _number(value, kind))
         except (TypeError, ValueError, OverflowError):
             what = "a whole number" if kind is int else "a number"
-            or_none = ", or None" if str(entry.type).endswith("None") else ""
+            or_none = ", or None" if may_be_none else ""
             raise ValueError(f"{entry.name}={value!r}: give {what}{or_none}") from None
 
 
