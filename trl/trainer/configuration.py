@@ -261,8 +261,10 @@ def _kind_of(hint: Any) -> tuple[type[int] | type[float] | None, bool]:
 
 def read_numbers(config: Any) -> None:
     """Read numbers that are written as text, as in a YAML file; ValueError for a field of one number that has none."""
+    kind_of_config: Any = type(config)
+    hints = _hints(kind_of_config)
     for entry in fields(config):
-        kind, may_be_none = _kind_of(_hints(type(config)).get(entry.name))
+        kind, may_be_none = _kind_of(hints.get(entry.name))
         value = getattr(config, entry.name)
         untouched = value is None and (may_be_none or default_of(entry) is None)
         if kind is None or untouched or entry.name in _INHERITED or value == default_of(entry):
