@@ -118,6 +118,16 @@ class Awaited:
         """Wait for its end; whether it came within the seconds."""
         return self._ended.wait(seconds)
 
+    def ends_within(self, seconds: float | None) -> bool:
+        """Wait for its end; what does not come within the seconds, or before Ctrl-C, is cancelled."""
+        ended = False
+        try:
+            ended = self.wait(seconds)
+        finally:
+            if not ended:
+                self.cancel()
+        return ended
+
     @property
     def is_running(self) -> bool:
         return not self._ended.is_set()
@@ -152,13 +162,7 @@ class Begun:
         """What it gives; TimeoutError where it does not come within the seconds. It is then cancelled."""
         if self._awaited is None:
             return self._value
-        ended = False
-        try:
-            ended = self._awaited.wait(seconds)
-        finally:
-            if not ended:  # late, or Ctrl-C
-                self._awaited.cancel()
-        if not ended:
+        if not self._awaited.ends_within(seconds):
             raise TimeoutError(f"no answer within {seconds:g} s")
         return self._awaited.result()
 

@@ -115,13 +115,7 @@ class Pending:
 
     def text(self, seconds: float | None = None) -> str:
         """The answer, or what the model reads where it does not come within the seconds: it is then cancelled."""
-        ended = False
-        try:
-            ended = self.awaited.wait(seconds)
-        finally:
-            if not ended:  # late, or Ctrl-C
-                self.awaited.cancel()
-        if not ended:
+        if not self.awaited.ends_within(seconds):
             return FailedCall(f"Tool error: no answer within {seconds:g} s")
         try:
             value = self.awaited.result()
