@@ -5,7 +5,7 @@ Shape letters: B rows, T scored positions of the longest row, N packed tokens, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -80,6 +80,8 @@ class PackedBatch(TensorRecord):
     """how many tokens of each row came before its branch"""
     width: int
     """T: tokens of the longest branch"""
+    kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """what was laid out of this batch and passes over it share, on any device"""
 
     @property
     def rows(self) -> int:

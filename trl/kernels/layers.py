@@ -46,7 +46,7 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
 
     narrow: the last layer's output may be wrong where it is not read. early: the final norm selects what is read.
     """
-    layout, total = TreeLayout(packed.segments), len(packed.ids_N)
+    layout, total = TreeLayout(packed.segments, packed.kept), len(packed.ids_N)
     with ExitStack() as stack:
         if narrow:
             positions = reading.index_S.unique()
