@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count
+from itertools import count as numbers_from
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -94,12 +94,18 @@ def block_pairs(segments: Sequence[Segment], depth: np.ndarray, blocks: int, win
     return Pairs(some & ~full, full)
 
 
-def _listed(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many columns are chosen in each row, and which: first of all in the row. [blocks], [blocks, blocks]"""
-    counts, table = chosen.sum(1, dtype=np.int32), np.zeros(chosen.shape, np.int32)
-    rows, columns = chosen.nonzero()
-    table[rows, np.arange(len(rows)) - (counts.cumsum() - counts)[rows]] = columns
-    return counts, table
+def _listed(choices: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For each choice, how many columns are chosen in each row, and which: [blocks], [blocks, most of all counts]."""
+    counts = [chosen.sum(1, dtype=np.int32) for chosen in choices]
+    most, blocks = max(2, *(int(each.max()) for each in counts)), len(choices[0])
+    width = 1 << (most - 1).bit_length()
+    width += width == blocks  # the compiler takes sizes that are equal at first to be equal always
+    lists = []
+    for chosen, count in zip(choices, counts, strict=True):
+        table, (rows, columns) = np.zeros((blocks, width), np.int32), chosen.nonzero()
+        table[rows, np.arange(len(rows)) - (count.cumsum() - count)[rows]] = columns
+        lists += [count, table]
+    return lists
 
 
 class BlockTables(NamedTuple):
@@ -136,8 +142,7 @@ def block_tables(segments: Sequence[Segment], window: int | None = None) -> Bloc
     starts = np.array([start for start, _, _ in segments], np.int32)
     depth_M = depth_M + np.arange(tokens, dtype=np.int32) - np.repeat(starts, sizes)
     some, full = block_pairs(segments, tour.depth, tokens // BLOCK, window)
-    lists = [part for chosen in (some, full, some.T, full.T) for part in _listed(chosen)]
-    return BlockTables(enter_M, leave_M, depth_M, *lists)
+    return BlockTables(enter_M, leave_M, depth_M, *_listed((some, full, some.T, full.T)))
 
 
 def on_device(tables: BlockTables, device: torch.device) -> BlockTables:
@@ -224,7 +229,7 @@ def flex_blocks(
     return (result[0], result[1].lse) if kind.sinks else (result, None)
 
 
-_numbers = count()
+_numbers = numbers_from(0)
 
 
 @cache
