@@ -17,17 +17,33 @@ Ids = Sequence[int] | Tensor
 """token ids, or one number for each of them: a list or a 1-d tensor"""
 
 
+def moved_ahead(x: Tensor, device: Any) -> Tensor:
+    """A tensor on the device; nothing waits until what the device does now is done."""
+    device = torch.device(device)
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
+
+
 class TensorRecord:
     """A frozen dataclass of tensors; accelerate and `Trainer` move it to a device by `to`."""
 
     def to(self: Record, device: Any, non_blocking: bool = False) -> Record:
-        """The same record with every tensor on `device`."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self)  # type: ignore[arg-type]
-            if hasattr(getattr(self, f.name), "to")
-        }
+        """The same record with every tensor on `device`, which nothing waits for."""
+        moved = {}
+        for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                moved[name] = moved_ahead(value, device)
+            elif hasattr(value, "to"):
+                moved[name] = value.to(device, non_blocking=non_blocking)
         return replace(self, **moved)  # type: ignore[type-var]
+
+    def pin_memory(self: Record) -> Record:
+        """The same record in memory from which a device reads by itself; torch's data loader asks for it."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        pinned = {name: value.pin_memory() for name, value in held.items() if hasattr(value, "pin_memory")}
+        return replace(self, **pinned)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +99,18 @@ class PackedBatch(TensorRecord):
     kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     """what was laid out of this batch and passes over it share, on any device"""
 
+    def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
+        self.kept.setdefault("host", replace(self, kept={}))
+        return super().to(device, non_blocking)
+
+    def on_host(self, field: Tensor) -> Tensor:
+        """A field of the batch as it was before the batch was moved to a device, so that reading it waits for nothing.
+
+        Another tensor comes back as it is.
+        """
+        host = self.kept.get("host", self)
+        return next((getattr(host, name) for name in INDICES if getattr(self, name) is field), field)
+
     @property
     def rows(self) -> int:
         return len(self.row_segment)
@@ -104,6 +132,10 @@ class PackedBatch(TensorRecord):
         """Scored values in their places of a zero `[B, T]` (differentiable)."""
         spread_BT = torch.zeros(self.rows, self.width, dtype=values_S.dtype, device=values_S.device)
         return spread_BT.index_put((self.row_S, self.slot_S), values_S)
+
+
+INDICES = ("scored_S", "last_B", "row_S", "target_S")
+"""fields of a packed batch that are read on the host"""
 
 
 class Batch(dict[str, Any]):

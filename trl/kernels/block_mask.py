@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl.data.records import Segment
+from trl.data.records import Segment, moved_ahead
 
 BLOCK = 128
 """tokens along a side of a block"""
@@ -157,11 +157,6 @@ def on_device(tables: BlockTables, device: torch.device) -> BlockTables:
     moved = moved_ahead(torch.from_numpy(flat), device)
     parts = [moved[a : a + t.size].view(t.shape) for a, t in zip(starts, tables, strict=True)]
     return BlockTables(*parts[:3], *(part[None, None] for part in parts[3:]))
-
-
-def moved_ahead(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for what is computed there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 # -- FlexAttention ----------------------------------------------------------------------------

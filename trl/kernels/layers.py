@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trl.data.records import PackedBatch
+from trl.data.records import PackedBatch, moved_ahead
 from trl.kernels.step_memory import Place, place_of
 from trl.kernels.tree_attention import TreeLayout
 
@@ -49,12 +49,12 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
     layout, total = TreeLayout(packed.segments, packed.kept), len(packed.ids_N)
     with ExitStack() as stack:
         if narrow:
-            positions = reading.index_S.unique()
-            layer = last_layer(network) if len(positions) <= WORTH_IT * total else None
+            listed, positions = _positions(packed, reading.index_S)
+            layer = last_layer(network) if len(listed) <= WORTH_IT * total else None
             if layer is not None:
                 stack.enter_context(computed_at(layer.by_position, positions, total))
                 if layer.attention is not None:
-                    layout.read_only_at(layer.attention, positions.tolist())
+                    layout.read_only_at(layer.attention, listed)
         stack.enter_context(fused_norms(network))
         norm = final_norm(network) if early else None
         if norm is not None:
@@ -62,6 +62,16 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
         stack.enter_context(fused_rotary(network))
         stack.enter_context(lookup(network.get_input_embeddings()))
         yield layout
+
+
+def _positions(packed: PackedBatch, index_S: Tensor) -> tuple[list[int], Tensor]:
+    """These positions of the batch in ascending order, each once; found on the host, and kept where they are fields."""
+    index, device = packed.on_host(index_S), packed.ids_N.device
+    key = ("positions", id(index), device)
+    if key not in packed.kept:
+        found = index.unique()
+        packed.kept[key] = index, found.tolist(), moved_ahead(found, device)
+    return packed.kept[key][1:]
 
 
 @contextmanager

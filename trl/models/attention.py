@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -281,11 +281,28 @@ def enable_tree_attention(model: Any) -> None:
         raise NotImplementedError(f"the attention of {type(model).__name__} cannot be replaced")
 
 
+FINDS_ROWS = "find_packed_sequence_indices"
+"""transformers' function that looks for rows in positions before it asks for a mask, and reads a number to say so"""
+
+
+def _finds_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    def find_packed_sequence_indices(*args: Any, **kwargs: Any) -> Any:
+        return None if _inside_tree.get() else original(*args, **kwargs)
+
+    find_packed_sequence_indices.of_trl = True  # type: ignore[attr-defined]
+    return find_packed_sequence_indices
+
+
 @contextmanager
 def inside_tree() -> Iterator[None]:
     """Within it models build no attention mask: the tree says who sees whom."""
-    token = _inside_tree.set(True)
+    token, finds = _inside_tree.set(True), getattr(masking_utils, FINDS_ROWS, None)
+    replaced = finds is not None and not hasattr(finds, "of_trl")
+    if replaced:
+        setattr(masking_utils, FINDS_ROWS, _finds_no_rows(finds))
     try:
         yield
     finally:
         _inside_tree.reset(token)
+        if replaced:
+            setattr(masking_utils, FINDS_ROWS, finds)

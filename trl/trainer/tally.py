@@ -160,11 +160,13 @@ class StepWatch:
         """
         device = accelerator.device
         losses = torch.stack([loss.float() for loss in self.losses]).sum() if self.losses else torch.zeros(())
-        shared = torch.stack([losses.to(device) * 0.0, torch.tensor(float(asked), device=device)])  # nan unless finite
+        # nan unless finite; `full` makes a number there, which nothing waits for
+        shared = torch.stack([losses.to(device) * 0.0, torch.full((), float(asked), device=device)])
         if accelerator.num_processes > 1:
             shared = accelerator.reduce(shared, "sum")
         whole = self.norm.full_tensor() if hasattr(self.norm, "full_tensor") else self.norm
-        norm = torch.as_tensor(0.0 if whole is None or accelerator.scaler is not None else whole, device=device)
+        known = 0.0 if whole is None or accelerator.scaler is not None else whole
+        norm = known.to(device) if isinstance(known, Tensor) else torch.full((), float(known), device=device)
         rest = [value.detach().reshape(1).float() for value in also]
         loss, asked_by, gradient, *numbers = torch.cat([shared, norm.float().reshape(1), *rest]).tolist()
         return math.isfinite(loss) and math.isfinite(gradient), asked_by > 0, numbers
