@@ -123,6 +123,7 @@ def pretended_device(monkeypatch: Any, *models: torch.nn.Module) -> Iterator[Syn
     from trl.data import records
     from trl.kernels import layers
     from trl.models import attention, scoring
+    from trl.trainer import tally
 
     syncs, plain = Syncs(), records.TensorRecord.to
     for model in models:
@@ -138,6 +139,7 @@ def pretended_device(monkeypatch: Any, *models: torch.nn.Module) -> Iterator[Syn
     monkeypatch.setattr(attention, "takes", lambda *qkv: False)
     monkeypatch.setattr(layers, "_is_plain_norm", lambda module: False)
     monkeypatch.setattr(layers, "_takes_rotary", lambda *tensors: False)
+    monkeypatch.setattr(tally, "_is_elsewhere", syncs.is_there)
     for module in (layers, scoring):
         monkeypatch.setattr(module, "place_of", lambda weight: None)
     with ExitStack() as stack:

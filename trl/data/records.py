@@ -100,7 +100,8 @@ class PackedBatch(TensorRecord):
     """what was laid out of this batch and passes over it share, on any device"""
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
-        self.kept.setdefault("host", replace(self, kept={}))
+        if "host" not in self.kept:
+            self.kept["host"] = replace(self, kept={})
         return super().to(device, non_blocking)
 
     def on_host(self, field: Tensor) -> Tensor:
@@ -108,8 +109,12 @@ class PackedBatch(TensorRecord):
 
         Another tensor comes back as it is.
         """
-        host = self.kept.get("host", self)
-        return next((getattr(host, name) for name in INDICES if getattr(self, name) is field), field)
+        name = self.named(field)
+        return getattr(self.kept.get("host", self), name) if name else field
+
+    def named(self, field: Tensor) -> str:
+        """The name of a field that holds indices; "" for another tensor."""
+        return next((name for name in INDICES if getattr(self, name) is field), "")
 
     @property
     def rows(self) -> int:

@@ -65,13 +65,18 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
 
 
 def _positions(packed: PackedBatch, index_S: Tensor) -> tuple[list[int], Tensor]:
-    """These positions of the batch in ascending order, each once; found on the host, and kept where they are fields."""
-    index, device = packed.on_host(index_S), packed.ids_N.device
-    key = ("positions", id(index), device)
+    """These positions of the batch in ascending order, each once, for the host and for the device of the batch.
+
+    Those that the batch itself names are found on the host, once.
+    """
+    key = ("positions", packed.named(index_S), index_S.device)
     if key not in packed.kept:
-        found = index.unique()
-        packed.kept[key] = index, found.tolist(), moved_ahead(found, device)
-    return packed.kept[key][1:]
+        found = packed.on_host(index_S).unique()
+        pair = found.tolist(), moved_ahead(found, index_S.device)
+        if not packed.named(index_S):
+            return pair
+        packed.kept[key] = pair
+    return packed.kept[key]  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -296,9 +296,9 @@ def _finds_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def inside_tree() -> Iterator[None]:
     """Within it models build no attention mask: the tree says who sees whom."""
-    token, finds = _inside_tree.set(True), getattr(masking_utils, FINDS_ROWS, None)
-    replaced = finds is not None and not hasattr(finds, "of_trl")
-    if replaced:
+    token = _inside_tree.set(True)
+    finds: Any = getattr(masking_utils, FINDS_ROWS, None)
+    if replaced := finds is not None and not hasattr(finds, "of_trl"):
         setattr(masking_utils, FINDS_ROWS, _finds_no_rows(finds))
     try:
         yield

@@ -695,8 +695,10 @@ class ObjectiveTrainer(Trainer):
         for piece in pieces_of(batches):
             self.record_tokens(self.tokens(piece))
         total = sum(counts)
-        on_device = isinstance(total, Tensor)  # a number made there by `full` is one that nothing waits for
-        local = total.to(device, torch.float32) if on_device else torch.full((), float(total), device=device)
+        if isinstance(total, Tensor):
+            local = total.to(device, torch.float32)
+        else:  # made there, so that nothing waits for it
+            local = torch.full((), float(total), device=device)
         return batches, self.accelerator.reduce(local, "sum")
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:

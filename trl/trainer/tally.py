@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from trl.data.records import moved_ahead
 from trl.losses.loss_sum import Extreme, LossSum
 
 logger = logging.getLogger(__name__)
@@ -111,10 +112,10 @@ class Tally:
         values = [value for name in names for value in self._sums.get(name, (0.0, 0.0))]
         there = [i for i, value in enumerate(values) if _is_elsewhere(value)]
         here = [0.0 if _is_elsewhere(value) else float(value) for value in values]
-        stacked = torch.tensor(here, dtype=torch.float32).to(self._device)
+        stacked = moved_ahead(torch.tensor(here, dtype=torch.float32), self._device)
         if there:
             columns = torch.stack([torch.as_tensor(values[i]).detach().to(self._device).float() for i in there])
-            stacked[torch.tensor(there, device=self._device)] = columns
+            stacked[moved_ahead(torch.tensor(there), self._device)] = columns
         return (stacked if accelerator is None else accelerator.reduce(stacked, "sum")).view(-1, 2)
 
 
