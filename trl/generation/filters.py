@@ -54,11 +54,18 @@ def keep_top_p(logits_RV: Tensor, p: float) -> Tensor:
     """The smallest set of most probable tokens that reaches probability p (arXiv:1904.09751): a token stays if those
     before it do not reach p yet."""
     probs_RV = logits_RV.softmax(-1)
+    if probs_RV.device.type != "cpu":  # whole rows, since what a narrower search has not found must be asked for
+        top_RV, index_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
+        before_RV = top_RV.cumsum(-1) - top_RV
+        beyond_RV = torch.empty_like(before_RV, dtype=torch.bool).scatter_(1, index_RV, before_RV >= p)
+        return logits_RV.masked_fill(beyond_RV, -torch.inf)
     keep_RV = torch.zeros_like(probs_RV, dtype=torch.bool)
     rows_A = torch.arange(len(probs_RV), device=probs_RV.device)
     vocab = probs_RV.shape[-1]
-    tries = _NUCLEI if probs_RV.device.type == "cpu" else ()
-    for width in (*(width for width in tries if width < vocab), vocab):  # sorting whole rows costs more than the model
+    for width in (
+        *(width for width in _NUCLEI if width < vocab),
+        vocab,
+    ):  # sorting whole rows costs more than the model
         top_AK, index_AK = probs_RV[rows_A].topk(width, dim=-1)
         reached_AK = top_AK.cumsum(-1)
         keep_RV[rows_A] = keep_RV[rows_A].scatter(1, index_AK, reached_AK - top_AK < p)
