@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from sampled_models import LOCAL, build, random_prompts, raw_logprobs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl.generation import LocalSampler, SamplingParams
-from trl.generation.captured import LEAST_ROWS
+from trl.generation.captured import LEAST_ROWS, Places
 from trl.generation.rows import uniforms, uniforms_on_device
+from trl.kernels import paged_attention
 from trl.kernels.paged_attention import PAGE
 
 MANY = SamplingParams(max_new_tokens=24, seed=4, stop_token_ids=tuple(range(2, 10)))
@@ -130,3 +132,37 @@ def test_under_autocast_linear_layers_are_rounded_once():
     for a, b in zip(one, two, strict=True):
         assert b[0].raw_logprobs[0] == pytest.approx(a[0].raw_logprobs[0], abs=1e-6)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+class Watched(TorchDispatchMode):
+    """The operations inside it, and new tensors from numbers of the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount", "item", "is_nonzero"}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt2"])
+def test_no_step_waits_for_the_host(name, monkeypatch):
+    """So that it can be captured; `lift_fresh` would be a tensor that is made on the host."""
+    seen, advance = [], Places.advance
+
+    def watched(places):
+        with Watched() as mode:
+            advance(places)
+        seen.append(mode.seen)
+
+    monkeypatch.setattr(Places, "advance", watched)
+    monkeypatch.setattr(paged_attention, "_part", lambda *args: args[-2].zero_())  # on a GPU it is a kernel
+    params = replace(MANY, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1, min_new_tokens=3)
+    LocalSampler(build(name), captured=True).sample(random_prompts(9, 4), params)
+    assert len(seen) > 3
+    counts = [{name: each.count(name) for name in WAITS | {"lift_fresh"} if name in each} for each in seen]
+    assert counts[1:] == [{}] * (len(seen) - 1), counts[1]
