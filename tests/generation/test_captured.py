@@ -4,14 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sampled_models import LOCAL, build, random_prompts, raw_logprobs
+from sampled_models import LOCAL, build, common, random_prompts, raw_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trl.generation import LocalSampler, SamplingParams
+from trl.generation import LocalSampler, SamplingParams, probe
 from trl.generation.captured import LEAST_ROWS, Places
+from trl.generation.kv_attention import cached_attention
+from trl.generation.probe import by_captured
 from trl.generation.rows import uniforms, uniforms_on_device
 from trl.kernels import paged_attention
 from trl.kernels.paged_attention import PAGE
+from trl.models.forward import probe_rows
+from trl.models.precision import TOLERANCES
+from trl.models.scoring import plain_forward
 
 MANY = SamplingParams(max_new_tokens=24, seed=4, stop_token_ids=tuple(range(2, 10)))
 
@@ -166,3 +172,27 @@ def test_no_step_waits_for_the_host(name, monkeypatch):
     assert len(seen) > 3
     counts = [{name: each.count(name) for name in WAITS | {"lift_fresh"} if name in each} for each in seen]
     assert counts[1:] == [{}] * (len(seen) - 1), counts[1]
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_probe_of_a_gpu(name):
+    """What it computes for given tokens is what a plain forward computes; windows of layers are seen."""
+    model = build(name).eval()
+    packed, _ = probe_rows(model)
+    with torch.no_grad(), cached_attention(model):
+        ours_SV, windows = by_captured(model, packed)
+    with torch.no_grad():
+        plain_SV, _ = plain_forward(model, packed, lambda head, states_SD: head.logits(states_SD))
+    torch.testing.assert_close(ours_SV, plain_SV, rtol=0, atol=2e-5)
+    assert sorted(windows) == list(range(model.config.num_hidden_layers))
+
+
+def test_many_layers_in_bfloat16_sample_locally():
+    """Rounding puts 24 layers of large weights further off than a few; in float32 they agree."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**common(num_hidden_layers=24, initializer_range=0.2))
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    packed, _ = probe_rows(model)
+    off = probe._far(probe._ours(model, packed)[0], probe._plain(model, packed)[0])
+    assert off > TOLERANCES["bfloat16"].logits
+    assert probe.why_not_local(model) is None

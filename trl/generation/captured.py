@@ -41,8 +41,8 @@ class _Reading(Prefill):
 
     __slots__ = ("kept",)
 
-    def __init__(self, pieces: Any) -> None:
-        super().__init__(pieces)
+    def __init__(self, pieces: Any, layers: dict[int, int | None]) -> None:
+        super().__init__(pieces, layers)
         self.kept: Kept = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
@@ -97,17 +97,22 @@ class Places:
         self.graph: Any = None
         self.warm = False
 
-    def advance(self) -> None:
-        """A token more for each row that runs."""
-        params, runs_R = self.engine.stepper.params, self.runs_R
+    def forward(self) -> Tensor:
+        """The last tokens go to the cache; logits of the next ones, in float32. [R, V]"""
+        runs_R = self.runs_R
         page_R = self.own.pages_XC.gather(1, (self.added_R // PAGE).long()[:, None]).squeeze(1)
         target_R = torch.where(runs_R, page_R, NOWHERE).long() * PAGE + self.added_R % PAGE
         self.added_R += runs_R.int()
         state = _Decoding(self.engine.pages, target_R, self.position_R, [self.shared, self.own], self.engine.longest)
-        logits_RV = next_logits(self.engine.model, self.token_R[None], self.position_R.long(), state, None).float()
+        return next_logits(self.engine.model, self.token_R[None], self.position_R.long(), state, None).float()
+
+    def advance(self) -> None:
+        """A token more for each row that runs."""
+        logits_RV = self.forward()
         drawn = pick(
-            logits_RV, params, uniforms_on_device(self.key_R, self.count_R), self.seen_RV, self._forbidden(logits_RV)
-        )
+            logits_RV, self.engine.stepper.params, uniforms_on_device(self.key_R, self.count_R), self.seen_RV,
+            self._forbidden(logits_RV),
+        )  # fmt: skip
         self._append(*drawn)
 
     def _forbidden(self, logits_RV: Tensor) -> Tensor | None:
@@ -236,6 +241,8 @@ class CapturedEngine:
         self.ends = stepper.end_index
         """those that the model has a logit for"""
         self.row_pages = self.prompt_pages = self.longest = 0
+        self.layers: dict[int, int | None] = {}
+        """the sliding window of each layer that has computed attention"""
         self._places: dict[int, Places] = {}
         self.pages: Pages
 
@@ -245,10 +252,7 @@ class CapturedEngine:
         for group in groups:
             prompt = PagedPrompt(group[0].prompt, waiting=len(group))
             queue.extend((prompt, row) for row in group)
-        limits, lengths = [row.limit for _, row in queue], [len(prompt.ids) for prompt, _ in queue]
-        self.row_pages, self.prompt_pages = pages_for(max(limits)), pages_for(max(lengths))
-        self.longest = max(max(lengths), max(limits))
-        self.pages = self._make_pages(queue)
+        self._begin(queue)
         running: list[PagedRow] = []
         while queue or running:
             if queue and self.max_rows - len(running) >= min(len(queue), max(1, self.max_rows // 8)):
@@ -261,6 +265,32 @@ class CapturedEngine:
             places.run(steps)
             before, running[:] = list(running), places.read(running)
             self._free([each for each in before if each.row.finish_reason])
+
+    def forced(self, texts: Sequence[tuple[int, ...]], branches: Sequence[Sequence[int]], width: int) -> Tensor:
+        """Logits of the tokens at `width` places after each text, one after another, when a branch follows it.
+
+        [rows, width, V]; a probe asks. Branches may be shorter.
+        """
+        prompts = {text: PagedPrompt(list(text)) for text in texts}
+        running = [PagedRow(Row(text, 0, width), prompts[text]) for text in texts]
+        self._begin(deque((each.prompt, each.row) for each in running))
+        self._read(list(prompts.values()))
+        self.pages.promised += sum(each.owed for each in running)
+        steps = [torch.stack([each.prompt.logits_V.float() for each in running])]  # type: ignore[union-attr]
+        for step in range(width - 1):
+            for each, branch in zip(running, branches, strict=True):
+                each.row.ids.append(branch[step] if step < len(branch) else 0)
+            places = self._places_for(running)
+            places.fill(running, 1)
+            steps.append(places.forward()[: len(running)])
+        return torch.stack(steps, 1)
+
+    def _begin(self, queue: Queue) -> None:
+        """Make room for these rows."""
+        limits, lengths = [row.limit for _, row in queue], [len(prompt.ids) for prompt, _ in queue]
+        self.row_pages, self.prompt_pages = pages_for(max(limits)), pages_for(max(lengths))
+        self.longest = max(max(lengths), max(limits))
+        self.pages = self._make_pages(queue)
 
     def _places_for(self, running: Sequence[PagedRow]) -> Places:
         rows = max(LEAST_ROWS, _power(len(running)))
@@ -324,7 +354,7 @@ class CapturedEngine:
 
     def _make_pages(self, queue: Queue) -> Pages:
         """Pages for all rows at once, or for as many as there is memory for; a pass of a token says what one takes."""
-        state, nothing = _Reading([Piece(0, 1)]), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        state, nothing = _Reading([Piece(0, 1)], self.layers), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         logits_1V = next_logits(self.model, nothing, nothing[0], state, None)
         self.ends = self.ends[self.ends < logits_1V.shape[-1]]
         prompts = {id(prompt): pages_for(len(prompt.ids)) for prompt, _ in queue}
@@ -341,7 +371,7 @@ class CapturedEngine:
     def _read(self, fresh: Sequence[PagedPrompt]) -> None:
         """Read prompts: their keys and values go to pages, and the logits that follow each are kept."""
         laid_out = lay_out(fresh, {})
-        state = _Reading(laid_out.pieces)
+        state = _Reading(laid_out.pieces, self.layers)
         ids_1N = torch.tensor([laid_out.ids], device=self.device)
         logits_PV = next_logits(
             self.model, ids_1N, laid_out.position_N(self.device), state, laid_out.last_P(self.device)
