@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,14 +27,50 @@ def library(module: nn.Linear, hidden: Tensor, ids: Tensor, entropy: bool = Fals
     return token_logprobs(Head(module, WORDS), hidden, ids, entropy=entropy)[0]
 
 
-WAYS: dict[str, Callable[[nn.Linear, Tensor, Tensor], Tensor]] = {
-    "library": library,
-    "library, entropies": lambda module, hidden, ids: library(module, hidden, ids, entropy=True),
-    "full logits": full_logits,
+@contextmanager
+def changed(**names: Any) -> Iterator[None]:
+    """Other parts of the library's own way, for comparison."""
+    from trl.kernels import head_blocks
+
+    before = {name: getattr(head_blocks, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(head_blocks, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(head_blocks, name, value)
+
+
+def by_addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b by one call."""
+    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@cache
+def compiled() -> dict[str, Any]:
+    from trl.kernels import head_blocks
+
+    return {name: torch.compile(getattr(head_blocks, name)) for name in ("walk", "slopes_of")}
+
+
+OPERATIONS: dict[str, Any] = {"_has_triton": lambda logits: False}
+WAYS: dict[str, Callable[[], Any]] = {
+    "library": nullcontext,
+    "library, entropies": nullcontext,
+    "by torch's operations": lambda: changed(**OPERATIONS),
+    "by torch's operations, compiled": lambda: changed(**OPERATIONS, **compiled()),
+    "blocks of 128 MiB": lambda: changed(BLOCK=2**25),
+    "blocks of 512 MiB": lambda: changed(BLOCK=2**27),
+    "blocks of 4,096 rows": lambda: changed(MOST_ROWS=2**12),
+    "sums by addmm": lambda: changed(add_product=by_addmm),
 }
+"""by name: what is another than in the library"""
 
 
-def measured(way: Callable[..., Tensor], dtype: torch.dtype, trained: bool) -> dict[str, Any]:
+def measured(
+    way: Callable[..., Tensor], during: Callable[[], Any], dtype: torch.dtype, trained: bool
+) -> dict[str, Any]:
     torch.manual_seed(0)
     module = nn.Linear(WIDTH, WORDS, bias=False, device=DEVICE, dtype=dtype).requires_grad_(trained)
     states = torch.bfloat16 if CUDA or dtype == torch.bfloat16 else torch.float32
@@ -42,6 +80,10 @@ def measured(way: Callable[..., Tensor], dtype: torch.dtype, trained: bool) -> d
 
     def step() -> None:
         hidden.grad = module.weight.grad = None
+        with during():
+            both_passes()
+
+    def both_passes() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=states == torch.bfloat16):
             logprobs = way(module, hidden, ids)
         (logprobs * factor).sum().backward()
@@ -65,10 +107,12 @@ def main() -> None:
     for trained in (True, False):
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{'trained' if trained else 'frozen'}, weights in {str(dtype).removeprefix('torch.')}"
+            some = WAYS if dtype == torch.float32 else {"library": nullcontext}
             plain: list[Tensor] = []
-            for way in ("full logits", *(each for each in WAYS if each != "full logits")):
+            for way in ("full logits", *some):
+                function = full_logits if way == "full logits" else partial(library, entropy="entropies" in way)
                 with attempt(f"{name}: {way}"):
-                    result = measured(WAYS[way], dtype, trained)
+                    result = measured(function, WAYS.get(way, nullcontext), dtype, trained)
                     numbers = result.pop("numbers")
                     plain = plain or numbers
                     off = [distance(ours, theirs) for ours, theirs in zip(numbers, plain, strict=True)]
