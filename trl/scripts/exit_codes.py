@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from trl.data.any_text import fitting
+
 INTERRUPTED = 130
 BAD_INPUT = 2
 SPEAK_FOR_THEMSELVES = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
@@ -87,5 +89,5 @@ def pointing(job: str, lengths: str = "--max_length") -> Iterator[None]:
 
 def fail(line: str) -> int:
     """Print the error; returns the exit code of bad input."""
-    print(f"error: {line}", file=sys.stderr)
+    print(fitting(f"error: {line}", sys.stderr), file=sys.stderr)
     return BAD_INPUT
