@@ -203,18 +203,17 @@ def tried(
     for function in (kernel, segment_attention):
         shapes = [(1, 500, heads, width), (1, 500, of_keys, width), (1, 500, of_keys, of_values)]
         leaves = [_waves(shape, phase, kind.dtype, device) for phase, shape in enumerate(shapes)]
-        for leaf, learns in zip(leaves, kind.learns, strict=False):
-            leaf.requires_grad_(learns)
+        for leaf in leaves:
+            leaf.requires_grad_(kind.learns)
         sinks = _waves((heads,), 3, kind.dtype, device) if kind.sinks else None
         # the hooks: of a checkpoint around, which must not see what is kept here
-        with torch.set_grad_enabled(bool(kind.learns)), saved_tensors_hooks(_same, _same):
+        with torch.set_grad_enabled(kind.learns), saved_tensors_hooks(_same, _same):
             out = function(
                 tree, *(leaf.transpose(1, 2) for leaf in leaves), window=70 if kind.windowed else None,
                 scale=kind.scale, softcap=kind.softcap, sinks=sinks,
             )  # fmt: skip
-            learned = [leaf for leaf in leaves if leaf.requires_grad]
             weight = _waves(tuple(out.shape), 4, out.dtype, device)
-            results.append([out, *(torch.autograd.grad(out, learned, weight) if learned else ())])
+            results.append([out, *(torch.autograd.grad(out, leaves, weight) if kind.learns else ())])
     return list(zip(*results, strict=True))
 
 
