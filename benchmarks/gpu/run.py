@@ -66,6 +66,7 @@ PARTS = (
     Part("exact", (
         Job("exact", "exact", limit=150), Job("steps cpu", "steps", {"precision": "float32"}, on_cpu=True),
         Job("steps float32", "steps", {"precision": "float32"}), Job("steps bf16", "steps", {"precision": "bf16"}),
+        Job("steps fp16", "steps", {"precision": "fp16"}),
     )),
     Part("mismatch", (Job("mismatch", "mismatch"),)),
     Part("head", (Job("head", "head"),)),
@@ -192,7 +193,7 @@ def main() -> None:
     out, start = options.out.resolve(), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     wheels = [install(options.wheels, out / "site")] if options.wheels else []
-    results = out / "results.json"
+    results = (options.results or out / "results.json").resolve()
     for part in chosen(options.part):
         for job in part.jobs:
             if time.perf_counter() - start > options.seconds or (options.job and options.job not in job.name):

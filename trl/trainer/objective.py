@@ -586,6 +586,8 @@ class ObjectiveTrainer(Trainer):
                 for piece, places in zip(pieces_of([batch]), _places(batch), strict=False)
             ]
             self._non_finite.met(self.state.global_step + 1, self.accelerator, self._watch, [self.model], pieces)
+            if self.accelerator.scaler is not None and self._watch.norm is None:  # it wants to have seen the gradient
+                self.accelerator.unscale_gradients()
             for parameter in self.model.parameters():
                 parameter.grad = None  # optimizers pass over those without a gradient
             self._left_out.append(self._step_loss)

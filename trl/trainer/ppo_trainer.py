@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, tqdm
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -90,7 +90,7 @@ from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import OfForm, WholeOfForm
+from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import StepWatch, Tally, write_metrics
@@ -1772,8 +1772,15 @@ def check_arguments(
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:
-    """The accelerator of a config; the scheduler moves once per PPO step, however many processes there are."""
+    """The accelerator of a config; the scheduler moves once per PPO step, however many processes there are.
+
+    Where nothing is said of precision, a GPU that computes in bfloat16 by itself does so.
+    """
     keywords = {"step_scheduler_with_optimizer": False, **config.accelerator_kwargs}
+    on_cpu = keywords.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
+    said = "mixed_precision" in keywords or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not said and not on_cpu and bfloat16_by_default():
+        keywords["mixed_precision"] = "bf16"
     return Accelerator(
         log_with=config.log_with,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -1809,11 +1816,11 @@ def check_critic(model: Any, value_model: nn.Module, optimizer: Optimizer | None
 
 
 def make_optimizer(config: PPOConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Adam as `adam_style` says; torch's in one pass over memory where all of it is on the CPU."""
+    """Adam as `adam_style` says; torch's in one pass over memory where a kernel does so."""
     rate, eps = config.learning_rate, config.adam_epsilon
     if config.adam_style == "tf":
         return TFAdam(parameters, lr=rate, eps=eps)
-    fused = all(each.device.type == "cpu" and each.is_floating_point() for each in parameters)
+    fused = all(each.device.type in ("cpu", "cuda") and each.is_floating_point() for each in parameters)
     return Adam(parameters, lr=rate, eps=eps, fused=fused or None)
 
 

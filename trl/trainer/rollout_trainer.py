@@ -7,6 +7,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from numbers import Real
@@ -31,7 +32,7 @@ from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
-from trl.models.precision import dtype_of, frozen_dtype, precision_of
+from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision_of
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
@@ -528,7 +529,9 @@ class RolloutTrainer(ObjectiveTrainer):
                 "the weights are sharded (FSDP, DeepSpeed ZeRO-3), and the sampler needs them whole: train with DDP"
             )
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
-        self.sampler = make_sampler(self.model, tokenizer)
+        # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
+        with self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
+            self.sampler = make_sampler(self.model, tokenizer)
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
         self.source = self.make_source()

@@ -58,11 +58,13 @@ def optimizer_step(
     else:
         watch.norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     finite, _, numbers = watch.read(accelerator, also=means.values())
-    if not finite:
-        if non_finite is not None:
-            non_finite(watch)
-    elif accept is None or accept({name: torch.tensor(value) for name, value in zip(means, numbers, strict=True)}):
+    if not finite and non_finite is not None:
+        non_finite(watch)
+    read = {name: torch.tensor(value) for name, value in zip(means, numbers, strict=True)}
+    if finite and (accept is None or accept(read)):
         optimizer.step()
+    elif accelerator.scaler is not None:  # of fp16, which has unscaled the gradient and waits for the step
+        accelerator.scaler.update(accelerator.scaler.get_scale())
     optimizer.zero_grad(set_to_none=True)
     return means
 
