@@ -33,7 +33,7 @@ from trl.kernels.block_mask import (
     on_device,
     row_bounds,
 )
-from trl.kernels.tree_attention import TreeLayout, takes, tree_attention
+from trl.kernels.tree_attention import TreeLayout, compiled_tree_attention, takes, tree_attention
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +244,8 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         window = kwargs.get("sliding_window")
         plain = not dropout and how["softcap"] is None and how["sinks"] is None
         if tree is not None and plain and takes(query, key, value):
+            if torch.compiler.is_compiling():
+                return compiled_tree_attention(tree, query, key, value, window=window, scale=scaling), None
             return tree_attention(tree, module, query, key, value, window=window, scale=scaling), None
         if tree is None:  # an eager model: its own function is not registered, so the same by hand
             out = attend(query, key, value, attention_mask, causal=False, **how)
