@@ -16,6 +16,8 @@ from sharded_runs import seeded, shard_on_the_cpu
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from trl.models.unwrap import below_accelerate
+
 STEPS = 5
 SHAPES = {
     "sft": {"per_device_train_batch_size": 4},
@@ -135,7 +137,6 @@ def fsdp_from_the_start(work: Work) -> None:
         trainer.train()
         trainer.save_model(str(work.root / f"model-{form}"))
         work.found[f"sft-{form}"] = result_of(trainer)
-        work.found[f"hidden-{form}"] = sorted(p.name for p in (work.root / f"sft-{form}").glob(".*") if p.is_dir())
 
 
 def fsdp_resumes(work: Work) -> None:
@@ -168,6 +169,54 @@ def fsdp_with_adapters(work: Work) -> None:
     work.run("lora-1-2", "sft", "SHARDED_STATE_DICT", lora=True, resume=work.root / "lora-1" / "checkpoint-3")
 
 
+def ppo(folder: Path, rank: int, world: int, resume: Path | None = None, sharded: bool = False) -> dict[str, Any]:
+    """Two steps of PPO on rows that are given, with the state saved between them; resume: that of another run."""
+    from ppo_runs import trainer_for
+
+    rows, more = 4 // world, {}
+    if sharded:
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        more["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )  # fmt: skip
+    trainer = trainer_for(
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), batch_size=rows, mini_batch_size=1,
+        gradient_accumulation_steps=rows, ppo_epochs=2, use_score_scaling=True, use_score_norm=True, target=0.1,
+        horizon=20, accelerator_kwargs=more,
+    )  # fmt: skip
+    g, part = torch.Generator().manual_seed(1), slice(rank * rows, (rank + 1) * rows)
+    data = [torch.randint(4, 100, (3 + i % 3,), generator=g) for i in range(16)]
+    ends = []
+    for turn in range(3):
+        if turn == 1:
+            trainer.save_state(folder)
+        if turn == 2:
+            trainer.load_state(folder if resume is None else resume)
+        if turn == 2 or resume is None:
+            now = data[:8] if turn == 0 else data[8:]
+            trainer.step(now[:4][part], now[4:][part], [torch.tensor(float(i)) for i in (3, 0, 1, -2)][part])
+        own = below_accelerate(trainer.model)
+        ends.append({name: _whole(p).detach().clone() for name, p in own.named_parameters()})
+    again = resume is not None or all(torch.equal(ends[1][name], ends[2][name]) for name in ends[1])
+    return {"weights": ends[2], "again": again, "kl_coef": trainer.kl_ctl.value, "sharded": _is_sharded(trainer)}
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return all(isinstance(p, DTensor) for p in trainer.model.parameters())
+
+
+def ppo_of_two(work: Work) -> None:
+    for name, more in (("ppo-2", {}), ("ppo-1-2", {"resume": work.root / "ppo-1"})):
+        work.found[name] = ppo(work.root / name, work.rank, work.world, **more)
+
+
+def ppo_sharded(work: Work) -> None:
+    for name, more in (("ppo-fsdp", {}), ("ppo-1-fsdp", {"resume": work.root / "ppo-1"})):
+        work.found[name] = ppo(work.root / name, work.rank, work.world, sharded=True, **more)
+
+
 class Terminate(TrainerCallback):
     def __init__(self, rank: int):
         self.rank = rank
@@ -198,6 +247,19 @@ def fsdp_best(work: Work) -> None:
     work.found["best"] = (losses, trainer.state.best_model_checkpoint, trainer.evaluate()["eval_loss"])
 
 
+def fsdp_model_only(work: Work) -> None:
+    """Checkpoints without optimizer, and a model that goes to the Hub with each checkpoint of shards."""
+    trainer = trainer_of("sft", work.root / "only", work.world, "FULL_STATE_DICT", save_only_model=True, max_steps=2)
+    trainer.train()
+    work.run("only-again", "sft", "FULL_STATE_DICT", resume=work.root / "only" / "checkpoint-2", max_steps=3)
+    trainer = trainer_of("sft", work.root / "pushed", work.world, "SHARDED_STATE_DICT", max_steps=1)
+    pushed: list[Any] = []
+    trainer.args.push_to_hub, trainer._hub_strategy = True, "every_save"
+    trainer._seal._sealed = lambda folder: pushed.append((folder.name, trainer._model_files))
+    trainer.train()
+    work.found["pushed"] = pushed
+
+
 class Killed(TrainerCallback):
     """Ends the process when the files of its second checkpoint are there, and the manifest is not."""
 
@@ -214,7 +276,8 @@ def killed(work: Work) -> None:
     trainer.train()
 
 
-DDP_CASES = (ddp_reads_one, ddp_from_the_start)
+DDP_CASES = (ddp_reads_one, ddp_from_the_start, ppo_of_two)
 SHARDED_CASES = (
     fsdp_reads_one, fsdp_from_the_start, fsdp_resumes, fsdp_with_adapters, fsdp_terminated, fsdp_best,
+    fsdp_model_only, ppo_sharded,
 )  # fmt: skip

@@ -4,6 +4,7 @@ The ids (S16, S17) name faults of earlier releases. One group of two ranks runs 
 """
 
 import json
+import os
 import pickle
 import shutil
 
@@ -13,11 +14,12 @@ from conformity import tokenizer
 from peft import PeftModel
 from process_group import on_ranks
 from safetensors.torch import load_file
-from sharded_checkpoint_runs import MIDST, STEPS, run, trainer_of, two_ranks
+from sharded_checkpoint_runs import MIDST, STEPS, ppo, run, trainer_of, two_ranks
 from sharded_runs import seeded
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
+from trl import AutoModelForCausalLMWithValueHead
 from trl.models.weight_files import check_shards, shard_files
 from trl.rollout.experience import Division, Experience, RolloutLoader, RolloutShape, RolloutState, divided_anew
 from trl.trainer.checkpoints import (
@@ -40,6 +42,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     one = {f"{kind}-1": run(kind, root / f"{kind}-1") for kind in ("sft", "grpo")}
     one["lora-1"] = run("sft", root / "lora-1", lora=True)
+    one["ppo-1"] = ppo(root / "ppo-1", 0, 1)
     with pytest.raises(ProcessExitedException, match="SIGKILL"):  # the last case
         on_ranks(two_ranks, 2, str(root))
     return root, one, [torch.load(root / f"{rank}.pt") for rank in (0, 1)]
@@ -97,6 +100,7 @@ def test_one_process_reads_what_fsdp_wrote(runs, form, tmp_path):
     root, _, ranks = runs
     found = run("sft", tmp_path, resume=root / f"sft-{form}" / "checkpoint-3", model="tied")
     same(found, ranks[0][f"sft-{form}"])
+    verified(root / f"sft-{form}" / "checkpoint-3")  # as it was
 
 
 @pytest.mark.slow
@@ -106,12 +110,35 @@ def test_one_process_reads_an_adapter_that_fsdp_wrote(runs, form, tmp_path):
     found = run("sft", tmp_path, resume=root / f"lora-{form}" / "checkpoint-3", lora=True)
     same(found, one["lora-1"])
     same(found, ranks[0][f"lora-{form}"])
+    verified(root / f"lora-{form}" / "checkpoint-3")
 
 
 @pytest.mark.slow
 def test_fsdp_reads_an_adapter_of_one_process(runs):
     for two in runs[2]:
         same(two["lora-1-2"], runs[1]["lora-1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo-2", "ppo-1-2", "ppo-fsdp", "ppo-1-fsdp"])
+def test_ppo_goes_on_with_another_number_of_processes_and_on_shards(runs, name, tmp_path):
+    """`load_state` of one's own state is exact; of one process's on two, whole or sharded, and back, equal to 1e-5."""
+    root, one, ranks = runs
+    for two in (each[name] for each in ranks):
+        assert two["again"]
+        assert two["sharded"] == ("fsdp" in name)
+        assert two["kl_coef"] == pytest.approx(one["ppo-1"]["kl_coef"], rel=1e-6)
+        assert two["weights"].keys() == one["ppo-1"]["weights"].keys()
+        for key, weight in one["ppo-1"]["weights"].items():
+            torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-5, msg=key)
+    back = ppo(tmp_path, 0, 1, resume=root / name)["weights"]
+    if "1" in name:  # saved before anything was learned: a run of its own
+        return
+    for key, weight in one["ppo-1"]["weights"].items():
+        torch.testing.assert_close(back[key], weight, rtol=0, atol=1e-5, msg=key)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(root / name)
+    assert len(load_file(root / name / "model.safetensors")) == 23
+    assert model.v_head.summary.weight.shape == (1, 32)
 
 
 def test_another_global_batch_is_an_error_that_says_the_way_out(runs, tmp_path):
@@ -203,6 +230,26 @@ def test_the_best_model_is_loaded_at_the_end(runs):
         assert best.endswith(f"checkpoint-{step}")
         assert step < 3  # by the worst loss, so that it is not the last one
         assert at_end == pytest.approx(max(losses), abs=1e-7)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_the_model_alone(runs):
+    """Optimizer and schedule start anew, the place in the data does not."""
+    for two in runs[2]:
+        assert [row["learning_rate"] for row in two["only-again"]["logs"]] == [0.5, 0.25, 0.5]
+    files = read_manifest(runs[0] / "only" / "checkpoint-2")["files"]
+    assert "model.safetensors" in files
+    assert not [name for name in files if "optimizer" in name or "fsdp" in name]
+
+
+@pytest.mark.slow
+def test_what_goes_to_the_hub_of_a_checkpoint_of_shards(runs):
+    first, second = (two["pushed"] for two in runs[2])
+    assert second == []
+    [(name, files)] = first
+    assert name == "checkpoint-1"
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(files)
+    assert not [file for file in files if "fsdp" in file or "rng" in file or "optimizer" in file]
 
 
 # -- the model -----------------------------------------------------------------------------------
@@ -386,7 +433,10 @@ def test_a_best_checkpoint_of_another_form_is_forgotten(tmp_path, caplog):
     file.write_text(
         json.dumps({"best_model_checkpoint": "there", "best_metric": 1.0, "best_global_step": 2, "epoch": 1})
     )
+    os.link(file, tmp_path / "original")
+    before = file.read_text()
     _forget_best(file)
+    assert (tmp_path / "original").read_text() == before
     assert json.loads(file.read_text()) == {
         "best_model_checkpoint": None, "best_metric": None, "best_global_step": None, "epoch": 1,
     }  # fmt: skip

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from transformers.utils import (
 )
 
 from trl.models.unwrap import below_accelerate
-from trl.models.weight_files import check_shards, tied_names
+from trl.models.weight_files import WEIGHT_FILES, check_shards, tied_names
 from trl.trainer.checkpoints import (
     MANIFEST,
     RESUMING,
@@ -190,6 +191,7 @@ def _make(checkpoint: Checkpoint, folder: Path, run: Reader) -> None:
         replaced |= {
             n for n in names if n.split("/")[0] in (FULL_MODEL, FULL_OPTIMIZER, SHARDED_MODEL, SHARDED_OPTIMIZER)
         }
+        replaced |= {name for name in names if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)}
     for name in names:
         if name not in replaced:
             _link(checkpoint.folder / name, folder / name)
@@ -237,6 +239,7 @@ def _forget_best(file: Path) -> None:
             "the best of those that come now", state["best_model_checkpoint"],
         )  # fmt: skip
         state.update(best_model_checkpoint=None, best_metric=None, best_global_step=None)
+        file.unlink()  # it may be a link to the checkpoint's own
         file.write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
