@@ -136,7 +136,7 @@ def fsdp_from_the_start(work: Work) -> None:
         trainer = trainer_of("sft", work.root / f"sft-{form}", work.world, form, model="tied", save_total_limit=4)
         trainer.train()
         trainer.save_model(str(work.root / f"model-{form}"))
-        work.found[f"sft-{form}"] = result_of(trainer)
+        work.found[f"sft-{form}"] = {**result_of(trainer), "gathered": len(trainer._gathered_weights())}
 
 
 def fsdp_resumes(work: Work) -> None:

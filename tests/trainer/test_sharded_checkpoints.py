@@ -271,6 +271,7 @@ def test_the_final_model_is_whole_and_tied_weights_are_saved_once(runs, form):
     assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
     assert len(type(tokenizer()).from_pretrained(folder)) == len(tokenizer())
     assert not list(folder.glob(".*"))
+    assert [two[f"sft-{form}"]["gathered"] for two in ranks] == [21, 0]  # in the memory of the first one only
 
 
 @pytest.mark.slow

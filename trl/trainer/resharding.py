@@ -127,10 +127,10 @@ def readable(checkpoint: Checkpoint, output_dir: str | os.PathLike[str], run: Re
     folder = Path(output_dir) / f"{RESUMING}{checkpoint.folder.name}"
     answer: list[Any] = [None]
     if PartialState().is_main_process:
+        differs = "; what is drawn at random, such as dropout, differs from a run that goes on as it was"
         logger.warning(
-            "%s was written by %s with %s, this run has %d with %s: it goes on with the same rows; what is drawn at "
-            "random, such as dropout, differs from a run that goes on as it was",
-            checkpoint.folder, processes_text(written), theirs, run.world_size, run.form,
+            "%s was written by %s with %s, this run has %d with %s and goes on%s", checkpoint.folder,
+            processes_text(written), theirs, run.world_size, run.form, "" if written == run.world_size else differs,
         )  # fmt: skip
         try:
             _make(checkpoint, folder, run)
