@@ -3,12 +3,9 @@
 accelerate turns FSDP2 on for accelerators only: `shard_on_the_cpu` makes it do so on ranks of a CPU.
 """
 
-import contextlib
-import json
-import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from torch.distributed.tensor import DTensor
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # for scripts, which have no conftest
 
 from conformity import CASES, build, config, history
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
 
 from trl.models.forward import plan_of
 
@@ -69,8 +66,15 @@ class Run:
     """of an optimizer step, over all ranks"""
     lora: bool = True
     """whether it has a column with an adapter"""
-    packs: bool = True
-    rate: float = 0.1
+    arguments: Callable[[], dict[str, Any]] | None = None
+    """of the constructor; None: those of the case"""
+
+
+def episodes() -> dict[str, Any]:
+    """An environment whose episodes have different numbers of turns."""
+    from environments_for_tests import talkative
+
+    return {"environment": talkative()}
 
 
 ROLLOUT = {"max_completion_length": 6, "num_generations": 2, "save_rollouts": False}
@@ -96,6 +100,10 @@ RUNS: dict[str, Run] = {
         lora=False,
     ),
     "GRPO, layer by layer": Run("grpo", settings={**ROLLOUT, "beta": 0.1, "gather": "layers"}),
+    "GRPO, environment": Run("grpo", settings={**ROLLOUT, "max_completion_length": 20}, arguments=episodes),
+    "GRPO, environment, layer by layer": Run(
+        "grpo", settings={**ROLLOUT, "max_completion_length": 20, "gather": "layers"}, arguments=episodes, lora=False
+    ),
     "RLOO": Run("rloo", settings=ROLLOUT),
     "Online DPO": Run("online-dpo", settings={**ROLLOUT, "dynamic_sampling": False, "generation_batch_size": None}),
     "RAFT": Run("raft", settings={**ROLLOUT, "keep_best": 1}),
@@ -128,7 +136,9 @@ def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, 
 def train_all(rank: int, world: int, path: str, engine: str, names: list[str], lora: bool) -> None:
     """`train` each of the rows and write what came of it to `path`, after each."""
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(int(__import__("os").environ.get("DUMP","60")), exit=True)
+    import faulthandler
+
+    faulthandler.dump_traceback_later(240, exit=True)  # TEMP
     if engine.startswith("fsdp2"):
         shard_on_the_cpu()
     found = {}
@@ -142,11 +152,13 @@ def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     run = RUNS[name]
     case = CASES[run.case]
     layer = "Gemma2DecoderLayer" if run.kind == "soft-cap" else "LlamaDecoderLayer"
-    settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": run.rate}
+    settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": 0.1}
     settings |= {**run.settings, **engine_settings(engine, layer)}
     if run.kind:
         case = replace(case, model=lambda: seeded(run.kind))
-    CASES["at hand"] = replace(case, settings={**case.settings, **run.settings})
+    CASES["at hand"] = replace(
+        case, settings={**case.settings, **run.settings}, arguments=run.arguments or case.arguments
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = build("at hand", Path(folder), lora, per_device_train_batch_size=run.rows // world, **settings)
         trainer.train()
@@ -163,10 +175,28 @@ def results(trainer: Any) -> dict[str, Any]:
         "numbers": {key: values for key, values in numbers.items() if values},
         "packed": plan_of(trainer.model).packed,
         "sharded": all(isinstance(weight, DTensor) for weight in weights.values()),
-        "weights": {
-            key: _whole(weight).detach().clone() for key, weight in weights.items() if weight.requires_grad
-        },
+        "weights": {key: _whole(weight).detach().clone() for key, weight in weights.items() if weight.requires_grad},
     }
+
+
+ASKED = {"loss": "loss", "gradient norm": "grad_norm"}
+"""columns of the table -> what is logged; all other numbers are in one column"""
+
+
+def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
+    """How far two runs are apart, by column: numbers by their size, or by 0.05 where they are smaller; weights as such."""
+    found = dict.fromkeys((*ASKED, "other metrics", "weights"), 0.0)
+    names = {logged: column for column, logged in ASKED.items()}
+    for name in {**one["numbers"], **two["numbers"]}:
+        ours, theirs = one["numbers"].get(name, []), two["numbers"].get(name, [])
+        apart = [abs(a - b) / max(abs(a), 0.05) for a, b in zip(ours, theirs, strict=False)]
+        column = names.get(name, "other metrics")
+        found[column] = max([found[column], *apart, float("inf") if len(ours) != len(theirs) else 0.0])
+    if one["weights"].keys() != two["weights"].keys():
+        found["weights"] = float("inf")
+        return found
+    found["weights"] = max(float((two["weights"][key] - value).abs().max()) for key, value in one["weights"].items())
+    return found
 
 
 def _whole(weight: Any) -> torch.Tensor:

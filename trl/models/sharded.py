@@ -56,8 +56,16 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for group, own in zip(groups, after_forward, strict=True):
             group.post_forward_mesh_info = own
+        _forget_passes(groups)
         for shard in shards:
             shard.reshard()
+
+
+def _forget_passes(groups: list[Any]) -> None:
+    """FSDP gathers ahead in a backward pass by the order of all passes since the last one, and ranks ran their own."""
+    for group in groups:
+        group.comm_ctx.post_forward_order.clear()
+        group._post_forward_indices.clear()
 
 
 def say_gathering(model: nn.Module, *, in_layers: bool) -> None:
@@ -128,6 +136,8 @@ def in_step(*models: nn.Module) -> Iterator[None]:
         depth = 1  # passes of other ranks from here on
         while number := turn(0):
             _idle_pass(sharded[number - 1])
+    for model in sharded:
+        _forget_passes(_groups(_shards(model)))
 
 
 @contextmanager

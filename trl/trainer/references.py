@@ -17,9 +17,9 @@ from trl.models.forward import eval_no_grad, rows_padded
 from trl.models.peft_support import is_peft_model
 from trl.models.precision import dtype_of
 from trl.models.prepare import disable_dropout_in_model, load_model
+from trl.models.reference import Reference, copy_with_adapter, needs_no_copy
 from trl.models.sharded import in_step, prepare_frozen
 from trl.models.unwrap import is_sharded
-from trl.models.reference import Reference, copy_with_adapter, needs_no_copy
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer

@@ -9,7 +9,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -38,7 +38,7 @@ from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering
-from trl.models.unwrap import below_peft, holds_parts, is_encoder_decoder, is_sharded
+from trl.models.unwrap import below_peft, is_encoder_decoder, is_sharded
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
@@ -928,7 +928,7 @@ class RolloutTrainer(ObjectiveTrainer):
         count = counted(rows.mask_BT, self.aggregation, self.args.max_completion_length)
         computed = self.rows_with_gradient(rows).nonzero().flatten()
         kept = rows.select(computed if len(computed) else range(min(self.least_rows(), len(rows))))
-        return Batch(policy=kept.batch(count))
+        return Batch(policy=replace(kept.batch(count), only_runs=not len(computed)))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
@@ -963,7 +963,7 @@ class RolloutTrainer(ObjectiveTrainer):
         loss = self.policy_objective(model, policy)
         if self._ratio_is_one_at == self.state.global_step and model.training:
             check_first_ratio(means_of(loss.metrics), self._precision)
-        return LossSum(loss.total, policy.counted, loss.metrics)
+        return LossSum(loss.total, policy.counted, {} if policy.only_runs else loss.metrics)
 
     def _precision(self) -> str:
         with self.accelerator.autocast():
