@@ -1,14 +1,14 @@
 """Weights that ranks hold in parts (FSDP2): gathered for a while, or read layer by layer with all ranks in step.
 
-A pass of a sharded model gathers its weights, so all ranks must run the same passes. Sampling cannot promise that: ranks
-draw completions of different lengths, and some draw none. Two contexts allow it: `gathered` and `in_step`.
+A pass of a sharded model gathers its weights, so all ranks must run the same passes. Sampling cannot promise that:
+ranks draw completions of different lengths, and some draw none. Two contexts allow it: `gathered` and `in_step`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trl.kernels.layers import swapped_forward
 from trl.models.forward import eval_no_grad
 from trl.models.precision import size_text
-from trl.models.unwrap import below_peft, each_alone
+from trl.models.unwrap import below_peft, each_alone, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
             shard.reshard()
 
 
+def gathered_if_sharded(model: nn.Module) -> AbstractContextManager[None]:
+    """`gathered` for a model whose weights are in parts now."""
+    return gathered(model) if is_sharded(model) else nullcontext()
+
+
 def _forget_passes(groups: list[Any]) -> None:
     """FSDP gathers ahead in a backward pass by the order of all passes since the last one, and ranks ran their own."""
     for group in groups:
@@ -68,13 +73,23 @@ def _forget_passes(groups: list[Any]) -> None:
         group._post_forward_indices.clear()
 
 
-def say_gathering(model: nn.Module, *, in_layers: bool) -> None:
-    """One line before the first rollout: how sampling gets the weights, and what they take."""
+def say_gathering(model: nn.Module, *, in_layers: bool | None = None) -> None:
+    """One line before the first rollout: how sampling gets the weights, and what they take.
+
+    in_layers: what `gather` says; None: there is no choice.
+    """
     plain = not in_layers
     where = "at once, for each round of sampling" if plain else "layer by layer, in each pass, with all ranks in step"
     more = "gather='layers' needs less memory and is far slower" if plain else "gather='model' is faster where they fit"
     size = size_text(sum(weight.numel() * weight.element_size() for weight in model.parameters()))
-    logger.warning("sampling gathers the sharded weights, %s, %s; %s", size, where, more)
+    more = "" if in_layers is None else f"; {more}"
+    logger.warning("sampling gathers the sharded weights, %s, %s%s", size, where, more)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the weights that a pass has left whole."""
+    for shard in _shards(model):
+        shard.reshard()
 
 
 def prime(model: nn.Module) -> None:
@@ -176,11 +191,28 @@ def prepare_frozen(accelerator: Any, model: Any) -> Any:
 
 
 def shard(accelerator: Any, model: Any) -> Any:
-    """A model under FSDP2 as the accelerator's plugin says; by its own kinds of layers where the plugin's are others'."""
+    """A model under FSDP2 as the plugin of the accelerator says; by its own kinds of layers where that names others."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     with own_layers(accelerator, model):
         return fsdp2_prepare_model(accelerator, model)
+
+
+def shard_beside(accelerator: Any, model: Any, optimizer: Any, prepare: Callable[[], Any]) -> Any:
+    """What `prepare()` gives for another model and the optimizer, which has this model's weights too; both are sharded.
+
+    accelerate prepares one model with an optimizer: it does not see the weights of this one.
+    """
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups: list[list[Any]] = [group["params"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"] = [weight for weight in group["params"] if id(weight) not in names]
+    prepared = prepare()
+    own = dict(shard(accelerator, model).named_parameters())
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        others = iter(group["params"])
+        group["params"] = [own[names[id(each)]] if id(each) in names else next(others) for each in before]
+    return prepared
 
 
 @contextmanager
@@ -204,6 +236,11 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def held(weight: Tensor) -> Tensor:
+    """What this process holds of a weight, in the same memory."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 def like_shards(value: Tensor, like: Tensor) -> Tensor:
     """A value as a weight is held: whole or in parts. Collective where one of them is sharded."""
     if not isinstance(like, DTensor):
@@ -215,7 +252,4 @@ def like_shards(value: Tensor, like: Tensor) -> Tensor:
 
 def part_of(value: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """What this rank holds of a weight, and the same part of a value of its shape. Collective where one is sharded."""
-    value = like_shards(value, like)
-    return (like.to_local() if isinstance(like, DTensor) else like), (
-        value.to_local() if isinstance(value, DTensor) else value
-    )
+    return held(like), held(like_shards(value, like))

@@ -94,7 +94,7 @@ def each_alone(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3) and all must now run the same passes."""
+    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3), so all must run the same passes."""
     parts = (isinstance(module, FSDPModule) and module not in _alone for module in model.modules())
     return is_deepspeed_zero3_enabled() or any(parts)
 
@@ -104,6 +104,11 @@ def runs_in_step(model: nn.Module) -> bool:
     return torch.distributed.is_initialized() and is_sharded(model)
 
 
+def is_fsdp2(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model or parts of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def holds_parts(model: nn.Module) -> bool:
     """Whether each process keeps a part of the weights, whatever passes it runs now."""
-    return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in model.modules())
+    return is_deepspeed_zero3_enabled() or is_fsdp2(model)

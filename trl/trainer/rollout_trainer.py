@@ -8,7 +8,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
@@ -151,8 +151,8 @@ class RolloutConfig(PostTrainingConfig):
     log_unique_prompts: bool = field(default=False)
     """print one completion of each prompt"""
     gather: str = field(default="model")
-    """FSDP2: how sampling gets weights that ranks hold in parts. model: all at once, for each round of sampling; layers:
-    layer by layer, with all ranks in step, which needs less memory and is far slower"""
+    """FSDP2: how sampling gets the weights that ranks hold in parts. model: all at once, for each round of sampling;
+    layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
     vllm_mode: str = accepted("vllm_mode", "colocate")
@@ -746,7 +746,17 @@ class RolloutTrainer(ObjectiveTrainer):
         if not self._said_gathering and self.is_world_process_zero():
             say_gathering(self.model, in_layers=in_layers)
         self._said_gathering = True
-        return in_step(self.model) if in_layers else gathered(self.model)
+        models = self.sampled_models()
+        if in_layers:
+            return in_step(*models)
+        together = ExitStack()
+        for model in models:
+            together.enter_context(gathered(model))
+        return together
+
+    def sampled_models(self) -> list[nn.Module]:
+        """The models that make completions."""
+        return [self.model]
 
     def _ends(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
@@ -1020,7 +1030,8 @@ class RolloutTrainer(ObjectiveTrainer):
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
-        return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
+        with in_step(model, *self.frozen_models()) if is_sharded(model) else nullcontext():
+            return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
