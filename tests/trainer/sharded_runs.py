@@ -125,13 +125,17 @@ def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
 
     keywords: dict[str, Any] = {}
     if engine.startswith("fsdp2"):
-        keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
     rows = 4 // world
     model: Any = seeded("plain")
     if lora:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian"))
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        )
     torch.manual_seed(1)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(model)
     critic = seeded("reward") if "critic" in name else None
@@ -157,7 +161,9 @@ def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     models = {"policy": trainer.accelerator.unwrap_model(trainer.model)}
     models |= {} if critic is None else {"critic": trainer.accelerator.unwrap_model(trainer.value_model)}
     weights = {f"{who}.{key}": weight for who, each in models.items() for key, weight in each.named_parameters()}
-    numbers = {"loss" if key == "ppo/loss/total" else key: [float(stats[key]) for stats in steps] for key in PPO_NUMBERS}
+    numbers = {
+        "loss" if key == "ppo/loss/total" else key: [float(stats[key]) for stats in steps] for key in PPO_NUMBERS
+    }
     return gist(weights, numbers, plan_of(trainer.model).packed)
 
 
@@ -187,7 +193,6 @@ def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, 
 def train_all(rank: int, world: int, path: str, engine: str, names: list[str], lora: bool) -> None:
     """`train` each of the rows and write what came of it to `path`, after each."""
     torch.set_num_threads(1)
-    import faulthandler
 
     faulthandler.dump_traceback_later(100, exit=True)  # TEMP
     if engine.startswith("fsdp2"):
