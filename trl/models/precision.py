@@ -186,13 +186,13 @@ def memory_line(model: nn.Module, others: Iterable[nn.Module], optimizer: Any) -
     trained = [weight for weight in weights.values() if weight.requires_grad]
     rest = [weight for weight in frozen.values() if id(weight) not in {id(each) for each in trained}]
     size = _bytes(trained)
-    parts = [f"trained weights {_size(size)} {_dtypes(trained)}", f"gradients {_size(size)}"]
+    parts = [f"trained weights {size_text(size)} {_dtypes(trained)}", f"gradients {size_text(size)}"]
     states = _states(optimizer)
     if states is not None:
         wide = sum(_numel(weight) for weight in trained) if "8bit" in str(optimizer) else size
-        parts.append(f"optimizer {_size(states * wide)}")
+        parts.append(f"optimizer {size_text(states * wide)}")
     if rest:
-        parts.append(f"frozen weights {_size(_bytes(rest))} {_dtypes(rest)}")
+        parts.append(f"frozen weights {size_text(_bytes(rest))} {_dtypes(rest)}")
     return "memory: " + ", ".join(parts)
 
 
@@ -215,7 +215,8 @@ def _bytes(weights: Iterable[Tensor]) -> int:
     return sum(_numel(weight) * weight.element_size() for weight in weights)
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
+    """Bytes as people write them."""
     unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0] / 20), (1e3, "kB"))
     return f"{size / unit:.1f} {name}"
 

@@ -13,8 +13,12 @@ Each function strips its own layer and all those outside it; a model without tha
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -76,6 +80,35 @@ def accepts(model: nn.Module, keyword: str) -> bool:
     return keyword in inspect.signature(type(below_peft(model)).forward).parameters
 
 
+_alone: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def each_alone(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it ranks need not run the same passes of these sharded modules: see `models.sharded`."""
+    _alone.update(modules)
+    try:
+        yield
+    finally:
+        _alone.difference_update(modules)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3): all must then run the same passes."""
-    return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in model.modules())
+    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3), so all must run the same passes."""
+    parts = (isinstance(module, FSDPModule) and module not in _alone for module in model.modules())
+    return is_deepspeed_zero3_enabled() or any(parts)
+
+
+def runs_in_step(model: nn.Module) -> bool:
+    """`is_sharded` where there are several processes: each pass of the model is then one of all."""
+    return torch.distributed.is_initialized() and is_sharded(model)
+
+
+def is_fsdp2(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model or parts of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def holds_parts(model: nn.Module) -> bool:
+    """Whether each process keeps a part of the weights, whatever passes it runs now."""
+    return is_deepspeed_zero3_enabled() or is_fsdp2(model)

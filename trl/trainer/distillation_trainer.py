@@ -27,6 +27,7 @@ from trl.losses.loss_sum import LossSum
 from trl.models.precision import frozen_dtype
 from trl.models.prepare import context_length, embedding_rows, load_model, read_tokenizer
 from trl.models.scoring import head_of, in_head, map_logits, scored_states
+from trl.models.sharded import prepare_frozen
 from trl.models.unwrap import below_peft
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
@@ -246,12 +247,16 @@ class DistillationTrainer(RolloutTrainer):
         check_teacher(teacher, self.model, self.processing_class)
         check_same_tokens(self.processing_class, tokenizer_beside(teacher, source, self._teacher_keywords))
         teacher.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)  # type: ignore[no-any-return]
+        return prepare_frozen(self.accelerator, teacher)  # type: ignore[no-any-return]
 
     def frozen_models(self) -> list[nn.Module]:
         return [*super().frozen_models(), self.teacher]
 
     # -- samples: the student's own, the teacher's or the data set's -------------------------------
+
+    def sampled_models(self) -> list[nn.Module]:
+        teaches = self.args.seq_kd and self.args.lmbda < 1
+        return [*super().sampled_models(), *([self.teacher] if teaches else [])]
 
     def make_source(self) -> Source:
         source = self._mixed(super().make_source())

@@ -384,9 +384,10 @@ class ObjectiveTrainer(Trainer):
 
     def say_memory(self) -> None:
         """Say once, before training, what weights, gradients and optimizer take."""
+        frozen = [] if self._memory_said else self.frozen_models()  # which all ranks load and share out together
         if not self._memory_said and self.is_world_process_zero():
             chosen = self.optimizer_cls_and_kwargs[0].__name__ if self.optimizer_cls_and_kwargs else self.args.optim
-            say_memory(self.model, self.frozen_models(), self.optimizer or chosen)
+            say_memory(self.model, frozen, self.optimizer or chosen)
         self._memory_said = True
 
     def prepare_evaluation(self, eval_dataset: Any, name: str = "eval") -> Any:

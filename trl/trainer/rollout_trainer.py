@@ -8,8 +8,8 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -37,7 +37,8 @@ from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
-from trl.models.unwrap import below_peft
+from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering
+from trl.models.unwrap import below_peft, is_encoder_decoder, is_sharded
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
@@ -158,6 +159,9 @@ class RolloutConfig(PostTrainingConfig):
     """how many; None: all"""
     log_unique_prompts: bool = field(default=False)
     """print one completion of each prompt"""
+    gather: str = field(default="model")
+    """FSDP2: how sampling gets the weights that ranks hold in parts. model: all at once, for each round of sampling;
+    layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
     vllm_mode: str = accepted("vllm_mode", "colocate")
@@ -275,6 +279,7 @@ class RolloutConfig(PostTrainingConfig):
         )
         require(self, "top_p", 0 < self.top_p <= 1, "give a probability in (0, 1]")
         require(self, "top_k", self.top_k is None or self.top_k >= 0, "give a number of tokens, or 0 for all")
+        require(self, "gather", self.gather in ("model", "layers"), "choose 'model' or 'layers'")
         require(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "give a fraction in [0, 1], or None")
         require(self, "repetition_penalty", self.repetition_penalty > 0, "give a number > 0; 1 is off")
         for name in ("num_completions_to_print", "log_unique_prompts"):
@@ -458,6 +463,7 @@ class RolloutTrainer(ObjectiveTrainer):
     config_class: type[RolloutConfig]
     aggregation: Aggregation = "token"
     needs_rewards = True
+    _said_gathering = False
     _draws = False
     """whether the collector and the loader are there"""
     temperature, top_p, top_k, min_p, repetition_penalty = (Setting() for _ in range(5))
@@ -536,10 +542,7 @@ class RolloutTrainer(ObjectiveTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "the weights are sharded (FSDP, DeepSpeed ZeRO-3), and the sampler needs them whole: train with DDP"
-            )
+        self._check_sharding()
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
         # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
         with self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
@@ -730,7 +733,41 @@ class RolloutTrainer(ObjectiveTrainer):
             world=world,
             unscored=self._write_unscored,
             ends=self._ends(),
+            weights=self.weights_for_sampling,
         )
+
+    def _check_sharding(self) -> None:
+        """ValueError where the sampler could not get the weights; one line where `gather` has no effect."""
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3: the sampler needs the weights whole; train with DDP or FSDP2")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_version=1: the sampler cannot gather its weights; take fsdp_version=2")
+        if self.args.gather != "layers":
+            return
+        if not self.is_fsdp_enabled:
+            logger.warning("gather='layers': no effect, because every process holds the weights whole")
+        elif is_encoder_decoder(self.model):
+            raise ValueError("gather='layers': an encoder-decoder is not sampled layer by layer; take 'model'")
+
+    def weights_for_sampling(self) -> AbstractContextManager[None]:
+        """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
+        if not is_sharded(self.model):
+            return nullcontext()
+        in_layers = self.args.gather == "layers"
+        if not self._said_gathering and self.is_world_process_zero():
+            say_gathering(self.model, in_layers=in_layers)
+        self._said_gathering = True
+        models = self.sampled_models()
+        if in_layers:
+            return in_step(*models)
+        together = ExitStack()
+        for model in models:
+            together.enter_context(gathered(model))
+        return together
+
+    def sampled_models(self) -> list[nn.Module]:
+        """The models that make completions."""
+        return [self.model]
 
     def _ends(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
@@ -743,8 +780,9 @@ class RolloutTrainer(ObjectiveTrainer):
             keywords = config.loading_keywords() if isinstance(ref_model, str) else config.model_init_kwargs
             given = load_model(ref_model, AutoModelForCausalLM, keywords, frozen=True, like=dtype_of(self.model))
             if given is not self.model:  # else `Reference` says what is wrong with that
-                given = self.accelerator.prepare_model(given, evaluation_mode=True)
-        reference = Reference(self.model, given, autocast=self.accelerator.autocast)
+                given = prepare_frozen(self.accelerator, given)
+        reference = Reference(self.model, given, autocast=self.accelerator.autocast, share=not self.is_fsdp_enabled)
+        reference.prepare(self.accelerator)
         if config.moves_reference:
             if reference.frozen is None:
                 raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
@@ -885,12 +923,13 @@ class RolloutTrainer(ObjectiveTrainer):
             scores = score(model, packed, temperature=self.args.temperature, entropy=entropy)
             return [scores.logprobs_BT] if scores.entropy_BT is None else [scores.logprobs_BT, scores.entropy_BT]
 
-        if not len(rows):
-            return Scores(torch.zeros(0, 0), torch.zeros(0, 0) if entropy else None)
         size = self.args.per_device_train_batch_size
         runs = (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
-        with rows_padded(self.pads_rows):
-            columns = in_pieces(rows, runs, ask, self.args.device, masked=False)
+        together = in_step(model) if is_sharded(model) else nullcontext()
+        with rows_padded(self.pads_rows), together:
+            columns = in_pieces(rows, runs, ask, self.args.device, masked=False) if len(rows) else []
+        if not len(rows):
+            return Scores(torch.zeros(0, 0), torch.zeros(0, 0) if entropy else None)
         return Scores(*(column.cpu() for column in columns))
 
     # -- the loop's side -------------------------------------------------------------------------
@@ -910,7 +949,7 @@ class RolloutTrainer(ObjectiveTrainer):
         count = counted(rows.mask_BT, self.aggregation, self.args.max_completion_length)
         computed = self.rows_with_gradient(rows).nonzero().flatten()
         kept = rows.select(computed if len(computed) else range(min(self.least_rows(), len(rows))))
-        return Batch(policy=kept.batch(count))
+        return Batch(policy=replace(kept.batch(count), only_runs=not len(computed)))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
@@ -945,7 +984,7 @@ class RolloutTrainer(ObjectiveTrainer):
         loss = self.policy_objective(model, policy)
         if self._ratio_is_one_at == self.state.global_step and model.training:
             check_first_ratio(means_of(loss.metrics), self._precision)
-        return LossSum(loss.total, policy.counted, loss.metrics)
+        return LossSum(loss.total, policy.counted, {} if policy.only_runs else loss.metrics)
 
     def _precision(self) -> str:
         with self.accelerator.autocast():
@@ -1014,7 +1053,8 @@ class RolloutTrainer(ObjectiveTrainer):
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
-        return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
+        with in_step(model, *self.frozen_models()) if is_sharded(model) else nullcontext():
+            return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
