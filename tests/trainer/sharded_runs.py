@@ -3,12 +3,8 @@
 accelerate turns FSDP2 on for accelerators only: `shard_on_the_cpu` makes it do so on ranks of a CPU.
 """
 
-import contextlib
-import json
-import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,8 @@ from torch.distributed.tensor import DTensor
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # for scripts, which have no conftest
 
 from conformity import CASES, build, config, history
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
+from zero_runs import begin_whole, whole_weights, zero_config
 
 from trl.models.forward import plan_of
 
@@ -122,13 +119,17 @@ def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, 
     settings: dict[str, Any] = {"ddp_backend": "gloo"}
     if engine.startswith("fsdp2"):
         settings |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": [layer]}}
+    if engine.startswith("zero"):
+        settings |= {"deepspeed": zero_config(int(engine[4]))}
     return settings
 
 
 def train_all(rank: int, world: int, path: str, engine: str, names: list[str], lora: bool) -> None:
     """`train` each of the rows and write what came of it to `path`, after each."""
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(int(__import__("os").environ.get("DUMP","60")), exit=True)
+    import faulthandler
+
+    faulthandler.dump_traceback_later(int(__import__("os").environ.get("DUMP", "60")), exit=True)
     if engine.startswith("fsdp2"):
         shard_on_the_cpu()
     found = {}
@@ -144,6 +145,8 @@ def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     layer = "Gemma2DecoderLayer" if run.kind == "soft-cap" else "LlamaDecoderLayer"
     settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": run.rate}
     settings |= {**run.settings, **engine_settings(engine, layer)}
+    if engine.startswith("zero"):
+        begin_whole()
     if run.kind:
         case = replace(case, model=lambda: seeded(run.kind))
     CASES["at hand"] = replace(case, settings={**case.settings, **run.settings})
@@ -158,13 +161,16 @@ def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
 def results(trainer: Any) -> dict[str, Any]:
     """What came of a trainer."""
     weights = dict(trainer.model.named_parameters())
+    parts = whole_weights(trainer.model)
     numbers = {key: history(trainer, key) for key in LOGGED}
     return {
         "numbers": {key: values for key, values in numbers.items() if values},
         "packed": plan_of(trainer.model).packed,
-        "sharded": all(isinstance(weight, DTensor) for weight in weights.values()),
+        "sharded": all(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights.values()),
         "weights": {
-            key: _whole(weight).detach().clone() for key, weight in weights.items() if weight.requires_grad
+            key: parts.get(key, _whole(weight)).detach().clone()
+            for key, weight in weights.items()
+            if weight.requires_grad
         },
     }
 

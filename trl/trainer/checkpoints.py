@@ -38,6 +38,7 @@ from trl.models.weight_files import (
     put_in_place,
     undo_rename,
 )
+from trl.models.zero import elements, whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,8 @@ def describe_run(
 def shape_of(model: nn.Module) -> str:
     """The class of a model, its number of parameters, and a code for their names and shapes."""
     inner = below_accelerate(model)
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in inner.named_parameters())
-    count = sum(parameter.numel() for parameter in inner.parameters())
+    shapes = sorted((name, tuple(whole_shape(parameter))) for name, parameter in inner.named_parameters())
+    count = sum(map(elements, inner.parameters()))
     return f"{type(inner).__name__} of {count:,} parameters ({hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]})"
 
 
