@@ -3,24 +3,25 @@
 accelerate turns FSDP2 on for accelerators only: `shard_on_the_cpu` makes it do so on ranks of a CPU.
 """
 
-import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from conformity import CASES, build, config, history, tokenizer
 from torch.distributed.tensor import DTensor
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # for scripts, which have no conftest
-
-from conformity import CASES, build, config, history
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
-from zero_runs import begin_whole, whole_weights, zero_config
+from zero_runs import begin_whole, whole, zero_config, zero_plugin
 
 from trl.models.forward import plan_of
 
+SIZES = {name: getattr(config(), name) for name in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+)}  # fmt: skip
 GEMMA = {"head_dim": 8, "final_logit_softcapping": 2.0, "tie_word_embeddings": False}
 
 
@@ -30,10 +31,7 @@ def seeded(kind: str) -> torch.nn.Module:
     if kind == "reward":
         return AutoModelForSequenceClassification.from_config(config(num_labels=1))
     if kind == "soft-cap":
-        sizes = config().to_dict()
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
-        return AutoModelForCausalLM.from_config(Gemma2Config(**{name: sizes[name] for name in names}, **GEMMA))
+        return AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, **GEMMA))
     return AutoModelForCausalLM.from_config(config(tie_word_embeddings=kind == "tied"))
 
 
@@ -66,8 +64,15 @@ class Run:
     """of an optimizer step, over all ranks"""
     lora: bool = True
     """whether it has a column with an adapter"""
-    packs: bool = True
-    rate: float = 0.1
+    arguments: Callable[[], dict[str, Any]] | None = None
+    """of the constructor; None: those of the case"""
+
+
+def episodes() -> dict[str, Any]:
+    """An environment whose episodes have different numbers of turns."""
+    from environments_for_tests import talkative
+
+    return {"environment": talkative()}
 
 
 ROLLOUT = {"max_completion_length": 6, "num_generations": 2, "save_rollouts": False}
@@ -93,14 +98,81 @@ RUNS: dict[str, Run] = {
         lora=False,
     ),
     "GRPO, layer by layer": Run("grpo", settings={**ROLLOUT, "beta": 0.1, "gather": "layers"}),
+    "GRPO, environment": Run("grpo", settings={**ROLLOUT, "max_completion_length": 20}, arguments=episodes),
+    "GRPO, environment, layer by layer": Run(
+        "grpo", settings={**ROLLOUT, "max_completion_length": 20, "gather": "layers"}, arguments=episodes, lora=False
+    ),
     "RLOO": Run("rloo", settings=ROLLOUT),
     "Online DPO": Run("online-dpo", settings={**ROLLOUT, "dynamic_sampling": False, "generation_batch_size": None}),
     "RAFT": Run("raft", settings={**ROLLOUT, "keep_best": 1}),
     "Distillation": Run("distillation", settings={**ROLLOUT, "num_iterations": 1}),
+    "PPO, step": Run("ppo"),
+    "PPO, step, critic": Run("ppo", lora=False),
+    "PPO, train (greedy)": Run("ppo"),
     "GKD": Run("gkd", settings={"max_completion_length": 6, "save_rollouts": False}),
 }
 """the name of a row -> how it is run"""
-ENGINES = ("ddp", "fsdp2", "fsdp2-lora")
+PPO_NUMBERS = ("ppo/loss/total", "ppo/loss/policy", "ppo/loss/value", "objective/kl", "ppo/policy/entropy",
+               "ppo/mean_scores", "ppo/val/mean", "ppo/returns/mean", "ppo/val/var", "ppo/returns/var", "ppo/std_scores",
+               "ppo/mean_non_score_reward", "ppo/val/var_explained", "tokens/responses_len_std")  # fmt: skip
+
+
+def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
+    """Three steps of PPO, from `train` (which samples) or from `step`, with a critic of its own where the name says so."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from datasets import Dataset
+
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+    keywords: dict[str, Any] = {}
+    if engine.startswith("fsdp2"):
+        keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+    if engine.startswith("zero"):
+        begin_whole()
+        keywords["deepspeed_plugin"] = zero_plugin(int(engine[4]))
+    rows = 4 // world
+    model: Any = seeded("plain")
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(model)
+    critic = seeded("reward") if "critic" in name else None
+    trained = [p for each in (model, critic) if each is not None for p in each.parameters() if p.requires_grad]
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=rows, mini_batch_size=rows, ppo_epochs=2, steps=3 * rows, seed=0, max_new_tokens=5,
+                  generation_kwargs={"do_sample": False},  # each process has a random generator of its own
+                  max_grad_norm=0.5, accelerator_kwargs=keywords),
+        model, tokenizer=tokenizer(), data_collator=list, value_model=critic, optimizer=torch.optim.SGD(trained, lr=0.1),
+        dataset=Dataset.from_list([{"prompt": text} for text in ("a b", "c", "d e f", "g h") * 3]),
+        reward_funcs=lambda completions, **columns: [float(len(text)) for text in completions],
+    )  # fmt: skip
+    steps: list[dict[str, Any]] = []
+    if "train" in name:
+        trainer.train(callback=lambda step, stats, batch: steps.append(stats))
+    else:
+        part = slice(trainer.accelerator.process_index * rows, (trainer.accelerator.process_index + 1) * rows)
+        g = torch.Generator().manual_seed(1)
+        queries = [torch.randint(4, 100, (3 + i,), generator=g) for i in range(4)]
+        responses = [torch.randint(4, 100, (2 + 2 * i,), generator=g) for i in range(4)]
+        scores = [torch.tensor(float(i)) for i in (3, 0, 1, -2)]
+        steps += [trainer.step(queries[part], responses[part], scores[part]) for _ in range(3)]
+    models = {"policy": trainer.accelerator.unwrap_model(trainer.model)}
+    models |= {} if critic is None else {"critic": trainer.accelerator.unwrap_model(trainer.value_model)}
+    weights = {f"{who}.{key}": weight for who, each in models.items() for key, weight in each.named_parameters()}
+    numbers = {
+        "loss" if key == "ppo/loss/total" else key: [float(stats[key]) for stats in steps] for key in PPO_NUMBERS
+    }
+    return gist(weights, numbers, plan_of(trainer.model).packed)
+
+
+ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp2-lora": "FSDP2 with LoRA"}
+"""engine -> its column in the table"""
 LOGGED = (
     "loss", "grad_norm", "kl", "reward", "entropy", "ratio", "rewards/margins", "rewards/accuracies", "logps/chosen",
     "mean_token_accuracy", "accuracy", "completions/mean_length", "num_tokens",
@@ -127,9 +199,6 @@ def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, 
 def train_all(rank: int, world: int, path: str, engine: str, names: list[str], lora: bool) -> None:
     """`train` each of the rows and write what came of it to `path`, after each."""
     torch.set_num_threads(1)
-    import faulthandler
-
-    faulthandler.dump_traceback_later(int(__import__("os").environ.get("DUMP", "60")), exit=True)
     if engine.startswith("fsdp2"):
         shard_on_the_cpu()
     found = {}
@@ -141,15 +210,19 @@ def train_all(rank: int, world: int, path: str, engine: str, names: list[str], l
 def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     """Losses, gradient norms, other numbers, and weights after three steps."""
     run = RUNS[name]
+    if run.case == "ppo":
+        return ppo(world, engine, name, lora)
     case = CASES[run.case]
     layer = "Gemma2DecoderLayer" if run.kind == "soft-cap" else "LlamaDecoderLayer"
-    settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": run.rate}
+    settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": 0.1}
     settings |= {**run.settings, **engine_settings(engine, layer)}
     if engine.startswith("zero"):
         begin_whole()
     if run.kind:
         case = replace(case, model=lambda: seeded(run.kind))
-    CASES["at hand"] = replace(case, settings={**case.settings, **run.settings})
+    CASES["at hand"] = replace(
+        case, settings={**case.settings, **run.settings}, arguments=run.arguments or case.arguments
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = build("at hand", Path(folder), lora, per_device_train_batch_size=run.rows // world, **settings)
         trainer.train()
@@ -160,20 +233,43 @@ def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
 
 def results(trainer: Any) -> dict[str, Any]:
     """What came of a trainer."""
-    weights = dict(trainer.model.named_parameters())
-    parts = whole_weights(trainer.model)
     numbers = {key: history(trainer, key) for key in LOGGED}
+    found = {key: values for key, values in numbers.items() if values}
+    return gist(dict(trainer.model.named_parameters()), found, plan_of(trainer.model).packed)
+
+
+def gist(weights: dict[str, Any], numbers: dict[str, list[float]], packed: bool) -> dict[str, Any]:
+    """What two runs are compared by."""
     return {
-        "numbers": {key: values for key, values in numbers.items() if values},
-        "packed": plan_of(trainer.model).packed,
+        "numbers": numbers,
+        "packed": packed,
         "sharded": all(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights.values()),
-        "weights": {
-            key: parts.get(key, _whole(weight)).detach().clone()
-            for key, weight in weights.items()
-            if weight.requires_grad
-        },
+        "weights": {key: _whole(weight).detach().clone() for key, weight in weights.items() if weight.requires_grad},
     }
 
 
+ASKED = {"loss": "loss", "gradient norm": "grad_norm"}
+"""columns of the table -> what is logged; all other numbers are in one column"""
+
+
+COLUMNS = (*ASKED, "other metrics", "weights")
+
+
+def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
+    """How far two runs are apart, by column: numbers by their size, or by 0.05 if they are smaller; weights as such."""
+    found = dict.fromkeys(COLUMNS, 0.0)
+    names = {logged: column for column, logged in ASKED.items()}
+    for name in {**one["numbers"], **two["numbers"]}:
+        ours, theirs = one["numbers"].get(name, []), two["numbers"].get(name, [])
+        apart = [abs(a - b) / max(abs(a), 0.05) for a, b in zip(ours, theirs, strict=False)]
+        column = names.get(name, "other metrics")
+        found[column] = max([found[column], *apart, float("inf") if len(ours) != len(theirs) else 0.0])
+    if one["weights"].keys() != two["weights"].keys():
+        found["weights"] = float("inf")
+        return found
+    found["weights"] = max(float((two["weights"][key] - value).abs().max()) for key, value in one["weights"].items())
+    return found
+
+
 def _whole(weight: Any) -> torch.Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return weight.full_tensor() if isinstance(weight, DTensor) else whole(weight)

@@ -39,15 +39,21 @@ def zero_config(stage: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights that ZeRO-3 holds in parts, whole; collective."""
-    weights = {name: weight for name, weight in model.named_parameters() if hasattr(weight, "ds_id")}
-    if not weights:
-        return {}
+def zero_plugin(stage: int) -> Any:
+    """The same for an accelerator that no config of transformers makes."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(hf_ds_config={**zero_config(stage), "train_micro_batch_size_per_gpu": 1})
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight, which ZeRO-3 may hold in parts; collective where it does."""
+    if not hasattr(weight, "ds_id"):
+        return weight
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(weights.values())):
-        return {name: weight.detach().clone() for name, weight in weights.items()}
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
 
 
 def begin_whole() -> None:

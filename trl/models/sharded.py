@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,17 +61,40 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for group, own in zip(groups, after_forward, strict=True):
             group.post_forward_mesh_info = own
+        _forget_passes(groups)
         for shard in shards:
             shard.reshard()
 
 
-def say_gathering(model: nn.Module, *, in_layers: bool) -> None:
-    """One line before the first rollout: how sampling gets the weights, and what they take."""
+def gathered_if_sharded(model: nn.Module) -> AbstractContextManager[None]:
+    """`gathered` for a model whose weights are in parts now."""
+    return gathered(model) if is_sharded(model) else nullcontext()
+
+
+def _forget_passes(groups: list[Any]) -> None:
+    """FSDP gathers ahead in a backward pass by the order of all passes since the last one, and ranks ran their own."""
+    for group in groups:
+        group.comm_ctx.post_forward_order.clear()
+        group._post_forward_indices.clear()
+
+
+def say_gathering(model: nn.Module, *, in_layers: bool | None = None) -> None:
+    """One line before the first rollout: how sampling gets the weights, and what they take.
+
+    in_layers: what `gather` says; None: there is no choice.
+    """
     plain = not in_layers
     where = "at once, for each round of sampling" if plain else "layer by layer, in each pass, with all ranks in step"
     more = "gather='layers' needs less memory and is far slower" if plain else "gather='model' is faster where they fit"
     size = size_text(sum(zero.elements(weight) * weight.element_size() for weight in model.parameters()))
-    logger.warning("sampling gathers the sharded weights, %s, %s; %s", size, where, more)
+    more = "" if in_layers is None else f"; {more}"
+    logger.warning("sampling gathers the sharded weights, %s, %s%s", size, where, more)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the weights that a pass has left whole."""
+    for shard in _shards(model):
+        shard.reshard()
 
 
 def prime(model: nn.Module) -> None:
@@ -143,6 +166,8 @@ def _one_by_one(sharded: Sequence[nn.Module]) -> Iterator[None]:
         depth = 1  # passes of other ranks from here on
         while number := turn(0):
             _idle_pass(sharded[number - 1])
+    for model in sharded:
+        _forget_passes(_groups(_shards(model)))
 
 
 @contextmanager
@@ -186,13 +211,30 @@ def shards_weights(accelerator: Any) -> bool:
 
 
 def shard(accelerator: Any, model: Any) -> Any:
-    """A model in parts, as the accelerator's plugin says; by its own kinds of layers where FSDP2's names others."""
+    """A model in parts, as the plugin of the accelerator says; by its own kinds of layers where that names others."""
     if zero.shards_weights(accelerator):
         return zero.shard(accelerator, model)
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     with own_layers(accelerator, model):
         return fsdp2_prepare_model(accelerator, model)
+
+
+def shard_beside(accelerator: Any, model: Any, optimizer: Any, prepare: Callable[[], Any]) -> Any:
+    """What `prepare()` gives for another model and the optimizer, which has this model's weights too; both are sharded.
+
+    accelerate prepares one model with an optimizer: it does not see the weights of this one.
+    """
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups: list[list[Any]] = [group["params"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"] = [weight for weight in group["params"] if id(weight) not in names]
+    prepared = prepare()
+    own = dict(shard(accelerator, model).named_parameters())
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        others = iter(group["params"])
+        group["params"] = [own[names[id(each)]] if id(each) in names else next(others) for each in before]
+    return prepared
 
 
 @contextmanager
@@ -219,6 +261,11 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def held_part(weight: Tensor) -> Tensor:
+    """What this process holds of a weight, in the same memory."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 def like_shards(value: Tensor, like: Tensor) -> Tensor:
     """A value as a weight is held: whole or in parts. Collective where one of them is sharded."""
     if not isinstance(like, DTensor):
@@ -232,7 +279,4 @@ def part_of(value: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """What this rank holds of a weight, and the same part of a value of its shape. Collective where one is sharded."""
     if zero.in_parts(like):
         return zero.own_part(like), zero.own_part(value)
-    value = like_shards(value, like)
-    return (like.to_local() if isinstance(like, DTensor) else like), (
-        value.to_local() if isinstance(value, DTensor) else value
-    )
+    return held_part(like), held_part(like_shards(value, like))

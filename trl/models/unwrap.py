@@ -96,7 +96,7 @@ def each_alone(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP, ZeRO-3), and all must run the same passes now."""
+    """Whether each process holds a part of the weights (FSDP, ZeRO-3), so all must run the same passes."""
     if model in _alone:
         return False
     parts = (isinstance(module, FSDPModule) and module not in _alone for module in model.modules())
@@ -114,6 +114,11 @@ def own_pace(model: nn.Module) -> dict[str, bool]:
     return {"synced_gpus": False} if parts else {}
 
 
+def is_fsdp2(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model or parts of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def holds_parts(model: nn.Module) -> bool:
     """Whether each process keeps a part of the weights, whatever passes it runs now."""
-    return has_parts(model) or any(isinstance(module, FSDPModule) for module in model.modules())
+    return has_parts(model) or is_fsdp2(model)

@@ -60,6 +60,8 @@ class PolicyBatch(TensorRecord):
     """the sampler's log-probabilities, before the first update since it sampled"""
     own_pass: bool = False
     """whether this pass, before the first update, gives the old log-probabilities in place of `old_logprobs_BT`"""
+    only_runs: bool = False
+    """whether its rows have no gradient and are computed only because other ranks run a pass; they have no metrics"""
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,10 @@ class DistillationTrainer(RolloutTrainer):
 
     # -- samples: the student's own, the teacher's or the data set's -------------------------------
 
+    def sampled_models(self) -> list[nn.Module]:
+        teaches = self.args.seq_kd and self.args.lmbda < 1
+        return [*super().sampled_models(), *([self.teacher] if teaches else [])]
+
     def make_source(self) -> Source:
         source = self._mixed(super().make_source())
         held = [embedding_rows(model) for model in (self.teacher, self.model)]

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -56,7 +57,8 @@ from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precis
 from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Head, Scores, classifier_of, in_head
-from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, learns_prompt
+from trl.models.sharded import gathered_if_sharded, own_layers, prepare_frozen, say_gathering, shard_beside
+from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
 from trl.rollout.collector import rendered
@@ -387,6 +389,7 @@ class PPOTrainer(BaseTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
+    _said_gathering = False
 
     def __init__(
         self,
@@ -468,10 +471,11 @@ class PPOTrainer(BaseTrainer):
         start_trackers(self.accelerator, config)
         reference: nn.Module | None = ref_model
         if reference is None and self.is_peft_model:
-            reference = None if needs_no_copy(model) else copy_of(model)
+            reference = None if needs_no_copy(model) else copy_of(model, share=not self.accelerator.is_fsdp2)
         elif reference is None:
             equalise(model)
             reference = create_reference_model(model, num_shared_layers=num_shared_layers)
+            reference = deepcopy(reference) if self.accelerator.is_fsdp2 else reference  # each is sharded by itself
         self._prepare(model, value_model, reference, optimizer, data_collator, lr_scheduler)
         adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         self.kl_ctl: Any = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
@@ -512,11 +516,18 @@ class PPOTrainer(BaseTrainer):
         self._embeddings = embedding_rows(model)
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
-        self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
-            model, optimizer, collator, dataloader, lr_scheduler
-        )
-        self.value_model = None if value_model is None else self.accelerator.prepare(value_model)
-        self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        prepare = partial(self.accelerator.prepare, model, optimizer, collator, dataloader, lr_scheduler)
+        sharded = self.accelerator.is_fsdp2
+        if sharded and value_model is not None:
+            prepare = partial(shard_beside, self.accelerator, value_model, optimizer, prepare)
+        with own_layers(self.accelerator, model) if sharded else nullcontext():
+            prepared = prepare()
+        self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = prepared
+        self.value_model = value_model if value_model is None or sharded else self.accelerator.prepare(value_model)
+        self.ref_model = None if ref_model is None else prepare_frozen(self.accelerator, ref_model)
+        if sharded:
+            trained = [each for each in (self.model, self.value_model) if each is not None]
+            self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
         self.reference = Reference(self.model, self.ref_model)
         self.actor = ActorCritic(self.model, self.value_model, self.config.temperature)
         if self.accelerator.is_main_process:
@@ -578,12 +589,20 @@ class PPOTrainer(BaseTrainer):
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0][None] if single else responses
 
-        with eval_mode(policy, checkpointing=True):
+        with eval_mode(policy, checkpointing=True), self._gathered():
             response = responses_of(policy)
         if not generate_ref_response:
             return response
-        with self.reference.model() as reference:
+        with self.reference.model() as reference, gathered_if_sharded(reference or policy):
             return response, responses_of(below_accelerate(reference or policy))
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        """The policy's weights whole on every process, for sampling; collective where they are sharded."""
+        if is_sharded(self.model) and not self._said_gathering:
+            self._said_gathering = True
+            if self.accelerator.is_main_process:
+                say_gathering(self.model)
+        return gathered_if_sharded(self.model)
 
     def _respond(
         self,
@@ -818,6 +837,11 @@ class PPOTrainer(BaseTrainer):
                 self.push_to_hub(**self.config.push_to_hub_if_best_kwargs)
 
     @property
+    def _total(self) -> ppo_statistics.Total:
+        """Sums the numbers of all processes."""
+        return partial(self.accelerator.reduce, reduction="sum") if self.is_distributed else ppo_statistics.alone
+
+    @property
     def _budget(self) -> int | None:
         return unasked_budget(self.current_device, self.accelerator.num_processes)
 
@@ -833,7 +857,7 @@ class PPOTrainer(BaseTrainer):
         sampled_BT, self._sampled_BT = self._sampled_BT, None
         if sampled_BT is None or sampled_BT.shape != measured.mask_BT.shape:
             return {}
-        return ppo_statistics.sampling_keys(measured, sampled_BT, self.config.cliprange)
+        return ppo_statistics.sampling_keys(measured, sampled_BT, self.config.cliprange, self._total)
 
     def _gae_numbers(self) -> dict[str, Any]:
         return {"gamma": self.config.gamma, "lam": self.config.lam, "whiten_rewards": self.config.whiten_rewards}
@@ -861,7 +885,7 @@ class PPOTrainer(BaseTrainer):
         own = {name.removeprefix(OWN): value for name, value in means.items() if name.startswith(OWN)}
         log_ratios, masks = torch.cat(ratios, 1)
         counted = log_ratios[masks > 0].exp()  # how many there are is asked once, not in each mini-batch
-        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, counted)
+        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, counted, self._total)
 
     def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
@@ -1311,12 +1335,13 @@ class PPOTrainer(BaseTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         places = range(len(dataset))[: most if most is None else most * world][rank::world]
         columns: dict[str, list[Any]] = {"query": [], "model response": [], "score": []}
-        for start in range(0, len(places), size):
-            rows = [dataset[place] for place in places[start : start + size]]
-            batch = self._rollout(rows, rewards, source)
-            columns["query"] += batch["query"]
-            columns["model response"] += batch["response"]
-            columns["score"] += [float(score) for score in batch["scores"]]
+        with self._gathered():  # once: processes may have one batch more or less
+            for start in range(0, len(places), size):
+                rows = [dataset[place] for place in places[start : start + size]]
+                batch = self._rollout(rows, rewards, source)
+                columns["query"] += batch["query"]
+                columns["model response"] += batch["response"]
+                columns["score"] += [float(score) for score in batch["scores"]]
         return {name: gather_object(values) for name, values in columns.items()} if world > 1 else columns
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
@@ -1391,7 +1416,7 @@ class PPOTrainer(BaseTrainer):
         """A response to each row's prompt and its score, as a batch for `step` and for reports."""
         self._follow_config()
         asked = with_prompts(rows, self.tokenizer)
-        with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True):
+        with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True), self._gathered():
             rollout = (self.source if source is None else source).draw(asked)
         if not rollout.texts:
             rollout.texts = without_ends(self.tokenizer, rollout.completions, end_tokens(self.model, self.tokenizer))
@@ -1528,7 +1553,7 @@ class PPOTrainer(BaseTrainer):
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
         """Statistics of a step from its parts, see `ppo_statistics.step_stats`."""
-        return ppo_statistics.step_stats(kl_coef, **data)
+        return ppo_statistics.step_stats(kl_coef, total=self._total, **data)
 
     def gather_stats(self, stats: Mapping[str, Any]) -> dict[str, Any]:
         """Over all processes: numbers averaged, distributions laid together."""

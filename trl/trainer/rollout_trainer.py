@@ -8,8 +8,8 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -751,7 +751,17 @@ class RolloutTrainer(ObjectiveTrainer):
         if not self._said_gathering and self.is_world_process_zero():
             say_gathering(self.model, in_layers=in_layers)
         self._said_gathering = True
-        return in_step(self.model) if in_layers else gathered(self.model)
+        models = self.sampled_models()
+        if in_layers:
+            return in_step(*models)
+        together = ExitStack()
+        for model in models:
+            together.enter_context(gathered(model))
+        return together
+
+    def sampled_models(self) -> list[nn.Module]:
+        """The models that make completions."""
+        return [self.model]
 
     def _ends(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
@@ -934,7 +944,7 @@ class RolloutTrainer(ObjectiveTrainer):
         count = counted(rows.mask_BT, self.aggregation, self.args.max_completion_length)
         computed = self.rows_with_gradient(rows).nonzero().flatten()
         kept = rows.select(computed if len(computed) else range(min(self.least_rows(), len(rows))))
-        return Batch(policy=kept.batch(count))
+        return Batch(policy=replace(kept.batch(count), only_runs=not len(computed)))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
@@ -969,7 +979,7 @@ class RolloutTrainer(ObjectiveTrainer):
         loss = self.policy_objective(model, policy)
         if self._ratio_is_one_at == self.state.global_step and model.training:
             check_first_ratio(means_of(loss.metrics), self._precision)
-        return LossSum(loss.total, policy.counted, loss.metrics)
+        return LossSum(loss.total, policy.counted, {} if policy.only_runs else loss.metrics)
 
     def _precision(self) -> str:
         with self.accelerator.autocast():
@@ -1026,7 +1036,8 @@ class RolloutTrainer(ObjectiveTrainer):
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
-        return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
+        with in_step(model, *self.frozen_models()) if is_sharded(model) else nullcontext():
+            return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]

@@ -148,8 +148,8 @@ INHERITED: dict[str, str] = {
     "parallelism_config": f"{_AS_THERE} for data parallelism; an error for tensor, context and sequence parallelism",
     "dataloader_pin_memory": f"{_AS_THERE}, where there is a device to copy to",
     "train_sampling_strategy": f"{_AS_THERE}; lengths are counted where no column holds them",
-    "fsdp": f"{_AS_THERE}; an error where a sampler needs the weights whole",
-    "fsdp_config": f"{_AS_THERE}; an error where a sampler needs the weights whole",
+    "fsdp": f"{_AS_THERE}; on-policy trainers take FSDP2 only, see `gather`",
+    "fsdp_config": f"{_AS_THERE}; on-policy trainers take FSDP2 only, see `gather`",
     "deepspeed": f"{_AS_THERE}; ZeRO-3 is an error where a sampler needs the weights whole",
 }
 """fields of `TrainingArguments` whose defaults are its own -> what they do here"""

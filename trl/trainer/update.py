@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trl.kernels.step_memory import place_of
 from trl.losses.loss_sum import LossSum
@@ -69,7 +70,8 @@ def optimizer_step(
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of the whole gradient, which is left as it is; on the device. []"""
-    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded weights
 
 
 def leave_zeros(parameters: Iterable[nn.Parameter]) -> None:
