@@ -41,6 +41,7 @@ from trl.models.weight_files import (
     spread_like,
     undo_rename,
 )
+from trl.models.zero import elements, whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +115,8 @@ def describe_run(
 def shape_of(model: nn.Module) -> str:
     """The class of a model, its number of parameters, and a code for their names and shapes."""
     inner = below_accelerate(model)
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in inner.named_parameters())
-    count = sum(parameter.numel() for parameter in inner.parameters())
+    shapes = sorted((name, tuple(whole_shape(parameter))) for name, parameter in inner.named_parameters())
+    count = sum(map(elements, inner.parameters()))
     name, code = type(inner).__name__.removeprefix("FSDP"), hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
     return f"{name} of {count:,} parameters ({code})"
 

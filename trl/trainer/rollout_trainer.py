@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.data.encode import Limits
 from trl.data.microbatches import collated, unasked_budget
@@ -37,7 +36,7 @@ from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
-from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering
+from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering, shards_weights
 from trl.models.unwrap import below_peft, is_encoder_decoder, is_sharded
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
@@ -160,8 +159,8 @@ class RolloutConfig(PostTrainingConfig):
     log_unique_prompts: bool = field(default=False)
     """print one completion of each prompt"""
     gather: str = field(default="model")
-    """FSDP2: how sampling gets the weights that ranks hold in parts. model: all at once, for each round of sampling;
-    layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
+    """FSDP2, ZeRO-3: how sampling gets weights that ranks hold in parts. model: all at once, for each round of
+    sampling; layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
     vllm_mode: str = accepted("vllm_mode", "colocate")
@@ -186,7 +185,8 @@ class RolloutConfig(PostTrainingConfig):
     vllm_importance_sampling_clip_max: float | None = accepted("vllm_importance_sampling_clip_max", 3.0)
     vllm_importance_sampling_clip_min: float | None = accepted("vllm_importance_sampling_clip_min")
     vllm_importance_sampling_cap: float | None = accepted("vllm_importance_sampling_cap")
-    ds3_gather_for_generation: bool = accepted("ds3_gather_for_generation", True)
+    ds3_gather_for_generation: bool = field(default=True)
+    """False: gather="layers", by its name for DeepSpeed ZeRO-3"""
     cache_implementation: str | None = accepted("cache_implementation")
     use_transformers_paged: bool = accepted("use_transformers_paged", False)
     use_transformers_continuous_batching: bool = accepted("use_transformers_continuous_batching", False)
@@ -286,6 +286,11 @@ class RolloutConfig(PostTrainingConfig):
             require(
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
             )
+
+    @property
+    def gathers_layers(self) -> bool:
+        """Whether sampling is to gather sharded weights layer by layer."""
+        return self.gather == "layers" or not self.ds3_gather_for_generation
 
     @property
     def reshapes(self) -> bool:
@@ -545,7 +550,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self._check_sharding()
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
         # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
-        with self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
+        with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
             self.sampler = make_sampler(self.model, tokenizer)
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
@@ -738,22 +743,21 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _check_sharding(self) -> None:
         """ValueError where the sampler could not get the weights; one line where `gather` has no effect."""
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3: the sampler needs the weights whole; train with DDP or FSDP2")
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_version=1: the sampler cannot gather its weights; take fsdp_version=2")
-        if self.args.gather != "layers":
+        if not self.args.gathers_layers:
             return
-        if not self.is_fsdp_enabled:
-            logger.warning("gather='layers': no effect, because every process holds the weights whole")
+        asked = "gather='layers'" if self.args.gather == "layers" else "ds3_gather_for_generation=False"
+        if not shards_weights(self.accelerator):
+            logger.warning("%s: no effect, because every process holds the weights whole", asked)
         elif is_encoder_decoder(self.model):
-            raise ValueError("gather='layers': an encoder-decoder is not sampled layer by layer; take 'model'")
+            raise ValueError(f"{asked}: an encoder-decoder is not sampled layer by layer; leave it out")
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
         if not is_sharded(self.model):
             return nullcontext()
-        in_layers = self.args.gather == "layers"
+        in_layers = self.args.gathers_layers
         if not self._said_gathering and self.is_world_process_zero():
             say_gathering(self.model, in_layers=in_layers)
         self._said_gathering = True
@@ -781,7 +785,8 @@ class RolloutTrainer(ObjectiveTrainer):
             given = load_model(ref_model, AutoModelForCausalLM, keywords, frozen=True, like=dtype_of(self.model))
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = prepare_frozen(self.accelerator, given)
-        reference = Reference(self.model, given, autocast=self.accelerator.autocast, share=not self.is_fsdp_enabled)
+        share = not shards_weights(self.accelerator)
+        reference = Reference(self.model, given, autocast=self.accelerator.autocast, share=share)
         reference.prepare(self.accelerator)
         if config.moves_reference:
             if reference.frozen is None:

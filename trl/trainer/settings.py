@@ -47,7 +47,6 @@ NO_EFFECT: dict[str, str] = {
     "use_mps_device": "has no effect: an MPS device is used where there is one; `use_cpu=True` leaves it alone",
     "half_precision_backend": _MIXED,
     "include_tokens_per_second": "has no effect: `include_num_input_tokens_seen` counts tokens",
-    "ds3_gather_for_generation": "has no effect: the sampler needs the weights whole, and DeepSpeed ZeRO-3 is refused",
     "local_rollout_forward_batch_size": "has no effect: passes without gradient take as many rows as fit their tokens",
     "cache_implementation": _CACHE,
     "use_transformers_paged": _CACHE,
