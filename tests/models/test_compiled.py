@@ -14,6 +14,7 @@ from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.kernels.layers import is_compiled
 from trl.kernels.tree_attention import TreeLayout
+from trl.models import attention
 from trl.models.attention import enable_tree_attention, inside_tree
 from trl.models.forward import plan_of
 from trl.models.scoring import score
@@ -95,6 +96,30 @@ def test_a_layer_alone():
         with inside_tree():
             expected = layer(hidden, position_embeddings=angles, tree=layout)
             torch.testing.assert_close(compiled(hidden, position_embeddings=angles, tree=layout), expected)
+        counts.append(counter.frame_count)
+    assert set(counts) == {counts[0]}
+    torch._dynamo.reset()
+
+
+def test_flex_attention_is_part_of_a_graph_on_an_accelerator(monkeypatch):
+    """The forward pass, which torch has on the CPU too: a layer with a window and one without, of several lengths."""
+    model = model_of("gemma3")
+    enable_tree_attention(model)
+    monkeypatch.setattr(attention, "takes", lambda *qkv: False)
+    torch._dynamo.reset()
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
+    compiled = [torch.compile(layer, fullgraph=True, dynamic=True, backend=counter) for layer in model.model.layers]
+    for seed in range(6):
+        packed = batch(seed)
+        hidden, layout = torch.randn(1, len(packed.ids_N), 32), TreeLayout(packed.segments).tabulated()
+        attention.lay_out_for_graphs(layout, model)
+        assert set(layout.blocks) == {None, 6}
+        for kind, layer, graph in zip(LAYERS, model.model.layers, compiled, strict=True):
+            angles = model.model.rotary_emb(hidden, packed.position_N[None], kind)
+            with inside_tree(), torch.no_grad():
+                expected = layer(hidden, position_embeddings=angles, tree=layout)  # by segments
+                found = graph(hidden, position_embeddings=angles, tree=layout)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         counts.append(counter.frame_count)
     assert set(counts) == {counts[0]}
     torch._dynamo.reset()

@@ -47,6 +47,8 @@ class TreeLayout:
         self._kept = {} if kept is None else kept
         self.table: Any = None
         """the segments as a tensor, see `tabulated`"""
+        self.blocks: dict[int | None, Any] = {}
+        """by window, what a compiled graph on an accelerator reads in its place"""
         self._narrow: tuple[Any, list[int]] | None = None
 
     def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
