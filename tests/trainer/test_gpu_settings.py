@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from tiny_models import tiny_model
 from tokenizers_for_tests import word_tokenizer
 
 import trl
@@ -82,6 +83,31 @@ def test_a_scaler_goes_on_behind_a_step_that_is_left_out(left_out):
     assert kept == first
     assert step(2.0) == pytest.approx(first - 0.2)
     assert accelerator.scaler.get_scale() == 8.0
+
+
+@pytest.mark.filterwarnings("ignore:No dataset is provided", "ignore:No data collator is provided")
+def test_each_ppo_step_in_bfloat16_sees_the_weights_that_the_last_one_moved():
+    """Autocast keeps its copies of weights as long as its context lasts, which spans the steps of a batch."""
+    moves = []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        policy = trl.AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama", vocab_size=100))
+        torch.manual_seed(0)
+        torch.nn.init.normal_(policy.v_head.summary.weight, std=0.1)
+        before = torch.cat([weight.detach().flatten() for weight in policy.parameters()])
+        trainer = trl.PPOTrainer(
+            trl.PPOConfig(
+                batch_size=4, mini_batch_size=1, ppo_epochs=2, seed=0,
+                accelerator_kwargs={"mixed_precision": precision, "cpu": True},
+            ),
+            policy, None, word_tokenizer(), optimizer=torch.optim.SGD(policy.parameters(), lr=0.1),
+        )  # fmt: skip
+        queries, responses = ([torch.arange(3, 9) + start + n for n in range(4)] for start in (0, 20))
+        trainer.step(queries, responses, [torch.tensor(float(n)) for n in range(4)])
+        moves.append(torch.cat([weight.detach().flatten() for weight in policy.parameters()]) - before)
+    exact, found = moves
+    off = float((found - exact).norm() / exact.norm())
+    assert off < 0.2, off
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
