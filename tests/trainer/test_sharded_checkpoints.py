@@ -26,12 +26,25 @@ from trl.trainer.checkpoints import (
     MANIFEST,
     Checkpoint,
     derived_random_state,
+    numpy_globals,
     random_state_of,
     read_manifest,
+    read_state,
     seal,
     verified,
 )
-from trl.trainer.resharding import DEEPSPEED, FULL, PLAIN, SHARDED, by_name, by_number, check_readable
+from trl.trainer.resharding import (
+    DEEPSPEED,
+    FULL,
+    PLAIN,
+    SHARDED,
+    Reader,
+    _forget_best,
+    _random_states,
+    by_name,
+    by_number,
+    check_readable,
+)
 
 FORMS = (FULL, SHARDED)
 
@@ -400,6 +413,38 @@ def test_random_states_of_new_processes_come_from_the_seed(tmp_path, caplog):
         random_state_of(checkpoint, 1, 3)
 
 
+def test_random_states_of_devices_are_kept_in_both_forms(tmp_path, monkeypatch):
+    """Transformers keeps one state in a run of one process, and those of all devices in one of several."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    states = [
+        {"python": (rank,), "numpy": ("MT19937",), "cpu": torch.rand(3), "cuda": [torch.tensor(rank)] * 2}
+        for rank in (0, 1)
+    ]
+    for rank, state in enumerate(states):
+        torch.save(state, tmp_path / f"rng_state_{rank}.pth")
+    of_two, of_one = (Checkpoint(tmp_path, {"world_size": world, "files": {}}) for world in (2, 1))
+    _random_states(of_two, tmp_path, Reader(PLAIN, 1, 0, None, None))
+    assert torch.load(tmp_path / "rng_state.pth")["cuda"] == torch.tensor(0)
+    (tmp_path / "several").mkdir()
+    _random_states(of_one, tmp_path / "several", Reader(PLAIN, 3, 0, None, None))
+    first = torch.load(tmp_path / "several" / "rng_state_0.pth")
+    assert first["cuda"] == [torch.tensor(0)] * 2
+    assert torch.equal(first["cpu"], states[0]["cpu"])
+    new = [read_state(tmp_path / "several" / f"rng_state_{rank}.pth", allowed=numpy_globals()) for rank in (1, 2)]
+    assert not torch.equal(*(state["cpu"] for state in new))
+    torch.set_rng_state(new[0]["cpu"])
+
+
+def test_an_order_by_length_depends_on_the_rows_of_a_process():
+    from trl import SFTConfig
+
+    config = SFTConfig("x", per_device_train_batch_size=2, train_sampling_strategy="group_by_length", use_cpu=True)
+    assert config.place_in_data() == {"rows in an optimizer step": 2, "rows in an optimizer step on each process": 2}
+    assert SFTConfig("x", per_device_train_batch_size=2, use_cpu=True).place_in_data() == {
+        "rows in an optimizer step": 2
+    }
+
+
 def test_shards_of_deepspeed_belong_to_their_ranks(tmp_path):
     checkpoint = Checkpoint(tmp_path, {"world_size": 2, "files": {"latest": {}, "zero_to_fp32.py": {}}})
     check_readable(checkpoint, DEEPSPEED, 2)
@@ -428,8 +473,6 @@ def test_an_optimizer_by_name_and_by_number(tmp_path):
 
 
 def test_a_best_checkpoint_of_another_form_is_forgotten(tmp_path, caplog):
-    from trl.trainer.resharding import _forget_best
-
     file = tmp_path / "trainer_state.json"
     file.write_text(
         json.dumps({"best_model_checkpoint": "there", "best_metric": 1.0, "best_global_step": 2, "epoch": 1})

@@ -121,8 +121,7 @@ def check_readable(checkpoint: Checkpoint, form: str, world_size: int) -> None:
 def readable(checkpoint: Checkpoint, output_dir: str | os.PathLike[str], run: Reader) -> Path:
     """The folder that `Trainer` is to read: the checkpoint's, or one made of it in `output_dir`. Collective."""
     theirs, written = form_of(checkpoint), processes_of(checkpoint)
-    same_files = theirs == run.form or {theirs, run.form} <= set(OF_FSDP)
-    if same_files and written == run.world_size:
+    if (theirs, written) == (run.form, run.world_size):
         return checkpoint.folder
     folder = Path(output_dir) / f"{RESUMING}{checkpoint.folder.name}"
     answer: list[Any] = [None]
@@ -134,9 +133,9 @@ def readable(checkpoint: Checkpoint, output_dir: str | os.PathLike[str], run: Re
         )  # fmt: skip
         try:
             _make(checkpoint, folder, run)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # pickle, zip, safetensors and torch each have their own
             shutil.rmtree(folder, ignore_errors=True)
-            answer[0] = str(error)
+            answer[0] = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
     broadcast_object_list(answer)
     if answer[0] is not None:
         raise ValueError(answer[0])
@@ -225,7 +224,8 @@ def _random_states(checkpoint: Checkpoint, folder: Path, run: Reader) -> None:
             kind, keys, *rest = fresh.pop("numpy")
             state = {"cpu": fresh.pop("torch"), "numpy": (kind, keys.numpy().astype("uint32"), *rest), **fresh}
         for kind in state.keys() - {"python", "numpy", "cpu"}:  # one process keeps one state, several those of all
-            every = state[kind] if isinstance(state[kind], list) else [state[kind]] * torch.accelerator.device_count()
+            count = max(1, torch.accelerator.device_count())
+            every = state[kind] if isinstance(state[kind], list) else [state[kind]] * count
             state[kind] = every if run.world_size > 1 else every[0]
         torch.save(state, folder / ("rng_state.pth" if run.world_size == 1 else f"rng_state_{rank}.pth"))
 
