@@ -45,6 +45,21 @@ the host from the segments' bounds, once for all layers and passes over a batch.
 Layers can be compiled: `for layer in model.model.layers: layer.compile(fullgraph=True, dynamic=True)` gives one graph
 for packed rows of every length.
 """
+PRECISION = """
+## Precision and memory on a GPU
+
+- Weights that are trained are float32, and passes compute in bfloat16 by autocast where the GPU has it: the default of
+  all trainers here (`bf16=False`, or `accelerator_kwargs={"mixed_precision": "no"}` for `PPOTrainer`, undoes it).
+- `fp16=True` computes in float16 with a scaler: a step whose gradient overflows is left out and the scale is halved. A
+  loss that is not finite is handled by `on_non_finite`, as in every precision.
+- The head's products have factors in that precision and sums in float32, in the backward pass too. It keeps at most 256
+  MiB of logits, and as much again for their gradients, whatever the vocabulary; kernels of Triton walk them where that
+  package is installed (torch brings it on Linux), else torch's operations.
+- AdamW is one fused kernel (`optim="adamw_torch_fused"`, the default; `PPOTrainer` does so too).
+- TF32 is off unless `tf32=True`: only what is left in float32 (routers, value heads without autocast) would gain, and
+  sampler and training pass would then agree less (`models/precision.py`).
+- 4-bit bases with an adapter (bitsandbytes, the extra `quantization`) train in SFT, DPO and GRPO, on a CPU too.
+"""
 NOT_RUN = """
 ## Results
 
@@ -163,8 +178,8 @@ def chart(results: dict[str, Any], file: Path) -> None:
 def page(results: dict[str, Any]) -> str:
     """The whole page; without results it says so."""
     if not results:
-        return HEAD + ATTENTION + NOT_RUN
-    parts = [HEAD, ATTENTION, "\n## Results\n\n", machine(results)]
+        return HEAD + ATTENTION + PRECISION + NOT_RUN
+    parts = [HEAD, ATTENTION, PRECISION, "\n## Results\n\n", machine(results)]
     if any(part in results for part in ("sft", "policy", "small")):
         parts += ["\n![MFU and memory of a step](gpu.png)\n\n", steps(results), "\n", sampling(results)]
     for job, (what, goal) in GOALS.items():

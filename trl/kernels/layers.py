@@ -97,6 +97,11 @@ def swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             module.forward = own  # type: ignore[method-assign]
 
 
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """A module's weight as it lies there: amid a pass `module.weight` would gather it under DeepSpeed ZeRO-3."""
+    return module._parameters.get("weight")
+
+
 def computes_again(network: nn.Module) -> bool:
     """Whether layers are computed again in the backward pass, when a swapped forward would be gone."""
     return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
@@ -214,7 +219,8 @@ class _Lookup(torch.autograd.Function):
 @contextmanager
 def lookup(embedding: Any) -> Iterator[None]:
     """Within it a plain `nn.Embedding` that learns adds its gradient in place, where that is allowed."""
-    place = place_of(embedding.weight) if type(embedding) is nn.Embedding else None
+    weight = own_weight(embedding) if type(embedding) is nn.Embedding else None
+    place = None if weight is None else place_of(weight)
     if place is None or embedding.max_norm or embedding.scale_grad_by_freq or embedding.sparse:
         yield
         return
@@ -274,7 +280,7 @@ def fused_norms(network: nn.Module) -> Iterator[None]:
 
 
 def _is_plain_norm(module: Any) -> bool:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    weight, eps = own_weight(module), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or not isinstance(eps, float) or "forward" in vars(module):
         return False
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.dim() != 1:
