@@ -237,7 +237,7 @@ def broken_kernel(*args, **how):
     ("kernel", "says"),
     [
         (segment_attention, None),
-        (wrong_kernel, "(off by 0.5 of the largest number): it is computed segment by segment (same results, slower)"),
+        (wrong_kernel, "(off by 0.5 of the whole): it is computed segment by segment (same results, slower)"),
         (broken_kernel, "(RuntimeError out of resource: shared memory): it is computed segment by segment"),
     ],
 )
