@@ -22,6 +22,7 @@ from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
 from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
 from trl.rollout.report import print_samples
+from trl.trainer.run_folder import RunListener
 from trl.trainer.step_line import (
     Advice,
     Clock,
@@ -68,7 +69,7 @@ class SyncRefModelCallback(TrainerCallback):
         Reference(model, target_model).sync(alpha)
 
 
-class RichProgressCallback(TrainerCallback):
+class RichProgressCallback(TrainerCallback, RunListener):
     """Shows how far training and its evaluations are, and what is logged, in one line each; on the first process only.
 
     A terminal gets progress bars below the lines (unless `disable_tqdm` is set), a file or a pipe the lines alone. What
@@ -153,6 +154,10 @@ class RichProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.end_run(None)
+
+    def end_run(self, error: BaseException | None) -> None:
+        """Take the bars away, after an error too: the terminal gets its cursor back."""
         if self.progress is not None:
             self.progress.stop()
             self.progress, self._bars = None, {}
