@@ -86,7 +86,7 @@ class RichProgressCallback(TrainerCallback, RunListener):
         """Move a bar, which is made when it is first moved, to a place or by one. Beside it stands what follows."""
         if self.progress is None:
             return
-        beside = {"held": held(), "follows": follows}
+        beside: dict[str, Any] = {"held": held(), "follows": follows}
         if name not in self._bars:
             self._bars[name] = self.progress.add_task(name, total=total, **beside)
         self.progress.update(self._bars[name], completed=to, advance=1 if to is None else None, **beside)
