@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -13,6 +14,8 @@ from trl.data.any_text import fitting
 
 INTERRUPTED = 130
 BAD_INPUT = 2
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""environment variable of a process that torchrun has started: where the launcher reads its error"""
 SPEAK_FOR_THEMSELVES = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
 """errors whose text is written for users; for others the type is printed too"""
 POINTERS = (
@@ -41,6 +44,10 @@ def exit_code(call: Callable[[], Any], debug: bool = False) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if os.environ.get(ERROR_FILE):
+            from trl.trainer.ranks import record_error
+
+            record_error(error)
         return fail(one_line(error))
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
