@@ -236,7 +236,7 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def held(weight: Tensor) -> Tensor:
+def held_part(weight: Tensor) -> Tensor:
     """What this process holds of a weight, in the same memory."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
@@ -252,4 +252,4 @@ def like_shards(value: Tensor, like: Tensor) -> Tensor:
 
 def part_of(value: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """What this rank holds of a weight, and the same part of a value of its shape. Collective where one is sharded."""
-    return held(like), held(like_shards(value, like))
+    return held_part(like), held_part(like_shards(value, like))

@@ -20,7 +20,7 @@ from trl.generation.generate_kwargs import sampling_params
 from trl.generation.stopping import end_tokens, without_ends
 from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
-from trl.models.sharded import gathered, held, reshard, whole
+from trl.models.sharded import gathered, held_part, reshard, whole
 from trl.models.unwrap import below_accelerate, below_value_head, is_fsdp2, is_sharded
 from trl.rollout.report import print_samples
 from trl.trainer.step_line import (
@@ -349,12 +349,12 @@ class BEMACallback(TrainerCallback):
         self.average: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
 
-    def _trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def _trained(self, model: nn.Module) -> dict[str, Tensor]:
         """The trained weights; what this process holds of them where FSDP2 has sharded the model."""
         if is_fsdp2(model):
             reshard(model)  # what a pass has left whole
         named = below_accelerate(model).named_parameters()
-        return {name: held(parameter) for name, parameter in named if parameter.requires_grad}
+        return {name: held_part(parameter) for name, parameter in named if parameter.requires_grad}
 
     def _begin(self, model: nn.Module) -> None:
         kept = {name: p.detach().to(self.device, torch.float32, copy=True) for name, p in self._trained(model).items()}

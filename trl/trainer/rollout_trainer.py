@@ -738,7 +738,7 @@ class RolloutTrainer(ObjectiveTrainer):
         elif is_encoder_decoder(self.model):
             raise ValueError("gather='layers': an encoder-decoder is not sampled layer by layer; take 'model'")
 
-    def weights_for_sampling(self) -> AbstractContextManager[None]:
+    def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
         if not is_sharded(self.model):
             return nullcontext()
