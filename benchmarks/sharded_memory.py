@@ -82,9 +82,8 @@ def measure(rank: int, world: int, path: str, engine: str, case: str) -> None:
 def main() -> None:
     from process_group import on_ranks
 
-    print(
-        "| | DDP, MB a rank | FSDP2, MB a rank | CPU seconds of a rank, three steps: DDP, FSDP2 |\n| --- | --- | --- | --- |"
-    )
+    print("| | DDP, MB a rank | FSDP2, MB a rank | CPU seconds of a rank, three steps: DDP, FSDP2 |")
+    print("| --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for case in sys.argv[1:] or CASES:
             found = []

@@ -74,6 +74,15 @@ def episodes() -> dict[str, Any]:
     return {"environment": talkative()}
 
 
+def adapted(**more: Any) -> Callable[[], dict[str, Any]]:
+    """An adapter on other modules than that of the columns with LoRA."""
+    from peft import LoraConfig
+
+    settings = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": "gaussian", **more}
+    return lambda: {"peft_config": LoraConfig(**settings)}
+
+
+ON_HEAD = ["q_proj", "lm_head"]
 ROLLOUT = {"max_completion_length": 6, "num_generations": 2, "save_rollouts": False}
 RUNS: dict[str, Run] = {
     "SFT": Run("sft", "plain"),
@@ -82,9 +91,13 @@ RUNS: dict[str, Run] = {
     "SFT, soft-capped logits": Run("sft", "soft-cap", lora=False),
     "SFT, gradient checkpointing": Run("sft", "plain", {"gradient_checkpointing": True}),
     "SFT, token budget": Run("sft", "plain", {"max_tokens_per_microbatch": 14}),
+    "SFT, accumulation": Run("sft", "plain", {"gradient_accumulation_steps": 2}, rows=2, lora=False),
+    "SFT, adapter on the head": Run("sft", "plain", arguments=adapted(target_modules=ON_HEAD), lora=False),
+    "SFT, adapter and a whole head": Run("sft", "plain", arguments=adapted(modules_to_save=["lm_head"]), lora=False),
     "Reward": Run("reward", "reward"),
     "PRM": Run("prm"),
     "DPO": Run("dpo-sigmoid", "plain"),
+    "DPO, adapter on the head": Run("dpo-sigmoid", "plain", arguments=adapted(target_modules=ON_HEAD), lora=False),
     "DPO, moving reference": Run("dpo-many", lora=False),
     "DPO, precomputed reference": Run("dpo-sigmoid", settings={"precompute_ref_log_probs": True}),
     "DPO, token budget": Run("dpo-sigmoid", "plain", {"max_tokens_per_microbatch": 14}, lora=False),
@@ -99,6 +112,12 @@ RUNS: dict[str, Run] = {
         lora=False,
     ),
     "GRPO, layer by layer": Run("grpo", settings={**ROLLOUT, "beta": 0.1, "gather": "layers"}),
+    "GRPO, adapter on the head": Run(
+        "grpo",
+        settings={**ROLLOUT, "beta": 0.1},
+        arguments=lambda: {**CASES["grpo"].arguments(), **adapted(target_modules=ON_HEAD)()},
+        lora=False,
+    ),
     "GRPO, environment": Run("grpo", settings={**ROLLOUT, "max_completion_length": 20}, arguments=episodes),
     "GRPO, environment, layer by layer": Run(
         "grpo", settings={**ROLLOUT, "max_completion_length": 20, "gather": "layers"}, arguments=episodes, lora=False
@@ -255,6 +274,33 @@ def gist(weights: dict[str, Any], numbers: dict[str, list[float]], packed: bool)
         "sharded": any(isinstance(weight, DTensor) for weight in weights.values()),
         "weights": {key: _whole(weight).detach().clone() for key, weight in weights.items() if weight.requires_grad},
     }
+
+
+def ddpo(rank: int, world: int, path: str, engine: str) -> None:
+    """Two epochs of DDPO with LoRA; each rank draws images of its own."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from tiny_diffusion import tiny_stable_diffusion
+
+    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    from trl.rewards.images import brightness
+
+    torch.set_num_threads(1)
+    keywords: dict[str, Any] = {}
+    if engine == "fsdp2":
+        shard_on_the_cpu()
+        keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DDPOConfig(
+            num_epochs=2, mixed_precision="no", logdir=folder, sample_num_steps=2, sample_batch_size=2,
+            train_batch_size=2, train_learning_rate=1e-3, accelerator_kwargs=keywords,
+        )  # fmt: skip
+        pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_stable_diffusion(Path(folder) / "sd")))
+        trainer = DDPOTrainer(settings, brightness, lambda: ("a cat", {}), pipeline, lambda *_: None)
+        trainer.train()
+    weights = {name: each for name, each in trainer._prepared.named_parameters() if each.requires_grad}
+    torch.save(
+        {name.removeprefix("module."): _whole(each).detach() for name, each in weights.items()}, f"{path}-{rank}"
+    )
 
 
 def helpers(rank: int, world: int, path: str) -> None:
