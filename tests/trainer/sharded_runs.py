@@ -126,6 +126,9 @@ RUNS: dict[str, Run] = {
     "Online DPO": Run("online-dpo", settings={**ROLLOUT, "dynamic_sampling": False, "generation_batch_size": None}),
     "RAFT": Run("raft", settings={**ROLLOUT, "keep_best": 1}),
     "Distillation": Run("distillation", settings={**ROLLOUT, "num_iterations": 1}),
+    "GKD, samples of the teacher": Run(
+        "gkd", settings={"max_completion_length": 6, "save_rollouts": False, "seq_kd": True}, lora=False
+    ),
     "PPO, step": Run("ppo"),
     "PPO, step, critic": Run("ppo", lora=False),
     "PPO, train (greedy)": Run("ppo"),
@@ -169,7 +172,7 @@ def ppo_trainer(world: int, engine: str, lora: bool, critic: bool) -> Any:
         model, tokenizer=tokenizer(), data_collator=list, value_model=value_model,
         optimizer=torch.optim.SGD(trained, lr=0.1),
         dataset=Dataset.from_list([{"prompt": text} for text in ("a b", "c", "d e f", "g h") * 3]),
-        reward_funcs=lambda completions, **columns: [float(len(text)) for text in completions],
+        reward_funcs=lambda completions, **columns: [len(text) / 30 for text in completions],
     )  # fmt: skip
 
 
@@ -291,7 +294,7 @@ def ddpo(rank: int, world: int, path: str, engine: str) -> None:
         keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     with tempfile.TemporaryDirectory() as folder:
         settings = DDPOConfig(
-            num_epochs=2, mixed_precision="no", logdir=folder, sample_num_steps=2, sample_batch_size=2,
+            num_epochs=2, save_freq=9, mixed_precision="no", logdir=folder, sample_num_steps=2, sample_batch_size=2,
             train_batch_size=2, train_learning_rate=1e-3, accelerator_kwargs=keywords,
         )  # fmt: skip
         pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_stable_diffusion(Path(folder) / "sd")))
@@ -307,13 +310,14 @@ def helpers(rank: int, world: int, path: str) -> None:
     """What callbacks and helpers give on whole and on sharded weights; each rank generates as long as it likes."""
     from safetensors.torch import load_file
 
-    from trl import BEMACallback, LogCompletionsCallback, unwrap_model_for_generation
+    from trl import BEMACallback, LogCompletionsCallback
+    from trl.models.chat_setup import unwrap_model_for_generation
 
     torch.set_num_threads(1)
     engine = "fsdp2" if world > 1 else "one"
     if world > 1:
         shard_on_the_cpu()
-    CASES["at hand"] = replace(CASES["sft"], model=lambda: seeded("plain"))
+    CASES["at hand"] = replace(CASES["dpo-sigmoid"], model=lambda: seeded("plain"))
     settings = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": 0.1, **engine_settings(engine)}
     averages = BEMACallback(update_freq=1, update_after=1)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def _groups(shards: list[Any]) -> list[Any]:
 def gathered(model: nn.Module) -> Iterator[None]:
     """All weights on every rank. Collective at the start; in between each rank may run passes of its own."""
     shards = _shards(model)
-    if not shards:
+    if not shards or not is_sharded(model):  # whole, or gathered already
         yield
         return
     shards[0]._get_fsdp_state()._lazy_init()  # else the part of the model that is called first becomes the root
@@ -59,11 +59,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
         _forget_passes(groups)
         for shard in shards:
             shard.reshard()
-
-
-def gathered_if_sharded(model: nn.Module) -> AbstractContextManager[None]:
-    """`gathered` for a model whose weights are in parts now."""
-    return gathered(model) if is_sharded(model) else nullcontext()
 
 
 def _forget_passes(groups: list[Any]) -> None:
