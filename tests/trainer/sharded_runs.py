@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from conformity import CASES, build, config, history, tokenizer
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
+from zero_runs import begin_whole, whole, zero_config, zero_plugin
 
 from trl.models.forward import plan_of
 
@@ -155,6 +156,9 @@ def ppo_trainer(world: int, engine: str, lora: bool, critic: bool) -> Any:
         keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
         )
+    if engine.startswith("zero"):
+        begin_whole()
+        keywords["deepspeed_plugin"] = zero_plugin(int(engine[4]))
     model: Any = seeded("plain")
     if lora:
         adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
@@ -221,13 +225,14 @@ def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, 
     settings: dict[str, Any] = {"ddp_backend": "gloo"}
     if engine.startswith("fsdp2"):
         settings |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": [layer]}}
+    if engine.startswith("zero"):
+        settings |= {"deepspeed": zero_config(int(engine[4]))}
     return settings
 
 
 def train_all(rank: int, world: int, path: str, engine: str, names: list[str], lora: bool) -> None:
     """`train` each of the rows and write what came of it to `path`, after each."""
     torch.set_num_threads(1)
-
     if engine.startswith("fsdp2"):
         shard_on_the_cpu()
     found = {}
@@ -245,6 +250,8 @@ def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     layer = "Gemma2DecoderLayer" if run.kind == "soft-cap" else "LlamaDecoderLayer"
     settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": 0.1}
     settings |= {**run.settings, **engine_settings(engine, layer)}
+    if engine.startswith("zero"):
+        begin_whole()
     if run.kind:
         case = replace(case, model=lambda: seeded(run.kind))
     CASES["at hand"] = replace(
@@ -274,7 +281,7 @@ def gist(weights: dict[str, Any], numbers: dict[str, list[float]], packed: bool)
     return {
         "numbers": numbers,
         "packed": packed,
-        "sharded": any(isinstance(weight, DTensor) for weight in weights.values()),
+        "sharded": any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights.values()),
         "weights": {key: _whole(weight).detach().clone() for key, weight in weights.items() if weight.requires_grad},
     }
 
@@ -359,4 +366,4 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
 
 
 def _whole(weight: Any) -> torch.Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return weight.full_tensor() if isinstance(weight, DTensor) else whole(weight)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
+from trl.models import zero
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import create_reference_model
 from trl.models.peft_support import base_is_start, is_peft_model
 from trl.models.precision import dtype_of
 from trl.models.prepare import equalise
-from trl.models.sharded import like_shards, part_of, prime, shard, whole
+from trl.models.sharded import like_shards, part_of, prime, shard, shards_weights, whole
 from trl.models.unwrap import below_accelerate, below_value_head, holds_parts, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -39,15 +39,15 @@ def copy_of(policy: nn.Module, *, share: bool = True) -> nn.Module:
     if not share or not is_peft_model(below_value_head(model)):
         return create_reference_model(model)
     frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-    return deepcopy(model, frozen).eval().requires_grad_(False)
+    return zero.copy_in_parts(model, frozen).eval().requires_grad_(False)
 
 
 def copy_with_adapter(policy: Any, name: str) -> nn.Module:
-    """A frozen copy of a PeftModel with another of its adapters active; it shares frozen base weights, but for FSDP."""
+    """A frozen copy of a PeftModel with another of its adapters active; base weights are shared if they stay whole."""
     own = {f".{policy.active_adapter}.", f".{name}."}
     frozen = [(key, weight) for key, weight in policy.named_parameters() if not weight.requires_grad]
     shared = {id(weight): weight for key, weight in frozen if not any(part in key for part in own)}
-    copy: Any = deepcopy(policy, {} if is_fsdp_enabled() else shared)
+    copy = zero.copy_in_parts(policy, {} if is_fsdp_enabled() or is_deepspeed_zero3_enabled() else shared)
     copy.set_adapter(name)
     copy.delete_adapter(policy.active_adapter)
     return copy.eval().requires_grad_(False)
@@ -103,7 +103,7 @@ class Reference:
 
     def prepare(self, accelerator: Any) -> None:
         """Shard a copy of the policy as the policy will be; elsewhere it stays where it is."""
-        if self.frozen is not None and getattr(accelerator, "is_fsdp2", False):
+        if self.frozen is not None and shards_weights(accelerator):
             self.frozen = shard(accelerator, self.frozen)
 
     @contextmanager
@@ -129,12 +129,15 @@ class Reference:
         if self.frozen is None:
             return {}
         shared = self._shared()
-        state = below_accelerate(self.frozen).state_dict()
-        return {name: whole(value).cpu() for name, value in state.items() if name not in shared}
+        state = below_accelerate(self.frozen).state_dict(keep_vars=True)
+        return {name: whole(value).detach().cpu() for name, value in state.items() if name not in shared}
 
     def load(self, state: dict[str, Any]) -> None:
         """Load what `state` returned."""
         if self.frozen is None:
+            return
+        if zero.has_parts(self.frozen):
+            zero.load(below_accelerate(self.frozen), state)
             return
         if holds_parts(self.frozen):
             own = below_accelerate(self.frozen).state_dict()
@@ -167,6 +170,7 @@ class Reference:
             if kept is not policy[name]:  # else the layer is shared
                 mine, theirs = part_of(policy[name], kept)
                 mine.lerp_(theirs.to(mine), alpha)
+                zero.drop_whole(kept)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Weights that ranks hold in parts (FSDP2): gathered for a while, or read layer by layer with all ranks in step.
+"""Weights that ranks hold in parts (FSDP2, ZeRO-3): gathered for a while, or read in step, layer by layer.
 
 A pass of a sharded model gathers its weights, so all ranks must run the same passes. Sampling cannot promise that:
 ranks draw completions of different lengths, and some draw none. Two contexts allow it: `gathered` and `in_step`.
@@ -7,7 +7,7 @@ ranks draw completions of different lengths, and some draw none. Two contexts al
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,15 +18,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trl.kernels.layers import swapped_forward
+from trl.models import zero
 from trl.models.forward import eval_no_grad
 from trl.models.precision import size_text
-from trl.models.unwrap import below_peft, each_alone, is_sharded
+from trl.models.unwrap import below_accelerate, below_peft, each_alone, is_sharded
 
 logger = logging.getLogger(__name__)
 
 
 def _shards(model: nn.Module) -> list[Any]:
-    """The modules whose weights are sharded, the outermost first."""
+    """The modules whose weights FSDP has sharded, the outermost first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -39,10 +40,14 @@ def _groups(shards: list[Any]) -> list[Any]:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """All weights on every rank. Collective at the start; in between each rank may run passes of its own."""
-    shards = _shards(model)
-    if not shards or not is_sharded(model):  # whole, or gathered already
+    if not is_sharded(model):  # whole, or gathered already
         yield
         return
+    if zero.has_parts(model):
+        with zero.gathered_model(model), each_alone([model, *below_accelerate(model).modules()]):
+            yield
+        return
+    shards = _shards(model)
     shards[0]._get_fsdp_state()._lazy_init()  # else the part of the model that is called first becomes the root
     groups = _groups(shards)
     after_forward = [group.post_forward_mesh_info for group in groups]
@@ -76,7 +81,7 @@ def say_gathering(model: nn.Module, *, in_layers: bool | None = None) -> None:
     plain = not in_layers
     where = "at once, for each round of sampling" if plain else "layer by layer, in each pass, with all ranks in step"
     more = "gather='layers' needs less memory and is far slower" if plain else "gather='model' is faster where they fit"
-    size = size_text(sum(weight.numel() * weight.element_size() for weight in model.parameters()))
+    size = size_text(sum(zero.elements(weight) * weight.element_size() for weight in model.parameters()))
     more = "" if in_layers is None else f"; {more}"
     logger.warning("sampling gathers the sharded weights, %s, %s%s", size, where, more)
 
@@ -107,7 +112,17 @@ def in_step(*models: nn.Module) -> Iterator[None]:
     Before each pass ranks tell each other whose it is; ranks that are done run passes of one token until all are done.
     Collective at both ends.
     """
-    sharded = [model for model in models if _shards(model)]
+    with ExitStack() as stack:
+        for model in models:
+            if zero.lacks_engine(model):
+                stack.enter_context(gathered(model))
+        stack.enter_context(_one_by_one([model for model in models if is_sharded(model)]))
+        yield
+
+
+@contextmanager
+def _one_by_one(sharded: Sequence[nn.Module]) -> Iterator[None]:
+    """The passes of these models in turn, see `in_step`."""
     if not sharded:
         yield
         return
@@ -133,7 +148,7 @@ def in_step(*models: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for number, model in enumerate(sharded, 1):
             _idle_pass(model)  # weights that stay after a pass are there from now on
-            root = _shards(model)[0]
+            root = next(iter(_shards(model)), below_accelerate(model))
             hooks = (
                 root.register_forward_pre_hook(lambda *call, own=number: begin(own), prepend=True),
                 root.register_forward_hook(lambda *call: end(), always_call=True),
@@ -141,7 +156,7 @@ def in_step(*models: nn.Module) -> Iterator[None]:
             for hook in hooks:
                 stack.callback(hook.remove)
             stack.enter_context(_through(root, below_peft(model), lambda: depth > 0))
-            stack.enter_context(each_alone(_shards(model)))
+            stack.enter_context(each_alone([model, *root.modules()]))
         yield
         depth = 1  # passes of other ranks from here on
         while number := turn(0):
@@ -180,13 +195,20 @@ def _idle_pass(model: nn.Module) -> None:
 
 def prepare_frozen(accelerator: Any, model: Any) -> Any:
     """A model that is only read, on the device; sharded where the policy is."""
-    if not getattr(accelerator, "is_fsdp2", False):
+    if not shards_weights(accelerator):
         return accelerator.prepare_model(model, evaluation_mode=True)
     return shard(accelerator, model)
 
 
+def shards_weights(accelerator: Any) -> bool:
+    """Whether each rank keeps a part only of the weights of prepared models."""
+    return bool(getattr(accelerator, "is_fsdp2", False)) or zero.shards_weights(accelerator)
+
+
 def shard(accelerator: Any, model: Any) -> Any:
-    """A model under FSDP2 as the plugin of the accelerator says; by its own kinds of layers where that names others."""
+    """A model in parts, as the plugin of the accelerator says; by its own kinds of layers where that names others."""
+    if zero.shards_weights(accelerator):
+        return zero.shard(accelerator, model)
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     with own_layers(accelerator, model):
@@ -228,6 +250,9 @@ def own_layers(accelerator: Any, model: Any) -> Iterator[None]:
 
 def whole(weight: Tensor) -> Tensor:
     """A weight that may be sharded, whole. Collective where it is."""
+    if zero.in_parts(weight):
+        with zero.gathered_weights([weight]):
+            return weight.detach().clone()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
@@ -247,4 +272,6 @@ def like_shards(value: Tensor, like: Tensor) -> Tensor:
 
 def part_of(value: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """What this rank holds of a weight, and the same part of a value of its shape. Collective where one is sharded."""
+    if zero.in_parts(like):
+        return zero.own_part(like), zero.own_part(value)
     return held_part(like), held_part(like_shards(value, like))

@@ -24,6 +24,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from trl.models.zero import has_parts
+
 
 def below_accelerate(model: nn.Module) -> Any:
     """The model with a value head, a PEFT model, or a transformers model."""
@@ -94,14 +96,22 @@ def each_alone(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3), so all must run the same passes."""
+    """Whether each process holds a part of the weights (FSDP, ZeRO-3), so all must run the same passes."""
+    if model in _alone:
+        return False
     parts = (isinstance(module, FSDPModule) and module not in _alone for module in model.modules())
-    return is_deepspeed_zero3_enabled() or any(parts)
+    return has_parts(model) or any(parts)
 
 
 def runs_in_step(model: nn.Module) -> bool:
     """`is_sharded` where there are several processes: each pass of the model is then one of all."""
     return torch.distributed.is_initialized() and is_sharded(model)
+
+
+def own_pace(model: nn.Module) -> dict[str, bool]:
+    """Keywords of `generate` by which ranks do not wait for each other at each token, as sharded ones do."""
+    parts = is_deepspeed_zero3_enabled() or holds_parts(model)
+    return {"synced_gpus": False} if parts else {}
 
 
 def is_fsdp2(model: nn.Module) -> bool:
@@ -111,4 +121,4 @@ def is_fsdp2(model: nn.Module) -> bool:
 
 def holds_parts(model: nn.Module) -> bool:
     """Whether each process keeps a part of the weights, whatever passes it runs now."""
-    return is_deepspeed_zero3_enabled() or is_fsdp2(model)
+    return has_parts(model) or is_fsdp2(model)

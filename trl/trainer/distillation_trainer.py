@@ -30,6 +30,7 @@ from trl.models.prepare import context_length, embedding_rows, load_model, read_
 from trl.models.scoring import head_of, in_head, map_logits, scored_states
 from trl.models.sharded import prepare_frozen
 from trl.models.unwrap import below_peft
+from trl.models.zero import whole_shape
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.rollout.source import Rows, Source
@@ -335,7 +336,7 @@ def check_teacher(teacher: nn.Module, student: nn.Module, tokenizer: Any) -> Non
             f"teacher_model: {names[0]} (teacher) and {names[1]} (student): one is an encoder-decoder; give models of "
             "one kind"
         )
-    sizes = [head.weight.shape[0] for head in heads]
+    sizes = [whole_shape(head.weight)[0] for head in heads]
     if min(sizes) < len(tokenizer):
         raise ValueError(
             f"teacher_model: vocabularies of {sizes[0]} (teacher) and {sizes[1]} (student) for a tokenizer of "

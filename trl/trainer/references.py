@@ -18,7 +18,7 @@ from trl.models.peft_support import is_peft_model
 from trl.models.precision import dtype_of
 from trl.models.prepare import disable_dropout_in_model, load_model
 from trl.models.reference import Reference, copy_with_adapter, needs_no_copy
-from trl.models.sharded import in_step, prepare_frozen
+from trl.models.sharded import in_step, prepare_frozen, shards_weights
 from trl.models.unwrap import is_sharded
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require
@@ -131,7 +131,7 @@ def make_reference(
         return Reference(trainer.model, precomputed=True)
     if ref_model is None:
         ahead = config.precompute_ref_log_probs and not needs_no_copy(trainer.model)
-        known, share = ahead or _all_have(trainer, columns), not trainer.is_fsdp_enabled
+        known, share = ahead or _all_have(trainer, columns), not shards_weights(trainer.accelerator)
         reference = Reference(trainer.model, precomputed=known, autocast=autocast, share=share)
         reference.prepare(trainer.accelerator)
     else:

@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.data.encode import Limits
 from trl.data.microbatches import collated, unasked_budget
@@ -33,17 +32,25 @@ from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
-from trl.models.precision import dtype_of, frozen_dtype, precision_of
+from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision_of
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
-from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering
+from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering, shards_weights
 from trl.models.unwrap import below_peft, is_encoder_decoder, is_sharded
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
 from trl.rollout.collector import Collector
-from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
+from trl.rollout.experience import (
+    Division,
+    Experience,
+    PolicyBatch,
+    RolloutLoader,
+    RolloutShape,
+    RolloutState,
+    divided_anew,
+)
 from trl.rollout.measure import check_first_ratio, in_pieces, means_of
 from trl.rollout.prompts import PromptStream, part_of, places_of
 from trl.rollout.rewards import OwnRewards, Rewards, RolloutRewards
@@ -64,6 +71,7 @@ from trl.rollout.source import (
     says_prompts,
     with_own_prompts,
 )
+from trl.trainer.checkpoints import processes_text
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
 from trl.trainer.metrics import check_new_names
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
@@ -151,8 +159,8 @@ class RolloutConfig(PostTrainingConfig):
     log_unique_prompts: bool = field(default=False)
     """print one completion of each prompt"""
     gather: str = field(default="model")
-    """FSDP2: how sampling gets the weights that ranks hold in parts. model: all at once, for each round of sampling;
-    layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
+    """FSDP2, ZeRO-3: how sampling gets weights that ranks hold in parts. model: all at once, for each round of
+    sampling; layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
     vllm_mode: str = accepted("vllm_mode", "colocate")
@@ -177,7 +185,8 @@ class RolloutConfig(PostTrainingConfig):
     vllm_importance_sampling_clip_max: float | None = accepted("vllm_importance_sampling_clip_max", 3.0)
     vllm_importance_sampling_clip_min: float | None = accepted("vllm_importance_sampling_clip_min")
     vllm_importance_sampling_cap: float | None = accepted("vllm_importance_sampling_cap")
-    ds3_gather_for_generation: bool = accepted("ds3_gather_for_generation", True)
+    ds3_gather_for_generation: bool = field(default=True)
+    """False: gather="layers", by its name for DeepSpeed ZeRO-3"""
     cache_implementation: str | None = accepted("cache_implementation")
     use_transformers_paged: bool = accepted("use_transformers_paged", False)
     use_transformers_continuous_batching: bool = accepted("use_transformers_continuous_batching", False)
@@ -277,6 +286,11 @@ class RolloutConfig(PostTrainingConfig):
             require(
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
             )
+
+    @property
+    def gathers_layers(self) -> bool:
+        """Whether sampling is to gather sharded weights layer by layer."""
+        return self.gather == "layers" or not self.ds3_gather_for_generation
 
     @property
     def reshapes(self) -> bool:
@@ -535,7 +549,9 @@ class RolloutTrainer(ObjectiveTrainer):
         )
         self._check_sharding()
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
-        self.sampler = make_sampler(self.model, tokenizer)
+        # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
+        with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
+            self.sampler = make_sampler(self.model, tokenizer)
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
         self.source = self.make_source()
@@ -727,22 +743,21 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _check_sharding(self) -> None:
         """ValueError where the sampler could not get the weights; one line where `gather` has no effect."""
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3: the sampler needs the weights whole; train with DDP or FSDP2")
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_version=1: the sampler cannot gather its weights; take fsdp_version=2")
-        if self.args.gather != "layers":
+        if not self.args.gathers_layers:
             return
-        if not self.is_fsdp_enabled:
-            logger.warning("gather='layers': no effect, because every process holds the weights whole")
+        asked = "gather='layers'" if self.args.gather == "layers" else "ds3_gather_for_generation=False"
+        if not shards_weights(self.accelerator):
+            logger.warning("%s: no effect, because every process holds the weights whole", asked)
         elif is_encoder_decoder(self.model):
-            raise ValueError("gather='layers': an encoder-decoder is not sampled layer by layer; take 'model'")
+            raise ValueError(f"{asked}: an encoder-decoder is not sampled layer by layer; leave it out")
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
         if not is_sharded(self.model):
             return nullcontext()
-        in_layers = self.args.gather == "layers"
+        in_layers = self.args.gathers_layers
         if not self._said_gathering and self.is_world_process_zero():
             say_gathering(self.model, in_layers=in_layers)
         self._said_gathering = True
@@ -770,7 +785,8 @@ class RolloutTrainer(ObjectiveTrainer):
             given = load_model(ref_model, AutoModelForCausalLM, keywords, frozen=True, like=dtype_of(self.model))
             if given is not self.model:  # else `Reference` says what is wrong with that
                 given = prepare_frozen(self.accelerator, given)
-        reference = Reference(self.model, given, autocast=self.accelerator.autocast, share=not self.is_fsdp_enabled)
+        share = not shards_weights(self.accelerator)
+        reference = Reference(self.model, given, autocast=self.accelerator.autocast, share=share)
         reference.prepare(self.accelerator)
         if config.moves_reference:
             if reference.frozen is None:
@@ -991,22 +1007,34 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Collective: every rank's half-used rollout."""
-        mine = [self.rollouts.plain_state()]
-        state: dict[str, Any] = {"rollouts": gather_object(mine) if self.args.world_size > 1 else mine}
+        mine, of_step = [self.rollouts.plain_state()], self._division().of_step
+        ranks = gather_object(mine) if self.args.world_size > 1 else mine
+        state: dict[str, Any] = {"rollouts": ranks, "of_step": of_step}
         if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
             state["reference"] = self.reference.state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        ranks = state["rollouts"]
-        if len(ranks) != self.args.world_size:
-            raise ValueError(
-                f"the checkpoint is of {len(ranks)} processes and this run has {self.args.world_size}: a half-used "
-                "rollout cannot be divided; resume with as many"
-            )
-        self.rollouts.restore(ranks[self.args.process_index])
+        ranks, rank = state["rollouts"], self.args.process_index
+        own = ranks[rank] if len(ranks) == self.args.world_size else self._divided_anew(ranks, state.get("of_step", 0))
+        self.rollouts.restore(own)
         if "reference" in state and self.reference is not None:
             self.reference.load(state["reference"])
+
+    def _division(self) -> Division:
+        shape = self.rollouts.shape
+        of_step = min(self.args.gradient_accumulation_steps, shape.steps_per_generation)
+        return Division(shape, of_step, self.args.world_size)
+
+    def _divided_anew(self, ranks: Sequence[dict[str, Any]], of_step: int) -> dict[str, Any]:
+        """What this rank goes on with of a checkpoint by another number of ranks; one line says what became of it."""
+        shape = RolloutShape(**ranks[0]["shape"])
+        made = Division(shape, of_step, len(ranks))
+        knows = self.args.refill_rounds() == 1
+        own, said = divided_anew(ranks, made, self._division(), self.args.process_index, knows)
+        if said and self.is_world_process_zero():
+            logger.warning("the half-used rollout of %s %s", processes_text(len(ranks)), said)
+        return own
 
     # -- evaluation ------------------------------------------------------------------------------
 

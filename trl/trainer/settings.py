@@ -47,7 +47,6 @@ NO_EFFECT: dict[str, str] = {
     "use_mps_device": "has no effect: an MPS device is used where there is one; `use_cpu=True` leaves it alone",
     "half_precision_backend": _MIXED,
     "include_tokens_per_second": "has no effect: `include_num_input_tokens_seen` counts tokens",
-    "ds3_gather_for_generation": "has no effect: the sampler needs the weights whole, and DeepSpeed ZeRO-3 is refused",
     "local_rollout_forward_batch_size": "has no effect: passes without gradient take as many rows as fit their tokens",
     "cache_implementation": _CACHE,
     "use_transformers_paged": _CACHE,
@@ -325,9 +324,14 @@ def fit_to_machine(config: Any) -> None:
         config.optim = "adamw_torch"
 
 
+def bfloat16_by_default() -> bool:
+    """Whether mixed precision is on where nobody said anything: the GPU computes in bfloat16 by itself."""
+    return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
 def _choose_precision(config: Any) -> None:
     if config.bf16 is None:
-        config.bf16 = bool(not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        config.bf16 = not config.fp16 and bfloat16_by_default()
     if bool(config.bf16) == bool(config.fp16):  # neither, or both, which transformers refuses
         return
     if config.bf16:
