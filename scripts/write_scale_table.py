@@ -1,6 +1,6 @@
 """Writes the conformity table of `tests/trainer/sharded_runs.py` into docs/scale.md, between its markers.
 
-`python scripts/write_scale_table.py` runs it first, about four minutes on two cores. With folders it takes what the tests
+`python scripts/write_scale_table.py` runs it first, about four minutes on two cores. With folders it takes what tests
 have left there (`sharded0`, `zero0` below pytest's `--basetemp`) instead.
 """
 
@@ -63,8 +63,8 @@ def table(found: Found) -> str:
     engines = {name: title for name, title in {**ENGINES, **ZERO}.items() if any(key[0] == name for key in found)}
     return "\n".join(
         [
-            "Two ranks of a CPU (gloo) against one process, three steps of SGD. Each cell has the largest differences of",
-            f"{', '.join(COLUMNS)}: of numbers by their size, or by 0.05 if they are smaller. An empty cell was not run.",
+            "Two ranks of a CPU (gloo) against one process, three steps of SGD. A cell has the largest differences of",
+            f"{', '.join(COLUMNS)}: of numbers by their size, or by 0.05 if smaller. An empty cell was not run.",
             "",
             "| | " + " | ".join(engines.values()) + " |",
             "|---|" + "---|" * len(engines),
