@@ -2,15 +2,17 @@
 
 `python -m benchmarks.sharded_memory` prints a table. The model has the shape of SmolLM2-135M and random weights in
 float32; AdamW; a row of 64 tokens on each rank, so that weights, gradients and optimizer are nearly all there is.
-Measured from the end of the first step on, above what the process had before the model was built.
+Live bytes (glibc) from the end of the first step on, above those before the model was built.
 """
 
+import ctypes
 import resource
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -25,21 +27,40 @@ SHAPE = LlamaConfig(
 )  # fmt: skip
 
 
-def resident(name: str) -> float:
-    """MB of this process: VmRSS, or VmHWM, the most since it was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(name))
+NUMBERS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
+class Mallinfo(ctypes.Structure):
+    """What glibc says of its memory."""
+
+    _fields_: ClassVar[list[Any]] = [(name, ctypes.c_size_t) for name in NUMBERS.split()]
+
+
+def live() -> float:
+    """MB that this process has asked for and not freed: what is resident holds freed memory too."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = Mallinfo
+    found = libc.mallinfo2()
+    return (found.uordblks + found.hblkhd) / 1e6
 
 
 class Watch(TrainerCallback):
-    """Resets the peak after the first step."""
+    """Looks every few milliseconds, from the end of the first step on, at what is live."""
+
+    def __init__(self) -> None:
+        self.most, self.ends = 0.0, False
+
+    def look(self) -> None:
+        while not self.ends:
+            self.most = max(self.most, live())
+            time.sleep(0.004)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
-            Path("/proc/self/clear_refs").write_text("5")
+            threading.Thread(target=self.look, daemon=True).start()
 
 
-def trainer_of(case: str, folder: str, **settings: Any) -> Any:
+def trainer_of(case: str, folder: str, watch: Watch, **settings: Any) -> Any:
     """The trainer of a case."""
     from tokenizers_for_tests import word_tokenizer
 
@@ -49,7 +70,7 @@ def trainer_of(case: str, folder: str, **settings: Any) -> Any:
     model, words = AutoModelForCausalLM.from_config(SHAPE), "a b c d e f g h " * 8
     settings |= {"output_dir": folder, "per_device_train_batch_size": 1, "max_steps": 3, "report_to": "none",
                  "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False}  # fmt: skip
-    shared: dict[str, Any] = {"model": model, "processing_class": word_tokenizer(), "callbacks": [Watch()]}
+    shared: dict[str, Any] = {"model": model, "processing_class": word_tokenizer(), "callbacks": [watch]}
     if case == "SFT":
         rows = Dataset.from_dict({"text": [words] * 8})
         return trl.SFTTrainer(args=trl.SFTConfig(**settings), train_dataset=rows, **shared)
@@ -70,13 +91,14 @@ def measure(rank: int, world: int, path: str, engine: str, case: str) -> None:
     torch.set_num_threads(1)
     if engine == "fsdp2":
         shard_on_the_cpu()
-    before = resident("VmRSS")
+    before, watch = live(), Watch()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(case, folder, **engine_settings(engine))
+        trainer = trainer_of(case, folder, watch, **engine_settings(engine))
         started, wall = resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.perf_counter()
         trainer.train()
     seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - started, time.perf_counter() - wall
-    torch.save((resident("VmHWM") - before, *seconds), f"{path}-{rank}")
+    watch.ends = True
+    torch.save((watch.most - before, *seconds), f"{path}-{rank}")
 
 
 def main() -> None:
