@@ -287,33 +287,6 @@ def gist(weights: dict[str, Any], numbers: dict[str, list[float]], packed: bool)
     }
 
 
-def ddpo(rank: int, world: int, path: str, engine: str) -> None:
-    """Two epochs of DDPO with LoRA; each rank draws images of its own."""
-    from accelerate.utils import FullyShardedDataParallelPlugin
-    from tiny_diffusion import tiny_stable_diffusion
-
-    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-    from trl.rewards.images import brightness
-
-    torch.set_num_threads(1)
-    keywords: dict[str, Any] = {}
-    if engine == "fsdp2":
-        shard_on_the_cpu()
-        keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
-    with tempfile.TemporaryDirectory() as folder:
-        settings = DDPOConfig(
-            num_epochs=2, save_freq=9, mixed_precision="no", logdir=folder, sample_num_steps=2, sample_batch_size=2,
-            train_batch_size=2, train_learning_rate=1e-3, accelerator_kwargs=keywords,
-        )  # fmt: skip
-        pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_stable_diffusion(Path(folder) / "sd")))
-        trainer = DDPOTrainer(settings, brightness, lambda: ("a cat", {}), pipeline, lambda *_: None)
-        trainer.train()
-    weights = {name: each for name, each in trainer._prepared.named_parameters() if each.requires_grad}
-    torch.save(
-        {name.removeprefix("module."): _whole(each).detach() for name, each in weights.items()}, f"{path}-{rank}"
-    )
-
-
 def helpers(rank: int, world: int, path: str) -> None:
     """What callbacks and helpers give on whole and on sharded weights; each rank generates as long as it likes."""
     from safetensors.torch import load_file

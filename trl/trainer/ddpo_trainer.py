@@ -124,6 +124,8 @@ class DDPOTrainer(BaseTrainer):
     def _prepare_models(self) -> None:
         """Frozen weights to the device in the inference dtype; what is trained to accelerate, in float32."""
         pipeline, accelerator = self.sd_pipeline, self.accelerator
+        if accelerator.is_fsdp2:
+            raise ValueError("FSDP: DDPO trains whole weights, of which an adapter has few; take DDP")
         pipeline.set_progress_bar_config(
             position=1, disable=not accelerator.is_local_main_process, leave=False, desc="Timestep", dynamic_ncols=True
         )
@@ -139,8 +141,6 @@ class DDPOTrainer(BaseTrainer):
                 place(module, accelerator.device, dtype)
         self.trainable_layers = [parameter for parameter in trainable.parameters() if parameter.requires_grad]
         prepared, self.optimizer = accelerator.prepare(trainable, create_optimizer(self.config, self.trainable_layers))
-        if accelerator.is_fsdp2:  # which replaces them by its parts of them
-            self.trainable_layers = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
         self._trained_unet = prepared if trainable is pipeline.unet else pipeline.unet
         self._prepared = prepared
         # No dropout in training either: the policy that is trained is the one that sampled.
