@@ -803,7 +803,7 @@ class ObjectiveTrainer(Trainer):
     ) -> Tensor:
         *first, last = _pieces(inputs) or [inputs]
         losses = []
-        if self.args.token_budget is not None and self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and self.args.token_budget is not None:
             self._run_along(model, last, 1 + len(first))
         for piece in first:
             with self.accelerator.no_sync(model):
