@@ -124,6 +124,8 @@ class DDPOTrainer(BaseTrainer):
     def _prepare_models(self) -> None:
         """Frozen weights to the device in the inference dtype; what is trained to accelerate, in float32."""
         pipeline, accelerator = self.sd_pipeline, self.accelerator
+        if accelerator.is_fsdp2:
+            raise ValueError("FSDP: DDPO trains whole weights, of which an adapter has few; take DDP")
         pipeline.set_progress_bar_config(
             position=1, disable=not accelerator.is_local_main_process, leave=False, desc="Timestep", dynamic_ncols=True
         )
