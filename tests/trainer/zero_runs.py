@@ -63,12 +63,12 @@ def begin_whole() -> None:
 
 ROWS = (
     "SFT", "SFT, tied head", "SFT, gradient checkpointing", "Reward", "DPO", "DPO, moving reference",
-    "DPO, precomputed reference", "KTO", "GRPO", "GRPO, groups across ranks", "GRPO, layer by layer", "RLOO",
+    "DPO, precomputed reference", "KTO", "GRPO", "GRPO, groups across ranks", "GRPO, layer by layer", "RLOO", "PPO, step", "PPO, train (greedy)",
 )  # fmt: skip
 ENGINES = {
     "zero3": ROWS,
     "zero3-lora": ("SFT", "DPO", "GRPO"),
-    "zero2": ("SFT", "GRPO"),
+    "zero2": ("SFT", "GRPO", "PPO, step"),
 }
 """an engine -> the rows of `sharded_runs.RUNS` that are run on it here"""
 

@@ -13,7 +13,7 @@ from transformers import AddedToken
 
 from trl.models.prepare import read_tokenizer
 from trl.models.sharded import gathered
-from trl.models.unwrap import below_accelerate, below_value_head, is_fsdp2, is_sharded
+from trl.models.unwrap import below_accelerate, below_value_head
 
 SIMPLE_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -116,12 +116,10 @@ def template_at(path: str) -> str:
 
 @contextmanager
 def unwrap_model_for_generation(model: nn.Module, accelerator: Any) -> Iterator[Any]:
-    """The model below DDP and compilation, whose `generate` can be called; FSDP2's weights are gathered meanwhile.
+    """The model below DDP and compilation, whose `generate` can be called; sharded weights are gathered meanwhile.
 
-    Collective where weights are sharded. Another sharding (FSDP1, DeepSpeed ZeRO-3) is a ValueError.
+    Collective where weights are sharded (FSDP2, DeepSpeed ZeRO-3).
     """
-    if is_sharded(model) and not is_fsdp2(model):
-        raise ValueError("model: it is sharded (ZeRO-3) and cannot generate alone; an on-policy trainer can")
     with gathered(model):
         yield below_accelerate(accelerator.unwrap_model(model))
 
