@@ -47,20 +47,24 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
     narrow: the last layer's output may be wrong where it is not read. early: the final norm selects what is read.
     """
     layout, total = TreeLayout(packed.segments, packed.kept), len(packed.ids_N)
+    compiled = is_compiled(network)
+    if compiled:
+        layout.tabulated()
     with ExitStack() as stack:
-        if narrow:
+        if narrow and not compiled:
             listed, positions = _positions(packed, reading.index_S)
             layer = last_layer(network) if len(listed) <= WORTH_IT * total else None
             if layer is not None:
                 stack.enter_context(computed_at(layer.by_position, positions, total))
                 if layer.attention is not None:
                     layout.read_only_at(layer.attention, listed)
-        stack.enter_context(fused_norms(network))
         norm = final_norm(network) if early else None
-        if norm is not None:
+        if norm is not None and not is_compiled(norm):
             stack.enter_context(selected_by(norm, reading))
-        stack.enter_context(fused_rotary(network))
-        stack.enter_context(lookup(network.get_input_embeddings()))
+        if not compiled:
+            stack.enter_context(fused_norms(network))
+            stack.enter_context(fused_rotary(network))
+            stack.enter_context(lookup(network.get_input_embeddings()))
         yield layout
 
 
@@ -101,6 +105,11 @@ def own_weight(module: nn.Module) -> nn.Parameter | None:
 def computes_again(network: nn.Module) -> bool:
     """Whether layers are computed again in the backward pass, when a swapped forward would be gone."""
     return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether torch compiles a module of it, whose graph must not change from pass to pass."""
+    return any("_compiled_call_impl" in vars(module) or "_orig_mod" in module._modules for module in network.modules())
 
 
 # -- the last layer ---------------------------------------------------------------------------

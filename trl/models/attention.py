@@ -33,7 +33,7 @@ from trl.kernels.block_mask import (
     on_device,
     row_bounds,
 )
-from trl.kernels.tree_attention import TreeLayout, takes, tree_attention
+from trl.kernels.tree_attention import TreeLayout, compiled_tree_attention, takes, tree_attention
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,30 @@ def device_attention(
     return segment_attention(tree, query, key, value, dropout=dropout, **how)
 
 
+def _in_graph(tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **how: Any) -> Tensor:
+    """`device_attention` as part of a graph that torch compiles, by FlexAttention."""
+    where = query.device.type
+    if torch.is_autocast_enabled(where):
+        narrow = torch.get_autocast_dtype(where)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+    if how["scale"] is not None:  # a graph for every number may not hand it to the kernel
+        query = query * (how.pop("scale") * query.shape[-1] ** 0.5)
+    return flex_tree_attention(
+        query, key, value, tree.blocks[window], window=window, compiled=False, **{**how, "scale": None}
+    )
+
+
+def lay_out_for_graphs(tree: TreeLayout, network: Any) -> None:
+    """Put what `_in_graph` reads beside a layout, for each window of the network."""
+    device, config = next(network.parameters()).device, network.config.get_text_config()
+    for window in {None, getattr(config, "sliding_window", None)}:
+        tree.blocks[window] = _tables(tree, window, device)
+
+
+def _tables(tree: TreeLayout, window: int | None, device: torch.device) -> BlockTables:
+    return tree.shared(("blocks", window, device), lambda: on_device(block_tables(tree.segments, window), device))
+
+
 def _by_flash(
     tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None, **_: None
 ) -> Tensor:
@@ -127,11 +151,7 @@ def _by_flash(
 
 
 def _by_flex(tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **how: Any) -> Tensor:
-    def make() -> BlockTables:
-        return on_device(block_tables(tree.segments, window), query.device)
-
-    tables = tree.shared(("blocks", window, query.device), make)
-    return flex_tree_attention(query, key, value, tables, window=window, **how)
+    return flex_tree_attention(query, key, value, _tables(tree, window, query.device), window=window, **how)
 
 
 FLASH, FLEX = "flash attention", "FlexAttention"
@@ -244,9 +264,14 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         window = kwargs.get("sliding_window")
         plain = not dropout and how["softcap"] is None and how["sinks"] is None
         if tree is not None and plain and takes(query, key, value):
+            if torch.compiler.is_compiling():
+                return compiled_tree_attention(tree, query, key, value, window=window, scale=scaling), None
             return tree_attention(tree, module, query, key, value, window=window, scale=scaling), None
         if tree is None:  # an eager model: its own function is not registered, so the same by hand
             out = attend(query, key, value, attention_mask, causal=False, **how)
+        elif tree.blocks and torch.compiler.is_compiling() and not dropout:
+            how.pop("dropout")
+            out = _in_graph(tree, query, key, value, window=window, **how)
         elif query.device.type != "cpu":
             out = device_attention(tree, query, key, value, window=window, **how)
         else:

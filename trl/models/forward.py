@@ -24,7 +24,7 @@ from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels.layers import Reading, fast, swapped_forward
 from trl.losses.loss_sum import LossSum
-from trl.models.attention import enable_tree_attention, inside_tree, own_attention
+from trl.models.attention import enable_tree_attention, inside_tree, lay_out_for_graphs, own_attention
 from trl.models.precision import EXACT, HALF, TOLERANCES, coarsest, precision_of
 from trl.models.unwrap import (
     accepts,
@@ -150,6 +150,8 @@ def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, reading: Read
         enable_tree_attention(network)  # again where somebody has set the attention since the probe
         stack.enter_context(inside_tree())
         tree = stack.enter_context(fast(network, packed, reading, narrow=plan.narrow, early=plan.early))
+        if tree.table is not None and packed.ids_N.device.type != "cpu":
+            lay_out_for_graphs(tree, network)
         inputs = {"input_ids": packed.ids_N[None], "position_ids": packed.position_N[None], "tree": tree}
         return _watched(model, packed, {**inputs, "use_cache": False}, None)
 

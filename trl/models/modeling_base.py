@@ -263,7 +263,8 @@ class PreTrainedModelWrapper(nn.Module):
         with writing(directory, ("adapter_model.safetensors", "adapter_model.bin")) as folder:
             if (directory / "README.md").exists():  # PEFT brings the user's card up to date
                 shutil.copy(directory / "README.md", folder)
-            self.pretrained_model.save_pretrained(str(folder), **kwargs)
+            theirs = {key: value for key, value in state.items() if not belongs(key, self.supported_modules)}
+            self.pretrained_model.save_pretrained(str(folder), state_dict=theirs or None, **kwargs)
             ours = {key: value for key, value in state.items() if belongs(key, self.supported_modules)}
             with open(folder / WEIGHTS_NAME, "wb") as file:
                 torch.save(ours, file)

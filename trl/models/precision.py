@@ -280,9 +280,14 @@ def precision_of(model: nn.Module) -> str:
     names = {_name(dtype) if _name(dtype) in TOLERANCES else "bfloat16" for dtype in dtypes}
     if torch.float32 in dtypes:
         names |= {switched_products(device.type), products(device)}
-    if any(getattr(module, "is_quantized", False) for module in network.modules()):
+    if is_quantized(network):
         names.add("bfloat16")
     return coarsest(names)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether weights are stored in fewer bits than any of torch's floats, by bitsandbytes and its like."""
+    return any(getattr(module, "is_quantized", False) for module in model.modules())
 
 
 def switched_products(kind: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, tqdm
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -66,6 +66,7 @@ from trl.models.sharded import (
     shards_weights,
 )
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
+from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
 from trl.rollout.collector import rendered
@@ -100,7 +101,7 @@ from trl.trainer.preparation import prepare_tokenizer
 from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import OfForm, WholeOfForm
+from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import StepWatch, Tally, write_metrics
@@ -1368,10 +1369,17 @@ class PPOTrainer(BaseTrainer):
         if folder is None:
             raise ValueError("output_dir=None: say where the model goes")
         check_weights(self.accelerator, f"step {self.current_step}", self.model)
-        if self.accelerator.is_main_process:
-            self._saved_model().save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        self._write_model(folder)
         self.accelerator.wait_for_everyone()
+
+    def _write_model(self, folder: str | os.PathLike[str]) -> None:
+        """The model as `save_pretrained` writes it, and the tokenizer; collective, as weights may be gathered."""
+        saved, main = self._saved_model(), self.accelerator.is_main_process
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        gathered = {"state_dict": gathered_state(saved, keep=main)} if sharded else {}
+        if main:
+            saved.save_pretrained(folder, **gathered)
+            self.tokenizer.save_pretrained(folder)
 
     def _saved_model(self) -> Any:
         model = below_accelerate(self.model)
@@ -1457,7 +1465,7 @@ class PPOTrainer(BaseTrainer):
     def save_state(self, directory: str | os.PathLike[str]) -> None:
         """Save all that the next step depends on, and the model as `save_pretrained` does, whole or not at all."""
         kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if kind == DistributedType.DEEPSPEED:
             raise NotImplementedError(
                 f"save_state does not gather weights that {kind.value} has spread: use `trainer.accelerator.save_state`"
             )
@@ -1465,10 +1473,10 @@ class PPOTrainer(BaseTrainer):
         checkpoints.save_checkpoint(Path(directory), self._write_state, self.describe_run(), step=self.data_position)
 
     def _write_state(self, folder: Path) -> None:
+        state = on_host(self._state(), keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            checkpoints.write_state(folder / STATE, self._state())
-            self._saved_model().save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            checkpoints.write_state(folder / STATE, state)
+        self._write_model(folder)
 
     def load_state(self, directory: str | os.PathLike[str]) -> None:
         """Go on exactly where `save_state` was called, in a trainer that was built in the same way."""
@@ -1481,13 +1489,11 @@ class PPOTrainer(BaseTrainer):
 
     def _resume(self, found: checkpoints.Checkpoint) -> None:
         run = self.describe_run()
-        checkpoints.check_identity(found, run, self.accelerator.num_processes)
+        checkpoints.check_identity(found, run)
         allowed = [] if found.manifest else checkpoints.numpy_globals()
-        own = (checkpoints.RANDOM_STATE if found.manifest else OLD_RANDOM_STATE).format(
-            rank=self.accelerator.process_index
-        )
         state = checkpoints.read_state(found.folder / STATE, allowed=allowed)
-        random_state = checkpoints.read_state(found.folder / own, allowed=allowed)
+        rank, seed = self.accelerator.process_index, self.config.seed
+        random_state = checkpoints.random_state_of(found, rank, seed, old=OLD_RANDOM_STATE)
         self._check_state(state)
         # a script that calls `step` with rows of its own has no place in the data
         checkpoints.check_settings(found, run, has_place=state["counters"]["data_position"] > 0)
@@ -1522,11 +1528,6 @@ class PPOTrainer(BaseTrainer):
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         """ValueError for a state of a trainer that was built differently."""
-        if state["world_size"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"the checkpoint was written by {state['world_size']} processes, this run has "
-                f"{self.accelerator.num_processes}: resume with as many"
-            )
         if not _same_sums(state["reference"], _sums(self.ref_model)):
             raise ValueError(
                 "the reference model is not the one of the checkpoint: build the trainer from the model that training "
@@ -1555,8 +1556,8 @@ class PPOTrainer(BaseTrainer):
         """Put a state back that `_check_state` has let pass."""
         for name, model in self._models().items():
             for key, parameter in _trained(model).items():
-                parameter.copy_(state["weights"][name][key])
-        self.optimizer.load_state_dict(state["optimizer"])
+                parameter.copy_(spread_like(state["weights"][name][key], parameter))
+        self.optimizer.load_state_dict(checkpoints.spread_state(self.optimizer, state["optimizer"]))
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["scheduler"])
         self.kl_ctl.value = state["kl_coef"]
@@ -1836,8 +1837,15 @@ def check_arguments(
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:
-    """The accelerator of a config; the scheduler moves once per PPO step, however many processes there are."""
+    """The accelerator of a config; the scheduler moves once per PPO step, however many processes there are.
+
+    Where nothing is said of precision, a GPU that computes in bfloat16 by itself does so.
+    """
     keywords = {"step_scheduler_with_optimizer": False, **config.accelerator_kwargs}
+    on_cpu = keywords.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
+    said = "mixed_precision" in keywords or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not said and not on_cpu and bfloat16_by_default():
+        keywords["mixed_precision"] = "bf16"
     return Accelerator(
         log_with=config.log_with,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -1873,11 +1881,11 @@ def check_critic(model: Any, value_model: nn.Module, optimizer: Optimizer | None
 
 
 def make_optimizer(config: PPOConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Adam as `adam_style` says; torch's in one pass over memory where all of it is on the CPU."""
+    """Adam as `adam_style` says; torch's in one pass over memory where a kernel does so."""
     rate, eps = config.learning_rate, config.adam_epsilon
     if config.adam_style == "tf":
         return TFAdam(parameters, lr=rate, eps=eps)
-    fused = all(each.device.type == "cpu" and each.is_floating_point() for each in parameters)
+    fused = all(each.device.type in ("cpu", "cuda") and each.is_floating_point() for each in parameters)
     return Adam(parameters, lr=rate, eps=eps, fused=fused or None)
 
 
@@ -1971,11 +1979,11 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _sums(model: nn.Module | None) -> list[float] | None:
-    """The sum of each parameter, which tell one model from another."""
+    """The sum of each parameter, which tell one model from another. MPS has no float64."""
     if model is None:
         return None
     parameters = list(below_accelerate(model).parameters())
-    wide = [(p.cpu() if p.device.type == "mps" else p).double().sum() for p in parameters]  # MPS has no float64
+    wide = [on_host((p.cpu() if p.device.type == "mps" else p).double().sum(), keep=True) for p in parameters]
     return torch.stack([total.to(wide[0].device) for total in wide]).tolist()
 
 

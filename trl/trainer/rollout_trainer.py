@@ -32,7 +32,7 @@ from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
-from trl.models.precision import dtype_of, frozen_dtype, precision_of
+from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision_of
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
@@ -42,7 +42,15 @@ from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
 from trl.rollout.collector import Collector
-from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
+from trl.rollout.experience import (
+    Division,
+    Experience,
+    PolicyBatch,
+    RolloutLoader,
+    RolloutShape,
+    RolloutState,
+    divided_anew,
+)
 from trl.rollout.measure import check_first_ratio, in_pieces, means_of
 from trl.rollout.prompts import PromptStream, part_of, places_of
 from trl.rollout.rewards import OwnRewards, Rewards, RolloutRewards
@@ -63,6 +71,7 @@ from trl.rollout.source import (
     says_prompts,
     with_own_prompts,
 )
+from trl.trainer.checkpoints import processes_text
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
 from trl.trainer.metrics import check_new_names
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
@@ -540,7 +549,8 @@ class RolloutTrainer(ObjectiveTrainer):
         )
         self._check_sharding()
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
-        with in_step(self.model):
+        # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
+        with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
             self.sampler = make_sampler(self.model, tokenizer)
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
@@ -743,7 +753,7 @@ class RolloutTrainer(ObjectiveTrainer):
         elif is_encoder_decoder(self.model):
             raise ValueError(f"{asked}: an encoder-decoder is not sampled layer by layer; leave it out")
 
-    def weights_for_sampling(self) -> AbstractContextManager[None]:
+    def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
         if not is_sharded(self.model):
             return nullcontext()
@@ -997,22 +1007,34 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Collective: every rank's half-used rollout."""
-        mine = [self.rollouts.plain_state()]
-        state: dict[str, Any] = {"rollouts": gather_object(mine) if self.args.world_size > 1 else mine}
+        mine, of_step = [self.rollouts.plain_state()], self._division().of_step
+        ranks = gather_object(mine) if self.args.world_size > 1 else mine
+        state: dict[str, Any] = {"rollouts": ranks, "of_step": of_step}
         if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
             state["reference"] = self.reference.state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        ranks = state["rollouts"]
-        if len(ranks) != self.args.world_size:
-            raise ValueError(
-                f"the checkpoint is of {len(ranks)} processes and this run has {self.args.world_size}: a half-used "
-                "rollout cannot be divided; resume with as many"
-            )
-        self.rollouts.restore(ranks[self.args.process_index])
+        ranks, rank = state["rollouts"], self.args.process_index
+        own = ranks[rank] if len(ranks) == self.args.world_size else self._divided_anew(ranks, state.get("of_step", 0))
+        self.rollouts.restore(own)
         if "reference" in state and self.reference is not None:
             self.reference.load(state["reference"])
+
+    def _division(self) -> Division:
+        shape = self.rollouts.shape
+        of_step = min(self.args.gradient_accumulation_steps, shape.steps_per_generation)
+        return Division(shape, of_step, self.args.world_size)
+
+    def _divided_anew(self, ranks: Sequence[dict[str, Any]], of_step: int) -> dict[str, Any]:
+        """What this rank goes on with of a checkpoint by another number of ranks; one line says what became of it."""
+        shape = RolloutShape(**ranks[0]["shape"])
+        made = Division(shape, of_step, len(ranks))
+        knows = self.args.refill_rounds() == 1
+        own, said = divided_anew(ranks, made, self._division(), self.args.process_index, knows)
+        if said and self.is_world_process_zero():
+            logger.warning("the half-used rollout of %s %s", processes_text(len(ranks)), said)
+        return own
 
     # -- evaluation ------------------------------------------------------------------------------
 

@@ -324,9 +324,14 @@ def fit_to_machine(config: Any) -> None:
         config.optim = "adamw_torch"
 
 
+def bfloat16_by_default() -> bool:
+    """Whether mixed precision is on where nobody said anything: the GPU computes in bfloat16 by itself."""
+    return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
 def _choose_precision(config: Any) -> None:
     if config.bf16 is None:
-        config.bf16 = bool(not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        config.bf16 = not config.fp16 and bfloat16_by_default()
     if bool(config.bf16) == bool(config.fp16):  # neither, or both, which transformers refuses
         return
     if config.bf16:

@@ -41,6 +41,7 @@ def optimizer_step(
     as None: the next backward pass writes them instead of adding to zeros. `leave_zeros` is for those who look at them
     afterwards.
     """
+    torch.clear_autocast_cache()  # of weights as they were, or without their gradient, where one context spans steps
     local = torch.stack([torch.as_tensor(count(piece), device=accelerator.device).float() for piece in pieces]).sum()
     whole = accelerator.reduce(local, "sum").clamp(min=1)
     # DDP averages over processes and `backward` divides by accelerate's own accumulation: both are undone here.
@@ -64,11 +65,14 @@ def optimizer_step(
     else:
         watch.norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     finite, _, numbers = watch.read(accelerator, also=means.values())
-    if not finite:
-        if non_finite is not None:
-            non_finite(watch)
-    elif accept is None or accept({name: torch.tensor(value) for name, value in zip(means, numbers, strict=True)}):
+    if not finite and non_finite is not None:
+        non_finite(watch)
+    read = {name: torch.tensor(value) for name, value in zip(means, numbers, strict=True)}
+    if finite and (accept is None or accept(read)):
         optimizer.step()
+        torch.clear_autocast_cache()
+    elif accelerator.scaler is not None:  # of fp16, which has unscaled the gradient and waits for the step
+        accelerator.scaler.update(accelerator.scaler.get_scale())
     optimizer.zero_grad(set_to_none=True)
     return means
 
