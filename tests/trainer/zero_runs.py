@@ -63,7 +63,8 @@ def begin_whole() -> None:
 
 ROWS = (
     "SFT", "SFT, tied head", "SFT, gradient checkpointing", "Reward", "DPO", "DPO, moving reference",
-    "DPO, precomputed reference", "KTO", "GRPO", "GRPO, groups across ranks", "GRPO, layer by layer", "RLOO", "PPO, step", "PPO, train (greedy)",
+    "DPO, precomputed reference", "KTO", "GRPO", "GRPO, groups across ranks", "GRPO, layer by layer", "RLOO",
+    "PPO, step", "PPO, train (greedy)",
 )  # fmt: skip
 ENGINES = {
     "zero3": ROWS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,14 +40,14 @@ def _groups(shards: list[Any]) -> list[Any]:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """All weights on every rank. Collective at the start; in between each rank may run passes of its own."""
+    if not is_sharded(model):  # whole, or gathered already
+        yield
+        return
     if has_parts(model):
         with zero.gathered_model(model), each_alone([model, *below_accelerate(model).modules()]):
             yield
         return
     shards = _shards(model)
-    if not shards:
-        yield
-        return
     shards[0]._get_fsdp_state()._lazy_init()  # else the part of the model that is called first becomes the root
     groups = _groups(shards)
     after_forward = [group.post_forward_mesh_info for group in groups]
@@ -64,11 +64,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
         _forget_passes(groups)
         for shard in shards:
             shard.reshard()
-
-
-def gathered_if_sharded(model: nn.Module) -> AbstractContextManager[None]:
-    """`gathered` for a model whose weights are in parts now."""
-    return gathered(model) if is_sharded(model) else nullcontext()
 
 
 def _forget_passes(groups: list[Any]) -> None:

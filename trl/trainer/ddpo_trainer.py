@@ -139,6 +139,8 @@ class DDPOTrainer(BaseTrainer):
                 place(module, accelerator.device, dtype)
         self.trainable_layers = [parameter for parameter in trainable.parameters() if parameter.requires_grad]
         prepared, self.optimizer = accelerator.prepare(trainable, create_optimizer(self.config, self.trainable_layers))
+        if accelerator.is_fsdp2:  # which replaces them by its parts of them
+            self.trainable_layers = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
         self._trained_unet = prepared if trainable is pipeline.unet else pipeline.unet
         self._prepared = prepared
         # No dropout in training either: the policy that is trained is the one that sampled.

@@ -216,10 +216,10 @@ class ObjectiveTrainer(Trainer):
                 "with CUDA_VISIBLE_DEVICES=0"
             )
         budget = self.args.token_budget
-        if budget is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if budget is not None and self.is_deepspeed_enabled:
             raise ValueError(
-                f"max_tokens_per_microbatch={budget}: ranks would differ in their number of forward passes, which FSDP "
-                "and DeepSpeed do not allow; leave it out"
+                f"max_tokens_per_microbatch={budget}: ranks would differ in their number of forward passes, which "
+                "DeepSpeed does not allow; leave it out"
             )
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
         self._memory_said = False
@@ -810,6 +810,8 @@ class ObjectiveTrainer(Trainer):
     ) -> Tensor:
         *first, last = _pieces(inputs) or [inputs]
         losses = []
+        if self.args.token_budget is not None and self.is_fsdp_enabled:
+            self._run_along(model, last, 1 + len(first))
         for piece in first:
             with self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items_in_batch))
@@ -818,6 +820,19 @@ class ObjectiveTrainer(Trainer):
             loss = torch.where(loss.isfinite(), loss, 0.0)
             self._step_loss = self._step_loss + loss
         return loss
+
+    def _run_along(self, model: nn.Module, piece: dict[str, Any], passes: int) -> None:
+        """Collective: passes that count nothing, as many as another rank has more, as FSDP needs the same of all."""
+        most = torch.tensor(passes, device=self.args.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        counting, self._tallies["train"] = self._tallies["train"], Tally(self.args.device)
+        losses, self._watch.losses = self._watch.losses, []
+        try:
+            for _ in range(int(most) - passes):
+                with self.accelerator.no_sync(model):  # divided by infinity, the loss and its gradient are zeros
+                    super().training_step(model, piece, torch.tensor(math.inf, device=self.args.device))
+        finally:
+            self._tallies["train"], self._watch.losses = counting, losses
 
     def compute_loss(
         self,

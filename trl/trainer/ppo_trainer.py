@@ -57,14 +57,7 @@ from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precis
 from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Head, Scores, classifier_of, in_head
-from trl.models.sharded import (
-    gathered_if_sharded,
-    own_layers,
-    prepare_frozen,
-    say_gathering,
-    shard_beside,
-    shards_weights,
-)
+from trl.models.sharded import gathered, own_layers, prepare_frozen, say_gathering, shard_beside, shards_weights
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
 from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
@@ -609,7 +602,7 @@ class PPOTrainer(BaseTrainer):
             response = responses_of(policy)
         if not generate_ref_response:
             return response
-        with self.reference.model() as reference, gathered_if_sharded(reference or policy):
+        with self.reference.model() as reference, gathered(reference or policy):
             return response, responses_of(below_accelerate(reference or policy))
 
     def _gathered(self) -> AbstractContextManager[None]:
@@ -618,7 +611,7 @@ class PPOTrainer(BaseTrainer):
             self._said_gathering = True
             if self.accelerator.is_main_process:
                 say_gathering(self.model)
-        return gathered_if_sharded(self.model)
+        return gathered(self.model)
 
     def _respond(
         self,
