@@ -951,7 +951,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
         budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
-        if budget is None or self.pads_rows or self.balance_weight:
+        if budget is None or self.pads_rows or self.balance_weight or self.is_deepspeed_enabled:
             return self._collate(rows)
         return collated(self._collate, rows.cut(budget, whole_groups=True))
 
