@@ -88,7 +88,7 @@ from trl.trainer.model_card import PPO_CARD, CardFacts, card_text, listed, write
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
-from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, watched
+from trl.trainer.ranks import after_restart, check_agreement, join_again, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
 from trl.trainer.settings import OfForm, WholeOfForm
@@ -1792,6 +1792,7 @@ def check_arguments(
 def make_accelerator(config: PPOConfig) -> Accelerator:
     """The accelerator of a config; the scheduler moves once per PPO step, however many processes there are."""
     keywords = {"step_scheduler_with_optimizer": False, **config.accelerator_kwargs}
+    join_again("gloo" if keywords.get("cpu") else None)
     return Accelerator(
         log_with=config.log_with,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
