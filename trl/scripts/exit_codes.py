@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from trl.data.any_text import fitting
+
 INTERRUPTED = 130
 BAD_INPUT = 2
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -94,5 +96,5 @@ def pointing(job: str, lengths: str = "--max_length") -> Iterator[None]:
 
 def fail(line: str) -> int:
     """Print the error; returns the exit code of bad input."""
-    print(f"error: {line}", file=sys.stderr)
+    print(fitting(f"error: {line}", sys.stderr), file=sys.stderr)
     return BAD_INPUT

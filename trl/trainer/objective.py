@@ -704,7 +704,11 @@ class ObjectiveTrainer(Trainer):
         counts = [self.count(piece) for piece in pieces_of(batches)]
         for piece in pieces_of(batches):
             self.record_tokens(self.tokens(piece))
-        local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
+        total = sum(counts)
+        if isinstance(total, Tensor):
+            local = total.to(device, torch.float32)
+        else:  # made there, so that nothing waits for it
+            local = torch.full((), float(total), device=device)
         return batches, self.accelerator.reduce(local, "sum")
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -890,6 +894,7 @@ def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     own.max_grad_norm = own.max_grad_norm or 0.0  # None says the same in other configs
     own.logging_nan_inf_filter = False  # it logs 0 for nan, and reads the device at every micro-batch
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
+    own.accelerator_config.non_blocking |= own.dataloader_pin_memory
     if own.accelerator_config.dispatch_batches:
         logger.warning("dispatch_batches=True: has no effect: a packed batch cannot be cut, so each process reads rows")
     own.accelerator_config.dispatch_batches = False

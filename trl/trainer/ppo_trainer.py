@@ -859,7 +859,9 @@ class PPOTrainer(BaseTrainer):
         leave_zeros(self._parameters)
         means = {name: torch.stack([each[name] for each in history]).mean() for name in history[0]}
         own = {name.removeprefix(OWN): value for name, value in means.items() if name.startswith(OWN)}
-        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, torch.cat(ratios))
+        log_ratios, masks = torch.cat(ratios, 1)
+        counted = log_ratios[masks > 0].exp()  # how many there are is asked once, not in each mini-batch
+        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, counted)
 
     def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
@@ -883,7 +885,8 @@ class PPOTrainer(BaseTrainer):
         """Clipped surrogate plus `vf_coef` times clipped value loss, summed over tokens."""
         batch = batch.to(self.current_device)
         scores = actor(batch.packed, entropy=True)
-        ratios.append((scores.logprobs_BT.detach() - batch.old_logprobs_BT)[batch.mask_BT > 0].exp())
+        log_ratio_BT = scores.logprobs_BT.detach() - batch.old_logprobs_BT
+        ratios.append(torch.stack([log_ratio_BT, batch.mask_BT.to(log_ratio_BT)]).flatten(1))
         if self._owns("loss"):
             return self._own_loss(actor, batch, scores)
         policy, value = actor_critic_loss(self.config, batch, scores)
