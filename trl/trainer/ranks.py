@@ -489,7 +489,7 @@ def _take_timeout(seconds: float | None) -> None:
 @contextmanager
 def watched(step: Callable[[], int], ddp_timeout: float | None = None) -> Iterator[None]:
     """Within, an error of one process ends all of them, and each one says what came first. Nothing for one process."""
-    if not several():
+    if not several() or dist.distributed_c10d._get_default_store() is None:  # MPI has none
         yield
         return
     _take_timeout(ddp_timeout)
