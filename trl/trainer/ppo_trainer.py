@@ -99,7 +99,7 @@ from trl.trainer.model_card import PPO_CARD, CardFacts, card_text, listed, write
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
-from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, watched
+from trl.trainer.ranks import after_restart, check_agreement, join_again, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
 from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default
@@ -1847,6 +1847,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     said = "mixed_precision" in keywords or "ACCELERATE_MIXED_PRECISION" in os.environ
     if not said and not on_cpu and bfloat16_by_default():
         keywords["mixed_precision"] = "bf16"
+    join_again("gloo" if on_cpu else None)
     return Accelerator(
         log_with=config.log_with,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
