@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
 from zero_runs import begin_whole, whole, zero_config, zero_plugin
 
+from trl.generation import packed_weights
 from trl.models.forward import plan_of
 
 SIZES = {name: getattr(config(), name) for name in (
@@ -112,7 +113,9 @@ RUNS: dict[str, Run] = {
         settings={**ROLLOUT, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
         lora=False,
     ),
-    "GRPO, layer by layer": Run("grpo", settings={**ROLLOUT, "beta": 0.1, "gather": "layers"}),
+    "GRPO, layer by layer": Run(
+        "grpo", settings={**ROLLOUT, "max_completion_length": 8, "beta": 0.1, "gather": "layers"}
+    ),
     "GRPO, adapter on the head": Run(
         "grpo",
         settings={**ROLLOUT, "beta": 0.1},
@@ -233,6 +236,7 @@ def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, 
 def train_all(rank: int, world: int, path: str, engine: str, names: list[str], lora: bool) -> None:
     """`train` each of the rows and write what came of it to `path`, after each."""
     torch.set_num_threads(1)
+    packed_weights._LARGE = 1  # so that the sampler lays these small weights out too
     if engine.startswith("fsdp2"):
         shard_on_the_cpu()
     found = {}

@@ -121,6 +121,7 @@ SHOWN = {
     "turn_level_credit": ("test_environment_rollouts", "test_credit_by_turns_in_training"),
     "sampling_max_rows": ("test_on_policy_fields", "test_rows_that_are_sampled_at_a_time"),
     "gather": ("test_sharded", "test_two_ranks_train_as_one_process"),
+    "ds3_gather_for_generation": ("test_zero", "test_sharded_by_zero_learns_the_same"),
     "save_rollouts": ("test_on_policy_fields", "test_rollouts_are_saved_unless_that_is_not_wanted"),
     "log_completions": ("test_on_policy_fields", "test_what_is_printed"),
     "num_completions_to_print": ("test_on_policy_fields", "test_what_is_printed"),

@@ -37,7 +37,7 @@ from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering, shards_weights
-from trl.models.unwrap import below_peft, is_encoder_decoder, is_sharded
+from trl.models.unwrap import below_peft, is_encoder_decoder, runs_in_step
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
@@ -760,7 +760,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
-        if not is_sharded(self.model):
+        if not runs_in_step(self.model):
             return nullcontext()
         in_layers = self.args.gathers_layers
         if not self._said_gathering and self.is_world_process_zero():
@@ -935,7 +935,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
         size = self.args.per_device_train_batch_size
         runs = (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
-        together = in_step(model) if is_sharded(model) else nullcontext()
+        together = in_step(model) if runs_in_step(model) else nullcontext()
         with rows_padded(self.pads_rows), together:
             columns = in_pieces(rows, runs, ask, self.args.device, masked=False) if len(rows) else []
         if not len(rows):
@@ -1063,7 +1063,7 @@ class RolloutTrainer(ObjectiveTrainer):
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
-        with in_step(model, *self.frozen_models()) if is_sharded(model) else nullcontext():
+        with in_step(model, *self.frozen_models()) if runs_in_step(model) else nullcontext():
             return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 
     def evaluated(
