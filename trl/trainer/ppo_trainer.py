@@ -525,6 +525,8 @@ class PPOTrainer(BaseTrainer):
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
         prepare = partial(self.accelerator.prepare, model, optimizer, collator, dataloader, lr_scheduler)
+        if self.arguments is not None and not self.arguments.ds3_gather_for_generation:
+            logger.warning("ds3_gather_for_generation=False: no effect: PPO gathers all weights at once to sample")
         zero.fill_config(self.accelerator, self.config.mini_batch_size, self.config.max_grad_norm)
         sharded = self.accelerator.is_fsdp2
         if sharded and value_model is not None:
