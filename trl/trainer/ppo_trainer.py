@@ -94,7 +94,7 @@ from trl.trainer.preparation import prepare_tokenizer
 from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default
+from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default, logger
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import StepWatch, Tally, write_metrics
