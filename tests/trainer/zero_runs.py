@@ -64,13 +64,13 @@ def begin_whole() -> None:
 
 
 ROWS = (
-    "SFT", "SFT, tied head", "SFT, gradient checkpointing", "Reward", "DPO", "DPO, moving reference",
-    "DPO, precomputed reference", "KTO", "GRPO", "GRPO, groups across ranks", "GRPO, layer by layer", "RLOO",
+    "SFT", "SFT, tied head", "Reward", "DPO", "DPO, moving reference",
+    "DPO, precomputed reference", "KTO", "GRPO", "GRPO, layer by layer", "RLOO",
     "PPO, step", "PPO, train (greedy)",
 )  # fmt: skip
 ENGINES = {
     "zero3": ROWS,
-    "zero3-lora": ("SFT", "DPO", "GRPO"),
+    "zero3-lora": ("DPO", "GRPO"),
     "zero2": ("SFT", "GRPO", "PPO, step"),
 }
 """an engine -> the rows of `sharded_runs.RUNS` that are run on it here"""
@@ -103,7 +103,7 @@ def train_engines(rank: int, world: int, path: str) -> None:
 
 def made(name: str, folder: Path, world: int = 2, **settings: Any) -> Any:
     """A trainer of the row `name`, under ZeRO-3 where there are two ranks."""
-    from conformity import CASES, build
+    from conformity import build
     from sharded_runs import RUNS, engine_settings
 
     begin_whole()

@@ -102,7 +102,7 @@ from trl.trainer.preparation import prepare_tokenizer
 from trl.trainer.ranks import after_restart, check_agreement, join_again, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default
+from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default, logger
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import StepWatch, Tally, write_metrics
@@ -533,6 +533,8 @@ class PPOTrainer(BaseTrainer):
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
         prepare = partial(self.accelerator.prepare, model, optimizer, collator, dataloader, lr_scheduler)
+        if self.arguments is not None and not self.arguments.ds3_gather_for_generation:
+            logger.warning("ds3_gather_for_generation=False: no effect: PPO gathers all weights at once to sample")
         zero.fill_config(self.accelerator, self.config.mini_batch_size, self.config.max_grad_norm)
         sharded = self.accelerator.is_fsdp2
         if sharded and value_model is not None:
