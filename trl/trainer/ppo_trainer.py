@@ -57,6 +57,7 @@ from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precis
 from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Head, Scores, classifier_of, in_head
+<<<<<<< HEAD
 from trl.models.sharded import (
     gathered,
     like_shards,
@@ -66,8 +67,11 @@ from trl.models.sharded import (
     shard_beside,
     shards_weights,
 )
+=======
+from trl.models.sharded import gathered_if_sharded, own_layers, prepare_frozen, say_gathering, shard_beside
+>>>>>>> ckpt
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
-from trl.models.weight_files import gathered_state, on_host
+from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
 from trl.rollout.collector import rendered
@@ -1559,7 +1563,7 @@ class PPOTrainer(BaseTrainer):
         """Put a state back that `_check_state` has let pass."""
         for name, model in self._models().items():
             for key, parameter in _trained(model).items():
-                parameter.copy_(like_shards(state["weights"][name][key], parameter))
+                parameter.copy_(spread_like(state["weights"][name][key], parameter))
         self.optimizer.load_state_dict(checkpoints.spread_state(self.optimizer, state["optimizer"]))
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["scheduler"])
