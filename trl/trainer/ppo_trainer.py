@@ -1849,11 +1849,18 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     Where nothing is said of precision, a GPU that computes in bfloat16 by itself does so.
     """
     keywords = {"step_scheduler_with_optimizer": False, **config.accelerator_kwargs}
+<<<<<<< HEAD
+=======
+    join_again("gloo" if keywords.get("cpu") else None)
+>>>>>>> scale
     on_cpu = keywords.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
     said = "mixed_precision" in keywords or "ACCELERATE_MIXED_PRECISION" in os.environ
     if not said and not on_cpu and bfloat16_by_default():
         keywords["mixed_precision"] = "bf16"
+<<<<<<< HEAD
     join_again("gloo" if on_cpu else None)
+=======
+>>>>>>> scale
     return Accelerator(
         log_with=config.log_with,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
