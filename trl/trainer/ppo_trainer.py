@@ -57,19 +57,14 @@ from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precis
 from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Head, Scores, classifier_of, in_head
-<<<<<<< HEAD
 from trl.models.sharded import (
     gathered,
-    like_shards,
     own_layers,
     prepare_frozen,
     say_gathering,
     shard_beside,
     shards_weights,
 )
-=======
-from trl.models.sharded import gathered_if_sharded, own_layers, prepare_frozen, say_gathering, shard_beside
->>>>>>> ckpt
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
 from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
@@ -1849,18 +1844,11 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     Where nothing is said of precision, a GPU that computes in bfloat16 by itself does so.
     """
     keywords = {"step_scheduler_with_optimizer": False, **config.accelerator_kwargs}
-<<<<<<< HEAD
-=======
-    join_again("gloo" if keywords.get("cpu") else None)
->>>>>>> scale
     on_cpu = keywords.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
     said = "mixed_precision" in keywords or "ACCELERATE_MIXED_PRECISION" in os.environ
     if not said and not on_cpu and bfloat16_by_default():
         keywords["mixed_precision"] = "bf16"
-<<<<<<< HEAD
     join_again("gloo" if on_cpu else None)
-=======
->>>>>>> scale
     return Accelerator(
         log_with=config.log_with,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
