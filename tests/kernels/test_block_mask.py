@@ -159,6 +159,28 @@ def test_memory_of_the_mask_is_linear():
         assert sum(table.nbytes for table in block_tables(segments)) <= 32 * tokens
 
 
+def test_which_tensors_learn_is_not_compiled_for(monkeypatch):
+    """As where an adapter lies on some of the projections only; and nothing learns under a frozen layer."""
+    calls = []
+
+    def kernel(kind, query, key, value, tables):
+        calls.append((kind, [x.requires_grad for x in (query, key, value)], torch.is_grad_enabled()))
+        return query * 2, None
+
+    monkeypatch.setattr(block_mask, "_compiled", lambda kind: kernel)
+    segments = [Segment(0, 10, -1)]
+    tables = on_device(block_tables(segments), CPU)
+    query, key, value = inputs_of(segments)
+    query.requires_grad_()
+    for tensors in ((query, key, value), (query, key, value.requires_grad_())):
+        flex_tree_attention(*tensors, tables).sum().backward()
+    frozen = flex_tree_attention(query.detach(), key, value.detach(), tables)
+    assert not frozen.requires_grad
+    assert [learns for _, learns, _ in calls] == [[True] * 3, [True] * 3, [False] * 3]
+    assert [enabled for _, _, enabled in calls] == [True, True, False]
+    assert calls[0][0] == calls[1][0] != calls[2][0]
+
+
 def test_the_batch_keeps_its_tables_for_every_pass():
     packed = pack([TokenTree([1] * 5, [Branch([2] * 3), Branch([3] * 4)])])
     again = replace(packed.to("cpu"), width=9)
@@ -223,7 +245,7 @@ def test_a_kernel_is_tried_before_it_is_used(kernel, says, monkeypatch, caplog):
     monkeypatch.setitem(attention.KERNELS, attention.FLEX, kernel)
     query, key, value = (x.requires_grad_() for x in inputs_of([Segment(0, 10, -1)]))
     kind = kind_of(query, key, value, window=5, scale=None, softcap=3.0, sinks=torch.zeros(4))
-    assert kind.learns == (True, True, True)
+    assert kind.learns
     attention._agrees.cache_clear()
     with caplog.at_level(logging.WARNING):
         answers = [attention._agrees(attention.FLEX, kind, CPU) for _ in range(2)]
@@ -232,6 +254,25 @@ def test_a_kernel_is_tried_before_it_is_used(kernel, says, monkeypatch, caplog):
     assert len(texts) == (says is not None)
     assert all(f"FlexAttention does not compute attention of 4 heads with 16 numbers in float32 here {says}" in text
                for text in texts)  # fmt: skip
+    attention._agrees.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernel_in_half_precision_may_round_as_the_plain_one_does(dtype, monkeypatch):
+    """The float32 result is what both are held against: a kernel that sums in float32 is no worse, 5 % is wrong."""
+
+    def exact(tree, *qkv, **how):
+        return segment_attention(tree, *(x.float() for x in qkv), **how).to(dtype)
+
+    query, key, value = (x.requires_grad_() for x in inputs_of([Segment(0, 10, -1)], dtype, 128))
+    for more in ({}, {"softcap": 20.0}, {"window": 5}):
+        kind = kind_of(query, key, value, **{"window": None, "scale": None, "softcap": None, "sinks": None, **more})
+        for kernel, good in ((segment_attention, True), (exact, True), (lambda *a, **h: exact(*a, **h) * 1.05, False)):
+            monkeypatch.setitem(attention.KERNELS, attention.FLEX, kernel)
+            attention._agrees.cache_clear()
+            assert attention._agrees(attention.FLEX, kind, CPU) is good
+        shares = [attention.share_off(plain, wide) for _, plain, wide in attention.tried(exact, kind, CPU, shared=True)]
+        assert max(shares) < 0.02  # the numbers that it is tried on tell right from wrong
     attention._agrees.cache_clear()
 
 

@@ -41,6 +41,28 @@ def test_sharded_by_zero_learns_the_same(engine, row, ranks):
             torch.testing.assert_close(found["weights"][key], weight, rtol=0, atol=1e-5, msg=key)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_and_is_saved(ranks):
+    for found in ranks[1:]:
+        assert found["saved"] == {"saved": 0.0, "resumed": 0.0}
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(ranks):
+    for skipped, losses in (found["skipped"] for found in ranks[1:]):
+        assert skipped == 1
+        assert [loss == loss for loss in losses] == [True, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+def test_a_policy_that_is_loaded_in_parts_has_a_copy_in_parts(name, ranks):
+    one, *two = (found[name] for found in ranks)
+    for found in two:
+        assert found["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-6)
+        assert found["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
 def test_deepspeed_stays_out_of_other_processes():
     """Where it is importable, accelerate imports it into each process that trains: 0.4 s, 20 MB and a warning."""
     assert str(deepspeed_folder()) not in sys.path

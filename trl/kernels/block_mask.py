@@ -180,8 +180,8 @@ class Kind(NamedTuple):
     softcap: float | None
     sinks: bool
     windowed: bool
-    learns: tuple[bool, ...]
-    """which of query, key and value have a gradient; () outside of autograd"""
+    learns: bool
+    """whether any of query, key and value has a gradient"""
     rounding: str
     """in which float32 products are computed"""
 
@@ -192,11 +192,10 @@ def kind_of(
 ) -> Kind:  # fmt: skip
     """The kind of this attention, of [1, H, N, D] over [1, H or fewer, N, D]."""
     default = scale is None or abs(scale * query.shape[-1] ** 0.5 - 1) < 1e-6
-    learns: tuple[bool, ...] = ()
-    rounding: Any = ""
+    learns, rounding = False, ""
     backends: Any = torch.backends
     if not torch.compiler.is_compiling():  # else the graph around is compiled for these
-        learns = tuple(x.requires_grad for x in (query, key, value)) if torch.is_grad_enabled() else ()
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         rounding = backends.cuda.matmul.fp32_precision
     return Kind(
         query.dtype, (query.shape[1], key.shape[1]), (query.shape[-1], value.shape[-1]), None if default else scale,
@@ -262,9 +261,14 @@ def flex_tree_attention(
     total = query.shape[2]
     query, key, value = (_lengthened(x, tables.tokens - total) for x in (query, key, value))
     if compiled:
+        if kind.learns:  # all of them: which ones do must not be compiled for
+            query, key, value = (x if x.requires_grad else x.detach().requires_grad_() for x in (query, key, value))
         for x in (query, key, value):
             torch._dynamo.maybe_mark_dynamic(x, 2)
-    out, log_sum = (_compiled(kind) if compiled else flex_blocks)(kind, query, key, value, tables)
+        with torch.set_grad_enabled(kind.learns):
+            out, log_sum = _compiled(kind)(kind, query, key, value, tables)
+    else:
+        out, log_sum = flex_blocks(kind, query, key, value, tables)
     if sinks is not None and log_sum is not None:
         out = out * torch.sigmoid(log_sum - sinks.view(1, -1, 1))[..., None].to(out.dtype)
     return out[:, :, :total]

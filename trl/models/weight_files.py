@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -260,14 +260,6 @@ def on_host(value: Any, keep: bool) -> Any:
         return value
     full = value.full_tensor()
     return full.cpu() if keep else None
-
-
-def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor in the shards of another one, if that is sharded. Collective."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    own = value.to(like.device)
-    return distribute_tensor(own, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl.models.sharded import like_shards
 from trl.models.unwrap import below_accelerate
 from trl.models.weight_files import (
     FORMER,
@@ -38,7 +39,6 @@ from trl.models.weight_files import (
     is_disk_error,
     put_in_place,
     shard_files,
-    spread_like,
     undo_rename,
 )
 from trl.models.zero import elements, whole_shape
@@ -196,8 +196,9 @@ def spread_state(optimizer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = dict(zip(numbers, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
     spread = {
-        number: {k: spread_like(v, parameters[number]) if isinstance(v, torch.Tensor) else v for k, v in own.items()}
+        number: {k: like_shards(v, p) if getattr(v, "shape", None) == p.shape else v for k, v in own.items()}
         for number, own in state["state"].items()
+        for p in [parameters[number]]
     }
     return {**state, "state": spread}
 

@@ -19,7 +19,10 @@ _VLLM = "has no effect: the local sampler draws the completions and needs no set
 _CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
-_COMPILE = "has no effect: a pass here is no graph that torch.compile takes; packed rows save more than it would"
+_COMPILE = (
+    "has no effect: a pass here is no graph that torch.compile takes whole; compile its layers "
+    "(`layer.compile(fullgraph=True, dynamic=True)` for each, see docs/gpu.md)"
+)
 _MIXED = "has no effect: torch's own mixed precision is the only one"
 NO_EFFECT: dict[str, str] = {
     "activation_offloading": "has no effect: activations stay on the device; packed rows and "
