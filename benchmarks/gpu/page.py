@@ -119,12 +119,11 @@ def mismatch(results: dict[str, Any]) -> str:
 
 def head(results: dict[str, Any]) -> str:
     rows = [
-        [name, f"{1e3 * value['seconds']:.1f}", number(value["peak_gib"]), number(value["gradient_gib"]),
-         number(value["mfu"]), " / ".join(f"{off:.0e}" for off in value["from_full_logits"])]
+        [name, f"{1e3 * value['seconds']:.1f}", number(value["peak_gib"]), number(value["mfu"]),
+         " / ".join(f"{off:.0e}" for off in value["from_full_logits"])]
         for _, name, value in facts_of(results, "head") if isinstance(value, dict) and "peak_gib" in value
     ]  # fmt: skip
-    columns = ["way", "ms", "GiB", "of it the weight's gradient", "MFU", "from full logits"]
-    return table(columns, rows)
+    return table(["way", "ms", "GiB beside weights and their gradient", "MFU", "from full logits"], rows)
 
 
 def steps(results: dict[str, Any]) -> str:

@@ -60,14 +60,22 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in float32 where the factors are in half precision."""
     if a.dtype not in HALF:
         return a @ b
-    if a.is_cuda and torch.version.hip is None:
+    if sums_in_float32(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b"""
-    total += product(a, b)
+    if sums_in_float32(a):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += product(a, b)
+
+
+def sums_in_float32(a: Tensor) -> bool:
+    """Whether torch has a product of such factors whose result is float32."""
+    return a.dtype in HALF and a.is_cuda and torch.version.hip is None
 
 
 # -- a block ----------------------------------------------------------------------------------
