@@ -184,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", help="parts to run, by number or name: " + ", ".join(part.name for part in PARTS))
     parser.add_argument("--job", help="only jobs whose name contains this")
+    parser.add_argument("--results", type=Path, help="file into which results are merged; default: in the folder --out")
     parser.add_argument("--out", type=Path, default=OURS / "build" / "gpu", help="folder of results.json and the logs")
     parser.add_argument(
         "--wheels", type=Path, help="folder of wheels that are missing here (benchmarks/gpu/wheels.txt)"
