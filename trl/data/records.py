@@ -80,6 +80,8 @@ class PackedBatch(TensorRecord):
     """how many tokens of each row came before its branch"""
     width: int
     """T: tokens of the longest branch"""
+    piece: Any = None
+    """None: the batch is whole; else what this rank holds of it (`kernels.context_parallel.Piece`)"""
 
     @property
     def rows(self) -> int:
@@ -99,9 +101,10 @@ class PackedBatch(TensorRecord):
         return [i for start, end, _ in reversed(chain) for i in range(start, end)]
 
     def spread(self, values_S: Tensor) -> Tensor:
-        """Scored values in their places of a zero `[B, T]` (differentiable)."""
+        """Scored values in their places of a zero `[B, T]`, those of other ranks too (differentiable)."""
         spread_BT = torch.zeros(self.rows, self.width, dtype=values_S.dtype, device=values_S.device)
-        return spread_BT.index_put((self.row_S, self.slot_S), values_S)
+        spread_BT = spread_BT.index_put((self.row_S, self.slot_S), values_S)
+        return spread_BT if self.piece is None else self.piece.summed(spread_BT)  # type: ignore[no-any-return]
 
 
 class Batch(dict[str, Any]):

@@ -46,14 +46,14 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
 
     narrow: the last layer's output may be wrong where it is not read. early: the final norm selects what is read.
     """
-    layout, total = TreeLayout(packed.segments), len(packed.ids_N)
+    layout, total = TreeLayout(packed.segments, packed.piece), len(packed.ids_N)
     with ExitStack() as stack:
         if narrow:
             positions = reading.index_S.unique()
             layer = last_layer(network) if len(positions) <= WORTH_IT * total else None
             if layer is not None:
                 stack.enter_context(computed_at(layer.by_position, positions, total))
-                if layer.attention is not None:
+                if layer.attention is not None and packed.piece is None:
                     layout.read_only_at(layer.attention, positions.tolist())
         stack.enter_context(fused_norms(network))
         norm = final_norm(network) if early else None

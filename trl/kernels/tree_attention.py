@@ -38,9 +38,14 @@ class Part(NamedTuple):
 class TreeLayout:
     """How the packed tokens are cut into segments, and which segments each one sees."""
 
-    def __init__(self, segments: Sequence[Segment]):
+    def __init__(self, segments: Sequence[Segment], piece: Any = None):
+        """piece: which positions are computed here (`context_parallel.Piece`); None: all."""
         self.segments = tuple(segments)
         self.sizes = [end - start for start, end, _ in self.segments]
+        self.piece = piece
+        everywhere = range(len(self.segments))
+        self.own = [i for i in everywhere if piece is None or piece.holds(self.segments[i].start)]
+        """the segments whose queries are computed here, one behind the other"""
         self._cache: dict[Hashable, Any] = {}
         self._narrow: tuple[Any, list[int]] | None = None
 
@@ -72,16 +77,16 @@ class TreeLayout:
         shared then.
         """
         found, skipped = [], self.skipped(module)
-        order = range(len(self.segments))
-        for (parent, whole), run in groupby(order, lambda i: (self.segments[i].parent, not skipped[i])):
-            siblings = list(run)
-            shared = parent >= 0 and whole and window is None and len(siblings) > 1
+        end = 0
+        for (parent, whole), run in groupby(self.own, lambda i: (self.segments[i].parent, not skipped[i])):
+            siblings, first = list(run), end
+            several = len(siblings) > 1 or self.piece is not None  # a part of a segment sees a long one, unmasked
+            shared = parent >= 0 and whole and window is None and several
             for index in siblings:
-                start, end, _ = self.segments[index]
+                start, end = end, end + self.sizes[index]
                 found.append(Part(start + skipped[index], end, [index] if shared else self.chains[index]))
             if shared:
-                start, end = self.segments[siblings[0]].start, self.segments[siblings[-1]].end
-                found.append(Part(start, end, self.chains[parent], adds=True))
+                found.append(Part(first, end, self.chains[parent], adds=True))
         return [part for part in found if part.start < part.end]
 
     @cached_property

@@ -67,13 +67,15 @@ def segment_attention(
 
     Each tensor is split once, because a slice for each segment would cost a gradient of full size each.
     """
-    queries, keys, values = (list(x.split(layout.sizes, dim=2)) for x in (query, key, value))
+    queries = query.split([layout.sizes[index] for index in layout.own], dim=2)
+    keys, values = (list(x.split(layout.sizes, dim=2)) for x in (key, value))
     outputs = []
-    for index, chain in enumerate(layout.chains):
+    for own, index in zip(queries, layout.own, strict=True):
+        chain = layout.chains[index]
         seen_keys = keys[index] if len(chain) == 1 else torch.cat([keys[link] for link in chain], 2)
         seen_values = values[index] if len(chain) == 1 else torch.cat([values[link] for link in chain], 2)
-        mask = layout.mask(queries[index].shape[2], seen_keys.shape[2], window, query.device)
-        outputs.append(attend(queries[index], seen_keys, seen_values, mask, causal=mask is None, **how))
+        mask = layout.mask(own.shape[2], seen_keys.shape[2], window, query.device)
+        outputs.append(attend(own, seen_keys, seen_values, mask, causal=mask is None, **how))
     return torch.cat(outputs, 2)
 
 
@@ -92,8 +94,10 @@ def flex_tree_attention(
 
     def make() -> Any:
         seen = layout.dense_mask(window).to(query.device)
-        tokens = query.shape[2]
-        return create_block_mask(lambda b, h, q, k: seen[q, k], None, None, tokens, tokens, device=query.device)
+        if layout.piece is not None:
+            seen = seen[layout.piece.positions(query.device)]
+        sizes = query.shape[2], key.shape[2]
+        return create_block_mask(lambda b, h, q, k: seen[q, k], None, None, *sizes, device=query.device)
 
     return _compiled_flex()(
         query,
@@ -130,6 +134,8 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             "sinks": kwargs.get("s_aux"),
         }
         window = kwargs.get("sliding_window")
+        if tree is not None and tree.piece is not None:
+            key, value = tree.piece.gathered(key, value)
         plain = not dropout and how["softcap"] is None and how["sinks"] is None
         if tree is not None and plain and takes(query, key, value):
             return tree_attention(tree, module, query, key, value, window=window, scale=scaling), None
