@@ -110,7 +110,7 @@ ENGINES = [
 ]
 
 
-def build(case: Case, folder: str, model: Any = None, **more: Any) -> Any:
+def build(case: Case, folder: str, arguments: dict[str, Any] | None = None, **more: Any) -> Any:
     settings = {
         "output_dir": folder, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 3,
         "logging_steps": 1, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "use_cpu": True,
@@ -119,12 +119,12 @@ def build(case: Case, folder: str, model: Any = None, **more: Any) -> Any:
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
     rows = case.rows()
     return getattr(trl, f"{case.trainer}Trainer")(
-        model=seeded(case.kind) if model is None else model,
         args=getattr(trl, f"{case.trainer}Config")(**settings),
         train_dataset=rows,
         eval_dataset=rows.select(range(3)),
         processing_class=tokenizer(),
         **({"peft_config": adapter} if case.lora else {}),
+        **{"model": seeded(case.kind), **(arguments or {})},
     )
 
 
@@ -164,16 +164,16 @@ def settings_of(case: Case, sharded: bool) -> dict[str, Any]:
     }
 
 
-REFUSED: dict[str, tuple[Case, dict[str, Any], Callable[[], Any]]] = {
-    "padded rows": (CASES["adapter"], {"padding_free": False}, lambda: None),
-    "two numbers": (CASES["KTO"], {"parallelism_config": ParallelismConfig(cp_size=3)}, lambda: None),
-    "three ranks of two": (CASES["KTO"], {"context_parallel_size": 3}, lambda: None),
-    "a recurrence": (CASES["adapter"], {}, lambda: recurrent("lfm2")),
-    "ALiBi": (CASES["DPO"], {}, lambda: t.AutoModelForCausalLM.from_config(
-        t.BloomConfig(vocab_size=100, hidden_size=16, n_layer=2, n_head=2))),
-    "an encoder": (CASES["reward"], {}, lambda: t.AutoModelForSequenceClassification.from_config(
+REFUSED: dict[str, tuple[Case, dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "padded rows": (CASES["adapter"], {"padding_free": False}, dict),
+    "two numbers": (CASES["KTO"], {"parallelism_config": ParallelismConfig(cp_size=3)}, dict),
+    "three ranks of two": (CASES["KTO"], {"context_parallel_size": 3}, dict),
+    "a recurrence": (CASES["adapter"], {}, lambda: {"model": recurrent("lfm2")}),
+    "ALiBi": (CASES["DPO"], {}, lambda: {"model": t.AutoModelForCausalLM.from_config(
+        t.BloomConfig(vocab_size=100, hidden_size=16, n_layer=2, n_head=2))}),
+    "an encoder": (CASES["reward"], {}, lambda: {"model": t.AutoModelForSequenceClassification.from_config(
         t.BertConfig(vocab_size=100, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                     num_attention_heads=2, num_labels=1))),
+                     num_attention_heads=2, num_labels=1))}),
 }  # fmt: skip
 
 
@@ -193,16 +193,23 @@ def refusals() -> dict[str, str]:
             found[name] = error_of(partial(build, replace(case, lora=False), folder, model(), **given))
         os.environ |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
         found["GRPO under the launcher"] = error_of(lambda: grpo(folder))
+        found["rows at random"] = error_of(lambda: build_own(folder, data_collator=at_random).train())
         found["whole rows"] = error_of(lambda: build_own(folder).train())
     return found
 
 
-def build_own(folder: str) -> Any:
+def at_random(rows: Any) -> Any:
+    """A collator that leaves out other tokens on each rank."""
+    ids = torch.tensor([row["input_ids"][: 2 + int(os.environ["RANK"])] for row in rows])
+    return {"input_ids": ids, "labels": ids}
+
+
+def build_own(folder: str, **more: Any) -> Any:
     """A trainer whose objective is the user's, under the launcher that asks for two ranks a row."""
     trl.WholeRowsTrainer, trl.WholeRowsConfig = WholeRows, trl.SFTConfig  # type: ignore[attr-defined]
     case = replace(CASES["adapter"], trainer="WholeRows", lora=False)
     fsdp = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    return build(case, folder, fsdp=True, fsdp_config=fsdp, ddp_backend="gloo")
+    return build(case, folder, more, fsdp=True, fsdp_config=fsdp, ddp_backend="gloo")
 
 
 def grpo(folder: str) -> Any:

@@ -84,7 +84,7 @@ class TreeLayout:
             shared = parent >= 0 and whole and window is None and several
             for index in siblings:
                 start, end = end, end + self.sizes[index]
-                found.append(Part(start + skipped[index], end, [index] if shared else self.chains[index]))
+                found.append(Part(start + skipped[index], end, [index] if shared else self.seen_by(index, window)))
             if shared:
                 found.append(Part(first, end, self.chains[parent], adds=True))
         return [part for part in found if part.start < part.end]
@@ -96,6 +96,19 @@ class TreeLayout:
         for index, segment in enumerate(self.segments):
             chains.append([*(chains[segment.parent] if segment.parent >= 0 else []), index])
         return chains
+
+    def seen_by(self, index: int, window: int | None) -> list[int]:
+        """A segment's chain, without the ancestors that lie before every one of its windows."""
+        chain = self.chains[index]
+        if window is None:
+            return chain
+        seen, reach = [index], window - 1
+        for link in reversed(chain[:-1]):
+            if reach <= 0:
+                break
+            seen.append(link)
+            reach -= self.sizes[link]
+        return seen[::-1]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
         """[queries, keys], True = seen; the queries are the last keys. None: a plain causal mask is enough."""

@@ -71,7 +71,7 @@ def segment_attention(
     keys, values = (list(x.split(layout.sizes, dim=2)) for x in (key, value))
     outputs = []
     for own, index in zip(queries, layout.own, strict=True):
-        chain = layout.chains[index]
+        chain = layout.seen_by(index, window)
         seen_keys = keys[index] if len(chain) == 1 else torch.cat([keys[link] for link in chain], 2)
         seen_values = values[index] if len(chain) == 1 else torch.cat([values[link] for link in chain], 2)
         mask = layout.mask(own.shape[2], seen_keys.shape[2], window, query.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType
 from torch import nn
 
+from trl.data.records import PackedBatch
 from trl.models.forward import is_encoder, is_sharing, rows_shared
 from trl.models.scoring import check_shared
 from trl.models.unwrap import below_value_head, is_encoder_decoder, learns_prompt, reads_rows
@@ -140,6 +141,25 @@ class SharedRows:
             with self.held():
                 check_shared(model)
         below_value_head(model).register_forward_pre_hook(_refuse_whole_rows, with_kwargs=True)
+
+    def check_same(self, packs: Sequence[PackedBatch], step: int) -> None:
+        """Collective: ValueError unless the ranks that share rows have the same ones."""
+        if self.size == 1:
+            return
+        device = self._accelerator.device
+        marks = torch.zeros(4, dtype=torch.int64, device=device)
+        for number, packed in enumerate(packs, 1):
+            for place, column in enumerate((packed.ids_N, packed.scored_S)):
+                column = column.to(device)
+                marks[place] += number * (column * torch.arange(1, len(column) + 1, device=device)).sum()
+            marks[2:] += torch.tensor([1, len(packed.ids_N)], device=device)
+        ends = torch.stack([marks, -marks])
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=self.group)
+        if not torch.equal(ends[0], -ends[1]):
+            raise ValueError(
+                f"context_parallel_size={self.size}: the ranks that share rows read different ones for step {step}: a "
+                "data set or data collator that draws at random must draw the same on all of them; seed it"
+            )
 
 
 def _refuse_whole_rows(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -78,6 +78,12 @@ def pieces_of(batches: Sequence[Any]) -> list[Any]:
     return [piece for batch in batches for piece in _pieces(batch) or [batch]]
 
 
+def _packs(batches: Sequence[Any]) -> list[Any]:
+    """The packed rows of micro-batches."""
+    held = [piece.get("policy", piece.get("packed")) for piece in pieces_of(batches)]
+    return [getattr(each, "packed", each) for each in held if each is not None]
+
+
 def _places(batch: Any) -> Sequence[Any]:
     """Where the rows of each piece of a micro-batch stand in it; None where they are not cut or that is not known."""
     pieces = _pieces(batch) or [batch]
@@ -708,6 +714,8 @@ class ObjectiveTrainer(Trainer):
             self.control.should_training_stop = True
             num_batches = 0
         batches = self._batches = list(islice(epoch_iterator, num_batches))
+        if self.shared.size > 1:
+            self.shared.check_same(_packs(batches), self.state.global_step + 1)
         counts = [self.count(piece) for piece in pieces_of(batches)]
         for piece in pieces_of(batches):
             self.record_tokens(self.tokens(piece))
@@ -716,8 +724,7 @@ class ObjectiveTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """As `Trainer` estimates them, for the tokens that are really computed."""
-        held = [piece.get("policy", piece.get("packed")) for piece in pieces_of([inputs])]
-        packs = [getattr(each, "packed", each) for each in held if each is not None]
+        packs = _packs([inputs])
         if not packs or not hasattr(self.model, "num_parameters"):
             return 0
         tokens = sum(len(packed.ids_N) for packed in packs) // self.shared.size
