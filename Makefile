@@ -6,7 +6,7 @@ TORCH ?= 2.13.0
 # Two busy threads on contended cores are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: quickstart test test-long check bench format clean
+.PHONY: quickstart test test-long check bench gpu format clean
 
 quickstart: $(VENV)/.quickstart  ## fine-tune, reward, reinforce a real model; needs no GPU and no account
 	$(BIN)/trl quickstart $(ARGS)
@@ -26,6 +26,9 @@ check: $(VENV)/.dev  ## format, lint, types, layers, no `trainer: Any`
 
 bench: $(VENV)/.dev  ## against the peers, each in an environment of its own; over an hour on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --all --streams 2 $(ARGS)
+
+gpu:  ## what it does on the GPU of this machine, by the packages that are there: docs/gpu.md; on a CPU in tiny sizes
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.run $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

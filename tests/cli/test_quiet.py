@@ -1,5 +1,6 @@
 """What a training command prints, whole: lines for its user, and none that libraries say of themselves."""
 
+import io
 import json
 import logging
 import os
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from trl.scripts.exit_codes import exit_code, pointing
-from trl.scripts.quiet import quiet, weights_line
+from trl.scripts.exit_codes import exit_code, fail, pointing
+from trl.scripts.quiet import quiet, say, weights_line
 
 RUNS = """
 import logging, warnings
@@ -108,6 +109,39 @@ def test_a_warning_is_a_line_and_deprecated_names_of_libraries_are_none(capsys):
     assert warnings.showwarning is shown
     with pytest.warns(UserWarning, match="You passed a model_id"):
         warnings.warn("You passed a model_id to the SFTTrainer. This will ...")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_lines_are_broken_between_words_on_a_terminal(monkeypatch):
+    """Notes, errors, and what our own modules log; a file gets whole lines."""
+    for stream, broken in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.setenv("COLUMNS", "30")
+        monkeypatch.setattr(logging.getLogger("trl"), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        with quiet():
+            say("learning_rate=1e-05, as an adapter takes one")
+            logging.getLogger("trl.x").warning("memory: trained weights 19.5 MB float32")
+        fail("row 3 of the train data set: no text, a-very-long-name-that-stays-whole")
+        wanted = [
+            "note: learning_rate=1e-05, as", "  an adapter takes one", "memory: trained weights 19.5", "  MB float32",
+            "error: row 3 of the train data", "  set: no text,", "  a-very-long-name-that-stays-whole",
+        ]  # fmt: skip
+        found = stream.getvalue().splitlines()
+        assert found == wanted if broken else len(found) == 3
+
+
+def test_a_run_without_a_further_row_says_so(capsys):
+    import transformers
+
+    text = "There seems not to be a single sample in your epoch_iterator, stopping training at step 6! This is ..."
+    with quiet():
+        transformers.utils.logging.get_logger("transformers.trainer").warning(text)
+    assert capsys.readouterr().err == "note: no row is left to train on: the run ends at step 6\n"
 
 
 HEAD = "\x1b[1m{} LOAD REPORT\x1b[0m from: some/model\nKey | Status | \n----+-----+-\n"

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from trl.cli.main import COMMANDS, run
-from trl.reports.charts import MOST_POINTS, Curve, curve, moving_average, thinned, tick_text, ticks
+from trl.reports.charts import MOST_POINTS, Curve, Panel, curve, moving_average, thinned, tick_text, ticks
 from trl.reports.findings import findings, next_steps
 from trl.reports.run_folder import read_run
 from trl.reports.run_report import colour_of, render, write_report
@@ -273,6 +273,40 @@ def test_a_full_disk_leaves_the_older_report_whole(tmp_path, monkeypatch):
 
 
 # -- charts --------------------------------------------------------------------------------------
+
+
+def test_the_legend_says_what_is_there(tmp_path):
+    few = render(read_run(folder_of(tmp_path, losses(3), finished(started="2026-11-27T15:54:33+00:00"))))
+    assert "A dot is a log. Below a chart: the means" in few
+    assert "2026-11-27 15:54:33 UTC" in few
+    many = losses(40, reward=lambda i: i / 40, reward_std=lambda i: 0.1, kl=lambda i: i / 400)
+    page = render(read_run(folder_of(tmp_path, [*many, {"step": 40, "eval_loss": 1.0}], finished())))
+    assert (
+        "Bold: the mean of it and those before it, 4 at most. Shaded: one standard deviation around it. "
+        "Black dots: evaluations. Green is what should be gained, brown what is paid for it. Below"
+    ) in page
+    lone = render(read_run(folder_of(tmp_path, losses(3, kl=lambda i: i / 9), finished())))
+    assert "A dot is a log. Brown what is paid" not in lone
+    assert "Brown is what is paid for it." in lone
+
+
+def test_a_heading_takes_the_room_of_its_charts(tmp_path):
+    page = render(read_run(folder_of(tmp_path, losses(3, entropy=lambda i: i, grad_norm=lambda i: i), finished())))
+    assert re.findall(r'class="of-(\d)"', page) == ["2", "1"]
+    assert page.count('class="charts pairs"') == 1
+
+
+def test_the_words_of_a_command_stay_whole(tmp_path):
+    page = render(read_run(folder_of(tmp_path, losses(3), finished(), "a: 1\n")))
+    assert "<span>--output_dir</span> <span>" in page
+
+
+def test_the_last_number_of_an_axis_is_not_cut():
+    drawn = Panel("x", (0, 1), (0, 1), width=100)
+    drawn.x_axis([(0.5, "50 %"), (1, "1,000,000")])
+    places = [float(x) for x in re.findall(r'<text x="([\d.]+)"', str(drawn.svg()))]
+    assert places[1] == 68.0  # amid its axis, from 46 to 90
+    assert places[2] == pytest.approx(100 - 2.9 * 9, abs=0.1)
 
 
 def test_a_long_curve_keeps_its_ends_and_few_points():

@@ -55,6 +55,40 @@ def test_dpo_with_lora(tmp_path, model):
     assert (out / "adapter_model.safetensors").exists()
 
 
+def test_the_same_line_makes_the_same_adapter(tmp_path, model):
+    """Also one of another seed makes another; `torch` begins each process with a seed of its own."""
+    import torch
+    from safetensors.torch import load_file
+
+    data = rows(tmp_path, *[{"text": "a b c"}, {"text": "b c d e"}] * 4)
+    made = []
+    for at, seed in enumerate((3, 3, 4)):
+        torch.seed()
+        words = ["sft", "--model", model, "--data", data, "--lora-rank", "2", "--seed", str(seed), *COMMON]
+        assert run([*words, "--output_dir", str(tmp_path / str(at))]) == 0
+        made.append(load_file(tmp_path / str(at) / "adapter_model.safetensors"))
+    equal = [all(torch.equal(made[0][name], other[name]) for name in made[0]) for other in made[1:]]
+    assert equal == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("saves", "said"), [(1, "goes on from step 1"), (500, "no checkpoint was saved (--save_steps)")]
+)
+def test_an_interrupted_run_says_how_it_goes_on(saves, said, tmp_path, model, capsys):
+    (tmp_path / "mine.py").write_text(
+        "calls = []\ndef stop(completions, **columns):\n    calls.append(1)\n    if len(calls) > 1:\n"
+        "        raise KeyboardInterrupt\n    return [1.0 for _ in completions]\n"
+    )
+    data = rows(tmp_path, *[{"prompt": "a b"}] * 8)
+    words = ["grpo", "--model", model, "--data", data, "--reward", f"{tmp_path}/mine.py:stop", "--max_steps", "3"]
+    more = ["--num_generations", "4", "--max_completion_length", "4", "--per_device_train_batch_size", "4"]
+    out = ["--save_steps", str(saves), "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    assert run([*words, *more, *out]) == 130
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "interrupted"
+    assert said in told[-2]
+
+
 def test_grpo_with_a_function_of_a_file(tmp_path, model):
     data = rows(tmp_path, *[{"prompt": "a b"}] * 8)
     (tmp_path / "mine.py").write_text(

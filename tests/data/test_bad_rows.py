@@ -209,6 +209,10 @@ def test_a_prompt_that_some_rows_lack():
     ("row", "message"),
     [
         ({**PAIR, "rejected": 5}, "row 1 of the train data set: column 'rejected' should be a text, got 5"),
+        (
+            {**PAIR, "chosen": 76.0},
+            r"'chosen' should be a text, got 76.0 \(of a CSV file\? converters=\{'chosen': str\}",
+        ),
         ({"prompt": "the", "chosen": "a"}, "row 1 of the train data set: .*'rejected'"),
         ({**PAIR, "chosen": "\ud800"}, "row 1 of the train data set: column 'chosen' has half a character"),
     ],

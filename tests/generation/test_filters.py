@@ -7,6 +7,7 @@ from scipy.stats import chi2
 
 from trl.generation import LocalSampler, SamplingParams
 from trl.generation.filters import (
+    beyond_nucleus,
     filter_logits,
     inverse_cdf,
     keep_min_p,
@@ -153,3 +154,9 @@ def test_log_probabilities_are_exact_in_large_vocabularies(vocabulary):
     exact_R = logits_RV.double().log_softmax(-1).gather(1, tokens_R[:, None]).squeeze(1)
     assert (logprobs_of(tokens_R, probs_RV) - exact_R).abs().max() < 3e-6
     assert (log_partition(logits_RV, probs_RV) - logits_RV.double().logsumexp(-1)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.999])
+def test_sorting_whole_rows_finds_the_same_nucleus(p):
+    logits = 3 * torch.randn(20, 700, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(beyond_nucleus(logits.softmax(-1), p), keep_top_p(logits, p).isneginf())

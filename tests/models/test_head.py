@@ -45,7 +45,7 @@ def test_like_a_log_softmax(kept, softcap, trained, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 100, 512, 2048])
 @pytest.mark.parametrize("vocabulary", [5, 32_000, 150_001])
 def test_tiles_cover_the_vocabulary_once_and_keep_their_size(rows, vocabulary):
-    words = tiled.tiles(rows, vocabulary, torch.device("cpu"))
+    words = tiled.tiles(rows, vocabulary)
     assert [index for part in words for index in range(part.start, part.stop)] == list(range(vocabulary))
     assert all(rows * (part.stop - part.start) <= tiled.CACHED_TILE for part in words)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers as t
+from dense_masks import dense_mask
 
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.kernels.tree_attention import TreeLayout
 from trl.models.forward import padded_inputs, plan_of, rows_padded
 from trl.models.scoring import CHUNK_ELEMENTS, rewards, score
 
@@ -195,9 +195,9 @@ def test_encoder_decoder(name):
 
 
 def test_dense_mask_is_the_rule():
-    layout = TreeLayout(pack([TokenTree([5, 6], [Branch([7]), Branch([8, 9])])]).segments)
+    segments = pack([TokenTree([5, 6], [Branch([7]), Branch([8, 9])])]).segments
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
-    assert layout.dense_mask().int().tolist() == expected
+    assert dense_mask(segments).int().tolist() == expected
 
 
 def test_large_vocabulary_stays_in_chunks():

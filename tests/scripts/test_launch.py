@@ -1,9 +1,11 @@
 """Several processes: what accelerate's launcher is told."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from tokenizers_for_tests import word_tokenizer
 from trl.cli.main import run
 from trl.scripts import launch
 from trl.scripts.launch import PROFILES, LaunchArguments, launcher_words, profile_file
+from trl.trainer.ranks import first_cause
 
 WORDS = ["sft", "--model", "m"]
 
@@ -53,22 +56,33 @@ def test_a_number_of_processes_is_data_parallelism():
     ("profile", "attributes"),
     [
         ("ddp", {"multi_gpu": True}),
+        ("multi_gpu", {"multi_gpu": True}),
+        ("ddp_nodes", {"multi_gpu": True, "main_process_port": 29500}),
+        ("fsdp", {"use_fsdp": True, "fsdp_version": 2}),
+        ("fsdp2_nodes", {"use_fsdp": True, "fsdp_version": 2, "main_process_port": 29500}),
+        ("zero1", {"use_deepspeed": True, "zero_stage": 1}),
+        ("zero3_nodes", {"use_deepspeed": True, "zero_stage": 3, "main_process_port": 29500}),
         ("fsdp2", {"use_fsdp": True, "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}),
         ("zero2", {"use_deepspeed": True, "zero_stage": 2}),
         ("zero3", {"use_deepspeed": True, "zero_stage": 3, "zero3_save_16bit_model": True}),
     ],
 )
 def test_every_profile_is_read_by_accelerate(profile, attributes):
-    assert profile in {path.stem for path in PROFILES.glob("*.yaml")}
-    arguments = told(num_processes=2, accelerate_config=profile)
+    assert profile_file(profile)[0].parent == PROFILES
+    nodes = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
+    several = nodes if profile.endswith("_nodes") else {}
+    arguments = told(num_processes=4, accelerate_config=profile, **several)
+    assert {name: getattr(arguments, name) for name in several} == several
     assert {name: getattr(arguments, name) for name in attributes} == attributes
     assert arguments.mixed_precision == "no"
 
 
-@pytest.mark.parametrize("profile", ["zero2", "zero3"])
+@pytest.mark.parametrize("profile", ["zero1", "zero2", "zero3", "deepspeed_zero3"])
 def test_a_profile_that_cannot_run_here_names_what_it_needs(profile, monkeypatch):
     monkeypatch.setattr(launch, "is_deepspeed_available", lambda: False)
-    with pytest.raises(ValueError, match=f"^accelerate_config='{profile}': needs DeepSpeed; pip install deepspeed"):
+    with pytest.raises(
+        ValueError, match=f"^accelerate_config='{profile[-5:]}': needs DeepSpeed; pip install deepspeed"
+    ):
         launch.start(LaunchArguments(accelerate_config=profile), "trl", WORDS)
 
 
@@ -86,6 +100,46 @@ def test_a_profile_takes_every_device(monkeypatch):
     assert told(accelerate_config="fsdp2").num_processes == 8
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
     assert told(accelerate_config="ddp").num_processes == 1
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
+    assert told(accelerate_config="single_gpu").num_processes == 1
+    assert told(accelerate_config="fsdp2", num_machines=2, machine_rank=0, main_process_ip="x").num_processes == 16
+
+
+def test_a_profile_that_is_not_meant(monkeypatch):
+    with pytest.raises(ValueError, match="accelerate_config='fsdp1': it is not here; take fsdp2, its successor"):
+        launch.start(LaunchArguments(accelerate_config="fsdp1"), "trl", WORDS)
+    expected = "'ddp_nodes': it is for several machines; say --machine_rank, --main_process_ip too"
+    with pytest.raises(ValueError, match=expected):
+        launch.check_profile(LaunchArguments(accelerate_config="ddp_nodes", num_machines=2))
+
+
+def test_restarts_go_to_the_launcher():
+    assert told(num_processes=2, max_restarts=3).max_restarts == 3
+
+
+def test_every_profile_is_tried():
+    tried = {"ddp", "ddp_nodes", "fsdp2", "fsdp2_nodes", "zero1", "zero2", "zero3", "zero3_nodes", "one_process"}
+    assert tried == {path.stem for path in PROFILES.glob("*.yaml")}
+
+
+def failure(rank, code=1, **data):
+    """A failure as torchrun reports it."""
+    message = data.pop("message", "")
+    given = {"message": {"message": message, "extraInfo": {"timestamp": "7"}}, **data} if message else {"message": "x"}
+    return SimpleNamespace(
+        exitcode=code, error_file_data=given, timestamp=7, message=given["message"], signal_name=lambda: "SIGKILL"
+    )
+
+
+def test_the_first_cause_of_many():
+    """By the clock of the processes; those that end because of another one come last."""
+    secondary = failure(0, message="LostRank: rank 1 failed first: E: why", time=6.9, secondary=True)
+    others = {0: secondary, 1: failure(1, message="E: why", time=7.2), 2: failure(2, message="F: late", time=7.4)}
+    assert first_cause(others) == (1, "E: why")
+    assert first_cause({0: secondary, 1: failure(1, code=-9)}) == (1, "it was ended by SIGKILL; out of memory?")
+    ended, late = failure(1, code=-15), failure(0, message="E: why", time=7.9)
+    assert first_cause({1: ended, 0: late}) == (0, "E: why")
+    assert first_cause({0: failure(0, code=3)}) == (0, "it ended with exit code 3; its own output says why")
 
 
 def test_a_file_of_the_user(tmp_path):
@@ -96,7 +150,7 @@ def test_a_file_of_the_user(tmp_path):
     assert profile_file(str(path)) == (path, False)
     assert told(accelerate_config=str(path)).num_processes == 3
     assert told(accelerate_config=str(path), num_processes=2).num_processes == 2
-    with pytest.raises(ValueError, match="accelerate_config='zero9': choose one of ddp, fsdp2, zero2, zero3"):
+    with pytest.raises(ValueError, match=r"accelerate_config='zero9': choose one of ddp, .*fsdp2, .*zero2, zero3"):
         profile_file("zero9")
 
 
@@ -185,4 +239,4 @@ def test_two_processes_on_the_cpu_train_one_model(tmp_path):
     line[line.index("rows.jsonl")] = "nowhere.jsonl"
     failed = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
-    assert "nowhere.jsonl: there is no such file" in failed.stderr
+    assert re.match("error: rank [01]: .*nowhere.jsonl: there is no such file", failed.stderr.splitlines()[-1])

@@ -23,7 +23,18 @@ from trl import (
     SyncRefModelCallback,
 )
 from trl.trainer.callbacks import NotebookColumns, prompts_of
-from trl.trainer.step_line import Advice, Clock, duration, folded, short, training_line
+from trl.trainer.step_line import (
+    Advice,
+    Clock,
+    duration,
+    folded,
+    follows,
+    last_line,
+    narrowed,
+    read,
+    short,
+    training_line,
+)
 
 # -- the reference moves ----------------------------------------------------------------------
 
@@ -214,6 +225,12 @@ def test_bars_in_a_terminal(bars, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert ("2/2\x1b" in shown) == ("training" in shown) == bars
     assert "step 2/2 · accuracy" in shown
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
+    assert bool(re.search(r"0/2 --:-- left .*evaluation at 1", plain)) == bars
+    assert bool(re.search(r"1/2 \S+ left \d+(\.\d)? [GM]iB +evaluation at 2", plain)) == bars
+    ours = [line for line in re.split("[\r\n]", plain) if line.lstrip("\x1b[2K").startswith(("training", "step"))]
+    assert ours
+    assert max(len(line.replace("\x1b[2K", "")) for line in ours) <= 80
 
 
 @pytest.mark.parametrize(
@@ -262,6 +279,52 @@ def test_a_line_is_folded_between_its_parts():
         "  2,603 tok/s",
     ]
     assert folded("note: one part", 5) == "note: one part"
+
+
+def test_what_the_bar_shows_is_left_out_of_a_line_that_is_too_wide():
+    line = "step 5/25 · loss 0.663 · 96 tok/s · 1.5 GiB · 1:13 left"
+    assert narrowed(line, len(line)) == line
+    assert narrowed(line, len(line) - 1) == "step 5/25 · loss 0.663 · 96 tok/s · 1.5 GiB"
+    assert narrowed(line, 10) == "step 5/25 · loss 0.663 · 96 tok/s"  # the rest is folded
+    assert narrowed("step 25/25 · loss 0.489 · 240 MiB", 30) == "step 25/25 · loss 0.489"
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "line"),
+    [
+        (0, 25, "trained 25 steps in 1:29 · mean loss 0.559 · 1.5 GiB"),
+        (4, 6, "trained 2 steps, to step 6, in 1:29 · mean loss 0.559 · 1.5 GiB"),
+        (6, 6, "trained nothing: the run is at step 6"),
+    ],
+)
+def test_the_last_line_counts_the_steps_of_this_part(first, step, line, monkeypatch):
+    monkeypatch.setattr("trl.trainer.step_line.peak_memory", lambda: 1.5 * 2**30)
+    monkeypatch.setattr("trl.trainer.step_line.peak_device_memory", lambda: None)
+    assert last_line(step, {"train_runtime": 89.2, "train_loss": 0.5592}, first) == line
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "text"),
+    [
+        (0, {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4}, "evaluation at 2"),
+        (2, {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 3}, "checkpoint at 3"),
+        (3, {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4}, "evaluation at 4"),
+        (1, {"save_steps": 500}, "checkpoint at 5"),
+        (5, {"save_steps": 500}, ""),
+        (1, {"save_strategy": "no"}, ""),
+        (1, {"save_strategy": "epoch"}, ""),
+    ],
+)
+def test_what_follows(step, settings, text):
+    args = SFTConfig(report_to="none", **settings)
+    state = TrainerState(global_step=step, max_steps=5)
+    state.compute_steps(args, 5)
+    assert follows(args, state) == text
+
+
+def test_a_reward_is_said_once():
+    assert dict(read({"reward": 0.5, "objective/scores": 0.5, "loss": 1.0})) == {"reward": "0.5", "loss": "1"}
+    assert dict(read({"objective/scores": 0.5})) == {"score": "0.5"}
 
 
 def test_advice_is_given_once():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,6 +55,19 @@ class _Lenient:
         if name == "rich_proxied_file":  # by it rich would write past its own bars, into the middle of them
             raise AttributeError(name)
         return getattr(self._stream, name)
+
+
+def fitting(line: str, stream: Any) -> str:
+    """The line as it is; on a terminal that is narrower, in several, broken between words and indented."""
+    try:
+        terminal = bool(stream.isatty())
+    except (AttributeError, ValueError):  # a stand-in for a stream, or one that is closed
+        terminal = False
+    width = shutil.get_terminal_size().columns
+    if not terminal or len(line) <= width:
+        return line
+    how: Any = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, max(width, 20), **how)
 
 
 def console() -> Console:

@@ -138,7 +138,9 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     """The row's text in that column."""
     value = row.get(column)
     if not isinstance(value, str):
-        raise ValueError(f"column '{column}' should be a text, got {shown(value)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        hint = f" (of a CSV file? converters={{'{column}': str}} of load_dataset keeps its texts)" if number else ""
+        raise ValueError(f"column '{column}' should be a text, got {shown(value)}{hint}")
     check_text(value, f"column '{column}'")
     return value
 

@@ -284,6 +284,9 @@ def extract_prompt(example: Mapping[str, Any]) -> Row:
     Conversations are split after the messages they share, texts at the blank before the first word that differs. A
     prompt that is a text becomes the user's message where the answers of a conversation share none.
     """
+    for column in ("chosen", "rejected"):
+        if isinstance(example.get(column), int | float):
+            text_of(example, column)  # which says what it is
     if isinstance(example.get("chosen"), str) != isinstance(example.get("rejected"), str):
         raise ValueError(
             "one of the columns 'chosen' and 'rejected' is text and the other is a conversation: chosen is "

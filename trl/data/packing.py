@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import chain, groupby, pairwise
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class _Layout:
         start_B, before_B = (torch.tensor(x, dtype=torch.long) for x in (self.starts, self.befores))
         return torch.where(slot_S == 0, before_B[row_S], start_B[row_S] + slot_S - 1)
 
-    def batch(self, **columns: Tensor) -> PackedBatch:
+    def batch(self, **columns: Any) -> PackedBatch:
         """The batch, given its tensors."""
         places = zip(self.starts, self.lengths, self.befores, strict=True)
         return PackedBatch(

@@ -5,7 +5,7 @@ Shape letters: B rows, T scored positions of the longest row, N packed tokens, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,17 +17,33 @@ Ids = Sequence[int] | Tensor
 """token ids, or one number for each of them: a list or a 1-d tensor"""
 
 
+def moved_ahead(x: Tensor, device: Any) -> Tensor:
+    """A tensor on the device; nothing waits until what the device does now is done."""
+    device = torch.device(device)
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
+
+
 class TensorRecord:
     """A frozen dataclass of tensors; accelerate and `Trainer` move it to a device by `to`."""
 
     def to(self: Record, device: Any, non_blocking: bool = False) -> Record:
-        """The same record with every tensor on `device`."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self)  # type: ignore[arg-type]
-            if hasattr(getattr(self, f.name), "to")
-        }
+        """The same record with every tensor on `device`, which nothing waits for."""
+        moved = {}
+        for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                moved[name] = moved_ahead(value, device)
+            elif hasattr(value, "to"):
+                moved[name] = value.to(device, non_blocking=non_blocking)
         return replace(self, **moved)  # type: ignore[type-var]
+
+    def pin_memory(self: Record) -> Record:
+        """The same record in memory from which a device reads by itself; torch's data loader asks for it."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        pinned = {name: value.pin_memory() for name, value in held.items() if hasattr(value, "pin_memory")}
+        return replace(self, **pinned)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +98,25 @@ class PackedBatch(TensorRecord):
     """T: tokens of the longest branch"""
     piece: Any = None
     """None: the batch is whole; else what this rank holds of it (`kernels.context_parallel.Piece`)"""
+    kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """what was laid out of this batch and passes over it share, on any device"""
+
+    def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
+        if "host" not in self.kept:
+            self.kept["host"] = replace(self, kept={})
+        return super().to(device, non_blocking)
+
+    def on_host(self, field: Tensor) -> Tensor:
+        """A field of the batch as it was before the batch was moved to a device, so that reading it waits for nothing.
+
+        Another tensor comes back as it is.
+        """
+        name = self.named(field)
+        return getattr(self.kept.get("host", self), name) if name else field
+
+    def named(self, field: Tensor) -> str:
+        """The name of a field that holds indices; "" for another tensor."""
+        return next((name for name in INDICES if getattr(self, name) is field), "")
 
     @property
     def rows(self) -> int:
@@ -105,6 +140,10 @@ class PackedBatch(TensorRecord):
         spread_BT = torch.zeros(self.rows, self.width, dtype=values_S.dtype, device=values_S.device)
         spread_BT = spread_BT.index_put((self.row_S, self.slot_S), values_S)
         return spread_BT if self.piece is None else self.piece.summed(spread_BT)  # type: ignore[no-any-return]
+
+
+INDICES = ("scored_S", "last_B", "row_S", "target_S")
+"""fields of a packed batch that are read on the host"""
 
 
 class Batch(dict[str, Any]):

@@ -4,14 +4,15 @@ Prompts that begin alike, such as the conversations of a group after their tools
 where they part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trl.generation.kv_attention import Decode, Layout, Piece, Prefill
-from trl.generation.kv_cache import Prompt, Prompts, Suffixes
+from trl.generation.kv_attention import Decode, Layout, Piece, Prefill, State
+from trl.generation.kv_cache import Prompt, PromptBlock, Prompts, Suffixes
 from trl.models.unwrap import accepts
 
 _LEAST_SAVED = 32
@@ -33,30 +34,13 @@ class Engine:
         """the sliding window of each layer that has computed attention"""
         self._owners: list[Prompt] = []
         self._layout: Layout | None = None
-        self._selects = accepts(model, "logits_to_keep")
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
         """Read new prompts, without padding, and keep the logits of the token that follows each."""
         places = dict(zip(prompts, self.prompts.add(prompts), strict=True))
-        ids: list[int] = []
-        positions: list[int] = []
-        pieces: list[Piece] = []
-
-        def read(prompt: Prompt, start: int, end: int, **of_piece: Any) -> Piece:
-            piece = Piece(len(ids), len(ids) + end - start, **of_piece)
-            ids.extend(prompt.ids[start:end])
-            positions.extend(range(start, end))
-            pieces.append(piece)
-            return piece
-
-        last: dict[Prompt, int] = {}
-        for shared, members in _alike(prompts):
-            stem = read(members[0], 0, shared) if shared else None
-            for prompt in members:
-                last[prompt] = read(prompt, shared, len(prompt.ids), stem=stem, place=places[prompt]).end - 1
-        last_P = torch.tensor([last[prompt] for prompt in prompts], device=self.device)
-        state = Prefill(pieces, self.layers)
-        logits_PV = self._forward(ids, torch.tensor(positions, device=self.device), state, last_P)
+        laid_out = lay_out(prompts, places)
+        state = Prefill(laid_out.pieces, self.layers)
+        logits_PV = self._forward(laid_out.ids, laid_out.position_N(self.device), state, laid_out.last_P(self.device))
         for prompt, logits_V in zip(prompts, logits_PV, strict=True):
             prompt.logits_V = logits_V
         self._layout = None
@@ -109,13 +93,56 @@ class Engine:
         self, ids: Sequence[int], position_N: Tensor, state: Prefill | Decode, keep_S: Tensor | None
     ) -> Tensor:
         ids_1N = torch.tensor([ids], device=self.device)
-        selected = {"logits_to_keep": keep_S} if keep_S is not None and self._selects else {}
-        output = self.model(
-            input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N), position_ids=position_N[None],
-            use_cache=False, return_dict=True, kv_state=state, **selected,
-        )  # fmt: skip
-        logits_NV = output.logits[0]
-        return logits_NV if keep_S is None or selected else logits_NV[keep_S]
+        return next_logits(self.model, ids_1N, position_N, state, keep_S)
+
+
+def next_logits(model: Any, ids_1N: Tensor, position_N: Tensor, state: State, keep_S: Tensor | None) -> Tensor:
+    """A packed pass with the attention of `state`: the logits of all tokens, or of `keep_S`. [N or S, V]"""
+    selected = {"logits_to_keep": keep_S} if keep_S is not None and accepts(model, "logits_to_keep") else {}
+    output = model(
+        input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N), position_ids=position_N[None],
+        use_cache=False, return_dict=True, kv_state=state, **selected,
+    )  # fmt: skip
+    logits_NV: Tensor = output.logits[0]
+    return logits_NV if keep_S is None or selected else logits_NV[keep_S]
+
+
+@dataclass
+class LaidOut:
+    """Prompts end to end, the starts that they share once."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    own: list[Piece] = field(default_factory=list)
+    """of each prompt the piece that ends with its last token"""
+
+    def position_N(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.positions, device=device)
+
+    def last_P(self, device: torch.device) -> Tensor:
+        """The place of each prompt's last token in the pass."""
+        return torch.tensor([piece.end - 1 for piece in self.own], device=device)
+
+
+def lay_out(prompts: Sequence[Prompt], places: Mapping[Prompt, tuple[PromptBlock, int]]) -> LaidOut:
+    """A pass over new prompts, without padding. places: where in a cache of blocks they go, if they go there."""
+    found = LaidOut()
+
+    def read(prompt: Prompt, start: int, end: int, **of_piece: Any) -> Piece:
+        piece = Piece(len(found.ids), len(found.ids) + end - start, **of_piece)
+        found.ids.extend(prompt.ids[start:end])
+        found.positions.extend(range(start, end))
+        found.pieces.append(piece)
+        return piece
+
+    own: dict[Prompt, Piece] = {}
+    for shared, members in _alike(prompts):
+        stem = read(members[0], 0, shared) if shared else None
+        for prompt in members:
+            own[prompt] = read(prompt, shared, len(prompt.ids), stem=stem, place=places.get(prompt))
+    found.own = [own[prompt] for prompt in prompts]
+    return found
 
 
 def _alike(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:

@@ -54,11 +54,15 @@ def keep_top_p(logits_RV: Tensor, p: float) -> Tensor:
     """The smallest set of most probable tokens that reaches probability p (arXiv:1904.09751): a token stays if those
     before it do not reach p yet."""
     probs_RV = logits_RV.softmax(-1)
+    if probs_RV.device.type != "cpu":  # to ask whether a narrower search has found it all would wait for the device
+        return logits_RV.masked_fill(beyond_nucleus(probs_RV, p), -torch.inf)
     keep_RV = torch.zeros_like(probs_RV, dtype=torch.bool)
     rows_A = torch.arange(len(probs_RV), device=probs_RV.device)
     vocab = probs_RV.shape[-1]
-    tries = _NUCLEI if probs_RV.device.type == "cpu" else ()
-    for width in (*(width for width in tries if width < vocab), vocab):  # sorting whole rows costs more than the model
+    for width in (
+        *(width for width in _NUCLEI if width < vocab),
+        vocab,
+    ):  # sorting whole rows costs more than the model
         top_AK, index_AK = probs_RV[rows_A].topk(width, dim=-1)
         reached_AK = top_AK.cumsum(-1)
         keep_RV[rows_A] = keep_RV[rows_A].scatter(1, index_AK, reached_AK - top_AK < p)
@@ -66,6 +70,13 @@ def keep_top_p(logits_RV: Tensor, p: float) -> Tensor:
         if not len(rows_A):
             break
     return logits_RV.masked_fill(~keep_RV, -torch.inf)
+
+
+def beyond_nucleus(probs_RV: Tensor, p: float) -> Tensor:
+    """True for tokens whose row reaches p without them, by sorting whole rows. [R, V]"""
+    top_RV, index_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
+    before_RV = top_RV.cumsum(-1) - top_RV
+    return torch.empty_like(before_RV, dtype=torch.bool).scatter_(1, index_RV, before_RV >= p)
 
 
 def keep_min_p(logits_RV: Tensor, p: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trl.data.records import Completion
+from trl.generation.captured import CapturedEngine, half_weights
 from trl.generation.engine import Engine
 from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
@@ -24,10 +25,12 @@ from trl.models.unwrap import below_value_head
 
 logger = logging.getLogger(__name__)
 _STEPS_WORTH_PACKING = 8
+MOST_ROWS = 128
+"""completions in progress at a time on a CPU, unless another number is given"""
 Queue = deque[tuple[Prompt, Row]]
 
 
-def make_sampler(model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> Sampler:
+def make_sampler(model: Any, tokenizer: Any = None, *, max_rows: int | None = None) -> Sampler:
     """The local engine where it computes what the model computes; else `model.generate`, which is said once a model."""
     is_new = plan_of(model).samples_locally is None
     try:
@@ -35,7 +38,7 @@ def make_sampler(model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> S
     except NotLocal as error:
         if is_new:
             logger.warning("%s. It samples by its own `generate`, which is slower.", error)
-    return TransformersSampler(model, tokenizer, max_rows=max_rows)
+    return TransformersSampler(model, tokenizer, max_rows=max_rows or MOST_ROWS)
 
 
 class LocalSampler:
@@ -44,23 +47,30 @@ class LocalSampler:
     A prompt is read once for all its completions, and so is what prompts have in common at their start; waiting rows
     take the places of finished ones. A model whose attention cannot be replaced raises `NotLocal`: `make_sampler` then
     takes `TransformersSampler`.
-    It runs the same code on every device; it is measured and tested on the CPU only.
 
-    max_rows: completions in progress at a time; bounds the memory for keys and values.
-    max_prefill_tokens: prompt tokens in one forward pass.
+    max_rows: completions in progress at a time; bounds the memory for keys and values. None: 128, and on a GPU as many
+    as it has memory for. max_prefill_tokens: prompt tokens in one forward pass. captured: whether `CapturedEngine`
+    samples, which a GPU is for; None: it does so there.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, *, max_rows: int = 128, max_prefill_tokens: int = 8192
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_rows: int | None = None,
+        max_prefill_tokens: int = 8192,
+        captured: bool | None = None,
     ) -> None:
-        if max_rows < 1:
+        if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: give 1 or more")
         if max_prefill_tokens < 1:
             raise ValueError(f"max_prefill_tokens={max_prefill_tokens}: give 1 or more")
         refuse_unsuitable(model)
         self.model = below_value_head(model)
         self.tokenizer = tokenizer
-        self.max_rows = max_rows
+        self.captured = next(self.model.parameters()).device.type == "cuda" if captured is None else captured
+        self.max_rows = max_rows or (None if self.captured else MOST_ROWS)
         self.max_prefill_tokens = max_prefill_tokens
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
@@ -71,8 +81,15 @@ class LocalSampler:
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
         weights = packed_weights(self.model) if packs else nullcontext()
-        with eval_no_grad(self.model), cached_attention(self.model), weights:
-            self._run(groups, stepper, Engine(self.model, device))
+        with eval_no_grad(self.model), cached_attention(self.model):
+            if self.captured:
+                with half_weights(self.model, device):
+                    CapturedEngine(
+                        self.model, stepper, device, max_rows=self.max_rows, max_prefill_tokens=self.max_prefill_tokens
+                    ).run(groups)
+            else:
+                with weights:
+                    self._run(groups, stepper, Engine(self.model, device))
         return [[row.completion() for row in group] for group in groups]
 
     def _run(self, groups: Sequence[Sequence[Row]], stepper: Stepper, engine: Engine) -> None:
@@ -90,14 +107,15 @@ class LocalSampler:
 
     def _worth_filling(self, waiting: int, running: int) -> bool:
         """Reading few prompts at a time is slow: waiting rows start once an eighth of the rows is free."""
-        return self.max_rows - running >= min(waiting, max(1, self.max_rows // 8))
+        most = self.max_rows or MOST_ROWS
+        return most - running >= min(waiting, max(1, most // 8))
 
     def _admit(self, queue: Queue, running: list[Row], stepper: Stepper, engine: Engine) -> None:
         """Start as many waiting rows as there is room for: read their prompts, sample their first tokens."""
         taken: list[tuple[Prompt, Row]] = []
         fresh: list[Prompt] = []
         tokens = 0
-        while queue and len(running) + len(taken) < self.max_rows:
+        while queue and len(running) + len(taken) < (self.max_rows or MOST_ROWS):
             prompt = queue[0][0]
             if prompt.logits_V is None and (not fresh or fresh[-1] is not prompt):
                 tokens += len(prompt.ids)

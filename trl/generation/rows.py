@@ -97,28 +97,16 @@ class Stepper:
             row.raw_logprobs.append(raw)
             if row.seen_V is not None:
                 row.seen_V[token] = True
-        self._finish(rows)
+        self.finish(rows)
         return tokens
 
     def pick(self, rows: Sequence[Row], logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(tokens_R, logprobs_R, raw_logprobs_R)`: under the sampled distribution, and under the model's own."""
-        probs_RV = logits_RV.softmax(-1)
-        if not self.params.reshapes:
-            tokens_R = inverse_cdf(probs_RV, self._uniforms(rows, logits_RV.device))
-            logprobs_R = logprobs_of(tokens_R, probs_RV)
-            return tokens_R, logprobs_R, logprobs_R
-        raw_R = -log_partition(logits_RV, probs_RV)
-        filtered_RV = filter_logits(
-            logits_RV, self.params, self._seen(rows, logits_RV), self._forbidden(rows, logits_RV)
-        )
-        if self.params.temperature == 0:
-            tokens_R = filtered_RV.argmax(-1)
-            logprobs_R = torch.zeros_like(raw_R)
-        else:
-            probs_RV = filtered_RV.softmax(-1)
-            tokens_R = inverse_cdf(probs_RV, self._uniforms(rows, logits_RV.device))
-            logprobs_R = logprobs_of(tokens_R, probs_RV)
-        return tokens_R, logprobs_R, raw_R + logits_RV.gather(1, tokens_R[:, None]).squeeze(1)
+        reshapes = self.params.reshapes
+        return pick(
+            logits_RV, self.params, self._uniforms(rows, logits_RV.device),
+            self._seen(rows, logits_RV) if reshapes else None, self._forbidden(rows, logits_RV) if reshapes else None,
+        )  # fmt: skip
 
     def _uniforms(self, rows: Sequence[Row], device: torch.device) -> Tensor:
         drawn = uniforms([row.key for row in rows], [len(row.ids) for row in rows])
@@ -142,7 +130,8 @@ class Stepper:
         forbidden_RV[:, known] = torch.tensor(early, device=logits_RV.device)[:, None]
         return forbidden_RV
 
-    def _finish(self, rows: Sequence[Row]) -> None:
+    def finish(self, rows: Sequence[Row]) -> None:
+        """Say of each row whether its last token ended it, and why."""
         for row in rows:
             if len(row.ids) >= self.params.min_new_tokens and row.ids[-1] in self.end_tokens:
                 row.finish_reason = "stop"
@@ -153,6 +142,53 @@ class Stepper:
         for row in rows:
             if not row.finish_reason and len(row.ids) >= row.limit:
                 row.finish_reason = "length"
+
+
+def pick(
+    logits_RV: Tensor, params: SamplingParams, uniform_R: Tensor, seen_RV: Tensor | None, forbidden_RV: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Stepper.pick`; nothing waits for the device. seen_RV, forbidden_RV: see `filter_logits`."""
+    probs_RV = logits_RV.softmax(-1)
+    if not params.reshapes:
+        tokens_R = inverse_cdf(probs_RV, uniform_R)
+        logprobs_R = logprobs_of(tokens_R, probs_RV)
+        return tokens_R, logprobs_R, logprobs_R
+    raw_R = -log_partition(logits_RV, probs_RV)
+    filtered_RV = filter_logits(logits_RV, params, seen_RV, forbidden_RV)
+    if params.temperature == 0:
+        tokens_R = filtered_RV.argmax(-1)
+        logprobs_R = torch.zeros_like(raw_R)
+    else:
+        probs_RV = filtered_RV.softmax(-1)
+        tokens_R = inverse_cdf(probs_RV, uniform_R)
+        logprobs_R = logprobs_of(tokens_R, probs_RV)
+    return tokens_R, logprobs_R, raw_R + logits_RV.gather(1, tokens_R[:, None]).squeeze(1)
+
+
+def uniforms_on_device(key_R: Tensor, step_R: Tensor) -> Tensor:
+    """`uniforms` by operations of the device; the keys are their 64 bits as int64. [R] float64"""
+    state = _mix_on_device(key_R + _SIGNED_GOLDEN)
+    state = _mix_on_device(state + (step_R + 1) * _SIGNED_GOLDEN)
+    return _shifted(state, 11).double() * 2.0**-53
+
+
+def _mix_on_device(state: Tensor) -> Tensor:
+    state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """int64 shifted right as if it had no sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    """64 bits as a number with a sign."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+_SIGNED_GOLDEN = _signed(int(_GOLDEN))
 
 
 def _hash(data: bytes) -> int:

@@ -132,14 +132,23 @@ class _Summed(torch.autograd.Function):
 
 
 def own_part(packed: PackedBatch, group: Any) -> PackedBatch:
-    """What this rank of the group computes of a batch that all of them have.
+    """What this rank of the group computes of a batch that all of them have; made once a batch, on the host.
 
     Its ids, positions and scored tokens are those that are held; its rows, and so `[B, T]`, are those of the whole.
     A few tokens that belong to no row fill the packed row up, so that all ranks hold equally many.
     """
-    ranks, count = dist.get_world_size(group), len(packed.ids_N)
+    ranks, rank, device = dist.get_world_size(group), dist.get_rank(group), packed.ids_N.device
+    key = ("own part", rank, ranks, device)
+    if key not in packed.kept:
+        part = _part(packed.kept.get("host", packed), group, rank, ranks)
+        packed.kept[key] = part if part.ids_N.device == device else part.to(device)
+    return packed.kept[key]  # type: ignore[no-any-return]
+
+
+def _part(packed: PackedBatch, group: Any, rank: int, ranks: int) -> PackedBatch:
+    count = len(packed.ids_N)
     filler = -count % (2 * ranks)
-    piece = Piece(group, dist.get_rank(group), ranks, count + filler)
+    piece = Piece(group, rank, ranks, count + filler)
     held_n = piece.positions(packed.ids_N.device)
     is_here_S, scored_S = piece.places(packed.scored_S)
     segments = [*packed.segments, *([Segment(count, count + filler, -1)] if filler else [])]
@@ -148,7 +157,7 @@ def own_part(packed: PackedBatch, group: Any) -> PackedBatch:
     return replace(
         packed, ids_N=ids_N, position_N=position_N, segments=tuple(parts), scored_S=scored_S,
         target_S=packed.target_S[is_here_S], row_S=packed.row_S[is_here_S], slot_S=packed.slot_S[is_here_S],
-        row_segment=tuple(last[segment] for segment in packed.row_segment), piece=piece,
+        row_segment=tuple(last[segment] for segment in packed.row_segment), piece=piece, kept={},
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Log-probabilities of a linear head and their gradients, a tile of logits at a time: `[S, V]` never exists whole.
 
+This is how a CPU does it; `head_blocks` is for other devices.
+
 The vocabulary is walked in tiles. A tile stays in the cache from the product that makes it to the sums and products
 that use it. Each softmax carries its running maximum and sum along: arXiv:1805.02867, algorithm 3.
 """
@@ -19,9 +21,7 @@ from torch.autograd.function import once_differentiable
 from trl.kernels.step_memory import Place
 
 CACHED_TILE = 2**18
-"""logits that exist at a time on a CPU, whose cache holds them (1 MiB)"""
-LARGE_TILE = 3 * 2**21
-"""the same on other devices, whose processors a tile has to fill (24 MiB)"""
+"""logits that exist at a time, which the cache holds (1 MiB)"""
 MOST_ROWS = 2**10
 """rows of a tile: more of them would leave it few columns"""
 LOWEST = torch.finfo(torch.float32).min
@@ -29,17 +29,16 @@ KEPT_ELEMENTS = 2**25
 """probabilities that a trained head keeps from forward to backward (128 MiB in float32)"""
 
 
-def row_blocks(count: int) -> list[slice]:
-    """The rows, cut evenly into blocks of at most `MOST_ROWS`."""
-    number = -(-count // MOST_ROWS)
+def row_blocks(count: int, most: int | None = None) -> list[slice]:
+    """The rows, cut evenly into blocks of at most so many, by default `MOST_ROWS`."""
+    number = -(-count // (most or MOST_ROWS))
     ends = [count * i // number for i in range(number + 1)] if number else []
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-def tiles(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """The vocabulary, cut so that a tile with this number of rows has the size for its device."""
-    elements = CACHED_TILE if device.type == "cpu" else LARGE_TILE
-    width = max(64, elements // rows // 64 * 64)
+def tiles(rows: int, vocabulary: int) -> list[slice]:
+    """The vocabulary, cut so that a tile with this number of rows stays in the cache."""
+    width = max(64, CACHED_TILE // rows // 64 * 64)
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
 
@@ -264,7 +263,7 @@ class LinearLogprobs(torch.autograd.Function):
             hidden_RD, ids_R = hidden[rows], ids[rows]
             softmax = Softmax(len(hidden_RD), hidden.device, want_entropy)
             of_hidden = HiddenGradient(linear, hidden_RD) if frozen else None
-            walked = tiles(len(hidden_RD), len(weight), hidden.device)
+            walked = tiles(len(hidden_RD), len(weight))
             memory, room = linear.memory(hidden, len(hidden_RD), walked[0].stop), None
             for words, targets in zip(walked, targets_of(ids_R, walked), strict=True):
                 keeps = kept.fits(len(hidden_RD), words)
@@ -300,7 +299,7 @@ class LinearLogprobs(torch.autograd.Function):
         grad_weight, fresh = _weight_gradient(weight, ctx.place, len(hidden))
         for rows in row_blocks(len(hidden)):
             hidden_RD, grad_R, target_R = hidden[rows], grad_S[rows], grad_S[rows] * slope[rows]
-            walked = tiles(len(hidden_RD), len(weight), hidden.device)
+            walked = tiles(len(hidden_RD), len(weight))
             for words, targets in zip(walked, targets_of(ids[rows], walked), strict=True):
                 tile = ctx.kept.pop((rows.start, words.start), None) or recomputed(linear, hidden_RD, words, peak[rows])
                 own_R = (tile.peak - peak[rows]).exp_().div_(tile.share * total[rows])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trl.data.records import PackedBatch
+from trl.data.records import PackedBatch, moved_ahead
 from trl.kernels.step_memory import Place, place_of
 from trl.kernels.tree_attention import TreeLayout
 
@@ -46,15 +46,15 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
 
     narrow: the last layer's output may be wrong where it is not read. early: the final norm selects what is read.
     """
-    layout, total = TreeLayout(packed.segments, packed.piece), len(packed.ids_N)
+    layout, total = TreeLayout(packed.segments, packed.kept, packed.piece), len(packed.ids_N)
     with ExitStack() as stack:
         if narrow:
-            positions = reading.index_S.unique()
-            layer = last_layer(network) if len(positions) <= WORTH_IT * total else None
+            listed, positions = _positions(packed, reading.index_S)
+            layer = last_layer(network) if len(listed) <= WORTH_IT * total else None
             if layer is not None:
                 stack.enter_context(computed_at(layer.by_position, positions, total))
                 if layer.attention is not None and packed.piece is None:
-                    layout.read_only_at(layer.attention, positions.tolist())
+                    layout.read_only_at(layer.attention, listed)
         stack.enter_context(fused_norms(network))
         norm = final_norm(network) if early else None
         if norm is not None:
@@ -62,6 +62,21 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
         stack.enter_context(fused_rotary(network))
         stack.enter_context(lookup(network.get_input_embeddings()))
         yield layout
+
+
+def _positions(packed: PackedBatch, index_S: Tensor) -> tuple[list[int], Tensor]:
+    """These positions of the batch in ascending order, each once, for the host and for the device of the batch.
+
+    Those that the batch itself names are found on the host, once.
+    """
+    key = ("positions", packed.named(index_S), index_S.device)
+    if key not in packed.kept:
+        found = packed.on_host(index_S).unique()
+        pair = found.tolist(), moved_ahead(found, index_S.device)
+        if not packed.named(index_S):
+            return pair
+        packed.kept[key] = pair
+    return packed.kept[key]  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -38,8 +38,11 @@ class Part(NamedTuple):
 class TreeLayout:
     """How the packed tokens are cut into segments, and which segments each one sees."""
 
-    def __init__(self, segments: Sequence[Segment], piece: Any = None):
-        """piece: which positions are computed here (`context_parallel.Piece`); None: all."""
+    def __init__(self, segments: Sequence[Segment], kept: dict[Hashable, Any] | None = None, piece: Any = None):
+        """kept: what passes over the same batch share, see `shared`.
+
+        piece: which positions are computed here (`context_parallel.Piece`); None: all.
+        """
         self.segments = tuple(segments)
         self.sizes = [end - start for start, end, _ in self.segments]
         self.piece = piece
@@ -47,6 +50,7 @@ class TreeLayout:
         self.own = [i for i in everywhere if piece is None or piece.holds(self.segments[i].start)]
         """the segments whose queries are computed here, one behind the other"""
         self._cache: dict[Hashable, Any] = {}
+        self._kept = {} if kept is None else kept
         self._narrow: tuple[Any, list[int]] | None = None
 
     def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -54,6 +58,17 @@ class TreeLayout:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]  # type: ignore[no-any-return]
+
+    def shared(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """As `cached`, for as long as the batch lives: what all passes over it need."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]  # type: ignore[no-any-return]
+
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether all segments are computed here, and each sees itself alone."""
+        return self.piece is None and all(segment.parent < 0 for segment in self.segments)
 
     def read_only_at(self, module: Any, positions: Sequence[int]) -> None:
         """Promise that the output of this attention module is read at these positions only, in ascending order."""
@@ -130,18 +145,6 @@ class TreeLayout:
             ("bias", queries, keys, window, like.device, like.dtype),
             lambda: like.new_zeros(queries, keys).masked_fill_(~seen, float("-inf")),
         )
-
-    def dense_mask(self, window: int | None = None) -> Tensor:
-        """[N, N], True = seen: the same rule written out, for FlexAttention's blocks and for tests."""
-        total = self.segments[-1].end
-        seen = torch.zeros(total, total, dtype=torch.bool)
-        for index, (start, end, _) in enumerate(self.segments):
-            columns = [i for link in self.chains[index] for i in range(*self.segments[link][:2])]
-            rows = torch.ones(end - start, len(columns), dtype=torch.bool).tril(len(columns) - (end - start))
-            if window is not None:
-                rows = rows.triu(len(columns) - (end - start) - window + 1)
-            seen[start:end, columns] = rows
-        return seen
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -6,6 +6,7 @@ then sees its ancestors whole and itself causally. Without `tree` it computes wh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,11 +16,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trl.data.records import Segment
+from trl.kernels.block_mask import (
+    BlockTables,
+    Kind,
+    block_tables,
+    flash_rows,
+    flash_takes,
+    flex_tree_attention,
+    kind_of,
+    on_device,
+    row_bounds,
+)
 from trl.kernels.tree_attention import TreeLayout, takes, tree_attention
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "token_tree_"
 _inside_tree: ContextVar[bool] = ContextVar("inside_tree", default=False)
@@ -79,33 +95,127 @@ def segment_attention(
     return torch.cat(outputs, 2)
 
 
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
+SMALL = 512
+"""tokens up to which a pass without gradient, a probe say, is not worth compiling a kernel for"""
 
 
-def flex_tree_attention(
-    layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, scale: float | None
+def device_attention(
+    tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *,
+    window: int | None, scale: float | None, dropout: float, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`segment_attention` on an accelerator, in one kernel where there is one."""
+    where = query.device
+    if torch.is_autocast_enabled(where.type):  # rotary embeddings may have widened two of the three
+        narrow = torch.get_autocast_dtype(where.type)
+        query, key, value = (x.to(narrow) for x in (query, key, value))
+    how: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap, "sinks": sinks}
+    if dropout:
+        _say_dropout(dropout)
+    elif where.type == "cuda" and (torch.is_grad_enabled() or query.shape[2] > SMALL):
+        with torch.autocast(where.type, enabled=False):
+            kind = kind_of(query, key, value, **how)
+            if tree.is_flat and flash_takes(kind) and _agrees(FLASH, kind, where):
+                return _by_flash(tree, query, key, value, **how)
+            if tree.piece is None and _agrees(FLEX, kind, where):
+                return _by_flex(tree, query, key, value, **how)
+    return segment_attention(tree, query, key, value, dropout=dropout, **how)
+
+
+def _by_flash(
+    tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None, **_: None
 ) -> Tensor:
-    """`segment_attention` on CUDA in one kernel: FlexAttention over the blocks of the tree's mask."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    bounds = tree.shared(("rows", query.device), lambda: row_bounds(tree.segments, query.device))
+    return flash_rows(query, key, value, bounds, window=window, scale=scale)
 
-    def make() -> Any:
-        seen = layout.dense_mask(window).to(query.device)
-        if layout.piece is not None:
-            seen = seen[layout.piece.positions(query.device)]
-        sizes = query.shape[2], key.shape[2]
-        return create_block_mask(lambda b, h, q, k: seen[q, k], None, None, *sizes, device=query.device)
 
-    return _compiled_flex()(
-        query,
-        key,
-        value,
-        block_mask=layout.cached(("flex", window, query.device), make),
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+def _by_flex(tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **how: Any) -> Tensor:
+    def make() -> BlockTables:
+        return on_device(block_tables(tree.segments, window), query.device)
+
+    tables = tree.shared(("blocks", window, query.device), make)
+    return flex_tree_attention(query, key, value, tables, window=window, **how)
+
+
+FLASH, FLEX = "flash attention", "FlexAttention"
+KERNELS: dict[str, Callable[..., Tensor]] = {FLASH: _by_flash, FLEX: _by_flex}
+ROUNDING = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""how far a kernel may be from attention segment by segment, as a share of the largest number"""
+
+
+@cache
+def _agrees(name: str, kind: Kind, device: torch.device) -> bool:
+    """Whether a kernel computes attention of this kind as it is computed segment by segment, gradients included.
+
+    It is tried once, on a few tokens; what it is compiled for then serves every length.
+    """
+    try:
+        far = max(share_off(one, plain) for one, plain in tried(KERNELS[name], kind, device, shared=name == FLEX))
+        if far <= ROUNDING[kind.dtype]:
+            return True
+        found = f"off by {far:.1g} of the largest number"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler's, of any type
+        found = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    logger.warning(
+        "%s does not compute attention of %d heads with %d numbers in %s here (%s): %s (same results, slower).",
+        name, kind.heads[0], kind.widths[0], str(kind.dtype).removeprefix("torch."), found,
+        "it is computed segment by segment" if name == FLEX else f"{FLEX} does",
+    )  # fmt: skip
+    return False
+
+
+def share_off(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the other's largest number."""
+    one, other = one.detach().float(), other.detach().float()
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-6))
+
+
+@torch.inference_mode(False)
+def tried(
+    kernel: Callable[..., Tensor], kind: Kind, device: torch.device, *, shared: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Output and gradients by a kernel and segment by segment, of attention of this kind on a few tokens.
+
+    shared: the last two segments see the first.
+    """
+    parent = 0 if shared else -1
+    tree = TreeLayout([Segment(0, 150, -1), Segment(150, 300, parent), Segment(300, 500, parent)])
+    (heads, of_keys), (width, of_values), results = kind.heads, kind.widths, []
+    for function in (kernel, segment_attention):
+        shapes = [(1, 500, heads, width), (1, 500, of_keys, width), (1, 500, of_keys, of_values)]
+        leaves = [_waves(shape, phase, kind.dtype, device) for phase, shape in enumerate(shapes)]
+        for leaf, learns in zip(leaves, kind.learns, strict=False):
+            leaf.requires_grad_(learns)
+        sinks = _waves((heads,), 3, kind.dtype, device) if kind.sinks else None
+        # the hooks: of a checkpoint around, which must not see what is kept here
+        with torch.set_grad_enabled(bool(kind.learns)), saved_tensors_hooks(_same, _same):
+            out = function(
+                tree, *(leaf.transpose(1, 2) for leaf in leaves), window=70 if kind.windowed else None,
+                scale=kind.scale, softcap=kind.softcap, sinks=sinks,
+            )  # fmt: skip
+            learned = [leaf for leaf in leaves if leaf.requires_grad]
+            weight = _waves(tuple(out.shape), 4, out.dtype, device)
+            results.append([out, *(torch.autograd.grad(out, learned, weight) if learned else ())])
+    return list(zip(*results, strict=True))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _waves(shape: tuple[int, ...], phase: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that differ, without a draw from anybody's generator."""
+    size = torch.Size(shape).numel()
+    return (torch.arange(size, device=device) * (0.7 + 0.11 * phase)).sin().view(shape).to(dtype)
+
+
+@cache
+def _say_dropout(rate: float) -> None:
+    logger.warning(
+        "attention_dropout=%g: no kernel drops attention weights of packed rows, so attention is computed segment by "
+        "segment (slower).",
+        rate,
     )
 
 
@@ -141,8 +251,8 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return tree_attention(tree, module, query, key, value, window=window, scale=scaling), None
         if tree is None:  # an eager model: its own function is not registered, so the same by hand
             out = attend(query, key, value, attention_mask, causal=False, **how)
-        elif query.is_cuda and plain:
-            out = flex_tree_attention(tree, query, key, value, window=window, scale=scaling)
+        elif query.device.type != "cpu":
+            out = device_attention(tree, query, key, value, window=window, **how)
         else:
             out = segment_attention(tree, query, key, value, window=window, **how)
         return out.transpose(1, 2).contiguous(), None
@@ -175,11 +285,28 @@ def enable_tree_attention(model: Any) -> None:
         raise NotImplementedError(f"the attention of {type(model).__name__} cannot be replaced")
 
 
+FINDS_ROWS = "find_packed_sequence_indices"
+"""transformers' function that looks for rows in positions before it asks for a mask, and reads a number to say so"""
+
+
+def _finds_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    def find_packed_sequence_indices(*args: Any, **kwargs: Any) -> Any:
+        return None if _inside_tree.get() else original(*args, **kwargs)
+
+    find_packed_sequence_indices.of_trl = True  # type: ignore[attr-defined]
+    return find_packed_sequence_indices
+
+
 @contextmanager
 def inside_tree() -> Iterator[None]:
     """Within it models build no attention mask: the tree says who sees whom."""
     token = _inside_tree.set(True)
+    finds: Any = getattr(masking_utils, FINDS_ROWS, None)
+    if replaced := finds is not None and not hasattr(finds, "of_trl"):
+        setattr(masking_utils, FINDS_ROWS, _finds_no_rows(finds))
     try:
         yield
     finally:
         _inside_tree.reset(token)
+        if replaced:
+            setattr(masking_utils, FINDS_ROWS, finds)

@@ -499,8 +499,7 @@ def _expected(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Expec
 
 def _expected_exactly(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Expected | None:
     """What padded rows give in float32; None where the model cannot be run so: sharded in half precision, quantised."""
-    half = any(weight.dtype in HALF for weight in model.parameters())
-    if (half and is_sharded(model)) or any(getattr(inner, "is_quantized", False) for inner in model.modules()):
+    if not runs_in_float32(model):
         return None
     try:
         with in_float32(model):
@@ -509,6 +508,13 @@ def _expected_exactly(model: nn.Module, module: nn.Module, packed: PackedBatch) 
         logger.debug("%s does not run in float32: %s", type(below_value_head(model)).__name__, error)
         return None
     return Expected(states_SD, "float32") if states_SD.dtype == torch.float32 else None
+
+
+def runs_in_float32(model: nn.Module) -> bool:
+    """Whether `in_float32` can convert the model's weights: not where they are sharded, or quantised."""
+    half = any(weight.dtype in HALF for weight in model.parameters())
+    quantised = any(getattr(inner, "is_quantized", False) for inner in model.modules())
+    return not quantised and not (half and is_sharded(model))
 
 
 @contextmanager

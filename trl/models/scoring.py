@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
+from trl.kernels.head_blocks import BlockLogprobs
 from trl.kernels.head_tiles import LinearLogprobs
 from trl.kernels.step_memory import place_of
 from trl.models.forward import (
@@ -190,10 +191,10 @@ def token_logprobs(
     than the target, both detached. [S], [S], [S] float32
     """
     if (module := head.linear) is not None:
-        return LinearLogprobs.apply(  # type: ignore[no-any-return]
-            hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled(),
-            place_of(module.weight),
-        )  # fmt: skip
+        given = (hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled())
+        if hidden_SD.device.type != "cpu":
+            return BlockLogprobs.apply(*given)  # type: ignore[no-any-return]
+        return LinearLogprobs.apply(*given, place_of(module.weight))  # type: ignore[no-any-return]
     logprobs, entropies, tops = logprobs_and_entropy(head, hidden_SD, target_S, temperature)
     return logprobs, entropies.detach(), tops
 

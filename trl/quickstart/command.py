@@ -208,6 +208,7 @@ def replace_folder(place: Path, *parts: Any) -> None:
 
 def summarise(run: Run, report: Path, progress: Progress) -> None:
     """Print the figures as a table, the verdict, and the path of the report."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
@@ -215,7 +216,8 @@ def summarise(run: Run, report: Path, progress: Progress) -> None:
         mean, low, high = (f"{round(value, 2) + 0.0:{form}}" for value in (interval.mean, interval.low, interval.high))
         return f"{mean} [dim]({low} to {high})[/]"
 
-    table = Table(title="Continuations of held-out prompts, with 95 % intervals", title_justify="left")
+    title = "Continuations of held-out prompts, with 95 % intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)  # 80 columns hold it
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="right" if heading else "left")
     for each in run.figures():

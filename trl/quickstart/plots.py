@@ -30,7 +30,7 @@ def before_after(pairs: Sequence[Pair]) -> Markup:
 def _pair(pair: Pair) -> Markup:
     low, high = min(pair.before.low, pair.after.low), max(pair.before.high, pair.after.high)
     room = 0.15 * (high - low)
-    panel = Panel(pair.title, (low - room, high + room), (-0.6, 1.75), width=500, height=170, left=52)
+    panel = Panel(pair.title, (low - room, high + room), (-0.6, 1.75), width=420, height=140, left=52)
     found = ticks(low - room, high + room, 5)
     step = found[1] - found[0] if len(found) > 1 else 1.0
     panel.x_axis([(value, tick_text(value, step)) for value in found])
@@ -45,7 +45,7 @@ def _pair(pair: Pair) -> Markup:
 def shares(rows: Sequence[tuple[str, Interval, str]], chance: float) -> Markup:
     """Horizontal bars of shares with their intervals, and a line at the share that chance reaches."""
     panel = Panel(
-        "Held-out pairs put in people's order", (0, 1), (-0.5, len(rows) - 0.2), width=500, height=200, left=96
+        "Held-out pairs put in people's order", (0, 1), (-0.5, len(rows) - 0.2), width=420, height=180, left=84
     )
     panel.x_axis([(0, "0"), (0.25, "25 %"), (0.5, "50 %"), (0.75, "75 %"), (1, "100 %")])
     places = list(range(len(rows)))[::-1]
@@ -64,7 +64,7 @@ def distributions(before: Sequence[float], after: Sequence[float], label: str) -
     width = (high - low or 1.0) / BINS
     counts = {name: _counts(values, low, width) for name, values in (("before", before), ("after", after))}
     most = max(max(each) for each in counts.values())
-    panel = Panel(label, (low, low + BINS * width), (0, 1.2 * most), width=500, height=230)
+    panel = Panel(label, (low, low + BINS * width), (0, 1.2 * most), width=420, height=200)
     panel.numbers("", whole=False)
     for (name, values), colour, place in ((("before", before), BEFORE, 12.0), (("after", after), AFTER, 26.0)):
         for number, count in enumerate(counts[name]):

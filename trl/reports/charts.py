@@ -19,9 +19,11 @@ INK = "#1f2937"
 SOFT = "#64748b"
 MOST_POINTS = 300
 """of a line; a longer one keeps the least and the most of each stretch"""
-WIDTH, HEIGHT = 340.0, 208.0
+WIDTH, HEIGHT = 320.0, 200.0
 """of a panel, in units of about a pixel"""
 
+HALF_LETTER = 2.9
+"""half the width of a digit at an axis"""
 LARGEST = 1e300
 """a number beyond it is drawn there"""
 
@@ -109,7 +111,8 @@ class Panel:
         base = self.height - self._bottom
         self._add(f'<path d="M{self._left:.1f} {base:.1f}H{self.width - self._right:.1f}" stroke="#cbd5e1"/>')
         for value, text in at:
-            self.text(self.at_x(value), base + 14, text, SOFT, "middle", units=False)
+            place = min(self.at_x(value), self.width - HALF_LETTER * len(text))  # the last one may be wide
+            self.text(place, base + 14, text, SOFT, "middle", units=False)
         if label:
             self.text(self.width - self._right, base + 29, label, SOFT, "end", units=False)
 

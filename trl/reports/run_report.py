@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
 EXACT = ("learning_rate", "num_tokens")
 """metrics without noise, which nothing smooths"""
 GAINS = re.compile(
-    r"reward|rewards/(?!.*(std|timed_out)).*|accuracy|.*accurac.*|margin|rewards/margins|(mean|min|max)_reward"
+    r"reward|objective/scores|rewards/(?!.*(std|timed_out)).*|accuracy|.*accurac.*|margin|rewards/margins|(mean|min|max)_reward"
 )
 COSTS = re.compile(r".*kl|clip_ratio/.*|.*clipped_ratio|.*zero_std|.*timed_out|unscored_ratio|rewards/rejected|.*_std")
 
@@ -49,6 +49,11 @@ class Chart:
     drawing: Markup
     caption: str
     healthy: str
+    colour: str = TRAINED
+    smoothed: int = 0
+    """how many values the bold line is a mean of; 0: there is but one line"""
+    shaded: bool = False
+    evaluated: bool = False
 
 
 @dataclass
@@ -74,11 +79,12 @@ def write_report(folder: Path, target: Path | None = None) -> Path:
 def render(run: RunRead) -> str:
     """The report as HTML that loads nothing from elsewhere."""
     status, how = run.status
+    groups = groups_of(run)
     return rendered(
         "trl.reports",
         "run.html.jinja",
         strict=False,
-        filters={"shown": shown, "short": short, "visible": lambda text: visible(str(text))},
+        filters={"shown": shown, "short": short, "visible": lambda text: visible(str(text)), "moment": moment},
         run=run,
         record=run.record,
         title=title_of(run),
@@ -88,10 +94,10 @@ def render(run: RunRead) -> str:
         tiles=tiles_of(run),
         findings=findings(run),
         steps=next_steps(run),
-        groups=groups_of(run),
+        groups=groups,
+        legend=legend(groups),
         data=run.record.get("data", {}),
         facts=facts_of(run),
-        window=max((window_of(len(each.values)) for each in run.series.values()), default=0),
         sizes=sizes_of,
     )
 
@@ -177,23 +183,51 @@ def chart_of(run: RunRead, series: Series) -> Chart:
     around = spread.values if spread is not None and len(spread.values) == len(series.values) else ()
     limit = None if metric is None or metric.most is None or not series.known else metric.most
     near = limit is not None and max(series.known) > 0.5 * limit
+    smooth, colour = len(series.values) > 20 and name not in EXACT, colour_of(name)
     drawing = curve(
         Curve(
             name,
             series.values,
             mark=limit if near else None,
             mark_name="healthy below",
-            smooth=len(series.values) > 20 and name not in EXACT,
+            smooth=smooth,
             bad_mark=True,
             steps=series.steps,
             spread=around,
             others=others,
-            colour=colour_of(name),
+            colour=colour,
         )
     )
-    return Chart(
-        drawing, caption_of(series, metric.meaning if metric else ""), metric.healthy.replace("`", "") if metric else ""
-    )
+    caption = caption_of(series, metric.meaning if metric else "")
+    healthy = metric.healthy.replace("`", "") if metric else ""
+    window = window_of(len(series.values)) if smooth else 0
+    return Chart(drawing, caption, healthy, colour, window, any(value is not None for value in around), bool(others))
+
+
+def legend(groups: Sequence[Group]) -> str:
+    """What the lines of the charts are, as far as there are such lines."""
+    charts = [chart for group in groups for chart in group.charts]
+    window, colours = max((chart.smoothed for chart in charts), default=0), {chart.colour for chart in charts}
+    words = []
+    if window:
+        words.append(f"Faint: each log as it was. Bold: the mean of it and those before it, {window} at most.")
+    else:
+        words.append("A dot is a log.")
+    if any(chart.shaded for chart in charts):
+        words.append("Shaded: one standard deviation around it.")
+    if any(chart.evaluated for chart in charts):
+        words.append("Black dots: evaluations.")
+    means = ((AFTER, "green", "what should be gained"), (COST, "brown", "what is paid for it"))
+    said = [(name, meaning) for colour, name, meaning in means if colour in colours]
+    if said:
+        (name, meaning), *rest = said
+        words.append(", ".join([f"{name.capitalize()} is {meaning}", *(" ".join(one) for one in rest)]) + ".")
+    return " ".join([*words, "Below a chart: the means of the first and the last quarter."])
+
+
+def moment(text: Any) -> str:
+    """A date and time as people write it: 2026-11-27 15:54:33 UTC."""
+    return str(text or "").replace("T", " ").replace("+00:00", " UTC")
 
 
 def caption_of(series: Series, meaning: str) -> str:
@@ -218,23 +252,30 @@ def facts_of(run: RunRead) -> list[tuple[str, str]]:
     facts = [
         ("Command", str(record.get("command", ""))),
         ("Folder", str(run.folder)),
-        ("Started", str(record.get("started", ""))),
-        ("Ended", str(record.get("ended", ""))),
+        ("Started", moment(record.get("started"))),
+        ("Ended", moment(record.get("ended"))),
         ("Time", f"{duration(seconds)}; {duration(seconds_of(record, 'cpu'))} of CPU" if seconds else ""),
         (
             "Trainer",
             f"{record.get('trainer', '')} (trl {job_of(run)})" if job_of(run) else str(record.get("trainer", "")),
         ),
         ("Model", _model(record)),
-        ("Device", f"{record['device']}, {record.get('processes', 1)} processes" if "device" in record else ""),
+        ("Device", _device(record)),
         ("Process", f"{process.get('id')} on {process.get('host')}" if process else ""),
         ("Checkpoints", ", ".join(map(str, run.checkpoints))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())),
     ]
     for number, part in enumerate(record.get("earlier") or [], 1):
         how = f" {part.get('how')}" if part.get("how") else ""
-        facts.append((f"Part {number}", f"{part.get('started')}: {part.get('status')}{how} at step {part.get('step')}"))
+        facts.append(
+            (f"Part {number}", f"{moment(part.get('started'))}: {part.get('status')}{how} at step {part.get('step')}")
+        )
     return [(name, text) for name, text in facts if text]
+
+
+def _device(record: Mapping[str, Any]) -> str:
+    count = record.get("processes", 1)
+    return f"{record['device']}, {count} {'process' if count == 1 else 'processes'}" if "device" in record else ""
 
 
 def _model(record: Mapping[str, Any]) -> str:

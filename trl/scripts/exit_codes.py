@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -9,8 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from trl.data.any_text import fitting
+
 INTERRUPTED = 130
 BAD_INPUT = 2
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""environment variable of a process that torchrun has started: where the launcher reads its error"""
 SPEAK_FOR_THEMSELVES = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
 """errors whose text is written for users; for others the type is printed too"""
 POINTERS = (
@@ -39,6 +44,10 @@ def exit_code(call: Callable[[], Any], debug: bool = False) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if os.environ.get(ERROR_FILE):
+            from trl.trainer.ranks import record_error
+
+            record_error(error)
         return fail(one_line(error))
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
@@ -87,5 +96,5 @@ def pointing(job: str, lengths: str = "--max_length") -> Iterator[None]:
 
 def fail(line: str) -> int:
     """Print the error; returns the exit code of bad input."""
-    print(f"error: {line}", file=sys.stderr)
+    print(fitting(f"error: {line}", sys.stderr), file=sys.stderr)
     return BAD_INPUT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +13,12 @@ from trl.import_utils import is_deepspeed_available, pip_install
 
 logger = logging.getLogger(__name__)
 
-PROFILES = Path(__file__).parent / "accelerate_configs"
+PROFILES = Path(__file__).parents[1] / "accelerate_configs"
+OTHER_NAMES = {"multi_gpu": "ddp", "single_gpu": "one_process", "fsdp": "fsdp2"}
+"""names of profiles in other releases and documents -> ours"""
+OTHER_NAMES |= {f"deepspeed_zero{stage}": f"zero{stage}" for stage in (1, 2, 3)}
+INSTEAD = {"fsdp1": "fsdp2"}
+"""profiles that are not here -> which to take"""
 LAUNCHED = "TRL_LAUNCHED"
 """environment variable of processes that the launcher started"""
 
@@ -22,9 +28,9 @@ class LaunchArguments:
     """How many processes train, and how they share the work."""
 
     num_processes: int | None = field(default=None)
-    """processes to start, one for each GPU; None: one, or as many as there are GPUs with `--accelerate_config`"""
+    """processes of all machines; None: one, or with `--accelerate_config` one for each GPU"""
     accelerate_config: str | None = field(default=None)
-    """ddp, fsdp2, zero2, zero3, or a file that `accelerate config` wrote"""
+    """ddp, fsdp2, zero1, zero2, zero3, one_process, or a file that `accelerate config` wrote"""
     num_machines: int | None = field(default=None)
     """machines that train together"""
     machine_rank: int | None = field(default=None)
@@ -35,6 +41,8 @@ class LaunchArguments:
     """port of machine 0; None: a free one"""
     gpu_ids: str | None = field(default=None)
     """GPUs of this machine to use, as 0,1,3"""
+    max_restarts: int | None = field(default=None)
+    """how often all processes start once more, from the newest whole checkpoint, when one has failed"""
 
     def wanted(self) -> bool:
         """Whether other processes are to be started: not from a process that a launcher has started."""
@@ -49,8 +57,8 @@ def launcher_words(launch: LaunchArguments, module: str, words: Sequence[str]) -
     if profile is not None:
         file, ours = profile_file(profile)
         line += ["--config_file", str(file)]
-        if launch.num_processes is None and ours:
-            line += ["--num_processes", str(_devices())]
+        if launch.num_processes is None and ours and file.stem != "one_process":
+            line += ["--num_processes", str(_devices() * (launch.num_machines or 1))]
     given = {entry.name: getattr(launch, entry.name) for entry in fields(launch) if entry.name != "accelerate_config"}
     if (launch.num_machines or 1) == 1 and launch.main_process_port is None:
         given["main_process_port"] = 0  # a free one
@@ -62,7 +70,9 @@ def launcher_words(launch: LaunchArguments, module: str, words: Sequence[str]) -
 
 def profile_file(profile: str) -> tuple[Path, bool]:
     """The file of a profile's name, or the file itself; and whether it is one of ours."""
-    ours = PROFILES / f"{profile}.yaml"
+    if profile in INSTEAD:
+        raise ValueError(f"accelerate_config={profile!r}: it is not here; take {INSTEAD[profile]}, its successor")
+    ours = PROFILES / f"{OTHER_NAMES.get(profile, profile)}.yaml"
     if ours.exists() and "/" not in profile:
         return ours, True
     if Path(profile).is_file():
@@ -75,17 +85,20 @@ def check_profile(launch: LaunchArguments) -> None:
     """ValueError for a profile of ours that this machine cannot run; a line for one that means another thing here."""
     import torch
 
-    profile = launch.accelerate_config
-    if profile in ("zero2", "zero3") and not is_deepspeed_available():
+    profile = None if launch.accelerate_config is None else profile_file(launch.accelerate_config)[0].stem
+    if profile is not None and profile.startswith("zero") and not is_deepspeed_available():
         raise ValueError(
             f"accelerate_config={profile!r}: needs DeepSpeed; {pip_install('deepspeed')}, or take fsdp2, which needs "
             "nothing more than PyTorch"
         )
-    if profile == "fsdp2" and not torch.accelerator.is_available():
-        logger.warning(
-            "accelerate_config='fsdp2': accelerate shares weights out over accelerators only; here on the CPU every "
-            "process holds the whole model, as with ddp"
-        )
+    needed = ("num_machines", "machine_rank", "main_process_ip")
+    missing = [f"--{name}" for name in needed if getattr(launch, name) is None]
+    if profile is not None and profile.endswith("_nodes") and missing:
+        raise ValueError(f"accelerate_config={profile!r}: it is for several machines; say {', '.join(missing)} too")
+    if profile in ("fsdp2", "fsdp2_nodes") and not torch.accelerator.is_available():
+        from trl.trainer.ranks import WHOLE_ON_A_CPU
+
+        logger.warning("accelerate_config='fsdp2': %s", WHOLE_ON_A_CPU)
 
 
 def _default_profile() -> str | None:
@@ -102,7 +115,10 @@ def _devices() -> int:
 
 
 def start(launch: LaunchArguments, module: str, words: Sequence[str]) -> int:
-    """Start the processes and wait for them; the exit code of the first one that failed, or 0."""
+    """Start the processes and wait for them; the exit code of the first one that failed, or 0.
+
+    The last line says which one that was, and why.
+    """
     import subprocess
 
     import torch
@@ -118,7 +134,11 @@ def start(launch: LaunchArguments, module: str, words: Sequence[str]) -> int:
     try:
         launch_command(arguments)
     except ChildFailedError as error:
-        return max(error.get_first_failure()[1].exitcode, 1)
+        from trl.trainer.ranks import first_cause
+
+        rank, text = first_cause(error.failures)
+        print(f"error: rank {rank}: {text}", file=sys.stderr)
+        return max(error.failures[rank].exitcode, 1)
     except SignalException as error:  # the processes got it too, and have ended
         return 128 + int(error.sigval)
     except subprocess.CalledProcessError as error:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trl.data.any_text import fitting
+
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "tokenizers", "torch", "transformers")
 """whose own deprecated names are no business of a user of the command"""
 WARNINGS = (
@@ -28,6 +30,7 @@ NOTICES = (
     "`use_cache=True` is incompatible with",
 )
 """the same of what transformers logs"""
+_NO_ROWS = re.compile(r"There seems not to be a single sample in your epoch_iterator, stopping training at step (\d+)")
 _REPORT = re.compile(r"(\w+) LOAD REPORT from: (.*)")
 _REPORTED = re.compile(r"^(\S.*?) +\| (MISSING|UNEXPECTED|MISMATCH|CONVERSION)\b", re.MULTILINE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -45,7 +48,7 @@ def quiet() -> Iterator[None]:
     All is as it was afterwards. What a user has said of bars with HF_HUB_DISABLE_PROGRESS_BARS or
     HF_DATASETS_DISABLE_PROGRESS_BARS stands.
     """
-    with _warnings_as_notes(), _notices_sifted(), _bars(sys.stderr.isatty()):
+    with _warnings_as_notes(), _notices_sifted(), _lines_folded(), _bars(sys.stderr.isatty()):
         yield
 
 
@@ -72,7 +75,7 @@ def _note(message: Warning | str, category: type[Warning], filename: str, *where
 def say(text: str) -> None:
     """Print a line for the user on stderr; of several processes the first one does."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"note: {' '.join(text.split())}", file=sys.stderr)
+        print(fitting(f"note: {' '.join(text.split())}", sys.stderr), file=sys.stderr)
 
 
 # -- what transformers logs ----------------------------------------------------------------------
@@ -96,7 +99,8 @@ def _is_useful(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     if text.startswith(NOTICES):
         return False
-    line = weights_line(text)
+    ends = _NO_ROWS.match(text)
+    line = f"no row is left to train on: the run ends at step {ends[1]}" if ends else weights_line(text)
     if line and not hasattr(record, "told"):  # each handler asks
         say(line)
         record.told = True
@@ -124,6 +128,25 @@ def weights_line(text: str) -> str | None:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+class _Fitting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return fitting(super().format(record), sys.stderr)
+
+
+@contextmanager
+def _lines_folded() -> Iterator[None]:
+    """What our modules log fits a terminal, where no handler of the user's takes it."""
+    last = logging.lastResort
+    before = None if last is None else last.formatter
+    if last is not None:
+        last.setFormatter(_Fitting())
+    try:
+        yield
+    finally:
+        if last is not None:
+            last.setFormatter(before)
 
 
 # -- bars ----------------------------------------------------------------------------------------

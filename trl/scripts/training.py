@@ -252,6 +252,7 @@ def train(
     several: LaunchArguments,
 ) -> str:
     """Train and save the model; returns its folder."""
+    from trl.core import set_seed
     from trl.trainer.callbacks import RichProgressCallback
     from trl.trainer.run_record import RunFolderCallback
 
@@ -262,6 +263,7 @@ def train(
     places = [script.dataset_name, own.eval_data, *(one.path for one in mixture.datasets)]
     with reported(record, Path(str(config.output_dir))):
         with told("data", [place for place in places if place], sure=False):  # streamed rows are read while it trains
+            set_seed(config.seed)  # an adapter or a head that is made has random weights
             trainer = trainer_of(job, model, script, mixture, config, own)
             for printer in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(printer)
@@ -295,6 +297,9 @@ def reported(record: RunFolderCallback, folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if record.record and isinstance(error, KeyboardInterrupt | SystemExit):
+            with suppress_all("checkpoints are not read"):
+                say(way_on(folder))
         if record.record.get("status") == "finished":
             record.end_run(error)
         raise
@@ -304,6 +309,16 @@ def reported(record: RunFolderCallback, folder: Path) -> Iterator[None]:
                 from trl.reports.run_report import write_report
 
                 write_report(folder)
+
+
+def way_on(folder: Path) -> str:
+    """How a run that was stopped goes on."""
+    from trl.reports.run_folder import read_run
+
+    saved = read_run(folder).checkpoints
+    if not saved:
+        return "no checkpoint was saved (--save_steps): the same line begins anew"
+    return f"the same line with --resume_from_checkpoint True goes on from step {saved[-1]}"
 
 
 @contextmanager

@@ -28,7 +28,10 @@ from trl.trainer.step_line import (
     evaluated,
     evaluation_line,
     folded,
+    follows,
+    held,
     last_line,
+    narrowed,
     read,
     short,
     training_line,
@@ -78,16 +81,14 @@ class RichProgressCallback(TrainerCallback):
         self._console: Console | None = None
         self._clock, self._advice = Clock(0, 0, 0), Advice()
 
-    def _advance(self, name: str, total: int | None, to: int | None = None) -> None:
-        """Move a bar, which is made when it is first moved, to a place or by one."""
+    def _advance(self, name: str, total: int | None, to: int | None = None, follows: str = "") -> None:
+        """Move a bar, which is made when it is first moved, to a place or by one. Beside it stands what follows."""
         if self.progress is None:
             return
+        beside: dict[str, Any] = {"held": held(), "follows": follows}
         if name not in self._bars:
-            self._bars[name] = self.progress.add_task(name, total=total)
-        if to is None:
-            self.progress.advance(self._bars[name])
-        else:
-            self.progress.update(self._bars[name], completed=to)
+            self._bars[name] = self.progress.add_task(name, total=total, **beside)
+        self.progress.update(self._bars[name], completed=to, advance=1 if to is None else None, **beside)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,13 +102,18 @@ class RichProgressCallback(TrainerCallback):
         self._console = console()  # its own: a failed run may hold another
         if not self._console.is_terminal or args.disable_tqdm:
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        name, held_now, next_one = map(
+            TextColumn, ("{task.description}", "{task.fields[held]}", "{task.fields[follows]}")
+        )
+        time_left = TimeRemainingColumn(compact=True), TextColumn("left")
+        columns = (name, BarColumn(24), MofNCompleteColumn(), *time_left, held_now, next_one)
         self.progress, self._bars = Progress(*columns, console=self._console, transient=True), {}
         self.progress.start()
-        self._advance("training", state.max_steps, state.global_step)
+        self._advance("training", state.max_steps, state.global_step, follows(args, state))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._advance("training", state.max_steps, state.global_step)
+        if self.progress is not None:
+            self._advance("training", state.max_steps, state.global_step, follows(args, state))
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,7 +132,7 @@ class RichProgressCallback(TrainerCallback):
         if self._console is None or not logs:
             return
         if "train_runtime" in logs:
-            self._say(last_line(state.global_step, logs))
+            self._say(last_line(state.global_step, logs, self._clock.first))
             return
         runtime = [value for name, value in logs.items() if name.endswith("_runtime")]
         if runtime:
@@ -139,8 +145,9 @@ class RichProgressCallback(TrainerCallback):
 
     def _say(self, line: str) -> None:
         if self._console is not None:
-            terminal = self._console.is_terminal
-            line = visible(folded(line, self._console.width) if terminal else line)
+            terminal, width = self._console.is_terminal, self._console.width
+            line = narrowed(line, width) if self.progress is not None else line
+            line = visible(folded(line, width) if terminal else line)
             self._console.print(line, markup=False, highlight=False, soft_wrap=not terminal)
 
     def on_train_end(

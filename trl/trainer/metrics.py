@@ -141,7 +141,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "mean_token_accuracy",
         "share of learned tokens than which no token is likelier (pairs: of the chosen completion); a tie counts",
-        "rises; far above its `eval_` twin the model learns by heart",
+        "rises; where it is far above that of evaluations, the model learns by heart",
         ("SFT", *PAIRS),
     ),
     Metric("nll", "mean negative log-likelihood of a learned token", "falls", ("SFT",), "`loss_type='dft'`"),

@@ -61,6 +61,7 @@ from trl.trainer.given_data import SHARE, GivenData, Numbered, Prepare, WithShar
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
 from trl.trainer.model_card import WAYS, CardFacts, card_text, listed, write_card
 from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
+from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, several, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
 from trl.trainer.settings import NO_EFFECT
@@ -198,6 +199,7 @@ class ObjectiveTrainer(Trainer):
         self.given = GivenData(lambda dataset, name: _with_lengths(self._prepared(dataset, name), own))
         super().__init__(*args, processing_class=processing_class, **kwargs)
         self.args.enable_jit_checkpoint = on_signal
+        say_unsharded(self.accelerator)
         self._take_own_methods()
         check_trainable(self.model)
         warn_of_half(self.model, self.args.learning_rate)
@@ -537,14 +539,17 @@ class ObjectiveTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; SystemExit(143) where SIGTERM asked for the end and the step is saved."""
         folder = str(self.args.output_dir)
+        resume_from_checkpoint = after_restart(resume_from_checkpoint, folder)
         resumes, asked = self._folder.goes_on(resume_from_checkpoint, folder), bool(resume_from_checkpoint)
         with (
+            watched(lambda: self.state.global_step, self.args.ddp_timeout),
             self._folder.held(folder, resumes=resumes, overwrite=self.args.overwrite_output_dir, asked=asked),
             self._signal.listening(self.args.enable_jit_checkpoint),
             told(self.callback_handler.callbacks, lambda: self._facts(resumes)),
         ):
             self._take_own_methods()
             self.prepare_data()
+            self._check_agreement()
             self.say_memory()
             clean_up(folder)
             found = find(resume_from_checkpoint, folder, is_old=is_old_trainer_checkpoint)
@@ -566,6 +571,11 @@ class ObjectiveTrainer(Trainer):
         for job in self._uploads:
             job.result()
         return result
+
+    def _check_agreement(self) -> None:
+        """Collective: see `ranks.check_agreement`."""
+        if several():
+            check_agreement(self.describe_run(), self.args, self.model, self.frozen_models(), self.eval_dataset)
 
     def _facts(self, resumes: bool) -> RunFacts:
         return RunFacts(type(self).__name__, self.args, resumes, self.given.facts())
@@ -719,7 +729,11 @@ class ObjectiveTrainer(Trainer):
         counts = [self.count(piece) for piece in pieces_of(batches)]
         for piece in pieces_of(batches):
             self.record_tokens(self.tokens(piece))
-        local = torch.as_tensor(sum(counts), dtype=torch.float32, device=device)
+        total = sum(counts)
+        if isinstance(total, Tensor):
+            local = total.to(device, torch.float32)
+        else:  # made there, so that nothing waits for it
+            local = torch.full((), float(total), device=device)
         return batches, self.accelerator.reduce(local, "sum") / self.shared.size
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -906,6 +920,7 @@ def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
     own.max_grad_norm = own.max_grad_norm or 0.0  # None says the same in other configs
     own.logging_nan_inf_filter = False  # it logs 0 for nan, and reads the device at every micro-batch
     own.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
+    own.accelerator_config.non_blocking |= own.dataloader_pin_memory
     if own.accelerator_config.dispatch_batches:
         logger.warning("dispatch_batches=True: has no effect: a packed batch cannot be cut, so each process reads rows")
     own.accelerator_config.dispatch_batches = False

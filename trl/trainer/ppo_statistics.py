@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trl.core import WANDB_PADDING, masked_mean
+from trl.data.records import moved_ahead
 from trl.losses.policy import sampling_metrics
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.measure import means_of
@@ -78,7 +79,7 @@ def _std(values: Tensor) -> Tensor:
 
 
 def _lengths(name: str, tokens: Sequence[Tensor], device: Any) -> dict[str, Tensor]:
-    lengths = torch.tensor([len(row) for row in tokens], dtype=torch.float, device=device)
+    lengths = moved_ahead(torch.tensor([len(row) for row in tokens], dtype=torch.float), device)
     return {
         f"tokens/{name}_len_mean": lengths.mean(),
         f"tokens/{name}_len_std": _std(lengths),

@@ -88,6 +88,7 @@ from trl.trainer.model_card import PPO_CARD, CardFacts, card_text, listed, write
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
+from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
 from trl.trainer.settings import OfForm, WholeOfForm
@@ -452,6 +453,7 @@ class PPOTrainer(BaseTrainer):
         self.tokenizer = tokenizer
         self.dataset = dataset
         self.accelerator = make_accelerator(config)
+        say_unsharded(self.accelerator)
         self.is_encoder_decoder = is_encoder_decoder(model)
         self.is_peft_model = getattr(model, "is_peft_model", False)
         self.is_distributed = self.accelerator.num_processes > 1
@@ -480,6 +482,8 @@ class PPOTrainer(BaseTrainer):
         self._folder, self._signal = RunFolder(is_old=_is_old_checkpoint), StopSignal()
         self._non_finite = NonFiniteSteps(config.on_non_finite, config.max_non_finite_skips)
         self._named: list[Piece] = []
+        self._agree = False
+        """whether the processes were compared"""
         self._sampled_BT: Tensor | None = None
         """log-probabilities by the sampler of `train`, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
@@ -666,6 +670,8 @@ class PPOTrainer(BaseTrainer):
         response_masks: 1 where the policy chose the token; needed if responses contain the text of tools.
         """
         clock = ppo_statistics.Clock()
+        if self.is_distributed and not self._agree:
+            self._check_agreement()
         self._follow_config()
         queries, responses, scores, response_masks = self._step_safety_checker(
             self.config.batch_size, queries, responses, scores, response_masks
@@ -705,6 +711,13 @@ class PPOTrainer(BaseTrainer):
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
+
+    def _check_agreement(self) -> None:
+        """Collective: see `ranks.check_agreement`."""
+        config = self.config if self.arguments is None else self.args
+        model = nn.ModuleList(map(below_accelerate, self._models().values()))
+        check_agreement(self.describe_run(), config, model, self.reference.kept, self.eval_dataset)
+        self._agree = True
 
     def _follow_config(self) -> None:
         """Take over what a script has changed in the config since the last step, where something was built from it."""
@@ -846,7 +859,9 @@ class PPOTrainer(BaseTrainer):
         leave_zeros(self._parameters)
         means = {name: torch.stack([each[name] for each in history]).mean() for name in history[0]}
         own = {name.removeprefix(OWN): value for name, value in means.items() if name.startswith(OWN)}
-        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, torch.cat(ratios))
+        log_ratios, masks = torch.cat(ratios, 1)
+        counted = log_ratios[masks > 0].exp()  # how many there are is asked once, not in each mini-batch
+        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, counted)
 
     def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
@@ -870,7 +885,8 @@ class PPOTrainer(BaseTrainer):
         """Clipped surrogate plus `vf_coef` times clipped value loss, summed over tokens."""
         batch = batch.to(self.current_device)
         scores = actor(batch.packed, entropy=True)
-        ratios.append((scores.logprobs_BT.detach() - batch.old_logprobs_BT)[batch.mask_BT > 0].exp())
+        log_ratio_BT = scores.logprobs_BT.detach() - batch.old_logprobs_BT
+        ratios.append(torch.stack([log_ratio_BT, batch.mask_BT.to(log_ratio_BT)]).flatten(1))
         if self._owns("loss"):
             return self._own_loss(actor, batch, scores)
         policy, value = actor_critic_loss(self.config, batch, scores)
@@ -1061,6 +1077,7 @@ class PPOTrainer(BaseTrainer):
         """
         config, rewards = self.config, self._rewards()
         folder, overwrite = config.output_dir, config.overwrite_output_dir
+        resume_from_checkpoint = after_restart(resume_from_checkpoint, folder)
         resumes = folder is not None and self._folder.goes_on(resume_from_checkpoint, folder)
         asked = bool(resume_from_checkpoint)
         held: AbstractContextManager[None] = nullcontext()
@@ -1068,7 +1085,11 @@ class PPOTrainer(BaseTrainer):
             held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked)
         listeners = [] if self.progress is None else self.progress.handler.callbacks
         heard = told(listeners, lambda: RunFacts(type(self).__name__, self.arguments, resumes, self._data()))
-        with held, self._signal.listening(config.enable_jit_checkpoint), heard:
+        timeout = None if self.arguments is None else self.arguments.ddp_timeout
+        watch = watched(lambda: self.current_step, timeout)
+        with watch, held, self._signal.listening(config.enable_jit_checkpoint), heard:
+            if self.is_distributed:
+                self._check_agreement()
             if folder is not None:
                 checkpoints.clean_up(folder)
             found = checkpoints.find(resume_from_checkpoint, folder, is_old=_is_old_checkpoint)

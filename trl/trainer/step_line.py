@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl.trainer.metrics import with_advice
 from trl.trainer.run_record import peak_device_memory, peak_memory
+
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
 
 SHOWN: tuple[tuple[str, str], ...] = (
     ("reward", "reward"),
@@ -31,6 +34,8 @@ SHOWN: tuple[tuple[str, str], ...] = (
 """metrics of a line in their order, and their names there; a name is used once"""
 SPREADS = {"reward": "reward_std"}
 """metric -> what stands behind it as its spread"""
+TWINS = {"score": "reward"}
+"""label -> another one that says the same, where that was used"""
 SHARES = frozenset({"completions/clipped_ratio"})
 OF_SPEED = ("_runtime", "_per_second", "num_tokens", "epoch", "total_flos")
 """ends of names that a line of an evaluation leaves out"""
@@ -69,12 +74,19 @@ def gibibytes(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
+def held() -> str:
+    """The most memory that was held so far, of the GPU where there is one; empty where that is not known."""
+    device = peak_device_memory()
+    most = peak_memory() if device is None else device
+    return gibibytes(most) if most else ""
+
+
 def read(logs: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
     """The metrics of a line, as label and text. before: what stands before their names in the logs."""
     used: set[str] = set()
     for name, label in SHOWN:
         value = logs.get(before + name)
-        if value is None or label in used:
+        if value is None or label in used or TWINS.get(label) in used:
             continue
         used.add(label)
         if name in SHARES:
@@ -112,10 +124,9 @@ class Clock:
             yield f"{short(round((tokens - self._tokens) / (now - self._logged)))} tok/s"
             self._tokens = tokens
         self._logged = now
-        device = peak_device_memory()
-        held = peak_memory() if device is None else device
-        if held:
-            yield gibibytes(held)
+        memory = held()
+        if memory:
+            yield memory
         if self.first < step < self.last:
             yield f"{duration((now - self._began) / (step - self.first) * (self.last - step))} left"
 
@@ -159,10 +170,33 @@ def folded(line: str, width: int) -> str:
     return "\n".join(rows)
 
 
-def last_line(step: int, logs: Mapping[str, Any]) -> str:
-    """What is logged when training ends."""
-    took = duration(float(logs.get("train_runtime", 0.0)))
-    return f"trained {step:,} steps in {took} · mean loss {short(logs.get('train_loss'))}"
+def narrowed(line: str, width: int) -> str:
+    """The line without the memory and the time left where it is too wide with them: the bar shows both."""
+    parts = line.split(" · ")
+    while len(" · ".join(parts)) > width and parts[-1].endswith((" left", "GiB", "MiB")):
+        parts.pop()
+    return " · ".join(parts)
+
+
+def last_line(step: int, logs: Mapping[str, Any], first: int = 0) -> str:
+    """What is logged when training ends. first: the step that it went on from."""
+    if step == first:
+        return f"trained nothing: the run is at step {step:,}"
+    count = f"{step:,} steps" if not first else f"{step - first:,} steps, to step {step:,},"
+    took, memory = duration(float(logs.get("train_runtime", 0.0))), held()
+    return f"trained {count} in {took} · mean loss {short(logs.get('train_loss'))}" + (f" · {memory}" if memory else "")
+
+
+def follows(args: TrainingArguments, state: TrainerState) -> str:
+    """What comes between the next steps of training: `evaluation at 50`; empty where nothing does before their end."""
+    kinds = (("evaluation", args.eval_strategy, state.eval_steps), ("checkpoint", args.save_strategy, state.save_steps))
+    found = []
+    for name, strategy, every in kinds:
+        if strategy == "steps" and every:
+            at = min((state.global_step // int(every) + 1) * int(every), state.max_steps)  # both come at the end too
+            found.append((at, name))
+    at, name = min(found, key=lambda one: one[0], default=(0, ""))
+    return f"{name} at {at:,}" if at > state.global_step else ""
 
 
 class Advice:

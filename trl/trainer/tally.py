@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from trl.data.records import moved_ahead
 from trl.losses.loss_sum import Extreme, LossSum
 
 logger = logging.getLogger(__name__)
@@ -111,10 +112,10 @@ class Tally:
         values = [value for name in names for value in self._sums.get(name, (0.0, 0.0))]
         there = [i for i, value in enumerate(values) if _is_elsewhere(value)]
         here = [0.0 if _is_elsewhere(value) else float(value) for value in values]
-        stacked = torch.tensor(here, dtype=torch.float32).to(self._device)
+        stacked = moved_ahead(torch.tensor(here, dtype=torch.float32), self._device)
         if there:
             columns = torch.stack([torch.as_tensor(values[i]).detach().to(self._device).float() for i in there])
-            stacked[torch.tensor(there, device=self._device)] = columns
+            stacked[moved_ahead(torch.tensor(there), self._device)] = columns
         return (stacked if accelerator is None else accelerator.reduce(stacked, "sum")).view(-1, 2)
 
 
@@ -160,11 +161,13 @@ class StepWatch:
         """
         device = accelerator.device
         losses = torch.stack([loss.float() for loss in self.losses]).sum() if self.losses else torch.zeros(())
-        shared = torch.stack([losses.to(device) * 0.0, torch.tensor(float(asked), device=device)])  # nan unless finite
+        # nan unless finite; `full` makes a number there, which nothing waits for
+        shared = torch.stack([losses.to(device) * 0.0, torch.full((), float(asked), device=device)])
         if accelerator.num_processes > 1:
             shared = accelerator.reduce(shared, "sum")
         whole = self.norm.full_tensor() if hasattr(self.norm, "full_tensor") else self.norm
-        norm = torch.as_tensor(0.0 if whole is None or accelerator.scaler is not None else whole, device=device)
+        known = 0.0 if whole is None or accelerator.scaler is not None else whole
+        norm = known.to(device) if isinstance(known, Tensor) else torch.full((), float(known), device=device)
         rest = [value.detach().reshape(1).float() for value in also]
         loss, asked_by, gradient, *numbers = torch.cat([shared, norm.float().reshape(1), *rest]).tolist()
         return math.isfinite(loss) and math.isfinite(gradient), asked_by > 0, numbers

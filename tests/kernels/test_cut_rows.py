@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from dense_masks import dense_mask
 
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.kernels import context_parallel
-from trl.kernels.tree_attention import TreeLayout
 
 TREES = {
     "texts": [TokenTree([], [Branch(range(5, 12))]), TokenTree([], [Branch(range(20, 43))])],
@@ -42,8 +42,8 @@ def test_each_token_stands_on_one_rank_and_sees_what_it_saw(name, ranks, parts):
     held = torch.cat([part.piece.positions("cpu") for part in each])
     assert sorted(held.tolist()) == list(range(each[0].piece.total))
     for window in (None, 4):
-        seen = TreeLayout(packed.segments).dense_mask(window)
-        cut = TreeLayout(each[0].segments).dense_mask(window)
+        seen = dense_mask(packed.segments, window)
+        cut = dense_mask(each[0].segments, window)
         torch.testing.assert_close(cut[:count, :count], seen)
         assert not cut[:count, count:].any()
     for part in each:
@@ -71,7 +71,7 @@ def test_each_scored_token_is_scored_once_from_its_own_place(name, ranks, parts)
 
 def test_all_ranks_see_about_as_many_keys(parts):
     packed = pack([TokenTree([], [Branch(range(800))])])
-    seen = TreeLayout(packed.segments).dense_mask().sum(-1)
+    seen = dense_mask(packed.segments).sum(-1)
     work = [int(seen[part.piece.positions("cpu")].sum()) for part in parts(packed, 4)]
     assert max(work) - min(work) <= 0.01 * max(work)
 

@@ -1,0 +1,168 @@
+"""docs/gpu.md and its chart, from what `benchmarks.gpu.run` measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HEAD = """# On a GPU
+
+Written by `make gpu ARGS=--page` from `docs/gpu.json`, the results of `make gpu` (`python -m benchmarks.gpu.run`).
+Without network, `--wheels DIR` installs what is missing into a folder of its own (`benchmarks/gpu/wheels.txt` says how
+to fetch it). `--part 1,3` runs parts by number or name, in the order of what they say: exact, mismatch, head, sft,
+policy, small, peer; `--peer SITE_PACKAGES` runs the last beside another release of `trl`. Each job is a process of its
+own with a time limit, and one that fails leaves its error in the results.
+
+- **Seconds** are read off the device's own events: the median of steps after three to warm up, optimizer step
+  included. **Tokens** are those of all rows, each with its prompt, whatever the pass shares between rows.
+- **MFU**: the operations that the mathematics needs, a shared prompt once, over what the card can do in that time by
+  its data sheet (989 TFLOP/s in dense bfloat16 on an H100 or H200). Recomputation does not count as work.
+- **Memory** is the most that tensors had at a time, in GiB.
+- **Models** have random weights in the shapes of Qwen2.5 (1.5B and 0.5B; 151,936 words, head and embedding tied),
+  stored in float32, computed in bfloat16 by autocast.
+"""
+NOT_RUN = """
+## Results
+
+Not run: no results of a GPU are in `docs/gpu.json`. On a CPU the same jobs run in tiny sizes, which tests do.
+"""
+GOALS = {"sft 1.5B": ("MFU of SFT on 8,192 tokens, 1.5B", 0.45)}
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """At most so many digits that say something."""
+    if value is None:
+        return "–"
+    value = float(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def facts_of(results: dict[str, Any], part: str) -> Iterator[tuple[str, str, Any]]:
+    """Job, name and value of all that a part found."""
+    for job, found in results.get(part, {}).items():
+        for name, value in found.items():
+            yield job, name, value
+
+
+def machine(results: dict[str, Any]) -> str:
+    found = results.get("exact", {}).get("exact", {})
+    about, ceilings = found.get("machine", {}), found.get("ceilings", {})
+    versions = ", ".join(f"{name} {one}" for name, one in about.get("versions", {}).items() if one != "not installed")
+    reached = ""
+    if "bf16_tflops" in ceilings:
+        reached = f" A product of 8,192 x 8,192 matrices in bfloat16 reaches {number(ceilings['bf16_tflops'])} TFLOP/s"
+        reached += f" here, a copy {number(ceilings['copy_tb_s'])} TB/s."
+    where = f"{about.get('card', 'unknown card')}, {results.get('date', '')}; Python {about.get('python')}, {versions}."
+    return f"{where}{reached}\n"
+
+
+def exactness(results: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{value['error_found']:.1e}", f"{value['limit']:.0e}", "yes" if value["holds"] else "**no**"]
+        for _, name, value in facts_of(results, "exact") if isinstance(value, dict) and "error_found" in value
+    ]  # fmt: skip
+    held = sum(row[3] == "yes" for row in rows)
+    return f"{held} of {len(rows)} hold.\n\n" + table(["what", "relative error", "limit", "holds"], rows)
+
+
+def mismatch(results: dict[str, Any]) -> str:
+    rows = [
+        [name, number(value["token"]), number(value["completion"]), f"{value['outside_clip']:.0%}"]
+        for _, name, value in facts_of(results, "mismatch") if isinstance(value, dict) and "token" in value
+    ]  # fmt: skip
+    return table(["precision", "a token", "a completion", "completions whose ratio is off by more than 0.2"], rows)
+
+
+def head(results: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{1e3 * value['seconds']:.1f}", number(value["peak_gib"]), number(value["gradient_gib"]),
+         number(value["mfu"]), " / ".join(f"{off:.0e}" for off in value["from_full_logits"])]
+        for _, name, value in facts_of(results, "head") if isinstance(value, dict) and "peak_gib" in value
+    ]  # fmt: skip
+    columns = ["way", "ms", "GiB", "of it the weight's gradient", "MFU", "from full logits"]
+    return table(columns, rows)
+
+
+def steps(results: dict[str, Any]) -> str:
+    rows = []
+    for part in ("sft", "policy", "small", "peer"):
+        for job, found in results.get(part, {}).items():
+            step, name = found.get("step"), f"{job}{', the peer' if part == 'peer' else ''}"
+            if step:
+                peak = number(found.get("peak_gib"))
+                rows.append([name, number(step["seconds"]), number(step["tokens_s"]), number(step["mfu"]), peak])
+            elif "failed" in found and found.get("seconds") is not None:
+                rows.append([name, "failed: " + found["failed"].strip().splitlines()[-1][:90], "", "", ""])
+    return table(["step", "seconds", "tokens/s", "MFU", "GiB"], rows)
+
+
+def sampling(results: dict[str, Any]) -> str:
+    rows = [
+        [f"{job}, {name}", number(value["tokens_s"]), number(value.get("peak_gib"))]
+        for part in ("policy", "small", "peer") for job, name, value in facts_of(results, part)
+        if isinstance(value, dict) and "tokens_s" in value and name != "step"
+    ]  # fmt: skip
+    return table(["sampling", "tokens/s", "GiB"], rows)
+
+
+def chart(results: dict[str, Any], file: Path) -> None:
+    """Bars of MFU and of memory, a step each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {
+        f"{job}{' (peer)' * (part == 'peer')}": one for part in ("sft", "policy", "small", "peer")
+        for job, one in results.get(part, {}).items() if one.get("step", {}).get("mfu")
+    }  # fmt: skip
+    if not found:
+        return
+    names = list(found)[::-1]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.45 * len(names) + 1.2), sharey=True)
+    axes[0].barh(names, [100 * found[name]["step"]["mfu"] for name in names], color="#3f5bd9")
+    axes[0].set_xlabel("MFU, %")
+    axes[1].barh(names, [found[name]["peak_gib"] for name in names], color="#b45309")
+    axes[1].set_xlabel("memory, GiB")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def page(results: dict[str, Any]) -> str:
+    """The whole page; without results it says so."""
+    if not results:
+        return HEAD + NOT_RUN
+    parts = [HEAD, "\n## Results\n\n", machine(results)]
+    if any(part in results for part in ("sft", "policy", "small")):
+        parts += ["\n![MFU and memory of a step](gpu.png)\n\n", steps(results), "\n", sampling(results)]
+    for job, (what, goal) in GOALS.items():
+        reached = results.get("sft", {}).get(job, {}).get("step", {}).get("mfu")
+        if reached is not None:
+            parts.append(f"\n{what}: {reached:.1%} (goal {goal:.0%}).\n")
+    for part, title, section in (
+        ("head", "The head alone: 8,192 tokens, width 1,536, 151,936 words, forward and backward", head),
+        ("mismatch", "Sampler and training pass before any update", mismatch),
+        ("exact", "Exactness", exactness),
+    ):
+        if part in results:
+            parts.append(f"\n## {title}\n\n{section(results)}")
+    return "".join(parts)
+
+
+def write_page(docs: Path) -> None:
+    """docs/gpu.md, and docs/gpu.png where steps were measured."""
+    file = docs / "gpu.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    (docs / "gpu.md").write_text(page(results))
+    if results:
+        chart(results, docs / "gpu.png")
