@@ -7,6 +7,9 @@ from dense_masks import dense_mask
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
 from trl.kernels import context_parallel
+from trl.kernels.block_mask import BLOCK, block_tables, flex_tree_attention, on_device
+from trl.kernels.tree_attention import TreeLayout
+from trl.models.attention import segment_attention
 
 TREES = {
     "texts": [TokenTree([], [Branch(range(5, 12))]), TokenTree([], [Branch(range(20, 43))])],
@@ -22,12 +25,12 @@ TREES = {
 def parts(monkeypatch):
     """`own_part` of each rank, without processes."""
 
-    def of(packed, ranks):
+    def of(packed, ranks, unit=None):
         monkeypatch.setattr(context_parallel.dist, "get_world_size", lambda group: ranks)
         found = []
         for rank in range(ranks):
             monkeypatch.setattr(context_parallel.dist, "get_rank", lambda group, rank=rank: rank)
-            found.append(context_parallel.own_part(packed, "group"))
+            found.append(context_parallel.own_part(packed, "group", unit))
         return found
 
     return of
@@ -93,3 +96,22 @@ def test_rows_are_gathered_in_the_order_of_the_packed_row_and_summed_back(parts,
     for rank, part in enumerate(each):
         torch.testing.assert_close(part.piece.in_order(held[rank]), numbers)
         torch.testing.assert_close(part.piece.summed_own(numbers), 2 * held[rank])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_gpu_computes_the_own_blocks_of_queries(window, parts):
+    """The same function without its compiler, against attention segment by segment."""
+    packed = pack([TokenTree(range(330), [Branch(range(200)), Branch(range(90))]), TokenTree([], [Branch(range(150))])])
+    torch.manual_seed(0)
+    for part in parts(packed, 2, 128):
+        piece, tree = part.piece, TreeLayout(part.segments, {}, part.piece)
+        sizes = ((4, len(part.ids_N)), (2, piece.total), (2, piece.total))
+        query, key, value = (torch.randn(1, n, heads, 16).transpose(1, 2) for heads, n in sizes)
+        tables = block_tables(part.segments, window, (piece.positions("cpu")[::BLOCK] // BLOCK).tolist())
+        found = flex_tree_attention(
+            query, key, value, on_device(tables, torch.device("cpu")), window=window, compiled=False,
+            places_Q=piece.positions("cpu").int(),
+        )  # fmt: skip
+        expected = segment_attention(tree, query, key, value, window=window, scale=None)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

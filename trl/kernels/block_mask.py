@@ -97,12 +97,13 @@ def block_pairs(segments: Sequence[Segment], depth: np.ndarray, blocks: int, win
 def _listed(choices: Sequence[np.ndarray]) -> list[np.ndarray]:
     """For each choice, how many columns are chosen in each row, and which: [blocks], [blocks, most of all counts]."""
     counts = [chosen.sum(1, dtype=np.int32) for chosen in choices]
-    most, blocks = max(2, *(int(each.max()) for each in counts)), len(choices[0])
+    most, blocks = max(2, *(int(each.max()) for each in counts)), {len(chosen) for chosen in choices}
     width = 1 << (most - 1).bit_length()
-    width += width == blocks  # the compiler takes sizes that are equal at first to be equal always
+    while width in blocks:  # the compiler takes sizes that are equal at first to be equal always
+        width += 1
     lists = []
     for chosen, count in zip(choices, counts, strict=True):
-        table, (rows, columns) = np.zeros((blocks, width), np.int32), chosen.nonzero()
+        table, (rows, columns) = np.zeros((len(chosen), width), np.int32), chosen.nonzero()
         table[rows, np.arange(len(rows)) - (count.cumsum() - count)[rows]] = columns
         lists += [count, table]
     return lists
@@ -128,10 +129,12 @@ class BlockTables(NamedTuple):
         return len(self.enter_M)
 
 
-def block_tables(segments: Sequence[Segment], window: int | None = None) -> BlockTables:
+def block_tables(
+    segments: Sequence[Segment], window: int | None = None, blocks: Sequence[int] | None = None
+) -> BlockTables:
     """The tables for these segments, padded to `padded_tokens`, as arrays on the host.
 
-    The tail sees itself alone.
+    The tail sees itself alone. blocks: those whose queries are computed; None: all.
     """
     total = segments[-1].end
     tokens = padded_tokens(total)
@@ -142,6 +145,8 @@ def block_tables(segments: Sequence[Segment], window: int | None = None) -> Bloc
     starts = np.array([start for start, _, _ in segments], np.int32)
     depth_M = depth_M + np.arange(tokens, dtype=np.int32) - np.repeat(starts, sizes)
     some, full = block_pairs(segments, tour.depth, tokens // BLOCK, window)
+    if blocks is not None:
+        some, full = some[blocks], full[blocks]
     return BlockTables(enter_M, leave_M, depth_M, *_listed((some, full, some.T, full.T)))
 
 
@@ -195,25 +200,28 @@ def kind_of(
 
 
 def flex_blocks(
-    kind: Kind, query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, window: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    kind: Kind, query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, window: Tensor | None,
+    places_Q: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention by FlexAttention, and the logarithm of the softmax's denominator where there are sinks."""
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
     enter, leave, depth, cap = tables.enter_M, tables.leave_M, tables.depth_M, kind.softcap
 
     def in_tree(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q = q if places_Q is None else places_Q[q]
         return (k <= q) & (enter[k] <= enter[q]) & (enter[q] < leave[k])
 
     def in_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return in_tree(b, h, q, k) & (depth[q] - depth[k] < window)
+        place = q if places_Q is None else places_Q[q]
+        return in_tree(b, h, q, k) & (depth[place] - depth[k] < window)
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return score if cap is None else cap * torch.tanh(score / cap)
 
     torch._check(query.shape[2] % BLOCK == 0)  # kernels need not look at the ends
     mask = BlockMask(
-        (query.shape[2], query.shape[2]), *tables[3:], BLOCK_SIZE=(BLOCK, BLOCK),
+        (query.shape[2], key.shape[2]), *tables[3:], BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=in_tree if window is None else in_window,
     )  # fmt: skip
     how: dict[str, Any] = {"return_aux": AuxRequest(lse=True)} if kind.sinks else {}
@@ -241,22 +249,27 @@ def _compiled(kind: Kind) -> Callable[..., tuple[Tensor, Tensor | None]]:
 def flex_tree_attention(
     query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, *, window: int | None = None,
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, compiled: bool = True,
+    places_Q: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of [1, H, N, D] over [1, H or fewer, N, D] by these tables.
 
+    places_Q: where the queries stand among the keys, if they are some of them, whole blocks; for tables of those.
     compiled: into a kernel; else by torch's plain operations, for tests. Sinks: one logit a head that takes its share
     of each softmax and has no value, so the rest keeps the share sigmoid(log sum exp - sink).
     """
     kind = kind_of(query, key, value, window=window, scale=scale, softcap=softcap, sinks=sinks)
     total, far = query.shape[2], None if window is None else _number(window, query.device)
-    query, key, value = (_lengthened(x, tables.tokens - total) for x in (query, key, value))
+    key, value = (_lengthened(x, tables.tokens - x.shape[2]) for x in (key, value))
+    query = _lengthened(query, 0 if places_Q is not None else tables.tokens - total)
     if compiled:
         for x in (query, key, value):
             torch._dynamo.maybe_mark_dynamic(x, 2)
+        if places_Q is not None:
+            torch._dynamo.maybe_mark_dynamic(places_Q, 0)
         for table in tables:
             for axis in range(table.dim()):
                 torch._dynamo.maybe_mark_dynamic(table, axis)
-    out, log_sum = (_compiled(kind) if compiled else flex_blocks)(kind, query, key, value, tables, far)
+    out, log_sum = (_compiled(kind) if compiled else flex_blocks)(kind, query, key, value, tables, far, places_Q)
     if sinks is not None and log_sum is not None:
         out = out * torch.sigmoid(log_sum - sinks.view(1, -1, 1))[..., None].to(out.dtype)
     return out[:, :, :total]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trl.data.records import PackedBatch, Segment
+from trl.kernels.block_mask import BLOCK
 
 
 @dataclass(frozen=True)
@@ -131,23 +132,25 @@ class _Summed(torch.autograd.Function):
         return grad, None  # each rank's own loss is the whole loss
 
 
-def own_part(packed: PackedBatch, group: Any) -> PackedBatch:
+def own_part(packed: PackedBatch, group: Any, unit: int | None = None) -> PackedBatch:
     """What this rank of the group computes of a batch that all of them have; made once a batch, on the host.
 
     Its ids, positions and scored tokens are those that are held; its rows, and so `[B, T]`, are those of the whole.
-    A few tokens that belong to no row fill the packed row up, so that all ranks hold equally many.
+    A few tokens that belong to no row fill the packed row up, so that each run is a multiple of `unit`; by default of
+    the blocks that a GPU computes, elsewhere of one token.
     """
     ranks, rank, device = dist.get_world_size(group), dist.get_rank(group), packed.ids_N.device
-    key = ("own part", rank, ranks, device)
+    unit = unit or (BLOCK if device.type == "cuda" else 1)
+    key = ("own part", rank, ranks, unit, device)
     if key not in packed.kept:
-        part = _part(packed.kept.get("host", packed), group, rank, ranks)
+        part = _part(packed.kept.get("host", packed), group, rank, ranks, unit)
         packed.kept[key] = part if part.ids_N.device == device else part.to(device)
     return packed.kept[key]  # type: ignore[no-any-return]
 
 
-def _part(packed: PackedBatch, group: Any, rank: int, ranks: int) -> PackedBatch:
+def _part(packed: PackedBatch, group: Any, rank: int, ranks: int, unit: int) -> PackedBatch:
     count = len(packed.ids_N)
-    filler = -count % (2 * ranks)
+    filler = -count % (2 * ranks * unit)
     piece = Piece(group, rank, ranks, count + filler)
     held_n = piece.positions(packed.ids_N.device)
     is_here_S, scored_S = piece.places(packed.scored_S)

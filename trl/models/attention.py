@@ -21,8 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl.data.records import Segment
+from trl.data.records import Segment, moved_ahead
 from trl.kernels.block_mask import (
+    BLOCK,
     BlockTables,
     Kind,
     block_tables,
@@ -116,7 +117,7 @@ def device_attention(
             kind = kind_of(query, key, value, **how)
             if tree.is_flat and flash_takes(kind) and _agrees(FLASH, kind, where):
                 return _by_flash(tree, query, key, value, **how)
-            if tree.piece is None and _agrees(FLEX, kind, where):
+            if (tree.piece is None or tree.piece.run % BLOCK == 0) and _agrees(FLEX, kind, where):
                 return _by_flex(tree, query, key, value, **how)
     return segment_attention(tree, query, key, value, dropout=dropout, **how)
 
@@ -129,11 +130,15 @@ def _by_flash(
 
 
 def _by_flex(tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **how: Any) -> Tensor:
-    def make() -> BlockTables:
-        return on_device(block_tables(tree.segments, window), query.device)
+    piece, device = tree.piece, query.device
 
-    tables = tree.shared(("blocks", window, query.device), make)
-    return flex_tree_attention(query, key, value, tables, window=window, **how)
+    def make() -> BlockTables:
+        blocks = None if piece is None else (piece.positions("cpu")[::BLOCK] // BLOCK).tolist()
+        return on_device(block_tables(tree.segments, window, blocks), device)
+
+    if piece is not None:
+        how["places_Q"] = tree.shared(("places", device), lambda: moved_ahead(piece.positions("cpu").int(), device))
+    return flex_tree_attention(query, key, value, tree.shared(("blocks", window, device), make), window=window, **how)
 
 
 FLASH, FLEX = "flash attention", "FlexAttention"

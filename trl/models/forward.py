@@ -634,7 +634,7 @@ def check_sharing(model: nn.Module, module: nn.Module, plan: ForwardPlan, group:
     if network in _shared:
         return
     packed, _ = probe_rows(network)
-    own, inner = context_parallel.own_part(packed, group), below_accelerate(model)
+    own, inner = context_parallel.own_part(packed, group, unit=1), below_accelerate(model)
     with eval_no_grad(model):
         whole_SD, precision = measured_pass(inner, module, packed, plan)
         own_SD, _ = measured_pass(inner, module, own, plan)
