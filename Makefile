@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 quickstart: $(VENV)/.quickstart  ## fine-tune, reward, reinforce a real model; needs no GPU and no account
 	$(BIN)/trl quickstart $(ARGS)
 
-test: $(VENV)/.dev  ## everything, on two processes
+test: $(VENV)/.dev $(VENV)/.deepspeed  ## everything, on two processes
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
 test-long: $(VENV)/.dev  ## every trainer killed ten times, its files spoilt, its disk full; about 10 minutes on two cores
@@ -46,6 +46,13 @@ $(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@ $(VENV)/.quickstart
+
+# In a folder of its own, which the tests of ZeRO put on the path of their ranks: accelerate imports DeepSpeed wherever it
+# finds it. Where it cannot be installed, those tests are skipped.
+$(VENV)/.deepspeed: $(VENV)/.dev
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --upgrade --target $(VENV)/deepspeed \
+		"deepspeed>=0.19.8" einops hjson msgpack ninja py-cpuinfo && touch $@ || echo "DeepSpeed is not there: no tests of it"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

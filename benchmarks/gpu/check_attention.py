@@ -125,6 +125,14 @@ def check(device: torch.device, name: str, dtype: torch.dtype) -> dict[str, Any]
     return found
 
 
+def by_flex(tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **how: Any) -> Tensor:
+    """As it is used on a GPU; without a kernel on a CPU."""
+    tables = attention._tables(tree, window, query.device)
+    return block_mask.flex_tree_attention(
+        query, key, value, tables, window=window, compiled=query.is_cuda, **how
+    )  # fmt: skip
+
+
 def compilations(device: torch.device, dtype: torch.dtype, lengths: int = 20) -> dict[str, Any]:
     """Graphs that torch compiled for the first batch, and for the others, each of another length."""
     from torch._dynamo.utils import counters
@@ -135,7 +143,7 @@ def compilations(device: torch.device, dtype: torch.dtype, lengths: int = 20) ->
         leaves = tensors(device, dtype, segments[-1].end, (4, 2, 64, 64), learns)
         tree = TreeLayout(segments)
         with torch.set_grad_enabled(learns):
-            computed(lambda *qkv, t=tree, **more: attention._by_flex(t, *qkv, **more), leaves, None,
+            computed(lambda *qkv, t=tree, **more: by_flex(t, *qkv, **more), leaves, None,
                      window=None, scale=None, softcap=None)  # fmt: skip
         after.append(int(counters["stats"]["unique_graphs"]))
     return {
@@ -176,7 +184,7 @@ def speed(device: torch.device, tokens: int, shape: Shape = (12, 2, 128, 128)) -
     )
     plain: dict[str, Any] = {"scale": None, "softcap": None, "window": None}
     for name, segments, kernel in (
-        ("trees, flex", trees, attention._by_flex), ("rows, flex", rows, attention._by_flex),
+        ("trees, flex", trees, by_flex), ("rows, flex", rows, by_flex),
         ("rows, flash", rows, attention._by_flash),
     ):  # fmt: skip
         if kernel is attention._by_flash and not learns:
@@ -194,6 +202,46 @@ def speed(device: torch.device, tokens: int, shape: Shape = (12, 2, 128, 128)) -
         padded, None,
     ))  # fmt: skip
     return found
+
+
+def compiled_layers(device: torch.device, batches: int = 6) -> dict[str, Any]:
+    """A model of two layers, each compiled to one graph, against itself before: loss, gradients, compilations."""
+    from torch._dynamo.utils import counters
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from trl.data.packing import pack
+    from trl.data.records import Branch, TokenTree
+    from trl.models.scoring import score
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=500, num_key_value_heads=2)).to(device)
+    draw = random.Random(0)
+
+    def ids(tokens: int) -> list[int]:
+        return [draw.randrange(500) for _ in range(tokens)]
+
+    packs = [
+        pack([TokenTree(ids(100 + 37 * i), [Branch(ids(50)), Branch(ids(90 + i))]) for _ in range(2 + i)]).to(device)
+        for i in range(batches)
+    ]
+
+    def gradients(packed: Any) -> list[Tensor]:
+        model.zero_grad()
+        logprobs_BT = score(model, packed).logprobs_BT
+        logprobs_BT.sum().backward()
+        return [logprobs_BT.detach(), *(weight.grad.clone() for weight in model.parameters())]
+
+    expected, after = [gradients(packed) for packed in packs], []
+    before = int(counters["stats"]["unique_graphs"])
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, dynamic=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    off = 0.0
+    for packed, plain in zip(packs, expected, strict=True):
+        found = gradients(packed)
+        off = max(off, *(attention.share_off(a, b) for a, b in zip(found, plain, strict=True)))
+        after.append(int(counters["stats"]["unique_graphs"]))
+    return {"off": off, "holds": off < 1e-3, "first": after[0] - before, "others": after[-1] - after[0]}
 
 
 def run(device: torch.device | str) -> dict[str, Any]:
@@ -224,6 +272,7 @@ def run(device: torch.device | str) -> dict[str, Any]:
         for dtype in dtypes:
             if name != first:
                 attempt(f"{name}, {dtype}", lambda n=name, d=dtype: check(device, n, d))
+    attempt("compiled layers", lambda: compiled_layers(device, 6 if on_gpu else 2))
     return results
 
 

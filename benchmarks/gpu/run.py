@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 OURS = Path(__file__).parents[2]
@@ -42,6 +44,8 @@ class Job:
 class Part:
     name: str
     jobs: Sequence[Job]
+    at_once: bool = False
+    """whether its jobs run beside each other: nothing is timed in them"""
 
 
 def training(model: str, *, peer: bool = False, brief: bool = False) -> list[Job]:
@@ -66,7 +70,8 @@ PARTS = (
     Part("exact", (
         Job("exact", "exact", limit=150), Job("steps cpu", "steps", {"precision": "float32"}, on_cpu=True),
         Job("steps float32", "steps", {"precision": "float32"}), Job("steps bf16", "steps", {"precision": "bf16"}),
-    )),
+        Job("steps fp16", "steps", {"precision": "fp16"}),
+    ), at_once=True),
     Part("mismatch", (Job("mismatch", "mismatch"),)),
     Part("head", (Job("head", "head"),)),
     Part("sft", (SFT, SHORT_ROWS)),
@@ -147,11 +152,15 @@ def install(wheels: Path, into: Path) -> str:
     return str(into)
 
 
+_saving = Lock()
+
+
 def save(results: Path, part: str, job: str, found: dict[str, Any]) -> None:
-    saved = json.loads(results.read_text()) if results.exists() else {}
-    saved.setdefault(part, {})[job] = found
-    saved["date"] = date.today().isoformat()
-    results.write_text(json.dumps(saved, indent=1) + "\n")
+    with _saving:
+        saved = json.loads(results.read_text()) if results.exists() else {}
+        saved.setdefault(part, {})[job] = found
+        saved["date"] = date.today().isoformat()
+        results.write_text(json.dumps(saved, indent=1) + "\n")
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -192,18 +201,21 @@ def main() -> None:
     out, start = options.out.resolve(), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     wheels = [install(options.wheels, out / "site")] if options.wheels else []
-    results = out / "results.json"
+    results = (options.results or out / "results.json").resolve()
     for part in chosen(options.part):
-        for job in part.jobs:
-            if time.perf_counter() - start > options.seconds or (options.job and options.job not in job.name):
-                continue
-            if job.peer and not options.peer:
-                continue
-            sites = [options.peer if job.peer else str(OURS), *wheels]
+        jobs = [job for job in part.jobs if (options.job or "") in job.name and (options.peer or not job.peer)]
+
+        def one(job: Job, part: Part = part) -> None:
+            if time.perf_counter() - start > options.seconds:
+                return
             print(f"{part.name}: {job.name}", flush=True)
+            sites = [options.peer if job.peer else str(OURS), *wheels]
             found = run_job(job, out, sites, options.tiny)
             save(results, part.name, job.name, found)
-            print(summary(found), flush=True)
+            print(f"{part.name}: {job.name}, found\n{summary(found)}", flush=True)
+
+        with ThreadPoolExecutor(len(part.jobs) if part.at_once and (os.cpu_count() or 1) > 7 else 1) as pool:
+            list(pool.map(one, jobs))
         if part.name == "exact":
             save(results, "exact", "steps", compare_steps(out))
             print(summary(compare_steps(out)), flush=True)

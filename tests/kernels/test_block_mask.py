@@ -88,7 +88,7 @@ def test_the_tables_are_the_rule(window):
         pairs = expected.view(blocks, BLOCK, blocks, BLOCK).sum((1, 3))
         some, full = (pairs > 0) & (pairs < BLOCK**2), pairs == BLOCK**2
         for at, chosen in enumerate((some, full, some.T, full.T)):
-            counts, listed = tables[3 + 2 * at : 5 + 2 * at]
+            counts, listed = tables[4 + 2 * at : 6 + 2 * at]
             rows = [row[:n].tolist() for n, row in zip(counts, listed, strict=True)]
             assert rows == [row.nonzero().flatten().tolist() for row in chosen]
 
@@ -159,6 +159,28 @@ def test_memory_of_the_mask_is_linear():
         assert sum(table.nbytes for table in block_tables(segments)) <= 32 * tokens
 
 
+def test_which_tensors_learn_is_not_compiled_for(monkeypatch):
+    """As where an adapter lies on some of the projections only; and nothing learns under a frozen layer."""
+    calls = []
+
+    def kernel(kind, query, key, value, tables):
+        calls.append((kind, [x.requires_grad for x in (query, key, value)], torch.is_grad_enabled()))
+        return query * 2, None
+
+    monkeypatch.setattr(block_mask, "_compiled", lambda kind: kernel)
+    segments = [Segment(0, 10, -1)]
+    tables = on_device(block_tables(segments), CPU)
+    query, key, value = inputs_of(segments)
+    query.requires_grad_()
+    for tensors in ((query, key, value), (query, key, value.requires_grad_())):
+        flex_tree_attention(*tensors, tables).sum().backward()
+    frozen = flex_tree_attention(query.detach(), key, value.detach(), tables)
+    assert not frozen.requires_grad
+    assert [learns for _, learns, _ in calls] == [[True] * 3, [True] * 3, [False] * 3]
+    assert [enabled for _, _, enabled in calls] == [True, True, False]
+    assert calls[0][0] == calls[1][0] != calls[2][0]
+
+
 def test_the_batch_keeps_its_tables_for_every_pass():
     packed = pack([TokenTree([1] * 5, [Branch([2] * 3), Branch([3] * 4)])])
     again = replace(packed.to("cpu"), width=9)
@@ -215,7 +237,7 @@ def broken_kernel(*args, **how):
     ("kernel", "says"),
     [
         (segment_attention, None),
-        (wrong_kernel, "(off by 0.5 of the largest number): it is computed segment by segment (same results, slower)"),
+        (wrong_kernel, "(off by 0.5 of the whole): it is computed segment by segment (same results, slower)"),
         (broken_kernel, "(RuntimeError out of resource: shared memory): it is computed segment by segment"),
     ],
 )
@@ -223,7 +245,7 @@ def test_a_kernel_is_tried_before_it_is_used(kernel, says, monkeypatch, caplog):
     monkeypatch.setitem(attention.KERNELS, attention.FLEX, kernel)
     query, key, value = (x.requires_grad_() for x in inputs_of([Segment(0, 10, -1)]))
     kind = kind_of(query, key, value, window=5, scale=None, softcap=3.0, sinks=torch.zeros(4))
-    assert kind.learns == (True, True, True)
+    assert kind.learns
     attention._agrees.cache_clear()
     with caplog.at_level(logging.WARNING):
         answers = [attention._agrees(attention.FLEX, kind, CPU) for _ in range(2)]

@@ -1,41 +1,38 @@
-"""Three steps of a trainer on whole or on sharded weights: FSDP2, which accelerate turns on for accelerators only."""
+"""A table of three steps of each trainer, on one process and on two ranks of an engine: DDP, FSDP2, FSDP2 with LoRA.
+
+accelerate turns FSDP2 on for accelerators only: `shard_on_the_cpu` makes it do so on ranks of a CPU.
+"""
 
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from conformity import CASES, build, history
+from conformity import CASES, build, config, history, tokenizer
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
+from zero_runs import begin_whole, whole, zero_config, zero_plugin
 
 from trl.models.forward import plan_of
 
-SIZES = {
-    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-CONFIGS = {
-    "plain": LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "soft-cap": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, tie_word_embeddings=False),
-}
-
-
-RUNS = (
-    ("sft", "plain"), ("dpo-sigmoid", "plain"), ("kto", "plain"), ("reward", "reward"),
-    ("sft", "tied"), ("dpo-sigmoid", "tied"), ("sft", "soft-cap"),
-)  # fmt: skip
+SIZES = {name: getattr(config(), name) for name in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+)}  # fmt: skip
+GEMMA = {"head_dim": 8, "final_logit_softcapping": 2.0, "tie_word_embeddings": False}
 
 
 def seeded(kind: str) -> torch.nn.Module:
     """The same model on every rank."""
     torch.manual_seed(0)
     if kind == "reward":
-        return AutoModelForSequenceClassification.from_config(LlamaConfig(**SIZES, num_labels=1))
-    return AutoModelForCausalLM.from_config(CONFIGS[kind])
+        return AutoModelForSequenceClassification.from_config(config(num_labels=1))
+    if kind == "soft-cap":
+        return AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, **GEMMA))
+    return AutoModelForCausalLM.from_config(config(tie_word_embeddings=kind == "tied"))
 
 
 def shard_on_the_cpu() -> None:
@@ -54,35 +51,225 @@ def shard_on_the_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
-def train_all(rank: int, world: int, path: str) -> None:
-    """`train` each case and write what came of it to `path`."""
-    torch.set_num_threads(1)
-    if world > 1:
-        shard_on_the_cpu()
-    torch.save({case: train(world, *case) for case in RUNS}, f"{path}-{rank}")
+@dataclass(frozen=True)
+class Run:
+    """A row of the table."""
+
+    case: str
+    """of the conformity suite"""
+    kind: str = ""
+    """of the model, see `seeded`; "": that of the case"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: int = 4
+    """of an optimizer step, over all ranks"""
+    lora: bool = True
+    """whether it has a column with an adapter"""
+    arguments: Callable[[], dict[str, Any]] | None = None
+    """of the constructor; None: those of the case"""
 
 
-def train(world: int, name: str, kind: str) -> dict[str, Any]:
-    """Losses, gradient norms and weights of the conformity case `name` on a model of this kind."""
-    settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": 0.1}
-    if world > 1:
-        layer = "Gemma2DecoderLayer" if kind == "soft-cap" else "LlamaDecoderLayer"
+def episodes() -> dict[str, Any]:
+    """An environment whose episodes have different numbers of turns."""
+    from environments_for_tests import talkative
+
+    return {"environment": talkative()}
+
+
+ROLLOUT = {"max_completion_length": 6, "num_generations": 2, "save_rollouts": False}
+RUNS: dict[str, Run] = {
+    "SFT": Run("sft", "plain"),
+    "SFT, packed to blocks": Run("sft-packing", settings={"max_length": 14}, lora=False),
+    "SFT, tied head": Run("sft", "tied"),
+    "SFT, soft-capped logits": Run("sft", "soft-cap", lora=False),
+    "SFT, gradient checkpointing": Run("sft", "plain", {"gradient_checkpointing": True}),
+    "Reward": Run("reward", "reward"),
+    "PRM": Run("prm"),
+    "DPO": Run("dpo-sigmoid", "plain"),
+    "DPO, moving reference": Run("dpo-many", lora=False),
+    "DPO, precomputed reference": Run("dpo-sigmoid", settings={"precompute_ref_log_probs": True}),
+    "KTO": Run("kto", "plain"),
+    "ORPO": Run("orpo"),
+    "CPO": Run("cpo"),
+    "GRPO": Run("grpo", settings={**ROLLOUT, "beta": 0.1, "num_iterations": 2}),
+    "GRPO, groups across ranks": Run("grpo", settings={**ROLLOUT, "num_generations": 4}),
+    "GRPO, moving reference": Run(
+        "grpo",
+        settings={**ROLLOUT, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+        lora=False,
+    ),
+    "GRPO, layer by layer": Run("grpo", settings={**ROLLOUT, "beta": 0.1, "gather": "layers"}),
+    "GRPO, environment": Run("grpo", settings={**ROLLOUT, "max_completion_length": 20}, arguments=episodes),
+    "GRPO, environment, layer by layer": Run(
+        "grpo", settings={**ROLLOUT, "max_completion_length": 20, "gather": "layers"}, arguments=episodes, lora=False
+    ),
+    "RLOO": Run("rloo", settings=ROLLOUT),
+    "Online DPO": Run("online-dpo", settings={**ROLLOUT, "dynamic_sampling": False, "generation_batch_size": None}),
+    "RAFT": Run("raft", settings={**ROLLOUT, "keep_best": 1}),
+    "Distillation": Run("distillation", settings={**ROLLOUT, "num_iterations": 1}),
+    "PPO, step": Run("ppo"),
+    "PPO, step, critic": Run("ppo", lora=False),
+    "PPO, train (greedy)": Run("ppo"),
+    "GKD": Run("gkd", settings={"max_completion_length": 6, "save_rollouts": False}),
+}
+"""the name of a row -> how it is run"""
+PPO_NUMBERS = ("ppo/loss/total", "ppo/loss/policy", "ppo/loss/value", "objective/kl", "ppo/policy/entropy",
+               "ppo/mean_scores", "ppo/val/mean", "ppo/returns/mean", "ppo/val/var", "ppo/returns/var", "ppo/std_scores",
+               "ppo/mean_non_score_reward", "ppo/val/var_explained", "tokens/responses_len_std")  # fmt: skip
+
+
+def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
+    """Three steps of PPO, from `train` (which samples) or from `step`, with a critic of its own where the name says so."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from datasets import Dataset
+
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+    keywords: dict[str, Any] = {}
+    if engine.startswith("fsdp2"):
+        keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+    if engine.startswith("zero"):
+        begin_whole()
+        keywords["deepspeed_plugin"] = zero_plugin(int(engine[4]))
+    rows = 4 // world
+    model: Any = seeded("plain")
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(model)
+    critic = seeded("reward") if "critic" in name else None
+    trained = [p for each in (model, critic) if each is not None for p in each.parameters() if p.requires_grad]
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=rows, mini_batch_size=rows, ppo_epochs=2, steps=3 * rows, seed=0, max_new_tokens=5,
+                  generation_kwargs={"do_sample": False},  # each process has a random generator of its own
+                  max_grad_norm=0.5, accelerator_kwargs=keywords),
+        model, tokenizer=tokenizer(), data_collator=list, value_model=critic, optimizer=torch.optim.SGD(trained, lr=0.1),
+        dataset=Dataset.from_list([{"prompt": text} for text in ("a b", "c", "d e f", "g h") * 3]),
+        reward_funcs=lambda completions, **columns: [float(len(text)) for text in completions],
+    )  # fmt: skip
+    steps: list[dict[str, Any]] = []
+    if "train" in name:
+        trainer.train(callback=lambda step, stats, batch: steps.append(stats))
+    else:
+        part = slice(trainer.accelerator.process_index * rows, (trainer.accelerator.process_index + 1) * rows)
+        g = torch.Generator().manual_seed(1)
+        queries = [torch.randint(4, 100, (3 + i,), generator=g) for i in range(4)]
+        responses = [torch.randint(4, 100, (2 + 2 * i,), generator=g) for i in range(4)]
+        scores = [torch.tensor(float(i)) for i in (3, 0, 1, -2)]
+        steps += [trainer.step(queries[part], responses[part], scores[part]) for _ in range(3)]
+    models = {"policy": trainer.accelerator.unwrap_model(trainer.model)}
+    models |= {} if critic is None else {"critic": trainer.accelerator.unwrap_model(trainer.value_model)}
+    weights = {f"{who}.{key}": weight for who, each in models.items() for key, weight in each.named_parameters()}
+    numbers = {
+        "loss" if key == "ppo/loss/total" else key: [float(stats[key]) for stats in steps] for key in PPO_NUMBERS
+    }
+    return gist(weights, numbers, plan_of(trainer.model).packed)
+
+
+ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp2-lora": "FSDP2 with LoRA"}
+"""engine -> its column in the table"""
+LOGGED = (
+    "loss", "grad_norm", "kl", "reward", "entropy", "ratio", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "mean_token_accuracy", "accuracy", "completions/mean_length", "num_tokens",
+)  # fmt: skip
+
+
+def runs_of(engine: str) -> list[str]:
+    """The rows that this engine has."""
+    return [name for name, run in RUNS.items() if run.lora or not engine.endswith("lora")]
+
+
+def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, Any]:
+    """What a config says for it."""
+    if engine == "one":
+        return {}
+    settings: dict[str, Any] = {"ddp_backend": "gloo"}
+    if engine.startswith("fsdp2"):
         settings |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": [layer]}}
-        settings["ddp_backend"] = "gloo"
-    CASES[name] = replace(CASES[name], model=lambda: seeded(kind))
+    if engine.startswith("zero"):
+        settings |= {"deepspeed": zero_config(int(engine[4]))}
+    return settings
+
+
+def train_all(rank: int, world: int, path: str, engine: str, names: list[str], lora: bool) -> None:
+    """`train` each of the rows and write what came of it to `path`, after each."""
+    torch.set_num_threads(1)
+    if engine.startswith("fsdp2"):
+        shard_on_the_cpu()
+    found = {}
+    for name in names:
+        found[name] = train(world, engine, name, lora)
+        torch.save(found, f"{path}-{rank}")
+
+
+def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
+    """Losses, gradient norms, other numbers, and weights after three steps."""
+    run = RUNS[name]
+    if run.case == "ppo":
+        return ppo(world, engine, name, lora)
+    case = CASES[run.case]
+    layer = "Gemma2DecoderLayer" if run.kind == "soft-cap" else "LlamaDecoderLayer"
+    settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": 0.1}
+    settings |= {**run.settings, **engine_settings(engine, layer)}
+    if engine.startswith("zero"):
+        begin_whole()
+    if run.kind:
+        case = replace(case, model=lambda: seeded(run.kind))
+    CASES["at hand"] = replace(
+        case, settings={**case.settings, **run.settings}, arguments=run.arguments or case.arguments
+    )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(name, Path(folder), per_device_train_batch_size=4 // world, **settings)
+        trainer = build("at hand", Path(folder), lora, per_device_train_batch_size=run.rows // world, **settings)
         trainer.train()
-    assert trainer.is_fsdp_enabled == (world > 1)
-    weights = dict(trainer.model.named_parameters())
+    assert trainer.args.world_size == world
+    assert trainer.is_fsdp_enabled == engine.startswith("fsdp2")
+    return results(trainer)
+
+
+def results(trainer: Any) -> dict[str, Any]:
+    """What came of a trainer."""
+    numbers = {key: history(trainer, key) for key in LOGGED}
+    found = {key: values for key, values in numbers.items() if values}
+    return gist(dict(trainer.model.named_parameters()), found, plan_of(trainer.model).packed)
+
+
+def gist(weights: dict[str, Any], numbers: dict[str, list[float]], packed: bool) -> dict[str, Any]:
+    """What two runs are compared by."""
     return {
-        "loss": history(trainer, "loss"),
-        "grad_norm": history(trainer, "grad_norm"),
-        "packed": plan_of(trainer.model).packed,
-        "sharded": all(isinstance(weight, DTensor) for weight in weights.values()),
-        "weights": {name: _whole(weight).detach().clone() for name, weight in weights.items()},
+        "numbers": numbers,
+        "packed": packed,
+        "sharded": all(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights.values()),
+        "weights": {key: _whole(weight).detach().clone() for key, weight in weights.items() if weight.requires_grad},
     }
 
 
+ASKED = {"loss": "loss", "gradient norm": "grad_norm"}
+"""columns of the table -> what is logged; all other numbers are in one column"""
+
+
+COLUMNS = (*ASKED, "other metrics", "weights")
+
+
+def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
+    """How far two runs are apart, by column: numbers by their size, or by 0.05 if they are smaller; weights as such."""
+    found = dict.fromkeys(COLUMNS, 0.0)
+    names = {logged: column for column, logged in ASKED.items()}
+    for name in {**one["numbers"], **two["numbers"]}:
+        ours, theirs = one["numbers"].get(name, []), two["numbers"].get(name, [])
+        apart = [abs(a - b) / max(abs(a), 0.05) for a, b in zip(ours, theirs, strict=False)]
+        column = names.get(name, "other metrics")
+        found[column] = max([found[column], *apart, float("inf") if len(ours) != len(theirs) else 0.0])
+    if one["weights"].keys() != two["weights"].keys():
+        found["weights"] = float("inf")
+        return found
+    found["weights"] = max(float((two["weights"][key] - value).abs().max()) for key, value in one["weights"].items())
+    return found
+
+
 def _whole(weight: Any) -> torch.Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return weight.full_tensor() if isinstance(weight, DTensor) else whole(weight)

@@ -119,6 +119,7 @@ SHOWN = {
     "disable_dropout": ("test_grpo", "test_dropout_is_off_unless_it_is_wanted"),
     "max_tool_calling_iterations": ("test_environment_rollouts", "test_tools_as_a_factory_reward_by_themselves"),
     "turn_level_credit": ("test_environment_rollouts", "test_credit_by_turns_in_training"),
+    "gather": ("test_sharded", "test_two_ranks_train_as_one_process"),
     "save_rollouts": ("test_on_policy_fields", "test_rollouts_are_saved_unless_that_is_not_wanted"),
     "log_completions": ("test_on_policy_fields", "test_what_is_printed"),
     "num_completions_to_print": ("test_on_policy_fields", "test_what_is_printed"),

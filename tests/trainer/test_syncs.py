@@ -6,10 +6,11 @@ import torch
 from device_syncs import Functions, Operations, Syncs, pretended_device
 from ppo_cases import batch, causal
 from tokenizers_for_tests import word_tokenizer
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import TrainerCallback
 
 from trl.data.packing import pack
-from trl.data.records import Branch, TokenTree
+from trl.data.records import Batch, Branch, TokenTree
 
 ONCE = "tally.py"
 ELSEWHERE = "head_tiles.py"
@@ -86,6 +87,16 @@ def test_a_moved_batch_knows_its_host_indices():
     other = torch.zeros(2)
     assert moved.on_host(other) is other
     assert moved.to("meta").on_host(moved.scored_S) is packed.scored_S  # moved twice
+
+
+def test_a_data_loader_pins_a_batch(monkeypatch):
+    """torch's loader asks a record for `pin_memory`; what is no tensor stays."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
+    packed = pack([TokenTree([1, 2], [Branch([3, 4]), Branch([5])])])
+    pinned = pin_memory(Batch(packed=packed, name="x"))["packed"]
+    assert pinned.ids_N.tolist() == [101, 102, 103, 104, 105]
+    assert pinned.scored_S.tolist() == (packed.scored_S + 100).tolist()
+    assert pinned.segments == packed.segments
 
 
 STATISTICS = ("ppo_statistics.py", "core.py", "measure.py")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from trl.generation.generate_kwargs import asked_end_tokens
 from trl.generation.probe import generates
 from trl.generation.stopping import StringStoppingCriteria, end_tokens, until_end
-from trl.models.unwrap import is_encoder_decoder
+from trl.models.unwrap import is_encoder_decoder, own_pace
 
 
 def plain_generate(
@@ -71,7 +71,7 @@ def generate_padded(
     stopping = StringStoppingCriteria(stop_strings, tokenizer) if stop_strings else None
     if stopping is not None:
         given["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stopping])
-    output = model.generate(input_ids=ids, attention_mask=mask, **given)
+    output = model.generate(input_ids=ids, attention_mask=mask, **{**own_pace(model), **given})
     rows = output if isinstance(output, Tensor) else output.sequences  # return_dict_in_generate
     start = 1 if encodes else ids.shape[1]
     counts = [rows.shape[1]] * len(rows) if stopping is None else stopping.generated_tokens

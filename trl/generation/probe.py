@@ -27,7 +27,15 @@ from trl.models.forward import (
 )
 from trl.models.precision import EXACT, TOLERANCES, precision_of
 from trl.models.scoring import plain_forward
-from trl.models.unwrap import accepts, below_peft, below_value_head, is_encoder_decoder, learns_prompt, reads_rows
+from trl.models.unwrap import (
+    accepts,
+    below_peft,
+    below_value_head,
+    is_encoder_decoder,
+    learns_prompt,
+    own_pace,
+    reads_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +215,7 @@ def _is_plain(model: Any, ids_BL: Tensor, room: int, *, use_cache: bool) -> bool
         return_dict_in_generate=True,
     )  # fmt: skip
     mask = torch.nn.functional.pad(mask, (room, 0))
-    made = model.generate(input_ids=rows, attention_mask=mask, generation_config=config)
+    made = model.generate(input_ids=rows, attention_mask=mask, generation_config=config, **own_pace(model))
     texts = made.sequences[:, room:-1]
     alone = [model(input_ids=text[None], use_cache=False).logits[0, length - 1 :] for text in texts]
     ours, plain = torch.stack(made.logits, 1).float(), torch.stack(alone).float()

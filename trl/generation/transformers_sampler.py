@@ -24,7 +24,7 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length
-from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt, reads_rows
+from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt, own_pace, reads_rows
 
 
 class TransformersSampler:
@@ -96,7 +96,7 @@ class TransformersSampler:
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
                 do_sample=False, use_cache=generates(self.model).with_cache and not virtual,
                 logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
-                stopping_criteria=StoppingCriteriaList([_Done(rows)]),
+                stopping_criteria=StoppingCriteriaList([_Done(rows)]), **own_pace(model),
             )  # fmt: skip
         finally:
             if prefix is not None:

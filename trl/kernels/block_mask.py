@@ -9,7 +9,6 @@ each pair of tokens.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count as numbers_from
@@ -115,6 +114,8 @@ class BlockTables(NamedTuple):
     enter_M: Any
     leave_M: Any
     depth_M: Any
+    window: Any
+    """tokens of its row that a query sees, a number that kernels read; 0: all"""
     kv_counts: Any
     kv_blocks: Any
     full_kv_counts: Any
@@ -147,7 +148,8 @@ def block_tables(
     some, full = block_pairs(segments, tour.depth, tokens // BLOCK, window)
     if blocks is not None:
         some, full = some[blocks], full[blocks]
-    return BlockTables(enter_M, leave_M, depth_M, *_listed((some, full, some.T, full.T)))
+    seen = np.array(window or 0, np.int32)
+    return BlockTables(enter_M, leave_M, depth_M, seen, *_listed((some, full, some.T, full.T)))
 
 
 def on_device(tables: BlockTables, device: torch.device) -> BlockTables:
@@ -161,7 +163,11 @@ def on_device(tables: BlockTables, device: torch.device) -> BlockTables:
         flat[start : start + table.size] = table.ravel()
     moved = moved_ahead(torch.from_numpy(flat), device)
     parts = [moved[a : a + t.size].view(t.shape) for a, t in zip(starts, tables, strict=True)]
-    return BlockTables(*parts[:3], *(part[None, None] for part in parts[3:]))
+    placed = BlockTables(*parts[:4], *(part[None, None] for part in parts[4:]))
+    for part in placed:  # whoever compiles for them shall not do so for their lengths
+        for axis in range(part.dim()):
+            torch._dynamo.maybe_mark_dynamic(part, axis)
+    return placed
 
 
 # -- FlexAttention ----------------------------------------------------------------------------
@@ -179,8 +185,8 @@ class Kind(NamedTuple):
     softcap: float | None
     sinks: bool
     windowed: bool
-    learns: tuple[bool, ...]
-    """which of query, key and value have a gradient; () outside of autograd"""
+    learns: bool
+    """whether any of query, key and value has a gradient"""
     rounding: str
     """in which float32 products are computed"""
 
@@ -190,23 +196,25 @@ def kind_of(
     window: int | None, scale: float | None, softcap: float | None, sinks: Tensor | None,
 ) -> Kind:  # fmt: skip
     """The kind of this attention, of [1, H, N, D] over [1, H or fewer, N, D]."""
-    default = scale is None or math.isclose(scale, query.shape[-1] ** -0.5)
-    learns = tuple(x.requires_grad for x in (query, key, value)) if torch.is_grad_enabled() else ()
+    default = scale is None or abs(scale * query.shape[-1] ** 0.5 - 1) < 1e-6
+    learns, rounding = False, ""
     backends: Any = torch.backends
+    if not torch.compiler.is_compiling():  # else the graph around is compiled for these
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        rounding = backends.cuda.matmul.fp32_precision
     return Kind(
         query.dtype, (query.shape[1], key.shape[1]), (query.shape[-1], value.shape[-1]), None if default else scale,
-        softcap, sinks is not None, window is not None, learns, backends.cuda.matmul.fp32_precision,
+        softcap, sinks is not None, window is not None, learns, rounding,
     )  # fmt: skip
 
 
 def flex_blocks(
-    kind: Kind, query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, window: Tensor | None,
-    places_Q: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    kind: Kind, query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, places_Q: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Attention by FlexAttention, and the logarithm of the softmax's denominator where there are sinks."""
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-    enter, leave, depth, cap = tables.enter_M, tables.leave_M, tables.depth_M, kind.softcap
+    (enter, leave, depth, window), cap = tables[:4], kind.softcap
 
     def in_tree(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         q = q if places_Q is None else places_Q[q]
@@ -221,8 +229,8 @@ def flex_blocks(
 
     torch._check(query.shape[2] % BLOCK == 0)  # kernels need not look at the ends
     mask = BlockMask(
-        (query.shape[2], key.shape[2]), *tables[3:], BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=in_tree if window is None else in_window,
+        (query.shape[2], key.shape[2]), *tables[4:], BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=in_window if kind.windowed else in_tree,
     )  # fmt: skip
     how: dict[str, Any] = {"return_aux": AuxRequest(lse=True)} if kind.sinks else {}
     result: Any = flex_attention(
@@ -254,22 +262,26 @@ def flex_tree_attention(
     """Attention of [1, H, N, D] over [1, H or fewer, N, D] by these tables.
 
     places_Q: where the queries stand among the keys, if they are some of them, whole blocks; for tables of those.
-    compiled: into a kernel; else by torch's plain operations, for tests. Sinks: one logit a head that takes its share
-    of each softmax and has no value, so the rest keeps the share sigmoid(log sum exp - sink).
+    compiled: into a kernel of its own; else it is part of a graph around, or plain operations in a test. Sinks: one
+    logit a head that takes its share of each softmax and has no value, so the rest keeps the share
+    sigmoid(log sum exp - sink).
     """
     kind = kind_of(query, key, value, window=window, scale=scale, softcap=softcap, sinks=sinks)
-    total, far = query.shape[2], None if window is None else _number(window, query.device)
+    total = query.shape[2]
     key, value = (_lengthened(x, tables.tokens - x.shape[2]) for x in (key, value))
     query = _lengthened(query, 0 if places_Q is not None else tables.tokens - total)
     if compiled:
+        if kind.learns:  # all of them: which ones do must not be compiled for
+            query, key, value = (x if x.requires_grad else x.detach().requires_grad_() for x in (query, key, value))
         for x in (query, key, value):
             torch._dynamo.maybe_mark_dynamic(x, 2)
-        if places_Q is not None:
-            torch._dynamo.maybe_mark_dynamic(places_Q, 0)
-        for table in tables:
-            for axis in range(table.dim()):
-                torch._dynamo.maybe_mark_dynamic(table, axis)
-    out, log_sum = (_compiled(kind) if compiled else flex_blocks)(kind, query, key, value, tables, far, places_Q)
+        own = () if places_Q is None else (places_Q,)
+        for places in own:
+            torch._dynamo.maybe_mark_dynamic(places, 0)
+        with torch.set_grad_enabled(kind.learns):
+            out, log_sum = _compiled(kind)(kind, query, key, value, tables, *own)
+    else:
+        out, log_sum = flex_blocks(kind, query, key, value, tables, places_Q)
     if sinks is not None and log_sum is not None:
         out = out * torch.sigmoid(log_sum - sinks.view(1, -1, 1))[..., None].to(out.dtype)
     return out[:, :, :total]
@@ -278,13 +290,8 @@ def flex_tree_attention(
 def _lengthened(x: Tensor, more: int) -> Tensor:
     """With this many zeros behind its tokens, and each token's heads side by side in memory. [1, H, N, D]"""
     tokens_first = x.transpose(1, 2)
-    return (F.pad(tokens_first, (0, 0, 0, 0, 0, more)) if more else tokens_first.contiguous()).transpose(1, 2)
-
-
-@cache
-def _number(number: int, device: torch.device) -> Tensor:
-    """A number that kernels read, so that they are not compiled for it."""
-    return torch.full((), number, dtype=torch.int32, device=device)
+    pads = torch.compiler.is_compiling() or more  # a graph that pads by nothing serves every length
+    return (F.pad(tokens_first, (0, 0, 0, 0, 0, more)) if pads else tokens_first.contiguous()).transpose(1, 2)
 
 
 # -- rows alone -------------------------------------------------------------------------------

@@ -47,20 +47,24 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
     narrow: the last layer's output may be wrong where it is not read. early: the final norm selects what is read.
     """
     layout, total = TreeLayout(packed.segments, packed.kept, packed.piece), len(packed.ids_N)
+    compiled = is_compiled(network)
+    if compiled:
+        layout.tabulated()
     with ExitStack() as stack:
-        if narrow:
+        if narrow and not compiled:
             listed, positions = _positions(packed, reading.index_S)
             layer = last_layer(network) if len(listed) <= WORTH_IT * total else None
             if layer is not None:
                 stack.enter_context(computed_at(layer.by_position, positions, total))
                 if layer.attention is not None and packed.piece is None:
                     layout.read_only_at(layer.attention, listed)
-        stack.enter_context(fused_norms(network))
         norm = final_norm(network) if early else None
-        if norm is not None:
+        if norm is not None and not is_compiled(norm):
             stack.enter_context(selected_by(norm, reading))
-        stack.enter_context(fused_rotary(network))
-        stack.enter_context(lookup(network.get_input_embeddings()))
+        if not compiled:
+            stack.enter_context(fused_norms(network))
+            stack.enter_context(fused_rotary(network))
+            stack.enter_context(lookup(network.get_input_embeddings()))
         yield layout
 
 
@@ -93,9 +97,19 @@ def swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             module.forward = own  # type: ignore[method-assign]
 
 
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """A module's weight as it lies there: amid a pass `module.weight` would gather it under DeepSpeed ZeRO-3."""
+    return module._parameters.get("weight")
+
+
 def computes_again(network: nn.Module) -> bool:
     """Whether layers are computed again in the backward pass, when a swapped forward would be gone."""
     return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether torch compiles a module of it, whose graph must not change from pass to pass."""
+    return any("_compiled_call_impl" in vars(module) or "_orig_mod" in module._modules for module in network.modules())
 
 
 # -- the last layer ---------------------------------------------------------------------------
@@ -205,7 +219,8 @@ class _Lookup(torch.autograd.Function):
 @contextmanager
 def lookup(embedding: Any) -> Iterator[None]:
     """Within it a plain `nn.Embedding` that learns adds its gradient in place, where that is allowed."""
-    place = place_of(embedding.weight) if type(embedding) is nn.Embedding else None
+    weight = own_weight(embedding) if type(embedding) is nn.Embedding else None
+    place = None if weight is None else place_of(weight)
     if place is None or embedding.max_norm or embedding.scale_grad_by_freq or embedding.sparse:
         yield
         return
@@ -265,7 +280,7 @@ def fused_norms(network: nn.Module) -> Iterator[None]:
 
 
 def _is_plain_norm(module: Any) -> bool:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    weight, eps = own_weight(module), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or not isinstance(eps, float) or "forward" in vars(module):
         return False
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.dim() != 1:

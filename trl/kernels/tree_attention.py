@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from trl.data.records import Segment
 
@@ -51,6 +52,10 @@ class TreeLayout:
         """the segments whose queries are computed here, one behind the other"""
         self._cache: dict[Hashable, Any] = {}
         self._kept = {} if kept is None else kept
+        self.table: Any = None
+        """the segments as a tensor, see `tabulated`"""
+        self.blocks: dict[int | None, Any] = {}
+        """by window, what a compiled graph on an accelerator reads in its place"""
         self._narrow: tuple[Any, list[int]] | None = None
 
     def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -58,6 +63,19 @@ class TreeLayout:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]  # type: ignore[no-any-return]
+
+    def tabulated(self) -> TreeLayout:
+        """The layout with its `table`, which a compiled graph reads instead of numbers that it would be made for."""
+
+        from torch._dynamo import maybe_mark_dynamic
+
+        def make() -> Tensor:
+            table = torch.tensor([*self.segments, (0, 0, -1)])  # a second row, as sizes of one are compiled for
+            maybe_mark_dynamic(table, 0)
+            return table
+
+        self.table = self.shared("table", make)
+        return self
 
     def shared(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """As `cached`, for as long as the batch lives: what all passes over it need."""
@@ -184,58 +202,72 @@ def _merge(output: Tensor, logsum: Tensor, more: Tensor, more_logsum: Tensor) ->
     logsum.copy_(whole)
 
 
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, parts: list[Part],
+    window: int | None, scale: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output [1, N, H, D], and the logarithms of the softmax's denominators [1, N, H]."""
+    _, heads, total, width = query.shape
+    output = (query.new_empty if _covered(parts, total) else query.new_zeros)(1, total, heads, width)
+    logsums = torch.empty(1, total, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+    for part in parts:
+        rows = slice(part.start, part.end)
+        seen_keys, seen_values = (_joined(x, layout, part, heads) for x in (key, value))
+        bias, causal = _mask(layout, part, seen_keys.shape[2], window, query)
+        of_part, logsum = _forward(query[:, :, rows], seen_keys, seen_values, 0.0, causal, attn_mask=bias, scale=scale)
+        if part.adds:
+            _merge(output[:, rows].transpose(1, 2), logsums[:, rows].transpose(1, 2), of_part, logsum)
+        else:
+            output[:, rows], logsums[:, rows] = of_part.transpose(1, 2), logsum.transpose(1, 2)
+    return output, logsums
+
+
+def _gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsums: Tensor, layout: TreeLayout,
+    parts: list[Part], window: int | None, scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Those of query, key and value, given that of the output."""
+    heads = query.shape[1]
+    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+    grad_query = (torch.empty_like if _covered(parts, query.shape[2]) else torch.zeros_like)(query)
+    for part in parts:
+        rows = slice(part.start, part.end)
+        seen_keys, seen_values = (_joined(x, layout, part, heads) for x in (key, value))
+        bias, causal = _mask(layout, part, seen_keys.shape[2], window, query)
+        # given the whole softmax's output and denominator, the gradient of each part is exact
+        of_query, *of_seen = _backward(
+            grad[:, rows].transpose(1, 2), query[:, :, rows], seen_keys, seen_values,
+            output[:, rows].transpose(1, 2), logsums[:, rows].transpose(1, 2), 0.0, causal,
+            attn_mask=bias, scale=scale,
+        )  # fmt: skip
+        if part.adds:
+            grad_query[:, :, rows] += of_query
+        else:
+            grad_query[:, :, rows] = of_query
+        for whole, seen in zip((grad_key, grad_value), of_seen, strict=True):
+            seen = seen.unflatten(1, (whole.shape[1], -1)).sum(2) if heads != whole.shape[1] else seen
+            at = 0
+            for first, stop, _ in (layout.segments[link] for link in part.chain):
+                whole[:, :, first:stop] += seen[:, :, at : at + stop - first]
+                at += stop - first
+    return grad_query, grad_key, grad_value
+
+
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, parts: list[Part],
         window: int | None, scale: float | None,
     ) -> Tensor:  # fmt: skip
-        _, heads, total, width = query.shape
-        output = (query.new_empty if _covered(parts, total) else query.new_zeros)(1, total, heads, width)
-        logsums = torch.empty(1, total, heads, dtype=torch.promote_types(query.dtype, torch.float32))
-        for part in parts:
-            rows = slice(part.start, part.end)
-            seen_keys, seen_values = (_joined(x, layout, part, heads) for x in (key, value))
-            bias, causal = _mask(layout, part, seen_keys.shape[2], window, query)
-            of_part, logsum = _forward(
-                query[:, :, rows], seen_keys, seen_values, 0.0, causal, attn_mask=bias, scale=scale
-            )
-            if part.adds:
-                _merge(output[:, rows].transpose(1, 2), logsums[:, rows].transpose(1, 2), of_part, logsum)
-            else:
-                output[:, rows], logsums[:, rows] = of_part.transpose(1, 2), logsum.transpose(1, 2)
+        output, logsums = _attended(query, key, value, layout, parts, window, scale)
         ctx.save_for_backward(query, key, value, output, logsums)
-        ctx.layout, ctx.parts, ctx.window, ctx.scale = layout, parts, window, scale
+        ctx.how = layout, parts, window, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, output, logsums = ctx.saved_tensors
-        layout, heads = ctx.layout, query.shape[1]
-        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        grad_query = (torch.empty_like if _covered(ctx.parts, query.shape[2]) else torch.zeros_like)(query)
-        for part in ctx.parts:
-            rows = slice(part.start, part.end)
-            seen_keys, seen_values = (_joined(x, layout, part, heads) for x in (key, value))
-            bias, causal = _mask(layout, part, seen_keys.shape[2], ctx.window, query)
-            # given the whole softmax's output and denominator, the gradient of each part is exact
-            of_query, *of_seen = _backward(
-                grad[:, rows].transpose(1, 2), query[:, :, rows], seen_keys, seen_values,
-                output[:, rows].transpose(1, 2), logsums[:, rows].transpose(1, 2), 0.0, causal,
-                attn_mask=bias, scale=ctx.scale,
-            )  # fmt: skip
-            if part.adds:
-                grad_query[:, :, rows] += of_query
-            else:
-                grad_query[:, :, rows] = of_query
-            for whole, seen in zip((grad_key, grad_value), of_seen, strict=True):
-                seen = seen.unflatten(1, (whole.shape[1], -1)).sum(2) if heads != whole.shape[1] else seen
-                at = 0
-                for first, stop, _ in (layout.segments[link] for link in part.chain):
-                    whole[:, :, first:stop] += seen[:, :, at : at + stop - first]
-                    at += stop - first
-        return grad_query, grad_key, grad_value, None, None, None, None
+        return *_gradients(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
 
 
 def tree_attention(
@@ -248,3 +280,72 @@ def tree_attention(
     """
     parts = layout.parts(module, window)
     return _TreeAttention.apply(query, key, value, layout, parts, window, scale)  # type: ignore[no-any-return]
+
+
+# -- inside a graph that torch compiles ---------------------------------------------------------
+
+_layouts = WeakIdKeyDictionary()
+"""by table: the layout that it says"""
+
+
+def _layout_of(table: Tensor) -> TreeLayout:
+    if table not in _layouts:
+        _layouts[table] = TreeLayout([Segment(*row) for row in table.tolist() if row[1]])
+    return _layouts[table]  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op(
+    "trl::tree_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor table, int? window, float? scale) -> (Tensor, Tensor)",
+)
+def _tree_op(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, window: int | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    layout = _layout_of(table)
+    return _attended(query, key, value, layout, layout.parts(None, window), window, scale)
+
+
+@torch.library.custom_op(
+    "trl::tree_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsums, Tensor table, "
+    "int? window, float? scale) -> (Tensor, Tensor, Tensor)",
+)
+def _tree_backward_op(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsums: Tensor, table: Tensor,
+    window: int | None, scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layout = _layout_of(table)
+    return _gradients(grad, query, key, value, output, logsums, layout, layout.parts(None, window), window, scale)
+
+
+@_tree_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    one, heads, total, width = query.shape
+    logsums = query.new_empty(one, total, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty(one, total, heads, width), logsums
+
+
+@_tree_backward_op.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, table, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, table)
+
+
+def _go_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_tree_backward_op(grad, *ctx.saved_tensors, ctx.window, ctx.scale), None, None, None
+
+
+_tree_op.register_autograd(_go_back, setup_context=_keep)
+
+
+def compiled_tree_attention(
+    layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None
+) -> Tensor:
+    """`tree_attention` as one operation of a graph, which serves every layout; no query is skipped."""
+    return _tree_op(query, key, value, layout.table, window, scale)[0]

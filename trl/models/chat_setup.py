@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AddedToken
 
 from trl.models.prepare import read_tokenizer
-from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
+from trl.models.sharded import gathered
+from trl.models.unwrap import below_accelerate, below_value_head, is_fsdp2, is_sharded
 
 SIMPLE_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -115,10 +116,14 @@ def template_at(path: str) -> str:
 
 @contextmanager
 def unwrap_model_for_generation(model: nn.Module, accelerator: Any) -> Iterator[Any]:
-    """The model below DDP and compilation, whose `generate` can be called; a sharded model is a ValueError."""
-    if is_sharded(model):
-        raise ValueError("model: it is sharded (FSDP, ZeRO-3) and cannot generate alone; an on-policy trainer can")
-    yield below_accelerate(accelerator.unwrap_model(model))
+    """The model below DDP and compilation, whose `generate` can be called; FSDP2's weights are gathered meanwhile.
+
+    Collective where weights are sharded. Another sharding (FSDP1, DeepSpeed ZeRO-3) is a ValueError.
+    """
+    if is_sharded(model) and not is_fsdp2(model):
+        raise ValueError("model: it is sharded (ZeRO-3) and cannot generate alone; an on-policy trainer can")
+    with gathered(model):
+        yield below_accelerate(accelerator.unwrap_model(model))
 
 
 def _resize(model: Any, tokenizer: Any, multiple: int | None) -> int:

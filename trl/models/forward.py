@@ -25,7 +25,7 @@ from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels import context_parallel
 from trl.kernels.layers import Reading, fast, swapped_forward
 from trl.losses.loss_sum import LossSum
-from trl.models.attention import enable_tree_attention, inside_tree, own_attention
+from trl.models.attention import enable_tree_attention, inside_tree, lay_out_for_graphs, own_attention
 from trl.models.precision import EXACT, HALF, TOLERANCES, coarsest, precision_of
 from trl.models.unwrap import (
     accepts,
@@ -33,10 +33,11 @@ from trl.models.unwrap import (
     below_accelerate,
     below_processes,
     below_value_head,
+    holds_parts,
     is_encoder_decoder,
-    is_sharded,
     learns_prompt,
     reads_rows,
+    runs_in_step,
 )
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,8 @@ def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, reading: Read
         enable_tree_attention(network)  # again where somebody has set the attention since the probe
         stack.enter_context(inside_tree())
         tree = stack.enter_context(fast(network, packed, reading, narrow=plan.narrow, early=plan.early))
+        if tree.table is not None and packed.ids_N.device.type != "cpu":
+            lay_out_for_graphs(tree, network)
         inputs = {"input_ids": packed.ids_N[None], "position_ids": packed.position_N[None], "tree": tree}
         return _watched(model, packed, {**inputs, "use_cache": False}, None)
 
@@ -376,14 +379,17 @@ def computes_in(model: nn.Module) -> str:
 
 
 def _state_of(network: nn.Module) -> tuple[Any, ...]:
-    """What a plan depends on and a user may change: adapter, precision, attention implementation."""
+    """What a plan depends on: adapter, precision, attention, which a user may change; and whether ranks run in step.
+
+    What ranks found out each alone does not count where they run in step: one may know what another does not.
+    """
     weight = next(network.parameters())
     kind = weight.device.type
     backends: Any = torch.backends
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     switches = [backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, backends.mkldnn.matmul]
     rounding = tuple(switch.fp32_precision for switch in switches)
-    return adapter_state(network), own_attention(network), weight.dtype, autocast, rounding
+    return adapter_state(network), own_attention(network), weight.dtype, autocast, rounding, runs_in_step(network)
 
 
 def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> ForwardPlan:
@@ -394,7 +400,7 @@ def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Forwa
     if plan.reach == inf:
         return plan
     longest = _longest_row(packed)
-    if is_sharded(model) and torch.distributed.is_initialized():  # a probe is a pass, and all ranks must run it
+    if runs_in_step(model):  # a probe is a pass, and all ranks must run it
         lengths = torch.tensor(longest, device=packed.ids_N.device)
         torch.distributed.all_reduce(lengths, torch.distributed.ReduceOp.MAX)
         longest = int(lengths)
@@ -514,7 +520,7 @@ def runs_in_float32(model: nn.Module) -> bool:
     """Whether `in_float32` can convert the model's weights: not where they are sharded, or quantised."""
     half = any(weight.dtype in HALF for weight in model.parameters())
     quantised = any(getattr(inner, "is_quantized", False) for inner in model.modules())
-    return not quantised and not (half and is_sharded(model))
+    return not quantised and not (half and holds_parts(model))
 
 
 @contextmanager

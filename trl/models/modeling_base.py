@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +13,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import WEIGHTS_NAME
 
 from trl.import_utils import is_npu_available, is_xpu_available
@@ -29,6 +27,7 @@ from trl.models.peft_support import (
 )
 from trl.models.prepare import load_model, modern_init_kwargs
 from trl.models.weight_files import HUB_ARGUMENTS, WEIGHT_FILES, belongs, holds_other_modules, read_modules, writing
+from trl.models.zero import copy_in_parts
 
 LAYER_PATTERNS = [
     "transformer.h.{layer}",
@@ -264,7 +263,8 @@ class PreTrainedModelWrapper(nn.Module):
         with writing(directory, ("adapter_model.safetensors", "adapter_model.bin")) as folder:
             if (directory / "README.md").exists():  # PEFT brings the user's card up to date
                 shutil.copy(directory / "README.md", folder)
-            self.pretrained_model.save_pretrained(str(folder), **kwargs)
+            theirs = {key: value for key, value in state.items() if not belongs(key, self.supported_modules)}
+            self.pretrained_model.save_pretrained(str(folder), state_dict=theirs or None, **kwargs)
             ours = {key: value for key, value in state.items() if belongs(key, self.supported_modules)}
             with open(folder / WEIGHTS_NAME, "wb") as file:
                 torch.save(ours, file)
@@ -315,19 +315,15 @@ def create_reference_model(
 
     With `num_shared_layers`, everything before that layer is shared: both models hold the same tensors, which are
     frozen in `model` too. `pattern` names a layer's parameters ("transformer.h.{layer}"); None: the first of
-    `LAYER_PATTERNS` that fits. ValueError if none does, and under DeepSpeed ZeRO-3, where a copy holds no weights.
+    `LAYER_PATTERNS` that fits; ValueError if none does. Weights that DeepSpeed ZeRO-3 holds in parts are copied in
+    parts, by all ranks together.
     """
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "DeepSpeed ZeRO-3 is enabled and is not compatible with `create_reference_model()`. "
-            "Please instantiate your reference model directly with `from_pretrained`."
-        )
     if pattern is not None and num_shared_layers is None:
         raise ValueError(f"`pattern`={pattern!r} says where shared layers are: pass `num_shared_layers` with it")
     shared = [] if num_shared_layers is None else _before_layer(model, num_shared_layers, pattern)
     for parameter in shared:
         parameter.requires_grad_(False)  # both models read it, and the reference must not move
-    copied = deepcopy(model, {id(parameter): parameter for parameter in shared})
+    copied = copy_in_parts(model, {id(parameter): parameter for parameter in shared})
     return copied.eval().requires_grad_(False)
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.models.unwrap import below_peft, below_value_head
+from trl.models.zero import elements, has_parts
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
     numbers: dict[torch.dtype, int] = {}
     for name, weight in below_peft(model).named_parameters():
         if weight.is_floating_point() and "lora_" not in name:
-            numbers[weight.dtype] = numbers.get(weight.dtype, 0) + _numel(weight)
+            numbers[weight.dtype] = numbers.get(weight.dtype, 0) + elements(weight)
     return max(numbers, key=numbers.__getitem__) if numbers else None
 
 
@@ -77,7 +77,7 @@ def raise_trained(model: nn.Module) -> None:
 
     The modules around them compute as before, so what goes in and comes out is cast. Heads answer in float32.
     """
-    if is_deepspeed_zero3_enabled():  # whose weights lie in pieces
+    if has_parts(model):  # whose weights are empty here
         return
     heads = {part for head in heads_of(below_peft(model)).values() for part in head.modules()}
     for module, inside in list(_modules(model)):
@@ -140,8 +140,8 @@ def warn_of_half(model: nn.Module, learning_rate: float) -> None:
     half = [weight for weight in below_value_head(model).parameters() if weight.requires_grad and weight.dtype in HALF]
     if not half or not learning_rate:
         return
-    total = sum(_numel(weight) for weight in half)
-    moved = sum(_numel(weight) * _share_moved(weight.detach(), learning_rate) for weight in half) / max(total, 1)
+    total = sum(elements(weight) for weight in half)
+    moved = sum(elements(weight) * _share_moved(weight.detach(), learning_rate) for weight in half) / max(total, 1)
     name = _name(half[0].dtype)
     limit = 2.0 ** (1 + math.floor(math.log2(2 * learning_rate / torch.finfo(half[0].dtype).eps)))
     warnings.warn(
@@ -159,10 +159,6 @@ def _share_moved(weight: Tensor, step: float) -> float:
     _, exponent = torch.frexp(sample.abs())
     spacing = torch.ldexp(torch.full_like(sample, torch.finfo(weight.dtype).eps), exponent - 1)
     return float((spacing / 2 <= step).float().mean())
-
-
-def _numel(weight: Tensor) -> int:
-    return int(getattr(weight, "ds_numel", weight.numel()))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -186,13 +182,13 @@ def memory_line(model: nn.Module, others: Iterable[nn.Module], optimizer: Any) -
     trained = [weight for weight in weights.values() if weight.requires_grad]
     rest = [weight for weight in frozen.values() if id(weight) not in {id(each) for each in trained}]
     size = _bytes(trained)
-    parts = [f"trained weights {_size(size)} {_dtypes(trained)}", f"gradients {_size(size)}"]
+    parts = [f"trained weights {size_text(size)} {_dtypes(trained)}", f"gradients {size_text(size)}"]
     states = _states(optimizer)
     if states is not None:
-        wide = sum(_numel(weight) for weight in trained) if "8bit" in str(optimizer) else size
-        parts.append(f"optimizer {_size(states * wide)}")
+        wide = sum(elements(weight) for weight in trained) if "8bit" in str(optimizer) else size
+        parts.append(f"optimizer {size_text(states * wide)}")
     if rest:
-        parts.append(f"frozen weights {_size(_bytes(rest))} {_dtypes(rest)}")
+        parts.append(f"frozen weights {size_text(_bytes(rest))} {_dtypes(rest)}")
     return "memory: " + ", ".join(parts)
 
 
@@ -212,10 +208,11 @@ def _states(optimizer: Any) -> float | None:
 
 
 def _bytes(weights: Iterable[Tensor]) -> int:
-    return sum(_numel(weight) * weight.element_size() for weight in weights)
+    return sum(elements(weight) * weight.element_size() for weight in weights)
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
+    """Bytes as people write them."""
     unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0] / 20), (1e3, "kB"))
     return f"{size / unit:.1f} {name}"
 
@@ -283,9 +280,14 @@ def precision_of(model: nn.Module) -> str:
     names = {_name(dtype) if _name(dtype) in TOLERANCES else "bfloat16" for dtype in dtypes}
     if torch.float32 in dtypes:
         names |= {switched_products(device.type), products(device)}
-    if any(getattr(module, "is_quantized", False) for module in network.modules()):
+    if is_quantized(network):
         names.add("bfloat16")
     return coarsest(names)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether weights are stored in fewer bits than any of torch's floats, by bitsandbytes and its like."""
+    return any(getattr(module, "is_quantized", False) for module in model.modules())
 
 
 def switched_products(kind: str) -> str:

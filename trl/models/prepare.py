@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.import_utils import is_bitsandbytes_available, is_gpu_available, pip_install
 from trl.models.forward import dropout_rates
@@ -28,6 +27,7 @@ from trl.models.peft_support import (
 from trl.models.precision import dtype_keywords
 from trl.models.unwrap import below_value_head
 from trl.models.weight_files import HUB_ARGUMENTS
+from trl.models.zero import in_parts
 
 __all__ = [
     "activate_neftune",
@@ -310,11 +310,11 @@ def equalise(model: nn.Module) -> None:
 
     Collective. Processes differ where a model was initialised without a seed. Sharded and unmaterialised weights stay.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or is_deepspeed_zero3_enabled():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     device = PartialState().device
     for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.is_meta or type(tensor.data) is not Tensor:
+        if tensor.is_meta or type(tensor.data) is not Tensor or in_parts(tensor):
             continue
         first = tensor.data.to(device)
         torch.distributed.broadcast(first, 0)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
+from trl.models import zero
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import create_reference_model
 from trl.models.peft_support import base_is_start, is_peft_model
 from trl.models.precision import dtype_of
 from trl.models.prepare import equalise
-from trl.models.unwrap import below_accelerate, below_value_head
+from trl.models.sharded import like_shards, part_of, prime, shard, shards_weights, whole
+from trl.models.unwrap import below_accelerate, below_value_head, holds_parts, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +32,22 @@ def needs_no_copy(policy: nn.Module) -> bool:
 def copy_of(policy: nn.Module, *, share: bool = True) -> nn.Module:
     """A frozen copy of the policy as it is now; below an adapter, it shares the frozen weights with the policy.
 
-    share: False where the weights will be sharded, each model's by itself.
+    share: False where the weights will be sharded, each model's by itself; see `Reference.prepare`.
     """
     model = below_accelerate(policy)
     equalise(model)
     if not share or not is_peft_model(below_value_head(model)):
         return create_reference_model(model)
     frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-    return deepcopy(model, frozen).eval().requires_grad_(False)
+    return zero.copy_in_parts(model, frozen).eval().requires_grad_(False)
 
 
 def copy_with_adapter(policy: Any, name: str) -> nn.Module:
-    """A frozen copy of a PeftModel with another of its adapters active; it shares frozen base weights, but for FSDP."""
+    """A frozen copy of a PeftModel with another of its adapters active; base weights are shared if they stay whole."""
     own = {f".{policy.active_adapter}.", f".{name}."}
     frozen = [(key, weight) for key, weight in policy.named_parameters() if not weight.requires_grad]
     shared = {id(weight): weight for key, weight in frozen if not any(part in key for part in own)}
-    copy: Any = deepcopy(policy, {} if is_fsdp_enabled() else shared)
+    copy = zero.copy_in_parts(policy, {} if is_fsdp_enabled() or is_deepspeed_zero3_enabled() else shared)
     copy.set_adapter(name)
     copy.delete_adapter(policy.active_adapter)
     return copy.eval().requires_grad_(False)
@@ -80,6 +81,7 @@ class Reference:
         self.autocast = autocast
         self.adapter_off = given is None and not precomputed and needs_no_copy(policy)
         self.frozen: nn.Module | None = None
+        self._primed = False
         if given is not None:
             self.frozen = given.eval().requires_grad_(False)
             self._warn_of_rounding(given)
@@ -99,6 +101,11 @@ class Reference:
         """The separate model, if there is one."""
         return [] if self.frozen is None else [self.frozen]
 
+    def prepare(self, accelerator: Any) -> None:
+        """Shard a copy of the policy as the policy will be; elsewhere it stays where it is."""
+        if self.frozen is not None and shards_weights(accelerator):
+            self.frozen = shard(accelerator, self.frozen)
+
     @contextmanager
     def model(self) -> Iterator[nn.Module | None]:
         """The reference in eval mode and without gradients; afterwards the policy is as it was before."""
@@ -107,6 +114,9 @@ class Reference:
                 yield None
             return
         model = self.policy if self.frozen is None else self.frozen
+        if self.adapter_off and not self._primed and is_sharded(model):
+            prime(model)
+            self._primed = True
         adapter_off = below_value_head(self.policy).disable_adapter() if self.adapter_off else nullcontext()
         with eval_mode(model), _gradients_as_before(model), adapter_off, torch.no_grad(), self.autocast():
             yield model
@@ -119,13 +129,20 @@ class Reference:
         if self.frozen is None:
             return {}
         shared = self._shared()
-        state = below_accelerate(self.frozen).state_dict()
-        return {name: value for name, value in state.items() if name not in shared}
+        state = below_accelerate(self.frozen).state_dict(keep_vars=True)
+        return {name: whole(value).detach().cpu() for name, value in state.items() if name not in shared}
 
     def load(self, state: dict[str, Any]) -> None:
         """Load what `state` returned."""
-        if self.frozen is not None:
-            below_accelerate(self.frozen).load_state_dict(state, strict=not self._shared())
+        if self.frozen is None:
+            return
+        if zero.has_parts(self.frozen):
+            zero.load(below_accelerate(self.frozen), state)
+            return
+        if holds_parts(self.frozen):
+            own = below_accelerate(self.frozen).state_dict()
+            state = {name: like_shards(value, own.get(name, value)) for name, value in state.items()}
+        below_accelerate(self.frozen).load_state_dict(state, strict=not self._shared())
 
     def _shared(self) -> set[str]:
         policy = dict(below_accelerate(self.policy).named_parameters())
@@ -151,7 +168,9 @@ class Reference:
             )
         for name, kept in reference.items():
             if kept is not policy[name]:  # else the layer is shared
-                kept.lerp_(policy[name].to(kept), alpha)
+                mine, theirs = part_of(policy[name], kept)
+                mine.lerp_(theirs.to(mine), alpha)
+                zero.drop_whole(kept)
 
 
 @contextmanager

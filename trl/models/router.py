@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl.data.records import PackedBatch
+from trl.data.records import PackedBatch, moved_ahead
 from trl.losses.loss_sum import LossSum
 from trl.models.forward import Routes, watched_routers
 from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder
@@ -93,7 +93,7 @@ def token_counts(packed: PackedBatch) -> Tensor:
     counts_N = torch.zeros(packed.segments[-1].end, dtype=torch.float32)
     for (start, end, _), count in zip(packed.segments, rows, strict=True):
         counts_N[start:end] = count
-    return counts_N.to(packed.ids_N.device)
+    return moved_ahead(counts_N, packed.ids_N.device)
 
 
 def _with_virtual(mask_BL: Tensor, routed: int) -> Tensor:

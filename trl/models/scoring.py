@@ -35,7 +35,7 @@ from trl.models.forward import (
     virtual_tokens,
 )
 from trl.models.precision import TOLERANCES, coarsest
-from trl.models.unwrap import below_accelerate, below_peft, below_value_head, is_encoder_decoder
+from trl.models.unwrap import below_accelerate, below_peft, below_value_head, is_encoder_decoder, runs_in_step
 
 CHUNK_ELEMENTS = 3 * 2**21
 """logits that exist at a time (24 MiB in float32: glibc takes larger blocks from the system anew each time)"""
@@ -94,14 +94,16 @@ def _first_of(config: Any, *names: str) -> float | None:
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
-_checked: WeakKeyDictionary[nn.Module, Head] = WeakKeyDictionary()
-"""by network: its head as it was when its logits were those of the model"""
+_checked: WeakKeyDictionary[nn.Module, dict[bool, Head]] = WeakKeyDictionary()
+"""by network: its head as it was when its logits were those of the model; with all ranks in step, and each alone"""
 
 
 def check_head(model: nn.Module, head: Head) -> None:
     """ValueError unless the head says all that the model does to its logits: a pass of a few tokens, once a model."""
     network = below_value_head(model)
-    if _checked.get(network) == head:
+    together = runs_in_step(network)
+    known = _checked.setdefault(network, {})
+    if known.get(together) == head:
         return
     states: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -125,7 +127,7 @@ def check_head(model: nn.Module, head: Head) -> None:
             "would be wrong: set what does so in its config to nothing, or let the module that "
             "`get_output_embeddings()` returns do it"
         )
-    _checked[network] = head
+    known[together] = head
 
 
 def _few_tokens(network: nn.Module) -> PackedBatch:

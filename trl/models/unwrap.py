@@ -13,12 +13,18 @@ Each function strips its own layer and all those outside it; a model without tha
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from trl.models.zero import has_parts
 
 
 def below_accelerate(model: nn.Module) -> Any:
@@ -76,6 +82,43 @@ def accepts(model: nn.Module, keyword: str) -> bool:
     return keyword in inspect.signature(type(below_peft(model)).forward).parameters
 
 
+_alone: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def each_alone(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it ranks need not run the same passes of these sharded modules: see `models.sharded`."""
+    _alone.update(modules)
+    try:
+        yield
+    finally:
+        _alone.difference_update(modules)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3): all must then run the same passes."""
-    return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in model.modules())
+    """Whether each process holds a part of the weights (FSDP, ZeRO-3), so all must run the same passes."""
+    if model in _alone:
+        return False
+    parts = (isinstance(module, FSDPModule) and module not in _alone for module in model.modules())
+    return has_parts(model) or any(parts)
+
+
+def runs_in_step(model: nn.Module) -> bool:
+    """`is_sharded` where there are several processes: each pass of the model is then one of all."""
+    return torch.distributed.is_initialized() and is_sharded(model)
+
+
+def own_pace(model: nn.Module) -> dict[str, bool]:
+    """Keywords of `generate` by which ranks do not wait for each other at each token, as sharded ones do."""
+    parts = is_deepspeed_zero3_enabled() or holds_parts(model)
+    return {"synced_gpus": False} if parts else {}
+
+
+def is_fsdp2(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model or parts of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def holds_parts(model: nn.Module) -> bool:
+    """Whether each process keeps a part of the weights, whatever passes it runs now."""
+    return has_parts(model) or is_fsdp2(model)

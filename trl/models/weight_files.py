@@ -1,8 +1,10 @@
 """Folders of weights: they are saved whole or not at all; a few tensors of a big one can be read alone."""
 
 import errno
+import io
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import zipfile
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -239,3 +242,101 @@ def _read(file: str, modules: Sequence[str], **_: Any) -> dict[str, Tensor]:
     except Exception as error:  # pickle, zip, safetensors and torch each have their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(f"could not read the weights {file!r}: {reason}") from error
+
+
+# -- sharded weights -----------------------------------------------------------------------------
+
+
+def on_host(value: Any, keep: bool) -> Any:
+    """The same with whole tensors on the CPU in place of shards. Collective; a process that keeps none gets None there.
+
+    One tensor after the other is gathered, so that a process which keeps none holds at most one.
+    """
+    if isinstance(value, Mapping):
+        return {key: on_host(inner, keep) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(inner, keep) for inner in value)
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if keep else None
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in the shards of another one, if that is sharded. Collective."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    own = value.to(like.device)
+    return distribute_tensor(own, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that stand in a model several times -> their first name."""
+    first: dict[int, str] = {}
+    names = [(first.setdefault(id(p), name), name) for name, p in model.named_parameters(remove_duplicate=False)]
+    return {name: one for one, name in names if name != one}
+
+
+def gathered_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A state dict with whole tensors, those that are tied as one. Collective; `keep`: see `on_host`."""
+    inner = getattr(model, "pretrained_model", model)  # a value head's own state dict is without PEFT's
+    state: dict[str, Tensor] = on_host({**inner.state_dict(), **model.state_dict()}, keep)
+    return {**state, **{name: state[first] for name, first in tied_names(inner).items() if first in state}}
+
+
+METADATA = ".metadata"
+"""the file that says what is where in a folder of torch.distributed.checkpoint; it is a pickle"""
+PLAIN_CLASSES = {
+    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    *(("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )),
+}  # fmt: skip
+"""what that pickle may name, besides dtypes: none of it runs code"""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and (module, name) not in PLAIN_CLASSES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def shard_files(folder: Path) -> list[str]:
+    """The files that a folder of torch.distributed.checkpoint consists of, those of other processes too."""
+    found = _read_metadata(folder)
+    return [METADATA, *sorted({place.relative_path for place in found.storage_data.values()})]
+
+
+def check_shards(folder: Path) -> None:
+    """ValueError, with a file's name, where torch, which unpickles parts of this folder, would run code from it."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata  # takes .3 s, and few runs shard
+
+    found = _read_metadata(folder)
+    for index, place in found.storage_data.items():
+        if not isinstance(found.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            continue  # tensors are read with `weights_only=True`
+        path = folder / place.relative_path
+        try:
+            if getattr(place, "transform_descriptors", None):
+                raise ValueError(f"{index.fqn} is stored by an extension")
+            with open(path, "rb") as file:
+                file.seek(place.offset)
+                torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle, zip and torch each have their own
+            raise ValueError(f"could not read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _read_metadata(folder: Path) -> Any:
+    path = folder / METADATA
+    try:
+        with open(path, "rb") as file:
+            return _PlainUnpickler(file).load()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except Exception as error:  # of a pickle that is damaged
+        raise ValueError(f"could not read {path}: {str(error).splitlines()[0]}") from error

@@ -6,6 +6,7 @@ Shape letters: B completions, F reward functions. A group: the completions of on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import itemgetter
 from typing import Any
 
@@ -30,7 +31,7 @@ class Collector:
     them. wanted: prompts of a rollout over all ranks. places: those that this rank takes, which may be none. rounds: of
     sampling at most; in further rounds than the first, groups of equal rewards give their places to groups of further
     prompts (dynamic sampling). unscored: is told of completions whose reward functions failed. ends: tokens that end a
-    completion, which their texts leave out.
+    completion, which their texts leave out. weights: the context in which a source draws, on ranks without rows too.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class Collector:
         world: int = 1,
         unscored: Callable[[int, Rollout, list[Any]], None] | None = None,
         ends: Sequence[int] = (),
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self.source, self.rewards, self.prompts, self.tokenizer = source, rewards, prompts, tokenizer
         self.group, self.rounds, self.unscored, self.ends = group, rounds, unscored, ends
+        self.weights = weights
         self._seed, self._wanted, self._places = seed, wanted, places
         self.gather: Callable[[list[Any]], list[Any]] = gather_object if world > 1 else list
         """the list of all ranks of each rank's list"""
@@ -84,10 +87,9 @@ class Collector:
 
     def draw(self, rows: Rows, group: int, seed: int, places: Sequence[int] | None = None) -> Rollout:
         """See `Source.draw`; with the completions' texts. Nobody is asked where there are no rows."""
-        if not rows:
-            return Rollout([], [], [], [])
-        rollout = self.source.draw(rows, group, seed, places)
-        if not rollout.texts:
+        with self.weights():
+            rollout = self.source.draw(rows, group, seed, places) if rows else Rollout([], [], [], [])
+        if rows and not rollout.texts:
             rollout.texts = without_ends(self.tokenizer, rollout.completions, self.ends)
         return rollout
 

@@ -60,6 +60,8 @@ class PolicyBatch(TensorRecord):
     """the sampler's log-probabilities, before the first update since it sampled"""
     own_pass: bool = False
     """whether this pass, before the first update, gives the old log-probabilities in place of `old_logprobs_BT`"""
+    only_runs: bool = False
+    """whether its rows have no gradient and are computed only because other ranks run a pass; they have no metrics"""
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,11 @@ class RolloutState:
     experience: Experience | None = None
     """the current rollout; None before the first"""
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of the fields."""
+        return [entry.name for entry in fields(cls)]
+
     def plain(self) -> dict[str, Any]:
         """Dicts of tensors and numbers, for a checkpoint."""
         if self.experience is None:
@@ -264,6 +271,69 @@ class RolloutState:
                 "end of a rollout"
             )
         return cls(**{**plain, "experience": Experience(**experience) if experience else None})
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the rows of a rollout lie on ranks: an optimizer step takes the next rows of each rank, rank after rank."""
+
+    shape: RolloutShape
+    of_step: int
+    """micro-batches of an optimizer step on each rank, at most as many as a rollout has; 0: not known"""
+    world: int
+
+    @property
+    def rows_of_step(self) -> int:
+        """Completions that an optimizer step learns from on each rank."""
+        return self.shape.per_device_train_batch_size * self.of_step
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one pass over a rollout."""
+        return self.shape.steps_per_generation // self.of_step
+
+    @property
+    def rows(self) -> int:
+        """Completions of a rollout on all ranks."""
+        return self.shape.rows * self.world
+
+    def fits(self, other: Division) -> bool:
+        """Whether optimizer steps take the same rows in both."""
+        return (self.rows_of_step * self.world, self.steps) == (other.rows_of_step * other.world, other.steps)
+
+
+def divided_anew(
+    ranks: Sequence[dict[str, Any]], made: Division, own: Division, rank: int, moves_back: bool = True
+) -> tuple[dict[str, Any], str]:
+    """What one of the ranks of now goes on with of the ranks' `plain_state`s, and what became of a half-used rollout.
+
+    Where optimizer steps take the same rows in both divisions, the rest of the rollout is divided among the ranks of
+    now. Else it is dropped, and those of its prompts that nobody has learned from are drawn again; moves_back: whether
+    they are known, which they are not where groups were replaced.
+    """
+    first = ranks[0]
+    cursor, shape = first["cursor"], {"shape": asdict(own.shape)}
+    if not first["experience"] or cursor == made.shape.passes:
+        return {**first, **shape, "experience": None, "cursor": own.shape.passes}, ""
+    group = made.shape.num_generations
+    if (group, made.shape.num_iterations) != (own.shape.num_generations, own.shape.num_iterations):
+        return first, ""  # which `RolloutLoader.restore` refuses
+    parts = [RolloutState.of({name: one[name] for name in RolloutState.names()}).experience for one in ranks]
+    equal = all(part is not None and len(part) == made.shape.rows for part in parts)
+    if equal and made.of_step and own.fits(made) and not cursor % made.of_step:
+        width, mine = made.rows_of_step, own.rows_of_step
+        steps = [range(step * width, (step + 1) * width) for step in range(made.steps)]
+        whole = Experience.below([part.select(rows) for rows in steps for part in parts if part is not None])
+        places = [(step * own.world + rank) * mine + row for step in range(own.steps) for row in range(mine)]
+        state = RolloutState.of({name: first[name] for name in RolloutState.names()})
+        state = replace(state, experience=whole.select(places), cursor=cursor // made.of_step * own.of_step)
+        return {**state.plain(), **shape}, "is divided anew"
+    seen = min(cursor, made.shape.steps_per_generation) * made.shape.per_device_train_batch_size * made.world
+    left = made.rows // group - seen // group if moves_back else 0
+    position = first["position"] - left
+    again = f"{left} of its prompts, which nobody learned from, are drawn again"
+    said = "is dropped: " + (again if moves_back else "groups were replaced in it, so its prompts do not come again")
+    return {**first, **shape, "experience": None, "cursor": own.shape.passes, "position": position}, said
 
 
 class RolloutLoader:

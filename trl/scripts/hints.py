@@ -156,9 +156,13 @@ def _read_text(value: Any) -> str:
 
 
 def settings_hints(dataclass_type: Any) -> dict[str, Any]:
-    """The resolved hints of the fields that a constructor takes."""
+    """The resolved hints of the fields that a constructor takes; one whose option may stand alone takes True too."""
     hints = get_type_hints(dataclass_type)
-    return {entry.name: hints[entry.name] for entry in fields(dataclass_type) if entry.init}
+    return {
+        entry.name: bool | hints[entry.name] if entry.metadata.get("const") is True else hints[entry.name]
+        for entry in fields(dataclass_type)
+        if entry.init
+    }
 
 
 def default_of(entry: Any) -> Any:

@@ -20,8 +20,10 @@ from trl.generation.generate_kwargs import sampling_params
 from trl.generation.stopping import end_tokens, without_ends
 from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
-from trl.models.unwrap import below_accelerate, below_value_head, is_sharded
+from trl.models.sharded import gathered, held_part, reshard, whole
+from trl.models.unwrap import below_accelerate, below_value_head, is_fsdp2, is_sharded
 from trl.rollout.report import print_samples
+from trl.trainer.run_folder import RunListener
 from trl.trainer.step_line import (
     Advice,
     Clock,
@@ -68,7 +70,7 @@ class SyncRefModelCallback(TrainerCallback):
         Reference(model, target_model).sync(alpha)
 
 
-class RichProgressCallback(TrainerCallback):
+class RichProgressCallback(TrainerCallback, RunListener):
     """Shows how far training and its evaluations are, and what is logged, in one line each; on the first process only.
 
     A terminal gets progress bars below the lines (unless `disable_tqdm` is set), a file or a pipe the lines alone. What
@@ -153,6 +155,10 @@ class RichProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.end_run(None)
+
+    def end_run(self, error: BaseException | None) -> None:
+        """Take the bars away, after an error too: the terminal gets its cursor back."""
         if self.progress is not None:
             self.progress.stop()
             self.progress, self._bars = None, {}
@@ -262,7 +268,7 @@ class LogCompletionsCallback(TrainerCallback):
                 "generation_config: a setting of it is none of sampling (beams, penalties of n-grams); use do_sample, "
                 "temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens and min_new_tokens"
             )
-        with eval_no_grad(model):
+        with eval_no_grad(model), gathered(model):
             groups = make_sampler(model, tokenizer).sample(prompts, params)
         texts = without_ends(tokenizer, [group[0].ids for group in groups], end_tokens(model, tokenizer))
         asked_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
@@ -348,9 +354,12 @@ class BEMACallback(TrainerCallback):
         self.average: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
 
-    def _trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def _trained(self, model: nn.Module) -> dict[str, Tensor]:
+        """The trained weights; what this process holds of them where FSDP2 has sharded the model."""
+        if is_fsdp2(model):
+            reshard(model)  # what a pass has left whole
         named = below_accelerate(model).named_parameters()
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
+        return {name: held_part(parameter) for name, parameter in named if parameter.requires_grad}
 
     def _begin(self, model: nn.Module) -> None:
         kept = {name: p.detach().to(self.device, torch.float32, copy=True) for name, p in self._trained(model).items()}
@@ -360,8 +369,8 @@ class BEMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if is_sharded(kwargs["model"]):
-            raise ValueError("BEMACallback: the model is sharded (FSDP, ZeRO-3), and its whole weights are averaged")
+        if is_sharded(kwargs["model"]) and not is_fsdp2(kwargs["model"]):
+            raise ValueError("BEMACallback: ZeRO-3 holds no weights that it could average; take FSDP2 or DDP")
         self._begin(kwargs["model"])
 
     @torch.no_grad()
@@ -397,10 +406,15 @@ class BEMACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        folder, sharded = Path(str(args.output_dir)) / "bema", is_fsdp2(kwargs["model"])
+        if not (state.is_world_process_zero or sharded):
+            return
+        with self.averaged(kwargs["model"]) as model:
+            network = below_value_head(model)
+            weights = {name: whole(value).cpu() for name, value in network.state_dict().items()} if sharded else None
+            if state.is_world_process_zero:
+                network.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
         if not state.is_world_process_zero:
             return
-        folder = Path(str(args.output_dir)) / "bema"
-        with self.averaged(kwargs["model"]) as model:
-            below_value_head(model).save_pretrained(folder)
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"].save_pretrained(folder)

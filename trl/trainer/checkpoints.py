@@ -30,14 +30,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.models.unwrap import below_accelerate
 from trl.models.weight_files import (
     FORMER,
+    METADATA,
     SAVING,
     flush,
     flush_folder,
     hidden,
     is_disk_error,
     put_in_place,
+    shard_files,
+    spread_like,
     undo_rename,
 )
+from trl.models.zero import elements, whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 RANDOM_STATE = "rng_state-{rank}.pt"
 REMOVING = ".removing-"
+RESUMING = ".resuming-"
+"""prefix of the hidden name of a folder that a run on another number of processes reads a checkpoint from"""
 PACKAGES = ("trl", "torch", "transformers", "accelerate", "peft", "diffusers")
 ROWS_READ = 1000
 """rows of a data set that its fingerprint is made of"""
@@ -109,9 +115,10 @@ def describe_run(
 def shape_of(model: nn.Module) -> str:
     """The class of a model, its number of parameters, and a code for their names and shapes."""
     inner = below_accelerate(model)
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in inner.named_parameters())
-    count = sum(parameter.numel() for parameter in inner.parameters())
-    return f"{type(inner).__name__} of {count:,} parameters ({hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]})"
+    shapes = sorted((name, tuple(whole_shape(parameter))) for name, parameter in inner.named_parameters())
+    count = sum(map(elements, inner.parameters()))
+    name, code = type(inner).__name__.removeprefix("FSDP"), hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+    return f"{name} of {count:,} parameters ({code})"
 
 
 def data_fingerprint(dataset: Any) -> str | None:
@@ -147,17 +154,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def check_identity(checkpoint: Checkpoint, run: Run, world_size: int) -> None:
-    """ValueError for a checkpoint of another trainer, another model or another number of processes."""
-    if checkpoint.manifest is None:
-        return
-    written = checkpoint.manifest["world_size"]
-    if written != world_size:
-        raise ValueError(
-            f"the checkpoint {checkpoint.folder} was written by {written} processes, this run has {world_size}: "
-            "resume with as many"
-        )
-    _check_equal(checkpoint, checkpoint.manifest["run"]["identity"], run.identity)
+def check_identity(checkpoint: Checkpoint, run: Run) -> None:
+    """ValueError for a checkpoint of another trainer or another model."""
+    if checkpoint.manifest is not None:
+        _check_equal(checkpoint, checkpoint.manifest["run"]["identity"], run.identity)
 
 
 def check_settings(checkpoint: Checkpoint, run: Run, *, has_place: bool = True, way_out: str = "") -> None:
@@ -189,6 +189,17 @@ def check_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
             f"optimizer: the checkpoint's has groups of {theirs} weights, this run's of {ours}: resume with the same "
             "trained weights and an optimizer that was built in the same way"
         )
+
+
+def spread_state(optimizer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state of whole tensors in the shards of the parameters that it is about."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = dict(zip(numbers, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    spread = {
+        number: {k: spread_like(v, parameters[number]) if isinstance(v, torch.Tensor) else v for k, v in own.items()}
+        for number, own in state["state"].items()
+    }
+    return {**state, "state": spread}
 
 
 def _check_equal(checkpoint: Checkpoint, theirs: Mapping[str, Any], ours: Mapping[str, Any], way_out: str = "") -> None:
@@ -329,7 +340,13 @@ def clean_up(output_dir: str | os.PathLike[str], prefix: str = PREFIX) -> None:
             else:
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(former, target)
-        own = (f"{SAVING}*", f"{REMOVING}*", f"{prefix}*/{SAVING}*", f"rollouts/{SAVING}*")  # no other run's below
+        own = (
+            f"{SAVING}*",
+            f"{REMOVING}*",
+            f"{RESUMING}*",
+            f"{prefix}*/{SAVING}*",
+            f"rollouts/{SAVING}*",
+        )  # no other run's below
         for pattern in own:
             for left in root.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True)
@@ -415,6 +432,8 @@ class SealCheckpoints(TrainerCallback):
                 ["rng_state.pth"] if args.world_size == 1 else [f"rng_state_{i}.pth" for i in range(args.world_size)]
             )
             expected = [] if args.save_only_model or args.save_on_each_node else names
+            for shards in folder.glob(f"*/{METADATA}"):
+                expected += [f"{shards.parent.name}/{name}" for name in shard_files(shards.parent)]
             assert self.run is not None
             seal(folder, self.run, step=state.global_step, world_size=args.world_size, expected=expected)
             shutil.rmtree(hidden(folder, FORMER), ignore_errors=True)
@@ -598,6 +617,45 @@ def random_state() -> dict[str, Any]:
         every = hasattr(module, "get_rng_state_all")
         state[device.type] = module.get_rng_state_all() if every else [module.get_rng_state()]
     return state
+
+
+def derived_random_state(seed: int, where: str, rank: int) -> dict[str, Any]:
+    """Random states for a process that was not there when a checkpoint was written; where: the checkpoint's name."""
+    number = int.from_bytes(hashlib.sha256(f"{seed} {where} {rank}".encode()).digest()[:4], "big")
+    kind, keys, *rest = np.random.RandomState(number).get_state()
+    state = {
+        "python": random.Random(number).getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.Generator().manual_seed(number).get_state(),
+    }
+    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        one = torch.Generator(device).manual_seed(number).get_state()
+        state[device.type] = [one] * torch.accelerator.device_count()
+    return state
+
+
+def processes_text(count: int) -> str:
+    """A number of processes in words."""
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def random_state_of(checkpoint: Checkpoint, rank: int, seed: int, *, old: str = RANDOM_STATE) -> dict[str, Any]:
+    """What a process goes on with: its own random states, or derived ones where it was not there.
+
+    old: how release 1.0.0 named the file.
+    """
+    if checkpoint.manifest is None:
+        return read_state(checkpoint.folder / old.format(rank=rank), allowed=numpy_globals())  # type: ignore[no-any-return]
+    written = checkpoint.manifest["world_size"]
+    if (processes := PartialState().num_processes) != written and rank == 0:
+        logger.warning(
+            "%s was written by %s, this run has %d: random states of those that were not there come from the seed, so "
+            "what is drawn differs from a run that goes on as it was",
+            checkpoint.folder, processes_text(written), processes,
+        )  # fmt: skip
+    if rank >= written:
+        return derived_random_state(seed, checkpoint.folder.name, rank)
+    return read_state(checkpoint.folder / RANDOM_STATE.format(rank=rank))  # type: ignore[no-any-return]
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from trl.trainer.settings import (
     translate,
 )
 
+ROWS = "rows in an optimizer step"
 ACTIONS = ("stop", "skip")
 """values of `on_non_finite`"""
 
@@ -203,8 +204,14 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
 
     def place_in_data(self) -> dict[str, Any]:
         """What the place in the data depends on: it must be as it was when a run resumes from a checkpoint."""
-        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        return {} if self.auto_find_batch_size else {"rows in an optimizer step": rows}
+        if self.auto_find_batch_size:
+            return {}
+        own = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        ordered = self.train_sampling_strategy in (
+            "group_by_length",
+            "batch_rebalance",
+        )  # in stretches of that many rows
+        return {ROWS: own * self.world_size, **({f"{ROWS} on each process": own} if ordered else {})}
 
 
 class Setting:

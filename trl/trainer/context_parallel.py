@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from trl.data.records import PackedBatch
+from trl.kernels.layers import is_compiled
 from trl.models.forward import is_encoder, is_sharing, rows_shared
 from trl.models.scoring import check_shared
 from trl.models.unwrap import below_value_head, is_encoder_decoder, learns_prompt, reads_rows
@@ -130,6 +131,7 @@ class SharedRows:
             "an encoder": is_encoder(model),
             "an adapter that learns virtual tokens": learns_prompt(model),
             "an adapter that begins at certain tokens": reads_rows(model),
+            "layers that torch.compile made": is_compiled(below_value_head(model)),
         }
         name = type(below_value_head(model)).__name__
         for kind, found in kinds.items():

@@ -439,11 +439,10 @@ class DDPOTrainer(BaseTrainer):
         found = checkpoint_to_resume(self.config.resume_from)
         if found is None:
             return 0
-        run, processes = self.describe_run(), self.accelerator.num_processes
-        checkpoints.check_identity(found, run, processes)
+        run = self.describe_run()
+        checkpoints.check_identity(found, run)
         state = checkpoints.read_state(found.folder / STATE)
-        own = checkpoints.RANDOM_STATE.format(rank=self.accelerator.process_index)
-        random_state = checkpoints.read_state(found.folder / own)
+        random_state = checkpoints.random_state_of(found, self.accelerator.process_index, self.config.seed)
         checkpoints.check_optimizer(self.optimizer, state["optimizer"])
         checkpoints.check_settings(found, run)
         self.accelerator.print(f"Resuming from {found.folder}")

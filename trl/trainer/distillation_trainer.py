@@ -27,7 +27,9 @@ from trl.losses.loss_sum import LossSum
 from trl.models.precision import frozen_dtype
 from trl.models.prepare import context_length, embedding_rows, load_model, read_tokenizer
 from trl.models.scoring import head_of, in_head, map_logits, scored_states
+from trl.models.sharded import prepare_frozen
 from trl.models.unwrap import below_peft
+from trl.models.zero import whole_shape
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards
 from trl.rollout.source import Rows, Source
@@ -246,12 +248,16 @@ class DistillationTrainer(RolloutTrainer):
         check_teacher(teacher, self.model, self.processing_class)
         check_same_tokens(self.processing_class, tokenizer_beside(teacher, source, self._teacher_keywords))
         teacher.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)  # type: ignore[no-any-return]
+        return prepare_frozen(self.accelerator, teacher)  # type: ignore[no-any-return]
 
     def frozen_models(self) -> list[nn.Module]:
         return [*super().frozen_models(), self.teacher]
 
     # -- samples: the student's own, the teacher's or the data set's -------------------------------
+
+    def sampled_models(self) -> list[nn.Module]:
+        teaches = self.args.seq_kd and self.args.lmbda < 1
+        return [*super().sampled_models(), *([self.teacher] if teaches else [])]
 
     def make_source(self) -> Source:
         source = self._mixed(super().make_source())
@@ -329,7 +335,7 @@ def check_teacher(teacher: nn.Module, student: nn.Module, tokenizer: Any) -> Non
             f"teacher_model: {names[0]} (teacher) and {names[1]} (student): one is an encoder-decoder; give models of "
             "one kind"
         )
-    sizes = [head.weight.shape[0] for head in heads]
+    sizes = [whole_shape(head.weight)[0] for head in heads]
     if min(sizes) < len(tokenizer):
         raise ValueError(
             f"teacher_model: vocabularies of {sizes[0]} (teacher) and {sizes[1]} (student) for a tokenizer of "

@@ -9,7 +9,7 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
@@ -35,8 +36,8 @@ from trl.losses.loss_sum import Extreme, LossSum
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
-from trl.models.unwrap import below_accelerate
-from trl.models.weight_files import WEIGHT_FILES, is_disk_error, writing
+from trl.models.unwrap import below_accelerate, below_peft
+from trl.models.weight_files import WEIGHT_FILES, is_disk_error, on_host, tied_names, writing
 from trl.trainer import overrides
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
 from trl.trainer.callbacks import NotebookColumns
@@ -52,16 +53,29 @@ from trl.trainer.checkpoints import (
     find,
     is_old_trainer_checkpoint,
     number_of,
+    processes_text,
     read_state,
     write_state,
 )
-from trl.trainer.configuration import PostTrainingConfig, as_config
+from trl.trainer.configuration import ROWS, PostTrainingConfig, as_config
 from trl.trainer.context_parallel import SharedRows, share_rows
 from trl.trainer.given_data import SHARE, GivenData, Numbered, Prepare, WithShare
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
 from trl.trainer.model_card import WAYS, CardFacts, card_text, listed, write_card
 from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
 from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, several, watched
+from trl.trainer.resharding import (
+    FULL,
+    OF_FSDP,
+    PLAIN,
+    Reader,
+    Reading,
+    check_readable,
+    form_held,
+    form_of,
+    processes_of,
+    readable,
+)
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
 from trl.trainer.settings import NO_EFFECT
@@ -390,9 +404,10 @@ class ObjectiveTrainer(Trainer):
 
     def say_memory(self) -> None:
         """Say once, before training, what weights, gradients and optimizer take."""
+        frozen = [] if self._memory_said else self.frozen_models()  # which all ranks load and share out together
         if not self._memory_said and self.is_world_process_zero():
             chosen = self.optimizer_cls_and_kwargs[0].__name__ if self.optimizer_cls_and_kwargs else self.args.optim
-            say_memory(self.model, self.frozen_models(), self.optimizer or chosen)
+            say_memory(self.model, frozen, self.optimizer or chosen)
         self._memory_said = True
 
     def prepare_evaluation(self, eval_dataset: Any, name: str = "eval") -> Any:
@@ -506,23 +521,59 @@ class ObjectiveTrainer(Trainer):
         named = output_dir is not None and Path(target).name == f"{PREFIX}{self.state.global_step}"
         if _internal_call and named:
             self._begin_checkpoint(Path(target))
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks write together
+        elif self.is_deepspeed_enabled:  # all ranks write together
             super().save_model(target, _internal_call=True)
             self._model_files = files_in(Path(target), top=True)
-        elif self.args.should_save:
-            with writing(target, replaces=WEIGHT_FILES) as beside:
-                super().save_model(str(beside), _internal_call=True)
-                self._model_files = files_in(beside)
+        else:
+            gathered = self._gathered_weights() if self.is_fsdp_enabled else None
+            if self.args.should_save:
+                with writing(target, replaces=WEIGHT_FILES) as beside:
+                    self._write_model(beside, gathered)
+                    self._model_files = files_in(beside)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _gathered_weights(self) -> dict[str, Tensor]:
+        """Collective: all weights in the memory of the first process's host, those that are tied as one tensor.
+
+        The other processes gather one weight after the other and keep none.
+        """
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model)
+        return {
+            **state,
+            **{
+                name: state[first] for name, first in tied_names(below_accelerate(self.model)).items() if first in state
+            },
+        }
+
+    def _write_model(self, folder: Path, gathered: dict[str, Tensor] | None) -> None:
+        """What `from_pretrained` reads; gathered: all weights, where this process holds a part of them."""
+        if gathered is None:
+            super().save_model(str(folder), _internal_call=True)
+            return
+        below_accelerate(self.model).save_pretrained(folder, state_dict=gathered)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
     def _begin_checkpoint(self, folder: Path) -> None:
         """Write the first files of a checkpoint; `Trainer` writes the others, and calls `on_save` after the last."""
-        state = self.extra_state()
+        state = on_host(self.extra_state(), self.args.should_save)
         self._tokens_so_far()
         self._seal.run = self._seal.run or self.describe_run()
         self._seal.begin(folder, self.args, self.state)
-        super().save_model(str(folder), _internal_call=True)
+        pushed = self.args.push_to_hub and self._hub_strategy != HubStrategy.END
+        if not self.is_fsdp_enabled:
+            super().save_model(str(folder), _internal_call=True)
+        elif form_held(self.accelerator) == FULL or pushed:  # else a checkpoint holds shards, and no model
+            gathered = self._gathered_weights()
+            if self.args.should_save:
+                self._write_model(folder, gathered)
+        elif self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            for part in (below_peft(self.model).config, self.processing_class):
+                if part is not None:
+                    part.save_pretrained(folder)
         self._model_files = files_in(folder)
         if state and self.args.should_save:
             write_state(folder / EXTRA_STATE, state)
@@ -532,8 +583,8 @@ class ObjectiveTrainer(Trainer):
     def describe_run(self) -> Run:
         """What a checkpoint of this run is compared with when a later run resumes from it."""
         args, name, place = self.args, type(self).__name__, self.args.place_in_data()
-        if self.shared.size > 1:
-            place = {key: rows // self.shared.size for key, rows in place.items()}
+        if self.shared.size > 1 and ROWS in place:
+            place = {**place, ROWS: place[ROWS] // self.shared.size}
         return describe_run(name, self.model, args.to_dict(), fixed=place, dataset=self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -562,7 +613,8 @@ class ObjectiveTrainer(Trainer):
                 self._folder.begin_metrics(folder, number_of(found.folder) if found and resumes else None)
             self.remove_callback(self._seal)
             self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
-            result = self._train(None if found is None else str(found.folder), *args, **kwargs)
+            with self._reading(found) as checkpoint:
+                result = self._train(checkpoint, *args, **kwargs)
             check_weights(self.accelerator, f"after step {self.state.global_step}", self.model)
             if self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
                 if not self._step_end.stops:  # it came after the last step: the run is over
@@ -571,6 +623,26 @@ class ObjectiveTrainer(Trainer):
         for job in self._uploads:
             job.result()
         return result
+
+    @contextmanager
+    def _reading(self, found: Checkpoint | None) -> Iterator[str | None]:
+        """The folder that `Trainer` reads a checkpoint from, whatever processes wrote it."""
+        if found is None:
+            yield None
+            return
+        form, mine = form_of(found), form_held(self.accelerator)
+        if form != mine and PLAIN in (form, mine):
+            self.create_optimizer()  # its names are asked for
+        run = Reader(mine, self.args.world_size, self.args.seed, self.model, self.optimizer)
+        folder = readable(found, str(self.args.output_dir), run)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        reading = Reading(folder if folder != found.folder else None, plugin, form if form in OF_FSDP else FULL)
+        self.add_callback(reading)
+        try:
+            yield str(folder)
+        finally:
+            reading.end()
+            self.remove_callback(reading)
 
     def _check_agreement(self) -> None:
         """Collective: see `ranks.check_agreement`."""
@@ -619,6 +691,8 @@ class ObjectiveTrainer(Trainer):
                 for piece, places in zip(pieces_of([batch]), _places(batch), strict=False)
             ]
             self._non_finite.met(self.state.global_step + 1, self.accelerator, self._watch, [self.model], pieces)
+            if self.accelerator.scaler is not None and self._watch.norm is None:  # it wants to have seen the gradient
+                self.accelerator.unscale_gradients()
             for parameter in self.model.parameters():
                 parameter.grad = None  # optimizers pass over those without a gradient
             self._left_out.append(self._step_loss)
@@ -643,10 +717,15 @@ class ObjectiveTrainer(Trainer):
 
     def _resume(self, found: Checkpoint, run: Run) -> None:
         """Compare a checkpoint with this run, and take back what `extra_state` gave."""
-        check_identity(found, run, self.args.world_size)
+        check_identity(found, run)
+        check_readable(found, form_held(self.accelerator), self.args.world_size)
         file = found.folder / EXTRA_STATE
         state = read_state(file) if file.exists() else None
         way_out = "set ignore_data_skip=True to begin anew in the data, "
+        rows, world = ((found.manifest or {}).get("run", {}).get("fixed", {})).get(ROWS), self.args.world_size
+        if rows is not None and processes_of(found) != world:
+            each = f"per_device_train_batch_size x gradient_accumulation_steps = {rows / world:g}"
+            way_out = f"with {processes_text(world)} {each}, {way_out}"
         check_settings(found, run, has_place=not self.args.ignore_data_skip, way_out=way_out)
         if state is not None:  # may refuse it too, before anything changes
             self.load_extra_state(state)

@@ -130,7 +130,8 @@ class TodaysSettings(_CommonSettings):
     ref_adapter_name: str | None = None
     """today's form: refused; give the reference as `ref_model`"""
     local_rollout_forward_batch_size: int = accepted("local_rollout_forward_batch_size", 64)
-    ds3_gather_for_generation: bool = accepted("ds3_gather_for_generation", True)
+    ds3_gather_for_generation: bool = True
+    """today's form: with DeepSpeed ZeRO-3 sampling gathers all weights at once; False: layer by layer, in step"""
 
 
 ONLY_TODAY = tuple(entry.name for entry in fields(TodaysSettings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,27 @@ SEED_KEYS = (*METRICS.values(), *OF_BATCH)
 """of an optimizer step, `ppo/` left out"""
 
 
-def moments(values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+Total = Callable[[Tensor], Tensor]
+"""the sum over all processes of each number of a tensor"""
+
+
+def alone(numbers: Tensor) -> Tensor:
+    """The `Total` of a single process."""
+    return numbers
+
+
+def mean_of(values_BT: Tensor, mask_BT: Tensor, total: Total = alone) -> Tensor:
+    """The mean of what counts."""
+    if total is alone:
+        return masked_mean(values_BT, mask_BT)
+    summed, count = total(torch.stack([(values_BT * mask_BT).sum(), mask_BT.sum()]))
+    return summed / count
+
+
+def moments(values_BT: Tensor, mask_BT: Tensor, total: Total = alone) -> tuple[Tensor, Tensor]:
     """(mean, population variance) of what counts."""
-    mean = masked_mean(values_BT, mask_BT)
-    return mean, masked_mean((values_BT - mean) ** 2, mask_BT)
+    mean = mean_of(values_BT, mask_BT, total)
+    return mean, mean_of((values_BT - mean) ** 2, mask_BT, total)
 
 
 def seed_keys(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,12 +66,12 @@ def seed_keys(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {METRICS[name]: value for name, value in metrics.items() if name in METRICS}
 
 
-def batch_keys(batch: Experience | PolicyBatch, ratios: Tensor) -> dict[str, Tensor]:
+def batch_keys(batch: Experience | PolicyBatch, ratios: Tensor, total: Total = alone) -> dict[str, Tensor]:
     """What does not change from epoch to epoch, and the distribution of the ratios."""
     assert batch.values_BT is not None
     assert batch.returns_BT is not None
     assert batch.advantages_BT is not None
-    values, returns = moments(batch.values_BT, batch.mask_BT), moments(batch.returns_BT, batch.mask_BT)
+    values, returns = (moments(each, batch.mask_BT, total) for each in (batch.values_BT, batch.returns_BT))
     return {
         "policy/advantages": batch.advantages_BT[batch.mask_BT > 0],
         "policy/ratio": ratios,
@@ -65,24 +82,36 @@ def batch_keys(batch: Experience | PolicyBatch, ratios: Tensor) -> dict[str, Ten
     }
 
 
-def sampling_keys(measured: Experience, sampled_BT: Tensor, cliprange: float) -> dict[str, Tensor]:
+def sampling_keys(
+    measured: Experience, sampled_BT: Tensor, cliprange: float, total: Total = alone
+) -> dict[str, Tensor]:
     """By how much the sampler's log-probabilities differ from those that were measured, as means over tokens."""
     assert measured.old_logprobs_BT is not None
     trained_BT, mask_BT = measured.old_logprobs_BT, measured.mask_BT
     bounds = (1 - cliprange, 1 + cliprange)
-    return means_of(sampling_metrics(trained_BT, sampled_BT.to(trained_BT), mask_BT, "token", bounds))
+    metrics = sampling_metrics(trained_BT, sampled_BT.to(trained_BT), mask_BT, "token", bounds)
+    if total is not alone:
+        pairs = {name: value for name, value in metrics.items() if isinstance(value, tuple)}
+        both = [torch.as_tensor(number, dtype=torch.float32) for pair in pairs.values() for number in pair]
+        summed = total(torch.stack([number.to(trained_BT.device) for number in both])).view(-1, 2)
+        metrics = {name: (value, count) for name, (value, count) in zip(pairs, summed, strict=True)}
+    return means_of(metrics)
 
 
-def _std(values: Tensor) -> Tensor:
+def _std(values: Tensor, total: Total = alone) -> Tensor:
     """Unbiased; 0 for a single value, which has none."""
+    if total is not alone:
+        ones = torch.ones_like(values)
+        count = total(ones.sum())
+        return (moments(values, ones, total)[1] * count / (count - 1).clamp(min=1)).sqrt()
     return values.std() if values.numel() > 1 else torch.zeros_like(values).sum()
 
 
-def _lengths(name: str, tokens: Sequence[Tensor], device: Any) -> dict[str, Tensor]:
+def _lengths(name: str, tokens: Sequence[Tensor], device: Any, total: Total) -> dict[str, Tensor]:
     lengths = moved_ahead(torch.tensor([len(row) for row in tokens], dtype=torch.float), device)
     return {
         f"tokens/{name}_len_mean": lengths.mean(),
-        f"tokens/{name}_len_std": _std(lengths),
+        f"tokens/{name}_len_std": _std(lengths, total),
         f"tokens/{name}_dist": lengths,
     }
 
@@ -98,8 +127,12 @@ def step_stats(
     train_stats: Mapping[str, Tensor],
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
+    total: Total = alone,
 ) -> dict[str, Any]:
-    """All statistics of a step but the times. `logprobs` ... `non_score_reward` are [B, T], `scores` [B]."""
+    """All statistics of a step but the times. `logprobs` ... `non_score_reward` are [B, T], `scores` [B].
+
+    Numbers that are no mean over rows, of which all processes have as many, are those of all processes.
+    """
     kl_B = ((logprobs - ref_logprobs) * masks).sum(-1)
     mean_kl = kl_B.mean()
     if mean_kl.item() < -1.0:
@@ -115,11 +148,11 @@ def step_stats(
         "objective/ref_logprobs": ref_logprobs,
         "objective/kl_coef": kl_coef,
         "objective/entropy": (-logprobs * masks).sum(-1).mean(),
-        "ppo/mean_non_score_reward": masked_mean(non_score_reward, masks),
+        "ppo/mean_non_score_reward": mean_of(non_score_reward, masks, total),
         "ppo/mean_scores": scores.mean(),
-        "ppo/std_scores": _std(scores),
-        **_lengths("queries", queries, scores.device),
-        **_lengths("responses", responses, scores.device),
+        "ppo/std_scores": _std(scores, total),
+        **_lengths("queries", queries, scores.device, total),
+        **_lengths("responses", responses, scores.device, total),
         **{f"ppo/{key}": value for key, value in train_stats.items()},
     }
     if "val/error" in train_stats and "returns/var" in train_stats:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, tqdm
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -56,7 +57,9 @@ from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precis
 from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Head, Scores, classifier_of, in_head
-from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, learns_prompt
+from trl.models.sharded import gathered_if_sharded, own_layers, prepare_frozen, say_gathering, shard_beside
+from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
+from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
 from trl.rollout.collector import rendered
@@ -91,7 +94,7 @@ from trl.trainer.preparation import prepare_tokenizer
 from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import OfForm, WholeOfForm
+from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import StepWatch, Tally, write_metrics
@@ -387,6 +390,7 @@ class PPOTrainer(BaseTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
+    _said_gathering = False
 
     def __init__(
         self,
@@ -468,10 +472,11 @@ class PPOTrainer(BaseTrainer):
         start_trackers(self.accelerator, config)
         reference: nn.Module | None = ref_model
         if reference is None and self.is_peft_model:
-            reference = None if needs_no_copy(model) else copy_of(model)
+            reference = None if needs_no_copy(model) else copy_of(model, share=not self.accelerator.is_fsdp2)
         elif reference is None:
             equalise(model)
             reference = create_reference_model(model, num_shared_layers=num_shared_layers)
+            reference = deepcopy(reference) if self.accelerator.is_fsdp2 else reference  # each is sharded by itself
         self._prepare(model, value_model, reference, optimizer, data_collator, lr_scheduler)
         adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         self.kl_ctl: Any = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
@@ -512,11 +517,18 @@ class PPOTrainer(BaseTrainer):
         self._embeddings = embedding_rows(model)
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
-        self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
-            model, optimizer, collator, dataloader, lr_scheduler
-        )
-        self.value_model = None if value_model is None else self.accelerator.prepare(value_model)
-        self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        prepare = partial(self.accelerator.prepare, model, optimizer, collator, dataloader, lr_scheduler)
+        sharded = self.accelerator.is_fsdp2
+        if sharded and value_model is not None:
+            prepare = partial(shard_beside, self.accelerator, value_model, optimizer, prepare)
+        with own_layers(self.accelerator, model) if sharded else nullcontext():
+            prepared = prepare()
+        self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = prepared
+        self.value_model = value_model if value_model is None or sharded else self.accelerator.prepare(value_model)
+        self.ref_model = None if ref_model is None else prepare_frozen(self.accelerator, ref_model)
+        if sharded:
+            trained = [each for each in (self.model, self.value_model) if each is not None]
+            self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
         self.reference = Reference(self.model, self.ref_model)
         self.actor = ActorCritic(self.model, self.value_model, self.config.temperature)
         if self.accelerator.is_main_process:
@@ -578,12 +590,20 @@ class PPOTrainer(BaseTrainer):
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0][None] if single else responses
 
-        with eval_mode(policy, checkpointing=True):
+        with eval_mode(policy, checkpointing=True), self._gathered():
             response = responses_of(policy)
         if not generate_ref_response:
             return response
-        with self.reference.model() as reference:
+        with self.reference.model() as reference, gathered_if_sharded(reference or policy):
             return response, responses_of(below_accelerate(reference or policy))
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        """The policy's weights whole on every process, for sampling; collective where they are sharded."""
+        if is_sharded(self.model) and not self._said_gathering:
+            self._said_gathering = True
+            if self.accelerator.is_main_process:
+                say_gathering(self.model)
+        return gathered_if_sharded(self.model)
 
     def _respond(
         self,
@@ -818,6 +838,11 @@ class PPOTrainer(BaseTrainer):
                 self.push_to_hub(**self.config.push_to_hub_if_best_kwargs)
 
     @property
+    def _total(self) -> ppo_statistics.Total:
+        """Sums the numbers of all processes."""
+        return partial(self.accelerator.reduce, reduction="sum") if self.is_distributed else ppo_statistics.alone
+
+    @property
     def _budget(self) -> int | None:
         return unasked_budget(self.current_device, self.accelerator.num_processes)
 
@@ -833,7 +858,7 @@ class PPOTrainer(BaseTrainer):
         sampled_BT, self._sampled_BT = self._sampled_BT, None
         if sampled_BT is None or sampled_BT.shape != measured.mask_BT.shape:
             return {}
-        return ppo_statistics.sampling_keys(measured, sampled_BT, self.config.cliprange)
+        return ppo_statistics.sampling_keys(measured, sampled_BT, self.config.cliprange, self._total)
 
     def _gae_numbers(self) -> dict[str, Any]:
         return {"gamma": self.config.gamma, "lam": self.config.lam, "whiten_rewards": self.config.whiten_rewards}
@@ -861,7 +886,7 @@ class PPOTrainer(BaseTrainer):
         own = {name.removeprefix(OWN): value for name, value in means.items() if name.startswith(OWN)}
         log_ratios, masks = torch.cat(ratios, 1)
         counted = log_ratios[masks > 0].exp()  # how many there are is asked once, not in each mini-batch
-        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, counted)
+        return own | ppo_statistics.seed_keys(means) | ppo_statistics.batch_keys(experience, counted, self._total)
 
     def _optimizer_step(self, pieces: Sequence[PolicyBatch], ratios: list[Tensor], first: bool) -> dict[str, Tensor]:
         def accept(means: Mapping[str, Tensor]) -> bool:
@@ -1311,12 +1336,13 @@ class PPOTrainer(BaseTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         places = range(len(dataset))[: most if most is None else most * world][rank::world]
         columns: dict[str, list[Any]] = {"query": [], "model response": [], "score": []}
-        for start in range(0, len(places), size):
-            rows = [dataset[place] for place in places[start : start + size]]
-            batch = self._rollout(rows, rewards, source)
-            columns["query"] += batch["query"]
-            columns["model response"] += batch["response"]
-            columns["score"] += [float(score) for score in batch["scores"]]
+        with self._gathered():  # once: processes may have one batch more or less
+            for start in range(0, len(places), size):
+                rows = [dataset[place] for place in places[start : start + size]]
+                batch = self._rollout(rows, rewards, source)
+                columns["query"] += batch["query"]
+                columns["model response"] += batch["response"]
+                columns["score"] += [float(score) for score in batch["scores"]]
         return {name: gather_object(values) for name, values in columns.items()} if world > 1 else columns
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
@@ -1325,10 +1351,17 @@ class PPOTrainer(BaseTrainer):
         if folder is None:
             raise ValueError("output_dir=None: say where the model goes")
         check_weights(self.accelerator, f"step {self.current_step}", self.model)
-        if self.accelerator.is_main_process:
-            self._saved_model().save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        self._write_model(folder)
         self.accelerator.wait_for_everyone()
+
+    def _write_model(self, folder: str | os.PathLike[str]) -> None:
+        """The model as `save_pretrained` writes it, and the tokenizer; collective, as weights may be gathered."""
+        saved, main = self._saved_model(), self.accelerator.is_main_process
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        gathered = {"state_dict": gathered_state(saved, keep=main)} if sharded else {}
+        if main:
+            saved.save_pretrained(folder, **gathered)
+            self.tokenizer.save_pretrained(folder)
 
     def _saved_model(self) -> Any:
         model = below_accelerate(self.model)
@@ -1391,7 +1424,7 @@ class PPOTrainer(BaseTrainer):
         """A response to each row's prompt and its score, as a batch for `step` and for reports."""
         self._follow_config()
         asked = with_prompts(rows, self.tokenizer)
-        with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True):
+        with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True), self._gathered():
             rollout = (self.source if source is None else source).draw(asked)
         if not rollout.texts:
             rollout.texts = without_ends(self.tokenizer, rollout.completions, end_tokens(self.model, self.tokenizer))
@@ -1414,7 +1447,7 @@ class PPOTrainer(BaseTrainer):
     def save_state(self, directory: str | os.PathLike[str]) -> None:
         """Save all that the next step depends on, and the model as `save_pretrained` does, whole or not at all."""
         kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if kind == DistributedType.DEEPSPEED:
             raise NotImplementedError(
                 f"save_state does not gather weights that {kind.value} has spread: use `trainer.accelerator.save_state`"
             )
@@ -1422,10 +1455,10 @@ class PPOTrainer(BaseTrainer):
         checkpoints.save_checkpoint(Path(directory), self._write_state, self.describe_run(), step=self.data_position)
 
     def _write_state(self, folder: Path) -> None:
+        state = on_host(self._state(), keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            checkpoints.write_state(folder / STATE, self._state())
-            self._saved_model().save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            checkpoints.write_state(folder / STATE, state)
+        self._write_model(folder)
 
     def load_state(self, directory: str | os.PathLike[str]) -> None:
         """Go on exactly where `save_state` was called, in a trainer that was built in the same way."""
@@ -1438,13 +1471,11 @@ class PPOTrainer(BaseTrainer):
 
     def _resume(self, found: checkpoints.Checkpoint) -> None:
         run = self.describe_run()
-        checkpoints.check_identity(found, run, self.accelerator.num_processes)
+        checkpoints.check_identity(found, run)
         allowed = [] if found.manifest else checkpoints.numpy_globals()
-        own = (checkpoints.RANDOM_STATE if found.manifest else OLD_RANDOM_STATE).format(
-            rank=self.accelerator.process_index
-        )
         state = checkpoints.read_state(found.folder / STATE, allowed=allowed)
-        random_state = checkpoints.read_state(found.folder / own, allowed=allowed)
+        rank, seed = self.accelerator.process_index, self.config.seed
+        random_state = checkpoints.random_state_of(found, rank, seed, old=OLD_RANDOM_STATE)
         self._check_state(state)
         # a script that calls `step` with rows of its own has no place in the data
         checkpoints.check_settings(found, run, has_place=state["counters"]["data_position"] > 0)
@@ -1479,11 +1510,6 @@ class PPOTrainer(BaseTrainer):
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         """ValueError for a state of a trainer that was built differently."""
-        if state["world_size"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"the checkpoint was written by {state['world_size']} processes, this run has "
-                f"{self.accelerator.num_processes}: resume with as many"
-            )
         if not _same_sums(state["reference"], _sums(self.ref_model)):
             raise ValueError(
                 "the reference model is not the one of the checkpoint: build the trainer from the model that training "
@@ -1512,8 +1538,8 @@ class PPOTrainer(BaseTrainer):
         """Put a state back that `_check_state` has let pass."""
         for name, model in self._models().items():
             for key, parameter in _trained(model).items():
-                parameter.copy_(state["weights"][name][key])
-        self.optimizer.load_state_dict(state["optimizer"])
+                parameter.copy_(spread_like(state["weights"][name][key], parameter))
+        self.optimizer.load_state_dict(checkpoints.spread_state(self.optimizer, state["optimizer"]))
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["scheduler"])
         self.kl_ctl.value = state["kl_coef"]
@@ -1528,7 +1554,7 @@ class PPOTrainer(BaseTrainer):
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
         """Statistics of a step from its parts, see `ppo_statistics.step_stats`."""
-        return ppo_statistics.step_stats(kl_coef, **data)
+        return ppo_statistics.step_stats(kl_coef, total=self._total, **data)
 
     def gather_stats(self, stats: Mapping[str, Any]) -> dict[str, Any]:
         """Over all processes: numbers averaged, distributions laid together."""
@@ -1793,8 +1819,15 @@ def check_arguments(
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:
-    """The accelerator of a config; the scheduler moves once per PPO step, however many processes there are."""
+    """The accelerator of a config; the scheduler moves once per PPO step, however many processes there are.
+
+    Where nothing is said of precision, a GPU that computes in bfloat16 by itself does so.
+    """
     keywords = {"step_scheduler_with_optimizer": False, **config.accelerator_kwargs}
+    on_cpu = keywords.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
+    said = "mixed_precision" in keywords or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not said and not on_cpu and bfloat16_by_default():
+        keywords["mixed_precision"] = "bf16"
     return Accelerator(
         log_with=config.log_with,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -1830,11 +1863,11 @@ def check_critic(model: Any, value_model: nn.Module, optimizer: Optimizer | None
 
 
 def make_optimizer(config: PPOConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Adam as `adam_style` says; torch's in one pass over memory where all of it is on the CPU."""
+    """Adam as `adam_style` says; torch's in one pass over memory where a kernel does so."""
     rate, eps = config.learning_rate, config.adam_epsilon
     if config.adam_style == "tf":
         return TFAdam(parameters, lr=rate, eps=eps)
-    fused = all(each.device.type == "cpu" and each.is_floating_point() for each in parameters)
+    fused = all(each.device.type in ("cpu", "cuda") and each.is_floating_point() for each in parameters)
     return Adam(parameters, lr=rate, eps=eps, fused=fused or None)
 
 
@@ -1928,11 +1961,11 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _sums(model: nn.Module | None) -> list[float] | None:
-    """The sum of each parameter, which tell one model from another."""
+    """The sum of each parameter, which tell one model from another. MPS has no float64."""
     if model is None:
         return None
     parameters = list(below_accelerate(model).parameters())
-    wide = [(p.cpu() if p.device.type == "mps" else p).double().sum() for p in parameters]  # MPS has no float64
+    wide = [on_host((p.cpu() if p.device.type == "mps" else p).double().sum(), keep=True) for p in parameters]
     return torch.stack([total.to(wide[0].device) for total in wide]).tolist()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from trl.models.peft_support import is_peft_model
 from trl.models.precision import dtype_of
 from trl.models.prepare import disable_dropout_in_model, load_model
 from trl.models.reference import Reference, copy_with_adapter, needs_no_copy
+from trl.models.sharded import in_step, prepare_frozen, shards_weights
+from trl.models.unwrap import is_sharded
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer
@@ -128,8 +131,9 @@ def make_reference(
         return Reference(trainer.model, precomputed=True)
     if ref_model is None:
         ahead = config.precompute_ref_log_probs and not needs_no_copy(trainer.model)
-        known, share = ahead or _all_have(trainer, columns), not trainer.is_fsdp_enabled
+        known, share = ahead or _all_have(trainer, columns), not shards_weights(trainer.accelerator)
         reference = Reference(trainer.model, precomputed=known, autocast=autocast, share=share)
+        reference.prepare(trainer.accelerator)
     else:
         auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         owner, like = type(trainer).__name__, dtype_of(trainer.model)
@@ -137,7 +141,7 @@ def make_reference(
         if config.disable_dropout:
             disable_dropout_in_model(given)
         if given is not trainer.model:  # else `Reference` says what is wrong with that
-            given = trainer.accelerator.prepare_model(given, evaluation_mode=True)
+            given = prepare_frozen(trainer.accelerator, given)
         reference = Reference(trainer.model, given, autocast=autocast)
     if config.sync_ref_model:
         if reference.frozen is None:
@@ -233,10 +237,11 @@ class ReferenceColumns:
         order = sorted(range(len(dataset)), key=lengths.__getitem__)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine, shared = [], self.trainer.shared
-        for batch in batches[shared.data_rank :: shared.data_world]:
-            collated = self.trainer.data_collator([dataset[i] for i in batch])
-            moved = {name: value.to(args.device) for name, value in collated.items()}
-            values = [sums.tolist() for sums in self.sums(model, moved)]
-            mine += [(index, *row) for index, row in zip(batch, zip(*values, strict=True), strict=True)]
+        with in_step(model) if is_sharded(model) else nullcontext():  # ranks may have one batch more or less
+            for batch in batches[shared.data_rank :: shared.data_world]:
+                collated = self.trainer.data_collator([dataset[i] for i in batch])
+                moved = {name: value.to(args.device) for name, value in collated.items()}
+                values = [sums.tolist() for sums in self.sums(model, moved)]
+                mine += [(index, *row) for index, row in zip(batch, zip(*values, strict=True), strict=True)]
         rows = sorted(gather_object(mine if shared.rank == 0 else []))
         return [list(column) for column in list(zip(*rows, strict=True))[1:]]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -17,7 +19,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.data.encode import Limits
 from trl.data.microbatches import collated, unasked_budget
@@ -31,16 +32,25 @@ from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import end_tokens
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
-from trl.models.precision import dtype_of, frozen_dtype, precision_of
+from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision_of
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
-from trl.models.unwrap import below_peft
+from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering, shards_weights
+from trl.models.unwrap import below_peft, is_encoder_decoder, is_sharded
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
 from trl.rollout.collector import Collector
-from trl.rollout.experience import Experience, PolicyBatch, RolloutLoader, RolloutShape, RolloutState
+from trl.rollout.experience import (
+    Division,
+    Experience,
+    PolicyBatch,
+    RolloutLoader,
+    RolloutShape,
+    RolloutState,
+    divided_anew,
+)
 from trl.rollout.measure import check_first_ratio, in_pieces, means_of
 from trl.rollout.prompts import PromptStream, part_of, places_of
 from trl.rollout.rewards import OwnRewards, Rewards, RolloutRewards
@@ -61,12 +71,15 @@ from trl.rollout.source import (
     says_prompts,
     with_own_prompts,
 )
+from trl.trainer.checkpoints import processes_text
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
 from trl.trainer.metrics import check_new_names
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import prepare_model, prepare_tokenizer
 from trl.trainer.references import SyncReference
 from trl.trainer.settings import ROLLOUTS, accepted, default_of, rename
+
+logger = logging.getLogger(__name__)
 
 SAMPLING_KEYWORDS = ("min_new_tokens", "stop_strings", "stop_token_ids")
 """what `generation_kwargs` may hold besides the fields of the config"""
@@ -145,6 +158,9 @@ class RolloutConfig(PostTrainingConfig):
     """how many; None: all"""
     log_unique_prompts: bool = field(default=False)
     """print one completion of each prompt"""
+    gather: str = field(default="model")
+    """FSDP2, ZeRO-3: how sampling gets weights that ranks hold in parts. model: all at once, for each round of
+    sampling; layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
     vllm_mode: str = accepted("vllm_mode", "colocate")
@@ -169,7 +185,8 @@ class RolloutConfig(PostTrainingConfig):
     vllm_importance_sampling_clip_max: float | None = accepted("vllm_importance_sampling_clip_max", 3.0)
     vllm_importance_sampling_clip_min: float | None = accepted("vllm_importance_sampling_clip_min")
     vllm_importance_sampling_cap: float | None = accepted("vllm_importance_sampling_cap")
-    ds3_gather_for_generation: bool = accepted("ds3_gather_for_generation", True)
+    ds3_gather_for_generation: bool = field(default=True)
+    """False: gather="layers", by its name for DeepSpeed ZeRO-3"""
     cache_implementation: str | None = accepted("cache_implementation")
     use_transformers_paged: bool = accepted("use_transformers_paged", False)
     use_transformers_continuous_batching: bool = accepted("use_transformers_continuous_batching", False)
@@ -262,12 +279,18 @@ class RolloutConfig(PostTrainingConfig):
         )
         require(self, "top_p", 0 < self.top_p <= 1, "give a probability in (0, 1]")
         require(self, "top_k", self.top_k is None or self.top_k >= 0, "give a number of tokens, or 0 for all")
+        require(self, "gather", self.gather in ("model", "layers"), "choose 'model' or 'layers'")
         require(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "give a fraction in [0, 1], or None")
         require(self, "repetition_penalty", self.repetition_penalty > 0, "give a number > 0; 1 is off")
         for name in ("num_completions_to_print", "log_unique_prompts"):
             require(
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
             )
+
+    @property
+    def gathers_layers(self) -> bool:
+        """Whether sampling is to gather sharded weights layer by layer."""
+        return self.gather == "layers" or not self.ds3_gather_for_generation
 
     @property
     def reshapes(self) -> bool:
@@ -445,6 +468,7 @@ class RolloutTrainer(ObjectiveTrainer):
     config_class: type[RolloutConfig]
     aggregation: Aggregation = "token"
     needs_rewards = True
+    _said_gathering = False
     _draws = False
     """whether the collector and the loader are there"""
     temperature, top_p, top_k, min_p, repetition_penalty = (Setting() for _ in range(5))
@@ -523,12 +547,11 @@ class RolloutTrainer(ObjectiveTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "the weights are sharded (FSDP, DeepSpeed ZeRO-3), and the sampler needs them whole: train with DDP"
-            )
+        self._check_sharding()
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
-        self.sampler = make_sampler(self.model, tokenizer)
+        # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
+        with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
+            self.sampler = make_sampler(self.model, tokenizer)
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
         self.source = self.make_source()
@@ -715,7 +738,40 @@ class RolloutTrainer(ObjectiveTrainer):
             world=world,
             unscored=self._write_unscored,
             ends=self._ends(),
+            weights=self.weights_for_sampling,
         )
+
+    def _check_sharding(self) -> None:
+        """ValueError where the sampler could not get the weights; one line where `gather` has no effect."""
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_version=1: the sampler cannot gather its weights; take fsdp_version=2")
+        if not self.args.gathers_layers:
+            return
+        asked = "gather='layers'" if self.args.gather == "layers" else "ds3_gather_for_generation=False"
+        if not shards_weights(self.accelerator):
+            logger.warning("%s: no effect, because every process holds the weights whole", asked)
+        elif is_encoder_decoder(self.model):
+            raise ValueError(f"{asked}: an encoder-decoder is not sampled layer by layer; leave it out")
+
+    def weights_for_sampling(self) -> AbstractContextManager[Any]:
+        """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
+        if not is_sharded(self.model):
+            return nullcontext()
+        in_layers = self.args.gathers_layers
+        if not self._said_gathering and self.is_world_process_zero():
+            say_gathering(self.model, in_layers=in_layers)
+        self._said_gathering = True
+        models = self.sampled_models()
+        if in_layers:
+            return in_step(*models)
+        together = ExitStack()
+        for model in models:
+            together.enter_context(gathered(model))
+        return together
+
+    def sampled_models(self) -> list[nn.Module]:
+        """The models that make completions."""
+        return [self.model]
 
     def _ends(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
@@ -728,8 +784,10 @@ class RolloutTrainer(ObjectiveTrainer):
             keywords = config.loading_keywords() if isinstance(ref_model, str) else config.model_init_kwargs
             given = load_model(ref_model, AutoModelForCausalLM, keywords, frozen=True, like=dtype_of(self.model))
             if given is not self.model:  # else `Reference` says what is wrong with that
-                given = self.accelerator.prepare_model(given, evaluation_mode=True)
-        reference = Reference(self.model, given, autocast=self.accelerator.autocast)
+                given = prepare_frozen(self.accelerator, given)
+        share = not shards_weights(self.accelerator)
+        reference = Reference(self.model, given, autocast=self.accelerator.autocast, share=share)
+        reference.prepare(self.accelerator)
         if config.moves_reference:
             if reference.frozen is None:
                 raise ValueError("sync_ref_model=True: the policy without its adapter cannot move; give a ref_model")
@@ -870,12 +928,13 @@ class RolloutTrainer(ObjectiveTrainer):
             scores = score(model, packed, temperature=self.args.temperature, entropy=entropy)
             return [scores.logprobs_BT] if scores.entropy_BT is None else [scores.logprobs_BT, scores.entropy_BT]
 
-        if not len(rows):
-            return Scores(torch.zeros(0, 0), torch.zeros(0, 0) if entropy else None)
         size = self.args.per_device_train_batch_size
         runs = (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
-        with rows_padded(self.pads_rows):
-            columns = in_pieces(rows, runs, ask, self.args.device, masked=False)
+        together = in_step(model) if is_sharded(model) else nullcontext()
+        with rows_padded(self.pads_rows), together:
+            columns = in_pieces(rows, runs, ask, self.args.device, masked=False) if len(rows) else []
+        if not len(rows):
+            return Scores(torch.zeros(0, 0), torch.zeros(0, 0) if entropy else None)
         return Scores(*(column.cpu() for column in columns))
 
     # -- the loop's side -------------------------------------------------------------------------
@@ -895,7 +954,7 @@ class RolloutTrainer(ObjectiveTrainer):
         count = counted(rows.mask_BT, self.aggregation, self.args.max_completion_length)
         computed = self.rows_with_gradient(rows).nonzero().flatten()
         kept = rows.select(computed if len(computed) else range(min(self.least_rows(), len(rows))))
-        return Batch(policy=kept.batch(count))
+        return Batch(policy=replace(kept.batch(count), only_runs=not len(computed)))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
@@ -930,7 +989,7 @@ class RolloutTrainer(ObjectiveTrainer):
         loss = self.policy_objective(model, policy)
         if self._ratio_is_one_at == self.state.global_step and model.training:
             check_first_ratio(means_of(loss.metrics), self._precision)
-        return LossSum(loss.total, policy.counted, loss.metrics)
+        return LossSum(loss.total, policy.counted, {} if policy.only_runs else loss.metrics)
 
     def _precision(self) -> str:
         with self.accelerator.autocast():
@@ -948,22 +1007,34 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Collective: every rank's half-used rollout."""
-        mine = [self.rollouts.plain_state()]
-        state: dict[str, Any] = {"rollouts": gather_object(mine) if self.args.world_size > 1 else mine}
+        mine, of_step = [self.rollouts.plain_state()], self._division().of_step
+        ranks = gather_object(mine) if self.args.world_size > 1 else mine
+        state: dict[str, Any] = {"rollouts": ranks, "of_step": of_step}
         if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
             state["reference"] = self.reference.state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        ranks = state["rollouts"]
-        if len(ranks) != self.args.world_size:
-            raise ValueError(
-                f"the checkpoint is of {len(ranks)} processes and this run has {self.args.world_size}: a half-used "
-                "rollout cannot be divided; resume with as many"
-            )
-        self.rollouts.restore(ranks[self.args.process_index])
+        ranks, rank = state["rollouts"], self.args.process_index
+        own = ranks[rank] if len(ranks) == self.args.world_size else self._divided_anew(ranks, state.get("of_step", 0))
+        self.rollouts.restore(own)
         if "reference" in state and self.reference is not None:
             self.reference.load(state["reference"])
+
+    def _division(self) -> Division:
+        shape = self.rollouts.shape
+        of_step = min(self.args.gradient_accumulation_steps, shape.steps_per_generation)
+        return Division(shape, of_step, self.args.world_size)
+
+    def _divided_anew(self, ranks: Sequence[dict[str, Any]], of_step: int) -> dict[str, Any]:
+        """What this rank goes on with of a checkpoint by another number of ranks; one line says what became of it."""
+        shape = RolloutShape(**ranks[0]["shape"])
+        made = Division(shape, of_step, len(ranks))
+        knows = self.args.refill_rounds() == 1
+        own, said = divided_anew(ranks, made, self._division(), self.args.process_index, knows)
+        if said and self.is_world_process_zero():
+            logger.warning("the half-used rollout of %s %s", processes_text(len(ranks)), said)
+        return own
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -987,7 +1058,8 @@ class RolloutTrainer(ObjectiveTrainer):
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
-        return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
+        with in_step(model, *self.frozen_models()) if is_sharded(model) else nullcontext():
+            return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl.data.any_text import encodable
 from trl.models.weight_files import SAVING
+from trl.models.zero import elements
 from trl.trainer.run_folder import CONFIG, RECORD, RunFacts, RunListener
 from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.signals import TERMINATED
@@ -314,7 +315,7 @@ def _of_model(model: Any) -> dict[str, Any]:
     if model is None:
         return {}
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(elements(p), p.requires_grad) for p in model.parameters()]
     return {"model": name, "parameters": sum(n for n, _ in sizes), "trained": sum(n for n, learns in sizes if learns)}
 
 

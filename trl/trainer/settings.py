@@ -19,7 +19,10 @@ _VLLM = "has no effect: the local sampler draws the completions and needs no set
 _CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
-_COMPILE = "has no effect: a pass here is no graph that torch.compile takes; packed rows save more than it would"
+_COMPILE = (
+    "has no effect: a pass here is no graph that torch.compile takes whole; compile its layers "
+    "(`layer.compile(fullgraph=True, dynamic=True)` for each, see docs/gpu.md)"
+)
 _MIXED = "has no effect: torch's own mixed precision is the only one"
 NO_EFFECT: dict[str, str] = {
     "activation_offloading": "has no effect: activations stay on the device; packed rows and "
@@ -47,7 +50,6 @@ NO_EFFECT: dict[str, str] = {
     "use_mps_device": "has no effect: an MPS device is used where there is one; `use_cpu=True` leaves it alone",
     "half_precision_backend": _MIXED,
     "include_tokens_per_second": "has no effect: `include_num_input_tokens_seen` counts tokens",
-    "ds3_gather_for_generation": "has no effect: the sampler needs the weights whole, and DeepSpeed ZeRO-3 is refused",
     "local_rollout_forward_batch_size": "has no effect: passes without gradient take as many rows as fit their tokens",
     "cache_implementation": _CACHE,
     "use_transformers_paged": _CACHE,
@@ -150,8 +152,8 @@ INHERITED: dict[str, str] = {
     "does not exist; an error for tensor and sequence parallelism",
     "dataloader_pin_memory": f"{_AS_THERE}, where there is a device to copy to",
     "train_sampling_strategy": f"{_AS_THERE}; lengths are counted where no column holds them",
-    "fsdp": f"{_AS_THERE}; an error where a sampler needs the weights whole",
-    "fsdp_config": f"{_AS_THERE}; an error where a sampler needs the weights whole",
+    "fsdp": f"{_AS_THERE}; on-policy trainers take FSDP2 only, see `gather`",
+    "fsdp_config": f"{_AS_THERE}; on-policy trainers take FSDP2 only, see `gather`",
     "deepspeed": f"{_AS_THERE}; ZeRO-3 is an error where a sampler needs the weights whole",
 }
 """fields of `TrainingArguments` whose defaults are its own -> what they do here"""
@@ -340,9 +342,14 @@ def fit_to_machine(config: Any) -> None:
         config.optim = "adamw_torch"
 
 
+def bfloat16_by_default() -> bool:
+    """Whether mixed precision is on where nobody said anything: the GPU computes in bfloat16 by itself."""
+    return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
 def _choose_precision(config: Any) -> None:
     if config.bf16 is None:
-        config.bf16 = bool(not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        config.bf16 = not config.fp16 and bfloat16_by_default()
     if bool(config.bf16) == bool(config.fp16):  # neither, or both, which transformers refuses
         return
     if config.bf16:

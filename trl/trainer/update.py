@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trl.kernels.step_memory import place_of
 from trl.losses.loss_sum import LossSum
@@ -37,6 +38,7 @@ def optimizer_step(
     finite: then `non_finite` is called, on all processes, and may raise. Gradients end as None: the next backward pass
     writes them instead of adding to zeros. `leave_zeros` is for those who look at them afterwards.
     """
+    torch.clear_autocast_cache()  # of weights as they were, or without their gradient, where one context spans steps
     local = torch.stack([torch.as_tensor(count(piece), device=accelerator.device).float() for piece in pieces]).sum()
     whole = accelerator.reduce(local, "sum").clamp(min=1)
     # DDP averages over processes and `backward` divides by accelerate's own accumulation: both are undone here.
@@ -58,18 +60,22 @@ def optimizer_step(
     else:
         watch.norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     finite, _, numbers = watch.read(accelerator, also=means.values())
-    if not finite:
-        if non_finite is not None:
-            non_finite(watch)
-    elif accept is None or accept({name: torch.tensor(value) for name, value in zip(means, numbers, strict=True)}):
+    if not finite and non_finite is not None:
+        non_finite(watch)
+    read = {name: torch.tensor(value) for name, value in zip(means, numbers, strict=True)}
+    if finite and (accept is None or accept(read)):
         optimizer.step()
+        torch.clear_autocast_cache()
+    elif accelerator.scaler is not None:  # of fp16, which has unscaled the gradient and waits for the step
+        accelerator.scaler.update(accelerator.scaler.get_scale())
     optimizer.zero_grad(set_to_none=True)
     return means
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of the whole gradient, which is left as it is; on the device. []"""
-    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded weights
 
 
 def leave_zeros(parameters: Iterable[nn.Parameter]) -> None:

@@ -140,12 +140,13 @@ def tree(kind: str, precision: str) -> None:
     model, packed, found = network(kind), trees(), []
     for padded in (False, True):
         model.zero_grad()
-        with rows_padded(padded), torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-            logprobs_BT = score(model, packed).logprobs_BT
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+            with rows_padded(padded):
+                logprobs_BT = score(model, packed).logprobs_BT
             logprobs_BT.sum().backward()
+            how = {"packed": plan_of(model).packed}
         found.append((logprobs_BT.detach(), torch.cat([w.grad.flatten() for w in model.parameters()])))
     limit = TIGHT if precision == "float32" else COARSE
-    how = {"packed": plan_of(model).packed}
     compared(f"tree = padded, {kind}, {precision}: log-probabilities", distance(found[0][0], found[1][0]), limit, **how)
     compared(f"tree = padded, {kind}, {precision}: gradients", distance(found[0][1], found[1][1]), 3 * limit, **how)
 
