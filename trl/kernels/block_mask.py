@@ -250,7 +250,7 @@ def _compiled(kind: Kind) -> Callable[..., tuple[Tensor, Tensor | None]]:
     It is a function with code of its own: torch counts compilations by code, and leaves off after a few.
     """
     code = flex_blocks.__code__.replace(co_name=f"flex_blocks_{next(_numbers)}")
-    own = FunctionType(code, flex_blocks.__globals__)
+    own = FunctionType(code, flex_blocks.__globals__, argdefs=flex_blocks.__defaults__)
     return torch.compile(own, fullgraph=True)  # type: ignore[no-any-return]
 
 
