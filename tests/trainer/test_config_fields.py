@@ -94,6 +94,7 @@ SHOWN = {
     "router_aux_loss_coef": ("test_router", "test_trainers_add_the_balance"),
     "trust_remote_code": ("test_config_fields", "test_code_of_a_model_runs_only_where_it_is_trusted"),
     "padding_free": ("test_conformity", "test_packed_equals_padded"),
+    "context_parallel_size": ("test_context_parallel", "test_ranks_that_share_rows_learn_the_same"),
     "max_tokens_per_microbatch": ("test_token_budget", "test_a_budget_changes_nothing_but_the_passes"),
     "eos_token": ("test_sft_trainer", "test_eos_pad_and_template_of_the_config"),
     "pad_token": ("test_sft_trainer", "test_eos_pad_and_template_of_the_config"),

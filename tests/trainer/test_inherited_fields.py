@@ -234,7 +234,11 @@ REFUSED = [
     ("SFTConfig", {"optim_target_modules": ["q_proj"]}, "optim='adamw_torch_fused' reads none, only GaLore and APOLLO"),
     ("SFTConfig", {"optim_args": "rank=4"}, "optim_args='rank=4': optim='adamw_torch_fused' reads none"),
     ("SFTConfig", {"past_index": 0}, "past_index=0: no state is carried from row to row"),
-    ("SFTConfig", {"parallelism_config": ParallelismConfig(tp_size=2)}, "parallelism_config: tp cut rows or heads"),
+    (
+        "SFTConfig",
+        {"parallelism_config": ParallelismConfig(tp_size=2)},
+        "parallelism_config: tp_size=2: heads and layers are not cut here",
+    ),
     ("GRPOConfig", {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0: noise would make another policy"),
     ("RLOOConfig", {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0: noise would make another policy"),
     ("RAFTConfig", {"auto_find_batch_size": True}, "the batch size is part of a rollout"),

@@ -96,6 +96,8 @@ class PackedBatch(TensorRecord):
     """how many tokens of each row came before its branch"""
     width: int
     """T: tokens of the longest branch"""
+    piece: Any = None
+    """None: the batch is whole; else what this rank holds of it (`kernels.context_parallel.Piece`)"""
     kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     """what was laid out of this batch and passes over it share, on any device"""
 
@@ -134,9 +136,10 @@ class PackedBatch(TensorRecord):
         return [i for start, end, _ in reversed(chain) for i in range(start, end)]
 
     def spread(self, values_S: Tensor) -> Tensor:
-        """Scored values in their places of a zero `[B, T]` (differentiable)."""
+        """Scored values in their places of a zero `[B, T]`, those of other ranks too (differentiable)."""
         spread_BT = torch.zeros(self.rows, self.width, dtype=values_S.dtype, device=values_S.device)
-        return spread_BT.index_put((self.row_S, self.slot_S), values_S)
+        spread_BT = spread_BT.index_put((self.row_S, self.slot_S), values_S)
+        return spread_BT if self.piece is None else self.piece.summed(spread_BT)  # type: ignore[no-any-return]
 
 
 INDICES = ("scored_S", "last_B", "row_S", "target_S")

@@ -96,12 +96,13 @@ def block_pairs(segments: Sequence[Segment], depth: np.ndarray, blocks: int, win
 def _listed(choices: Sequence[np.ndarray]) -> list[np.ndarray]:
     """For each choice, how many columns are chosen in each row, and which: [blocks], [blocks, most of all counts]."""
     counts = [chosen.sum(1, dtype=np.int32) for chosen in choices]
-    most, blocks = max(2, *(int(each.max()) for each in counts)), len(choices[0])
+    most, blocks = max(2, *(int(each.max()) for each in counts)), {len(chosen) for chosen in choices}
     width = 1 << (most - 1).bit_length()
-    width += width == blocks  # the compiler takes sizes that are equal at first to be equal always
+    while width in blocks:  # the compiler takes sizes that are equal at first to be equal always
+        width += 1
     lists = []
     for chosen, count in zip(choices, counts, strict=True):
-        table, (rows, columns) = np.zeros((blocks, width), np.int32), chosen.nonzero()
+        table, (rows, columns) = np.zeros((len(chosen), width), np.int32), chosen.nonzero()
         table[rows, np.arange(len(rows)) - (count.cumsum() - count)[rows]] = columns
         lists += [count, table]
     return lists
@@ -129,10 +130,12 @@ class BlockTables(NamedTuple):
         return len(self.enter_M)
 
 
-def block_tables(segments: Sequence[Segment], window: int | None = None) -> BlockTables:
+def block_tables(
+    segments: Sequence[Segment], window: int | None = None, blocks: Sequence[int] | None = None
+) -> BlockTables:
     """The tables for these segments, padded to `padded_tokens`, as arrays on the host.
 
-    The tail sees itself alone.
+    The tail sees itself alone. blocks: those whose queries are computed; None: all.
     """
     total = segments[-1].end
     tokens = padded_tokens(total)
@@ -143,6 +146,8 @@ def block_tables(segments: Sequence[Segment], window: int | None = None) -> Bloc
     starts = np.array([start for start, _, _ in segments], np.int32)
     depth_M = depth_M + np.arange(tokens, dtype=np.int32) - np.repeat(starts, sizes)
     some, full = block_pairs(segments, tour.depth, tokens // BLOCK, window)
+    if blocks is not None:
+        some, full = some[blocks], full[blocks]
     seen = np.array(window or 0, np.int32)
     return BlockTables(enter_M, leave_M, depth_M, seen, *_listed((some, full, some.T, full.T)))
 
@@ -204,7 +209,7 @@ def kind_of(
 
 
 def flex_blocks(
-    kind: Kind, query: Tensor, key: Tensor, value: Tensor, tables: BlockTables
+    kind: Kind, query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, places_Q: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by FlexAttention, and the logarithm of the softmax's denominator where there are sinks."""
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -212,17 +217,19 @@ def flex_blocks(
     (enter, leave, depth, window), cap = tables[:4], kind.softcap
 
     def in_tree(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q = q if places_Q is None else places_Q[q]
         return (k <= q) & (enter[k] <= enter[q]) & (enter[q] < leave[k])
 
     def in_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return in_tree(b, h, q, k) & (depth[q] - depth[k] < window)
+        place = q if places_Q is None else places_Q[q]
+        return in_tree(b, h, q, k) & (depth[place] - depth[k] < window)
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return score if cap is None else cap * torch.tanh(score / cap)
 
     torch._check(query.shape[2] % BLOCK == 0)  # kernels need not look at the ends
     mask = BlockMask(
-        (query.shape[2], query.shape[2]), *tables[4:], BLOCK_SIZE=(BLOCK, BLOCK),
+        (query.shape[2], key.shape[2]), *tables[4:], BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=in_window if kind.windowed else in_tree,
     )  # fmt: skip
     how: dict[str, Any] = {"return_aux": AuxRequest(lse=True)} if kind.sinks else {}
@@ -243,32 +250,38 @@ def _compiled(kind: Kind) -> Callable[..., tuple[Tensor, Tensor | None]]:
     It is a function with code of its own: torch counts compilations by code, and leaves off after a few.
     """
     code = flex_blocks.__code__.replace(co_name=f"flex_blocks_{next(_numbers)}")
-    own = FunctionType(code, flex_blocks.__globals__)
+    own = FunctionType(code, flex_blocks.__globals__, argdefs=flex_blocks.__defaults__)
     return torch.compile(own, fullgraph=True)  # type: ignore[no-any-return]
 
 
 def flex_tree_attention(
     query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, *, window: int | None = None,
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, compiled: bool = True,
+    places_Q: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of [1, H, N, D] over [1, H or fewer, N, D] by these tables.
 
+    places_Q: where the queries stand among the keys, if they are some of them, whole blocks; for tables of those.
     compiled: into a kernel of its own; else it is part of a graph around, or plain operations in a test. Sinks: one
     logit a head that takes its share of each softmax and has no value, so the rest keeps the share
     sigmoid(log sum exp - sink).
     """
     kind = kind_of(query, key, value, window=window, scale=scale, softcap=softcap, sinks=sinks)
     total = query.shape[2]
-    query, key, value = (_lengthened(x, tables.tokens - total) for x in (query, key, value))
+    key, value = (_lengthened(x, tables.tokens - x.shape[2]) for x in (key, value))
+    query = _lengthened(query, 0 if places_Q is not None else tables.tokens - total)
     if compiled:
         if kind.learns:  # all of them: which ones do must not be compiled for
             query, key, value = (x if x.requires_grad else x.detach().requires_grad_() for x in (query, key, value))
         for x in (query, key, value):
             torch._dynamo.maybe_mark_dynamic(x, 2)
+        own = () if places_Q is None else (places_Q,)
+        for places in own:
+            torch._dynamo.maybe_mark_dynamic(places, 0)
         with torch.set_grad_enabled(kind.learns):
-            out, log_sum = _compiled(kind)(kind, query, key, value, tables)
+            out, log_sum = _compiled(kind)(kind, query, key, value, tables, *own)
     else:
-        out, log_sum = flex_blocks(kind, query, key, value, tables)
+        out, log_sum = flex_blocks(kind, query, key, value, tables, places_Q)
     if sinks is not None and log_sum is not None:
         out = out * torch.sigmoid(log_sum - sinks.view(1, -1, 1))[..., None].to(out.dtype)
     return out[:, :, :total]

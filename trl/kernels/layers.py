@@ -46,7 +46,7 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
 
     narrow: the last layer's output may be wrong where it is not read. early: the final norm selects what is read.
     """
-    layout, total = TreeLayout(packed.segments, packed.kept), len(packed.ids_N)
+    layout, total = TreeLayout(packed.segments, packed.kept, packed.piece), len(packed.ids_N)
     compiled = is_compiled(network)
     if compiled:
         layout.tabulated()
@@ -56,7 +56,7 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
             layer = last_layer(network) if len(listed) <= WORTH_IT * total else None
             if layer is not None:
                 stack.enter_context(computed_at(layer.by_position, positions, total))
-                if layer.attention is not None:
+                if layer.attention is not None and packed.piece is None:
                     layout.read_only_at(layer.attention, listed)
         norm = final_norm(network) if early else None
         if norm is not None and not is_compiled(norm):

@@ -39,10 +39,17 @@ class Part(NamedTuple):
 class TreeLayout:
     """How the packed tokens are cut into segments, and which segments each one sees."""
 
-    def __init__(self, segments: Sequence[Segment], kept: dict[Hashable, Any] | None = None):
-        """kept: what passes over the same batch share, see `shared`."""
+    def __init__(self, segments: Sequence[Segment], kept: dict[Hashable, Any] | None = None, piece: Any = None):
+        """kept: what passes over the same batch share, see `shared`.
+
+        piece: which positions are computed here (`context_parallel.Piece`); None: all.
+        """
         self.segments = tuple(segments)
         self.sizes = [end - start for start, end, _ in self.segments]
+        self.piece = piece
+        everywhere = range(len(self.segments))
+        self.own = [i for i in everywhere if piece is None or piece.holds(self.segments[i].start)]
+        """the segments whose queries are computed here, one behind the other"""
         self._cache: dict[Hashable, Any] = {}
         self._kept = {} if kept is None else kept
         self.table: Any = None
@@ -78,8 +85,8 @@ class TreeLayout:
 
     @cached_property
     def is_flat(self) -> bool:
-        """Whether each segment sees itself alone."""
-        return all(segment.parent < 0 for segment in self.segments)
+        """Whether all segments are computed here, and each sees itself alone."""
+        return self.piece is None and all(segment.parent < 0 for segment in self.segments)
 
     def read_only_at(self, module: Any, positions: Sequence[int]) -> None:
         """Promise that the output of this attention module is read at these positions only, in ascending order."""
@@ -103,16 +110,16 @@ class TreeLayout:
         shared then.
         """
         found, skipped = [], self.skipped(module)
-        order = range(len(self.segments))
-        for (parent, whole), run in groupby(order, lambda i: (self.segments[i].parent, not skipped[i])):
-            siblings = list(run)
-            shared = parent >= 0 and whole and window is None and len(siblings) > 1
+        end = 0
+        for (parent, whole), run in groupby(self.own, lambda i: (self.segments[i].parent, not skipped[i])):
+            siblings, first = list(run), end
+            several = len(siblings) > 1 or self.piece is not None  # a part of a segment sees a long one, unmasked
+            shared = parent >= 0 and whole and window is None and several
             for index in siblings:
-                start, end, _ = self.segments[index]
-                found.append(Part(start + skipped[index], end, [index] if shared else self.chains[index]))
+                start, end = end, end + self.sizes[index]
+                found.append(Part(start + skipped[index], end, [index] if shared else self.seen_by(index, window)))
             if shared:
-                start, end = self.segments[siblings[0]].start, self.segments[siblings[-1]].end
-                found.append(Part(start, end, self.chains[parent], adds=True))
+                found.append(Part(first, end, self.chains[parent], adds=True))
         return [part for part in found if part.start < part.end]
 
     @cached_property
@@ -122,6 +129,19 @@ class TreeLayout:
         for index, segment in enumerate(self.segments):
             chains.append([*(chains[segment.parent] if segment.parent >= 0 else []), index])
         return chains
+
+    def seen_by(self, index: int, window: int | None) -> list[int]:
+        """A segment's chain, without the ancestors that lie before every one of its windows."""
+        chain = self.chains[index]
+        if window is None:
+            return chain
+        seen, reach = [index], window - 1
+        for link in reversed(chain[:-1]):
+            if reach <= 0:
+                break
+            seen.append(link)
+            reach -= self.sizes[link]
+        return seen[::-1]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
         """[queries, keys], True = seen; the queries are the last keys. None: a plain causal mask is enough."""

@@ -21,8 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl.data.records import Segment
+from trl.data.records import Segment, moved_ahead
 from trl.kernels.block_mask import (
+    BLOCK,
     BlockTables,
     Kind,
     block_tables,
@@ -83,13 +84,15 @@ def segment_attention(
 
     Each tensor is split once, because a slice for each segment would cost a gradient of full size each.
     """
-    queries, keys, values = (list(x.split(layout.sizes, dim=2)) for x in (query, key, value))
+    queries = query.split([layout.sizes[index] for index in layout.own], dim=2)
+    keys, values = (list(x.split(layout.sizes, dim=2)) for x in (key, value))
     outputs = []
-    for index, chain in enumerate(layout.chains):
+    for own, index in zip(queries, layout.own, strict=True):
+        chain = layout.seen_by(index, window)
         seen_keys = keys[index] if len(chain) == 1 else torch.cat([keys[link] for link in chain], 2)
         seen_values = values[index] if len(chain) == 1 else torch.cat([values[link] for link in chain], 2)
-        mask = layout.mask(queries[index].shape[2], seen_keys.shape[2], window, query.device)
-        outputs.append(attend(queries[index], seen_keys, seen_values, mask, causal=mask is None, **how))
+        mask = layout.mask(own.shape[2], seen_keys.shape[2], window, query.device)
+        outputs.append(attend(own, seen_keys, seen_values, mask, causal=mask is None, **how))
     return torch.cat(outputs, 2)
 
 
@@ -114,7 +117,7 @@ def device_attention(
             kind = kind_of(query, key, value, **how)
             if tree.is_flat and flash_takes(kind) and _agrees(FLASH, kind, where):
                 return _by_flash(tree, query, key, value, **how)
-            if _agrees(FLEX, kind, where):
+            if (tree.piece is None or tree.piece.run % BLOCK == 0) and _agrees(FLEX, kind, where):
                 return _by_flex(tree, query, key, value, **how)
     return segment_attention(tree, query, key, value, dropout=dropout, **how)
 
@@ -140,7 +143,11 @@ def lay_out_for_graphs(tree: TreeLayout, network: Any) -> None:
 
 
 def _tables(tree: TreeLayout, window: int | None, device: torch.device) -> BlockTables:
-    return tree.shared(("blocks", window, device), lambda: on_device(block_tables(tree.segments, window), device))
+    def make() -> BlockTables:
+        blocks = None if tree.piece is None else (tree.piece.positions("cpu")[::BLOCK] // BLOCK).tolist()
+        return on_device(block_tables(tree.segments, window, blocks), device)
+
+    return tree.shared(("blocks", window, device), make)
 
 
 def _by_flash(
@@ -151,7 +158,12 @@ def _by_flash(
 
 
 def _by_flex(tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **how: Any) -> Tensor:
-    return flex_tree_attention(query, key, value, _tables(tree, window, query.device), window=window, **how)
+    places = None
+    if (piece := tree.piece) is not None:
+        key_of = ("places", query.device)
+        places = tree.shared(key_of, lambda: moved_ahead(piece.positions("cpu").int(), query.device))
+    tables = _tables(tree, window, query.device)
+    return flex_tree_attention(query, key, value, tables, window=window, places_Q=places, **how)
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -267,6 +279,8 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             "sinks": kwargs.get("s_aux"),
         }
         window = kwargs.get("sliding_window")
+        if tree is not None and tree.piece is not None:
+            key, value = tree.piece.gathered(key, value)
         plain = not dropout and how["softcap"] is None and how["sinks"] is None
         if tree is not None and plain and takes(query, key, value):
             if torch.compiler.is_compiling():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
+from trl.kernels import context_parallel
 from trl.kernels.layers import Reading, fast, swapped_forward
 from trl.losses.loss_sum import LossSum
 from trl.models.attention import enable_tree_attention, inside_tree, lay_out_for_graphs, own_attention
@@ -77,6 +78,8 @@ def in_module(
     if index_S is None or row_S is None:
         index_S, row_S = packed.scored_S, packed.row_S
     plan = _plan_for(model, module, packed)
+    if packed.piece is not None:
+        check_sharing(model, module, plan, packed.piece.group)
     if plan.narrow and _routes.get() is not None:  # the routers of the last layer see all tokens
         plan = replace(plan, narrow=False)
     return _pass(model, module, packed, function, index_S, row_S, plan)
@@ -206,6 +209,30 @@ def rows_padded(flag: bool) -> Iterator[None]:
         yield
     finally:
         _padded.reset(token)
+
+
+_sharing: ContextVar[Any] = ContextVar("ranks_of_a_row", default=None)
+
+
+@contextmanager
+def rows_shared(group: Any) -> Iterator[None]:
+    """Within it the ranks of a process group compute each batch together; None: each rank computes its own."""
+    token = _sharing.set(group)
+    try:
+        yield
+    finally:
+        _sharing.reset(token)
+
+
+def is_sharing() -> bool:
+    """Whether other ranks compute parts of the same batch."""
+    return _sharing.get() is not None
+
+
+def own_part(packed: PackedBatch) -> PackedBatch:
+    """What this rank computes of the batch: a part of it within `rows_shared`, else the batch."""
+    group = _sharing.get()
+    return packed if group is None else context_parallel.own_part(packed, group)
 
 
 def padded_inputs(packed: PackedBatch, pad_token_id: int = 0) -> dict[str, Tensor]:
@@ -591,3 +618,39 @@ def _computes(
         logger.debug("probe of %s failed: %s", type(below_value_head(model)).__name__, error)
         return False
     return exact.agrees(states_SD)
+
+
+# -- rows that several ranks compute together -------------------------------------------------
+
+_shared: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""networks that compute parts of rows on several ranks as they compute whole ones"""
+
+
+def check_sharing(model: nn.Module, module: nn.Module, plan: ForwardPlan, group: Any) -> None:
+    """ValueError unless ranks that share a row compute what one rank computes: a few tokens, once a network.
+
+    Collective. What else than attention lets positions see each other (a convolution, a recurrence) shows here.
+    """
+    network = below_value_head(model)
+    if not plan.packed:
+        raise ValueError(
+            f"{type(network).__name__} pads its rows, and ranks share packed rows only: leave "
+            "context_parallel_size out, or take a model whose attention goes through transformers' AttentionInterface"
+        )
+    if network in _shared:
+        return
+    packed, _ = probe_rows(network)
+    own, inner = context_parallel.own_part(packed, group, unit=1), below_accelerate(model)
+    with eval_no_grad(model):
+        whole_SD, precision = measured_pass(inner, module, packed, plan)
+        own_SD, _ = measured_pass(inner, module, own, plan)
+    is_here_S, _ = own.piece.places(packed.scored_S)
+    expected = Expected(whole_SD[is_here_S], precision)
+    agrees = torch.tensor(not is_here_S.any() or expected.agrees(own_SD), dtype=torch.int, device=packed.ids_N.device)
+    torch.distributed.all_reduce(agrees, torch.distributed.ReduceOp.MIN, group=group)
+    if not agrees:
+        raise ValueError(
+            f"{type(network).__name__} does not compute parts of rows on several ranks as it computes whole rows: its "
+            "positions see each other outside of attention; leave context_parallel_size out"
+        )
+    _shared[network] = True

@@ -74,6 +74,8 @@ def balance_loss(model: nn.Module, seen: list[Routes]) -> Tensor:
                 f"router_aux_loss_coef: the routers of {type(network).__name__} give nothing to learn from (frozen, "
                 "or reentrant checkpoints: set gradient_checkpointing_kwargs={'use_reentrant': False}); leave it out"
             )
+        if packed.piece is not None:
+            logits = tuple(packed.piece.whole(of_layer) for of_layer in logits)
         weight_BL = token_counts(packed)[None] if mask_BL is None else _with_virtual(mask_BL, len(logits[0]))
         losses.append(function(logits, network.num_experts, network.num_experts_per_tok, weight_BL))
         tokens.append(weight_BL.sum())
@@ -88,7 +90,7 @@ def token_counts(packed: PackedBatch) -> Tensor:
         while segment >= 0:
             rows[segment] += 1
             segment = packed.segments[segment].parent
-    counts_N = torch.zeros(len(packed.ids_N), dtype=torch.float32)
+    counts_N = torch.zeros(packed.segments[-1].end, dtype=torch.float32)
     for (start, end, _), count in zip(packed.segments, rows, strict=True):
         counts_N[start:end] = count
     return moved_ahead(counts_N, packed.ids_N.device)

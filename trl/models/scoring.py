@@ -28,6 +28,7 @@ from trl.models.forward import (
     in_module,
     is_encoder,
     measured_pass,
+    own_part,
     padded_inputs_of,
     padded_pass,
     probe_rows,
@@ -295,6 +296,7 @@ def score(
     differentiable, at the price of a second pass through the head. The tops cost nothing; entropies without gradient
     cost a product of numbers and a sum for each tile of logits, whose probabilities are there.
     """
+    packed = own_part(packed)
     v_head = below_accelerate(model).v_head if values else None
     asked = {
         "logprobs_BT": True, "entropy_BT": entropy or entropy_gradient, "values_BT": values, "top_BT": tops,
@@ -350,9 +352,15 @@ def scores_at(model: nn.Module, packed: PackedBatch, index_S: Tensor, row_S: Ten
     """The score head's outputs at packed positions, for causal models (value models, process rewards). [S, labels]"""
     module = classifier_of(model)
     own = module.forward
+    packed, whole = own_part(packed), len(index_S)
+    if packed.piece is not None:
+        is_here_S, index_S = packed.piece.places(index_S)
+        row_S = row_S[is_here_S]
     with _padding_named(below_peft(model)):
         (scores_SC,) = in_module(model, module, packed, lambda states_SD: own(states_SD).float(), index_S, row_S)
-    return scores_SC
+    if packed.piece is None:
+        return scores_SC
+    return packed.piece.summed(scores_SC.new_zeros(whole, scores_SC.shape[1]).index_put((is_here_S,), scores_SC))  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -367,6 +375,17 @@ def _padding_named(network: Any) -> Iterator[None]:
     finally:
         if unnamed:
             config.pad_token_id = None
+
+
+def check_shared(model: nn.Module) -> None:
+    """ValueError unless the ranks of `rows_shared` compute rows of this model together; a pass of a few tokens."""
+    network = below_value_head(model)
+    packed, _ = probe_rows(network)
+    with eval_no_grad(model):
+        if hasattr(network, "get_output_embeddings") and network.get_output_embeddings() is not None:
+            scored_states(model, own_part(packed))
+        else:
+            scores_at(model, packed, packed.scored_S, packed.row_S)
 
 
 def rewards(model: nn.Module, packed: PackedBatch) -> Tensor:

@@ -194,6 +194,16 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
         """Whether the reference model follows the policy."""
         return False
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether several ranks can compute a row together: context parallelism."""
+        return False
+
+    @property
+    def ranks_of_a_row(self) -> int:
+        """How many ranks compute each row together, as far as the config says."""
+        return getattr(self.parallelism_config, "cp_size", None) or 1
+
     def place_in_data(self) -> dict[str, Any]:
         """What the place in the data depends on: it must be as it was when a run resumes from a checkpoint."""
         if self.auto_find_batch_size:
@@ -381,6 +391,9 @@ class OfflineConfig(PostTrainingConfig):
     activation_offloading: bool = accepted("activation_offloading", False)
     padding_free: bool = field(default=True)
     """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
+    context_parallel_size: int = field(default=1)
+    """ranks that compute each packed row together, for rows whose activations do not fit one device; the number of
+    processes must be a multiple of it"""
     max_tokens_per_microbatch: int | None = field(default=None)
     """cut each batch into forward passes of at most so many tokens, equally full; the gradient stays the same. None: no
     cuts, except for a single process on the CPU, which takes 1,536 at a time (a large number undoes that)"""
@@ -389,10 +402,22 @@ class OfflineConfig(PostTrainingConfig):
         super().validate()
         budget = self.max_tokens_per_microbatch
         require(self, "max_tokens_per_microbatch", budget is None or budget > 0, "give a number of tokens, or None")
+        own, asked = self.context_parallel_size, super().ranks_of_a_row
+        require(self, "context_parallel_size", own >= 1, "give a number of ranks >= 1")
+        same = asked in (1, own) or own == 1
+        require(self, "context_parallel_size", same, f"parallelism_config says cp_size={asked}; give one of them")
 
     @property
     def token_budget(self) -> int | None:
         return self.max_tokens_per_microbatch
+
+    @property
+    def shares_rows(self) -> bool:
+        return True
+
+    @property
+    def ranks_of_a_row(self) -> int:
+        return max(self.context_parallel_size, super().ranks_of_a_row)
 
     def cuts_unasked(self) -> bool:
         return not self.pads_rows

@@ -280,6 +280,10 @@ class DPOTrainer(PairTrainer):
     _dealt_with: tuple[PairLogps, Mapping[str, Any], Tensor | None] | None = None
     """what `dpo_loss` is asked about in training: the pairs, their batch and their weights"""
 
+    def not_with_shared_rows(self) -> dict[str, bool]:
+        own = "a method of other releases that is overridden reads whole rows (concatenated_forward, get_batch_logps)"
+        return {**super().not_with_shared_rows(), own: self._is_padded_road}
+
     @property
     def _is_padded_road(self) -> bool:
         """Whether the models read padded rows by a method of the user's."""

@@ -59,6 +59,7 @@ from trl.trainer.checkpoints import (
     write_state,
 )
 from trl.trainer.configuration import ROWS, PostTrainingConfig, as_config
+from trl.trainer.context_parallel import SharedRows, share_rows
 from trl.trainer.given_data import SHARE, GivenData, Numbered, Prepare, WithShare
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
 from trl.trainer.model_card import WAYS, CardFacts, card_text, listed, write_card
@@ -91,6 +92,12 @@ DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
 def pieces_of(batches: Sequence[Any]) -> list[Any]:
     """The micro-batches of an optimizer step; a batch that a token budget has cut gives several."""
     return [piece for batch in batches for piece in _pieces(batch) or [batch]]
+
+
+def _packs(batches: Sequence[Any]) -> list[Any]:
+    """The packed rows of micro-batches."""
+    held = [piece.get("policy", piece.get("packed")) for piece in pieces_of(batches)]
+    return [getattr(each, "packed", each) for each in held if each is not None]
 
 
 def _places(batch: Any) -> Sequence[Any]:
@@ -195,6 +202,7 @@ class ObjectiveTrainer(Trainer):
         self._at_hand: Any = None
         """the micro-batch that a user's `compute_loss` is asked about"""
         own = kwargs["args"] = _own_settings(kwargs.get("args"))
+        ranks = share_rows(own)
         self._model_files: list[str] = []
         """what `from_pretrained` reads of the last save"""
         self._is_staged, self._uploads = False, list[Any]()
@@ -215,6 +223,8 @@ class ObjectiveTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or show it one "
                 "with CUDA_VISIBLE_DEVICES=0"
             )
+        self.shared = SharedRows(self.accelerator, ranks, self.args.shares_rows, type(self).__name__)
+        """the ranks that compute each row together with this one"""
         budget = self.args.token_budget
         if budget is not None and self.is_deepspeed_enabled:
             raise ValueError(
@@ -233,6 +243,8 @@ class ObjectiveTrainer(Trainer):
         self.pads_rows = isinstance(self.args, PostTrainingConfig) and self.args.pads_rows
         self.balance_weight = balance_weight(self.model, self.args.router_aux_loss_coef)
         """of the balance loss of a mixture's routers"""
+        if self.shared.size > 1:
+            self.shared.check(self.model, self.not_with_shared_rows())
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
         folder = getattr(self.args, "logging_dir", None)
@@ -242,6 +254,14 @@ class ObjectiveTrainer(Trainer):
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "NotebookProgressCallback":
                 self.add_callback(NotebookColumns(callback))
+
+    def not_with_shared_rows(self) -> dict[str, bool]:
+        """What ranks that share rows do not do, and whether it is asked for."""
+        counts = self.args.include_num_input_tokens_seen not in (False, "no")
+        return {
+            "padded rows (padding_free=False, neftune_noise_alpha) are not cut": self.pads_rows,
+            "include_num_input_tokens_seen counts the tokens of each rank; num_tokens is right": counts,
+        }
 
     def _watch_steps(self) -> None:
         """Look at each optimizer step before it is made: see `_before_optimizer_step`."""
@@ -404,11 +424,11 @@ class ObjectiveTrainer(Trainer):
         whole: Any = self.data_collator
         asked = self.args.token_budget
         budget = asked or self._unasked_budget()
-        if budget is None:
-            return super().get_train_dataloader()
-        self.data_collator = BudgetCollator(whole, budget, asked=asked is not None)
+        if budget is not None:
+            self.data_collator = BudgetCollator(whole, budget, asked=asked is not None)
         try:
-            return super().get_train_dataloader()
+            with self.shared.held():
+                return super().get_train_dataloader()
         finally:
             self.data_collator = whole
 
@@ -427,8 +447,8 @@ class ObjectiveTrainer(Trainer):
 
     def _with_shares(self, load: Callable[[Any], DataLoader], rows: Any) -> DataLoader:
         """A loader for evaluation; that of several processes says which rows of its batches are the process's own."""
-        rank, world = self.args.process_index, self.args.world_size
-        if world == 1:
+        rank, world = self.shared.data_rank, self.shared.data_world
+        if self.args.world_size == 1:
             return load(rows)
         found = self.eval_dataset if rows is None else self.eval_dataset[rows] if isinstance(rows, str) else rows
         if isinstance(found, torch.utils.data.IterableDataset) and not isinstance(found, Numbered):
@@ -436,7 +456,8 @@ class ObjectiveTrainer(Trainer):
         whole: Any = self.data_collator
         self.data_collator = WithShare(whole, rank, world, self.eval_rows)
         try:
-            return load(rows)
+            with self.shared.held():
+                return load(rows)
         finally:
             self.data_collator = whole
 
@@ -444,7 +465,7 @@ class ObjectiveTrainer(Trainer):
     def eval_rows(self) -> int:
         """Rows of an evaluation batch on each process."""
         size: int = self.args.eval_batch_size
-        return size // self.args.world_size if self.args.accelerator_config.split_batches else size
+        return size // self.shared.data_world if self.args.accelerator_config.split_batches else size
 
     @property
     def tokenizer(self) -> Any:
@@ -481,7 +502,7 @@ class ObjectiveTrainer(Trainer):
         """Collective: the tokens that all ranks have learned from since the run began, before it was resumed too."""
         mine = torch.as_tensor(self._new_tokens, dtype=torch.int64).to(self.args.device)
         self._new_tokens = 0
-        count = int(self.accelerator.reduce(mine, "sum"))
+        count = int(self.accelerator.reduce(mine, "sum")) // self.shared.size
         if self.args.include_num_input_tokens_seen == "no":
             self.state.num_input_tokens_seen += count  # which checkpoints keep
             return self.state.num_input_tokens_seen
@@ -565,8 +586,10 @@ class ObjectiveTrainer(Trainer):
 
     def describe_run(self) -> Run:
         """What a checkpoint of this run is compared with when a later run resumes from it."""
-        args, name = self.args, type(self).__name__
-        return describe_run(name, self.model, args.to_dict(), fixed=args.place_in_data(), dataset=self.train_dataset)
+        args, name, place = self.args, type(self).__name__, self.args.place_in_data()
+        if self.shared.size > 1 and ROWS in place:
+            place = {**place, ROWS: place[ROWS] // self.shared.size}
+        return describe_run(name, self.model, args.to_dict(), fixed=place, dataset=self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; SystemExit(143) where SIGTERM asked for the end and the step is saved."""
@@ -639,7 +662,7 @@ class ObjectiveTrainer(Trainer):
             memory = kept_memory(self.args.device)
             gradients = in_place(self.args.device, self.args.world_size, hooked=self.is_deepspeed_enabled)
             sampling = sampler_errors(lambda: self.state.global_step + 1, self.model)
-            with memory, gradients, rows_padded(self.pads_rows), sampling:
+            with memory, gradients, rows_padded(self.pads_rows), sampling, self.shared.held():
                 return super().train(checkpoint, *args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self._seal.is_open or (isinstance(error, RuntimeError) and not is_disk_error(error)):
@@ -787,6 +810,8 @@ class ObjectiveTrainer(Trainer):
             self.control.should_training_stop = True
             num_batches = 0
         batches = self._batches = list(islice(epoch_iterator, num_batches))
+        if self.shared.size > 1:
+            self.shared.check_same(_packs(batches), self.state.global_step + 1)
         counts = [self.count(piece) for piece in pieces_of(batches)]
         for piece in pieces_of(batches):
             self.record_tokens(self.tokens(piece))
@@ -795,15 +820,15 @@ class ObjectiveTrainer(Trainer):
             local = total.to(device, torch.float32)
         else:  # made there, so that nothing waits for it
             local = torch.full((), float(total), device=device)
-        return batches, self.accelerator.reduce(local, "sum")
+        return batches, self.accelerator.reduce(local, "sum") / self.shared.size
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """As `Trainer` estimates them, for the tokens that are really computed."""
-        held = [piece.get("policy", piece.get("packed")) for piece in pieces_of([inputs])]
-        packs = [getattr(each, "packed", each) for each in held if each is not None]
+        packs = _packs([inputs])
         if not packs or not hasattr(self.model, "num_parameters"):
             return 0
-        return 6 * sum(len(packed.ids_N) for packed in packs) * int(self.model.num_parameters(exclude_embeddings=True))
+        tokens = sum(len(packed.ids_N) for packed in packs) // self.shared.size
+        return 6 * tokens * int(self.model.num_parameters(exclude_embeddings=True))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
@@ -815,7 +840,7 @@ class ObjectiveTrainer(Trainer):
         for piece in first:
             with self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items_in_batch))
-        loss = sum(losses, super().training_step(model, last, num_items_in_batch))
+        loss = sum(losses, super().training_step(model, last, num_items_in_batch)) / self.shared.size
         if self.args.on_non_finite == "skip":  # `Trainer` would add a nan to all the losses that it logs from here on
             loss = torch.where(loss.isfinite(), loss, 0.0)
             self._step_loss = self._step_loss + loss
@@ -852,7 +877,7 @@ class ObjectiveTrainer(Trainer):
             loss = result.mean
         elif inside:
             loss = result.total / num_items_in_batch.clamp(min=1)
-        else:  # DDP averages over ranks; undo it
+        else:  # DDP averages over ranks, also over those that share rows, whose gradients add up; undo it
             loss = result.total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         return (loss, self.outputs(model, inputs)) if return_outputs else loss
 
@@ -884,10 +909,11 @@ class ObjectiveTrainer(Trainer):
         share = inputs.pop(SHARE, None) if isinstance(inputs, MutableMapping) else None
         if share is None:
             return self._predicted(model, inputs, prediction_loss_only)
-        rank, world = self.args.process_index, self.args.world_size
+        rank, world = self.shared.data_rank, self.shared.data_world
         own = share.own_at(self._eval_batch, rank, world, self.eval_rows, self._eval_total)
         self._eval_batch += 1
-        self._eval_own = torch.arange(len(share.rows), device=self.args.device) < own
+        once = own if self.shared.rank == 0 else 0  # ranks that share rows predict the same
+        self._eval_own = torch.arange(len(share.rows), device=self.args.device) < once
         if own == len(share.rows):
             return self._predicted(model, inputs, prediction_loss_only)
         if own:
@@ -929,10 +955,10 @@ class ObjectiveTrainer(Trainer):
         rows = getattr(given.arguments["dataloader"], "dataset", None)
         stream = isinstance(rows, IterableDatasetShard)  # of which accelerate does not know what it has filled up
         self._eval_batch, self._eval_total = 0, len(rows) if isinstance(rows, Sized) and not stream else 0
-        if stream:
+        if stream or self.shared.size > 1:
             self.gather_function = self._gather_own
         flags = eval_no_grad(self.model) if self.is_in_train else nullcontext()  # the training flags come back
-        with flags, rows_padded(self.pads_rows):
+        with flags, rows_padded(self.pads_rows), self.shared.held():
             output = super().evaluation_loop(*args, **kwargs)
         found = {**self._read("eval"), "num_tokens": float(self._tokens_so_far())}
         for name, value in found.items():

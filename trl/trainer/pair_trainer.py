@@ -190,6 +190,10 @@ class PairTrainer(ObjectiveTrainer):
         """The data set, tokenised where a user's method does that."""
         return dataset
 
+    def not_with_shared_rows(self) -> dict[str, bool]:
+        samples = "generate_during_eval samples whole rows"
+        return {**super().not_with_shared_rows(), samples: self.args.generate_during_eval}
+
     def prepared_columns(self) -> frozenset[str]:
         return frozenset({"prompt_ids", "chosen_ids", "rejected_ids"})
 

@@ -214,7 +214,7 @@ class ReferenceColumns:
                     "reference is kept: give them to the constructor, or a `ref_model`"
                 )
             model = self.trainer.model if reference is None else reference
-            with eval_no_grad(model), rows_padded(self.trainer.pads_rows):
+            with eval_no_grad(model), rows_padded(self.trainer.pads_rows), self.trainer.shared.held():
                 columns = self._scored(model, dataset)
         for column, values in zip(self.names, columns, strict=True):
             dataset = dataset.add_column(column, values)
@@ -236,12 +236,12 @@ class ReferenceColumns:
         lengths = [sum(len(v) for v in row.values() if isinstance(v, list)) for row in dataset]
         order = sorted(range(len(dataset)), key=lengths.__getitem__)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        mine = []
+        mine, shared = [], self.trainer.shared
         with in_step(model) if runs_in_step(model) else nullcontext():  # ranks may have one batch more or less
-            for batch in batches[args.process_index :: args.world_size]:
+            for batch in batches[shared.data_rank :: shared.data_world]:
                 collated = self.trainer.data_collator([dataset[i] for i in batch])
                 moved = {name: value.to(args.device) for name, value in collated.items()}
                 values = [sums.tolist() for sums in self.sums(model, moved)]
                 mine += [(index, *row) for index, row in zip(batch, zip(*values, strict=True), strict=True)]
-        rows = sorted(gather_object(mine))
+        rows = sorted(gather_object(mine if shared.rank == 0 else []))
         return [list(column) for column in list(zip(*rows, strict=True))[1:]]

@@ -148,7 +148,8 @@ INHERITED: dict[str, str] = {
     "eval_do_concat_batches": f"{_AS_THERE}; RewardTrainer then counts its accuracy itself",
     "ignore_data_skip": f"{_AS_THERE}; an error where prompts are drawn by the loop",
     "accelerator_config": f"{_AS_THERE}; `dispatch_batches=True` becomes False, as a packed batch cannot be cut",
-    "parallelism_config": f"{_AS_THERE} for data parallelism; an error for tensor, context and sequence parallelism",
+    "parallelism_config": f"{_AS_THERE} for data parallelism; `cp_size` is `context_parallel_size`, an error where it "
+    "does not exist; an error for tensor and sequence parallelism",
     "dataloader_pin_memory": f"{_AS_THERE}, where there is a device to copy to",
     "train_sampling_strategy": f"{_AS_THERE}; lengths are counted where no column holds them",
     "fsdp": f"{_AS_THERE}; on-policy trainers take FSDP2 only, see `gather`",
@@ -208,10 +209,24 @@ def check_inherited(config: Any) -> None:
         raise ValueError(f"optim_args={config.optim_args!r}: optim={optim!r} reads none; leave it out")
     if getattr(config, "past_index", -1) >= 0:
         raise ValueError(f"past_index={config.past_index!r}: no state is carried from row to row; leave it out")
-    sizes = {name: getattr(config.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
-    split = [name for name, size in sizes.items() if (size or 1) > 1]
+    if config.parallelism_config is not None:
+        check_parallelism(config.parallelism_config, config.shares_rows, type(config).__name__)
+
+
+def check_parallelism(parallelism: Any, shares_rows: bool, owner: str) -> None:
+    """ValueError for what a `ParallelismConfig` asks and cannot be done. shares_rows: context parallelism can be."""
+    sizes = {name: getattr(parallelism, f"{name}_size", 1) or 1 for name in ("tp", "sp", "cp")}
+    split = [f"{name}_size={size}" for name, size in sizes.items() if size > 1 and name != "cp"]
     if split:
-        raise ValueError(f"parallelism_config: {', '.join(split)} cut rows or heads, which packed rows do not allow")
+        raise ValueError(
+            f"parallelism_config: {', '.join(split)}: heads and layers are not cut here; shard weights by FSDP2, and "
+            "cut long rows by context_parallel_size"
+        )
+    if sizes["cp"] > 1 and not shares_rows:
+        raise ValueError(
+            f"parallelism_config: cp_size={sizes['cp']}: {owner} makes its rows while it trains, which ranks cannot "
+            "share; leave it out (SFT, preferences, KTO and reward models take it)"
+        )
 
 
 ADAMW = {

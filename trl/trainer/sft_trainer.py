@@ -430,6 +430,10 @@ class SFTTrainer(ObjectiveTrainer):
         data = SupervisedData(tokenizer, config, fitting_length(config, model), None, None, ends, rows, unnamed=False)
         return data.job(None if config.packing and config.packing_strategy in UNCUT else data.max_length)
 
+    def not_with_shared_rows(self) -> dict[str, bool]:
+        func = "compute_loss_func reads the logits of whole rows"
+        return {**super().not_with_shared_rows(), func: self.compute_loss_func is not None}
+
     def prepared_columns(self) -> frozenset[str]:
         return frozenset({"input_ids", "loss_mask"})
 
