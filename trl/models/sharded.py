@@ -21,7 +21,7 @@ from trl.kernels.layers import swapped_forward
 from trl.models import zero
 from trl.models.forward import eval_no_grad
 from trl.models.precision import size_text
-from trl.models.unwrap import below_accelerate, below_peft, each_alone, is_sharded
+from trl.models.unwrap import below_accelerate, below_peft, each_alone, has_parts, in_parts, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not is_sharded(model):  # whole, or gathered already
         yield
         return
-    if zero.has_parts(model):
+    if has_parts(model):
         with zero.gathered_model(model), each_alone([model, *below_accelerate(model).modules()]):
             yield
         return
@@ -250,7 +250,7 @@ def own_layers(accelerator: Any, model: Any) -> Iterator[None]:
 
 def whole(weight: Tensor) -> Tensor:
     """A weight that may be sharded, whole. Collective where it is."""
-    if zero.in_parts(weight):
+    if in_parts(weight):
         with zero.gathered_weights([weight]):
             return weight.detach().clone()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -272,6 +272,6 @@ def like_shards(value: Tensor, like: Tensor) -> Tensor:
 
 def part_of(value: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """What this rank holds of a weight, and the same part of a value of its shape. Collective where one is sharded."""
-    if zero.in_parts(like):
+    if in_parts(like):
         return zero.own_part(like), zero.own_part(value)
     return held_part(like), held_part(like_shards(value, like))

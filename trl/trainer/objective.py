@@ -33,6 +33,7 @@ from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
 from trl.data.records import Batch
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import Extreme, LossSum
+from trl.models import zero
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
@@ -261,6 +262,7 @@ class ObjectiveTrainer(Trainer):
             return self._watch.norm
 
         self.accelerator.clip_grad_norm_ = clip_and_keep
+        zero.fill_config(self.accelerator, self.args.per_device_train_batch_size, self.args.max_grad_norm)
 
     @property
     def train_dataset(self) -> Any:
@@ -412,6 +414,8 @@ class ObjectiveTrainer(Trainer):
 
     def _unasked_budget(self) -> int | None:
         if self.balance_weight or not self.args.cuts_unasked():  # the balance is that of a whole batch
+            return None
+        if self.is_deepspeed_enabled:  # each backward pass would be a step
             return None
         return unasked_budget(self.args.device, self.args.world_size)
 
@@ -632,7 +636,8 @@ class ObjectiveTrainer(Trainer):
     def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with errors that say what was going on."""
         try:
-            memory, gradients = kept_memory(self.args.device), in_place(self.args.device, self.args.world_size)
+            memory = kept_memory(self.args.device)
+            gradients = in_place(self.args.device, self.args.world_size, hooked=self.is_deepspeed_enabled)
             sampling = sampler_errors(lambda: self.state.global_step + 1, self.model)
             with memory, gradients, rows_padded(self.pads_rows), sampling:
                 return super().train(checkpoint, *args, **kwargs)
@@ -659,6 +664,8 @@ class ObjectiveTrainer(Trainer):
 
         With several ranks all come to the same answer, and learn whether one of them was asked to end.
         """
+        if self.is_deepspeed_enabled:
+            self._watch.norm = zero.step_norm(self.accelerator)
         finite, asked, _ = self._watch.read(self.accelerator, self._signal.asked)
         self._step_end.stops = asked
         if not finite:

@@ -161,6 +161,9 @@ class RolloutConfig(PostTrainingConfig):
     gather: str = field(default="model")
     """FSDP2, ZeRO-3: how sampling gets weights that ranks hold in parts. model: all at once, for each round of
     sampling; layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
+    sampling_max_rows: int | None = field(default=None)
+    """completions that the local sampler has in progress at a time, which bounds the memory for keys and values; None:
+    128, and on a GPU as many as it has memory for, up to 1,024"""
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
     vllm_mode: str = accepted("vllm_mode", "colocate")
@@ -279,6 +282,8 @@ class RolloutConfig(PostTrainingConfig):
         )
         require(self, "top_p", 0 < self.top_p <= 1, "give a probability in (0, 1]")
         require(self, "top_k", self.top_k is None or self.top_k >= 0, "give a number of tokens, or 0 for all")
+        most = self.sampling_max_rows
+        require(self, "sampling_max_rows", most is None or most >= 1, "give 1 or more, or None")
         require(self, "gather", self.gather in ("model", "layers"), "choose 'model' or 'layers'")
         require(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "give a fraction in [0, 1], or None")
         require(self, "repetition_penalty", self.repetition_penalty > 0, "give a number > 0; 1 is off")
@@ -551,7 +556,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
         # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
         with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
-            self.sampler = make_sampler(self.model, tokenizer)
+            self.sampler = make_sampler(self.model, tokenizer, max_rows=self.args.sampling_max_rows)
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
         self.source = self.make_source()
@@ -946,7 +951,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
         budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
-        if budget is None or self.pads_rows or self.balance_weight:
+        if budget is None or self.pads_rows or self.balance_weight or self.is_deepspeed_enabled:
             return self._collate(rows)
         return collated(self._collate, rows.cut(budget, whole_groups=True))
 
