@@ -237,7 +237,7 @@ def broken_kernel(*args, **how):
     ("kernel", "says"),
     [
         (segment_attention, None),
-        (wrong_kernel, "(off by 0.5 of the whole): it is computed segment by segment (same results, slower)"),
+        (wrong_kernel, "(off by 0.5 of the largest number): it is computed segment by segment (same results, slower)"),
         (broken_kernel, "(RuntimeError out of resource: shared memory): it is computed segment by segment"),
     ],
 )
@@ -254,6 +254,25 @@ def test_a_kernel_is_tried_before_it_is_used(kernel, says, monkeypatch, caplog):
     assert len(texts) == (says is not None)
     assert all(f"FlexAttention does not compute attention of 4 heads with 16 numbers in float32 here {says}" in text
                for text in texts)  # fmt: skip
+    attention._agrees.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernel_in_half_precision_may_round_as_the_plain_one_does(dtype, monkeypatch):
+    """The float32 result is what both are held against: a kernel that sums in float32 is no worse, 5 % is wrong."""
+
+    def exact(tree, *qkv, **how):
+        return segment_attention(tree, *(x.float() for x in qkv), **how).to(dtype)
+
+    query, key, value = (x.requires_grad_() for x in inputs_of([Segment(0, 10, -1)], dtype, 128))
+    for more in ({}, {"softcap": 20.0}, {"window": 5}):
+        kind = kind_of(query, key, value, **{"window": None, "scale": None, "softcap": None, "sinks": None, **more})
+        for kernel, good in ((segment_attention, True), (exact, True), (lambda *a, **h: exact(*a, **h) * 1.05, False)):
+            monkeypatch.setitem(attention.KERNELS, attention.FLEX, kernel)
+            attention._agrees.cache_clear()
+            assert attention._agrees(attention.FLEX, kind, CPU) is good
+        shares = [attention.share_off(plain, wide) for _, plain, wide in attention.tried(exact, kind, CPU, shared=True)]
+        assert max(shares) < 0.02  # the numbers that it is tried on tell right from wrong
     attention._agrees.cache_clear()
 
 
