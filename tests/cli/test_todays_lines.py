@@ -225,7 +225,7 @@ def test_a_mixture_and_the_environment(settings, tmp_path, monkeypatch):
         (f"grpo {MODEL} prompt.jsonl --reward_funcs mine.nothing", "mine:nothing"),
         (
             f"sft {MODEL} text.jsonl --num_processes 2 --accelerate_config zero9",
-            "choose one of ddp, fsdp2, zero2, zero3",
+            "choose one of ddp, ddp_nodes, fsdp2",
         ),
         (f"sft {MODEL} text.jsonl --num_processes many", "--num_processes='many': give a whole number"),
         ("schema train", "choose one of sft, reward"),
