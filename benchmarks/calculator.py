@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import plots
 import torch
 from characters import character_tokenizer, imitate, parameters
 from datasets import Dataset
@@ -99,19 +100,12 @@ def one_run(seed: int, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
-    for axis, name in zip(axes, ("reward", "tool_use"), strict=True):
-        for result in results:
-            axis.plot(result[name], linewidth=1, label=f"seed {result['seed']}")
-        axis.set(title=name.replace("_", " "), xlabel="step", ylim=(0, 1.02))
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    colours = plots.by_seed([f"seed {result['seed']}" for result in results])
+    panels = [
+        plots.lines(title, {f"seed {result['seed']}": result[name] for result in results}, colours, (0, 1.02))
+        for name, title in (("reward", "Reward"), ("tool_use", "Episodes that call the tool"))
+    ]
+    plots.write(path, panels, 2, colours, plots.RAW.format(plots.WINDOW))
 
 
 def main() -> None:
@@ -133,7 +127,7 @@ def main() -> None:
         print({"seed": seed, **shown, **results[-1]["cpu_seconds"]}, flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "calculator.json").write_text(json.dumps(results))
-    plot(results, arguments.out / "calculator.png")
+    plot(results, arguments.out / "calculator.svg")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
+import plots
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
@@ -143,11 +145,11 @@ def sheet(pipeline: DDPODigitsPipeline) -> NDArray[Any]:
 
 
 def report(runs: Path, out: Path) -> None:
-    """Curves and sheets as PNG, and the table on the standard output."""
+    """Curves as SVG, sheets as PNG, and the table on the standard output."""
     out.mkdir(parents=True, exist_ok=True)
     loaded = {task: sorted(runs.glob(f"{task}-*.json")) for task in TASKS}
     curves = {task: [json.loads(path.read_text()) for path in paths] for task, paths in loaded.items()}
-    draw_curves(curves, out / "ddpo_curves.png")
+    draw_curves(curves, out / "ddpo_curves.svg")
     for task, paths in loaded.items():
         stop = best_epoch(curves[task])
         draw_sheets(np.load(paths[0].with_suffix(".npy")), stop, out / f"ddpo_{task}.png")
@@ -178,42 +180,32 @@ def table_row(curves: list[list[dict[str, float]]], epoch: int) -> str:
 
 
 def draw_curves(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5), sharex="row", layout="constrained")
-    for row, (task, seeds) in zip(axes, curves.items(), strict=True):
-        for curve in seeds:
-            row[0].plot([point["reward"] for point in curve], color="tab:blue", alpha=0.8)
-            row[1].plot([point["judge"] for point in curve], color="tab:green", alpha=0.8)
-            row[1].plot([point["diversity"] for point in curve], color="tab:orange", alpha=0.8)
-        for axis in row:
-            axis.axvline(best_epoch(seeds), color="grey", linestyle=":")
-            axis.set_xlabel("epoch")
-        row[0].set_title(f"reward: {TASKS[task]['title']}", fontsize=10)
-        row[1].set_title("not in the reward", fontsize=10)
-        row[1].legend(row[1].lines[:2], ["second classifier agrees", "diversity / real digits"], fontsize=8)
-        row[1].set_ylim(0, 1.1)
-    figure.savefig(path, dpi=90)
+    panels = []
+    for task, seeds in curves.items():
+        stop = [plots.Mark(best_epoch(seeds) + 1, "stop here", upright=True)]
+        names = {number: f"seed {number}" for number in range(len(seeds))}
+        rewards = {names[number]: [point["reward"] for point in curve] for number, curve in enumerate(seeds)}
+        others = {
+            f"{key}{number}": [point[key] for point in curve]
+            for key in ("judge", "diversity")
+            for number, curve in enumerate(seeds)
+        }
+        colours = {name: plots.AFTER if name.startswith("judge") else plots.COST for name in others}
+        blue = dict.fromkeys(rewards, plots.TRAINED)
+        panels.append(plots.lines(f"Reward: {TASKS[task]['title']}", rewards, blue, (0, 1), stop, 1, "epoch"))
+        panels.append(plots.lines("Not in the reward", others, colours, (0, 1.1), stop, 1, "epoch"))
+    colours = {"reward": plots.TRAINED, "second classifier agrees": plots.AFTER, "diversity / real digits": plots.COST}
+    plots.write(path, panels, 2, colours, "a line for each seed")
 
 
 def draw_sheets(sheets: NDArray[Any], stop: int, path: Path) -> None:
-    """Before, where to stop, and at the end, above each other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    epochs = sorted({0, stop, len(sheets) - 1})
-    figure, axes = plt.subplots(len(epochs), 1, figsize=(6, 2.7 * len(epochs)), layout="constrained")
-    for axis, epoch in zip(np.atleast_1d(axes), epochs, strict=True):
+    """Before, where to stop, and at the end, above each other; asked for: 0 to 9 in every row."""
+    images = []
+    for epoch in sorted({0, stop, len(sheets) - 1}):
         cells = np.pad(sheets[epoch].reshape(4, 8, 10, 8), ((0, 0), (1, 1), (0, 0), (1, 1)), constant_values=110)
-        axis.imshow(cells.reshape(40, 100), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(f"epoch {epoch}; asked for: 0 to 9 in every row", fontsize=9)
-        axis.axis("off")
-    figure.savefig(path, dpi=90)
+        images.append(np.pad(cells.reshape(40, 100), ((0, 6), (0, 0)), constant_values=255))
+    image = Image.fromarray(np.concatenate(images))
+    image.resize((image.width * 5, image.height * 5), Image.Resampling.NEAREST).save(path)
 
 
 def main() -> None:

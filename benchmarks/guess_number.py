@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import plots
 import torch
 from characters import character_tokenizer, imitate, parameters
 from datasets import Dataset
@@ -123,20 +124,13 @@ def one_run(seed: int, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 3))
-    for result in results:
-        axis.plot(result["curve"], linewidth=1, label=f"seed {result['seed']}")
-    axis.axhline(1, color="black", linestyle="--", linewidth=1)
-    axis.axhline(results[0]["uniform"], color="grey", linestyle=":", linewidth=1)
-    axis.set(xlabel="step (224 games)", ylabel="share of the ceiling", ylim=(0, 1.1))
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    curves = {f"seed {result['seed']}": result["curve"] for result in results}
+    colours, marks = (
+        plots.by_seed(list(curves)),
+        [plots.Mark(1, "ceiling"), plots.Mark(results[0]["uniform"], "at random")],
+    )
+    panel = plots.lines("Guess a number: share of the ceiling", curves, colours, (0, 1.08), marks, width=520)
+    plots.write(path, [panel], 1, colours, plots.RAW.format(plots.WINDOW))
 
 
 def main() -> None:
@@ -155,7 +149,7 @@ def main() -> None:
         print({key: value for key, value in results[-1].items() if key != "curve"}, flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "guess_number.json").write_text(json.dumps(results))
-    plot(results, arguments.out / "guess_number.png")
+    plot(results, arguments.out / "guess_number.svg")
 
 
 if __name__ == "__main__":

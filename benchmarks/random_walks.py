@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import plots
 import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -124,24 +125,16 @@ def one_run(method: str, name: str, graph: Graph, walks: list[str], seed: int, s
 
 
 def plot(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys((result["method"], result["graph"]) for result in results))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), sharey=True, squeeze=False)
-    for axis, (method, name) in zip(axes[0], names, strict=True):
-        for result in results:
-            if (result["method"], result["graph"]) == (method, name):
-                axis.plot(result["curve"], linewidth=1, label=f"seed {result['seed']}")
-                axis.axhline(result["uniform"], color="grey", linestyle=":", linewidth=1)
-        axis.axhline(0.95, color="black", linestyle="--", linewidth=1)
-        axis.set(title=f"{method}, graph {name}", xlabel="step (128 walks)")
-        axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("optimality")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    colours = plots.by_seed([f"seed {result['seed']}" for result in results if result["graph"] == results[0]["graph"]])
+    panels = []
+    for name in dict.fromkeys(result["graph"] for result in results):
+        here = [result for result in results if result["graph"] == name]
+        marks = [plots.Mark(0.95, "0.95", below=True), plots.Mark(here[0]["uniform"], "uniform walk", below=True)]
+        curves = {f"seed {result['seed']}": result["curve"] for result in here}
+        panels.append(
+            plots.lines(f"{here[0]['method'].upper()}, graph {name}", curves, colours, (0.15, 1.02), marks, 5)
+        )
+    plots.write(path, panels, 3, colours, f"optimality of a step's 128 walks; {plots.RAW.format(5)}")
 
 
 def main() -> None:
@@ -165,7 +158,7 @@ def main() -> None:
             if not any((result["graph"], result["seed"]) == (name, seed) for result in results):
                 results.append(one_run(arguments.method, name, graph, walks, seed, arguments.steps))
                 file.write_text(json.dumps(results))
-    plot(results, file.with_suffix(".png"))
+    plot(results, file.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

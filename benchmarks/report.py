@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.environments import PEERS, folder_of, python_of, versions
 from benchmarks.harness import Outcome
 from benchmarks.scaling import useful_gflop
@@ -164,7 +165,7 @@ def markdown(saved: Mapping[str, Any], notes: str = "") -> str:
         "target",
         "pairs",
     ]
-    lines = [HEAD, "![Ratios](benchmarks.png)", "", table_row(head), "|" + "---|" * len(head)]
+    lines = [HEAD, "![Ratios](benchmarks.svg)", "", table_row(head), "|" + "---|" * len(head)]
     lines += [table_row(line(row, outcomes.get(row.name, Outcome([])))) for row in ROWS]  # what is missing shows, too
     shown = [row for row in ROWS if row.name in outcomes]
     lines += ["", "Ratio of CPU seconds, pair by pair, and the commit that was measured:", ""]
@@ -199,34 +200,17 @@ data, optimizer and the first touch of memory included. The peak is the median o
 
 def chart(saved: Mapping[str, Any], path: Path) -> None:
     """A bar for each row, its target as a mark."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     outcomes = {name: Outcome.from_json(value) for name, value in saved.get("rows", {}).items()}
     shown = [row for row in ROWS if row.name in outcomes and not outcomes[row.name].void and row.target]
     if not shown:
         return
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(shown) + 1.2))
-    values = [outcomes[row.name].step_ratio for row in shown]
-    places = range(len(shown))[::-1]
-    axes.barh(places, values, color="#4c78a8", height=0.6)
-    for place, row, value in zip(places, shown, values, strict=True):
-        axes.plot([row.target] * 2, [place - 0.38, place + 0.38], color="#e45756", linewidth=2)
-        beside = row.target if value < row.target else value  # the mark is not to cross the figure
-        axes.text(beside, place, f" {value:.1f}x", va="center", fontsize=8)
-    axes.set_yticks(places, [f"{row.name}\n{row.peer}, {row.setting}" for row in shown], fontsize=7)
-    axes.axvline(1, color="#888888", linewidth=0.8)
-    axes.set_xlabel("CPU seconds of a step, theirs over ours (red: target)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    rows = [(row.name, f"{row.peer}, {row.setting}", outcomes[row.name].step_ratio, row.target) for row in shown]
+    panel = plots.bars(rows, "CPU seconds of a step, theirs over ours")
+    plots.write(path, [panel], 1, {"target": plots.LIMIT}, "dashed: as fast as theirs")
 
 
 def write_report(saved: Mapping[str, Any], docs: Path) -> None:
-    """`benchmarks.md` and `benchmarks.png` in `docs`; `benchmarks_notes.md` there, if any, is taken in."""
+    """`benchmarks.md` and `benchmarks.svg` in `docs`; `benchmarks_notes.md` there, if any, is taken in."""
     notes = docs / "benchmarks_notes.md"
     (docs / "benchmarks.md").write_text(markdown(saved, notes.read_text() if notes.exists() else ""))
-    chart(saved, docs / "benchmarks.png")
+    chart(saved, docs / "benchmarks.svg")

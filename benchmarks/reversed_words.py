@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import plots
 import torch
 from characters import character_model, character_tokenizer
 from datasets import Dataset
@@ -108,20 +109,10 @@ def one_run(seed: int, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 3))
-    for result in results:
-        curve = torch.tensor(result["curve"]).unfold(0, 10, 10).mean(1)
-        axis.plot(range(5, 10 * len(curve), 10), curve, linewidth=1, label=f"seed {result['seed']}")
-    axis.axhline(0.9, color="black", linestyle="--", linewidth=1)
-    axis.set(xlabel="step", ylabel="exact, sampled", title="words spelt backward", ylim=(0, 1.02))
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    curves = {f"seed {result['seed']}": result["curve"] for result in results}
+    colours, title = plots.by_seed(list(curves)), "Words spelt backward: exact among a step's samples"
+    panel = plots.lines(title, curves, colours, (0, 1.02), [plots.Mark(0.9, "0.9", below=True)], window=20, width=520)
+    plots.write(path, [panel], 1, colours, plots.RAW.format(20))
 
 
 def main() -> None:
@@ -139,7 +130,7 @@ def main() -> None:
         print({key: value for key, value in results[-1].items() if key != "curve"}, flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "reversed_words.json").write_text(json.dumps(results))
-    plot(results, arguments.out / "reversed_words.png")
+    plot(results, arguments.out / "reversed_words.svg")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
+from benchmarks import plots
 from trl import GRPOConfig, GRPOTrainer
 from trl.quickstart.assets import SMOLLM2, fetch
 
@@ -114,26 +115,29 @@ def show(out: Path, report: dict[str, Any]) -> None:
 
 def gather(runs: Sequence[Path], path: Path) -> None:
     """The curves of several runs in one file, and their chart beside it: a panel for a reward, a line for a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    curves = {run.name: curve_of(run) for run in runs}
     with path.with_suffix(".jsonl").open("w") as file:
-        for run, curve in curves.items():
-            for step, row in enumerate(curve, 1):
+        for run in runs:
+            for step, row in enumerate(curve_of(run), 1):
                 rewards = {name: round(value, 4) for name, value in row.items()}
-                file.write(json.dumps({"run": run, "step": step, **rewards}) + "\n")
-    names = list(dict.fromkeys(name for curve in curves.values() for name in curve[0]))
-    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.6), sharey=True, squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for curve in curves.values():
-            if name in curve[0]:
-                axis.plot(range(1, len(curve) + 1), [row[name] for row in curve], linewidth=1)
-        axis.set(title=name.replace("_", " "), xlabel="step", ylim=(0, 1.02))
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=80)
+                file.write(json.dumps({"run": run.name, "step": step, **rewards}) + "\n")
+    draw(path.with_suffix(".jsonl"), path.with_suffix(".svg"))
+
+
+def draw(found: Path, path: Path) -> None:
+    """The chart of a file of curves."""
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("run", "step")]
+    colours = plots.by_seed(list(dict.fromkeys(f"seed {row['run'].rsplit('-', 1)[-1]}" for row in rows)))
+    panels = []
+    for name in names:
+        job = next(row["run"].rsplit("-", 1)[0] for row in rows if name in row)
+        curves = {
+            seed: [row[name] for row in rows if row["run"] == f"{job}-{seed.removeprefix('seed ')}" and name in row]
+            for seed in colours
+        }
+        title = f"{job}: {name.replace('_', ' ')}"
+        panels.append(plots.lines(title, curves, colours, (0, 1.02), window=3))
+    plots.write(path, panels, 3, colours, f"mean reward of a step; {plots.RAW.format(3)}")
 
 
 if __name__ == "__main__":  # python -m benchmarks.smollm2 docs/results/real_words RUN...

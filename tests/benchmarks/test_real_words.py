@@ -95,4 +95,6 @@ def test_ends_of_a_curve_and_curves_of_several_runs(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert len(lines) == 20
     assert lines[11] == {"run": "one-1", "step": 2, "a": 0.1}
-    assert (tmp_path / "all.png").stat().st_size > 0
+    drawn = (tmp_path / "all.svg").read_text()
+    assert "one: a" in drawn
+    assert drawn.count("seed ") == 2

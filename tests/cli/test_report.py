@@ -80,6 +80,13 @@ def test_numbers_of_any_kind_are_drawn(tmp_path):
     assert "nan" not in render(seen).replace("finance", "")
 
 
+def test_a_run_without_a_record_is_named_by_its_folder(tmp_path, capsys):
+    assert run(["report", str(folder_of(tmp_path, losses(3)))]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"A run: {tmp_path.name}: unknown, 3 steps"
+    assert "RunFolderCallback writes it" in second
+
+
 def test_a_run_without_any_log(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(finished(step=1)))
     page = render(read_run(tmp_path))

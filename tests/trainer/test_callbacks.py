@@ -12,7 +12,14 @@ from datasets import Dataset
 from dpo_cases import PLAIN, config, trainer_of
 from tokenizers_for_tests import CHATML, byte_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PrinterCallback, TrainerControl, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 from trl import (
     BEMACallback,
@@ -231,6 +238,21 @@ def test_bars_in_a_terminal(bars, tmp_path, capsys, monkeypatch):
     ours = [line for line in re.split("[\r\n]", plain) if line.lstrip("\x1b[2K").startswith(("training", "step"))]
     assert ours
     assert max(len(line.replace("\x1b[2K", "")) for line in ours) <= 80
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+def test_the_bars_go_after_an_error(error, tmp_path, capsys, monkeypatch):
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise error
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    trainer = trainer_of(config(tmp_path, max_steps=2, disable_tqdm=False), callbacks=[RichProgressCallback, Stop])
+    with pytest.raises(error):
+        trainer.train()
+    shown = capsys.readouterr().out
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def render(run: RunRead) -> str:
 def title_of(run: RunRead) -> str:
     """What was trained, in a few words."""
     model = Path(str(run.record.get("model") or "a model")).name
-    return f"{run.trainer or 'A run'}: {model}"
+    return f"{run.trainer or 'A run'}: {model if run.record else run.folder.resolve().name}"
 
 
 def lead_of(run: RunRead) -> str:

@@ -23,6 +23,8 @@ def command(
     seen = read_run(run)
     status, how = seen.status
     print(f"{title_of(seen)}: {status}{f' {how}' if how else ''}, {seen.last_step:,} steps")
+    if not seen.record:
+        print("- no run.json, which says how it was made and how it ended: trl's RunFolderCallback writes it")
     for line in findings(seen):
         print(f"- {line}")
     print(f"wrote {write_report(run, html)}")

@@ -23,6 +23,7 @@ from trl.models.reference import Reference
 from trl.models.sharded import gathered, held_part, reshard, whole
 from trl.models.unwrap import below_accelerate, below_value_head, is_fsdp2, is_sharded
 from trl.rollout.report import print_samples
+from trl.trainer.run_folder import RunListener
 from trl.trainer.step_line import (
     Advice,
     Clock,
@@ -69,7 +70,7 @@ class SyncRefModelCallback(TrainerCallback):
         Reference(model, target_model).sync(alpha)
 
 
-class RichProgressCallback(TrainerCallback):
+class RichProgressCallback(TrainerCallback, RunListener):
     """Shows how far training and its evaluations are, and what is logged, in one line each; on the first process only.
 
     A terminal gets progress bars below the lines (unless `disable_tqdm` is set), a file or a pipe the lines alone. What
@@ -154,6 +155,10 @@ class RichProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.end_run(None)
+
+    def end_run(self, error: BaseException | None) -> None:
+        """Take the bars away, after an error too: the terminal gets its cursor back."""
         if self.progress is not None:
             self.progress.stop()
             self.progress, self._bars = None, {}

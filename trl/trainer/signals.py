@@ -54,8 +54,9 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
             return
         self.asked = True
-        text = "SIGTERM: this step is finished and saved, then the process ends with 143; a second one ends it now\n"
-        os.write(2, text.encode())
+        below, fold = ("\n", "\n ") if os.isatty(2) else ("", "")  # a bar may stand in the terminal's line
+        text = "SIGTERM: this step is finished and saved, then the process ends with 143;"
+        os.write(2, f"{below}{text}{fold} a second one ends it now\n".encode())
 
     def on_any(self, accelerator: Accelerator) -> bool:
         """Whether any process of the run was asked to end. Every process calls it."""
