@@ -18,6 +18,7 @@ SHORT = {
     "sft": "--max_length 128 --assistant_only_loss True", "dpo": "--max_length 64",
     "grpo": "--max_completion_length 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 1",
 }  # fmt: skip
+SHORT_DIFFUSION = 'train_batch_size=3, num_epochs=1, sample_num_steps=2, mixed_precision="no")'
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -104,7 +105,7 @@ def test_the_blocks_of_the_command_line(place, monkeypatch):
         if kind == "yaml":
             (place / "settings.yaml").write_text(block)
             _, settings = read_settings(JOBS["sft"], ["--config", "settings.yaml"])
-            assert [one["path"] for one in settings["datasets"]] == ["trl-lib/Capybara", "json"]
+            assert [one.path for one in settings["datasets"]] == ["trl-lib/Capybara", "json"]
             assert (settings["num_processes"], settings["learning_rate"]) == (4, 1e-4)
         else:
             perform(kind, block, known)
@@ -133,7 +134,7 @@ def test_the_program_of_the_diffusion_guide(place):
             assert set(re.findall(r"examples/\w+\.py", block)) == {"examples/ddpo.py"}
             continue
         block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "pictures")
-        perform(kind, block.replace("train_batch_size=3)", "train_batch_size=3, num_epochs=1, sample_num_steps=2)"), {})
+        perform(kind, block.replace("train_batch_size=3)", SHORT_DIFFUSION), {})
     assert (place / "cat-of-few-bytes").is_dir()
 
 

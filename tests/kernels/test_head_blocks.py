@@ -163,6 +163,19 @@ def compare_kernels():
         torch.testing.assert_close(head_triton.slopes_of(*last), head_blocks.slopes_of(*last), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_that_cannot_be_built_are_replaced(monkeypatch, caplog):
+    """There is no GPU here, which is such a case."""
+    head_blocks.kernels_for.cache_clear()
+    monkeypatch.setattr(head_blocks, "find_spec", lambda name: object())
+    assert head_blocks.kernels_for(torch.device("cpu")) is None
+    assert not caplog.records
+    for _ in range(2):
+        assert head_blocks.kernels_for(torch.device("cuda", 0)) is None
+    assert ["computed by torch's operations" in record.message for record in caplog.records] == [True]
+    head_blocks.kernels_for.cache_clear()
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_kernels_compute_what_the_operations_do():
     """In a process of its own: triton reads `TRITON_INTERPRET` when it is imported."""

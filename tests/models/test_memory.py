@@ -33,7 +33,8 @@ def test_by_hand():
     assert one.activations == 10 * 4 * (3 * a_layer + 16)
     assert one.head == 4 * (10 * 50 + 2**18)
     assert one.rollout == 7 * 3 * 8 * 4
-    assert one.total == sum(vars(one).values())
+    assert one.total == sum(vars(one).values()) - one.rollout
+    assert of(tokens=10, rollout_tokens=10**5).total == 4 * N + 8 * N + 10**5 * 3 * 8 * 4  # the peak is in sampling
     assert of(tokens=10, checkpointing=True).activations == 10 * 4 * (3 * 8 + a_layer + 16)
 
 

@@ -136,6 +136,7 @@ def test_the_first_cause_of_many():
     secondary = failure(0, message="LostRank: rank 1 failed first: E: why", time=6.9, secondary=True)
     others = {0: secondary, 1: failure(1, message="E: why", time=7.2), 2: failure(2, message="F: late", time=7.4)}
     assert first_cause(others) == (1, "E: why")
+    assert first_cause({0: secondary}) == (1, "E: why")
     assert first_cause({0: secondary, 1: failure(1, code=-9)}) == (1, "it was ended by SIGKILL; out of memory?")
     ended, late = failure(1, code=-15), failure(0, message="E: why", time=7.9)
     assert first_cause({1: ended, 0: late}) == (0, "E: why")

@@ -194,6 +194,7 @@ CASES: dict[str, Case] = {
                "overlong_cache": 7, "dynamic_sampling_max_rounds": 65, "ref_model_mixup_alpha": 0.0,
                "ref_model_sync_steps": 0, "sync_ref_model": True, "num_completions_to_print": 2,
                "log_unique_prompts": True, "ignore_data_skip": True, "epsilon": 0.0, "gather": "x",
+               "sampling_max_rows": 0,
                "epsilon_high": -1.0, "delta": 1.1, "importance_sampling_level": "x", "scale_rewards": "x",
                "advantage": "x", "multi_objective_aggregation": "x", "kl_estimator": "k2", "kl_placement": "reward",
                "use_bias_correction_kl": True, "sapo_temperature_neg": 2.0, "sapo_temperature_pos": 2.0,

@@ -15,6 +15,7 @@ import torch
 from conformity import CASES, build, causal_lm, text, tokenizer
 from datasets import Dataset
 from process_group import join_group, leave_group
+from transformers import TrainerCallback
 
 import trl
 from trl.models.unwrap import below_accelerate
@@ -68,7 +69,7 @@ def case_of(name: str, rank: int, folder: Path, world: int) -> Any:
         "seed": {"seed": 3 + own},
         "config": {"learning_rate": 0.5 if own else 0.1},
         "saving": {"save_strategy": "steps", "save_steps": 1 + own},
-        "output": {"output_dir": str(folder / str(rank)), "run_name": f"run {rank}"},
+        "output": {"output_dir": str(folder / str(rank)), "run_name": f"run {rank}", "fsdp": True},
     }
     trainer_of = "dpo-sigmoid" if name == "reference" else "sft"
     if name == "weights":
@@ -89,6 +90,37 @@ def _seeded_anew(rank: int) -> torch.nn.Module:
     model = causal_lm()
     torch.manual_seed(10 + rank)
     return model
+
+
+class KilledAt(TrainerCallback):
+    """Kills this process behind a step, before that is saved."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def started(name: str, folder: str) -> None:
+    """One rank of a case, started by torchrun's agent: it says what it ended with, or raises."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rank, world, restart = (int(os.environ[f"{each}"]) for each in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+    os.environ.update(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
+    sys.stderr = open(Path(folder, f"rank-{rank}.{restart}.err"), "w", buffering=1)  # noqa: SIM115
+    if name == "fails":
+        case_of(name, rank, Path(folder, "run"), world).train()
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "ddp_backend": "gloo", "use_cpu": True}
+    trainer = build("sft", Path(folder, "run"), per_device_train_batch_size=2, **settings)
+    if name == "killed" and rank and not restart:
+        trainer.add_callback(KilledAt(3))
+    trainer.train()
+    weights = {name: weight.detach() for name, weight in below_accelerate(trainer.model).named_parameters()}
+    torch.save(weights, Path(folder, f"end-{rank}.pt"))
+    del trainer
+    leave_group()
 
 
 def play(name: str, rank: int, world: int, port: int, folder: str) -> None:

@@ -217,6 +217,17 @@ def ppo_sharded(work: Work) -> None:
         work.found[name] = ppo(work.root / name, work.rank, work.world, sharded=True, **more)
 
 
+def grpo_sharded(work: Work) -> None:
+    """From the start, from its own checkpoint, and from one process's, amid a rollout; with a moving reference."""
+    for form in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        work.run(f"grpo-{form}", "grpo", form)
+        work.run(f"grpo-again-{form}", "grpo", form, resume=work.root / f"grpo-{form}" / "checkpoint-1")
+        work.run(f"grpo-1-{form}", "grpo", form, resume=work.root / "grpo-1" / "checkpoint-1")
+    moving = {"sync_ref_model": True, "ref_model_sync_steps": 1, "beta": 0.1, "max_steps": 3}
+    work.run("moving", "grpo", "SHARDED_STATE_DICT", **moving)
+    work.run("moving-again", "grpo", "SHARDED_STATE_DICT", resume=work.root / "moving" / "checkpoint-2", **moving)
+
+
 class Terminate(TrainerCallback):
     def __init__(self, rank: int):
         self.rank = rank
@@ -279,5 +290,5 @@ def killed(work: Work) -> None:
 DDP_CASES = (ddp_reads_one, ddp_from_the_start, ppo_of_two)
 SHARDED_CASES = (
     fsdp_reads_one, fsdp_from_the_start, fsdp_resumes, fsdp_with_adapters, fsdp_terminated, fsdp_best,
-    fsdp_model_only, ppo_sharded,
+    fsdp_model_only, ppo_sharded, grpo_sharded,
 )  # fmt: skip

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
 from zero_runs import begin_whole, whole, zero_config, zero_plugin
 
+from trl.generation import packed_weights
 from trl.models.forward import plan_of
 
 SIZES = {name: getattr(config(), name) for name in (
@@ -75,6 +76,15 @@ def episodes() -> dict[str, Any]:
     return {"environment": talkative()}
 
 
+def adapted(**more: Any) -> Callable[[], dict[str, Any]]:
+    """An adapter on other modules than that of the columns with LoRA."""
+    from peft import LoraConfig
+
+    settings = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": "gaussian", **more}
+    return lambda: {"peft_config": LoraConfig(**settings)}
+
+
+ON_HEAD = ["q_proj", "lm_head"]
 ROLLOUT = {"max_completion_length": 6, "num_generations": 2, "save_rollouts": False}
 RUNS: dict[str, Run] = {
     "SFT": Run("sft", "plain"),
@@ -82,11 +92,17 @@ RUNS: dict[str, Run] = {
     "SFT, tied head": Run("sft", "tied"),
     "SFT, soft-capped logits": Run("sft", "soft-cap", lora=False),
     "SFT, gradient checkpointing": Run("sft", "plain", {"gradient_checkpointing": True}),
+    "SFT, token budget": Run("sft", "plain", {"max_tokens_per_microbatch": 14}),
+    "SFT, accumulation": Run("sft", "plain", {"gradient_accumulation_steps": 2}, rows=2, lora=False),
+    "SFT, adapter on the head": Run("sft", "plain", arguments=adapted(target_modules=ON_HEAD), lora=False),
+    "SFT, adapter and a whole head": Run("sft", "plain", arguments=adapted(modules_to_save=["lm_head"]), lora=False),
     "Reward": Run("reward", "reward"),
     "PRM": Run("prm"),
     "DPO": Run("dpo-sigmoid", "plain"),
+    "DPO, adapter on the head": Run("dpo-sigmoid", "plain", arguments=adapted(target_modules=ON_HEAD), lora=False),
     "DPO, moving reference": Run("dpo-many", lora=False),
     "DPO, precomputed reference": Run("dpo-sigmoid", settings={"precompute_ref_log_probs": True}),
+    "DPO, token budget": Run("dpo-sigmoid", "plain", {"max_tokens_per_microbatch": 14}, lora=False),
     "KTO": Run("kto", "plain"),
     "ORPO": Run("orpo"),
     "CPO": Run("cpo"),
@@ -97,7 +113,15 @@ RUNS: dict[str, Run] = {
         settings={**ROLLOUT, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
         lora=False,
     ),
-    "GRPO, layer by layer": Run("grpo", settings={**ROLLOUT, "beta": 0.1, "gather": "layers"}),
+    "GRPO, layer by layer": Run(
+        "grpo", settings={**ROLLOUT, "max_completion_length": 8, "beta": 0.1, "gather": "layers"}
+    ),
+    "GRPO, adapter on the head": Run(
+        "grpo",
+        settings={**ROLLOUT, "beta": 0.1},
+        arguments=lambda: {**CASES["grpo"].arguments(), **adapted(target_modules=ON_HEAD)()},
+        lora=False,
+    ),
     "GRPO, environment": Run("grpo", settings={**ROLLOUT, "max_completion_length": 20}, arguments=episodes),
     "GRPO, environment, layer by layer": Run(
         "grpo", settings={**ROLLOUT, "max_completion_length": 20, "gather": "layers"}, arguments=episodes, lora=False
@@ -106,25 +130,31 @@ RUNS: dict[str, Run] = {
     "Online DPO": Run("online-dpo", settings={**ROLLOUT, "dynamic_sampling": False, "generation_batch_size": None}),
     "RAFT": Run("raft", settings={**ROLLOUT, "keep_best": 1}),
     "Distillation": Run("distillation", settings={**ROLLOUT, "num_iterations": 1}),
+    "GKD, samples of the teacher": Run(
+        "gkd", settings={"max_completion_length": 6, "save_rollouts": False, "seq_kd": True}, lora=False
+    ),
     "PPO, step": Run("ppo"),
     "PPO, step, critic": Run("ppo", lora=False),
     "PPO, train (greedy)": Run("ppo"),
     "GKD": Run("gkd", settings={"max_completion_length": 6, "save_rollouts": False}),
 }
 """the name of a row -> how it is run"""
-PPO_NUMBERS = ("ppo/loss/total", "ppo/loss/policy", "ppo/loss/value", "objective/kl", "ppo/policy/entropy",
-               "ppo/mean_scores", "ppo/val/mean", "ppo/returns/mean", "ppo/val/var", "ppo/returns/var", "ppo/std_scores",
-               "ppo/mean_non_score_reward", "ppo/val/var_explained", "tokens/responses_len_std")  # fmt: skip
+PPO_NUMBERS = (
+    "ppo/loss/total", "ppo/loss/policy", "ppo/loss/value", "objective/kl", "ppo/policy/entropy", "ppo/mean_scores",
+    "ppo/std_scores", "ppo/val/mean", "ppo/val/var", "ppo/returns/mean", "ppo/returns/var",
+    "ppo/mean_non_score_reward", "tokens/responses_len_std",
+)  # fmt: skip
 
 
-def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
-    """Three steps of PPO, from `train` (which samples) or from `step`, with a critic of its own where the name says so."""
+def ppo_trainer(world: int, engine: str, lora: bool, critic: bool) -> Any:
+    """A trainer whose steps have four samples over all ranks."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
 
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-    keywords: dict[str, Any] = {}
+    rows, keywords = 4 // world, dict[str, Any]()
     if engine.startswith("fsdp2"):
         keywords["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
@@ -132,50 +162,57 @@ def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     if engine.startswith("zero"):
         begin_whole()
         keywords["deepspeed_plugin"] = zero_plugin(int(engine[4]))
-    rows = 4 // world
     model: Any = seeded("plain")
     if lora:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(
-            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
-        )
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        model = get_peft_model(model, adapter)
     torch.manual_seed(1)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(model)
-    critic = seeded("reward") if "critic" in name else None
-    trained = [p for each in (model, critic) if each is not None for p in each.parameters() if p.requires_grad]
-    trainer = PPOTrainer(
-        PPOConfig(batch_size=rows, mini_batch_size=rows, ppo_epochs=2, steps=3 * rows, seed=0, max_new_tokens=5,
-                  generation_kwargs={"do_sample": False},  # each process has a random generator of its own
-                  max_grad_norm=0.5, accelerator_kwargs=keywords),
-        model, tokenizer=tokenizer(), data_collator=list, value_model=critic, optimizer=torch.optim.SGD(trained, lr=0.1),
+    value_model = seeded("reward") if critic else None
+    trained = [p for each in (model, value_model) if each is not None for p in each.parameters() if p.requires_grad]
+    return PPOTrainer(
+        PPOConfig(
+            batch_size=rows, mini_batch_size=rows, ppo_epochs=2, steps=3 * rows, seed=0, max_new_tokens=5,
+            max_grad_norm=0.5, accelerator_kwargs=keywords,
+            generation_kwargs={"do_sample": False},  # each process has a random generator of its own
+        ),
+        model, tokenizer=tokenizer(), data_collator=list, value_model=value_model,
+        optimizer=torch.optim.SGD(trained, lr=0.1),
         dataset=Dataset.from_list([{"prompt": text} for text in ("a b", "c", "d e f", "g h") * 3]),
-        reward_funcs=lambda completions, **columns: [float(len(text)) for text in completions],
+        reward_funcs=lambda completions, **columns: [len(text) / 30 for text in completions],
     )  # fmt: skip
+
+
+def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
+    """Three steps of PPO: by `train`, which samples, or by `step`; with a critic of its own, or a value head."""
+    trainer = ppo_trainer(world, engine, lora, "critic" in name)
     steps: list[dict[str, Any]] = []
     if "train" in name:
         trainer.train(callback=lambda step, stats, batch: steps.append(stats))
     else:
+        rows = 4 // world
         part = slice(trainer.accelerator.process_index * rows, (trainer.accelerator.process_index + 1) * rows)
         g = torch.Generator().manual_seed(1)
         queries = [torch.randint(4, 100, (3 + i,), generator=g) for i in range(4)]
         responses = [torch.randint(4, 100, (2 + 2 * i,), generator=g) for i in range(4)]
         scores = [torch.tensor(float(i)) for i in (3, 0, 1, -2)]
         steps += [trainer.step(queries[part], responses[part], scores[part]) for _ in range(3)]
-    models = {"policy": trainer.accelerator.unwrap_model(trainer.model)}
-    models |= {} if critic is None else {"critic": trainer.accelerator.unwrap_model(trainer.value_model)}
-    weights = {f"{who}.{key}": weight for who, each in models.items() for key, weight in each.named_parameters()}
-    numbers = {
-        "loss" if key == "ppo/loss/total" else key: [float(stats[key]) for stats in steps] for key in PPO_NUMBERS
+    models = {"policy": trainer.model, "critic": trainer.value_model}
+    weights = {
+        f"{who}.{key.removeprefix('module.')}": weight
+        for who, model in models.items()
+        if model is not None
+        for key, weight in model.named_parameters()
     }
-    return gist(weights, numbers, plan_of(trainer.model).packed)
+    numbers = {key: [float(stats[key]) for stats in steps] for key in PPO_NUMBERS}
+    return gist(weights, {"loss": numbers.pop("ppo/loss/total"), **numbers}, plan_of(trainer.model).packed)
 
 
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp2-lora": "FSDP2 with LoRA"}
 """engine -> its column in the table"""
 LOGGED = (
     "loss", "grad_norm", "kl", "reward", "entropy", "ratio", "rewards/margins", "rewards/accuracies", "logps/chosen",
-    "mean_token_accuracy", "accuracy", "completions/mean_length", "num_tokens",
+    "eval_loss", "eval_reward", "mean_token_accuracy", "accuracy", "completions/mean_length", "num_tokens",
 )  # fmt: skip
 
 
@@ -199,6 +236,7 @@ def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, 
 def train_all(rank: int, world: int, path: str, engine: str, names: list[str], lora: bool) -> None:
     """`train` each of the rows and write what came of it to `path`, after each."""
     torch.set_num_threads(1)
+    packed_weights._LARGE = 1  # so that the sampler lays these small weights out too
     if engine.startswith("fsdp2"):
         shard_on_the_cpu()
     found = {}
@@ -223,9 +261,14 @@ def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     CASES["at hand"] = replace(
         case, settings={**case.settings, **run.settings}, arguments=run.arguments or case.arguments
     )
+    sizes = {"per_device_eval_batch_size": run.rows // world}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build("at hand", Path(folder), lora, per_device_train_batch_size=run.rows // world, **settings)
+        trainer = build(
+            "at hand", Path(folder), lora, per_device_train_batch_size=run.rows // world, **sizes, **settings
+        )
         trainer.train()
+        if not engine.startswith("zero"):
+            trainer.evaluate()
     assert trainer.args.world_size == world
     assert trainer.is_fsdp_enabled == engine.startswith("fsdp2")
     return results(trainer)
@@ -243,9 +286,38 @@ def gist(weights: dict[str, Any], numbers: dict[str, list[float]], packed: bool)
     return {
         "numbers": numbers,
         "packed": packed,
-        "sharded": all(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights.values()),
+        "sharded": any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights.values()),
         "weights": {key: _whole(weight).detach().clone() for key, weight in weights.items() if weight.requires_grad},
     }
+
+
+def helpers(rank: int, world: int, path: str) -> None:
+    """What callbacks and helpers give on whole and on sharded weights; each rank generates as long as it likes."""
+    from safetensors.torch import load_file
+
+    from trl import BEMACallback, LogCompletionsCallback
+    from trl.models.chat_setup import unwrap_model_for_generation
+
+    torch.set_num_threads(1)
+    engine = "fsdp2" if world > 1 else "one"
+    if world > 1:
+        shard_on_the_cpu()
+    CASES["at hand"] = replace(CASES["dpo-sigmoid"], model=lambda: seeded("plain"))
+    settings = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": 0.1, **engine_settings(engine)}
+    averages = BEMACallback(update_freq=1, update_after=1)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build("at hand", Path(folder), per_device_train_batch_size=4 // world, **settings)
+        trainer.add_callback(averages)
+        trainer.train()
+        saved = load_file(f"{folder}/bema/model.safetensors") if rank == 0 else {}
+        again = AutoModelForCausalLM.from_pretrained(f"{folder}/bema") if rank == 0 else None
+    with torch.no_grad(), unwrap_model_for_generation(trainer.model, trainer.accelerator) as model:
+        ids = [
+            model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=n, min_new_tokens=n, do_sample=False)
+            for n in range(2, 4 + rank)
+        ]
+    shown = LogCompletionsCallback(trainer, num_prompts=2)._completed(3)
+    torch.save({"bema": saved, "loads": again is not None, "ids": ids[1], "shown": len(shown)}, f"{path}-{rank}")
 
 
 ASKED = {"loss": "loss", "gradient norm": "grad_norm"}
@@ -261,6 +333,8 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
     names = {logged: column for column, logged in ASKED.items()}
     for name in {**one["numbers"], **two["numbers"]}:
         ours, theirs = one["numbers"].get(name, []), two["numbers"].get(name, [])
+        if name.startswith("eval_") and not theirs:
+            continue  # not every engine evaluates here
         apart = [abs(a - b) / max(abs(a), 0.05) for a, b in zip(ours, theirs, strict=False)]
         column = names.get(name, "other metrics")
         found[column] = max([found[column], *apart, float("inf") if len(ours) != len(theirs) else 0.0])

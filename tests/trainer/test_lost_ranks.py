@@ -8,8 +8,14 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from trl.trainer.ranks import after_restart, first_cause, say_unsharded
 
 HERE = Path(__file__).parent
 server = mp.get_context("forkserver")
@@ -74,6 +80,7 @@ def test_what_may_differ(tmp_path):
     """Folders and names; of weights those that are new, which all take from rank 0."""
     (first, second), codes = played("output", tmp_path / "output")
     assert codes == [0, 0]
+    assert "fsdp: accelerate shares weights out over accelerators only" in (tmp_path / "output/rank-0.err").read_text()
     (first, second), codes = played("new weights", tmp_path / "new")
     assert codes == [0, 0]
     assert first["end"] == second["end"]
@@ -119,3 +126,78 @@ def test_a_rank_that_is_killed(tmp_path):
         "killed from outside",
         first["error"],
     ), first
+
+
+def launched(name, folder, restarts):
+    """Two ranks as torchrun starts them; how often they began, and the launcher's error."""
+    import lost_rank_runs
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    folder.mkdir(exist_ok=True)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=folder.name, rdzv_backend="c10d", max_restarts=restarts,
+        rdzv_endpoint="localhost:0", start_method="forkserver", monitor_interval=0.1,
+    )  # fmt: skip
+    began = time.monotonic()
+    try:
+        elastic_launch(config, lost_rank_runs.started)(name, str(folder))
+        error = None
+    except ChildFailedError as found:
+        error = found
+    print(name, f"{time.monotonic() - began:.1f} s")
+    return len(list(folder.glob("rank-0.*.err"))), error
+
+
+@pytest.mark.slow
+def test_a_restart_goes_on_from_the_newest_whole_checkpoint(tmp_path):
+    assert launched("whole", tmp_path / "whole", 0) == (1, None)
+    assert launched("killed", tmp_path / "killed", 1) == (2, None)
+    told = (tmp_path / "killed" / "rank-0.1.err").read_text()
+    assert "restart 1: the run goes on from the newest whole checkpoint in" in told
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    for rank in range(2):
+        whole, killed = (torch.load(tmp_path / name / f"end-{rank}.pt") for name in ("whole", "killed"))
+        assert all(torch.equal(weight, killed[name]) for name, weight in whole.items())
+
+
+@pytest.mark.slow
+def test_the_launcher_is_told_the_first_cause(tmp_path):
+    starts, error = launched("fails", tmp_path / "fails", 0)
+    assert starts == 1
+    rank, text = first_cause(error.failures)
+    assert rank == 1
+    assert text == ("RewardError: reward function 'failing_reward' failed: KeyError('the judge of this machine')")
+
+
+def test_what_to_resume_from(tmp_path, monkeypatch, caplog):
+    """After a restart the run's own folder, but a checkpoint elsewhere as it was told."""
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert after_restart(None, tmp_path) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert after_restart(False, tmp_path) is False
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert after_restart(None, None) is None
+    assert after_restart(None, tmp_path) is True
+    assert after_restart(str(tmp_path / "checkpoint-3"), tmp_path) is True
+    assert "restart 2: the run goes on from the newest whole checkpoint in" in caplog.text
+    assert after_restart("elsewhere/checkpoint-3", tmp_path) == "elsewhere/checkpoint-3"
+    assert "resume_from_checkpoint=elsewhere/checkpoint-3 lies elsewhere, so the run begins there again" in caplog.text
+
+
+def test_fsdp_that_is_not_turned_on_is_said(monkeypatch, caplog):
+    """S3: on a CPU accelerate leaves the weights whole."""
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_CPU, is_main_process=True, device=torch.device("cpu")
+    )
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    say_unsharded(accelerator)
+    assert not caplog.records
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    say_unsharded(accelerator)
+    assert (
+        "fsdp: accelerate shares weights out over accelerators only; here on the CPU every process holds" in caplog.text
+    )
+    accelerator.distributed_type = DistributedType.FSDP
+    say_unsharded(accelerator)
+    assert len(caplog.records) == 1

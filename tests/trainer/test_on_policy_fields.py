@@ -119,7 +119,9 @@ SHOWN = {
     "disable_dropout": ("test_grpo", "test_dropout_is_off_unless_it_is_wanted"),
     "max_tool_calling_iterations": ("test_environment_rollouts", "test_tools_as_a_factory_reward_by_themselves"),
     "turn_level_credit": ("test_environment_rollouts", "test_credit_by_turns_in_training"),
+    "sampling_max_rows": ("test_on_policy_fields", "test_rows_that_are_sampled_at_a_time"),
     "gather": ("test_sharded", "test_two_ranks_train_as_one_process"),
+    "ds3_gather_for_generation": ("test_zero", "test_sharded_by_zero_learns_the_same"),
     "save_rollouts": ("test_on_policy_fields", "test_rollouts_are_saved_unless_that_is_not_wanted"),
     "log_completions": ("test_on_policy_fields", "test_what_is_printed"),
     "num_completions_to_print": ("test_on_policy_fields", "test_what_is_printed"),
@@ -255,3 +257,19 @@ def test_what_is_printed(tmp_path, capsys):
     assert all("early_letters" in text for text in shown)
     assert "step 1" not in capsys.readouterr().out
     assert len({len(text.splitlines()) for text in shown}) == 3
+
+
+def test_rows_that_are_sampled_at_a_time(tmp_path):
+    """The passes of a rollout have so many rows at most; what is drawn is the same."""
+    drawn = []
+    for most in (None, 3):
+        trainer = build("grpo", tmp_path, sampling_max_rows=most, max_steps=1)
+        tokens: list[int] = []
+        trainer.model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output, seen=tokens: seen.append(inputs[0].numel())
+        )
+        rows = [{"prompt": "a b c", "prompt_ids": [5, 6, 7]}] * 2
+        rollout = trainer.source.draw(rows, 4, 0)
+        drawn.append((rollout.completions, max(tokens[1:])))
+    assert drawn[0][0] == drawn[1][0]
+    assert drawn[1][1] <= 4 < drawn[0][1] == 8

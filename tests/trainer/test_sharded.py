@@ -1,11 +1,15 @@
 """Two ranks train as one process does: whole weights (DDP), sharded ones (FSDP2), sharded ones below an adapter."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conformity import build
 from process_group import on_ranks
-from sharded_runs import ENGINES, differences, runs_of, train_all
+from sharded_runs import ENGINES, differences, helpers, runs_of, train_all
+
+from trl import DDPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +41,44 @@ def test_two_ranks_train_as_one_process(engine, name, found):
         assert two["packed"] == one["packed"]
         apart = differences(one, two)
         assert {column: size for column, size in apart.items() if not size <= 1e-5} == {}
+
+
+@pytest.mark.slow
+def test_callbacks_and_helpers_on_sharded_weights(tmp_path):
+    on_ranks(helpers, 1, str(tmp_path / "one"))
+    on_ranks(helpers, 2, str(tmp_path / "two"))
+    one, *ranks = (torch.load(tmp_path / name) for name in ("one-0", "two-0", "two-1"))
+    assert ranks[0]["loads"]
+    assert one["bema"].keys() == ranks[0]["bema"].keys()
+    for key, weight in one["bema"].items():
+        torch.testing.assert_close(ranks[0]["bema"][key], weight, rtol=0, atol=1e-6, msg=key)
+    for two in ranks:
+        assert two["ids"].shape == one["ids"].shape == (1, 6)
+        assert two["shown"] == 2
+
+
+def test_gathering_layer_by_layer_is_for_sharded_weights(tmp_path, caplog):
+    build("grpo", tmp_path, gather="layers")
+    assert "gather='layers': no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sharding", "model", "message"),
+    [
+        ({"is_fsdp2": False}, {}, "fsdp_version=1: the sampler cannot gather its weights; take fsdp_version=2"),
+        ({"is_fsdp2": True}, {"is_encoder_decoder": True}, "gather='layers': an encoder-decoder"),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused(sharding, model, message, tmp_path):
+    trainer = build("grpo", tmp_path, gather="layers")
+    trainer.is_fsdp_enabled, trainer.accelerator = True, SimpleNamespace(**sharding)
+    for name, value in model.items():
+        setattr(trainer.model.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        trainer._check_sharding()
+
+
+def test_a_diffusion_model_is_not_sharded():
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(is_fsdp2=True), sd_pipeline=None)
+    with pytest.raises(ValueError, match="FSDP: DDPO trains whole weights"):
+        DDPOTrainer._prepare_models(trainer)

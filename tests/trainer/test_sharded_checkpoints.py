@@ -100,10 +100,23 @@ def test_one_process_goes_on_where_two_stopped(runs, kind, tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_sharded_weights_go_on_where_whole_ones_stopped(runs, form):
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_sharded_weights_go_on_where_whole_ones_stopped(runs, form, kind):
     _, one, ranks = runs
     for two in ranks:
-        same(two[f"sft-1-{form}"], one["sft-1"])
+        same(two[f"{kind}-1-{form}"], one[f"{kind}-1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_rollouts_on_shards_go_on(runs, form, tmp_path):
+    """Amid a rollout: on as many ranks to the last bit, and on one process."""
+    root, one, ranks = runs
+    for two in ranks:
+        same(two[f"grpo-{form}"], one["grpo-1"])
+        same(two[f"grpo-again-{form}"], two[f"grpo-{form}"], exactly=True)
+        same(two["moving-again"], two["moving"], exactly=True)
+    same(run("grpo", tmp_path, resume=root / f"grpo-{form}" / "checkpoint-1"), one["grpo-1"])
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ VLLM = {
     "vllm_tensor_parallel_size": 2, "vllm_max_model_length": 5, "vllm_model_impl": "transformers",
     "vllm_group_port": 1, "vllm_structured_outputs_regex": "a",
 }  # fmt: skip
-SAMPLER = {"cache_implementation": "static", "ds3_gather_for_generation": False, "log_multimodal": False}
+SAMPLER = {"cache_implementation": "static", "log_multimodal": False}
 LINES = {
     "SFTConfig": {"activation_offloading": True, "pad_to_multiple_of": 8, "use_mps_device": True},
     "DPOConfig": {"activation_offloading": True, "pad_to_multiple_of": 8, "padding_value": 0,
@@ -105,7 +105,7 @@ WORKING = {
                   "overwrite_output_dir": True, "save_safetensors": True, "no_cuda": True},
     "DPOConfig": {"loss_type": "sigmoid_norm", "label_pad_token_id": -100, "max_target_length": 5},
     "KTOConfig": {"train_sampling_strategy": "sequential", "label_pad_token_id": -100},
-    "GRPOConfig": {"use_bias_correction_kl": False, "disable_dropout": False},
+    "GRPOConfig": {"use_bias_correction_kl": False, "disable_dropout": False, "ds3_gather_for_generation": False},
     "RLOOConfig": {"rloo_k": 4, "kl_coef": 0.1, "num_ppo_epochs": 2},
     "DistillationConfig": {**TEACHERS, **SAMPLING, "max_completion_length": 5, "shuffle_dataset": False,
                            "max_prompt_length": 9, "num_generations": 2},

@@ -34,11 +34,33 @@ def test_sharded_by_zero_learns_the_same(engine, row, ranks):
     for found in (each[engine, row] for each in two):
         assert found["packed"] == want["packed"]
         assert found["sharded"] == engine.startswith("zero3")
-        for name in ("loss", "grad_norm"):
+        for name in {"loss", "grad_norm", "objective/kl", "ppo/loss/value"} & want["numbers"].keys():
             assert found["numbers"][name] == pytest.approx(want["numbers"][name], rel=1e-5, abs=1e-6), name
         assert found["weights"].keys() == want["weights"].keys()
         for key, weight in want["weights"].items():
             torch.testing.assert_close(found["weights"][key], weight, rtol=0, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_is_saved(ranks):
+    for found in ranks[1:]:
+        assert found["saved"] == {"saved": 0.0, "resumed": 0.0}
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(ranks):
+    for skipped, losses in (found["skipped"] for found in ranks[1:]):
+        assert skipped == 1
+        assert [loss == loss for loss in losses] == [True, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+def test_a_policy_that_is_loaded_in_parts_has_a_copy_in_parts(name, ranks):
+    one, *two = (found[name] for found in ranks)
+    for found in two:
+        assert found["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-6)
+        assert found["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
 
 def test_deepspeed_stays_out_of_other_processes():

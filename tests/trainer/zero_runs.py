@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,18 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
 def begin_whole() -> None:
     """Forget an earlier trainer's ZeRO-3, in which models would be made in parts and with other random numbers."""
     unset_hf_deepspeed_config()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 ROWS = (
-    "SFT", "SFT, tied head", "SFT, gradient checkpointing", "Reward", "DPO", "DPO, moving reference",
-    "DPO, precomputed reference", "KTO", "GRPO", "GRPO, groups across ranks", "GRPO, layer by layer", "RLOO",
+    "SFT", "SFT, tied head", "Reward", "DPO", "DPO, moving reference",
+    "DPO, precomputed reference", "KTO", "GRPO", "GRPO, layer by layer", "RLOO",
+    "PPO, step", "PPO, train (greedy)",
 )  # fmt: skip
 ENGINES = {
     "zero3": ROWS,
-    "zero3-lora": ("SFT", "DPO", "GRPO"),
-    "zero2": ("SFT", "GRPO"),
+    "zero3-lora": ("DPO", "GRPO"),
+    "zero2": ("SFT", "GRPO", "PPO, step"),
 }
 """an engine -> the rows of `sharded_runs.RUNS` that are run on it here"""
 
@@ -92,4 +95,65 @@ def train_engines(rank: int, world: int, path: str) -> None:
     for engine, row in runs:
         name = engine if world > 1 else "one"
         found[engine, row] = train(world, name, row, lora=engine.endswith("lora"))
+    if world > 1:
+        found |= {"saved": saved_and_resumed(Path(path).parent), "skipped": left_out(Path(path).parent)}
+    found |= {name: from_files(world, name, Path(path).parent) for name in ("DPO", "GRPO")}
     torch.save(found, f"{path}-{rank}")
+
+
+def made(name: str, folder: Path, world: int = 2, **settings: Any) -> Any:
+    """A trainer of the row `name`, under ZeRO-3 where there are two ranks."""
+    from conformity import build
+    from sharded_runs import RUNS, engine_settings
+
+    begin_whole()
+    given = {"use_cpu": True, "per_device_train_batch_size": 4 // world, "output_dir": str(folder)}
+    return build(RUNS[name].case, folder, **{**given, **engine_settings("zero3" if world > 1 else "one"), **settings})
+
+
+def saved_and_resumed(folder: Path) -> dict[str, float]:
+    """How far a resumed run, and the model that was saved, are from the run that went on; leaves `folder/final`."""
+    from transformers import AutoModelForCausalLM
+
+    settings = {"max_steps": 4, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+    ended, resumed = (made("SFT", folder / "run", **settings) for _ in range(2))
+    ended.train()
+    ended.save_model(str(folder / "final"))
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    want, again = ({name: whole(w) for name, w in each.model.named_parameters()} for each in (ended, resumed))
+    begin_whole()
+    saved = dict(AutoModelForCausalLM.from_pretrained(folder / "final").named_parameters())
+    assert saved.keys() == want.keys()
+    return {
+        name: max(float((each[key] - weight).abs().max()) for key, weight in want.items())
+        for name, each in (("saved", saved), ("resumed", again))
+    }
+
+
+def left_out(folder: Path) -> tuple[int, list[float]]:
+    """Steps that are left out, and the losses, where that of the second step is nan on one rank."""
+    from conformity import history
+
+    trainer = made("SFT", folder / "skip", max_steps=3, on_non_finite="skip")
+    own, calls = trainer.objective, []
+
+    def objective(model: Any, batch: Any) -> Any:
+        calls.append(own(model, batch))
+        spoilt = len(calls) == 2 and trainer.args.process_index == 1
+        return replace(calls[-1], total=calls[-1].total * float("nan")) if spoilt else calls[-1]
+
+    trainer.objective = objective
+    trainer.train()
+    return trainer._non_finite.skipped, history(trainer, "loss")
+
+
+def from_files(world: int, name: str, folder: Path) -> dict[str, list[float]]:
+    """Of a policy that the trainer loads from `folder/final`, in parts under ZeRO-3, and of which it makes a copy."""
+    from conformity import CASES, history
+    from sharded_runs import RUNS
+
+    run = RUNS[name]
+    CASES[run.case] = replace(CASES[run.case], model=lambda: str(folder / "final"))
+    trainer = made(name, folder / f"{name}-{world}", world, max_steps=2, **run.settings)
+    trainer.train()
+    return {key: history(trainer, key) for key in ("loss", "grad_norm")}

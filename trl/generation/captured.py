@@ -10,12 +10,12 @@ Without a GPU the same steps run one operation after another, which is how they 
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,6 +94,8 @@ class Places:
         self.step = whole(1).long()
         self.tokens_RC = whole(rows, CHUNK).long()
         self.numbers_2RC = whole(2, rows, CHUNK).float()
+        self._hosts: dict[Tensor, Tensor] = {}
+        """memory of the host from which each of them is filled"""
         self.graph: Any = None
         self.warm = False
 
@@ -200,28 +202,37 @@ class Places:
 
     def _set(self, target: Tensor, values: Sequence[Any], fill: int = 0) -> None:
         """Copy numbers, or lists of them, into a tensor that stays where it is; `fill` behind them."""
-        whole = torch.full(target.shape, fill, dtype=target.dtype)
-        for index, value in enumerate(values):
-            given = torch.as_tensor(value, dtype=target.dtype)
-            (whole[index, : len(given)] if given.dim() else whole[index]).copy_(given)
-        target.copy_(whole.pin_memory() if target.is_cuda else whole, non_blocking=True)
+        if target not in self._hosts:
+            self._hosts[target] = torch.empty(target.shape, dtype=target.dtype, pin_memory=target.is_cuda)
+        host = self._hosts[target]  # the last copy from it has ended: `read` waits for the device
+        numbers = host.numpy()
+        numbers.fill(fill)
+        if target.dim() == 1:
+            numbers[: len(values)] = values
+        else:
+            for index, value in enumerate(values):
+                numbers[index, : len(value)] = value
+        target.copy_(host, non_blocking=True)
 
     def read(self, running: Sequence[PagedRow]) -> list[PagedRow]:
         """Add what was sampled to the rows; returns those that still run."""
-        tokens_RC, (logprobs_RC, raw_RC) = self.tokens_RC.tolist(), self.numbers_2RC.tolist()
-        count_R = self.count_R.tolist()
+        packed = torch.cat([self.tokens_RC.double(), *self.numbers_2RC.double(), self.count_R.double()[:, None]], 1)
+        numbers = packed.cpu().numpy()  # the one wait for the device
+        tokens_RC, logprobs_RC, raw_RC = np.split(numbers[:, :-1], 3, axis=1)
         for place, each in enumerate(running):
-            for step in range(count_R[place] - len(each.row.ids)):
-                if not math.isfinite(raw_RC[place][step]):
-                    raise FloatingPointError("the model's logits are not finite: look at its weights and its precision")
-                each.row.ids.append(tokens_RC[place][step])
-                each.row.logprobs.append(logprobs_RC[place][step])
-                each.row.raw_logprobs.append(raw_RC[place][step])
-                if each.row.seen_V is not None:
-                    each.row.seen_V[tokens_RC[place][step]] = True
-                self.engine.stepper.finish([each.row])
-                if each.row.finish_reason:
+            row, new = each.row, int(numbers[place, -1]) - len(each.row.ids)
+            if not np.isfinite(raw_RC[place, :new]).all():
+                raise FloatingPointError("the model's logits are not finite: look at its weights and its precision")
+            one_by_one = self.engine.stepper.stop_strings is not None
+            for part in [slice(step, step + 1) for step in range(new)] if one_by_one else [slice(0, new)]:
+                row.ids += tokens_RC[place, part].astype(int).tolist()
+                row.logprobs += logprobs_RC[place, part].tolist()
+                row.raw_logprobs += raw_RC[place, part].tolist()
+                self.engine.stepper.finish([row])
+                if row.finish_reason:
                     break
+            if row.seen_V is not None:
+                row.seen_V[torch.tensor(row.ids[-new:], device=row.seen_V.device)] = True
         return [each for each in running if not each.row.finish_reason]
 
 

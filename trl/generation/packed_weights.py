@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trl.kernels.layers import swapped_forward
 from trl.kernels.onednn import laid_out, rows_times, suits
@@ -33,6 +34,7 @@ def packed_weights(model: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for module in [head, *(each for each in inner.modules() if each is not head)]:
             mine = type(module) is nn.Linear and "forward" not in vars(module) and suits(module.weight, _LARGE)
+            mine = mine and not isinstance(module.weight, DTensor)  # a part of one, where each pass gathers it anew
             if mine and room >= module.weight.numel():
                 room -= module.weight.numel()
                 stack.enter_context(swapped_forward(module, _forward(module)))

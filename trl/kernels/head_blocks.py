@@ -6,6 +6,8 @@ it is installed, else by torch's operations, which compute the same.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trl.kernels.head_tiles import Head, Softmax, floor_of, row_blocks
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 2**26
 """logits that exist at a time: 256 MiB in float32, and half or all of it again for their gradients"""
@@ -77,10 +81,8 @@ def walk(
     logits: products [R, W] of the words from `first` on. slopes: the dtype of exp(logits - peak) times the soft-cap's
     slope, 0 for the targets. They are returned then, and what rescales sums over earlier blocks. [R, W], [R]
     """
-    if _has_triton(logits):
-        from trl.kernels.head_triton import walk as fused
-
-        return fused(logits, ids_R, first, after, softmax, slopes)
+    if (fused := kernels_for(logits.device)) is not None:
+        return fused.walk(logits, ids_R, first, after, softmax, slopes)  # type: ignore[no-any-return]
     x, cap_slope = capped(logits, after)
     column, inside = places(ids_R, first, logits.shape[1])
     softmax.chosen = torch.where(inside, x.gather(1, column)[:, 0], softmax.chosen)
@@ -110,10 +112,8 @@ def slopes_of(
     dtype: torch.dtype,
 ) -> Tensor:
     """The gradient of a block: exp(logits - peak) times share and the soft-cap's slope; `own` at the target. [R, W]"""
-    if _has_triton(logits):
-        from trl.kernels.head_triton import slopes_of as fused
-
-        return fused(logits, ids_R, first, after, peak, share, own, dtype)
+    if (fused := kernels_for(logits.device)) is not None:
+        return fused.slopes_of(logits, ids_R, first, after, peak, share, own, dtype)  # type: ignore[no-any-return]
     x, cap_slope = capped(logits, after)
     column, inside = places(ids_R, first, logits.shape[1])
     found = (x - peak[:, None]).exp_().mul_(share[:, None])
@@ -137,8 +137,21 @@ def places(ids_R: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
     return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
 
-def _has_triton(logits: Tensor) -> bool:
-    return logits.is_cuda and find_spec("triton") is not None
+@cache
+def kernels_for(device: torch.device) -> Any:
+    """The module with Triton's kernels; None on a CPU, and where they cannot be built, for which one line says why."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    try:
+        from trl.kernels import head_triton
+
+        ids, logits = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, 64, device=device)
+        head_triton.walk(logits, ids, 0, After(1.0, None, 1.0), Softmax(1, device, False), torch.float32)
+    except Exception as error:  # no C compiler, a GPU that is too old for it: Triton raises what it likes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logger.warning("Triton builds no kernels here (%s): the head is computed by torch's operations, slower", reason)
+        return None
+    return head_triton
 
 
 # -- all of it --------------------------------------------------------------------------------

@@ -26,13 +26,15 @@ _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 
 
 @contextmanager
-def in_place(device: torch.device, processes: int) -> Iterator[None]:
+def in_place(device: torch.device, processes: int, hooked: bool = False) -> Iterator[None]:
     """Within it, gradients of embeddings and heads go straight to `weight.grad`: on the CPU, in a single process.
 
     For loops that call `backward()`: `torch.autograd.grad` would not see these gradients, nor would the hooks by which
     processes exchange theirs. A step's gradient overwrites the last one, unless somebody still holds its memory.
+    hooked: an engine waits for gradients even in a single process (DeepSpeed), so nothing is done.
     """
-    token = _kept.set(WeakIdKeyDictionary() if device.type == "cpu" and processes == 1 else None)
+    takes = device.type == "cpu" and processes == 1 and not hooked
+    token = _kept.set(WeakIdKeyDictionary() if takes else None)
     try:
         yield
     finally:

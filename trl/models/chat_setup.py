@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from transformers import AddedToken
 
 from trl.models.prepare import read_tokenizer
 from trl.models.sharded import gathered
-from trl.models.unwrap import below_accelerate, below_value_head, is_fsdp2, is_sharded
+from trl.models.unwrap import below_accelerate, below_value_head, holds_parts, own_pace
 
 SIMPLE_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -116,14 +117,23 @@ def template_at(path: str) -> str:
 
 @contextmanager
 def unwrap_model_for_generation(model: nn.Module, accelerator: Any) -> Iterator[Any]:
-    """The model below DDP and compilation, whose `generate` can be called; FSDP2's weights are gathered meanwhile.
+    """The model below DDP and compilation, whose `generate` can be called; weights in parts are gathered meanwhile.
 
-    Collective where weights are sharded. Another sharding (FSDP1, DeepSpeed ZeRO-3) is a ValueError.
+    Collective at the start where weights are sharded; then each process generates as much as it likes.
     """
-    if is_sharded(model) and not is_fsdp2(model):
-        raise ValueError("model: it is sharded (ZeRO-3) and cannot generate alone; an on-policy trainer can")
+    inner = below_accelerate(accelerator.unwrap_model(model))
     with gathered(model):
-        yield below_accelerate(accelerator.unwrap_model(model))
+        if not holds_parts(inner):
+            yield inner
+            return
+        own, was_own = inner.generate, "generate" in vars(inner)
+        inner.generate = partial(own, **own_pace(inner))
+        try:
+            yield inner
+        finally:
+            del inner.generate
+            if was_own:
+                inner.generate = own
 
 
 def _resize(model: Any, tokenizer: Any, multiple: int | None) -> int:

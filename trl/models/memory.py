@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +39,9 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        return float(sum(getattr(self, entry.name) for entry in fields(self)))
+        """At the peak of the update or of the sampling before it, whose memory is given back."""
+        update = self.gathered + self.gradients + self.activations + self.head
+        return self.weights + self.optimizer + self.reference + max(update, self.rollout)
 
 
 @dataclass(frozen=True)

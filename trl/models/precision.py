@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from trl.models.unwrap import below_peft, below_value_head
-from trl.models.zero import elements, has_parts
+from trl.models.unwrap import below_peft, below_value_head, has_parts
+from trl.models.zero import elements
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,8 @@ from trl.models.peft_support import (
     wrap_peft,
 )
 from trl.models.precision import dtype_keywords
-from trl.models.unwrap import below_value_head
+from trl.models.unwrap import below_value_head, in_parts
 from trl.models.weight_files import HUB_ARGUMENTS
-from trl.models.zero import in_parts
 
 __all__ = [
     "activate_neftune",

@@ -18,7 +18,7 @@ from trl.models.peft_support import base_is_start, is_peft_model
 from trl.models.precision import dtype_of
 from trl.models.prepare import equalise
 from trl.models.sharded import like_shards, part_of, prime, shard, shards_weights, whole
-from trl.models.unwrap import below_accelerate, below_value_head, holds_parts, is_sharded
+from trl.models.unwrap import below_accelerate, below_value_head, has_parts, holds_parts, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class Reference:
         self.frozen: nn.Module | None = None
         self._primed = False
         if given is not None:
-            self.frozen = given.eval().requires_grad_(False)
+            given.eval()  # which gives nothing back for an engine of DeepSpeed
+            self.frozen = given.requires_grad_(False)
             self._warn_of_rounding(given)
         elif not precomputed and not self.adapter_off:
             self.frozen = copy_of(policy, share=share)
@@ -136,7 +137,7 @@ class Reference:
         """Load what `state` returned."""
         if self.frozen is None:
             return
-        if zero.has_parts(self.frozen):
+        if has_parts(self.frozen):
             zero.load(below_accelerate(self.frozen), state)
             return
         if holds_parts(self.frozen):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from trl.kernels.layers import swapped_forward
 from trl.models import zero
 from trl.models.forward import eval_no_grad
 from trl.models.precision import size_text
-from trl.models.unwrap import below_accelerate, below_peft, each_alone, is_sharded
+from trl.models.unwrap import below_accelerate, below_peft, each_alone, has_parts, in_parts, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ def _groups(shards: list[Any]) -> list[Any]:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """All weights on every rank. Collective at the start; in between each rank may run passes of its own."""
-    if zero.has_parts(model):
+    if not is_sharded(model):  # whole, or gathered already
+        yield
+        return
+    if has_parts(model):
         with zero.gathered_model(model), each_alone([model, *below_accelerate(model).modules()]):
             yield
         return
     shards = _shards(model)
-    if not shards:
-        yield
-        return
     shards[0]._get_fsdp_state()._lazy_init()  # else the part of the model that is called first becomes the root
     groups = _groups(shards)
     after_forward = [group.post_forward_mesh_info for group in groups]
@@ -64,11 +64,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
         _forget_passes(groups)
         for shard in shards:
             shard.reshard()
-
-
-def gathered_if_sharded(model: nn.Module) -> AbstractContextManager[None]:
-    """`gathered` for a model whose weights are in parts now."""
-    return gathered(model) if is_sharded(model) else nullcontext()
 
 
 def _forget_passes(groups: list[Any]) -> None:
@@ -255,7 +250,7 @@ def own_layers(accelerator: Any, model: Any) -> Iterator[None]:
 
 def whole(weight: Tensor) -> Tensor:
     """A weight that may be sharded, whole. Collective where it is."""
-    if zero.in_parts(weight):
+    if in_parts(weight):
         with zero.gathered_weights([weight]):
             return weight.detach().clone()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -277,6 +272,6 @@ def like_shards(value: Tensor, like: Tensor) -> Tensor:
 
 def part_of(value: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """What this rank holds of a weight, and the same part of a value of its shape. Collective where one is sharded."""
-    if zero.in_parts(like):
+    if in_parts(like):
         return zero.own_part(like), zero.own_part(value)
     return held_part(like), held_part(like_shards(value, like))

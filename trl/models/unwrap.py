@@ -13,6 +13,7 @@ Each function strips its own layer and all those outside it; a model without tha
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +21,9 @@ from weakref import WeakSet
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
-
-from trl.models.zero import has_parts
 
 
 def below_accelerate(model: nn.Module) -> Any:
@@ -80,6 +79,16 @@ def reads_rows(model: nn.Module) -> bool:
 def accepts(model: nn.Module, keyword: str) -> bool:
     """Whether the forward of the transformers model names this keyword."""
     return keyword in inspect.signature(type(below_peft(model)).forward).parameters
+
+
+def in_parts(weight: Tensor) -> bool:
+    """Whether ZeRO-3 holds a weight in parts."""
+    return hasattr(weight, "ds_id")
+
+
+def has_parts(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds weights of the model in parts."""
+    return "deepspeed" in sys.modules and any(in_parts(weight) for weight in model.parameters())
 
 
 _alone: WeakSet[nn.Module] = WeakSet()

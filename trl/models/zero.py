@@ -6,7 +6,6 @@ imported here only, where a weight in parts or an accelerator shows that it is t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,15 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-
-def in_parts(weight: Tensor) -> bool:
-    """Whether ZeRO-3 holds a weight in parts."""
-    return hasattr(weight, "ds_id")
-
-
-def has_parts(model: nn.Module) -> bool:
-    """Whether ZeRO-3 holds weights of the model in parts."""
-    return "deepspeed" in sys.modules and any(in_parts(weight) for weight in model.parameters())
+from trl.models.unwrap import has_parts, in_parts
 
 
 def shards_weights(accelerator: Accelerator) -> bool:
@@ -34,6 +25,45 @@ def shards_weights(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return False
     return int(accelerator.deepspeed_plugin.zero_stage) == 3
+
+
+# -- the engine -------------------------------------------------------------------------------
+
+
+def is_on(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed trains: it steps inside the backward pass, and every backward pass is one of all ranks."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def fill_config(accelerator: Accelerator, rows: int, max_grad_norm: float | None) -> None:
+    """Write what the settings say into entries of DeepSpeed's config that nobody has filled in; before `prepare`.
+
+    rows: of a micro-batch. Whole weights are gathered for saving, and a bfloat16 step that is not finite is left out.
+    """
+    if not is_on(accelerator):
+        return
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    given = {"train_micro_batch_size_per_gpu": rows, "gradient_clipping": max_grad_norm or 0.0}
+    config.update({name: value for name, value in given.items() if config.get(name, "auto") == "auto"})
+    if accelerator.deepspeed_plugin.zero_stage == 3:
+        name = "stage3_gather_16bit_weights_on_model_save"
+        if config["zero_optimization"].get(name, "auto") == "auto":
+            config["zero_optimization"][name] = True
+    if isinstance(config.get("bf16"), dict):
+        config["bf16"].setdefault("check_grad_overflow", True)
+
+
+def step_norm(accelerator: Any) -> float | None:
+    """The gradient's norm in the step that was just made; inf: it was not finite, and DeepSpeed has left the step out.
+
+    None in fp16, where that is no news: the loss scale is lowered then.
+    """
+    fp16 = accelerator.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled", False)
+    norm = None if fp16 is True else accelerator.deepspeed_engine_wrapped.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+# -- whole weights ----------------------------------------------------------------------------
 
 
 @contextmanager

@@ -104,8 +104,8 @@ def render(run: RunRead) -> str:
 
 def title_of(run: RunRead) -> str:
     """What was trained, in a few words."""
-    model = Path(str(run.record.get("model") or "a model")).name
-    return f"{run.trainer or 'A run'}: {model if run.record else run.folder.resolve().name}"
+    what = run.record.get("model") or ("a model" if "trainer" in run.record else run.folder.resolve())
+    return f"{run.trainer or 'A run'}: {Path(str(what)).name}"
 
 
 def lead_of(run: RunRead) -> str:

@@ -49,7 +49,7 @@ class Collector:
         world: int = 1,
         unscored: Callable[[int, Rollout, list[Any]], None] | None = None,
         ends: Sequence[int] = (),
-        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.source, self.rewards, self.prompts, self.tokenizer = source, rewards, prompts, tokenizer
         self.group, self.rounds, self.unscored, self.ends = group, rounds, unscored, ends

@@ -138,7 +138,7 @@ def start(launch: LaunchArguments, module: str, words: Sequence[str]) -> int:
 
         rank, text = first_cause(error.failures)
         print(f"error: rank {rank}: {text}", file=sys.stderr)
-        return max(error.failures[rank].exitcode, 1)
+        return max(error.failures.get(rank, error.get_first_failure()[1]).exitcode, 1)
     except SignalException as error:  # the processes got it too, and have ended
         return 128 + int(error.sigval)
     except subprocess.CalledProcessError as error:

@@ -23,7 +23,7 @@ def command(
     seen = read_run(run)
     status, how = seen.status
     print(f"{title_of(seen)}: {status}{f' {how}' if how else ''}, {seen.last_step:,} steps")
-    if not seen.record:
+    if "trainer" not in seen.record:
         print("- no run.json, which says how it was made and how it ended: trl's RunFolderCallback writes it")
     for line in findings(seen):
         print(f"- {line}")

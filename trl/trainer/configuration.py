@@ -15,6 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from trl.data.encode import TRUNCATION_MODES
+from trl.trainer.ranks import join_again
 from trl.trainer.settings import (
     accepted,
     check_inherited,
@@ -130,6 +131,7 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
         ):
             if hasattr(self, newer) and getattr(self, newer) is None:
                 setattr(self, newer, getattr(self, older))
+        join_again("gloo" if self.use_cpu else self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
         self.validate()
         switch_liger_off(self)

@@ -37,6 +37,7 @@ from trl.trainer.ddpo_setup import (
     start_trackers,
 )
 from trl.trainer.guard import NonFiniteSteps, check_weights
+from trl.trainer.ranks import check_agreement, watched
 from trl.trainer.run_folder import RunFolder
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import PerPromptStatTracker
@@ -124,6 +125,8 @@ class DDPOTrainer(BaseTrainer):
     def _prepare_models(self) -> None:
         """Frozen weights to the device in the inference dtype; what is trained to accelerate, in float32."""
         pipeline, accelerator = self.sd_pipeline, self.accelerator
+        if accelerator.is_fsdp2:
+            raise ValueError("FSDP: DDPO trains whole weights, of which an adapter has few; take DDP")
         pipeline.set_progress_bar_config(
             position=1, disable=not accelerator.is_local_main_process, leave=False, desc="Timestep", dynamic_ncols=True
         )
@@ -154,7 +157,9 @@ class DDPOTrainer(BaseTrainer):
         resumes, root = self._folder.goes_on(config.resume_from, folder), folder.parent
         overwrite, asked = config.overwrite_output_dir, bool(config.resume_from)
         held = self._folder.held(folder, resumes=resumes, overwrite=overwrite, asked=asked, root=root)
-        with held, self._signal.listening(config.enable_jit_checkpoint):
+        watch = watched(lambda: self.progress.global_step)
+        with watch, held, self._signal.listening(config.enable_jit_checkpoint):
+            check_agreement(self.describe_run(), config, self._prepared)
             checkpoints.clean_up(folder, PREFIX)
             refuse_to_overwrite(self.accelerator, remaining, config.save_freq)
             if self.accelerator.is_main_process:

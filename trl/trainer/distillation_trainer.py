@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from datasets import Dataset
@@ -386,9 +387,13 @@ class MixedSource:
     share: float
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
-        generator, at = torch.Generator().manual_seed((seed or 0) % 2**63), places or range(len(rows))
-        draws = torch.rand(max(at) + 1, generator=generator).tolist()
-        is_own = [draws[place] < self.share for place in at]
+        at = places or range(len(rows))
+        if places is None:  # an evaluation, whose batches depend on the number of processes
+            is_own = [_draw_of(row, seed or 0) < self.share for row in rows]
+        else:
+            generator = torch.Generator().manual_seed((seed or 0) % 2**63)
+            draws = torch.rand(max(at) + 1, generator=generator).tolist()
+            is_own = [draws[place] < self.share for place in at]
         parts = []
         for source, wanted in ((self.own, True), (self.others, False)):
             which = [number for number, own in enumerate(is_own) if own == wanted]
@@ -418,6 +423,13 @@ class ReadableSource:
             cut[number] = True
         rollout.metadata["truncated"] = cut
         return rollout
+
+
+def _draw_of(row: Mapping[str, Any], seed: int) -> float:
+    """A number in [0, 1) that depends on the seed and on the row's prompt alone."""
+    text = repr(row.get("prompt_ids", row.get("prompt")))
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + crc32(text.encode())) % 2**63)
+    return float(torch.rand((), generator=generator))
 
 
 def merged(parts: Sequence[tuple[Sequence[int], Rollout]], group: int) -> Rollout:

@@ -230,7 +230,8 @@ class IterativeSFTTrainer(ObjectiveTrainer):
             chosen = [records[i] for i in order[start : start + whole]]
             pieces = [self._collated(chosen[i : i + size]) for i in range(0, len(chosen), size)]
             self._update(pieces)
-        leave_zeros(self.model.parameters())
+        if not self.is_deepspeed_enabled:  # which would add to them
+            leave_zeros(self.model.parameters())
 
     def _update(self, pieces: list[dict[str, Any]]) -> None:
         for piece in pieces:

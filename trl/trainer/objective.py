@@ -33,6 +33,7 @@ from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
 from trl.data.records import Batch
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import Extreme, LossSum
+from trl.models import zero
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
@@ -215,10 +216,10 @@ class ObjectiveTrainer(Trainer):
                 "with CUDA_VISIBLE_DEVICES=0"
             )
         budget = self.args.token_budget
-        if budget is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if budget is not None and self.is_deepspeed_enabled:
             raise ValueError(
-                f"max_tokens_per_microbatch={budget}: ranks would differ in their number of forward passes, which FSDP "
-                "and DeepSpeed do not allow; leave it out"
+                f"max_tokens_per_microbatch={budget}: ranks would differ in their number of forward passes, which "
+                "DeepSpeed does not allow; leave it out"
             )
         self._tallies = {mode: Tally(self.args.device) for mode in ("train", "eval")}
         self._memory_said = False
@@ -261,6 +262,7 @@ class ObjectiveTrainer(Trainer):
             return self._watch.norm
 
         self.accelerator.clip_grad_norm_ = clip_and_keep
+        zero.fill_config(self.accelerator, self.args.per_device_train_batch_size, self.args.max_grad_norm)
 
     @property
     def train_dataset(self) -> Any:
@@ -412,6 +414,8 @@ class ObjectiveTrainer(Trainer):
 
     def _unasked_budget(self) -> int | None:
         if self.balance_weight or not self.args.cuts_unasked():  # the balance is that of a whole batch
+            return None
+        if self.is_deepspeed_enabled:  # each backward pass would be a step
             return None
         return unasked_budget(self.args.device, self.args.world_size)
 
@@ -632,7 +636,8 @@ class ObjectiveTrainer(Trainer):
     def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with errors that say what was going on."""
         try:
-            memory, gradients = kept_memory(self.args.device), in_place(self.args.device, self.args.world_size)
+            memory = kept_memory(self.args.device)
+            gradients = in_place(self.args.device, self.args.world_size, hooked=self.is_deepspeed_enabled)
             sampling = sampler_errors(lambda: self.state.global_step + 1, self.model)
             with memory, gradients, rows_padded(self.pads_rows), sampling:
                 return super().train(checkpoint, *args, **kwargs)
@@ -659,6 +664,8 @@ class ObjectiveTrainer(Trainer):
 
         With several ranks all come to the same answer, and learn whether one of them was asked to end.
         """
+        if self.is_deepspeed_enabled:
+            self._watch.norm = zero.step_norm(self.accelerator)
         finite, asked, _ = self._watch.read(self.accelerator, self._signal.asked)
         self._step_end.stops = asked
         if not finite:
@@ -803,6 +810,8 @@ class ObjectiveTrainer(Trainer):
     ) -> Tensor:
         *first, last = _pieces(inputs) or [inputs]
         losses = []
+        if self.is_fsdp_enabled and self.args.token_budget is not None:
+            self._run_along(model, last, 1 + len(first))
         for piece in first:
             with self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items_in_batch))
@@ -811,6 +820,19 @@ class ObjectiveTrainer(Trainer):
             loss = torch.where(loss.isfinite(), loss, 0.0)
             self._step_loss = self._step_loss + loss
         return loss
+
+    def _run_along(self, model: nn.Module, piece: dict[str, Any], passes: int) -> None:
+        """Collective: passes that count nothing, as many as another rank has more, as FSDP needs the same of all."""
+        most = torch.tensor(passes, device=self.args.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        counting, self._tallies["train"] = self._tallies["train"], Tally(self.args.device)
+        losses, self._watch.losses = self._watch.losses, []
+        try:
+            for _ in range(int(most) - passes):
+                with self.accelerator.no_sync(model):  # divided by infinity, the loss and its gradient are zeros
+                    super().training_step(model, piece, torch.tensor(math.inf, device=self.args.device))
+        finally:
+            self._tallies["train"], self._watch.losses = counting, losses
 
     def compute_loss(
         self,

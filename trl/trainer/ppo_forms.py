@@ -131,7 +131,7 @@ class TodaysSettings(_CommonSettings):
     """today's form: refused; give the reference as `ref_model`"""
     local_rollout_forward_batch_size: int = accepted("local_rollout_forward_batch_size", 64)
     ds3_gather_for_generation: bool = True
-    """today's form: with DeepSpeed ZeRO-3 sampling gathers all weights at once; False: layer by layer, in step"""
+    """today's form: False has no effect, which one line says: with DeepSpeed ZeRO-3 all weights are gathered at once"""
 
 
 ONLY_TODAY = tuple(entry.name for entry in fields(TodaysSettings))

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -50,6 +49,7 @@ from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum, Measure, masked_sum
 from trl.losses.policy import clipped_surrogate, clipped_value
+from trl.models import zero
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
@@ -57,7 +57,14 @@ from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precis
 from trl.models.prepare import check_vocabulary, context_length, embedding_rows, equalise, load_model
 from trl.models.reference import Reference, copy_of, needs_no_copy
 from trl.models.scoring import Head, Scores, classifier_of, in_head
-from trl.models.sharded import gathered_if_sharded, own_layers, prepare_frozen, say_gathering, shard_beside
+from trl.models.sharded import (
+    gathered,
+    own_layers,
+    prepare_frozen,
+    say_gathering,
+    shard_beside,
+    shards_weights,
+)
 from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
 from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
@@ -91,10 +98,10 @@ from trl.trainer.model_card import PPO_CARD, CardFacts, card_text, listed, write
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
-from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, watched
+from trl.trainer.ranks import after_restart, check_agreement, join_again, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default
+from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default, logger
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.statistics import AdaptiveKLController, FixedKLController, RunningMoments, exact_div
 from trl.trainer.tally import StepWatch, Tally, write_metrics
@@ -461,6 +468,7 @@ class PPOTrainer(BaseTrainer):
         self.is_encoder_decoder = is_encoder_decoder(model)
         self.is_peft_model = getattr(model, "is_peft_model", False)
         self.is_distributed = self.accelerator.num_processes > 1
+        self._on_deepspeed = zero.is_on(self.accelerator)
         self.current_device = self.accelerator.device
         complete_config(
             config,
@@ -472,11 +480,12 @@ class PPOTrainer(BaseTrainer):
         start_trackers(self.accelerator, config)
         reference: nn.Module | None = ref_model
         if reference is None and self.is_peft_model:
-            reference = None if needs_no_copy(model) else copy_of(model, share=not self.accelerator.is_fsdp2)
+            reference = None if needs_no_copy(model) else copy_of(model, share=not shards_weights(self.accelerator))
         elif reference is None:
             equalise(model)
             reference = create_reference_model(model, num_shared_layers=num_shared_layers)
-            reference = deepcopy(reference) if self.accelerator.is_fsdp2 else reference  # each is sharded by itself
+            if shards_weights(self.accelerator):  # each by itself
+                reference = zero.copy_in_parts(reference, {})
         self._prepare(model, value_model, reference, optimizer, data_collator, lr_scheduler)
         adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         self.kl_ctl: Any = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
@@ -505,6 +514,11 @@ class PPOTrainer(BaseTrainer):
         """Put everything on the device and under accelerate."""
         if value_model is not None:
             check_critic(model, value_model, optimizer)
+            if self._on_deepspeed:
+                raise ValueError(
+                    "value_model: DeepSpeed trains one model; take a policy with a value head "
+                    "(AutoModelForCausalLMWithValueHead), or FSDP2 or DDP"
+                )
         trained = [model] if value_model is None else [model, value_model]
         self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
         if optimizer is None and self.arguments is not None:
@@ -518,6 +532,9 @@ class PPOTrainer(BaseTrainer):
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
         prepare = partial(self.accelerator.prepare, model, optimizer, collator, dataloader, lr_scheduler)
+        if self.arguments is not None and not self.arguments.ds3_gather_for_generation:
+            logger.warning("ds3_gather_for_generation=False: no effect: PPO gathers all weights at once to sample")
+        zero.fill_config(self.accelerator, self.config.mini_batch_size, self.config.max_grad_norm)
         sharded = self.accelerator.is_fsdp2
         if sharded and value_model is not None:
             prepare = partial(shard_beside, self.accelerator, value_model, optimizer, prepare)
@@ -594,7 +611,7 @@ class PPOTrainer(BaseTrainer):
             response = responses_of(policy)
         if not generate_ref_response:
             return response
-        with self.reference.model() as reference, gathered_if_sharded(reference or policy):
+        with self.reference.model() as reference, gathered(reference or policy):
             return response, responses_of(below_accelerate(reference or policy))
 
     def _gathered(self) -> AbstractContextManager[None]:
@@ -603,7 +620,7 @@ class PPOTrainer(BaseTrainer):
             self._said_gathering = True
             if self.accelerator.is_main_process:
                 say_gathering(self.model)
-        return gathered_if_sharded(self.model)
+        return gathered(self.model)
 
     def _respond(
         self,
@@ -701,7 +718,7 @@ class PPOTrainer(BaseTrainer):
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
         rollout = rollout_of(queries, responses, response_masks, start, self._embeddings)
         memory = kept_memory(self.current_device)
-        gradients = in_place(self.current_device, self.accelerator.num_processes)
+        gradients = in_place(self.current_device, self.accelerator.num_processes, hooked=self._on_deepspeed)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
             measured, kl_BT = self._measure(Experience.of(rollout).packed_once())
             clock.lap("forward_pass")
@@ -844,6 +861,8 @@ class PPOTrainer(BaseTrainer):
 
     @property
     def _budget(self) -> int | None:
+        if self._on_deepspeed:  # each backward pass would be a step
+            return None
         return unasked_budget(self.current_device, self.accelerator.num_processes)
 
     def _measure(self, experience: Experience) -> tuple[Experience, Tensor]:
@@ -881,7 +900,8 @@ class PPOTrainer(BaseTrainer):
             if self._early_stop(history[-1]["policy_kl"]):
                 break
         self._named = []
-        leave_zeros(self._parameters)
+        if not self._on_deepspeed:  # which would add to them
+            leave_zeros(self._parameters)
         means = {name: torch.stack([each[name] for each in history]).mean() for name in history[0]}
         own = {name.removeprefix(OWN): value for name, value in means.items() if name.startswith(OWN)}
         log_ratios, masks = torch.cat(ratios, 1)
@@ -1828,6 +1848,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     said = "mixed_precision" in keywords or "ACCELERATE_MIXED_PRECISION" in os.environ
     if not said and not on_cpu and bfloat16_by_default():
         keywords["mixed_precision"] = "bf16"
+    join_again("gloo" if on_cpu else None)
     return Accelerator(
         log_with=config.log_with,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -217,10 +217,34 @@ def _probe(weight: Tensor) -> Tensor:
 # -- a restart -----------------------------------------------------------------------------------
 
 
+def restarts() -> int:
+    """How often the launcher has started the processes of this run once more."""
+    count = os.environ.get(RESTARTS, "0")
+    return int(count) if count.isdigit() else 0
+
+
+def join_again(backend: str | None = None, seconds: float | None = None) -> None:
+    """Join the processes after a restart, before accelerate does.
+
+    The launcher's store outlives a restart (torch 2.13), and the addresses of processes that are gone with it: a
+    process that reads one of them fails, or waits for ever. So each restart has keys of its own.
+    """
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "MASTER_PORT" in os.environ
+    if not restarts() or not kept or dist.is_initialized():
+        return
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    limit = timedelta(seconds=TrainingArguments.ddp_timeout if seconds is None else seconds)
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = dist.PrefixStore(f"restart-{restarts()}", dist.TCPStore(*address, world, is_master=False, timeout=limit))
+    on_gpus = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+    chosen = backend or ("cuda:nccl,cpu:gloo" if on_gpus else "gloo")
+    dist.init_process_group(chosen, store=store, rank=rank, world_size=world, timeout=limit)
+
+
 def after_restart(resume: Any, folder: str | os.PathLike[str] | None) -> Any:
     """What to resume from: where a launcher has started the processes once more, the newest whole checkpoint."""
-    count = os.environ.get(RESTARTS, "0")
-    if not count.isdigit() or not int(count) or folder is None:
+    count = restarts()
+    if not count or folder is None:
         return resume
     if resume and resume is not True and Path(resume).resolve().parent != Path(folder).resolve():
         logger.warning(
@@ -338,7 +362,7 @@ class Watch:
         self.interval = min(2.0, max(0.2, self.timeout / 10))
         store = base.clone()  # a connection of its own: the main thread may be waiting in the other
         store.set_timeout(timedelta(seconds=5))
-        self._store = dist.PrefixStore(f"trl/{Watch.count}", store)
+        self._store = dist.PrefixStore(f"trl/{restarts()}/{Watch.count}", store)
         self._step, self._main = step, threading.get_ident()
         self._number, self._since, self._before = 0, time.monotonic(), ("", -1)
         self._over, self._said = threading.Event(), False
@@ -465,7 +489,7 @@ def _take_timeout(seconds: float | None) -> None:
 @contextmanager
 def watched(step: Callable[[], int], ddp_timeout: float | None = None) -> Iterator[None]:
     """Within, an error of one process ends all of them, and each one says what came first. Nothing for one process."""
-    if not several():
+    if not several() or dist.distributed_c10d._get_default_store() is None:  # MPI has none
         yield
         return
     _take_timeout(ddp_timeout)
@@ -503,4 +527,6 @@ def first_cause(failures: Mapping[int, Any]) -> tuple[int, str]:
         text = f"it was ended by {failure.signal_name()}{killed}"
     elif not isinstance(message, dict):
         text = f"it ended with exit code {failure.exitcode}; its own output says why"
-    return rank, " ".join(text.split())
+    text = " ".join(text.split())
+    told = re.search(r"rank (\d+) failed first: (.*)", text)  # the launcher may have ended that one meanwhile
+    return (int(told[1]), told[2]) if told else (rank, text)

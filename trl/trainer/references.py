@@ -19,7 +19,7 @@ from trl.models.precision import dtype_of
 from trl.models.prepare import disable_dropout_in_model, load_model
 from trl.models.reference import Reference, copy_with_adapter, needs_no_copy
 from trl.models.sharded import in_step, prepare_frozen, shards_weights
-from trl.models.unwrap import is_sharded
+from trl.models.unwrap import runs_in_step
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.configuration import OfflineConfig, refuse_unused, require
 from trl.trainer.objective import ObjectiveTrainer
@@ -237,7 +237,7 @@ class ReferenceColumns:
         order = sorted(range(len(dataset)), key=lengths.__getitem__)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine = []
-        with in_step(model) if is_sharded(model) else nullcontext():  # ranks may have one batch more or less
+        with in_step(model) if runs_in_step(model) else nullcontext():  # ranks may have one batch more or less
             for batch in batches[args.process_index :: args.world_size]:
                 collated = self.trainer.data_collator([dataset[i] for i in batch])
                 moved = {name: value.to(args.device) for name, value in collated.items()}

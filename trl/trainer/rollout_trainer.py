@@ -37,7 +37,7 @@ from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering, shards_weights
-from trl.models.unwrap import below_peft, is_encoder_decoder, is_sharded
+from trl.models.unwrap import below_peft, is_encoder_decoder, runs_in_step
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
@@ -161,6 +161,9 @@ class RolloutConfig(PostTrainingConfig):
     gather: str = field(default="model")
     """FSDP2, ZeRO-3: how sampling gets weights that ranks hold in parts. model: all at once, for each round of
     sampling; layers: layer by layer, with all ranks in step, which needs less memory and is far slower"""
+    sampling_max_rows: int | None = field(default=None)
+    """completions that the local sampler has in progress at a time, which bounds the memory for keys and values; None:
+    128, and on a GPU as many as it has memory for, up to 1,024"""
     use_vllm: bool = field(default=False)
     """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
     vllm_mode: str = accepted("vllm_mode", "colocate")
@@ -279,6 +282,8 @@ class RolloutConfig(PostTrainingConfig):
         )
         require(self, "top_p", 0 < self.top_p <= 1, "give a probability in (0, 1]")
         require(self, "top_k", self.top_k is None or self.top_k >= 0, "give a number of tokens, or 0 for all")
+        most = self.sampling_max_rows
+        require(self, "sampling_max_rows", most is None or most >= 1, "give 1 or more, or None")
         require(self, "gather", self.gather in ("model", "layers"), "choose 'model' or 'layers'")
         require(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "give a fraction in [0, 1], or None")
         require(self, "repetition_penalty", self.repetition_penalty > 0, "give a number > 0; 1 is off")
@@ -551,7 +556,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
         # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
         with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
-            self.sampler = make_sampler(self.model, tokenizer)
+            self.sampler = make_sampler(self.model, tokenizer, max_rows=self.args.sampling_max_rows)
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
         self.source = self.make_source()
@@ -755,7 +760,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
-        if not is_sharded(self.model):
+        if not runs_in_step(self.model):
             return nullcontext()
         in_layers = self.args.gathers_layers
         if not self._said_gathering and self.is_world_process_zero():
@@ -930,7 +935,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
         size = self.args.per_device_train_batch_size
         runs = (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
-        together = in_step(model) if is_sharded(model) else nullcontext()
+        together = in_step(model) if runs_in_step(model) else nullcontext()
         with rows_padded(self.pads_rows), together:
             columns = in_pieces(rows, runs, ask, self.args.device, masked=False) if len(rows) else []
         if not len(rows):
@@ -946,7 +951,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
         budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
-        if budget is None or self.pads_rows or self.balance_weight:
+        if budget is None or self.pads_rows or self.balance_weight or self.is_deepspeed_enabled:
             return self._collate(rows)
         return collated(self._collate, rows.cut(budget, whole_groups=True))
 
@@ -1058,7 +1063,7 @@ class RolloutTrainer(ObjectiveTrainer):
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
-        with in_step(model, *self.frozen_models()) if is_sharded(model) else nullcontext():
+        with in_step(model, *self.frozen_models()) if runs_in_step(model) else nullcontext():
             return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 
     def evaluated(

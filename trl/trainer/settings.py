@@ -153,7 +153,7 @@ INHERITED: dict[str, str] = {
     "train_sampling_strategy": f"{_AS_THERE}; lengths are counted where no column holds them",
     "fsdp": f"{_AS_THERE}; on-policy trainers take FSDP2 only, see `gather`",
     "fsdp_config": f"{_AS_THERE}; on-policy trainers take FSDP2 only, see `gather`",
-    "deepspeed": f"{_AS_THERE}; ZeRO-3 is an error where a sampler needs the weights whole",
+    "deepspeed": f"{_AS_THERE}; where its `gradient_clipping` is left out, `max_grad_norm` holds",
 }
 """fields of `TrainingArguments` whose defaults are its own -> what they do here"""
 _LOOP = "has no effect: prompts are drawn by the loop; evaluation follows it"

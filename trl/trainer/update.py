@@ -7,11 +7,13 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trl.kernels.step_memory import place_of
 from trl.losses.loss_sum import LossSum
+from trl.models.zero import step_norm
 from trl.trainer.tally import StepWatch, Tally
 
 Piece = TypeVar("Piece")
@@ -35,8 +37,9 @@ def optimizer_step(
     `count(piece)` is what `objective(piece)` will be summed over. It is known beforehand, so the step is the same
     however it is cut into micro-batches and processes. If `accept` refuses the step's mean metrics, nothing is stepped
     (DeepSpeed steps inside its backward pass: there it comes too late). Nor is it where a loss or the gradient is not
-    finite: then `non_finite` is called, on all processes, and may raise. Gradients end as None: the next backward pass
-    writes them instead of adding to zeros. `leave_zeros` is for those who look at them afterwards.
+    finite, which DeepSpeed sees by itself: then `non_finite` is called, on all processes, and may raise. Gradients end
+    as None: the next backward pass writes them instead of adding to zeros. `leave_zeros` is for those who look at them
+    afterwards.
     """
     torch.clear_autocast_cache()  # of weights as they were, or without their gradient, where one context spans steps
     local = torch.stack([torch.as_tensor(count(piece), device=accelerator.device).float() for piece in pieces]).sum()
@@ -55,7 +58,9 @@ def optimizer_step(
             watch.losses.append(loss.total.detach())
             accelerator.backward(loss.total * scale)
     means = tally.tensors(accelerator)
-    if max_grad_norm is None:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        watch.norm = step_norm(accelerator)
+    elif max_grad_norm is None:
         watch.norm = gradient_norm(parameters)
     else:
         watch.norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
