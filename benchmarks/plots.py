@@ -62,13 +62,17 @@ def by_seed(names: Sequence[str]) -> dict[str, str]:
     return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
 
 
-def bars(rows: Sequence[tuple[str, str, float, float | None]], title: str) -> Panel:
-    """A bar for each name with what it is held against, its figure, and a mark where the target is."""
+def bars(rows: Sequence[tuple[str, str, float, float | None]], title: str, unit: str = "x", grid: int = 5) -> Panel:
+    """A bar for each name with what it is held against, its figure, and a mark where the target is.
+
+    unit: behind each number; "x": how many times as much, so that 1 is marked. grid: between numbers of the axis.
+    """
     most = max(max(value, target or 0.0) for _, _, value, target in rows)
     panel = Panel(title, (0, 1.1 * most), (-0.7, len(rows) - 0.3), width=760, height=44 + 34 * len(rows), left=240)
-    base, places = list(range(0, int(1.1 * most) + 1, 5)), range(len(rows))[::-1]
-    panel.x_axis([(value, f"{value}x") for value in base])
-    panel.upright(1, "", SOFT)
+    base, places = list(range(0, int(1.1 * most) + 1, grid)), range(len(rows))[::-1]
+    panel.x_axis([(value, f"{value}{unit}") for value in base])
+    if unit == "x":
+        panel.upright(1, "", SOFT)
     for place, (name, against, value, target) in zip(places, rows, strict=True):
         panel.box((0, value), (place - 0.3, place + 0.3), TRAINED)
         middle, beside = panel.at_y(place), value
@@ -77,7 +81,7 @@ def bars(rows: Sequence[tuple[str, str, float, float | None]], title: str) -> Pa
         if target is not None:
             panel.box((target - 0.002 * most, target + 0.002 * most), (place - 0.4, place + 0.4), LIMIT)
             beside = target if value < target else value  # the mark is not to cross the figure
-        panel.text(panel.at_x(beside) + 6, middle + 4, f"{plain(value, 1)}x", INK, bold=True, units=False)
+        panel.text(panel.at_x(beside) + 6, middle + 4, f"{plain(value, 1)}{unit}", INK, bold=True, units=False)
     return panel
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import bars, write
+
 HEAD = """# On a GPU
 
 Written by `make gpu ARGS=--page` from `docs/gpu.json`, the results of `make gpu` (`python -m benchmarks.gpu.run`).
@@ -150,28 +152,17 @@ def sampling(results: dict[str, Any]) -> str:
 
 def chart(results: dict[str, Any], file: Path) -> None:
     """Bars of MFU and of memory, a step each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     found = {
         f"{job}{' (peer)' * (part == 'peer')}": one for part in ("sft", "policy", "small", "peer")
         for job, one in results.get(part, {}).items() if one.get("step", {}).get("mfu")
     }  # fmt: skip
     if not found:
         return
-    names = list(found)[::-1]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.45 * len(names) + 1.2), sharey=True)
-    axes[0].barh(names, [100 * found[name]["step"]["mfu"] for name in names], color="#3f5bd9")
-    axes[0].set_xlabel("MFU, %")
-    axes[1].barh(names, [found[name]["peak_gib"] for name in names], color="#b45309")
-    axes[1].set_xlabel("memory, GiB")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    goals = {job: 100 * goal for job, (_, goal) in GOALS.items()}
+    shares = [(name, "", 100 * one["step"]["mfu"], goals.get(name)) for name, one in found.items()]
+    memory = [(name, "", one["peak_gib"], None) for name, one in found.items()]
+    panels = [bars(shares, "MFU of a step", " %", 10), bars(memory, "Memory of a step", " GiB", 10)]
+    write(file, panels, 1, {}, "the mark: the goal")
 
 
 def page(results: dict[str, Any]) -> str:
@@ -180,11 +171,13 @@ def page(results: dict[str, Any]) -> str:
         return HEAD + ATTENTION + PRECISION + NOT_RUN
     parts = [HEAD, ATTENTION, PRECISION, "\n## Results\n\n", machine(results)]
     if any(part in results for part in ("sft", "policy", "small")):
-        parts += ["\n![MFU and memory of a step](gpu.png)\n\n", steps(results), "\n", sampling(results)]
+        parts += ["\n![MFU and memory of a step](gpu.svg)\n\n", steps(results), "\n", sampling(results)]
     for job, (what, goal) in GOALS.items():
         reached = results.get("sft", {}).get(job, {}).get("step", {}).get("mfu")
         if reached is not None:
             parts.append(f"\n{what}: {reached:.1%} (goal {goal:.0%}).\n")
+    if results.get("notes"):
+        parts += ["\n", "\n".join(f"- {note}" for note in results["notes"]), "\n"]
     for part, title, section in (
         ("head", "The head alone: 8,192 tokens, width 1,536, 151,936 words, forward and backward", head),
         ("mismatch", "Sampler and training pass before any update", mismatch),
@@ -196,9 +189,9 @@ def page(results: dict[str, Any]) -> str:
 
 
 def write_page(docs: Path) -> None:
-    """docs/gpu.md, and docs/gpu.png where steps were measured."""
+    """docs/gpu.md, and docs/gpu.svg where steps were measured."""
     file = docs / "gpu.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     (docs / "gpu.md").write_text(page(results))
     if results:
-        chart(results, docs / "gpu.png")
+        chart(results, docs / "gpu.svg")
