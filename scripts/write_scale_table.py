@@ -6,6 +6,7 @@ have left there (`sharded0`, `zero0` below pytest's `--basetemp`) instead.
 
 import sys
 import tempfile
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def cell(found: Found, engine: str, row: str) -> str:
         return ""
     apart = [differences(found[one, row][0], rank) for rank in found[engine, row]]
     sizes = [max(each[column] for each in apart) for column in COLUMNS]
-    return " ".join(f"{size:.0e}" if size else "0" for size in sizes)
+    return " ".join("–" if isnan(size) else f"{size:.0e}" if size else "0" for size in sizes)
 
 
 def table(found: Found) -> str:
@@ -64,7 +65,8 @@ def table(found: Found) -> str:
     return "\n".join(
         [
             "Two ranks of a CPU (gloo) against one process, three steps of SGD. A cell has the largest differences of",
-            f"{', '.join(COLUMNS)}: of numbers by their size, or by 0.05 if smaller. An empty cell was not run.",
+            f"{', '.join(COLUMNS)}: of numbers by their size, or by 0.05 if smaller.",
+            "A – was not asked there, an empty cell was not run. The resumed run went on from a checkpoint of step 2.",
             "",
             "| | " + " | ".join(engines.values()) + " |",
             "|---|" + "---|" * len(engines),

@@ -139,6 +139,10 @@ RUNS: dict[str, Run] = {
     "GKD": Run("gkd", settings={"max_completion_length": 6, "save_rollouts": False}),
 }
 """the name of a row -> how it is run"""
+RESUMED = ("SFT", "SFT, tied head", "Reward", "DPO", "KTO", "GRPO", "RLOO", "Online DPO", "Distillation")
+"""rows whose run is done again from its checkpoint of step 2"""
+WHOLE = "SFT, tied head"
+"""the one whose checkpoint has the weights whole under FSDP2; others have shards"""
 PPO_NUMBERS = (
     "ppo/loss/total", "ppo/loss/policy", "ppo/loss/value", "objective/kl", "ppo/policy/entropy", "ppo/mean_scores",
     "ppo/std_scores", "ppo/val/mean", "ppo/val/var", "ppo/returns/mean", "ppo/returns/var",
@@ -221,13 +225,14 @@ def runs_of(engine: str) -> list[str]:
     return [name for name, run in RUNS.items() if run.lora or not engine.endswith("lora")]
 
 
-def engine_settings(engine: str, layer: str = "LlamaDecoderLayer") -> dict[str, Any]:
-    """What a config says for it."""
+def engine_settings(engine: str, layer: str = "LlamaDecoderLayer", kept: str = "SHARDED") -> dict[str, Any]:
+    """What a config says for it. kept: FULL or SHARDED, what FSDP2's checkpoints have."""
     if engine == "one":
         return {}
     settings: dict[str, Any] = {"ddp_backend": "gloo"}
     if engine.startswith("fsdp2"):
-        settings |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": [layer]}}
+        sharding = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": [layer]}
+        settings |= {"fsdp": True, "fsdp_config": {**sharding, "state_dict_type": f"{kept}_STATE_DICT"}}
     if engine.startswith("zero"):
         settings |= {"deepspeed": zero_config(int(engine[4]))}
     return settings
@@ -241,19 +246,22 @@ def train_all(rank: int, world: int, path: str, engine: str, names: list[str], l
         shard_on_the_cpu()
     found = {}
     for name in names:
-        found[name] = train(world, engine, name, lora)
+        found[name] = train(world, engine, name, lora, Path(path).parent)
         torch.save(found, f"{path}-{rank}")
 
 
-def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
-    """Losses, gradient norms, other numbers, and weights after three steps."""
+def train(world: int, engine: str, name: str, lora: bool, common: Path | None = None) -> dict[str, Any]:
+    """Losses, gradient norms, other numbers, and weights after three steps.
+
+    common: a folder of all ranks; the rows `RESUMED` are saved there and go on from there once more.
+    """
     run = RUNS[name]
     if run.case == "ppo":
         return ppo(world, engine, name, lora)
     case = CASES[run.case]
     layer = "Gemma2DecoderLayer" if run.kind == "soft-cap" else "LlamaDecoderLayer"
     settings: dict[str, Any] = {"max_steps": 3, "use_cpu": True, "optim": "sgd", "learning_rate": 0.1}
-    settings |= {**run.settings, **engine_settings(engine, layer)}
+    settings |= {**run.settings, **engine_settings(engine, layer, "FULL" if name == WHOLE else "SHARDED")}
     if engine.startswith("zero"):
         begin_whole()
     if run.kind:
@@ -261,17 +269,32 @@ def train(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     CASES["at hand"] = replace(
         case, settings={**case.settings, **run.settings}, arguments=run.arguments or case.arguments
     )
-    sizes = {"per_device_eval_batch_size": run.rows // world}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build(
-            "at hand", Path(folder), lora, per_device_train_batch_size=run.rows // world, **sizes, **settings
-        )
+    rows = {f"per_device_{kind}_batch_size": run.rows // world for kind in ("train", "eval")}
+    resumes = common is not None and world > 1 and name in RESUMED
+    if resumes:
+        settings |= {"save_strategy": "steps", "save_steps": 2}
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(common, f"{engine}-{name}") if resumes else Path(own)
+        trainer = build("at hand", folder, lora, **rows, **settings)
         trainer.train()
         if not engine.startswith("zero"):
             trainer.evaluate()
+        found = results(trainer)
+        if resumes:
+            found["resumed"] = resumed(folder, found["weights"], engine, lora, {**rows, **settings})
     assert trainer.args.world_size == world
     assert trainer.is_fsdp_enabled == engine.startswith("fsdp2")
-    return results(trainer)
+    return found
+
+
+def resumed(folder: Path, ended: dict[str, torch.Tensor], engine: str, lora: bool, settings: dict[str, Any]) -> float:
+    """How far the weights of a run that goes on from step 2 are from those of the run that was not stopped."""
+    if engine.startswith("zero"):
+        begin_whole()
+    trainer = build("at hand", folder, lora, **settings)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    again = results(trainer)["weights"]
+    return max(float((again[key] - weight).abs().max()) for key, weight in ended.items())
 
 
 def results(trainer: Any) -> dict[str, Any]:
@@ -324,12 +347,12 @@ ASKED = {"loss": "loss", "gradient norm": "grad_norm"}
 """columns of the table -> what is logged; all other numbers are in one column"""
 
 
-COLUMNS = (*ASKED, "other metrics", "weights")
+COLUMNS = (*ASKED, "other metrics", "weights", "resumed run")
 
 
 def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
     """How far two runs are apart, by column: numbers by their size, or by 0.05 if they are smaller; weights as such."""
-    found = dict.fromkeys(COLUMNS, 0.0)
+    found = {**dict.fromkeys(COLUMNS, 0.0), "resumed run": two.get("resumed", float("nan"))}
     names = {logged: column for column, logged in ASKED.items()}
     for name in {**one["numbers"], **two["numbers"]}:
         ours, theirs = one["numbers"].get(name, []), two["numbers"].get(name, [])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conformity import build
 from process_group import on_ranks
-from sharded_runs import ENGINES, differences, helpers, runs_of, train_all
+from sharded_runs import ENGINES, RESUMED, differences, helpers, runs_of, train_all
 
 from trl import DDPOTrainer
 
@@ -40,6 +40,7 @@ def test_two_ranks_train_as_one_process(engine, name, found):
         assert two["sharded"] == engine.startswith("fsdp2")
         assert two["packed"] == one["packed"]
         apart = differences(one, two)
+        assert (apart.pop("resumed run") == 0) == (name in RESUMED)
         assert {column: size for column, size in apart.items() if not size <= 1e-5} == {}
 
 

@@ -34,6 +34,7 @@ def test_sharded_by_zero_learns_the_same(engine, row, ranks):
     for found in (each[engine, row] for each in two):
         assert found["packed"] == want["packed"]
         assert found["sharded"] == engine.startswith("zero3")
+        assert found.get("resumed", 0.0) == 0
         for name in {"loss", "grad_norm", "objective/kl", "ppo/loss/value"} & want["numbers"].keys():
             assert found["numbers"][name] == pytest.approx(want["numbers"][name], rel=1e-5, abs=1e-6), name
         assert found["weights"].keys() == want["weights"].keys()

@@ -94,7 +94,8 @@ def train_engines(rank: int, world: int, path: str) -> None:
     found = {}
     for engine, row in runs:
         name = engine if world > 1 else "one"
-        found[engine, row] = train(world, name, row, lora=engine.endswith("lora"))
+        common = Path(path).parent if engine == "zero3" else None
+        found[engine, row] = train(world, name, row, engine.endswith("lora"), common)
     if world > 1:
         found |= {"saved": saved_and_resumed(Path(path).parent), "skipped": left_out(Path(path).parent)}
     found |= {name: from_files(world, name, Path(path).parent) for name in ("DPO", "GRPO")}

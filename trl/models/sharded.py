@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -275,3 +276,33 @@ def part_of(value: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     if in_parts(like):
         return zero.own_part(like), zero.own_part(value)
     return held_part(like), held_part(like_shards(value, like))
+
+
+@contextmanager
+def optimizers_without_state() -> Iterator[None]:
+    """Within it a whole state is loaded into an optimizer that keeps none (SGD without momentum) too.
+
+    torch (2.13) asks such an optimizer on which device its state lies, and fails. Its settings, which the first rank
+    has read, are all there is to load.
+    """
+    module: Any = torch.distributed.checkpoint.state_dict
+    own = module.set_optimizer_state_dict
+
+    def load(model: nn.Module, optimizers: Any, optim_state_dict: Any, *, options: Any = None) -> None:
+        optimizer = getattr(optimizers, "optimizer", optimizers)  # below accelerate's
+        plain = isinstance(optimizer, torch.optim.SGD) and not any(
+            group["momentum"] for group in optimizer.param_groups
+        )
+        if not plain or options is None or not options.full_state_dict:
+            own(model, optimizers, optim_state_dict, options=options)
+            return
+        groups = [[{**group, "params": None} for group in (optim_state_dict or {}).get("param_groups", [])]]
+        torch.distributed.broadcast_object_list(groups, 0)
+        for group, kept in zip(optimizer.param_groups, groups[0], strict=True):
+            group.update({**kept, "params": group["params"]})
+
+    module.set_optimizer_state_dict = load
+    try:
+        yield
+    finally:
+        module.set_optimizer_state_dict = own

@@ -37,6 +37,7 @@ from trl.models import zero
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
+from trl.models.sharded import optimizers_without_state
 from trl.models.unwrap import below_accelerate, below_peft
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, on_host, tied_names, writing
 from trl.trainer import overrides
@@ -662,7 +663,8 @@ class ObjectiveTrainer(Trainer):
             memory = kept_memory(self.args.device)
             gradients = in_place(self.args.device, self.args.world_size, hooked=self.is_deepspeed_enabled)
             sampling = sampler_errors(lambda: self.state.global_step + 1, self.model)
-            with memory, gradients, rows_padded(self.pads_rows), sampling, self.shared.held():
+            loading = optimizers_without_state() if self.is_fsdp_enabled else nullcontext()
+            with memory, gradients, rows_padded(self.pads_rows), sampling, self.shared.held(), loading:
                 return super().train(checkpoint, *args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self._seal.is_open or (isinstance(error, RuntimeError) and not is_disk_error(error)):
