@@ -66,12 +66,12 @@ def begin_whole() -> None:
 ROWS = (
     "SFT", "SFT, tied head", "Reward", "DPO", "DPO, moving reference",
     "DPO, precomputed reference", "KTO", "GRPO", "GRPO, layer by layer", "RLOO",
-    "PPO, step", "PPO, train (greedy)",
+    "PPO, step", "PPO, step, critic", "PPO, train (greedy)",
 )  # fmt: skip
 ENGINES = {
     "zero3": ROWS,
     "zero3-lora": ("DPO", "GRPO"),
-    "zero2": ("SFT", "GRPO", "PPO, step"),
+    "zero2": ("SFT", "GRPO", "PPO, step", "PPO, step, critic"),
 }
 """an engine -> the rows of `sharded_runs.RUNS` that are run on it here"""
 

@@ -514,11 +514,6 @@ class PPOTrainer(BaseTrainer):
         """Put everything on the device and under accelerate."""
         if value_model is not None:
             check_critic(model, value_model, optimizer)
-            if self._on_deepspeed:
-                raise ValueError(
-                    "value_model: DeepSpeed trains one model; take a policy with a value head "
-                    "(AutoModelForCausalLMWithValueHead), or FSDP2 or DDP"
-                )
         trained = [model] if value_model is None else [model, value_model]
         self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
         if optimizer is None and self.arguments is not None:
@@ -531,7 +526,8 @@ class PPOTrainer(BaseTrainer):
         self._embeddings = embedding_rows(model)
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
-        prepare = partial(self.accelerator.prepare, model, optimizer, collator, dataloader, lr_scheduler)
+        together = zero.as_one(self.accelerator, model, value_model)
+        prepare = partial(self.accelerator.prepare, together, optimizer, collator, dataloader, lr_scheduler)
         if self.arguments is not None and not self.arguments.ds3_gather_for_generation:
             logger.warning("ds3_gather_for_generation=False: no effect: PPO gathers all weights at once to sample")
         zero.fill_config(self.accelerator, self.config.mini_batch_size, self.config.max_grad_norm)
@@ -541,13 +537,17 @@ class PPOTrainer(BaseTrainer):
         with own_layers(self.accelerator, model) if sharded else nullcontext():
             prepared = prepare()
         self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = prepared
-        self.value_model = value_model if value_model is None or sharded else self.accelerator.prepare(value_model)
+        engine = None
+        if together is not model:
+            engine, self.model = self.model, model
+        apart = value_model is not None and not sharded and engine is None
+        self.value_model = self.accelerator.prepare(value_model) if apart else value_model
         self.ref_model = None if ref_model is None else prepare_frozen(self.accelerator, ref_model)
         if sharded:
             trained = [each for each in (self.model, self.value_model) if each is not None]
             self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
         self.reference = Reference(self.model, self.ref_model)
-        self.actor = ActorCritic(self.model, self.value_model, self.config.temperature)
+        self.actor = ActorCritic(self.model, self.value_model, self.config.temperature, engine)
         if self.accelerator.is_main_process:
             say_memory(nn.ModuleList(trained), self.reference.kept, optimizer)
 
@@ -915,7 +915,7 @@ class PPOTrainer(BaseTrainer):
             return self._ratio_is_sane(means["ratio"])
 
         return optimizer_step(
-            self.accelerator, self.actor.models, self.optimizer, pieces,
+            self.accelerator, self.actor.wrapped, self.optimizer, pieces,
             lambda piece: self.actor.within_forward(lambda actor: self._objective(actor, piece, ratios)),
             lambda piece: piece.counted,
             parameters=self._parameters, max_grad_norm=self.config.max_grad_norm, accept=accept,
