@@ -70,7 +70,7 @@ ROWS = (
 )  # fmt: skip
 ENGINES = {
     "zero3": ROWS,
-    "zero3-lora": ("DPO", "GRPO"),
+    "zero3-lora": ("DPO", "GRPO", "PPO, step"),
     "zero2": ("SFT", "GRPO", "PPO, step", "PPO, step, critic"),
 }
 """an engine -> the rows of `sharded_runs.RUNS` that are run on it here"""

@@ -530,6 +530,7 @@ class PPOTrainer(BaseTrainer):
         prepare = partial(self.accelerator.prepare, together, optimizer, collator, dataloader, lr_scheduler)
         if self.arguments is not None and not self.arguments.ds3_gather_for_generation:
             logger.warning("ds3_gather_for_generation=False: no effect: PPO gathers all weights at once to sample")
+        self.reference = Reference(model, ref_model)  # which looks at the adapter while its weights are whole
         zero.fill_config(self.accelerator, self.config.mini_batch_size, self.config.max_grad_norm)
         sharded = self.accelerator.is_fsdp2
         if sharded and value_model is not None:
@@ -546,7 +547,7 @@ class PPOTrainer(BaseTrainer):
         if sharded:
             trained = [each for each in (self.model, self.value_model) if each is not None]
             self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
-        self.reference = Reference(self.model, self.ref_model)
+        self.reference.policy, self.reference.frozen = self.model, self.ref_model
         self.actor = ActorCritic(self.model, self.value_model, self.config.temperature, engine)
         if self.accelerator.is_main_process:
             say_memory(nn.ModuleList(trained), self.reference.kept, optimizer)
