@@ -1378,11 +1378,15 @@ class PPOTrainer(BaseTrainer):
     def _write_model(self, folder: str | os.PathLike[str]) -> None:
         """The model as `save_pretrained` writes it, and the tokenizer; collective, as weights may be gathered."""
         saved, main = self._saved_model(), self.accelerator.is_main_process
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        gathered = {"state_dict": gathered_state(saved, keep=main)} if sharded else {}
+        gathered = self._whole_state(saved, keep=main)
         if main:
             saved.save_pretrained(folder, **gathered)
             self.tokenizer.save_pretrained(folder)
+
+    def _whole_state(self, saved: Any, keep: bool) -> dict[str, Any]:
+        """A keyword of `save_pretrained`, where weights are sharded; collective there."""
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP or shards_weights(self.accelerator)
+        return {"state_dict": gathered_state(saved, keep=keep)} if sharded else {}
 
     def _saved_model(self) -> Any:
         model = below_accelerate(self.model)
@@ -1625,8 +1629,8 @@ class PPOTrainer(BaseTrainer):
 
     def _save_pretrained(self, save_directory: Any) -> None:
         check_weights(self.accelerator, f"step {self.current_step}", self.model)
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
-        self._saved_model().save_pretrained(save_directory)
+        saved = self._saved_model()
+        saved.save_pretrained(save_directory, **self._whole_state(saved, keep=True))
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(str(save_directory))
 
