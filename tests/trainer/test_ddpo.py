@@ -8,13 +8,17 @@ import sys
 import threading
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from ddpo_cases import build, digit_prompt, letters_prompt, recorded, trainer
+from ddpo_sharded_runs import train_all
 from digits.modeling_digits import DDPODigitsPipeline, DigitsTextEncoder, digits_unet
+from process_group import on_ranks
 from tiny_diffusion import tiny_stable_diffusion
 
 from trl.models.ddim import denoise
@@ -23,7 +27,7 @@ from trl.rewards.images import brightness
 from trl.trainer.checkpoints import Run, seal
 from trl.trainer.ddpo_config import DDPOConfig
 from trl.trainer.ddpo_setup import checkpoint_to_resume
-from trl.trainer.ddpo_trainer import as_prompt
+from trl.trainer.ddpo_trainer import DDPOTrainer, as_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -413,6 +417,44 @@ def test_two_processes_train_one_model_and_resume(tmp_path):
             assert torch.equal(value, ended["weights"][name]), name
     assert [ended["drawn"] for ended in resumed] == [first["drawn"], second["drawn"]]
     assert resumed[0]["progress"] == first["progress"]
+
+
+@pytest.fixture(scope="module")
+def on_engines(tmp_path_factory):
+    """The folder of all runs of `ddpo_sharded_runs`, and what came of them on each rank."""
+    folder = tmp_path_factory.mktemp("engines")
+    tiny_stable_diffusion(folder / "sd")
+    on_ranks(train_all, 2, folder)
+    return folder, [torch.load(folder / f"rank{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["lora-fsdp2", "lora-fsdp2-resumed", "whole-fsdp2-resumed"])
+def test_sharded_unets_train_save_and_resume_as_whole_ones(on_engines, run):
+    """As DDP does; a run that goes on from a checkpoint (LoRA: its own, else DDP's) ends as one that did not stop."""
+    folder, ranks = on_engines
+    kind, begin = run.split("-")[0], 2 if run.endswith("resumed") else 0
+    expected = ranks[0][f"{kind}-ddp"]
+    moved = max(float((value - expected["start"][key]).abs().max()) for key, value in expected["weights"].items())
+    assert moved > 1e-3
+    exactly, close = {"rtol": 0, "atol": 0}, {"rtol": 0, "atol": 1e-5}
+    for found in (rank[run] for rank in ranks):
+        assert (found["begin"], set(found["approx_kl"])) == (begin, {0.0})  # it trains what it has sampled from
+        assert found["reward"] == pytest.approx(expected["reward"][begin:], abs=1e-5)
+        for key in ("weights", "moments"):
+            torch.testing.assert_close(found[key], expected[key], **close)
+        if kind == "lora":
+            torch.testing.assert_close(found["weights"], ranks[0]["lora-fsdp2"]["weights"], **exactly)
+    saved, weights = folder / run / "saved", ranks[0][run]["weights"]
+    torch.testing.assert_close(dict(build(kind, saved).unet.state_dict()), weights, **exactly)
+    assert ranks[0][run]["as a part"] == {f"unet.{key}": value.shape for key, value in weights.items()}
+    assert '"_class_name": "UNet2DConditionModel"' in (saved / "unet" / "config.json").read_text()
+
+
+def test_the_first_fsdp_is_refused():
+    state = SimpleNamespace(is_fsdp2=False, distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"fsdp_version=1: .*; take fsdp_version=2"):
+        DDPOTrainer._prepare_models(SimpleNamespace(accelerator=state, sd_pipeline=None))
 
 
 @pytest.mark.parametrize(

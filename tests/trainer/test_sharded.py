@@ -9,8 +9,6 @@ from conformity import build
 from process_group import on_ranks
 from sharded_runs import ENGINES, RESUMED, differences, helpers, runs_of, train_all
 
-from trl import DDPOTrainer
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
@@ -77,9 +75,3 @@ def test_what_cannot_be_gathered_is_refused(sharding, model, message, tmp_path):
         setattr(trainer.model.config, name, value)
     with pytest.raises(ValueError, match=message):
         trainer._check_sharding()
-
-
-def test_a_diffusion_model_is_not_sharded():
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(is_fsdp2=True), sd_pipeline=None)
-    with pytest.raises(ValueError, match="FSDP: DDPO trains whole weights"):
-        DDPOTrainer._prepare_models(trainer)

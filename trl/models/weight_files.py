@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -27,7 +28,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 
 from trl.models import zero
-from trl.models.unwrap import has_parts, in_parts
+from trl.models.unwrap import has_parts, in_parts, is_fsdp2
 
 SAVING, FORMER = ".saving-", ".former-"
 """prefixes of hidden names: what is still being written, and what was there before"""
@@ -290,6 +291,52 @@ def gathered_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     own = {**inner.state_dict(keep_vars=parts), **model.state_dict(keep_vars=parts)}
     state: dict[str, Tensor] = on_host(own, keep)
     return {**state, **{name: state[first] for name, first in tied_names(inner).items() if first in state}}
+
+
+@contextmanager
+def saved_whole(model: nn.Module, keep: bool) -> Iterator[None]:
+    """Within it a model that FSDP2 has sharded gives whole tensors to what saves it, and has the name of its own class.
+
+    Collective at the start; only in a process that keeps them, see `on_host`.
+    """
+    whole = gathered_state(model, keep) if is_fsdp2(model) else {}
+    if not whole or not keep:
+        yield
+        return
+
+    def state_dict(*, destination: dict[str, Any] | None = None, prefix: str = "", **_: Any) -> dict[str, Any]:
+        found = {} if destination is None else destination
+        found.update({f"{prefix}{name}": value for name, value in whole.items()})
+        return found
+
+    sharded = type(model)
+    model.state_dict = state_dict  # type: ignore[method-assign, assignment]
+    model.__class__ = next(kind for kind in sharded.__mro__ if not issubclass(kind, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
+        del model.state_dict
+
+
+@contextmanager
+def loaded_whole(model: nn.Module) -> Iterator[None]:
+    """Within it a model that FSDP2 has sharded loads state dicts of whole tensors, each process its part of them."""
+    if not is_fsdp2(model):
+        yield
+        return
+    load = model.load_state_dict
+
+    def load_state_dict(state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        own = model.state_dict()
+        parts = {name: spread_like(value, own[name]) if name in own else value for name, value in state.items()}
+        return load(parts, *args, **kwargs)
+
+    model.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del model.load_state_dict
 
 
 METADATA = ".metadata"

@@ -6,12 +6,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from trl.data.user_functions import Awaited
 from trl.losses.policy import clipped_surrogate
 from trl.models.ddim import predict_noise
 from trl.models.modeling_sd_base import DDPOStableDiffusionPipeline
+from trl.models.prepare import equalise
+from trl.models.sharded import own_layers
+from trl.models.weight_files import loaded_whole, on_host, saved_whole
 from trl.trainer import checkpoints
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ddpo_config import DDPOConfig
@@ -125,8 +128,8 @@ class DDPOTrainer(BaseTrainer):
     def _prepare_models(self) -> None:
         """Frozen weights to the device in the inference dtype; what is trained to accelerate, in float32."""
         pipeline, accelerator = self.sd_pipeline, self.accelerator
-        if accelerator.is_fsdp2:
-            raise ValueError("FSDP: DDPO trains whole weights, of which an adapter has few; take DDP")
+        if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+            raise ValueError("fsdp_version=1: sampling calls the unet below it; take fsdp_version=2")
         pipeline.set_progress_bar_config(
             position=1, disable=not accelerator.is_local_main_process, leave=False, desc="Timestep", dynamic_ncols=True
         )
@@ -141,7 +144,13 @@ class DDPOTrainer(BaseTrainer):
             if module is not None:
                 place(module, accelerator.device, dtype)
         self.trainable_layers = [parameter for parameter in trainable.parameters() if parameter.requires_grad]
-        prepared, self.optimizer = accelerator.prepare(trainable, create_optimizer(self.config, self.trainable_layers))
+        optimizer = create_optimizer(self.config, self.trainable_layers)
+        if accelerator.is_fsdp2:
+            equalise(trainable)
+        with own_layers(accelerator, trainable) if accelerator.is_fsdp2 else nullcontext():
+            prepared, self.optimizer = accelerator.prepare(trainable, optimizer)
+        if accelerator.is_fsdp2:  # other tensors now
+            self.trainable_layers = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
         self._trained_unet = prepared if trainable is pipeline.unet else pipeline.unet
         self._prepared = prepared
         # No dropout in training either: the policy that is trained is the one that sampled.
@@ -419,12 +428,16 @@ class DDPOTrainer(BaseTrainer):
             checkpoints.keep_newest(root, limit, prefix=PREFIX, keep=[folder])
 
     def _write_state(self, folder: Path) -> None:
-        if not self.accelerator.is_main_process:
+        main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
+        model = self.accelerator.unwrap_model(self._prepared)
+        optimizer = on_host(self.optimizer.state_dict(), keep=main)
+        with saved_whole(model, keep=main):
+            if main:
+                self.sd_pipeline.save_checkpoint([model], [model.state_dict()], str(folder))
+        if not main:
             return
-        model, scaler = self.accelerator.unwrap_model(self._prepared), self.accelerator.scaler
-        self.sd_pipeline.save_checkpoint([model], [model.state_dict()], str(folder))
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
             "progress": self.progress.state_dict(),
             "left out": self._non_finite.skipped,
@@ -451,8 +464,11 @@ class DDPOTrainer(BaseTrainer):
         checkpoints.check_optimizer(self.optimizer, state["optimizer"])
         checkpoints.check_settings(found, run)
         self.accelerator.print(f"Resuming from {found.folder}")
-        self.sd_pipeline.load_checkpoint([self.accelerator.unwrap_model(self._prepared)], str(found.folder))
-        self.optimizer.load_state_dict(state["optimizer"])
+        model, optimizer = self.accelerator.unwrap_model(self._prepared), state["optimizer"]
+        with loaded_whole(model):
+            self.sd_pipeline.load_checkpoint([model], str(found.folder))
+        spreads = self.accelerator.is_fsdp2
+        self.optimizer.load_state_dict(checkpoints.spread_state(self.optimizer, optimizer) if spreads else optimizer)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress.load_state_dict(state["progress"])
@@ -462,8 +478,10 @@ class DDPOTrainer(BaseTrainer):
 
     def _save_pretrained(self, save_directory: Any) -> None:
         check_weights(self.accelerator, f"step {self.progress.global_step}", self._prepared)
-        if self.accelerator.is_main_process:
-            self.sd_pipeline.save_pretrained(str(save_directory))
+        main = self.accelerator.is_main_process
+        with saved_whole(self.accelerator.unwrap_model(self._prepared), keep=main):
+            if main:
+                self.sd_pipeline.save_pretrained(str(save_directory))
         self.create_model_card(str(save_directory))
 
     def create_model_card(self, path: str, model_name: str | None = "TRL DDPO Model") -> None:
