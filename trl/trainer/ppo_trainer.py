@@ -528,7 +528,7 @@ class PPOTrainer(BaseTrainer):
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
         together = zero.as_one(self.accelerator, model, value_model)
         prepare = partial(self.accelerator.prepare, together, optimizer, collator, dataloader, lr_scheduler)
-        if self.arguments is not None and not self.arguments.ds3_gather_for_generation:
+        if self.arguments is not None and not self.args.ds3_gather_for_generation:
             logger.warning("ds3_gather_for_generation=False: no effect: PPO gathers all weights at once to sample")
         self.reference = Reference(model, ref_model)  # which looks at the adapter while its weights are whole
         zero.fill_config(self.accelerator, self.config.mini_batch_size, self.config.max_grad_norm)
