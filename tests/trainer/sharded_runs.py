@@ -187,6 +187,17 @@ def ppo_trainer(world: int, engine: str, lora: bool, critic: bool) -> Any:
     )  # fmt: skip
 
 
+def ppo_step(trainer: Any, world: int) -> dict[str, Any]:
+    """A step on this rank's part of four responses."""
+    rows = 4 // world
+    part = slice(trainer.accelerator.process_index * rows, (trainer.accelerator.process_index + 1) * rows)
+    g = torch.Generator().manual_seed(1)
+    queries = [torch.randint(4, 100, (3 + i,), generator=g) for i in range(4)]
+    responses = [torch.randint(4, 100, (2 + 2 * i,), generator=g) for i in range(4)]
+    scores = [torch.tensor(float(i)) for i in (3, 0, 1, -2)]
+    return trainer.step(queries[part], responses[part], scores[part])
+
+
 def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     """Three steps of PPO: by `train`, which samples, or by `step`; with a critic of its own, or a value head."""
     trainer = ppo_trainer(world, engine, lora, "critic" in name)
@@ -194,13 +205,7 @@ def ppo(world: int, engine: str, name: str, lora: bool) -> dict[str, Any]:
     if "train" in name:
         trainer.train(callback=lambda step, stats, batch: steps.append(stats))
     else:
-        rows = 4 // world
-        part = slice(trainer.accelerator.process_index * rows, (trainer.accelerator.process_index + 1) * rows)
-        g = torch.Generator().manual_seed(1)
-        queries = [torch.randint(4, 100, (3 + i,), generator=g) for i in range(4)]
-        responses = [torch.randint(4, 100, (2 + 2 * i,), generator=g) for i in range(4)]
-        scores = [torch.tensor(float(i)) for i in (3, 0, 1, -2)]
-        steps += [trainer.step(queries[part], responses[part], scores[part]) for _ in range(3)]
+        steps += [ppo_step(trainer, world) for _ in range(3)]
     models = {"policy": trainer.model, "critic": trainer.value_model}
     weights = {
         f"{who}.{key.removeprefix('module.')}": weight

@@ -49,6 +49,13 @@ def test_a_run_goes_on_and_is_saved(ranks):
 
 
 @pytest.mark.slow
+def test_ppo_and_its_critic_are_saved(ranks):
+    for saved in (saved for found in ranks[1:] for saved in found["PPO saved"]):
+        assert min(saved["policy moved"], saved["critic moved"]) > 1e-4
+        assert (saved["back"], saved["files"]) == (0.0, 0.0)
+
+
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(ranks):
     for skipped, losses in (found["skipped"] for found in ranks[1:]):
         assert skipped == 1

@@ -66,12 +66,12 @@ def begin_whole() -> None:
 ROWS = (
     "SFT", "SFT, tied head", "Reward", "DPO", "DPO, moving reference",
     "DPO, precomputed reference", "KTO", "GRPO", "GRPO, layer by layer", "RLOO",
-    "PPO, step", "PPO, train (greedy)",
+    "PPO, step", "PPO, step, critic", "PPO, train (greedy)",
 )  # fmt: skip
 ENGINES = {
     "zero3": ROWS,
-    "zero3-lora": ("DPO", "GRPO"),
-    "zero2": ("SFT", "GRPO", "PPO, step"),
+    "zero3-lora": ("DPO", "GRPO", "PPO, step"),
+    "zero2": ("SFT", "GRPO", "PPO, step", "PPO, step, critic"),
 }
 """an engine -> the rows of `sharded_runs.RUNS` that are run on it here"""
 
@@ -98,6 +98,7 @@ def train_engines(rank: int, world: int, path: str) -> None:
         found[engine, row] = train(world, name, row, engine.endswith("lora"), common)
     if world > 1:
         found |= {"saved": saved_and_resumed(Path(path).parent), "skipped": left_out(Path(path).parent)}
+        found["PPO saved"] = [ppo_saved(engine, Path(path).parent / engine) for engine in ("zero3", "zero2")]
     found |= {name: from_files(world, name, Path(path).parent) for name in ("DPO", "GRPO")}
     torch.save(found, f"{path}-{rank}")
 
@@ -129,6 +130,38 @@ def saved_and_resumed(folder: Path) -> dict[str, float]:
         name: max(float((each[key] - weight).abs().max()) for key, weight in want.items())
         for name, each in (("saved", saved), ("resumed", again))
     }
+
+
+def ppo_saved(engine: str, folder: Path) -> dict[str, float]:
+    """How far policy and critic move in a step, are then from the state that accelerate has saved, and from files."""
+    from sharded_runs import ppo_step, ppo_trainer
+
+    from trl import AutoModelForCausalLMWithValueHead
+
+    def weights() -> dict[str, torch.Tensor]:
+        models = {"policy": trainer.model, "critic": trainer.value_model}
+        return {
+            f"{who}.{key}": whole(w).clone() for who, model in models.items() for key, w in model.named_parameters()
+        }
+
+    def apart(now: dict[str, torch.Tensor], who: str) -> float:
+        return max(float((now[name] - weight).abs().max()) for name, weight in saved.items() if name.startswith(who))
+
+    trainer = ppo_trainer(2, engine, lora=False, critic=True)
+    ppo_step(trainer, 2)
+    saved = weights()
+    trainer.save_model(folder / "model")
+    trainer.accelerator.save_state(str(folder / "state"))
+    ppo_step(trainer, 2)
+    moved = weights()
+    trainer.accelerator.load_state(str(folder / "state"))
+    back = weights()
+    begin_whole()
+    files = AutoModelForCausalLMWithValueHead.from_pretrained(folder / "model").named_parameters()
+    return {
+        "policy moved": apart(moved, "policy"), "critic moved": apart(moved, "critic"),
+        "back": apart(back, ""), "files": apart({f"policy.{name}": weight for name, weight in files}, "policy"),
+    }  # fmt: skip
 
 
 def left_out(folder: Path) -> tuple[int, list[float]]:

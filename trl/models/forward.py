@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,6 +43,7 @@ from trl.models.unwrap import (
 logger = logging.getLogger(__name__)
 
 PROBE_ERRORS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, LookupError)
+Found = TypeVar("Found")
 
 
 Routes = tuple[tuple[Tensor, ...], PackedBatch, Tensor | None]
@@ -180,20 +181,29 @@ def within_forward(model: nn.Module, function: Callable[[nn.Module], LossSum]) -
     DDP takes a parameter that the output of its forward does not reach for unused and reduces it too early. Inside, it
     sees what is really computed.
     """
+    result, total = in_pass(model, function, lambda result: result.total)
+    return replace(result, total=total)
+
+
+def in_pass(
+    model: nn.Module, function: Callable[[nn.Module], Found], output: Callable[[Found], Tensor]
+) -> tuple[Found, Tensor]:
+    """What `function` gives of the model below its wrapper, run as the wrapped model's forward; and its `output`."""
     inner = below_processes(model)
     if inner is model:
-        return function(model)
-    results: list[LossSum] = []
+        result = function(model)
+        return result, output(result)
+    results: list[Found] = []
     own = inner.forward
 
     def run() -> Tensor:
         with swapped_forward(inner, own):  # `function` calls the model
             results.append(function(inner))
-        return results[0].total
+        return output(results[0])
 
     with swapped_forward(inner, run):
-        total = model()
-    return replace(results[0], total=total)
+        returned = model()
+    return results[0], returned
 
 
 # -- the inputs of a pass ---------------------------------------------------------------------

@@ -196,9 +196,12 @@ def _idle_pass(model: nn.Module) -> None:
 
 def prepare_frozen(accelerator: Any, model: Any) -> Any:
     """A model that is only read, on the device; sharded where the policy is."""
-    if not shards_weights(accelerator):
-        return accelerator.prepare_model(model, evaluation_mode=True)
-    return shard(accelerator, model)
+    if shards_weights(accelerator):
+        return shard(accelerator, model)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    if zero.is_on(accelerator):  # whose `save_state` takes each model that it knows for an engine
+        accelerator._models = [each for each in accelerator._models if each not in (prepared, model)]
+    return prepared
 
 
 def shards_weights(accelerator: Any) -> bool:

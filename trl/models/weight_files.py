@@ -27,7 +27,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
-from trl.models.unwrap import is_fsdp2
+from trl.models import zero
+from trl.models.unwrap import has_parts, in_parts, is_fsdp2
 
 SAVING, FORMER = ".saving-", ".former-"
 """prefixes of hidden names: what is still being written, and what was there before"""
@@ -259,6 +260,9 @@ def on_host(value: Any, keep: bool) -> Any:
         return {key: on_host(inner, keep) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(on_host(inner, keep) for inner in value)
+    if in_parts(value):
+        with zero.gathered_weights([value]):
+            return value.detach().to("cpu", copy=True) if keep else None
     if not isinstance(value, DTensor):
         return value
     full = value.full_tensor()
@@ -283,7 +287,9 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def gathered_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """A state dict with whole tensors, those that are tied as one. Collective; `keep`: see `on_host`."""
     inner = getattr(model, "pretrained_model", model)  # a value head's own state dict is without PEFT's
-    state: dict[str, Tensor] = on_host({**inner.state_dict(), **model.state_dict()}, keep)
+    parts = has_parts(model)  # which are known by the weights themselves
+    own = {**inner.state_dict(keep_vars=parts), **model.state_dict(keep_vars=parts)}
+    state: dict[str, Tensor] = on_host(own, keep)
     return {**state, **{name: state[first] for name, first in tied_names(inner).items() if first in state}}
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from trl.models.unwrap import has_parts, in_parts
+from trl.models.unwrap import below_peft, has_parts, in_parts
 
 
 def shards_weights(accelerator: Accelerator) -> bool:
@@ -51,6 +51,18 @@ def fill_config(accelerator: Accelerator, rows: int, max_grad_norm: float | None
             config["zero_optimization"][name] = True
     if isinstance(config.get("bf16"), dict):
         config["bf16"].setdefault("check_grad_overflow", True)
+
+
+def as_one(accelerator: Accelerator, policy: nn.Module, critic: nn.Module | None) -> nn.Module:
+    """What `prepare` is given to train these models: an engine trains one module, so it has both where there are two.
+
+    Its passes are made by `forward.in_pass`; the models stay where they are.
+    """
+    if critic is None or not is_on(accelerator):
+        return policy
+    both = nn.ModuleDict({"policy": policy, "critic": critic})
+    both.config = below_peft(policy).config  # whose width accelerate reads
+    return both
 
 
 def step_norm(accelerator: Any) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from trl.data.records import PackedBatch
 from trl.losses.advantages import generalized_advantages, whiten
 from trl.losses.kl import KL_PENALTIES, full
 from trl.losses.loss_sum import LossSum, Measure
-from trl.models.forward import within_forward
+from trl.models.forward import in_pass, within_forward
 from trl.models.precision import TOLERANCES
 from trl.models.reference import Reference
 from trl.models.scoring import Head, Scores, chunk_rows, in_head, score, scored_states, scores_at
@@ -106,10 +107,17 @@ class ActorCritic:
     value_model: nn.Module | None = None
     """a model with a score head; None: the policy's own value head"""
     temperature: float = 1.0
+    engine: nn.Module | None = None
+    """of DeepSpeed, where one holds both models"""
 
     @property
     def models(self) -> list[nn.Module]:
         return [self.model] if self.value_model is None else [self.model, self.value_model]
+
+    @property
+    def wrapped(self) -> list[nn.Module]:
+        """What accelerate has prepared."""
+        return self.models if self.engine is None else [self.engine]
 
     def __call__(self, packed: PackedBatch, *, entropy: bool = False) -> Scores:
         """Log-probabilities and values of the scored tokens; a value is read where its token is predicted."""
@@ -122,6 +130,8 @@ class ActorCritic:
 
     def within_forward(self, function: Callable[[ActorCritic], LossSum]) -> LossSum:
         """`function` of the models without their wrappers, run inside the wrappers' forward calls."""
+        if self.engine is not None:
+            return within_forward(self.engine, lambda both: function(self))
 
         def below(policy: nn.Module) -> LossSum:
             if self.value_model is None:
@@ -131,6 +141,12 @@ class ActorCritic:
             )
 
         return within_forward(self.model, below)
+
+    def within_engine(self, ask: Callable[[PackedBatch], tuple[Tensor, ...]], packed: PackedBatch) -> Sequence[Tensor]:
+        """`ask(packed)`, in a pass of the engine where one holds both models."""
+        if self.engine is None:
+            return ask(packed)
+        return in_pass(self.engine, lambda both: ask(packed), lambda found: found[0])[0]
 
 
 @torch.no_grad()
@@ -162,7 +178,9 @@ def measure(
         return packed.mask_BT, scores.logprobs_BT, scores.values_BT, reference_BT, kl_BT
 
     runs = pieces(experience, rows, tokens)
-    mask_BT, logprobs_BT, values_BT, reference_BT, kl_BT = in_pieces(experience, runs, ask, device)
+    mask_BT, logprobs_BT, values_BT, reference_BT, kl_BT = in_pieces(
+        experience, runs, partial(actor.within_engine, ask), device
+    )
     measured = replace(
         experience, mask_BT=mask_BT, old_logprobs_BT=logprobs_BT, values_BT=values_BT, reference_BT=reference_BT
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trl.data.records import Rollout
 from trl.losses.policy import soft_overlong_punishment
 from trl.models.scoring import rewards as rewards_of
+from trl.models.sharded import gathered
 from trl.models.unwrap import below_peft
 from trl.rewards.named import reward_panel
 from trl.rewards.panel import Logs, RewardPanel, Verdict, checked
@@ -188,7 +189,8 @@ class TokenRewards(RolloutRewards):
         self._check(rollout)
         rows = Experience.of(rollout)
         runs = pieces(rows, 1, self.tokens)
-        parts = [rewards_of(self.model, rows.select(run).packed(masked=False).to(self.device)).cpu() for run in runs]
+        with gathered(self.model):  # in parts where ZeRO-3 was on when the model was loaded
+            parts = [rewards_of(self.model, rows.select(r).packed(masked=False).to(self.device)).cpu() for r in runs]
         scores = checked("reward_model", torch.cat(parts), len(rollout))
         return Rewards(self.names, torch.tensor(scores)[:, None], self.weights_F, [None])
 

@@ -514,11 +514,6 @@ class PPOTrainer(BaseTrainer):
         """Put everything on the device and under accelerate."""
         if value_model is not None:
             check_critic(model, value_model, optimizer)
-            if self._on_deepspeed:
-                raise ValueError(
-                    "value_model: DeepSpeed trains one model; take a policy with a value head "
-                    "(AutoModelForCausalLMWithValueHead), or FSDP2 or DDP"
-                )
         trained = [model] if value_model is None else [model, value_model]
         self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
         if optimizer is None and self.arguments is not None:
@@ -531,9 +526,11 @@ class PPOTrainer(BaseTrainer):
         self._embeddings = embedding_rows(model)
         self.model = model  # whose arguments `prepare_dataloader`, which a subclass may replace, looks at
         dataloader = None if self.dataset is None else self.prepare_dataloader(self.dataset, data_collator)
-        prepare = partial(self.accelerator.prepare, model, optimizer, collator, dataloader, lr_scheduler)
-        if self.arguments is not None and not self.arguments.ds3_gather_for_generation:
+        together = zero.as_one(self.accelerator, model, value_model)
+        prepare = partial(self.accelerator.prepare, together, optimizer, collator, dataloader, lr_scheduler)
+        if self.arguments is not None and not self.args.ds3_gather_for_generation:
             logger.warning("ds3_gather_for_generation=False: no effect: PPO gathers all weights at once to sample")
+        self.reference = Reference(model, ref_model)  # which looks at the adapter while its weights are whole
         zero.fill_config(self.accelerator, self.config.mini_batch_size, self.config.max_grad_norm)
         sharded = self.accelerator.is_fsdp2
         if sharded and value_model is not None:
@@ -541,13 +538,17 @@ class PPOTrainer(BaseTrainer):
         with own_layers(self.accelerator, model) if sharded else nullcontext():
             prepared = prepare()
         self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = prepared
-        self.value_model = value_model if value_model is None or sharded else self.accelerator.prepare(value_model)
+        engine = None
+        if together is not model:
+            engine, self.model = self.model, model
+        apart = value_model is not None and not sharded and engine is None
+        self.value_model = self.accelerator.prepare(value_model) if apart else value_model
         self.ref_model = None if ref_model is None else prepare_frozen(self.accelerator, ref_model)
         if sharded:
             trained = [each for each in (self.model, self.value_model) if each is not None]
             self._parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
-        self.reference = Reference(self.model, self.ref_model)
-        self.actor = ActorCritic(self.model, self.value_model, self.config.temperature)
+        self.reference.policy, self.reference.frozen = self.model, self.ref_model
+        self.actor = ActorCritic(self.model, self.value_model, self.config.temperature, engine)
         if self.accelerator.is_main_process:
             say_memory(nn.ModuleList(trained), self.reference.kept, optimizer)
 
@@ -915,7 +916,7 @@ class PPOTrainer(BaseTrainer):
             return self._ratio_is_sane(means["ratio"])
 
         return optimizer_step(
-            self.accelerator, self.actor.models, self.optimizer, pieces,
+            self.accelerator, self.actor.wrapped, self.optimizer, pieces,
             lambda piece: self.actor.within_forward(lambda actor: self._objective(actor, piece, ratios)),
             lambda piece: piece.counted,
             parameters=self._parameters, max_grad_norm=self.config.max_grad_norm, accept=accept,
@@ -1377,11 +1378,15 @@ class PPOTrainer(BaseTrainer):
     def _write_model(self, folder: str | os.PathLike[str]) -> None:
         """The model as `save_pretrained` writes it, and the tokenizer; collective, as weights may be gathered."""
         saved, main = self._saved_model(), self.accelerator.is_main_process
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        gathered = {"state_dict": gathered_state(saved, keep=main)} if sharded else {}
+        gathered = self._whole_state(saved, keep=main)
         if main:
             saved.save_pretrained(folder, **gathered)
             self.tokenizer.save_pretrained(folder)
+
+    def _whole_state(self, saved: Any, keep: bool) -> dict[str, Any]:
+        """A keyword of `save_pretrained`, where weights are sharded; collective there."""
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP or shards_weights(self.accelerator)
+        return {"state_dict": gathered_state(saved, keep=keep)} if sharded else {}
 
     def _saved_model(self) -> Any:
         model = below_accelerate(self.model)
@@ -1624,8 +1629,8 @@ class PPOTrainer(BaseTrainer):
 
     def _save_pretrained(self, save_directory: Any) -> None:
         check_weights(self.accelerator, f"step {self.current_step}", self.model)
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
-        self._saved_model().save_pretrained(save_directory)
+        saved = self._saved_model()
+        saved.save_pretrained(save_directory, **self._whole_state(saved, keep=True))
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(str(save_directory))
 
