@@ -65,7 +65,7 @@ def table(found: Found) -> str:
     return "\n".join(
         [
             "Two ranks of a CPU (gloo) against one process, three steps of SGD. A cell has the largest differences of",
-            f"{', '.join(COLUMNS)}: of numbers by their size, or by 0.05 if smaller.",
+            f"{', '.join(COLUMNS)}: of numbers by their size, or by 0.25 if smaller.",
             "A – was not asked there, an empty cell was not run. The resumed run went on from a checkpoint of step 2.",
             "",
             "| | " + " | ".join(engines.values()) + " |",

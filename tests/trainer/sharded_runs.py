@@ -356,14 +356,14 @@ COLUMNS = (*ASKED, "other metrics", "weights", "resumed run")
 
 
 def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
-    """How far two runs are apart, by column: numbers by their size, or by 0.05 if they are smaller; weights as such."""
+    """How far two runs are apart, by column: numbers by their size, or by 0.25 if they are smaller; weights as such."""
     found = {**dict.fromkeys(COLUMNS, 0.0), "resumed run": two.get("resumed", float("nan"))}
     names = {logged: column for column, logged in ASKED.items()}
     for name in {**one["numbers"], **two["numbers"]}:
         ours, theirs = one["numbers"].get(name, []), two["numbers"].get(name, [])
         if name.startswith("eval_") and not theirs:
             continue  # not every engine evaluates here
-        apart = [abs(a - b) / max(abs(a), 0.05) for a, b in zip(ours, theirs, strict=False)]
+        apart = [abs(a - b) / max(abs(a), 0.25) for a, b in zip(ours, theirs, strict=False)]
         column = names.get(name, "other metrics")
         found[column] = max([found[column], *apart, float("inf") if len(ours) != len(theirs) else 0.0])
     if one["weights"].keys() != two["weights"].keys():
