@@ -528,7 +528,8 @@ class ObjectiveTrainer(Trainer):
             self._begin_checkpoint(Path(target))
         elif self.is_deepspeed_enabled:  # all ranks write together
             super().save_model(target, _internal_call=True)
-            self._model_files = files_in(Path(target), top=True)
+            self.accelerator.wait_for_everyone()  # one process may write what another would look for
+            self._model_files = files_in(Path(target), top=True) if self.args.should_save else []
         else:
             gathered = self._gathered_weights() if self.is_fsdp_enabled else None
             if self.args.should_save:
@@ -579,7 +580,7 @@ class ObjectiveTrainer(Trainer):
             for part in (below_peft(self.model).config, self.processing_class):
                 if part is not None:
                     part.save_pretrained(folder)
-        self._model_files = files_in(folder)
+        self._model_files = files_in(folder) if self.args.should_save else []
         if state and self.args.should_save:
             write_state(folder / EXTRA_STATE, state)
         if self.is_in_train and self.control.should_save:
