@@ -8,7 +8,11 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
+from trl.data.packing import pack
+from trl.data.records import Branch, TokenTree
+from trl.kernels import layers
 from trl.kernels.layers import fused_norms, rms_norm
+from trl.models.scoring import score
 
 
 def test_by_hand():
@@ -66,3 +70,14 @@ def test_checkpointed_models_and_other_precisions_keep_their_own():
     half = tiny_model("llama").to(torch.bfloat16)
     with fused_norms(half):
         assert not any("forward" in vars(module) for module in half.modules())
+
+
+def test_the_final_norm_that_selects_what_is_read_is_one_too(monkeypatch):
+    """Two layers have two norms each; the final one computes the three positions that predict a scored token."""
+    model, packed = tiny_model("llama"), pack([TokenTree([5, 6, 7], [Branch([8, 9]), Branch([4])])])
+    score(model, packed)  # probes
+    seen, own = [], layers.rms_norm
+    monkeypatch.setattr(layers, "rms_norm", lambda x, *args: (seen.append(x.shape[1]), own(x, *args))[1])
+    score(model, packed)
+    assert seen == [6] * (len(seen) - 1) + [3]
+    assert len(seen) == 2 * model.config.num_hidden_layers + 1

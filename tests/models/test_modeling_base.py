@@ -313,9 +313,3 @@ def test_pattern_of_the_user_and_patterns_that_fit_nothing(caplog):
     assert not any(parameter.requires_grad for parameter in reference.parameters())
     with pytest.raises(ValueError, match="pass `num_shared_layers` with it"):
         create_reference_model(typo, pattern="model.layers.{layer}")
-
-
-def test_zero_3_has_no_copies(monkeypatch):
-    monkeypatch.setattr(modeling_base, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 is enabled"):
-        create_reference_model(tiny_model("llama"))

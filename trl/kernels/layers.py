@@ -58,11 +58,12 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
                 stack.enter_context(computed_at(layer.by_position, positions, total))
                 if layer.attention is not None and packed.piece is None:
                     layout.read_only_at(layer.attention, listed)
+        if not compiled:
+            stack.enter_context(fused_norms(network))
         norm = final_norm(network) if early else None
         if norm is not None and not is_compiled(norm):
             stack.enter_context(selected_by(norm, reading))
         if not compiled:
-            stack.enter_context(fused_norms(network))
             stack.enter_context(fused_rotary(network))
             stack.enter_context(lookup(network.get_input_embeddings()))
         yield layout
