@@ -53,6 +53,8 @@ class LocalSampler:
     samples, which a GPU is for; None: it does so there.
     """
 
+    exact = True
+
     def __init__(
         self,
         model: Any,

@@ -34,6 +34,8 @@ class TransformersSampler:
     max_rows: completions in a call of `generate`.
     """
 
+    exact = True
+
     def __init__(self, model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: give 1 or more")
