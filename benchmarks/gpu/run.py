@@ -48,15 +48,21 @@ class Part:
     """whether its jobs run beside each other: nothing is timed in them"""
 
 
-def training(model: str, *, peer: bool = False, brief: bool = False) -> list[Job]:
+def training(model: str, *, peer: bool = False, brief: bool = False, liger: bool = False) -> list[Job]:
     """Steps of SFT, DPO and GRPO: 8,192 tokens, 4 pairs of 1,024 + 2 x 512, groups of 8 on 1,024 with 512 new."""
-    look = {"profile": not (peer or brief)}
+    look: dict[str, Any] = {"profile": not (peer or brief), "settings": {"use_liger_kernel": True} if liger else {}}
     sizes = {
         "sft": {"rows": 1, "length": 8192}, "dpo": {"rows": 4, "length": 1024, "answer": 512},
         "grpo": {"rows": 1, "length": 1024, "answer": 512, "steps": 8},
     }  # fmt: skip
     return [
-        Job(f"{method} {model}", "train", {"method": method, "model": model, **size, **look}, 150, peer=peer)
+        Job(
+            f"{method} {model}{', Liger kernels' if liger else ''}",
+            "train",
+            {"method": method, "model": model, **size, **look},
+            150,
+            peer=peer,
+        )
         for method, size in sizes.items()
     ]
 
@@ -77,7 +83,7 @@ PARTS = (
     Part("sft", (SFT, SHORT_ROWS)),
     Part("policy", (DPO, GRPO, Job("sampler 1.5B", "sample", {"model": "1.5B", "rows": [8, 64], "tokens": 128}, 150))),
     Part("small", (SMALL_SFT, *training("0.5B", brief=True)[1:])),
-    Part("peer", tuple(training("1.5B", peer=True))),
+    Part("peer", (*training("1.5B", peer=True, liger=True), *training("1.5B", peer=True))),
 )  # fmt: skip
 
 
