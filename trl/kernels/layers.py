@@ -110,7 +110,36 @@ def computes_again(network: nn.Module) -> bool:
 
 def is_compiled(network: nn.Module) -> bool:
     """Whether torch compiles a module of it, whose graph must not change from pass to pass."""
-    return any("_compiled_call_impl" in vars(module) or "_orig_mod" in module._modules for module in network.modules())
+    return any(
+        vars(module).get("_compiled_call_impl") is not None or "_orig_mod" in module._modules
+        for module in network.modules()
+    )
+
+
+def compile_layers(network: nn.Module, backend: str, mode: str | None = None) -> int:
+    """Have torch compile each of the decoder's layers, for rows of every length; returns how many it has.
+
+    One graph serves all layers of a kind. Layers that are compiled already stay as they are.
+    """
+    decoder, _ = _around_last_layer(network)
+    if decoder is None:
+        return 0
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    layers = [layer for child in lists for layer in child if isinstance(getattr(layer, "mlp", None), nn.Module)]
+    for layer in layers:
+        if vars(layer).get("_compiled_call_impl") is None:
+            layer.compile(dynamic=True, backend=backend, mode=mode)
+    return len(layers)
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Within it compiled layers run as they are written: for passes of another kind, which would compile anew."""
+    if not is_compiled(network):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 # -- the last layer ---------------------------------------------------------------------------

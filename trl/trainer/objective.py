@@ -31,6 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl.data.formats import column_names
 from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
 from trl.data.records import Batch
+from trl.kernels.layers import compile_layers
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import Extreme, LossSum
 from trl.models import zero
@@ -38,7 +39,7 @@ from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
 from trl.models.sharded import optimizers_without_state
-from trl.models.unwrap import below_accelerate, below_peft
+from trl.models.unwrap import below_accelerate, below_peft, below_value_head
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, on_host, tied_names, writing
 from trl.trainer import overrides
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
@@ -80,7 +81,6 @@ from trl.trainer.resharding import (
 )
 from trl.trainer.run_folder import RunFacts, RunFolder, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import NO_EFFECT
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.tally import Appended, StepWatch, Tally, write_metrics
 
@@ -684,6 +684,19 @@ class ObjectiveTrainer(Trainer):
     def _begin_steps(self, step: int) -> None:
         self._left_out, self._logged, self._began = [], (step, 0), (step, 0)
         self._step_loss = torch.zeros((), device=self.args.device)
+        if self.args.compile_layers is not None:
+            self._compile_layers(*self.args.compile_layers.split(":"))
+
+    def _compile_layers(self, backend: str, mode: str | None = None) -> None:
+        """The layers of the policy, and of frozen models of its kind, are compiled from here on."""
+        policy, *others = map(below_value_head, (self.model, *self.frozen_models()))
+        if not compile_layers(policy, backend, mode):
+            logger.warning(
+                "compile_layers=%r: no layers were found in %s", self.args.compile_layers, type(policy).__name__
+            )
+        for other in others:
+            if type(below_peft(other)) is type(below_peft(policy)):
+                compile_layers(other, backend, mode)
 
     def _before_optimizer_step(self) -> None:
         """Stop, or leave the step out, unless all losses and the gradient are finite; one read of the device.
@@ -1029,6 +1042,6 @@ def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
         logger.warning("dispatch_batches=True: has no effect: a packed batch cannot be cut, so each process reads rows")
     own.accelerator_config.dispatch_batches = False
     if os.environ.get(DYNAMO, "no").lower() != "no":  # of the launcher, or of TrainingArguments with torch_compile
-        logger.warning("%s=%s: %s", DYNAMO, os.environ[DYNAMO], NO_EFFECT["torch_compile"])
+        own.compile_layers = own.compile_layers or os.environ[DYNAMO].lower()
         own.torch_compile_backend = "no"
     return own

@@ -16,6 +16,10 @@ PROMPT = 6 if TINY else 1024
 
 def main() -> None:
     policy = model(SETTINGS["model"], dtype=torch.bfloat16 if CUDA else torch.float32).eval()
+    if SETTINGS.get("liger") and CUDA:
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(policy, None)
     draw = torch.Generator().manual_seed(0)
     for rows in (2, 4) if TINY else SETTINGS["rows"]:
         prompts = [torch.randint(3, VOCABULARY, (PROMPT,), generator=draw).tolist() for _ in range(max(1, rows // 8))]
