@@ -194,7 +194,7 @@ def chosen(text: str | None) -> list[Part]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", help="parts to run, by number or name: " + ", ".join(part.name for part in PARTS))
-    parser.add_argument("--job", help="only jobs whose name contains this")
+    parser.add_argument("--job", help="only the job of this name, or jobs whose names contain this")
     parser.add_argument("--results", type=Path, help="file into which results are merged; default: in the folder --out")
     parser.add_argument("--out", type=Path, default=OURS / "build" / "gpu", help="folder of results.json and the logs")
     parser.add_argument(
@@ -215,7 +215,9 @@ def main() -> None:
     wheels = [install(options.wheels, out / "site")] if options.wheels else []
     results = (options.results or out / "results.json").resolve()
     for part in chosen(options.part):
-        jobs = [job for job in part.jobs if (options.job or "") in job.name and (options.peer or not job.peer)]
+        exact = any(job.name == options.job for job in part.jobs)
+        asked = [job for job in part.jobs if job.name == options.job or not exact and (options.job or "") in job.name]
+        jobs = [job for job in asked if options.peer or not job.peer]
 
         def one(job: Job, part: Part = part) -> None:
             if time.perf_counter() - start > options.seconds:
