@@ -216,7 +216,7 @@ def main() -> None:
     results = (options.results or out / "results.json").resolve()
     for part in chosen(options.part):
         exact = any(job.name == options.job for job in part.jobs)
-        asked = [job for job in part.jobs if job.name == options.job or not exact and (options.job or "") in job.name]
+        asked = [job for job in part.jobs if job.name == options.job or (not exact and (options.job or "") in job.name)]
         jobs = [job for job in asked if options.peer or not job.peer]
 
         def one(job: Job, part: Part = part) -> None:

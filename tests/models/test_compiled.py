@@ -12,7 +12,6 @@ from transformers import masking_utils
 
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
-from trl.kernels.block_mask import GraphRows, row_bounds
 from trl.kernels.layers import is_compiled
 from trl.kernels.tree_attention import TreeLayout
 from trl.models import attention
@@ -123,49 +122,6 @@ def test_flex_attention_is_part_of_a_graph_on_an_accelerator(monkeypatch):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         counts.append(counter.frame_count)
     assert set(counts) == {counts[0]}
-    torch._dynamo.reset()
-
-
-def rows_by_hand(query, key, value, starts, keys_start, longest, keys_longest, *, window_size, enable_gqa, scale=None):
-    """What torch's flash attention over rows computes, of [N, H, D], by a mask of all pairs."""
-    place = torch.arange(query.shape[0])
-    row = torch.bucketize(place, starts, right=True)
-    seen = (row[:, None] == row[None]) & (place[None] <= place[:, None])
-    if window_size[0] >= 0:
-        seen = seen & (place[:, None] - place[None] <= window_size[0])
-    rows = (x.transpose(0, 1)[None] for x in (query, key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=seen[None, None], enable_gqa=enable_gqa)
-    return out[0].transpose(0, 1)
-
-
-def test_flash_attention_is_part_of_a_graph_where_rows_share_nothing(monkeypatch):
-    """The same graphs as above, for trees and for rows alone in turn; the attention of rows is a stand-in."""
-    model = model_of("gemma3")
-    enable_tree_attention(model)
-    names = frozenset(("scale", "window_size", "enable_gqa"))
-    monkeypatch.setattr(attention, "takes", lambda *qkv: False)
-    torch._dynamo.reset()
-    counter, counts = CompileCounterWithBackend("aot_eager"), []
-    compiled = [torch.compile(layer, fullgraph=True, dynamic=True, backend=counter) for layer in model.model.layers]
-    (kind,) = attention._kinds_in(model.config, model, None)
-    for seed in range(8):
-        packed = (
-            batch(seed) if seed % 2 else pack(TokenTree([], [Branch(list(range(3, 9 + k + seed)))]) for k in range(3))
-        )
-        hidden, layout = torch.randn(1, len(packed.ids_N), 32), TreeLayout(packed.segments).tabulated()
-        attention.lay_out_for_graphs(layout, model)
-        if layout.is_flat:
-            bounds = row_bounds(layout.segments, hidden.device)
-            layout.rows = GraphRows(bounds, kind.dtype, kind.heads, kind.widths[0], (rows_by_hand, names))
-        for which, layer, graph in zip(LAYERS, model.model.layers, compiled, strict=True):
-            angles = model.model.rotary_emb(hidden, packed.position_N[None], which)
-            with inside_tree(), torch.no_grad():
-                expected = layer(hidden, position_embeddings=angles, tree=layout)  # by segments
-                found = graph(hidden, position_embeddings=angles, tree=layout)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        counts.append(counter.frame_count)
-    assert counts[1] > counts[0]  # a graph for trees and one for rows
-    assert len(set(counts[1:])) == 1
     torch._dynamo.reset()
 
 

@@ -329,32 +329,11 @@ def flash_takes(kind: Kind) -> bool:
     return function is not None and fits and named and kind.softcap is None and not kind.sinks
 
 
-class GraphRows(NamedTuple):
-    """What a compiled graph needs for `flash_rows`; of attention with these numbers and no others."""
-
-    bounds: RowBounds
-    dtype: torch.dtype
-    heads: tuple[int, int]
-    """of queries, and of keys"""
-    width: int
-    flash: tuple[Callable[..., Any] | None, frozenset[str]]
-
-    def takes(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        same = query.dtype == self.dtype and query.shape[-1] == value.shape[-1] == self.width
-        return same and (query.shape[1], key.shape[1]) == self.heads
-
-
-def graph_rows(segments: Sequence[Segment], kind: Kind, device: torch.device) -> GraphRows:
-    """For rows of attention that `flash_takes`."""
-    return GraphRows(row_bounds(segments, device), kind.dtype, kind.heads, kind.widths[0], _flash())
-
-
 def flash_rows(
-    query: Tensor, key: Tensor, value: Tensor, bounds: RowBounds, *, window: int | None, scale: float | None,
-    flash: tuple[Callable[..., Any] | None, frozenset[str]] | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, bounds: RowBounds, *, window: int | None, scale: float | None
+) -> Tensor:
     """Attention of rows laid end to end, each causal and alone, by flash attention. [1, H, N, D]"""
-    function, names = flash or _flash()
+    function, names = _flash()
     assert function is not None
     how: dict[str, Any] = {"scale": scale} if "scale" in names else {}
     if "window_size" in names:

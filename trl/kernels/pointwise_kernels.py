@@ -35,7 +35,7 @@ def rotate(x, cos, sin, y, heads, stride_head, stride_row, HALF: tl.constexpr, W
     tl.store(target + HALF, x2 * cos2 + x1 * sin2, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def gate(gates, ups, y, count, WIDE: tl.constexpr):
     """A program: WIDE numbers."""
     at = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)

@@ -56,8 +56,6 @@ class TreeLayout:
         """the segments as a tensor, see `tabulated`"""
         self.blocks: dict[int | None, Any] = {}
         """by window, what a compiled graph on an accelerator reads in its place"""
-        self.rows: Any = None
-        """what it reads where every segment is a row alone and flash attention computes them (`GraphRows`)"""
         self._narrow: tuple[Any, list[int]] | None = None
 
     def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:

@@ -30,7 +30,6 @@ from trl.kernels.block_mask import (
     flash_rows,
     flash_takes,
     flex_tree_attention,
-    graph_rows,
     kind_of,
     on_device,
     row_bounds,
@@ -131,10 +130,6 @@ def _in_graph(tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, wi
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if how["scale"] is not None:  # a graph for every number may not hand it to the kernel
         query = query * (how.pop("scale") * query.shape[-1] ** 0.5)
-    plain = how["softcap"] is None and how["sinks"] is None
-    if plain and tree.rows is not None and tree.rows.takes(query, key, value):
-        rows = tree.rows
-        return flash_rows(query, key, value, rows.bounds, window=window, scale=None, flash=rows.flash)
     return flex_tree_attention(
         query, key, value, tree.blocks[window], window=window, compiled=False, **{**how, "scale": None}
     )
@@ -143,27 +138,8 @@ def _in_graph(tree: TreeLayout, query: Tensor, key: Tensor, value: Tensor, *, wi
 def lay_out_for_graphs(tree: TreeLayout, network: Any) -> None:
     """Put what `_in_graph` reads beside a layout, for each window of the network."""
     device, config = next(network.parameters()).device, network.config.get_text_config()
-    windows = {None, getattr(config, "sliding_window", None)}
-    for window in windows:
+    for window in {None, getattr(config, "sliding_window", None)}:
         tree.blocks[window] = _tables(tree, window, device)
-    if tree.is_flat and device.type == "cuda":
-        kinds = [kind for window in windows for kind in _kinds_in(config, network, window)]
-        if kinds and all(flash_takes(kind) and _agrees(FLASH, kind, device) for kind in kinds):
-            tree.rows = tree.shared(("graph rows", device), lambda: graph_rows(tree.segments, kinds[0], device))
-
-
-def _kinds_in(config: Any, network: Any, window: int | None) -> list[Kind]:
-    """The attention of a network's layers as its config describes it; [] where that says too little."""
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    if not heads or not width:
-        return []
-    of_keys, width = getattr(config, "num_key_value_heads", None) or heads, getattr(config, "head_dim", None)
-    width, weight = width or config.hidden_size // heads, next(network.parameters())
-    where = weight.device.type
-    dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else weight.dtype
-    query, key = (torch.empty(1, count, 1, width, dtype=dtype, device="meta") for count in (heads, of_keys))
-    kind = kind_of(query, key, key, window=window, scale=None, softcap=None, sinks=None)
-    return [kind._replace(learns=True)]
 
 
 def _tables(tree: TreeLayout, window: int | None, device: torch.device) -> BlockTables:
