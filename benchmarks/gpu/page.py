@@ -58,6 +58,8 @@ PRECISION = """
   MiB of logits, and as much again for their gradients, whatever the vocabulary; kernels of Triton walk them where that
   package is installed (torch brings it on Linux), else torch's operations.
 - AdamW is one fused kernel (`optim="adamw_torch_fused"`, the default; `PPOTrainer` does so too).
+- What would not fit into the memory that is free is cut into smaller passes, or its layers are computed again in the
+  backward pass, and a line says so ([scale.md](scale.md), `memory_plan`).
 - TF32 is off unless `tf32=True`: only what is left in float32 (routers, value heads without autocast) would gain, and
   sampler and training pass would then agree less (`models/precision.py`).
 - 4-bit bases with an adapter (bitsandbytes, the extra `quantization`) train in SFT, DPO and GRPO, on a CPU too.
