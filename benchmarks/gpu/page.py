@@ -61,6 +61,8 @@ PRECISION = """
 - AdamW is one fused kernel (`optim="adamw_torch_fused"`, the default; `PPOTrainer` does so too).
 - `use_liger_kernel=True` puts the kernels of the package liger-kernel into the model. A step of sampling has kernels of
   its own for norms, rotary embeddings and gates, with or without that package.
+- What would not fit into the memory that is free is cut into smaller passes, or its layers are computed again in the
+  backward pass, and a line says so ([scale.md](scale.md), `memory_plan`).
 - TF32 is off unless `tf32=True`: only what is left in float32 (routers, value heads without autocast) would gain, and
   sampler and training pass would then agree less (`models/precision.py`).
 - 4-bit bases with an adapter (bitsandbytes, the extra `quantization`) train in SFT, DPO and GRPO, on a CPU too.

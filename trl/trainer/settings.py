@@ -172,6 +172,7 @@ BY_STEPS: dict[str, str] = dict.fromkeys(
         "metric_for_best_model", "greater_is_better", "save_total_limit", "save_only_model", "auto_find_batch_size",
         "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "dataloader_num_workers",
         "torch_empty_cache_steps", "include_num_input_tokens_seen", "ignore_data_skip", "enable_jit_checkpoint",
+        "memory_plan",
     ),
     "has no effect: `step` is called with the data, and the loop around it is yours",
 )  # fmt: skip
