@@ -51,6 +51,10 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
     if compiled:
         layout.tabulated()
     with ExitStack() as stack:
+        if not compiled and getattr(network, "peft_config", None):
+            from trl.kernels.adapters import fused_adapters
+
+            stack.enter_context(fused_adapters(network))
         if narrow and not compiled:
             listed, positions = _positions(packed, reading.index_S)
             layer = last_layer(network) if len(listed) <= WORTH_IT * total else None
