@@ -234,6 +234,7 @@ class Places:
                     break
             if row.seen_V is not None:
                 row.seen_V[torch.tensor(row.ids[-new:], device=row.seen_V.device)] = True
+        self.engine.stepper.tell([each.row for each in running])
         return [each for each in running if not each.row.finish_reason]
 
 
