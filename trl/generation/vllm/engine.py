@@ -48,6 +48,10 @@ class Engine(Protocol):
         """For each row and token but the first: `{token id: log-probability}` of the token, and of the `top` best."""
         ...
 
+    def tokenized(self, text: str) -> list[int] | None:
+        """The text as tokens of the engine's own tokenizer, without special ones; None where it has none."""
+        ...
+
     def pause(self, *, clear_cache: bool = True, mode: str = "wait") -> None:
         """Take no further request until `resume`. mode of those in flight: wait for them, abort them, or keep them."""
         ...
@@ -70,6 +74,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds here; a server goes on."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Gives the policy's weights to an engine, in one of several ways."""
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the engine's adapter that is the policy; None: its model is."""
+        ...
+
+    def push(self, engine: Engine, version: str) -> None:
+        """Give the engine the policy's weights of now and stamp them; returns when it samples by them. Collective."""
+        ...
+
+    def again(self, engine: Engine, version: str) -> None:
+        """Give an engine that has lost them the same weights once more. Not collective; EngineError if it cannot."""
         ...
 
 
