@@ -56,7 +56,7 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
-def _all(value: T) -> list[T]:
+def on_all(value: T) -> list[T]:
     """What each rank says. Collective."""
     _, world = _place()
     found: list[Any] = [value] * world
@@ -73,7 +73,7 @@ def as_one(doing: str) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    found = _all(None if error is None else " ".join(str(error).split()) or type(error).__name__)
+    found = on_all(None if error is None else " ".join(str(error).split()) or type(error).__name__)
     if error is not None:
         raise error
     rank = next((rank for rank, text in enumerate(found) if text is not None), None)
@@ -81,9 +81,19 @@ def as_one(doing: str) -> Iterator[None]:
         raise EngineError(f"rank {rank} could not {doing}: {found[rank]}")
 
 
+def everywhere(doing: str, make: Callable[[], T], *, each: bool = False) -> T:
+    """What the first rank makes, on all ranks; each: what each rank makes. An error is one of all. Collective."""
+    made: T | None = None
+    with as_one(doing):
+        if each or _place()[0] == 0:
+            made = make()
+    found: Any = made if each else on_all(made)[0]
+    return found  # type: ignore[no-any-return]
+
+
 def new_stamp() -> str:
     """The beginning of the stamps of a run's weights, which no other run has. Collective."""
-    return _all(f"policy-{secrets.token_hex(4)}")[0]
+    return on_all(f"policy-{secrets.token_hex(4)}")[0]
 
 
 # -- what all ways share -------------------------------------------------------------------------
@@ -219,7 +229,7 @@ class AdapterSync:
         before, self._newest = self._newest, self._written()
         refused = self._told(engine, version)
         self._folders.remove(before)
-        said = next((text for text in _all(refused) if text is not None), None)
+        said = next((text for text in on_all(refused) if text is not None), None)
         if said is None:
             self._loaded = True
             return
@@ -419,7 +429,7 @@ def _for_all(folders: _Folders, size: int, own_engines: bool) -> Path:
             made = folders.new(size)
     rank, _ = _place()
     machine = rank - _local_rank() if own_engines else 0
-    return next(folder for key, folder in _all((machine, made)) if key == machine and folder is not None)
+    return next(folder for key, folder in on_all((machine, made)) if key == machine and folder is not None)
 
 
 def _is_shared_out(model: nn.Module) -> bool:
