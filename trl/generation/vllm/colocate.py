@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from trl.data.records import Completion, VersionSpan
 from trl.generation.vllm.engine import About, EngineError, Request
@@ -98,6 +100,15 @@ class ColocatedEngine:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         except Exception as error:
             raise EngineError(f"vLLM could not load the weights of {folder}: {_one_line(error)}") from error
+        self.llm.reset_prefix_cache()
+
+    def take_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the weights by these, one after the other."""
+        self._wake()
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        except Exception as error:
+            raise EngineError(f"vLLM could not take the weights: {_one_line(error)}") from error
         self.llm.reset_prefix_cache()
 
     def set_version(self, version: str) -> None:
