@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from trl.data.records import Completion, VersionSpan
-from trl.generation.vllm.engine import About, EngineError, Request
+from trl.generation.vllm.engine import About, EngineError, Request, Settings
 
 
 class LoadingEngine:
@@ -31,6 +31,9 @@ class LoadingEngine:
     def about(self) -> About:
         self._called("about")
         return About("0.32.0", "folder", None, tuple(self.adapters))
+
+    def settings(self) -> Settings:
+        return Settings()
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         self._called("generate")

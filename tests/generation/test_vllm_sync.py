@@ -171,6 +171,12 @@ def test_which_adapters_vllm_can_serve(changes, said, caplog, tmp_path):
             make_sync(policy, "adapter", max_rank=16)
 
 
+def test_an_engine_that_was_started_without_adapters_is_asked_for_none(caplog):
+    assert unserved_adapter(adapted(), max_rank=0) == "the engine takes none (--enable-lora)"
+    assert isinstance(make_sync(adapted(), max_rank=0), FolderSync)
+    assert "the engine takes none (--enable-lora)" in caplog.text
+
+
 def test_a_norm_that_is_trained_beside_the_adapter_asks_for_whole_weights():
     policy = adapted()
     policy.base_model.model.model.norm.weight.requires_grad_(True)

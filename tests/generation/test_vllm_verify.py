@@ -11,7 +11,7 @@ from tiny_models import lora, tiny_model
 from trl.generation import LocalSampler, SamplingParams
 from trl.generation.sampler import is_exact
 from trl.generation.vllm.client import ServerEngine
-from trl.generation.vllm.engine import EngineError
+from trl.generation.vllm.engine import EngineError, Settings
 from trl.generation.vllm.sampler import VLLMSampler
 from trl.generation.vllm.sync import make_sync
 from trl.generation.vllm.verify import MismatchError, Verification, apart
@@ -152,6 +152,17 @@ def test_every_kth_push_is_checked():
         silent = sampler_of(server, policy, verification(policy, every=0))
         silent.follow(0)
         assert sum(path == "/inference/v1/generate" for path, _ in server.calls) == 12
+
+
+def test_servers_say_how_they_were_started():
+    with (
+        FakeVLLM(tiny_model("llama")) as one,
+        FakeVLLM(tiny_model("llama"), dtype="torch.bfloat16", max_lora_rank=0) as other,
+    ):
+        assert ServerEngine(one.url).settings() == Settings("torch.float32", 16, (1,))
+        assert ServerEngine([one.url, other.url]).settings() == Settings(None, 0, (1, 1))
+        other.routes_for_training = False
+        assert ServerEngine(other.url).settings() == Settings()
 
 
 @pytest.mark.parametrize(
