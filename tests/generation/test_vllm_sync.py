@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+import vllm_ranks
 from loading_engine import LoadingEngine
+from process_group import on_ranks
 from safetensors.torch import load_file
 from tiny_models import lora, tiny_model
 
 from trl import AutoModelForCausalLMWithValueHead
 from trl.generation.vllm import sync
 from trl.generation.vllm.engine import EngineError
-from trl.generation.vllm.sync import ADAPTER, AdapterSync, EngineSync, FolderSync, TransferApi, make_sync
+from trl.generation.vllm.sync import ADAPTER, AdapterSync, EngineSync, FolderSync, HandSync, TransferApi, make_sync
 from trl.models.served_weights import pieces_of, unserved_adapter
 
 ROW = torch.arange(3, 20)[None]
@@ -169,6 +171,12 @@ def test_which_adapters_vllm_can_serve(changes, said, caplog, tmp_path):
         assert caplog.text.count("it gets the merged weights whole") == 1
         with pytest.raises(ValueError, match=r"vllm_weight_sync='adapter'.*leave it 'auto'"):
             make_sync(policy, "adapter", max_rank=16)
+
+
+def test_an_engine_that_was_started_without_adapters_is_asked_for_none(caplog):
+    assert unserved_adapter(adapted(), max_rank=0) == "the engine takes none (--enable-lora)"
+    assert isinstance(make_sync(adapted(), max_rank=0), FolderSync)
+    assert "the engine takes none (--enable-lora)" in caplog.text
 
 
 def test_a_norm_that_is_trained_beside_the_adapter_asks_for_whole_weights():
@@ -343,6 +351,19 @@ def test_a_transfer_that_breaks_off_is_an_error_and_is_opened_anew():
     assert engine.version == "run-0"
 
 
+def test_an_engine_in_this_process_takes_the_tensors_themselves():
+    policy = tiny_model("qwen2")
+    engine, way = LoadingEngine(policy), HandSync(policy)
+    step(policy)
+    way.push(engine, "run-0")
+    assert equal(engine.model.state_dict(), policy.state_dict())
+    assert engine.calls == ["pause wait", "set_version run-0-unfinished", "take_weights", "set_version run-0", "resume"]
+    engine.refuses["take_weights"] = "out of memory"
+    with pytest.raises(EngineError, match="out of memory"):
+        way.push(engine, "run-1")
+    assert engine.version == "run-1-unfinished"
+
+
 def test_after_a_failure_the_rest_is_still_made_for_the_other_ranks():
     made: list[str] = []
     pieces = pieces_of(tiny_model("llama"))
@@ -383,10 +404,10 @@ class OnGpu(torch.nn.Module):
     ("model", "given", "found"),
     [
         ("cpu", {"urls": ["u"]}, "folder"),
-        ("cpu", {"own_engines": True}, "folder"),
+        ("cpu", {"own_engines": True}, "memory"),
         ("gpu", {"urls": ["u"]}, "nccl"),
-        ("gpu", {"own_engines": True}, "folder"),
-        ("gpu", {"clients": [object()]}, "ipc"),
+        ("gpu", {"own_engines": True, "way": "ipc", "clients": [object()]}, "ipc"),
+        ("gpu", {"own_engines": True, "workers": [2]}, "folder"),
         ("gpu", {"urls": ["u"], "way": "ipc"}, "ipc"),
         ("gpu", {"urls": ["u"], "way": "folder"}, "folder"),
     ],
@@ -395,13 +416,15 @@ class OnGpu(torch.nn.Module):
 def test_which_way_whole_weights_go(model, given, found):
     policy = tiny_model("llama") if model == "cpu" else OnGpu()
     way = make_sync(policy, **given)
-    assert ("folder" if isinstance(way, FolderSync) else way.backend) == found
+    known = {FolderSync: "folder", HandSync: "memory"}
+    assert (known.get(type(way)) or way.backend) == found
 
 
 @pytest.mark.parametrize(
     ("way", "said"),
     [
         ("nccl", "vllm_weight_sync='nccl': the policy is on cpu.*take 'folder'"),
+        ("memory", "vllm_weight_sync='memory': a server is another process"),
         ("rdma", "vllm_weight_sync='rdma': choose among 'auto', 'adapter'"),
         ("adapter", "vllm_weight_sync='adapter': there is no adapter.*leave it 'auto'"),
     ],
@@ -415,3 +438,48 @@ def test_where_there_is_no_room_the_error_names_a_way_out(monkeypatch):
     monkeypatch.setattr(sync.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(OSError, match=r"neither /dev/shm nor .* has room for 0.0 GB.*vllm_sync_folder"):
         FolderSync(tiny_model("llama")).push(LoadingEngine(tiny_model("llama")), "run-0")
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What came of two ranks, which run once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "way").mkdir()
+    on_ranks(vllm_ranks.work, 2, str(folder / "found"))
+    return [torch.load(folder / f"found-{rank}") for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_ranks_that_hold_parts_give_whole_weights_once(ranks):
+    zero, one = ranks
+    for name in ("qwen2", "llama"):
+        same, apart = zero[name]
+        assert same
+        assert apart < 1e-6
+        assert (zero[f"calls {name} False"], one[f"calls {name} False"]) == (5, 0)  # rank 0 alone tells the engine
+    assert zero["dora"] < 2e-6
+    assert zero["adapter"] < 2e-6
+    assert max(rank["adapter again"] for rank in ranks) < 2e-6
+    assert max(rank[way] for rank in ranks for way in ("by hand", "own folder")) < 1e-6
+    assert (zero["sent"] < 1e-6, one["sent"]) == (True, 0)
+    assert zero["stamp"] == one["stamp"]
+    assert zero["left"] == one["left"] == []
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_is_an_error_of_all(ranks):
+    zero, one = ranks
+    assert zero["refused"].startswith("EngineError: out of memory; it was to load")
+    assert one["refused"].startswith("EngineError: rank 0 could not give vLLM the weights: out of memory")
+    assert zero["no folder"].startswith(("FileExistsError", "NotADirectoryError"))
+    assert one["no folder"].startswith("EngineError: rank 0 could not make a folder for the weights: ")
+    assert zero["no room"] == "OSError: No space left on device"
+    assert zero["broken"].startswith("EngineError: the transfer of weights to vLLM broke off: RuntimeError: NCCL error")
+    assert one["broken"].startswith("EngineError: rank 0 could not send the weights to vLLM: the transfer")
+    assert zero["version"] == "run-1-unfinished"
+    wrong = "vLLM does not sample by the policy's weights: th"
+    assert zero["checks"] == ["right", wrong, "gone"]
+    assert one["checks"] == ["right", wrong, "rank 0 could not ask vLLM for completions: gone"]
