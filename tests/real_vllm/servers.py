@@ -91,6 +91,13 @@ class Server:
         assert answer.status_code == 200, (path, answer.status_code, answer.text)
         return answer.json() if answer.headers.get("content-type", "").startswith("application/json") else answer.text
 
+    def begin_anew(self) -> None:
+        """Its first weights, their first stamp."""
+        self.post("/resume")
+        self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
+        self.post("/reset_prefix_cache")
+        self.post("/update_weight_version", {"new_version": "default"})
+
     def kill(self) -> None:
         """SIGKILL to all of its processes at once."""
         self._signal(signal.SIGKILL)
