@@ -68,6 +68,9 @@ class FakeVLLM:
     """answers come after up to 20 ms, drawn from it"""
     api_key: str | None = None
     routes_for_training: bool = True
+    dtype: str = "torch.float32"
+    max_lora_rank: int = 16
+    """0: started without --enable-lora"""
     faults: list[Fault] = field(default_factory=list)
     calls: list[tuple[str, Any]] = field(default_factory=list)
     """paths and bodies in the order in which they arrived"""
@@ -127,6 +130,7 @@ class FakeVLLM:
             "/version": lambda: {"version": self.release},
             "/v1/models": self._models,
             "/health": lambda: None,
+            "/server_info": self._server_info,
             "/weight_info": lambda: {"weight_version": self.version},
             "/is_paused": lambda: {"is_paused": self.paused},
         }
@@ -153,6 +157,12 @@ class FakeVLLM:
         base = {"id": self.name, "root": self.name, "parent": None, "max_model_len": self._longest()}
         adapters = [{"id": name, "root": name, "parent": self.name} for name in self.adapters]
         return {"object": "list", "data": [base, *adapters]}
+
+    def _server_info(self) -> dict[str, Any]:
+        adapters = {"max_lora_rank": self.max_lora_rank, "max_loras": 1} if self.max_lora_rank else None
+        parallel = {"world_size": 1, "data_parallel_size": 1, "tensor_parallel_size": 1}
+        config = {"model_config": {"dtype": self.dtype}, "lora_config": adapters, "parallel_config": parallel}
+        return {"vllm_config": config, "vllm_env": {}, "system_env": {}}
 
     def _longest(self) -> int | None:
         return self.max_model_len or getattr(self.first.config, "max_position_embeddings", None)
@@ -254,6 +264,8 @@ class FakeVLLM:
         from peft import PeftModel
 
         name, folder = body["lora_name"], body["lora_path"]
+        if not self.max_lora_rank:
+            raise _Refused(400, "LoRA is not enabled")
         if name in self.adapters and not body.get("load_inplace"):
             raise _Refused(400, f"The lora adapter '{name}' has already been loaded.")
         if not Path(folder, "adapter_config.json").exists():
@@ -266,7 +278,10 @@ class FakeVLLM:
         return f"Success: LoRA adapter '{name}' added successfully."
 
 
-TRAINING = ("/pause", "/resume", "/collective_rpc", "/update_weight_version", "/weight_info", "/v1/load_lora_adapter")
+TRAINING = (
+    "/server_info", "/pause", "/resume", "/collective_rpc", "/update_weight_version", "/weight_info",
+    "/v1/load_lora_adapter",
+)  # fmt: skip
 """routes that a server has only if it was started for training"""
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from trl.data.records import Completion, VersionSpan
-from trl.generation.vllm.engine import About, EngineError, Request
+from trl.generation.vllm.engine import About, EngineError, Request, Settings
 
 
 class LoadingEngine:
@@ -31,6 +31,9 @@ class LoadingEngine:
     def about(self) -> About:
         self._called("about")
         return About("0.32.0", "folder", None, tuple(self.adapters))
+
+    def settings(self) -> Settings:
+        return Settings()
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         self._called("generate")
@@ -70,6 +73,10 @@ class LoadingEngine:
             key: value for file in sorted(Path(folder).glob("*.safetensors")) for key, value in load_file(file).items()
         }
         self.model.load_state_dict(loaded)
+
+    def take_weights(self, weights: Any) -> None:
+        self._called("take_weights")
+        self.model.load_state_dict({name: tensor.clone() for name, tensor in weights})
 
     def set_version(self, version: str) -> None:
         self._called("set_version", version)

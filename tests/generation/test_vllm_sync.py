@@ -14,7 +14,7 @@ from tiny_models import lora, tiny_model
 from trl import AutoModelForCausalLMWithValueHead
 from trl.generation.vllm import sync
 from trl.generation.vllm.engine import EngineError
-from trl.generation.vllm.sync import ADAPTER, AdapterSync, EngineSync, FolderSync, TransferApi, make_sync
+from trl.generation.vllm.sync import ADAPTER, AdapterSync, EngineSync, FolderSync, HandSync, TransferApi, make_sync
 from trl.models.served_weights import pieces_of, unserved_adapter
 
 ROW = torch.arange(3, 20)[None]
@@ -169,6 +169,12 @@ def test_which_adapters_vllm_can_serve(changes, said, caplog, tmp_path):
         assert caplog.text.count("it gets the merged weights whole") == 1
         with pytest.raises(ValueError, match=r"vllm_weight_sync='adapter'.*leave it 'auto'"):
             make_sync(policy, "adapter", max_rank=16)
+
+
+def test_an_engine_that_was_started_without_adapters_is_asked_for_none(caplog):
+    assert unserved_adapter(adapted(), max_rank=0) == "the engine takes none (--enable-lora)"
+    assert isinstance(make_sync(adapted(), max_rank=0), FolderSync)
+    assert "the engine takes none (--enable-lora)" in caplog.text
 
 
 def test_a_norm_that_is_trained_beside_the_adapter_asks_for_whole_weights():
@@ -343,6 +349,19 @@ def test_a_transfer_that_breaks_off_is_an_error_and_is_opened_anew():
     assert engine.version == "run-0"
 
 
+def test_an_engine_in_this_process_takes_the_tensors_themselves():
+    policy = tiny_model("qwen2")
+    engine, way = LoadingEngine(policy), HandSync(policy)
+    step(policy)
+    way.push(engine, "run-0")
+    assert equal(engine.model.state_dict(), policy.state_dict())
+    assert engine.calls == ["pause wait", "set_version run-0-unfinished", "take_weights", "set_version run-0", "resume"]
+    engine.refuses["take_weights"] = "out of memory"
+    with pytest.raises(EngineError, match="out of memory"):
+        way.push(engine, "run-1")
+    assert engine.version == "run-1-unfinished"
+
+
 def test_after_a_failure_the_rest_is_still_made_for_the_other_ranks():
     made: list[str] = []
     pieces = pieces_of(tiny_model("llama"))
@@ -383,10 +402,10 @@ class OnGpu(torch.nn.Module):
     ("model", "given", "found"),
     [
         ("cpu", {"urls": ["u"]}, "folder"),
-        ("cpu", {"own_engines": True}, "folder"),
+        ("cpu", {"own_engines": True}, "memory"),
         ("gpu", {"urls": ["u"]}, "nccl"),
-        ("gpu", {"own_engines": True}, "folder"),
-        ("gpu", {"clients": [object()]}, "ipc"),
+        ("gpu", {"own_engines": True, "way": "ipc", "clients": [object()]}, "ipc"),
+        ("gpu", {"own_engines": True, "workers": [2]}, "folder"),
         ("gpu", {"urls": ["u"], "way": "ipc"}, "ipc"),
         ("gpu", {"urls": ["u"], "way": "folder"}, "folder"),
     ],
@@ -395,13 +414,15 @@ class OnGpu(torch.nn.Module):
 def test_which_way_whole_weights_go(model, given, found):
     policy = tiny_model("llama") if model == "cpu" else OnGpu()
     way = make_sync(policy, **given)
-    assert ("folder" if isinstance(way, FolderSync) else way.backend) == found
+    known = {FolderSync: "folder", HandSync: "memory"}
+    assert (known.get(type(way)) or way.backend) == found
 
 
 @pytest.mark.parametrize(
     ("way", "said"),
     [
         ("nccl", "vllm_weight_sync='nccl': the policy is on cpu.*take 'folder'"),
+        ("memory", "vllm_weight_sync='memory': a server is another process"),
         ("rdma", "vllm_weight_sync='rdma': choose among 'auto', 'adapter'"),
         ("adapter", "vllm_weight_sync='adapter': there is no adapter.*leave it 'auto'"),
     ],

@@ -221,6 +221,8 @@ def unserved_adapter(model: nn.Module, max_rank: int | None = None) -> str | Non
     if isinstance(config.init_lora_weights, str) and BASE_INITS.match(config.init_lora_weights):
         return f"init_lora_weights={config.init_lora_weights!r} has changed the base"
     rank = max([config.r, *config.rank_pattern.values()])
+    if max_rank == 0:
+        return "the engine takes none (--enable-lora)"
     if max_rank is not None and rank > max_rank:
         return f"its rank {rank} is above the engine's {max_rank} (--max-lora-rank)"
     trained = [name for name, weight in below_peft(model).named_parameters() if weight.requires_grad]

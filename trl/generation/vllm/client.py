@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from trl.data.records import Completion, VersionSpan
-from trl.generation.vllm.engine import About, EngineError, Request
+from trl.generation.vllm.engine import About, EngineError, Request, Settings
 from trl.import_utils import is_installed, pip_install
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,19 @@ class ServerEngine:
                 )
         shared = [name for name in found[0].adapters if all(name in one.adapters for one in found)]
         return About(found[0].release, found[0].model, found[0].max_model_len, tuple(shared))
+
+    def settings(self) -> Settings:
+        """How the servers were started; what one does not say is not known."""
+        try:
+            found = self._each(lambda url: self._ask(url, "/server_info?config_format=json", read=_settings))
+        except EngineError:
+            return Settings()
+        ranks = [one.max_lora_rank for one in found]
+        return Settings(
+            found[0].dtype if len({one.dtype for one in found}) == 1 else None,
+            None if None in ranks else min(rank for rank in ranks if rank is not None),
+            tuple(number for one in found for number in one.workers),
+        )
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """The completions of each request, in their order, whatever order they arrive in."""
@@ -267,6 +280,13 @@ def _client(urls: Sequence[str], timeout: float, at_once: int, api_key: str | No
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         trust_env=not all(map(is_loopback, urls)),  # no proxy stands between a machine and itself
     )
+
+
+def _settings(answer: Any) -> Settings:
+    config = answer["vllm_config"]
+    adapters, parallel = config.get("lora_config"), config["parallel_config"]
+    workers = parallel["world_size"] * parallel.get("data_parallel_size", 1)
+    return Settings(str(config["model_config"]["dtype"]), adapters["max_lora_rank"] if adapters else 0, (workers,))
 
 
 # -- answers ---------------------------------------------------------------------------------------

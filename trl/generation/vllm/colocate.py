@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from trl.data.records import Completion, VersionSpan
-from trl.generation.vllm.engine import About, EngineError, Request
+from trl.generation.vllm.engine import About, EngineError, Request, Settings
 from trl.import_utils import is_vllm_available, pip_install
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,14 @@ class ColocatedEngine:
     def about(self) -> About:
         config = self.llm.llm_engine.model_config
         return About(str(self.vllm.__version__), str(config.model), config.max_model_len, tuple(self._adapters))
+
+    def settings(self) -> Settings:
+        config = getattr(self.llm.llm_engine, "vllm_config", None)
+        if config is None:
+            return Settings()
+        adapters = getattr(config, "lora_config", None)
+        rank = 0 if adapters is None else int(adapters.max_lora_rank)
+        return Settings(str(config.model_config.dtype), rank, (int(config.parallel_config.world_size),))
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         adapters = [None if each.adapter is None else self._adapter(each.adapter) for each in requests]
@@ -98,6 +108,15 @@ class ColocatedEngine:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         except Exception as error:
             raise EngineError(f"vLLM could not load the weights of {folder}: {_one_line(error)}") from error
+        self.llm.reset_prefix_cache()
+
+    def take_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the weights by these, one after the other."""
+        self._wake()
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        except Exception as error:
+            raise EngineError(f"vLLM could not take the weights: {_one_line(error)}") from error
         self.llm.reset_prefix_cache()
 
     def set_version(self, version: str) -> None:

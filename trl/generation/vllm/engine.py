@@ -33,11 +33,27 @@ class About:
     """names of loaded adapters"""
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How an engine was started, as far as it says so."""
+
+    dtype: str | None = None
+    """in which it computes, such as "torch.float32\""""
+    max_lora_rank: int | None = None
+    """of adapters; 0: it takes none"""
+    workers: tuple[int, ...] = ()
+    """processes of each server"""
+
+
 class Engine(Protocol):
     """Samples tokens from tokens, scores tokens, takes weights. Every verb raises `EngineError` where it fails."""
 
     def about(self) -> About:
         """Who answers; asked at the start and after each failure."""
+        ...
+
+    def settings(self) -> Settings:
+        """How it was started; asked once."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:

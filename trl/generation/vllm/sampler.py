@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from trl.data.records import Completion
 from trl.generation.rows import make_rows
-from trl.generation.sampler import SamplingParams
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.generation.vllm.engine import About, Engine, EngineError, Request, WeightSync
+from trl.generation.vllm.verify import MismatchError, Verification
 from trl.models.prepare import context_length, embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,13 @@ class VLLMSampler:
 
     sync: makes the engine's weights those of the policy; None: they stay as they are. model: the policy, whose end
     tokens, context and vocabulary count, beside the tokenizer's end token. stamp: distinguishes the weights of this run
-    from those of other runs. further: more of vLLM's sampling parameters, such as structured_outputs.
+    from those of other runs. further: more of vLLM's sampling parameters, such as structured_outputs. verify: asked
+    after each push of weights. otherwise: makes the sampler that goes on where that finds other weights than the
+    policy's; None: the error is raised.
     """
 
     exact = False
+    """whether it computes with the policy's own weights and code: once `otherwise` has been asked"""
 
     def __init__(
         self,
@@ -46,8 +50,12 @@ class VLLMSampler:
         model: Any = None,
         stamp: str = "policy",
         further: dict[str, Any] | None = None,
+        verify: Verification | None = None,
+        otherwise: Callable[[], Sampler] | None = None,
     ) -> None:
         self.engine, self.sync, self.tokenizer = engine, sync, tokenizer
+        self.verify, self.otherwise = verify, otherwise
+        self._instead: Sampler | None = None
         self.ends = end_tokens(model, tokenizer)
         self.vocabulary, self.stamp, self.further = embedding_rows(model), stamp, dict(further or {})
         self.about = engine.about()
@@ -64,13 +72,27 @@ class VLLMSampler:
 
     def follow(self, version: int) -> None:
         """Give the engine the policy's weights of now, which bear this number; nothing where it has them."""
-        if self.sync is None or self.version == version:
+        if self.sync is None or self.version == version or self._instead is not None:
             return
         self.sync.push(self.engine, f"{self.stamp}-{version}")
         self.version = version
+        if self.verify is None:
+            return
+        try:
+            self.verify(self.engine, f"{self.stamp}-{version}", self.sync.adapter)
+        except MismatchError as error:
+            if self.otherwise is None:
+                self.version = None
+                raise
+            logger.warning("%s. The local sampler goes on.", error)
+            self._instead, self.exact = self.otherwise(), True
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""
+        if self._instead is not None:
+            return self._instead.sample(prompts, params, n)
+        if self.verify is not None:
+            self.verify.saw(prompts)
         requests, places = self._requests(prompts, params, n)
         answers = self._asked(requests)
         groups: list[list[Completion]] = [[] for _ in prompts]

@@ -56,7 +56,7 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
-def _all(value: T) -> list[T]:
+def on_all(value: T) -> list[T]:
     """What each rank says. Collective."""
     _, world = _place()
     found: list[Any] = [value] * world
@@ -73,7 +73,7 @@ def as_one(doing: str) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    found = _all(None if error is None else " ".join(str(error).split()) or type(error).__name__)
+    found = on_all(None if error is None else " ".join(str(error).split()) or type(error).__name__)
     if error is not None:
         raise error
     rank = next((rank for rank, text in enumerate(found) if text is not None), None)
@@ -81,9 +81,19 @@ def as_one(doing: str) -> Iterator[None]:
         raise EngineError(f"rank {rank} could not {doing}: {found[rank]}")
 
 
+def everywhere(doing: str, make: Callable[[], T], *, each: bool = False) -> T:
+    """What the first rank makes, on all ranks; each: what each rank makes. An error is one of all. Collective."""
+    made: T | None = None
+    with as_one(doing):
+        if each or _place()[0] == 0:
+            made = make()
+    found: Any = made if each else on_all(made)[0]
+    return found  # type: ignore[no-any-return]
+
+
 def new_stamp() -> str:
     """The beginning of the stamps of a run's weights, which no other run has. Collective."""
-    return _all(f"policy-{secrets.token_hex(4)}")[0]
+    return on_all(f"policy-{secrets.token_hex(4)}")[0]
 
 
 # -- what all ways share -------------------------------------------------------------------------
@@ -219,7 +229,7 @@ class AdapterSync:
         before, self._newest = self._newest, self._written()
         refused = self._told(engine, version)
         self._folders.remove(before)
-        said = next((text for text in _all(refused) if text is not None), None)
+        said = next((text for text in on_all(refused) if text is not None), None)
         if said is None:
             self._loaded = True
             return
@@ -419,7 +429,7 @@ def _for_all(folders: _Folders, size: int, own_engines: bool) -> Path:
             made = folders.new(size)
     rank, _ = _place()
     machine = rank - _local_rank() if own_engines else 0
-    return next(folder for key, folder in _all((machine, made)) if key == machine and folder is not None)
+    return next(folder for key, folder in on_all((machine, made)) if key == machine and folder is not None)
 
 
 def _is_shared_out(model: nn.Module) -> bool:
@@ -612,9 +622,37 @@ def own_address(url: str) -> str:
             return "127.0.0.1"
 
 
+class HandSync:
+    """Whole weights handed to the engines that ranks have in their processes, one tensor after the other."""
+
+    adapter = None
+
+    def __init__(self, model: nn.Module, *, mode: str = "wait") -> None:
+        self.model, self.mode = model, mode
+
+    def push(self, engine: Engine, version: str) -> None:
+        take = getattr(engine, "take_weights", None)
+        if take is None:
+            raise EngineError(
+                f"{type(engine).__name__} takes no tensors: send the weights by vllm_weight_sync='folder'"
+            )
+        device = next(self.model.parameters()).device
+        source = PieceSource(lambda: pieces_of(self.model), lambda *meta: meta, device)
+        source.begin()
+        with as_one("hand vLLM the weights"):
+            try:
+                _replace(engine, version, self.mode, lambda: take(iter(source)))
+            except Exception:
+                source.drain()
+                raise
+
+    def again(self, engine: Engine, version: str) -> None:
+        raise EngineError(f"the engine in this process has lost the weights {version!r}; resume the run")
+
+
 # -- the choice -----------------------------------------------------------------------------------
 
-WAYS = ("auto", "adapter", "nccl", "ipc", "folder")
+WAYS = ("auto", "adapter", "nccl", "ipc", "memory", "folder")
 
 
 def make_sync(
@@ -633,15 +671,18 @@ def make_sync(
     """How the weights of `model` reach the engine. ValueError for a way that cannot be gone.
 
     way: auto: an adapter where that is what is trained and vLLM can serve it; else whole weights: over NCCL from a GPU
-    to a server, over IPC to an engine on the same GPU, in a folder from a CPU. urls: of servers. max_rank, workers:
-    what the engines say of themselves. own_engines: each rank has one in its process. clients: see `EngineSync`.
+    to a server, in a folder from a CPU, by hand to an engine of one process in this one. urls: of servers. max_rank,
+    workers: what the engines say of themselves. own_engines: each rank has one in its process. clients: see
+    `EngineSync`.
     """
     if way not in WAYS:
         raise ValueError(f"vllm_weight_sync={way!r}: choose among {', '.join(map(repr, WAYS))}")
     why = unserved_adapter(model, max_rank)
 
     def whole_weights() -> WeightSync:
-        found = _whole_way(model, way, urls, clients)
+        found = _whole_way(model, way, urls, workers, own_engines)
+        if found == "memory":
+            return HandSync(model, mode=mode)
         if found == "folder":
             return FolderSync(model, folder, own_engines=own_engines, mode=mode)
         return EngineSync(model, urls, found, group_port=group_port, workers=workers, mode=mode, clients=clients)
@@ -659,18 +700,17 @@ def make_sync(
     return whole_weights()
 
 
-def _whole_way(model: nn.Module, way: str, urls: Sequence[str], clients: Sequence[Any]) -> str:
+def _whole_way(model: nn.Module, way: str, urls: Sequence[str], workers: Sequence[int], own_engines: bool) -> str:
     kind = next(model.parameters()).device.type
-    on_gpu = kind == "cuda"
-    if way in ("nccl", "ipc"):
-        if not on_gpu:
-            raise ValueError(
-                f"vllm_weight_sync={way!r}: the policy is on {kind}, and vLLM transfers weights from GPUs only; take "
-                "'folder'"
-            )
+    if way in ("nccl", "ipc") and kind != "cuda":
+        raise ValueError(
+            f"vllm_weight_sync={way!r}: the policy is on {kind}, and vLLM transfers weights from GPUs only; take "
+            "'folder'"
+        )
+    if way == "memory" and not own_engines:
+        raise ValueError("vllm_weight_sync='memory': a server is another process; take 'folder', or 'nccl' from a GPU")
+    if way not in ("auto", "adapter"):
         return way
-    if way == "folder" or not on_gpu:
-        return "folder"
-    if urls:
-        return "nccl"
-    return "ipc" if clients else "folder"
+    if own_engines:
+        return "memory" if max(workers, default=1) == 1 else "folder"
+    return "nccl" if urls and kind == "cuda" else "folder"
