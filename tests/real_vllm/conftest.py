@@ -34,6 +34,15 @@ def server(servers: dict[str, Any]) -> Any:
     return servers["untied"]
 
 
+@pytest.fixture
+def tied(servers: dict[str, Any]) -> Any:
+    """The one whose model's head is its embeddings; started again where a test has killed it."""
+    server = servers["tied"]
+    if server.process.poll() is not None:
+        server.start().wait()
+    return server
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """The end of the servers' logs stands below a failure."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 
 import httpx2
 import torch
-from tokenizers_for_tests import word_tokenizer
+from tokenizers_for_tests import WORDS, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 READY = 420.0
@@ -35,15 +36,37 @@ def tiny_llama(tied: bool = False, seed: int = 0, **more: Any) -> LlamaForCausal
     torch.manual_seed(seed)
     shape: dict[str, Any] = {
         "vocab_size": 100, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.15,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.1,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": tied,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**shape, **more})).eval()
 
 
-def save(model: Any, folder: Path, tokenizer: Any = None) -> Path:
+def tokenizer() -> Any:
+    """Words, among them a call of a tool, its answer, and the end of an episode: a token each."""
+    return word_tokenizer((*WORDS, CALL, ANSWER, "<submit>"))
+
+
+CALL, ANSWER = "<request><double>two<call>", "four<response>"
+
+
+def saying(*words: str) -> LlamaForCausalLM:
+    """A model that says these words, each behind the one before it, whatever else there is."""
+    model, names = tiny_llama(), tokenizer()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(100, 128))
+        model.lm_head.weight.zero_()
+        for word, following in itertools.pairwise(names.convert_tokens_to_ids(list(words))):
+            model.lm_head.weight[following, word] = 3.0
+    return model
+
+
+def save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
-    (word_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 
