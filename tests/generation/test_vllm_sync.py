@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+import vllm_ranks
 from loading_engine import LoadingEngine
+from process_group import on_ranks
 from safetensors.torch import load_file
 from tiny_models import lora, tiny_model
 
@@ -436,3 +438,48 @@ def test_where_there_is_no_room_the_error_names_a_way_out(monkeypatch):
     monkeypatch.setattr(sync.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(OSError, match=r"neither /dev/shm nor .* has room for 0.0 GB.*vllm_sync_folder"):
         FolderSync(tiny_model("llama")).push(LoadingEngine(tiny_model("llama")), "run-0")
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What came of two ranks, which run once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "way").mkdir()
+    on_ranks(vllm_ranks.work, 2, str(folder / "found"))
+    return [torch.load(folder / f"found-{rank}") for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_ranks_that_hold_parts_give_whole_weights_once(ranks):
+    zero, one = ranks
+    for name in ("qwen2", "llama"):
+        same, apart = zero[name]
+        assert same
+        assert apart < 1e-6
+        assert (zero[f"calls {name} False"], one[f"calls {name} False"]) == (5, 0)  # rank 0 alone tells the engine
+    assert zero["dora"] < 2e-6
+    assert zero["adapter"] < 2e-6
+    assert max(rank["adapter again"] for rank in ranks) < 2e-6
+    assert max(rank[way] for rank in ranks for way in ("by hand", "own folder")) < 1e-6
+    assert (zero["sent"] < 1e-6, one["sent"]) == (True, 0)
+    assert zero["stamp"] == one["stamp"]
+    assert zero["left"] == one["left"] == []
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_is_an_error_of_all(ranks):
+    zero, one = ranks
+    assert zero["refused"].startswith("EngineError: out of memory; it was to load")
+    assert one["refused"].startswith("EngineError: rank 0 could not give vLLM the weights: out of memory")
+    assert zero["no folder"].startswith(("FileExistsError", "NotADirectoryError"))
+    assert one["no folder"].startswith("EngineError: rank 0 could not make a folder for the weights: ")
+    assert zero["no room"] == "OSError: No space left on device"
+    assert zero["broken"].startswith("EngineError: the transfer of weights to vLLM broke off: RuntimeError: NCCL error")
+    assert one["broken"].startswith("EngineError: rank 0 could not send the weights to vLLM: the transfer")
+    assert zero["version"] == "run-1-unfinished"
+    wrong = "vLLM does not sample by the policy's weights: th"
+    assert zero["checks"] == ["right", wrong, "gone"]
+    assert one["checks"] == ["right", wrong, "rank 0 could not ask vLLM for completions: gone"]
