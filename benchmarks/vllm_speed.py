@@ -71,7 +71,7 @@ def server(folder: str, dtype: str) -> Any:
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={folder}", "--host=127.0.0.1",
         f"--port={port}", f"--dtype={dtype}", "--max-model-len=512", f"--max-num-seqs={PROMPTS * COPIES}",
-        "--enable-scale-out", "--logprobs-mode=processed_logprobs",
+        "--enable-scale-out", "--no-enable-chunked-prefill", "--logprobs-mode=processed_logprobs",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=sys.stderr)
     engine = ServerEngine(f"http://127.0.0.1:{port}", wait=600.0)

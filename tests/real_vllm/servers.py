@@ -27,7 +27,8 @@ SETTINGS = {
 }  # fmt: skip
 FLAGS = (
     "--dtype=float32", "--max-model-len=256", "--max-num-seqs=64", "--enforce-eager", "--enable-scale-out",
-    "--logprobs-mode=processed_logprobs", "--max-logprobs=-1", "--enable-lora", "--max-lora-rank=8",
+    "--no-enable-chunked-prefill", "--logprobs-mode=processed_logprobs", "--max-logprobs=-1", "--enable-lora",
+    "--max-lora-rank=8",
 )  # fmt: skip
 
 

@@ -129,6 +129,13 @@ def test_a_row_does_not_depend_on_the_others(sampler):
     assert twice[0][0].ids != twice[1][0].ids  # the second copy of one prompt
 
 
+def test_many_long_prompts_at_once(sampler):
+    """More tokens than vLLM reads in a step; on a CPU it ends where it reads a prompt in parts."""
+    rows = [[4 + (7 * row + place) % 90 for place in range(240)] for row in range(64)]
+    groups = sampler.sample(rows, SamplingParams(4, seed=3, stop_token_ids=()), n=2)
+    assert {len(made.ids) for group in groups for made in group} == {4}
+
+
 def test_end_tokens_and_stop_strings_end_a_row_and_belong_to_it(sampler):
     free = [made.ids for made in sampler.sample([[4, 5]], SamplingParams(40, seed=5, stop_token_ids=()), n=4)[0]]
     ends = {ids[9] for ids in free}
