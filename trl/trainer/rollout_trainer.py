@@ -1073,8 +1073,9 @@ class RolloutTrainer(ObjectiveTrainer):
             tokens = rows * (prompt + answer)
         budget = unasked_budget(config.device, config.world_size, mostly_scored=True) if self.may_cut() else None
         tokens = tokens if budget is None else min(tokens, max(budget, one))
-        local = isinstance(self.sampler, LocalSampler)
-        most = config.sampling_max_rows or (self.sampler.max_rows if local else None) or MOST_ROWS
+        most = config.sampling_max_rows or MOST_ROWS
+        if isinstance(self.sampler, LocalSampler) and config.sampling_max_rows is None:
+            most = self.sampler.max_rows or MOST_ROWS
         return Load(tokens, one, rows * answer, min(most, shape.rows), answer + -(-prompt // shape.num_generations))
 
     def may_cut(self) -> bool:
