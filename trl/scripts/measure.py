@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,7 @@ def _of_answers(opened: Opened, held: Held) -> list[Measure]:
     from trl.trainer.sft_trainer import SFTConfig, SFTTrainer
 
     talks = held.kind == "conversation"
-    rows = _tokenised(opened, held, SFTTrainer, SFTConfig, assistant_only_loss=talks)
+    rows = _tokenised(opened, held, SFTTrainer.row_job, SFTConfig, assistant_only_loss=talks)
     totals, right, counts = (np.full(len(held), np.nan) for _ in range(3))
     counts[:] = 0
     trees = {place: sequence_trees([columns])[0] for place, columns in rows.items()}
@@ -121,8 +121,10 @@ def _of_pairs(opened: Opened, held: Held) -> list[Measure]:
     writes = opened.found.kind == LANGUAGE_MODEL
     if not writes and opened.found.kind != "reward model":
         raise ValueError(f"{opened.found.name}: it is a {opened.found.kind}, of which pairs say nothing")
-    trainer, config = (DPOTrainer, DPOConfig) if writes else (RewardTrainer, RewardConfig)
-    rows = _tokenised(opened, held, trainer, config)
+    if writes:
+        rows = _tokenised(opened, held, DPOTrainer.row_job, DPOConfig)
+    else:
+        rows = _tokenised(opened, held, RewardTrainer.row_job, RewardConfig)
     margins, ones = np.full(len(held), np.nan), np.ones(len(held))
     trees = {place: pair_tree(columns) for place, columns in rows.items()}
     for places, packed in _batches(opened.model, trees):
@@ -135,13 +137,15 @@ def _of_pairs(opened: Opened, held: Held) -> list[Measure]:
     return [Measure("pair accuracy", ahead, ones), Measure("margin", margins, ones)]
 
 
-def _tokenised(opened: Opened, held: Held, trainer: Any, config: Any, **settings: Any) -> dict[int, Mapping[str, Any]]:
-    """The rows as a trainer learns them, by their places; those of which it learns nothing are left out."""
+def _tokenised(
+    opened: Opened, held: Held, row_job: Callable[..., Any], config: Any, **settings: Any
+) -> dict[int, Mapping[str, Any]]:
+    """The rows as the trainer of a `row_job` learns them, by their places; those of which it learns nothing are left out."""
     from trl.data.tokenize import noted
 
     with tempfile.TemporaryDirectory(prefix="trl-") as folder:
         made = config(output_dir=folder, report_to="none", max_length=None, **settings)
-    job = trainer.row_job(opened.tokenizer, made, opened.model)
+    job = row_job(opened.tokenizer, made, opened.model)
     notes = list(noted(held.dataset, job, name="given").notes)
     kept: dict[int, Mapping[str, Any]] = {note.index: note.columns for note in notes if not note.left_out}
     if len(kept) < len(notes):
