@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trl.data.records import Completion
-from trl.generation.captured import CapturedEngine, half_weights
+from trl.generation.captured import CapturedEngine, as_steps_need
 from trl.generation.engine import Engine
 from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
@@ -57,6 +57,8 @@ class LocalSampler:
     have got tokens; a row's `ids` are what it has so far, and its `finish_reason` is empty while it runs.
     """
 
+    exact = True
+
     def __init__(
         self,
         model: Any,
@@ -89,7 +91,7 @@ class LocalSampler:
         weights = packed_weights(self.model) if packs else nullcontext()
         with eval_no_grad(self.model), cached_attention(self.model):
             if self.captured:
-                with half_weights(self.model, device):
+                with as_steps_need(self.model, device):
                     CapturedEngine(
                         self.model, stepper, device, max_rows=self.max_rows, max_prefill_tokens=self.max_prefill_tokens
                     ).run(groups)

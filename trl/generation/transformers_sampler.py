@@ -22,6 +22,7 @@ from trl.generation.probe import generates
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.kernels.layers import uncompiled
 from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length
 from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt, own_pace, reads_rows
@@ -33,6 +34,8 @@ class TransformersSampler:
     Completions of encoder-decoders leave out the decoder's start tokens.
     max_rows: completions in a call of `generate`. on_tokens: as for `LocalSampler`.
     """
+
+    exact = True
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class TransformersSampler:
         ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device, self.on_tokens)
         by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
-        with eval_no_grad(self.model), _PlainConfig(base):
+        with eval_no_grad(self.model), uncompiled(self.model), _PlainConfig(base):
             for rows in self._batches(by_length, context):
                 self._generate(rows, stepper, encodes, device)
         return [[row.completion() for row in group] for group in groups]

@@ -140,7 +140,7 @@ def _of_pairs(opened: Opened, held: Held) -> list[Measure]:
 def _tokenised(
     opened: Opened, held: Held, row_job: Callable[..., Any], config: Any, **settings: Any
 ) -> dict[int, Mapping[str, Any]]:
-    """The rows as the trainer of a `row_job` learns them, by their places; those of which it learns nothing are left out."""
+    """The rows as a trainer learns them, by their places; those of which it learns nothing are left out."""
     from trl.data.tokenize import noted
 
     with tempfile.TemporaryDirectory(prefix="trl-") as folder:
