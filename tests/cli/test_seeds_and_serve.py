@@ -136,8 +136,8 @@ def test_a_seed_that_fails_ends_the_line_and_what_is_there_is_reported(base, mon
 SERVER = """#!{python}
 import json, os, signal, sys, time
 place = sys.argv[2]
-found = {{"words": sys.argv[1:], "files": sorted(os.listdir(place))}}
-open("seen.json", "w").write(json.dumps(found))
+found = {{"words": sys.argv[1:], "files": sorted(os.listdir(place)), "place": os.path.abspath(place)}}
+open({seen!r}, "w").write(json.dumps(found))
 if "--wait" in sys.argv:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
     open("ready", "w").write("")
@@ -152,7 +152,7 @@ def server(base, monkeypatch):
     for name in ("vllm", "transformers"):
         path = base / "bin" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(SERVER.format(python=sys.executable))
+        path.write_text(SERVER.format(python=sys.executable, seen=str(base / "seen.json")))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(serve, "program", lambda engine: str(base / "bin" / engine))
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
@@ -182,7 +182,9 @@ def test_an_adapter_is_merged_for_as_long_as_it_is_served(server, capsys):
     seen = json.loads((server / "seen.json").read_text())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(seen["files"])
     assert "adapter_config.json" not in seen["files"]
-    assert not Path(seen["words"][1]).exists()
+    assert seen["words"][:2] == ["serve", "run"]  # the name that clients ask for
+    assert Path(seen["place"]).parent.name.startswith("trl-serve-")
+    assert not Path(seen["place"]).exists()
     assert "run is an adapter: it is merged into base for the server" in capsys.readouterr().err
     assert run(["serve", "run", "--engine", "transformers", "--print"]) == 0
     assert capsys.readouterr().out.splitlines() == [

@@ -55,14 +55,15 @@ def command(
         print(shlex.join(line_of(chosen, place, name, host, port, more or ())))
         return 0
     check_port(host, port)
-    with quiet(), whole_model(found) as place:
+    with quiet(), whole_model(found, name) as (place, folder):
         words = line_of(chosen, place, name, host, port, more or ())
-        print(f"running: {shlex.join(words)}")
-        print(f"it answers at http://{host}:{port}/v1/chat/completions when it is ready; Ctrl-C ends it")
+        print(f"running{'' if folder is None else f' in {folder}'}: {shlex.join(words)}")
+        asked = name if chosen == "vllm" else place
+        print(f"it answers at http://{host}:{port}/v1/chat/completions for the model {asked!r}; Ctrl-C ends it")
         if host not in LOOPBACK:
             say(f"--host {host}: whoever reaches this machine can use the model, without a password")
         sys.stdout.flush()
-        return run_program([program(chosen), *words[1:]])
+        return run_program([program(chosen), *words[1:]], folder)
 
 
 def engine_of(asked: str) -> str:
@@ -108,23 +109,26 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextmanager
-def whole_model(found: Found) -> Iterator[str]:
-    """The folder or name of a whole model; an adapter is merged into a folder that goes afterwards."""
+def whole_model(found: Found, name: str) -> Iterator[tuple[str, str | None]]:
+    """The folder or name of a whole model, and the folder to start the server in; None: where we are.
+
+    An adapter is merged into a folder that goes afterwards. The server is started beside it: transformers' answers for
+    no other name than that of the folder it was started with.
+    """
     if found.adapter is None:
-        yield found.place
+        yield found.place, None
         return
     from trl.scripts.merge import merge, mergeable
 
     with tempfile.TemporaryDirectory(prefix="trl-serve-") as folder:
-        place = Path(folder) / "merged"
         say(f"{found.name} is an adapter: it is merged into {found.base} for the server")
-        merge(mergeable(found.name), place)
-        yield str(place)
+        merge(mergeable(found.name), Path(folder) / name)
+        yield name, folder
 
 
-def run_program(words: Sequence[str]) -> int:
+def run_program(words: Sequence[str], folder: str | None = None) -> int:
     """Run the server until it ends; SIGTERM is passed on, and Ctrl-C reaches it by itself."""
-    child = subprocess.Popen(list(words), env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    child = subprocess.Popen(list(words), env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}, cwd=folder)
 
     def pass_on(number: int, frame: Any) -> None:
         child.send_signal(number)
