@@ -57,9 +57,9 @@ def pushes(server):
 
 
 def bodies(server):
-    """Of the requests for completions, without the probes at the start."""
+    """Of the requests for completions, without the probes at the start and after each push of weights."""
     asked = [body for path, body in server.calls if path.startswith("/inference")]
-    return [body for body in asked if "seed" in body["sampling_params"] and len(body["token_ids"]) > 1]
+    return [body for body in asked if "min_tokens" in body["sampling_params"] and len(body["token_ids"]) > 1]
 
 
 # --- trainers ---------------------------------------------------------------------------------------
@@ -336,7 +336,10 @@ class FakeLLM:
         )  # fmt: skip
 
     def collective_rpc(self, method, kwargs):
-        self.server._rpc({"method": method, "kwargs": kwargs})
+        if "weights_iterator" in kwargs:
+            self.server.model.load_state_dict({name: each.clone() for name, each in kwargs["weights_iterator"]})
+        else:
+            self.server._rpc({"method": method, "kwargs": kwargs})
         self.calls.append("reload")
 
     def update_weight_version(self, version):
@@ -382,6 +385,7 @@ def test_settings_of_an_engine_in_this_process_reach_it(vllm, tmp_path):
 def test_an_adapter_in_this_process(vllm, tmp_path):
     trainer = build("rloo", tmp_path, lora=True, max_steps=1, use_vllm=True)
     (llm,) = vllm.made
+    llm.server.model = causal_lm()
     assert (llm.settings["enable_lora"], llm.settings["max_lora_rank"]) == (True, 8)
     assert llm.settings["dtype"] == "float32"
     trainer.train()
@@ -455,7 +459,8 @@ def test_a_shorter_context_is_said(server, caplog):
 
 
 def saving(server, **settings):
-    return by(server, num_iterations=1, max_steps=4, save_strategy="steps", save_steps=100, **settings)
+    given = {"num_iterations": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 100}
+    return by(server, vllm_verify_every=0, **given, **settings)
 
 
 def test_a_server_that_dies_leaves_a_checkpoint(server, tmp_path):
@@ -496,7 +501,7 @@ def test_a_server_that_dies_in_an_evaluation(server, tmp_path):
 
 
 def test_without_checkpoints_the_error_says_so(server, tmp_path):
-    trainer = build("rloo", tmp_path, **by(server, num_iterations=1, max_steps=3))
+    trainer = build("rloo", tmp_path, **by(server, num_iterations=1, max_steps=3, vllm_verify_every=0))
     server.faults.append(Fault("oom", after=2, times=10))
     with pytest.raises(EngineError, match=r"step 2: .*; save_strategy='no' keeps no checkpoint"):
         trainer.train()
@@ -504,7 +509,7 @@ def test_without_checkpoints_the_error_says_so(server, tmp_path):
 
 def test_ppo_leaves_a_checkpoint(server, tmp_path):
     trainer = ppo(tmp_path, lambda model: of(server, model))
-    server.faults.append(Fault("oom", after=4, times=10))
+    server.faults.append(Fault("oom", after=8, times=10))
     with pytest.raises(EngineError, match=r"step 2: .* is out of memory .*; checkpoint-1 is saved: go on with train"):
         trainer.train()
     server.faults.clear()

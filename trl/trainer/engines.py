@@ -6,17 +6,19 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from trl.generation.sampler import SamplingParams
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.vllm.client import ServerEngine
 from trl.generation.vllm.colocate import ColocatedEngine
 from trl.generation.vllm.engine import Engine, EngineError
 from trl.generation.vllm.sampler import VLLMSampler
 from trl.generation.vllm.sync import make_sync, new_stamp
+from trl.generation.vllm.verify import Verification
 from trl.models.prepare import context_length, embedding_rows
 from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder
 
@@ -30,20 +32,35 @@ SHAPE = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num
 """what two configs of one network have in common"""
 
 
-def engine_sampler(config: RolloutConfig, model: nn.Module, tokenizer: Any) -> VLLMSampler:
-    """The sampler of a config with `use_vllm=True`; EngineError where nobody answers, or another model does."""
+def engine_sampler(
+    config: RolloutConfig, model: nn.Module, tokenizer: Any, local: Callable[[], Sampler]
+) -> VLLMSampler:
+    """The sampler of a config with `use_vllm=True`; EngineError where nobody answers, or another model does.
+
+    local: makes the sampler that goes on where the engine does not take the weights, if the config asks for that.
+    """
     if is_encoder_decoder(model):
         raise ValueError("use_vllm=True: an encoder-decoder is sampled here, by its own `generate`; leave it out")
     colocated = config.vllm_mode == "colocate"
     engine = _colocated(config, model, tokenizer) if colocated else _server(config)
+    started = engine.settings()
     sync = make_sync(
         model, config.vllm_weight_sync, urls=engine.urls, folder=config.vllm_sync_folder,
+        max_rank=started.max_lora_rank, workers=started.workers,
         group_port=config.vllm_group_port, own_engines=colocated,
         clients=[engine] if isinstance(engine, ColocatedEngine) else (),
     )  # fmt: skip
+    verify = Verification.of(
+        model, embedding_rows(model), every=config.vllm_verify_every, tolerance=config.vllm_verify_tolerance,
+        dtype=started.dtype, own_engines=colocated,
+    )  # fmt: skip
+    otherwise = local if config.vllm_on_mismatch == "local" else None
     pattern = config.vllm_structured_outputs_regex
     further = {} if pattern is None else {"structured_outputs": {"regex": pattern}}
-    sampler = VLLMSampler(engine, sync, tokenizer, model=model, stamp=new_stamp(), further=further)
+    sampler = VLLMSampler(
+        engine, sync, tokenizer, model=model, stamp=new_stamp(), further=further,
+        verify=verify, otherwise=otherwise,
+    )  # fmt: skip
     check_served(sampler, model, tokenizer)
     if not config.process_index:
         about = sampler.about

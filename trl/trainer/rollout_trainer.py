@@ -94,7 +94,10 @@ SAMPLING_FIELDS = {
     "min_p": "min_p", "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
 """keywords of `generate` that are fields of the config"""
-ENGINE = ("vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_structured_outputs_regex")
+ENGINE = (
+    "vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_verify_every", "vllm_verify_tolerance",
+    "vllm_on_mismatch", "vllm_structured_outputs_regex",
+)  # fmt: skip
 """settings of vLLM, wherever it runs"""
 SERVER = (
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_request_timeout",
@@ -198,10 +201,17 @@ class RolloutConfig(PostTrainingConfig):
     vllm_request_timeout: float = field(default=1200.0)
     """seconds for one answer of the server, after which it is asked again"""
     vllm_weight_sync: str = field(default="auto")
-    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, folder; auto: an adapter where that is all that is trained,
-    else whole weights: nccl from a GPU to a server, ipc on the same GPU, a folder from a CPU"""
+    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, memory, folder; auto: an adapter where that is all that is
+    trained, else whole weights: nccl from a GPU to a server, a folder from a CPU, from memory in this process"""
     vllm_sync_folder: str | None = field(default=None)
     """where adapters and whole weights lie on their way, which the server must see too; None: memory, or the disk"""
+    vllm_verify_every: int = field(default=1)
+    """after every so many pushes of weights some completions of vLLM's are scored here too, which shows whether it has
+    them; 0: never"""
+    vllm_verify_tolerance: float | None = field(default=None)
+    """how far log-probabilities may be apart then on average, in nats; None: as the precisions of both allow"""
+    vllm_on_mismatch: str = field(default="stop")
+    """where they are further apart: stop, with a checkpoint; or go on with the local sampler (local)"""
     vllm_group_port: int = field(default=51216)
     """port of the group in which weights go to a server over NCCL"""
     vllm_structured_outputs_regex: str | None = field(default=None)
@@ -352,6 +362,12 @@ class RolloutConfig(PostTrainingConfig):
             require(self, name, getattr(self, name) > 0, "give a number > 0")
         share = self.vllm_gpu_memory_utilization
         require(self, "vllm_gpu_memory_utilization", 0 < share <= 1, "give a share of the memory in (0, 1]")
+        way_out = "choose 'stop' or 'local'"
+        require(self, "vllm_on_mismatch", self.vllm_on_mismatch in ("stop", "local"), way_out)
+        way_out = "give a whole number of pushes, or 0 for never"
+        require(self, "vllm_verify_every", self.vllm_verify_every >= 0, way_out)
+        nats = self.vllm_verify_tolerance
+        require(self, "vllm_verify_tolerance", nats is None or nats > 0, "give nats > 0, or None")
         require(self, "vllm_weight_sync", self.vllm_weight_sync in WAYS, f"choose one of {', '.join(WAYS)}")
         if self.use_vllm and self.vllm_mode == "server":
             self.vllm_urls()
@@ -659,7 +675,10 @@ class RolloutTrainer(ObjectiveTrainer):
     def _made_sampler(self, tokenizer: Any) -> Sampler:
         """vLLM where the config says so, else the local sampler."""
         if self.args.use_vllm:
-            return engine_sampler(self.args, self.model, tokenizer)
+            return engine_sampler(self.args, self.model, tokenizer, lambda: self._local_sampler(tokenizer))
+        return self._local_sampler(tokenizer)
+
+    def _local_sampler(self, tokenizer: Any) -> Sampler:
         # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
         with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
             return make_sampler(self.model, tokenizer, max_rows=self.args.sampling_max_rows)
@@ -861,7 +880,8 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
-        if hasattr(self.sampler, "follow"):  # it has weights of its own; an error of one rank is one of all
+        own = hasattr(self.sampler, "follow") and not is_exact(self.sampler)
+        if own:  # it has weights of its own; an error of one rank is one of all
             return as_one("sample")
         if not runs_in_step(self.model):
             return nullcontext()
