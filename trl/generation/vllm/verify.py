@@ -83,12 +83,13 @@ class Verification:
     """
 
     score: Callable[[list[list[int]], list[list[int]]], list[list[float]]]
-    """the trainer's own log-probabilities of completions, given prompts, at temperature 1"""
+    """the trainer's own log-probabilities of completions, given prompts, at `temperature`"""
     precision: Callable[[], str]
     """in which the trainer computes: a key of `TOLERANCES`"""
     vocabulary: int
     every: int = 1
     """of the pushes; 0: none"""
+    temperature: float = 1.0
     tolerance: float | None = None
     """how far they may be apart on average, in nats; None: as the precisions allow"""
     dtype: str | None = None
@@ -138,7 +139,7 @@ class Verification:
         most = PROMPT if self.context is None else min(PROMPT, self.context - room)
         prompts = [prompt[-most:] for prompt in (self.prompts + self._some_prompts())[:ROWS]]
         params = {
-            "n": 1, "max_tokens": room, "temperature": 1.0, "logprobs": 0, "ignore_eos": True,
+            "n": 1, "max_tokens": room, "temperature": self.temperature, "logprobs": 0, "ignore_eos": True,
             "detokenize": False, "seed": self.pushes,
         }  # fmt: skip
         return prompts, [one for [one] in engine.generate([Request(prompt, params, adapter) for prompt in prompts])]
