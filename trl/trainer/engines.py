@@ -33,33 +33,38 @@ SHAPE = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num
 
 
 def engine_sampler(
-    config: RolloutConfig, model: nn.Module, tokenizer: Any, local: Callable[[], Sampler]
+    config: RolloutConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    score: Callable[[list[list[int]], list[list[int]]], list[list[float]]],
+    precision: Callable[[], str],
+    local: Callable[[], Sampler],
 ) -> VLLMSampler:
     """The sampler of a config with `use_vllm=True`; EngineError where nobody answers, or another model does.
 
-    local: makes the sampler that goes on where the engine does not take the weights, if the config asks for that.
+    score, precision: see `Verification`; local: makes the sampler that goes on where vLLM has other weights.
     """
     if is_encoder_decoder(model):
         raise ValueError("use_vllm=True: an encoder-decoder is sampled here, by its own `generate`; leave it out")
     colocated = config.vllm_mode == "colocate"
     engine = _colocated(config, model, tokenizer) if colocated else _server(config)
-    started = engine.settings()
+    settings = engine.settings()
     sync = make_sync(
         model, config.vllm_weight_sync, urls=engine.urls, folder=config.vllm_sync_folder,
-        max_rank=started.max_lora_rank, workers=started.workers,
-        group_port=config.vllm_group_port, own_engines=colocated,
-        clients=[engine] if isinstance(engine, ColocatedEngine) else (),
+        max_rank=settings.max_lora_rank, workers=settings.workers, group_port=config.vllm_group_port,
+        own_engines=colocated, clients=[engine] if isinstance(engine, ColocatedEngine) else (),
     )  # fmt: skip
-    verify = Verification.of(
-        model, embedding_rows(model), every=config.vllm_verify_every, tolerance=config.vllm_verify_tolerance,
-        dtype=started.dtype, own_engines=colocated,
+    network: Any = below_peft(below_value_head(model))
+    verify = Verification(
+        score, precision, int(network.config.get_text_config().vocab_size), config.vllm_verify_every,
+        config.temperature, config.vllm_verify_tolerance, settings.dtype,
+        tied=bool(getattr(network.config.get_text_config(), "tie_word_embeddings", False)), own_engines=colocated,
     )  # fmt: skip
-    otherwise = local if config.vllm_on_mismatch == "local" else None
     pattern = config.vllm_structured_outputs_regex
-    further = {} if pattern is None else {"structured_outputs": {"regex": pattern}}
     sampler = VLLMSampler(
-        engine, sync, tokenizer, model=model, stamp=new_stamp(), further=further,
-        verify=verify, otherwise=otherwise,
+        engine, sync, tokenizer, model=model, stamp=new_stamp(), verify=verify,
+        further={} if pattern is None else {"structured_outputs": {"regex": pattern}},
+        otherwise=local if config.vllm_on_mismatch == "local" and pattern is None else None,
     )  # fmt: skip
     check_served(sampler, model, tokenizer)
     if not config.process_index:
