@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
 
 from trl.data.encode import Limits
-from trl.data.microbatches import collated, unasked_budget
+from trl.data.microbatches import collated, lengths_of, unasked_budget
 from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
 from trl.environment.factories import Factory
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, unknown_to_samplers
+from trl.generation.local import MOST_ROWS, LocalSampler
 from trl.generation.sampler import Sampler, SamplingParams, check_sampler, is_exact
 from trl.generation.stopping import end_tokens
 from trl.generation.vllm.client import server_urls
@@ -37,6 +38,7 @@ from trl.generation.vllm.sync import WAYS, as_one
 from trl.import_utils import is_vllm_available, pip_install
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
+from trl.models.memory import Load
 from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision_of
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
@@ -94,7 +96,10 @@ SAMPLING_FIELDS = {
     "min_p": "min_p", "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
 """keywords of `generate` that are fields of the config"""
-ENGINE = ("vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_structured_outputs_regex")
+ENGINE = (
+    "vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_structured_outputs_regex", "vllm_verify_every",
+    "vllm_verify_tolerance", "vllm_on_mismatch",
+)  # fmt: skip
 """settings of vLLM, wherever it runs"""
 SERVER = (
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_request_timeout",
@@ -198,10 +203,17 @@ class RolloutConfig(PostTrainingConfig):
     vllm_request_timeout: float = field(default=1200.0)
     """seconds for one answer of the server, after which it is asked again"""
     vllm_weight_sync: str = field(default="auto")
-    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, folder; auto: an adapter where that is all that is trained,
-    else whole weights: nccl from a GPU to a server, ipc on the same GPU, a folder from a CPU"""
+    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, memory, folder; auto: an adapter where that is all that is
+    trained, else whole weights: nccl from a GPU to a server, a folder from a CPU, by hand in this process (memory)"""
     vllm_sync_folder: str | None = field(default=None)
     """where adapters and whole weights lie on their way, which the server must see too; None: memory, or the disk"""
+    vllm_verify_every: int = field(default=1)
+    """score some of vLLM's completions after each so manieth push of weights, to find out whether it has them; 0: never
+    """
+    vllm_verify_tolerance: float | None = field(default=None)
+    """how far vLLM's log-probabilities may be from the trainer's, on average; None: as the precisions allow"""
+    vllm_on_mismatch: str = field(default="stop")
+    """where they are further: stop the run, or go on with the local sampler (local)"""
     vllm_group_port: int = field(default=51216)
     """port of the group in which weights go to a server over NCCL"""
     vllm_structured_outputs_regex: str | None = field(default=None)
@@ -353,6 +365,10 @@ class RolloutConfig(PostTrainingConfig):
         share = self.vllm_gpu_memory_utilization
         require(self, "vllm_gpu_memory_utilization", 0 < share <= 1, "give a share of the memory in (0, 1]")
         require(self, "vllm_weight_sync", self.vllm_weight_sync in WAYS, f"choose one of {', '.join(WAYS)}")
+        require(self, "vllm_verify_every", self.vllm_verify_every >= 0, "give a number of pushes, or 0 for never")
+        require(self, "vllm_on_mismatch", self.vllm_on_mismatch in ("stop", "local"), "choose 'stop' or 'local'")
+        limit = self.vllm_verify_tolerance
+        require(self, "vllm_verify_tolerance", limit is None or limit > 0, "give nats > 0, or None")
         if self.use_vllm and self.vllm_mode == "server":
             self.vllm_urls()
         require(self, "gather", self.gather in ("model", "layers"), "choose 'model' or 'layers'")
@@ -659,7 +675,18 @@ class RolloutTrainer(ObjectiveTrainer):
     def _made_sampler(self, tokenizer: Any) -> Sampler:
         """vLLM where the config says so, else the local sampler."""
         if self.args.use_vllm:
-            return engine_sampler(self.args, self.model, tokenizer)
+            return engine_sampler(
+                self.args, self.model, tokenizer, self._says_of, self._precision, lambda: self._local_sampler(tokenizer)
+            )
+        return self._local_sampler(tokenizer)
+
+    def _says_of(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """The policy's log-probabilities of completions, at the sampling temperature. Collective on sharded weights."""
+        masks = [[1] * len(ids) for ids in completions]
+        with torch.no_grad():
+            return self.logprobs_of(Rollout(prompts, completions, [], masks))
+
+    def _local_sampler(self, tokenizer: Any) -> Sampler:
         # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
         with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
             return make_sampler(self.model, tokenizer, max_rows=self.args.sampling_max_rows)
@@ -861,7 +888,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
-        if hasattr(self.sampler, "follow"):  # it has weights of its own; an error of one rank is one of all
+        if hasattr(self.sampler, "follow") and not is_exact(self.sampler):  # an error of one rank is one of all
             return as_one("sample")
         if not runs_in_step(self.model):
             return nullcontext()
@@ -1058,9 +1085,36 @@ class RolloutTrainer(ObjectiveTrainer):
         """Rows of a micro-batch to compute at least: many processes must all run the model."""
         return self.rows_together * int(self.args.world_size > 1)
 
+    def largest_load(self) -> Load | None:
+        prompts = lengths_of(self.train_dataset)
+        if prompts is None:
+            return None
+        config, shape = self.args, self.rollouts.shape
+        prompt, rows = int(prompts.max()), shape.per_device_train_batch_size
+        answer = int(config.max_completion_length)
+        groups = -(-rows // shape.num_generations)
+        tokens, one = groups * prompt + rows * answer, prompt + min(rows, shape.num_generations) * answer
+        if self.pads_rows:
+            tokens = rows * (prompt + answer)
+        budget = unasked_budget(config.device, config.world_size, mostly_scored=True) if self.may_cut() else None
+        tokens = tokens if budget is None else min(tokens, max(budget, one))
+        most = config.sampling_max_rows or MOST_ROWS
+        if isinstance(self.sampler, LocalSampler) and config.sampling_max_rows is None:
+            most = self.sampler.max_rows or MOST_ROWS
+        return Load(tokens, one, rows * answer, min(most, shape.rows), answer + -(-prompt // shape.num_generations))
+
+    def may_cut(self) -> bool:
+        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
+        return alone and not self.pads_rows and not self.balance_weight
+
+    def take_rows(self, most: int | None) -> None:
+        sampler = self.sampler
+        if self.args.sampling_max_rows is None and isinstance(sampler, LocalSampler) and not sampler.captured:
+            sampler.max_rows = most or MOST_ROWS
+
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
-        budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
+        budget = self._planned_tokens or unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
         if budget is None or self.pads_rows or self.balance_weight or self.is_deepspeed_enabled:
             return self._collate(rows)
         return collated(self._collate, rows.cut(budget, whole_groups=True))
