@@ -107,6 +107,12 @@ class DistillationConfig(RolloutConfig):
             require(self, name, (getattr(self, name) or 0) == value, way_out)
         require(self, "generation_kwargs", not self.reshapes, "with teacher_top_logprobs=0 leave min_new_tokens out")
 
+    def unused(self) -> dict[str, str]:
+        found = super().unused()
+        if self.teacher_model_server_url is not None:
+            found.pop("vllm_server_timeout", None)  # the teacher's server is waited for as long
+        return found
+
     @property
     def needs_completions(self) -> bool:
         """Whether some of the completions are the data set's."""
