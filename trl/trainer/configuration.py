@@ -19,7 +19,7 @@ from trl.trainer.ranks import join_again
 from trl.trainer.settings import (
     accepted,
     check_inherited,
-    compile_nothing,
+    compile_by_layers,
     default_of,
     fit_to_machine,
     log_without_effect,
@@ -100,6 +100,9 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
     include_inputs_for_metrics: bool = accepted("include_inputs_for_metrics", False)
     jit_mode_eval: bool = accepted("jit_mode_eval", False)
     use_ipex: bool = accepted("use_ipex", False)
+    compile_layers: str | None = field(default=None)
+    """torch compiles each layer of the model: a backend, such as inductor, or backend:mode. The first steps then take
+    some tens of seconds more, and later ones less on a GPU (docs/gpu.md)"""
     torch_compile: bool = accepted("torch_compile", False)
     torch_compile_backend: str | None = accepted("torch_compile_backend")
     torch_compile_mode: str | None = accepted("torch_compile_mode")
@@ -157,11 +160,15 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
 
     def settle(self) -> None:
         """Leave what has no effect here and would be in the way. Subclasses extend it."""
-        compile_nothing(self)
+        compile_by_layers(self)
 
     @classmethod
     def exceptions(cls) -> dict[str, str]:
         """Fields of `TrainingArguments` that these trainers read otherwise than others do, and how."""
+        return {}
+
+    def unused(self) -> dict[str, str]:
+        """Fields that have no effect beside the others' values, and why. Subclasses extend it."""
         return {}
 
     @property

@@ -32,6 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl.data.formats import column_names
 from trl.data.microbatches import BudgetCollator, lengths_of, row_tokens, unasked_budget
 from trl.data.records import Batch
+from trl.kernels.layers import compile_layers
 from trl.kernels.step_memory import Offload, in_place, kept_memory
 from trl.losses.loss_sum import Extreme, LossSum
 from trl.models import zero
@@ -41,7 +42,7 @@ from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.prepare import keep_some
 from trl.models.router import balance_weight, with_balance
 from trl.models.sharded import optimizers_without_state
-from trl.models.unwrap import below_accelerate, below_peft
+from trl.models.unwrap import below_accelerate, below_peft, below_value_head
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, on_host, tied_names, writing
 from trl.trainer import overrides
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
@@ -84,7 +85,6 @@ from trl.trainer.resharding import (
 )
 from trl.trainer.run_folder import RunFacts, RunFolder, RunListener, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import NO_EFFECT
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.tally import Appended, StepWatch, Tally, write_metrics
 
@@ -128,7 +128,9 @@ class StepEnd(TrainerCallback, ExportableState):
         """asked: collective; whether a process of the run was asked to end since it began a step."""
         self._begin, self._before, self._steps, self._asked = begin, before, steps, asked
         self.stops = False
-        """whether a process of the run was asked to end"""
+        """whether the run is to end"""
+        self.saves = False
+        """whether it is saved once more then, amid a step"""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: how many steps were left out."""
@@ -139,7 +141,7 @@ class StepEnd(TrainerCallback, ExportableState):
     ) -> None:
         kept: Any = state.stateful_callbacks.get(type(self).__name__, {})
         self._steps.skipped = int(kept["attributes"]["skipped"]) if isinstance(kept, dict) and kept else 0
-        self.stops = False
+        self.stops = self.saves = False
         self._begin(state.global_step)
 
     def on_pre_optimizer_step(
@@ -159,7 +161,10 @@ class StepEnd(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.stops:  # amid an epoch, after the checkpoint of its last step
-            control.should_save = control.should_evaluate = control.should_log = False
+            control.should_save, control.should_evaluate, control.should_log = self.saves, False, False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saves = False
 
 
 class ObjectiveTrainer(Trainer):
@@ -693,6 +698,7 @@ class ObjectiveTrainer(Trainer):
                 self._fit()
                 result = self._train(checkpoint, *args, **kwargs)
             check_weights(self.accelerator, f"after step {self.state.global_step}", self.model)
+            self.check_end()
             if self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
                 if not self._step_end.stops:  # it came after the last step: the run is over
                     self.save_model()
@@ -700,6 +706,20 @@ class ObjectiveTrainer(Trainer):
         for job in self._uploads:
             job.result()
         return result
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether this run writes any."""
+        return self._seal.run is not None
+
+    def end_now(self, *, saves: bool) -> None:
+        """End the run before its next step; saves: with a checkpoint, where it writes any."""
+        self._step_end.stops, self._step_end.saves = True, saves and self.keeps_checkpoints
+        self.control.should_training_stop = True
+        self.control.should_save = self._step_end.saves
+
+    def check_end(self) -> None:
+        """Raise where a run has come to its end for a reason that its user must know."""
 
     @contextmanager
     def _reading(self, found: Checkpoint | None) -> Iterator[str | None]:
@@ -758,6 +778,19 @@ class ObjectiveTrainer(Trainer):
             keep_some(below_accelerate(self.model), self.args.gradient_checkpointing_kwargs)
         self._left_out, self._logged, self._began = [], (step, 0), (step, 0)
         self._step_loss = torch.zeros((), device=self.args.device)
+        if self.args.compile_layers is not None:
+            self._compile_layers(*self.args.compile_layers.split(":"))
+
+    def _compile_layers(self, backend: str, mode: str | None = None) -> None:
+        """The layers of the policy, and of frozen models of its kind, are compiled from here on."""
+        policy, *others = map(below_value_head, (self.model, *self.frozen_models()))
+        if not compile_layers(policy, backend, mode):
+            logger.warning(
+                "compile_layers=%r: no layers were found in %s", self.args.compile_layers, type(policy).__name__
+            )
+        for other in others:
+            if type(below_peft(other)) is type(below_peft(policy)):
+                compile_layers(other, backend, mode)
 
     def _before_optimizer_step(self) -> None:
         """Stop, or leave the step out, unless all losses and the gradient are finite; one read of the device.
@@ -1103,6 +1136,6 @@ def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
         logger.warning("dispatch_batches=True: has no effect: a packed batch cannot be cut, so each process reads rows")
     own.accelerator_config.dispatch_batches = False
     if os.environ.get(DYNAMO, "no").lower() != "no":  # of the launcher, or of TrainingArguments with torch_compile
-        logger.warning("%s=%s: %s", DYNAMO, os.environ[DYNAMO], NO_EFFECT["torch_compile"])
+        own.compile_layers = own.compile_layers or os.environ[DYNAMO].lower()
         own.torch_compile_backend = "no"
     return own
