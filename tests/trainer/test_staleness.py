@@ -1,11 +1,9 @@
 """Rollouts that are drawn ahead of the updates: by which weights, in which order, and what becomes of them."""
 
 import copy
-import logging
 import random
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,7 +277,7 @@ def test_a_checkpoint_is_written_while_the_engine_is_gone(tmp_path, caplog):
     again = build(tmp_path, beside=True, max_staleness=1, save_strategy="steps", save_steps=1)
     again.train(True)
     assert again.state.global_step == 5
-    assert again.collector.prompts.take(0, 12) and again.rollouts.state.position == 12
+    assert again.rollouts.state.position == 12
 
 
 def test_an_evaluation_is_by_the_weights_of_now_and_changes_nothing(tmp_path):
@@ -329,4 +327,5 @@ def test_in_flight_over_a_sync_nobody_waits(tmp_path):
     assert trainer.state.global_step == 5
     assert len(trainer.sampler.calls) == 7
     ages = [row["sampling/staleness/max"] for row in trainer.state.log_history if "sampling/staleness/max" in row]
-    assert len(ages) == 5 and max(ages) <= 2
+    assert len(ages) == 5
+    assert max(ages) <= 2

@@ -115,8 +115,8 @@ class Collector:
             if not any(self.gather(idle)):  # all ranks stop together
                 break
             more = self.begin(state, begun.number, turn)
-            new_rows, *new = self._scored(more, self.complete(more), trainer_state)
-            further = list(zip(more.positions, new_rows, strict=True)), new[0], new[1]
+            new_rows, new_rollout, new_rewards = self._scored(more, self.complete(more), trainer_state)
+            further = list(zip(more.positions, new_rows, strict=True)), new_rollout, new_rewards
             replace_groups(places, rollout, rewards, further, self.group, self._places, self.gather)
         begun.positions, begun.rows = [position for position, _ in places], [row for _, row in places]
         return begun.rows, rollout, rewards
