@@ -104,7 +104,13 @@ class Collector:
 
     def complete(self, begun: Begun) -> Rollout:
         """Sample a round; the texts are read later, as a tokenizer belongs to one thread."""
-        return self._sampled(begun.rows, self.group, self.seed(begun.number, begun.turn), self._places)
+        with self.weights():
+            return self.asked(begun)()
+
+    def asked(self, begun: Begun) -> Callable[[], Rollout]:
+        """What samples a round where the weights are at hand; nothing that ranks do together."""
+        seed = self.seed(begun.number, begun.turn)
+        return partial(self._sampled, begun.rows, self.group, seed, self._places)
 
     def judged(self, begun: Begun, rollout: Rollout, state: RolloutState, trainer_state: Any) -> Collected:
         """The rollout of a round that was sampled, its idle groups replaced; `begun` says where its rows come from."""
@@ -137,12 +143,13 @@ class Collector:
 
     def draw(self, rows: Rows, group: int, seed: int, places: Sequence[int] | None = None) -> Rollout:
         """See `Source.draw`; with the completions' texts. Nobody is asked where there are no rows."""
-        return self._read(self._sampled(rows, group, seed, places))
+        with self.weights():
+            rollout = self._sampled(rows, group, seed, places)
+        return self._read(rollout)
 
     def _sampled(self, rows: Rows, group: int, seed: int, places: Sequence[int] | None) -> Rollout:
-        with self.weights():
-            ask = partial(self.source.draw, rows, group, seed, places)
-            return Rollout([], [], [], []) if not rows else ask() if self.worker is None else self.worker.do(ask)
+        ask = partial(self.source.draw, rows, group, seed, places)
+        return Rollout([], [], [], []) if not rows else ask() if self.worker is None else self.worker.do(ask)
 
     def _read(self, rollout: Rollout) -> Rollout:
         """The rollout with its completions' texts."""
@@ -217,24 +224,20 @@ class Waiting:
     start: int
     """`RolloutState.position` before it"""
     sampling: Future[tuple[Rollout, float]] | None = None
-    """its completions and the seconds that they took"""
+    """its completions and the seconds that they took; None: they are there"""
+    rollout: Rollout | None = None
     collected: Collected | None = None
     """None: not judged yet"""
 
     @property
-    def can_wait(self) -> bool:
-        """Whether a checkpoint can hold its completions without their rewards; waits for them."""
-        return self.collected is not None or all(map(_is_plain, self._rollout().metadata.values()))
-
-    def _rollout(self) -> Rollout:
-        if self.collected is not None:
-            return self.collected[1]
-        assert self.sampling is not None
-        return self.sampling.result()[0]
+    def is_plain(self) -> bool:
+        """Whether a checkpoint can hold its completions without their rewards."""
+        return self.rollout is not None and all(map(_is_plain, self.rollout.metadata.values()))
 
     def plain(self) -> dict[str, Any]:
         """Dicts of tensors and numbers, for a checkpoint; the rows are read again."""
-        rollout, said = self._rollout(), None
+        rollout, said = self.rollout, None
+        assert rollout is not None
         columns = {entry.name: getattr(rollout, entry.name) for entry in fields(rollout)}
         columns["metadata"] = {name: column for name, column in rollout.metadata.items() if _is_plain(column)}
         if self.collected is not None:
@@ -249,15 +252,13 @@ class Waiting:
         """Take back what `plain` gave. rows_at: reads rows at places of the stream of prompts."""
         rollout, said = Rollout(**plain["rollout"]), plain["rewards"]
         begun = Begun(plain["number"], 0, plain["positions"], rows_at(plain["positions"]))
-        each = cls(begun, plain["version"], plain["start"], sampling=Future())
+        each = cls(begun, plain["version"], plain["start"], rollout=rollout)
         if said is None:
-            assert each.sampling is not None
-            each.sampling.set_result((rollout, 0.0))
             return each
         logs = Logs(len(rollout))
         logs.extra, logs.metrics = said["logs"]["extra"], said["logs"]["metrics"]
         collected = with_own_prompts(begun.rows, rollout), rollout, Rewards(**{**said, "logs": logs})
-        return replace(each, sampling=None, collected=collected)
+        return replace(each, collected=collected)
 
 
 def _is_plain(value: Any) -> bool:
@@ -312,16 +313,20 @@ class Ahead:
         collector.worker = self._worker if apart else None
         self._waited = self._sampled = 0.0
         self._since: float | None = None
+        self._ended_at = 0
+        """optimizer steps of the run before"""
 
     def due(self, state: RolloutState, trainer_state: Any) -> Waiting:
         """The rollout that is due; others are begun. Collective where rollouts or weights are."""
         self._since = self._since or time.perf_counter()
+        self._count_anew(trainer_state.global_step)
         if self.keeps:
             self._follow()
         if self._one_by_one:
             self.settle(state, trainer_state)
         elif not self.keeps:
-            self._await(state)
+            for each in list(self.waiting):
+                self._arrive(each, state)
         if not self.keeps:
             self._follow()
         while len(self.waiting) <= self.staleness:
@@ -330,6 +335,13 @@ class Ahead:
                 self.settle(state, trainer_state)
         self._settle(self.waiting[0], state, trainer_state)
         return self.waiting.popleft()
+
+    def _count_anew(self, step: int) -> None:
+        """Where a further run counts its steps from 0 again: the numbers of weights that the one before had made."""
+        if step < self._ended_at:
+            for each in self.waiting:
+                each.version -= self._ended_at - step
+        self._ended_at = 0
 
     def settle(self, state: RolloutState, trainer_state: Any) -> None:
         """Wait for what is in flight, and judge it."""
@@ -344,8 +356,12 @@ class Ahead:
         self._waited, self._sampled, self._since = 0.0, 0.0, now
         return found
 
-    def let_go(self, state: RolloutState) -> None:
-        """Forget what is in flight, whose prompts are drawn again; the thread ends, with its call at the latest."""
+    def let_go(self, state: RolloutState, step: int) -> None:
+        """At the end of a run: forget what is in flight, whose prompts are drawn again.
+
+        The thread ends, with its call at the latest. step: the last one that was made.
+        """
+        self._ended_at = step
         flying = next((each for each in self.waiting if each.sampling is not None and not each.sampling.done()), None)
         if flying is not None:
             self._drop(flying, state)
@@ -364,9 +380,8 @@ class Ahead:
         gather = self.collector.gather
         try:
             for each in list(self.waiting):
-                with self._held(each, state):
-                    ready = each.can_wait and not self._one_by_one
-                if not ready:
+                self._arrive(each, state)
+                if self._one_by_one or not each.is_plain:
                     self._settle(each, state, trainer_state)
         except Exception as error:
             if gather is not list and self.collector.rounds > 1:
@@ -382,42 +397,37 @@ class Ahead:
 
     def restore(self, waiting: Sequence[Mapping[str, Any]]) -> None:
         """Go on from a `plain_state`."""
-        self.waiting = deque(Waiting.of(each, self.collector.rows_at) for each in waiting)
+        self.waiting, self._ended_at = deque(Waiting.of(each, self.collector.rows_at) for each in waiting), 0
 
     def _begin(self, state: RolloutState, trainer_state: Any) -> None:
         start = state.position
         begun = self.collector.begin(state, state.rollouts + len(self.waiting))
         each = Waiting(begun, trainer_state.global_step, start)
         self.waiting.append(each)
-        call = partial(_timed, partial(self.collector.complete, begun))
         if self.apart:
-            each.sampling = self._worker.begin(call)
+            each.sampling = self._worker.begin(partial(_timed, self.collector.asked(begun)))
             return
-        each.sampling = Future()
         with self._held(each, state):
-            each.sampling.set_result(call())
-        self._waited += each.sampling.result()[1]
+            each.rollout, seconds = _timed(partial(self.collector.complete, begun))
+        self._waited, self._sampled = self._waited + seconds, self._sampled + seconds
+
+    def _arrive(self, each: Waiting, state: RolloutState) -> None:
+        """Wait for completions in flight; where they fail on one rank they fail on all. Collective."""
+        if each.sampling is None:
+            return
+        started = time.perf_counter()
+        with self._held(each, state), self.collector.weights():
+            each.rollout, seconds = each.sampling.result()
+        each.sampling = None
+        self._waited, self._sampled = self._waited + time.perf_counter() - started, self._sampled + seconds
 
     def _settle(self, each: Waiting, state: RolloutState, trainer_state: Any) -> None:
-        if each.collected is not None:
-            return
-        assert each.sampling is not None
-        with self._held(each, state):
-            started = time.perf_counter()
-            rollout, seconds = each.sampling.result()
-            self._waited += time.perf_counter() - started
-            self._sampled += seconds
-            each.collected = self.collector.judged(each.begun, rollout, state, trainer_state)
-            each.sampling = None
-
-    def _await(self, state: RolloutState) -> None:
-        """Wait for what is in flight; raises what failed there."""
-        started = time.perf_counter()
-        for each in list(self.waiting):
-            if each.sampling is not None:
-                with self._held(each, state):
-                    each.sampling.result()
-        self._waited += time.perf_counter() - started
+        """Wait for a rollout and judge it."""
+        if each.collected is None:
+            self._arrive(each, state)
+            assert each.rollout is not None
+            with self._held(each, state):
+                each.collected = self.collector.judged(each.begun, each.rollout, state, trainer_state)
 
     @contextmanager
     def _held(self, each: Waiting, state: RolloutState) -> Iterator[None]:

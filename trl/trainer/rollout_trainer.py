@@ -694,10 +694,14 @@ class RolloutTrainer(ObjectiveTrainer):
             way_out = "completions of this temperature and these filters are measured by weights that are gone by then"
             require(config, "max_staleness", False, f"{way_out}; leave the filters out, or set it to 0")
         plays, keeps = self.environment is not None, config.sync_in_flight
-        return Ahead(self.collector, config.max_staleness, follow=self.follow, apart=apart, keeps=keeps, plays=plays)
+        return Ahead(self.collector, config.max_staleness, follow=self._follow, apart=apart, keeps=keeps, plays=plays)
 
     def follow(self) -> None:
-        """Give a sampler with weights of its own the policy's of now. Collective."""
+        """Give a sampler with weights of its own the policy's of now, once it has ended what it samples. Collective."""
+        self._rest()
+        self._follow()
+
+    def _follow(self) -> None:
         if hasattr(self.sampler, "follow"):
             self.sampler.follow(self.state.global_step)
 
@@ -892,7 +896,7 @@ class RolloutTrainer(ObjectiveTrainer):
             return result
         finally:
             if self.ahead is not None:
-                self.ahead.let_go(self.rollouts.state)
+                self.ahead.let_go(self.rollouts.state, self.state.global_step)
             self.args.ignore_data_skip = self.args.in_training = False
             close_objects(self.environment)
 
@@ -1138,8 +1142,7 @@ class RolloutTrainer(ObjectiveTrainer):
     # -- evaluation ------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._rest()  # an evaluation samples by the weights of now
-        self.follow()
+        self.follow()  # an evaluation samples by the weights of now
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
