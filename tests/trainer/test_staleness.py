@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as t
 from datasets import Dataset
+from environments_for_tests import talkative
 from tokenizers_for_tests import word_tokenizer
 
 from trl import GRPOConfig, GRPOTrainer
@@ -47,7 +48,7 @@ class Beside:
 
     def __init__(self, policy, delays=None):
         self.policy, self.own, self.delays = policy, copy.deepcopy(policy).eval(), delays
-        self.sampler = LocalSampler(self.own)
+        self.sampler = LocalSampler(self.own, word_tokenizer())
         self.calls, self.followed, self.threads = [], [], set()
         self.fails = 0
 
@@ -89,7 +90,7 @@ class Steps(t.TrainerCallback):
 
 
 def build(folder, beside=False, delays=None, rewards=letters, rows=ROWS, **settings):
-    policy, given = model(), {"eval_dataset": settings.pop("eval_dataset", None)}
+    policy, given = model(), {name: settings.pop(name, None) for name in ("eval_dataset", "environment")}
     keeps = settings.pop("sync_in_flight", False) if beside else settings.get("sync_in_flight", False)
     settings = {**BASE, "output_dir": str(folder), **settings}
     trainer = GRPOTrainer(
@@ -155,6 +156,17 @@ KINDS = {
 }
 
 
+def test_episodes_are_played_in_the_engine_thread(tmp_path):
+    """The objects of an episode are judged before the next rollout uses them again."""
+    settings = {"max_staleness": 2, "rewards": None, "max_completion_length": 20, "num_iterations": 2, "max_steps": 6}
+    alone = ran(build(tmp_path, environment=talkative(), **settings))
+    beside = ran(build(tmp_path, True, random.Random(4), environment=talkative(), **settings))
+    assert tokens(beside) == tokens(alone)
+    assert torch.equal(end_of(beside), end_of(alone))
+    assert beside.sampler.threads == {"rollouts"}
+    assert len({row["reward"] for row in beside.state.log_history if "reward" in row}) > 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_engine_beside_the_trainer_gives_the_rollouts_of_the_local_sampler(tmp_path, kind):
     """Whatever its delays: token for token, weight for weight, and in the order of the rollouts."""
@@ -201,6 +213,20 @@ def test_a_run_that_draws_another_number_ahead_drops_what_waits(tmp_path, caplog
     assert said in caplog.text
     stream = trainer.collector.prompts.take(0, 8)
     assert seen == [row["prompt"] for row in stream]
+
+
+def test_what_two_processes_drew_ahead_is_drawn_again_by_one(tmp_path, caplog):
+    trainer = ran(build(tmp_path, max_staleness=2))
+    state = trainer.extra_state()
+    (one,) = state["rollouts"]
+    assert len(one["waiting"]) == 2
+    again = build(tmp_path, max_staleness=2)
+    again.load_extra_state({**state, "rollouts": [one, one]})
+    assert "the 2 rollouts that 2 processes had drawn ahead are dropped, as this run has 1 process" in caplog.text
+    assert not again.ahead.waiting
+    assert (again.rollouts.state.position, again.rollouts.state.rollouts) == (one["position"] - 2 * 2, 5)
+    again.load_extra_state(state)
+    assert [each.begun.number for each in again.ahead.waiting] == [5, 6]
 
 
 # -- what goes wrong -----------------------------------------------------------------------------
