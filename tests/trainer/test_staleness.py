@@ -14,6 +14,7 @@ from tokenizers_for_tests import word_tokenizer
 
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.local import LocalSampler
+from trl.rollout.collector import divided_waiting
 
 ROWS = [{"prompt": text} for text in ("a b", "c", "d e f", "g h", "i j k", "l", "m n")]
 BASE = {
@@ -209,24 +210,38 @@ def test_a_run_that_draws_another_number_ahead_drops_what_waits(tmp_path, caplog
     for settings in ({"max_staleness": 3, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}, {"max_steps": 4}):
         trainer = build(tmp_path, rewards=noted, **settings)
         ran(trainer, *([True] if "max_staleness" not in settings else []))
-    said = "the 3 rollouts that 1 process had drawn ahead are dropped, as this run has 1 process and max_staleness=0"
+    said = "the 3 rollouts that 1 process had drawn ahead are dropped, as this run has 1 process, max_staleness=0 or"
     assert said in caplog.text
     stream = trainer.collector.prompts.take(0, 8)
     assert seen == [row["prompt"] for row in stream]
 
 
-def test_what_two_processes_drew_ahead_is_drawn_again_by_one(tmp_path, caplog):
+@pytest.mark.parametrize("kind", ["plain", "dynamic sampling"])
+def test_another_number_of_processes_divides_what_waits_anew(tmp_path, kind):
+    """One process's groups as those of two, the second one first; and back."""
+    settings = {"max_staleness": 2, **KINDS[kind], "num_iterations": 1}
+    trainer = ran(build(tmp_path, **settings))
+    state = trainer.extra_state()
+    (one,) = state["rollouts"]
+    parts = [[divided_waiting([each], [place], 2) for each in one["waiting"]] for place in (1, 0)]
+    assert [len(each["rollout"]["completions"]) for each in parts[0]] == [2, 2]
+    two = [{**one, "waiting": part, "shape": {**one["shape"], "per_device_train_batch_size": 2}} for part in parts]
+    again = build(tmp_path, **settings)
+    again.load_extra_state({**state, "rollouts": two})
+    for mine, theirs in zip(again.ahead.plain_state(), one["waiting"], strict=True):
+        assert str(mine) == str(theirs)
+    assert again.rollouts.state.position == one["position"]
+
+
+def test_what_cannot_be_divided_is_drawn_again(tmp_path, caplog):
     trainer = ran(build(tmp_path, max_staleness=2))
     state = trainer.extra_state()
     (one,) = state["rollouts"]
-    assert len(one["waiting"]) == 2
-    again = build(tmp_path, max_staleness=2)
-    again.load_extra_state({**state, "rollouts": [one, one]})
-    assert "the 2 rollouts that 2 processes had drawn ahead are dropped, as this run has 1 process" in caplog.text
+    again = build(tmp_path, max_staleness=2, per_device_train_batch_size=8)
+    again.load_extra_state(state)
+    assert "the 2 rollouts that 1 process had drawn ahead are dropped, as this run has 1 process" in caplog.text
     assert not again.ahead.waiting
     assert (again.rollouts.state.position, again.rollouts.state.rollouts) == (one["position"] - 2 * 2, 5)
-    again.load_extra_state(state)
-    assert [each.begun.number for each in again.ahead.waiting] == [5, 6]
 
 
 # -- what goes wrong -----------------------------------------------------------------------------

@@ -47,6 +47,8 @@ class Begun:
     """0: the first round, others are of dynamic sampling"""
     positions: list[int]
     """of its rows in the stream of prompts"""
+    places: list[int]
+    """of its rows among those of all ranks"""
     rows: list[Any]
 
 
@@ -82,7 +84,7 @@ class Collector:
         self.weights = weights
         self.worker: Worker | None = None
         """the thread in which sources draw; None: the one that asks"""
-        self._seed, self._wanted, self._places = seed, wanted, places
+        self._seed, self._wanted, self.places = seed, wanted, places
         self.gather: Callable[[list[Any]], list[Any]] = gather_object if world > 1 else list
         """the list of all ranks of each rank's list"""
 
@@ -93,8 +95,8 @@ class Collector:
 
     def begin(self, state: RolloutState, number: int, turn: int = 0) -> Begun:
         """Take this rank's next prompts; moves `state.position` on."""
-        positions = [state.position + place for place in self._places]
-        begun = Begun(number, turn, positions, self.rows_at(positions))
+        positions = [state.position + place for place in self.places]
+        begun = Begun(number, turn, positions, list(self.places), self.rows_at(positions))
         state.position += self._wanted
         return begun
 
@@ -110,7 +112,7 @@ class Collector:
     def asked(self, begun: Begun) -> Callable[[], Rollout]:
         """What samples a round where the weights are at hand; nothing that ranks do together."""
         seed = self.seed(begun.number, begun.turn)
-        return partial(self._sampled, begun.rows, self.group, seed, self._places)
+        return partial(self._sampled, begun.rows, self.group, seed, self.places)
 
     def judged(self, begun: Begun, rollout: Rollout, state: RolloutState, trainer_state: Any) -> Collected:
         """The rollout of a round that was sampled, its idle groups replaced; `begun` says where its rows come from."""
@@ -123,7 +125,7 @@ class Collector:
             more = self.begin(state, begun.number, turn)
             new_rows, new_rollout, new_rewards = self._scored(more, self.complete(more), trainer_state)
             further = list(zip(more.positions, new_rows, strict=True)), new_rollout, new_rewards
-            replace_groups(places, rollout, rewards, further, self.group, self._places, self.gather)
+            replace_groups(places, rollout, rewards, further, self.group, self.places, self.gather)
         begun.positions, begun.rows = [position for position, _ in places], [row for _, row in places]
         return begun.rows, rollout, rewards
 
@@ -245,13 +247,13 @@ class Waiting:
             said = {entry.name: getattr(rewards, entry.name) for entry in fields(rewards)}
             said["logs"] = {"extra": rewards.logs.extra, "metrics": rewards.logs.metrics}
         own = {"number": self.begun.number, "positions": self.begun.positions, "version": self.version}
-        return {**own, "start": self.start, "rollout": columns, "rewards": said}
+        return {**own, "start": self.start, "places": self.begun.places, "rollout": columns, "rewards": said}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any], rows_at: Callable[[Sequence[int]], list[Any]]) -> Waiting:
         """Take back what `plain` gave. rows_at: reads rows at places of the stream of prompts."""
         rollout, said = Rollout(**plain["rollout"]), plain["rewards"]
-        begun = Begun(plain["number"], 0, plain["positions"], rows_at(plain["positions"]))
+        begun = Begun(plain["number"], 0, plain["positions"], plain["places"], rows_at(plain["positions"]))
         each = cls(begun, plain["version"], plain["start"], rollout=rollout)
         if said is None:
             return each
@@ -259,6 +261,45 @@ class Waiting:
         logs.extra, logs.metrics = said["logs"]["extra"], said["logs"]["metrics"]
         collected = with_own_prompts(begun.rows, rollout), rollout, Rewards(**{**said, "logs": logs})
         return replace(each, collected=collected)
+
+
+def divided_waiting(ranks: Sequence[Mapping[str, Any]], places: Sequence[int], group: int) -> dict[str, Any]:
+    """The groups at `places` of a rollout that waits, from what `Waiting.plain` gave on each rank that drew it.
+
+    Numbers that reward functions have logged go where the first group goes.
+    """
+    groups = [(place, one, i) for one in ranks for i, place in enumerate(one["places"])]
+    where = {place: (one, i) for place, one, i in groups}
+    chosen = [(one, i, slice(i * group, (i + 1) * group)) for one, i in (where[place] for place in places)]
+
+    def rows_of(read: Callable[[Any], Any]) -> list[Any]:
+        return [value for one, _, rows in chosen for value in read(one)[rows]]
+
+    def table_of(read: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
+        names = dict.fromkeys(name for one in ranks for name in read(one))
+        return {name: rows_of(lambda one, name=name: read(one).get(name, [])) for name in names}  # type: ignore[misc]
+
+    first, said = ranks[0], ranks[0]["rewards"]
+    rollout = {
+        name: table_of(lambda one: one["rollout"]["metadata"])
+        if name == "metadata"
+        else rows_of(lambda one, name=name: one["rollout"][name])  # type: ignore[misc]
+        for name in first["rollout"]
+    }
+    if said is not None:
+        scores = [one["rewards"]["scores_BF"][rows] for one, _, rows in chosen]
+        numbers = [one["rewards"]["logs"]["metrics"] for one in ranks] if 0 in places else []
+        names = dict.fromkeys(name for each in numbers for name in each)
+        metrics = {name: [number for each in numbers for number in each.get(name, [])] for name in names}
+        logs = {"extra": table_of(lambda one: one["rewards"]["logs"]["extra"]), "metrics": metrics}
+        empty = said["scores_BF"][:0]
+        late = [
+            None if column[0] is None else any(column)
+            for column in zip(*(one["rewards"]["timed_out"] for one in ranks), strict=True)
+        ]
+        said = {**said, "scores_BF": torch.cat([empty, *scores]), "timed_out": late, "logs": logs}
+    positions = [one["positions"][i] for one, i, _ in chosen]
+    return {**first, "positions": positions, "places": list(places), "rollout": rollout, "rewards": said}
 
 
 def _is_plain(value: Any) -> bool:
@@ -394,6 +435,17 @@ class Ahead:
     def plain_state(self) -> list[dict[str, Any]]:
         """What waits, for a checkpoint; `settle` comes before."""
         return [each.plain() for each in self.waiting]
+
+    def takes(self, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+        """Whether this run can go on from the `plain_state`s of the ranks of a checkpoint."""
+        mine, wanted = self.collector.gather(list(self.collector.places)), len(ranks[0])
+        theirs = [[place for one in ranks for place in one[at]["places"]] for at in range(wanted)]
+        return wanted <= self.staleness and all(sorted(places) == sorted(mine) for places in theirs)
+
+    def restore_of(self, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Go on from the `plain_state`s of all ranks, divided anew."""
+        group, places = self.collector.group, self.collector.places
+        self.restore([divided_waiting(each, places, group) for each in zip(*ranks, strict=True)])
 
     def restore(self, waiting: Sequence[Mapping[str, Any]]) -> None:
         """Go on from a `plain_state`."""

@@ -9,7 +9,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -1090,39 +1090,28 @@ class RolloutTrainer(ObjectiveTrainer):
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        ranks, rank = state["rollouts"], self.args.process_index
-        fits = len(ranks) == self.args.world_size
-        ranks, waiting = self._without_waiting(ranks)
-        own = ranks[rank] if fits else self._divided_anew(ranks, state.get("of_step", 0))
-        self.rollouts.restore(own)
+        ranks, rank = [dict(one) for one in state["rollouts"]], self.args.process_index
+        waiting, position = [one.pop("waiting", []) for one in ranks], ranks[0]["position"]
+        before = waiting[0][0]["start"] if waiting[0] else position
+        ranks = [{**one, "position": before} for one in ranks]  # as if nothing had been drawn ahead
+        own = ranks[rank] if len(ranks) == self.args.world_size else self._divided_anew(ranks, state.get("of_step", 0))
+        kept = own["position"] == before and self._takes(ranks[0]["shape"], waiting)
+        self.rollouts.restore({**own, "position": position} if kept else own)
         if self.ahead is not None:
-            self.ahead.restore(waiting)
+            self.ahead.restore_of(waiting if kept else [[]])
+        if waiting[0] and not kept and self.is_world_process_zero():
+            logger.warning(
+                "the %d rollouts that %s had drawn ahead are dropped, as this run has %s, max_staleness=%d or other "
+                "batches: their prompts are drawn again, by the weights of now", len(waiting[0]),
+                processes_text(len(ranks)), processes_text(self.args.world_size), self.args.max_staleness,
+            )  # fmt: skip
         if "reference" in state and self.reference is not None:
             self.reference.load(state["reference"])
 
-    def _without_waiting(self, ranks: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The ranks' states of a checkpoint without the rollouts that wait in it, and those of this rank.
-
-        Where this run divides rollouts otherwise, or draws another number of them ahead, none of these is kept: their
-        prompts are drawn again. One line says so.
-        """
-        config, shape = self.args, asdict(self.rollouts.shape)
-        kept = [dict(one) for one in ranks]
-        all_waiting = [one.pop("waiting", []) for one in kept]
-        first, now = all_waiting[0], f"{processes_text(config.world_size)} and max_staleness={config.max_staleness}"
-        if not first:
-            return kept, []
-        same = {name: kept[0]["shape"][name] for name in ("per_device_train_batch_size", "steps_per_generation")}
-        same["num_generations"] = kept[0]["shape"]["num_generations"]
-        fits = len(ranks) == config.world_size and len(first) <= config.max_staleness and same.items() <= shape.items()
-        if fits:
-            return kept, all_waiting[config.process_index]
-        if self.is_world_process_zero():
-            logger.warning(
-                "the %d rollouts that %s had drawn ahead are dropped, as this run has %s, or other batches: their "
-                "prompts are drawn again, by the weights of now", len(first), processes_text(len(ranks)), now,
-            )  # fmt: skip
-        return [{**one, "position": first[0]["start"]} for one in kept], []
+    def _takes(self, made_with: Mapping[str, Any], waiting: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+        """Whether this run can learn from what waits in a checkpoint. Collective."""
+        same = made_with["num_generations"] == self.args.num_generations
+        return same and self.ahead is not None and self.ahead.takes(waiting)
 
     def _division(self) -> Division:
         shape = self.rollouts.shape
