@@ -102,33 +102,31 @@ def record(
 def record_ahead(
     add: Callable[[str, float, float], None],
     add_extreme: Callable[[str, Extreme], None],
-    rollout: Rollout,
-    version: int,
-    step: int,
+    ages: Sequence[Sequence[int]],
     spent: Any,
 ) -> None:
     """How old the weights were that sampled a rollout, and how the time since the last one was spent.
 
-    version: of the weights, where completions do not say their own. step: optimizer steps made now. spent: seconds
-    `waited`, `idle` and `passed`, see `collector.Ahead.spent`.
+    ages: of each token that the policy sampled. spent: seconds `waited`, `idle` and `passed`, see `Ahead.spent`.
     """
-    ages = [age for row in ages_of(rollout, version, step) for age in row]
-    add("sampling/staleness/mean", float(sum(ages)), len(ages))
-    add_extreme("sampling/staleness/max", extreme(torch.tensor(ages, dtype=torch.float32), largest=True))
+    flat = [age for row in ages for age in row]
+    add("sampling/staleness/mean", float(sum(flat)), len(flat))
+    add_extreme("sampling/staleness/max", extreme(torch.tensor(flat, dtype=torch.float32), largest=True))
     add("sampling/waited", spent.waited, 1)
     add("sampling/idle", spent.idle, spent.passed)
 
 
-def ages_of(rollout: Rollout, version: int, step: int) -> list[list[int]]:
+def ages_of(rollout: Rollout, version: int, step: int, *, spans: bool = False) -> list[list[int]]:
     """For each token that the policy sampled: how many optimizer steps the weights that sampled it are behind.
 
-    version: of the weights at the beginning of the rollout, where completions do not say theirs.
+    version: of the weights at the beginning of the rollout. spans: whether they may have changed within it, so that
+    completions say by which weights each token was sampled.
     """
-    spans_of = rollout.metadata.get("versions") or [()] * len(rollout)
+    nothing: list[Any] = [()] * len(rollout)
     ages = []
-    for spans, mask in zip(spans_of, rollout.masks, strict=True):
+    for said, mask in zip(rollout.metadata.get("versions", nothing) if spans else nothing, rollout.masks, strict=True):
         own = [step - version] * len(mask)
-        for stamp, start, end in spans:
+        for stamp, start, end in said:
             own[start:end] = [step - number_of(stamp, version)] * (end - start)
         ages.append([age for age, counts in zip(own, mask, strict=True) if counts])
     return ages

@@ -149,6 +149,10 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
         """Fields of `TrainingArguments` that these trainers read otherwise than others do, and how."""
         return {}
 
+    def unused(self) -> dict[str, str]:
+        """Fields that have no effect beside the others' values, and why. Subclasses extend it."""
+        return {}
+
     @property
     def smooths_labels(self) -> bool:
         """Whether the loss can learn smoothed labels (`label_smoothing_factor`)."""

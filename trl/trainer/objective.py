@@ -124,7 +124,9 @@ class StepEnd(TrainerCallback, ExportableState):
         """asked: collective; whether a process of the run was asked to end since it began a step."""
         self._begin, self._before, self._steps, self._asked = begin, before, steps, asked
         self.stops = False
-        """whether a process of the run was asked to end"""
+        """whether the run is to end"""
+        self.saves = False
+        """whether it is saved once more then, amid a step"""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: how many steps were left out."""
@@ -135,7 +137,7 @@ class StepEnd(TrainerCallback, ExportableState):
     ) -> None:
         kept: Any = state.stateful_callbacks.get(type(self).__name__, {})
         self._steps.skipped = int(kept["attributes"]["skipped"]) if isinstance(kept, dict) and kept else 0
-        self.stops = False
+        self.stops = self.saves = False
         self._begin(state.global_step)
 
     def on_pre_optimizer_step(
@@ -155,7 +157,10 @@ class StepEnd(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.stops:  # amid an epoch, after the checkpoint of its last step
-            control.should_save = control.should_evaluate = control.should_log = False
+            control.should_save, control.should_evaluate, control.should_log = self.saves, False, False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saves = False
 
 
 class ObjectiveTrainer(Trainer):
@@ -622,6 +627,7 @@ class ObjectiveTrainer(Trainer):
             with self._reading(found) as checkpoint:
                 result = self._train(checkpoint, *args, **kwargs)
             check_weights(self.accelerator, f"after step {self.state.global_step}", self.model)
+            self.check_end()
             if self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
                 if not self._step_end.stops:  # it came after the last step: the run is over
                     self.save_model()
@@ -629,6 +635,20 @@ class ObjectiveTrainer(Trainer):
         for job in self._uploads:
             job.result()
         return result
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether this run writes any."""
+        return self._seal.run is not None
+
+    def end_now(self, *, saves: bool) -> None:
+        """End the run before its next step; saves: with a checkpoint, where it writes any."""
+        self._step_end.stops, self._step_end.saves = True, saves and self.keeps_checkpoints
+        self.control.should_training_stop = True
+        self.control.should_save = self._step_end.saves
+
+    def check_end(self) -> None:
+        """Raise where a run has come to its end for a reason that its user must know."""
 
     @contextmanager
     def _reading(self, found: Checkpoint | None) -> Iterator[str | None]:

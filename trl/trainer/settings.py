@@ -15,7 +15,6 @@ from trl.import_utils import is_gpu_available, is_installed
 
 logger = logging.getLogger(__name__)
 
-_VLLM = "has no effect: the local sampler draws the completions and needs no settings"
 _CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
@@ -60,24 +59,7 @@ NO_EFFECT: dict[str, str] = {
     "log_multimodal": "has no effect: rollouts hold text alone",
     "log_completions_hub_repo": "has no effect: upload `output_dir/rollouts`, where completions stay as Parquet files",
     "log_completions_steps": "has no effect: `log_completions=True` prints at each rollout",
-    "vllm_mode": _VLLM,
-    "vllm_model_impl": _VLLM,
-    "vllm_enable_sleep_mode": _VLLM,
-    "vllm_structured_outputs_regex": _VLLM,
-    "vllm_guided_decoding_regex": _VLLM,
-    "vllm_server_base_url": _VLLM,
-    "vllm_server_host": _VLLM,
-    "vllm_server_port": _VLLM,
-    "vllm_server_timeout": _VLLM,
-    "vllm_group_port": _VLLM,
-    "vllm_device": _VLLM,
-    "vllm_dtype": _VLLM,
-    "vllm_enable_prefix_caching": _VLLM,
-    "vllm_gpu_memory_utilization": _VLLM,
-    "gpu_memory_utilization": _VLLM,
-    "vllm_max_model_length": _VLLM,
-    "vllm_max_model_len": _VLLM,
-    "vllm_tensor_parallel_size": _VLLM,
+    "vllm_device": "has no effect: vLLM runs on the trainer's device, or where its server does",
     "vllm_importance_sampling_correction": _CORRECTION,
     "vllm_importance_sampling_mode": _CORRECTION,
     "vllm_importance_sampling_clip_max": _CORRECTION,
@@ -106,6 +88,9 @@ TRANSLATED: dict[str, str] = {
     "num_sample_generations": "becomes `log_completions` of RLOO, where it is not 0",
     "exp_name": "becomes `run_name` of RLOO",
     "wandb_log_unique_prompts": "becomes `log_unique_prompts`",
+    "vllm_guided_decoding_regex": "becomes `vllm_structured_outputs_regex`",
+    "vllm_max_model_len": "becomes `vllm_max_model_length`",
+    "gpu_memory_utilization": "becomes `vllm_gpu_memory_utilization`",
 }
 """field of another release -> what it becomes here"""
 
@@ -282,7 +267,7 @@ def log_without_effect(config: Any, exceptions: Mapping[str, str] | None = None)
     exceptions: the table of one trainer; default: those of the config's trainers, and `NO_EFFECT`.
     """
     lines: dict[str, list[str]] = {}
-    texts = config.exceptions() | NO_EFFECT if exceptions is None else exceptions
+    texts = config.exceptions() | NO_EFFECT | config.unused() if exceptions is None else exceptions
     for entry in fields(config):
         value = getattr(config, entry.name)
         if entry.name in texts and value != default_of(entry):
