@@ -184,6 +184,8 @@ class FakeVLLM:
                 raise _Refused(400, f"Token id {max(ids)} is out of vocabulary")
             if len(ids) >= (self._longest() or 10**9):
                 raise _Refused(400, f"This model's maximum context length is {self._longest()} tokens.")
+            if asked["temperature"] == 0 and asked.get("n", 1) > 1:
+                raise _Refused(400, f"n must be 1 when using greedy sampling, got {asked['n']}.")
             answer: dict[str, Any] = {"request_id": "0", "choices": [], "prompt_logprobs": None}
             if asked.get("prompt_logprobs") is not None:
                 answer["prompt_logprobs"] = prompt_logprobs(network, ids, asked["prompt_logprobs"])
@@ -423,10 +425,11 @@ class _Handler(BaseHTTPRequestHandler):
         _cut(self.connection)
 
     def _send(self, status: int, answer: Any, cut: float = 1.0) -> None:
-        text = b"" if answer is None else json.dumps(answer).encode()
+        in_words = isinstance(answer, str)
+        text = b"" if answer is None else (answer if in_words else json.dumps(answer)).encode()
         text = text[: int(len(text) * cut)]
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/plain; charset=utf-8" if in_words else "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)

@@ -123,6 +123,8 @@ def test_a_completion_ends_where_it_is_asked_to(engine, server):
     sampler = VLLMSampler(engine, tokenizer=word_tokenizer(), model=server.first)
     (greedy,) = sampler.sample([PROMPTS[0]], SamplingParams(8, temperature=0, stop_token_ids=()))[0]
     assert (len(greedy.ids), greedy.finish_reason, set(greedy.logprobs)) == (8, "length", {0.0})
+    (twice,) = sampler.sample([PROMPTS[0]], SamplingParams(8, temperature=0, stop_token_ids=()), n=2)
+    assert twice == [greedy, greedy]
     text = word_tokenizer().decode(greedy.ids[1:3])
     stopped = SamplingParams(8, temperature=0, stop_token_ids=(), stop_strings=(text,))
     (cut,) = sampler.sample([PROMPTS[0]], stopped)[0]

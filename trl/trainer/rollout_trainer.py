@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
 
 from trl.data.encode import Limits
-from trl.data.microbatches import collated, unasked_budget
+from trl.data.microbatches import collated, lengths_of, unasked_budget
 from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
 from trl.environment.factories import Factory
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, unknown_to_samplers
+from trl.generation.local import MOST_ROWS, LocalSampler
 from trl.generation.sampler import Sampler, SamplingParams, check_sampler, is_exact
 from trl.generation.stopping import end_tokens
 from trl.generation.vllm.client import server_urls
@@ -37,6 +38,7 @@ from trl.generation.vllm.sync import WAYS, as_one
 from trl.import_utils import is_vllm_available, pip_install
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
+from trl.models.memory import Load
 from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision_of
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
@@ -1123,9 +1125,36 @@ class RolloutTrainer(ObjectiveTrainer):
         """Rows of a micro-batch to compute at least: many processes must all run the model."""
         return self.rows_together * int(self.args.world_size > 1)
 
+    def largest_load(self) -> Load | None:
+        prompts = lengths_of(self.train_dataset)
+        if prompts is None:
+            return None
+        config, shape = self.args, self.rollouts.shape
+        prompt, rows = int(prompts.max()), shape.per_device_train_batch_size
+        answer = int(config.max_completion_length)
+        groups = -(-rows // shape.num_generations)
+        tokens, one = groups * prompt + rows * answer, prompt + min(rows, shape.num_generations) * answer
+        if self.pads_rows:
+            tokens = rows * (prompt + answer)
+        budget = unasked_budget(config.device, config.world_size, mostly_scored=True) if self.may_cut() else None
+        tokens = tokens if budget is None else min(tokens, max(budget, one))
+        most = config.sampling_max_rows or MOST_ROWS
+        if isinstance(self.sampler, LocalSampler) and config.sampling_max_rows is None:
+            most = self.sampler.max_rows or MOST_ROWS
+        return Load(tokens, one, rows * answer, min(most, shape.rows), answer + -(-prompt // shape.num_generations))
+
+    def may_cut(self) -> bool:
+        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
+        return alone and not self.pads_rows and not self.balance_weight
+
+    def take_rows(self, most: int | None) -> None:
+        sampler = self.sampler
+        if self.args.sampling_max_rows is None and isinstance(sampler, LocalSampler) and not sampler.captured:
+            sampler.max_rows = most or MOST_ROWS
+
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
-        budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
+        budget = self._planned_tokens or unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
         if budget is None or self.pads_rows or self.balance_weight or self.is_deepspeed_enabled:
             return self._collate(rows)
         return collated(self._collate, rows.cut(budget, whole_groups=True))

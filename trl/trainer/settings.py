@@ -18,10 +18,7 @@ logger = logging.getLogger(__name__)
 _CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
-_COMPILE = (
-    "has no effect: a pass here is no graph that torch.compile takes whole; compile its layers "
-    "(`layer.compile(fullgraph=True, dynamic=True)` for each, see docs/gpu.md)"
-)
+_COMPILE = "becomes `compile_layers`: torch compiles the layers of the model"
 _MIXED = "has no effect: torch's own mixed precision is the only one"
 NO_EFFECT: dict[str, str] = {
     "activation_offloading": "has no effect: activations stay on the device; packed rows and "
@@ -33,10 +30,6 @@ NO_EFFECT: dict[str, str] = {
     "use_logits_to_keep": "has no effect: the head always computes the scored positions only",
     "use_liger_kernel": "is switched off where liger-kernel is not installed; logits never exist whole here without it",
     "use_liger_loss": "has no effect: the logits never exist whole here",
-    "torch_compile": _COMPILE,
-    "torch_compile_backend": _COMPILE,
-    "torch_compile_mode": _COMPILE,
-    "torchdynamo": _COMPILE,
     "label_names": "has no effect: a batch says itself which of its tokens are learned",
     "jit_mode_eval": "has no effect: transformers has dropped it",
     "use_ipex": "has no effect: transformers has dropped it",
@@ -72,6 +65,10 @@ TRANSLATED: dict[str, str] = {
     "warmup_ratio": "becomes `warmup_steps` below 1; a `warmup_steps` that is given wins",
     "no_cuda": "becomes `use_cpu`",
     "use_liger": "becomes `use_liger_kernel`",
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "torchdynamo": _COMPILE,
     "logging_dir": "becomes the folder of TensorBoard's logs",
     "evaluation_strategy": "becomes `eval_strategy`",
     "group_by_length": "becomes `train_sampling_strategy='group_by_length'`",
@@ -160,6 +157,7 @@ BY_STEPS: dict[str, str] = dict.fromkeys(
         "metric_for_best_model", "greater_is_better", "save_total_limit", "save_only_model", "auto_find_batch_size",
         "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "dataloader_num_workers",
         "torch_empty_cache_steps", "include_num_input_tokens_seen", "ignore_data_skip", "enable_jit_checkpoint",
+        "memory_plan",
     ),
     "has no effect: `step` is called with the data, and the loop around it is yours",
 )  # fmt: skip
@@ -358,8 +356,12 @@ def cpu_has_bfloat16() -> bool:
     return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def compile_nothing(config: Any) -> None:
-    """torch.compile is left out: passes here compute inside the calls of modules, which is no graph for it."""
+def compile_by_layers(config: Any) -> None:
+    """What asks torch to compile the model asks for its layers here, because a pass is no graph of its own."""
+    asked = config.torch_compile or config.torch_compile_backend or config.torch_compile_mode or config.torchdynamo
+    if asked and config.compile_layers is None:
+        backend, mode = config.torch_compile_backend or config.torchdynamo or "inductor", config.torch_compile_mode
+        config.compile_layers = f"{backend}:{mode}" if mode else backend
     config.torch_compile, config.torch_compile_backend, config.torch_compile_mode = False, None, None
     config.torchdynamo = None
 

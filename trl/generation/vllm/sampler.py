@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -93,12 +94,13 @@ class VLLMSampler:
             return self._instead.sample(prompts, params, n)
         if self.verify is not None:
             self.verify.saw(prompts)
-        requests, places = self._requests(prompts, params, n)
+        once = params.temperature == 0  # all copies are the same, and vLLM makes no more than one
+        requests, places = self._requests(prompts, params, 1 if once else n)
         answers = self._asked(requests)
         groups: list[list[Completion]] = [[] for _ in prompts]
         for place, answer in zip(places, answers, strict=True):
             groups[place] += [_as_sampled(one, params) for one in answer]
-        return groups
+        return [[copy.deepcopy(group[0]) for _ in range(n)] for group in groups] if once else groups
 
     def close(self) -> None:
         self.engine.close()
