@@ -487,7 +487,8 @@ bounds. Rewards minus what the engine's completions bring in the mean. `Correcti
 ## Rollouts of older weights
 
 Drawn one at a time by the policy before several updates (token ratios up to {stale_near:.2f} near, {stale_far:.2f}
-far). The step at hand is a later one of its own update; the weights at the start of that update are the proximal policy.
+far). The step at hand is a later one of its own update; the weights at the start of that update are the proximal
+policy.
 
 {stale}
 

@@ -57,6 +57,10 @@ class SamplerSource:
     """whether filters change the distribution; the log-probabilities are then the model's, at temperature 1"""
     measure: Callable[[Rollout], list[list[float]]] | None = None
     """the policy's log-probabilities, where the sampler's are of another distribution"""
+    keeps_words: bool = False
+    """whether a token is learned as chosen from the words that the filters left, where the sampler says them"""
+    keeps_experts: bool = False
+    """whether a mixture's experts are those of the sampler, where it says them"""
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
         prompts = [list(row["prompt_ids"]) for row in rows]
@@ -70,6 +74,10 @@ class SamplerSource:
             masks=[[1] * len(completion.ids) for completion in flat],
             metadata={"truncated": [completion.finish_reason == "length" for completion in flat]},
         )
+        if self.keeps_words and all(completion.kept is not None for completion in flat):
+            rollout.kept = [completion.kept for completion in flat]
+        if self.keeps_experts and all(completion.experts is not None for completion in flat):
+            rollout.experts = [completion.experts for completion in flat]
         if self.measure is not None:
             rollout.logprobs = self.measure(rollout)
         return rollout

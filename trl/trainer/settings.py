@@ -16,7 +16,6 @@ from trl.import_utils import is_gpu_available, is_installed
 logger = logging.getLogger(__name__)
 
 _VLLM = "has no effect: the local sampler draws the completions and needs no settings"
-_CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
 _COMPILE = (
@@ -78,11 +77,6 @@ NO_EFFECT: dict[str, str] = {
     "vllm_max_model_length": _VLLM,
     "vllm_max_model_len": _VLLM,
     "vllm_tensor_parallel_size": _VLLM,
-    "vllm_importance_sampling_correction": _CORRECTION,
-    "vllm_importance_sampling_mode": _CORRECTION,
-    "vllm_importance_sampling_clip_max": _CORRECTION,
-    "vllm_importance_sampling_clip_min": _CORRECTION,
-    "vllm_importance_sampling_cap": _CORRECTION,
 }
 """field -> what it does here: another value than the default changes memory or speed elsewhere, and nothing here"""
 
@@ -158,7 +152,13 @@ INHERITED: dict[str, str] = {
 }
 """fields of `TrainingArguments` whose defaults are its own -> what they do here"""
 _LOOP = "has no effect: prompts are drawn by the loop; evaluation follows it"
+CORRECTION = (
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+)  # fmt: skip
+"""fields of the correction of an engine's mismatch, which the trainers with an importance ratio have"""
 ROLLOUTS: dict[str, str] = {
+    **dict.fromkeys(CORRECTION, "has no effect: this loss has no ratio to the policy that sampled, to be corrected"),
     "train_sampling_strategy": "'sequential' becomes `shuffle_dataset=False`; else it has no effect: rollouts are not "
     "ordered by length",
     "length_column_name": "has no effect: rollouts are not ordered by length",
@@ -268,7 +268,7 @@ class WholeOfForm(int):
 
 def accepted(name: str, default: Any = None) -> Any:
     """A dataclass field whose meaning is an entry of the tables."""
-    return field(default=default, metadata={"help": NO_EFFECT.get(name) or TRANSLATED[name]})
+    return field(default=default, metadata={"help": NO_EFFECT.get(name) or TRANSLATED.get(name) or ROLLOUTS[name]})
 
 
 def default_of(entry: Field[Any]) -> Any:
