@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from benchmarks.environments import CACHE, OURS, python_of
+from benchmarks.environments import CACHE, OURS, prepare_materials, python_of
 from benchmarks.harness import Outcome, Run, in_turn, run_process
 from benchmarks.table import BY_NAME
 
@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="how often each side runs (default 5)")
     options = parser.parse_args()
     folder = CACHE / "materials"
-    command = [python_of(None), "-m", "benchmarks.materials", str(folder)]  # a large parent would count as its children
-    subprocess.run(command, cwd=OURS, check=True, stderr=subprocess.DEVNULL)
+    prepare_materials(folder, any(BY_NAME[name].real for name in options.names))
     with tempfile.TemporaryDirectory() as scratch:
         older = Path(scratch) / "older"
         git = ["git", "-C", str(OURS), "worktree"]

@@ -9,7 +9,7 @@ from pathlib import Path
 CACHE = Path(os.environ.get("TRL_BENCH_CACHE", Path.home() / ".cache" / "trl" / "bench"))
 TORCH = "torch==2.13.0"
 PEERS = {
-    "trl 1.16.0": [TORCH, "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0"],
+    "trl 1.16.0": [TORCH, "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2"],
     "trl 0.7.7": [
         TORCH,
         "trl==0.7.7",
@@ -46,6 +46,12 @@ def python_of(peer: str | None) -> str:
         subprocess.run([*pip, "install", "--quiet", *PEERS[peer]], check=True)
         done.write_text("\n".join(PEERS[peer]))
     return str(python)
+
+
+def prepare_materials(folder: Path, real: bool) -> None:
+    """Write what the jobs load, and the `real` ones; by another process: a large parent counts as its children."""
+    command = [python_of(None), "-m", "benchmarks.materials", str(folder), *["--real"] * real]
+    subprocess.run(command, cwd=OURS, check=True, stderr=subprocess.DEVNULL)
 
 
 def versions(python: str, packages: tuple[str, ...] = ("torch", "transformers", "accelerate", "numpy")) -> str:

@@ -1,9 +1,12 @@
 """What both sides of every benchmark load: the same weights and the same rows, written once to a folder."""
 
+import bz2
+import csv
 import json
 import random
 import shutil
 import sys
+from collections import defaultdict
 from math import log
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.flops import HEADS, INNER, LAYERS, VOCABULARY, WIDTH
+from trl.quickstart.assets import QUOTES, SMOLLM2, fetch
+from trl.quickstart.reviews import clean
 
 EOS, FIRST_WORD = 2, 3  # 0 pads, 1 is unknown
 VERSION = 5  # raise it whenever anything below changes
@@ -100,5 +105,37 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
+def real_rows(quotes: Path, seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """Rows of real text: what critics say of a film, and more of it; liked over disliked for the same film."""
+    films: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    with bz2.open(quotes, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            films[row["movie_name"]][row["category"]].append(clean(row["text"]))
+    rng, rows = random.Random(seed), []
+    for film in sorted(name for name, lines in films.items() if min(len(lines[k]) for k in ("fresh", "rotten")) >= 8):
+        fresh, rotten = (sorted(films[film][kind]) for kind in ("fresh", "rotten"))
+        rng.shuffle(fresh)
+        rng.shuffle(rotten)
+        told = "\n".join(fresh[:4] + rotten[:3])
+        prompt = f"Critics on the film {film}:\n{told}\nWhat else do they say?\n"
+        rows.append((prompt, "\n".join(fresh[4:6]), "\n".join(rotten[4:6]), "\n".join(fresh[4:8])))
+    chosen = rng.sample(rows, 12)
+    return {
+        "pairs": [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad, _ in chosen[:4]],
+        "supervised": [{"prompt": prompt, "completion": more} for prompt, _, _, more in chosen[4:]],
+    }
+
+
+def prepare_real(folder: Path) -> None:
+    """Write `real` (a link to SmolLM2-135M-Instruct) and `real.json`, from assets of `trl quickstart`."""
+    model, quotes = fetch(SMOLLM2, print), fetch(QUOTES, print)
+    (folder / "real").unlink(missing_ok=True)
+    (folder / "real").symlink_to(model)
+    found = real_rows(quotes / "rotten_tomatoes_corpus_full.csv.bz2")
+    (folder / "real.json").write_text(json.dumps(found, indent=1))
+
+
 if __name__ == "__main__":
     prepare(Path(sys.argv[1]))
+    if "--real" in sys.argv[2:]:
+        prepare_real(Path(sys.argv[1]))

@@ -19,7 +19,8 @@ Written by `make bench` (`python -m benchmarks.run --all`); one row again: `pyth
 
 Every row runs ours and theirs in turn (A B A B ...) as whole processes on one thread (`OMP_NUM_THREADS=1`,
 `torch.set_num_threads(1)`), two rows at a time on two cores, in float32, from the same weights and the same rows: a
-Llama of 22 M parameters (width 384, 6 layers, vocabulary 32,000, tied; random weights), lengths log-normal. A peer
+Llama of 22 M parameters (width 384, 6 layers, vocabulary 32,000, tied; random weights), lengths log-normal; the rows
+with LoRA take SmolLM2-135M-Instruct and what critics say of films. A peer
 lives in an environment of its own with pinned versions and is used through its public API; wherever the API allows,
 both sides run the very same script (`benchmarks/jobs/`).
 

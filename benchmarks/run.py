@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import flops
-from benchmarks.environments import CACHE, OURS, python_of
+from benchmarks.environments import CACHE, OURS, prepare_materials, python_of
 from benchmarks.harness import Outcome, Pair, Run, in_turn, run_process, touch_memory
 from benchmarks.report import machine, write_report
 from benchmarks.scaling import measure_scaling
@@ -91,8 +91,7 @@ def measure_all(names: list[str], pairs: int, streams: int, folder: Path) -> Non
     """Measure the rows, as many at a time as there are streams."""
     for peer in {BY_NAME[name].peer for name in names if name in BY_NAME}:
         python_of(peer)  # built before anything is measured
-    command = [python_of(None), "-m", "benchmarks.materials", str(folder)]  # a large parent would count as its children
-    subprocess.run(command, cwd=OURS, check=True, stderr=subprocess.DEVNULL)
+    prepare_materials(folder, any(BY_NAME[name].real for name in names if name in BY_NAME))
     touch_memory()
 
     def one(name: str) -> None:

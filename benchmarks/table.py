@@ -33,6 +33,8 @@ class Row:
     """what the gate looks at; None: everything that the jobs report"""
     seeds: bool = False
     """every pair has a seed of its own"""
+    real: bool = False
+    """on the real model and real text, which `trl quickstart` fetches"""
 
 
 DPO = "DPO step: 8 pairs, prompt ~200, completion ~60"
@@ -42,6 +44,8 @@ KTO = "KTO step: 16 rows, prompt ~200, completion ~60"
 GRPO = "GRPO step: 8 prompts x 8, prompt ~200, 64 new tokens, beta 0.04, generation included"
 DRAWN = "GRPO step: the same, completions that end by themselves (mean ~25, at most 64)"
 PPO = "PPOTrainer.step: batch 32, mini 8, 4 epochs, prompt ~100, response ~40"
+LORA = "SFT step with LoRA: SmolLM2-135M, r=16 on all linear layers, 8 rows, prompt ~200, completion ~100"
+LORA_DPO = "DPO step with LoRA: the same model, 4 pairs, prompt ~200, completion ~50"
 NOW, OLD, PLAIN_GENERATION = "trl 1.16.0", "trl 0.7.7", "transformers 5.23.0"
 NO_CHECKPOINTS = {"gradient_checkpointing": False}
 PLAIN = "defaults (float32)"
@@ -94,6 +98,18 @@ ROWS = [
         seeds=True,
     ),
     Row("ppo-step", PPO, OLD, PLAIN, "ppo_step", ours={"steps": 1}, theirs={"steps": 1}, target=4, memory_target=2),
+    Row("lora", LORA, NOW, BEST, "lora_sft", theirs=NO_CHECKPOINTS, target=3, memory_target=3, real=True),
+    Row(
+        "lora-dpo",
+        LORA_DPO,
+        NOW,
+        BEST + ", padding-free",
+        "lora_dpo",
+        theirs={**NO_CHECKPOINTS, "padding_free": True},
+        target=3,
+        memory_target=3,
+        real=True,
+    ),
     Row(
         "sampling",
         "Sampling: 8 prompts x 8, 48 tokens each, greedy",

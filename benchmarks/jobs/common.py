@@ -50,6 +50,27 @@ def model(name: str = "policy") -> Any:
     return AutoModelForCausalLM.from_pretrained(FOLDER / name)
 
 
+def real_rows(name: str) -> list[dict[str, str]]:
+    """Rows of real text, for the real model."""
+    return json.loads((FOLDER / "real.json").read_text())[name]
+
+
+def real_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(FOLDER / "real")
+
+
+def adapted() -> Any:
+    """The real model in float32, with LoRA of rank 16 on all its linear layers but the head."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(FOLDER / "real", dtype=torch.float32)
+    torch.manual_seed(0)
+    return get_peft_model(policy, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
 def arguments(**more: Any) -> dict[str, Any]:
     """Training arguments that every trainer takes: one CPU thread, float32, one epoch over one batch a step."""
     return {

@@ -11,6 +11,7 @@ import torch
 from conformity import causal_lm, prompts, tokenizer
 from datasets import Dataset
 from ppo_cases import causal
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import trl
 from trl.data.records import Rollout
@@ -233,6 +234,52 @@ def test_an_engine_without_log_probabilities_is_an_error(tmp_path):
         trained(tmp_path, arguments={"rollout_func": silent}, rollout_logprobs="engine")
     with pytest.raises(ValueError, match="rollout_logprobs='engine': no effect without a rollout_func"):
         made(tmp_path, rollout_logprobs="engine")
+
+
+# -- mixtures -------------------------------------------------------------------------------------
+
+
+class MixtureEngine(Engine):
+    """Says of each token read or written which experts it went to: other ones than the router's."""
+
+    def _moved(self, number, one):
+        length = 3 + len(one.ids)  # of the longest prompt and the completion but its last token, or less
+        numbers = torch.arange(length * 2 * 2).view(length, 2, 2)
+        return replace(super()._moved(number, one), experts=(numbers % 4).numpy().astype("uint8"))
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_mixtures_experts_are_those_of_the_engine(replays, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    mixture = AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(
+            vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8,
+            num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=12, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    monkeypatch.setattr("test_engine_mismatch.causal_lm", lambda: mixture)
+    trainer = made(
+        tmp_path, engine=lambda inner: MixtureEngine(inner, 0.0), routing_replay=replays, beta=0.1, num_iterations=2,
+        max_steps=2,
+    )  # fmt: skip
+    seen = []
+    trainer.model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[1].clone())
+    )
+    experience = trainer.rollouts.make(trainer.rollouts.state)
+    assert (experience.experts is not None) == replays
+    batch = experience.batch()
+    seen.clear()
+    with torch.no_grad():
+        score(trainer.model, batch.packed)
+    (sent,) = seen[-1:]
+    if replays:
+        known = batch.packed.experts_NLC[:, 0] >= 0
+        assert torch.equal(sent[known], batch.packed.experts_NLC[:, 0][known].long())
+        assert known.float().mean() > 0.5
+    trainer.train()
+    assert logged(trainer)["ratio"] == logged(trainer, 1)["ratio"] == pytest.approx(1.0, abs=1e-6)
 
 
 # -- PPO ------------------------------------------------------------------------------------------

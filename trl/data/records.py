@@ -201,7 +201,7 @@ class Completion:
     logprobs: list[float]
     """of the distribution that was really sampled (temperature and filters applied)"""
     raw_logprobs: list[float]
-    """of the model itself, at temperature 1"""
+    """of the model itself, at temperature 1; nan where an engine does not say them"""
     finish_reason: str
     """"stop" (an end token or stop string) or "length" (cut at the limit)"""
     versions: tuple[VersionSpan, ...] = ()

@@ -99,6 +99,14 @@ def is_exact(sampler: Any) -> bool:
     return bool(getattr(sampler, "exact", False))
 
 
+def check_sampler(sampler: Any) -> None:
+    """ValueError for a user's sampler that is none."""
+    if sampler is not None and not callable(getattr(sampler, "sample", None)):
+        raise ValueError(
+            f"sampler: a {type(sampler).__name__} has no `sample(prompts, params, n)`; see trl.generation.Sampler"
+        )
+
+
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:
     if not holds:
         raise ValueError(f"{field}={value!r}: give {allowed}")

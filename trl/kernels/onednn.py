@@ -41,6 +41,23 @@ def laid_out(weight_VD: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight_VD, _ROWS)  # type: ignore[no-any-return]
 
 
+def with_room(rows_ND: Tensor) -> Tensor:
+    """The rows and some more with any numbers, up to the next count that a program is made for; a view where it can be.
+
+    The counts are a sixteenth apart, and 64 at least: passes of every length then need few programs. For what is
+    computed of each row alone; rows that oneDNN does not multiply come back as they are.
+    """
+    count = len(rows_ND)
+    grid = max(64, 1 << max(count.bit_length() - 5, 0))
+    count, width = -(-count // grid) * grid, rows_ND.shape[1]
+    if count == len(rows_ND) or rows_ND.device.type != "cpu" or rows_ND.dtype != torch.float32:
+        return rows_ND
+    end = (rows_ND.storage_offset() + count * width) * rows_ND.element_size()
+    if rows_ND.is_contiguous() and end <= rows_ND.untyped_storage().nbytes():
+        return rows_ND.as_strided((count, width), (width, 1))
+    return F.pad(rows_ND, (0, 0, 0, count - len(rows_ND)))
+
+
 def rows_times(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear(hidden, weight, bias)` without a gradient; the weight as it is or laid out. [..., D] -> [..., V]"""
     flat = hidden.flatten(0, -2)

@@ -72,7 +72,7 @@ class Correction:
         return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
 
     def weigh(self, trainer_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, dict[str, Measure]]:
-        """The weights, detached, [B, T] or [B, 1]; over counted tokens their mean, and the share that was bounded."""
+        """The weights, detached, [B, T] or [B, 1]; their mean and the share that was bounded, over counted tokens."""
         ratio = self.ratio(trainer_BT, sampler_BT, mask_BT)
         weight = self.bounded(ratio)
         changed_BT = (weight != ratio).to(mask_BT.dtype).expand_as(mask_BT)

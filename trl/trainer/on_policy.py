@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from trl.data.records import Batch, Rollout
+from trl.generation.sampler import is_exact
 from trl.losses.kl import KL_ESTIMATORS
 from trl.losses.loss_sum import Measure
 from trl.losses.policy import Correction, mask_truncated, sampling_metrics
@@ -305,9 +306,12 @@ class OnPolicyTrainer(RolloutTrainer):
         return not filtered or (rows.kept is not None and self.args.repetition_penalty == 1)
 
     def _sampler_is_coarse(self) -> bool:
-        """Whether log-probabilities are a sampler's, in a precision in which another computation gives other ones."""
+        """Whether log-probabilities are a sampler's, whose computation gives other ones than that of training.
+
+        It does so in a precision that rounds more than float32, and where the sampler has weights of its own.
+        """
         measured = self.rollout_func is not None or getattr(self.source, "measure", None) is not None
-        return not measured and self._sampling_precision() not in EXACT
+        return not measured and not (is_exact(self.sampler) and self._sampling_precision() in EXACT)
 
     def _sampling_precision(self) -> str:
         with self.accelerator.autocast():
@@ -329,11 +333,12 @@ class OnPolicyTrainer(RolloutTrainer):
 
     def _say_passes(self, rows: int, of: int, apart: bool) -> None:
         if not self._said_passes:
-            how = "is not this trainer's model of now" if apart else f"computes in {self._sampling_precision()}"
+            how = f"computes in {self._sampling_precision()}, in which"
+            if apart:
+                how = "draws by older weights, so that" if self._is_stale else "computes by code of its own, so that"
             logger.warning(
-                "the sampler %s, in which its log-probabilities are not quite those of training: one forward pass more "
-                "measures %d of the %d completions of each rollout",
-                how, rows, of,
+                "the sampler %s its log-probabilities are not quite those of training: one forward pass more measures "
+                "%d of the %d completions of each rollout", how, rows, of,
             )  # fmt: skip
         self._said_passes = True
 

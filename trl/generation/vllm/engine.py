@@ -33,11 +33,27 @@ class About:
     """names of loaded adapters"""
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How an engine was started, as far as it says so."""
+
+    dtype: str | None = None
+    """in which it computes, such as "torch.float32\""""
+    max_lora_rank: int | None = None
+    """of adapters; 0: it takes none"""
+    workers: tuple[int, ...] = ()
+    """processes of each server"""
+
+
 class Engine(Protocol):
     """Samples tokens from tokens, scores tokens, takes weights. Every verb raises `EngineError` where it fails."""
 
     def about(self) -> About:
         """Who answers; asked at the start and after each failure."""
+        ...
+
+    def settings(self) -> Settings:
+        """How it was started; asked once."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -46,6 +62,10 @@ class Engine(Protocol):
 
     def prompt_logprobs(self, rows: Sequence[Sequence[int]], top: int = 0, adapter: str | None = None) -> list[Any]:
         """For each row and token but the first: `{token id: log-probability}` of the token, and of the `top` best."""
+        ...
+
+    def tokenized(self, text: str) -> list[int] | None:
+        """The text as tokens of the engine's own tokenizer, without special ones; None where it has none."""
         ...
 
     def pause(self, *, clear_cache: bool = True, mode: str = "wait") -> None:
@@ -70,6 +90,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds here; a server goes on."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Gives the policy's weights to an engine, in one of several ways."""
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the engine's adapter that is the policy; None: its model is."""
+        ...
+
+    def push(self, engine: Engine, version: str) -> None:
+        """Give the engine the policy's weights of now and stamp them; returns when it samples by them. Collective."""
+        ...
+
+    def again(self, engine: Engine, version: str) -> None:
+        """Give an engine that has lost them the same weights once more. Not collective; EngineError if it cannot."""
         ...
 
 
