@@ -238,7 +238,7 @@ class ServerEngine:
             raise _Away(url, f"broke off in {path} ({error or type(error).__name__})") from error
         if answer.status_code >= 300:
             _refuse(url, path, answer.status_code, _message(answer.text))
-        if not answer.text.strip() or answer.headers.get("content-type", "").startswith("text/"):
+        if not answer.text.strip() or "json" not in answer.headers.get("content-type", ""):
             return read({})  # it did so, and says it in words at most
         try:
             return read(json.loads(answer.text))
