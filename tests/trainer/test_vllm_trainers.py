@@ -386,7 +386,7 @@ def test_settings_of_an_engine_in_this_process_reach_it(vllm, tmp_path):
     assert settings == {
         "dtype": "bfloat16", "gpu_memory_utilization": 0.4, "max_model_len": 48, "model_impl": "transformers",
         "enable_prefix_caching": True, "enable_sleep_mode": True, "tensor_parallel_size": 1, "seed": 3,
-        "trust_remote_code": False, "logprobs_mode": "processed_logprobs",
+        "trust_remote_code": False, "logprobs_mode": "processed_logprobs", "enable_chunked_prefill": False,
     }  # fmt: skip
     trainer.train()
     assert llm.calls.count("reload") == 2
