@@ -182,7 +182,6 @@ class GKDConfig(DistillationConfig):
     dataset_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": SUPERVISED["dataset_kwargs"]})
     assistant_only_loss: bool = field(default=False, metadata={"help": SUPERVISED["assistant_only_loss"]})
     dataset_batch_size: int | None = field(default=None, metadata={"help": SUPERVISED["dataset_batch_size"]})
-    activation_offloading: bool = accepted("activation_offloading", False)
 
     @classmethod
     def exceptions(cls) -> dict[str, str]:
