@@ -26,7 +26,7 @@ class Other:
     module: str
     help: str
     settings: bool = False
-    """it takes the settings of a training command too"""
+    """it takes words that it does not know: the settings of a training command, or of vLLM"""
 
 
 COMMANDS: dict[str, Training | Other] = {
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Training | Other] = {
     "chat": Other("trl.scripts.chat", "Talk to a model in the terminal."),
     "generate": Other("trl.scripts.generate", "Write what a model answers to prompts, as JSON lines."),
     "merge": Other("trl.scripts.merge", "Merge an adapter into its model: a plain folder for transformers."),
+    "vllm_serve": Other("trl.scripts.vllm_serve", "Start a vLLM server that trainers sample from.", settings=True),
     "inspect": Other("trl.scripts.inspect_rows", "Show what a training command learns of each row.", settings=True),
     "report": Other("trl.scripts.report", "Write the report of a run's folder: curves, samples, what to look at."),
     "schema": Other("trl.scripts.describe", "Print the JSON schema of a training command's YAML file."),
