@@ -307,7 +307,9 @@ def vllm(monkeypatch):
     params, lora = ModuleType("vllm.sampling_params"), ModuleType("vllm.lora.request")
     params.StructuredOutputsParams = lambda **given: ("structured", given)
     lora.LoRARequest = lambda **given: SimpleNamespace(**given)
-    for part in (params, lora):
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
+    for part in (params, lora, platforms):
         monkeypatch.setitem(sys.modules, part.__name__, part)
     monkeypatch.setitem(sys.modules, "vllm", module)
     return module
