@@ -3,7 +3,7 @@
 python benchmarks/estimators.py > docs/estimators.md        (about ten seconds, no random numbers)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations_with_replacement
@@ -19,6 +19,7 @@ from trl.losses.kl import KL_ESTIMATORS
 from trl.losses.loss_sum import LossSum
 from trl.losses.policy import (
     ADVANTAGES,
+    Correction,
     Surrogate,
     cispo,
     clip,
@@ -38,6 +39,9 @@ REWARDS_Y = torch.tensor([0.2, 1.0, 0.0, 0.5, -0.5, 1.5, 0.3]).double()
 MASK_YT = torch.tensor([[1.0] * len(y) + [0.0] * (LONGEST - len(y)) for y in COMPLETIONS]).double()
 STATE_YT = torch.tensor([[0, y[0]] if len(y) > 1 else [0, 0] for y in COMPLETIONS])
 NEAR, FAR = 0.2, 1.0  # lengths of the update before a later step
+ERROR = torch.tensor([[0.5, -0.8, 0.3], [-0.4, 0.9, -0.5], [0.7, 0.2, -0.9]]).double()  # of an engine's logits
+STALE = (0.3, 1.2)  # lengths of the updates since the weights that sampled
+ROUNDING, WRONG = 0.02, 1.0  # an engine in half precision, and one that has other weights or other kernels
 WORD_YT = torch.tensor([list(y) + [0] * (LONGEST - len(y)) for y in COMPLETIONS])
 
 
@@ -274,6 +278,53 @@ def later_steps(old: Tensor) -> dict[str, Estimator]:
     }
 
 
+def engine(error: float) -> Tensor:
+    """The logits by which an engine samples that computes the policy with an error. [S, V]"""
+    return LOGITS + error * ERROR
+
+
+def mismatched(sampler: Tensor, correction: Correction | None = None, proximal: Tensor = LOGITS) -> Estimator:
+    """Drawn from `sampler`, the gradient wanted at LOGITS, clipped around `proximal`. Rewards minus what is expected.
+
+    correction: of proximal to sampler; None: the engine's log-probabilities are taken for those of `proximal`.
+    """
+    baseline = expected_reward(sampler)
+
+    def estimate(logprobs_GT: Tensor, rewards_G: Tensor, index_G: Tensor) -> Tensor:
+        old_GT, sampled_GT, mask_GT = logprobs(proximal)[index_G], logprobs(sampler)[index_G], MASK_YT[index_G]
+        weight = None if correction is None else correction.bounded(correction.ratio(old_GT, sampled_GT, mask_GT))
+        advantages = (rewards_G - baseline)[:, None]
+        loss = policy_loss(logprobs_GT, old_GT, advantages, mask_GT, rule=clip, weight_BT=weight)
+        return summed(loss, len(rewards_G))
+
+    return estimate
+
+
+CORRECTIONS: dict[str, Correction | None] = {
+    "no correction": None,
+    "token ratio, not bounded": Correction("token_truncate", None),
+    "token, cut at 2 (TIS)": Correction("token_truncate", 2.0),
+    "token, masked outside [.5, 5] (IcePop)": Correction("token_mask", 5.0, 0.5),
+    "sequence ratio, not bounded": Correction("sequence_truncate", None),
+    "sequence, cut at 2": Correction("sequence_truncate", 2.0),
+    "sequence, masked above 3 (MIS, the default)": Correction(),
+    "geometric mean, cut at 2": Correction("geometric_truncate", 2.0),
+    "geometric mean, masked outside [.8, 1.25]": Correction("geometric_mask", 1.25, 0.8),
+}
+
+
+def stale_rollouts(sampler: Tensor) -> dict[str, Estimator]:
+    """A later step of an update on a rollout of older weights; the update began half of `NEAR` back."""
+    proximal = moved(NEAR / 2)
+    return {
+        "clipped around the sampler (PPO)": stale(clip, "token", sampler),
+        "clipped around the proximal policy, not weighed": mismatched(sampler, None, proximal),
+        "decoupled, token ratio": mismatched(sampler, Correction("token_truncate", None), proximal),
+        "decoupled, token ratio cut at 1.2": mismatched(sampler, Correction("token_truncate", 1.2), proximal),
+        "decoupled, sequence ratio": mismatched(sampler, Correction("sequence_truncate", None), proximal),
+    }
+
+
 def difficulty_scale(advantage: str, rate: float, group: int) -> float:
     """What of the true gradient an advantage keeps on a prompt with one right completion, drawn at this rate."""
     rewards_Y = torch.zeros(len(COMPLETIONS)).double().index_fill(0, torch.tensor(0), 1.0)
@@ -321,18 +372,40 @@ def kl_table() -> list[str]:
     return lines
 
 
-def later_table() -> list[str]:
-    truth_P = gradient(expected_reward)
-    lines = header(
-        "later step", "unbiased", "angle near", "scale near", "noise near", "angle far", "scale far", "noise far"
-    )
-    near, far = moved(NEAR), moved(FAR)
-    for name, estimator in later_steps(near).items():
-        close = compare(moments(estimator, 1, sampler=near), truth_P)
-        distant = compare(moments(later_steps(far)[name], 1, sampler=far), truth_P)
-        cells = (part for r in (close, distant) for part in (angle(r), r.scale, r.noise))
-        lines.append(row(name, distant.verdict, *cells))
+def two_cases(
+    columns: tuple[str, str, str], names: Sequence[str], one: Mapping[str, Moments], other: Mapping[str, Moments]
+) -> list[str]:
+    """A row for each name: angle, scale and noise of its estimator in two cases; columns: the first, and the cases'."""
+    truth_P, (first, *cases) = gradient(expected_reward), columns
+    shown = [f"{what} {case}" for case in cases for what in ("angle", "scale", "noise")]
+    lines = header(first, "unbiased", *shown)
+    for name in names:
+        close, distant = (compare(each[name], truth_P) for each in (one, other))
+        lines.append(row(name, distant.verdict, *(c for r in (close, distant) for c in (angle(r), r.scale, r.noise))))
     return lines
+
+
+def later_table() -> list[str]:
+    near, far = (
+        {name: moments(each, 1, sampler=old) for name, each in later_steps(old).items()}
+        for old in (moved(NEAR), moved(FAR))
+    )
+    return two_cases(("later step", "near", "far"), list(near), near, far)
+
+
+def engine_table() -> list[str]:
+    close, wrong = (
+        {name: moments(mismatched(engine(e), each), 1, sampler=engine(e)) for name, each in CORRECTIONS.items()}
+        for e in (ROUNDING, WRONG)
+    )
+    return two_cases(("engine", "rounding", "wrong"), list(CORRECTIONS), close, wrong)
+
+
+def stale_table() -> list[str]:
+    one, four = (
+        {name: moments(each, 1, sampler=old) for name, each in stale_rollouts(old).items()} for old in map(moved, STALE)
+    )
+    return two_cases(("stale rollout", "near", "far"), list(one), one, four)
 
 
 def largest_ratio(old: Tensor) -> float:
@@ -395,13 +468,48 @@ up to {near:.2f}) or a far one (up to {far:.2f}).
   how far the policy moved.
 - Clipping cuts the gradient of what has already moved its way; what is left is smaller and points elsewhere. It is a
   brake, not an estimate. CISPO and SAPO cut less.
+
+## An engine that computes the policy otherwise
+
+Drawn one at a time by an engine whose logits have an error: as small as rounding (token ratios up to {rounding:.2f}),
+or large (up to {wrong:.2f}). The old log-probabilities are the trainer's; the weight is `p_trainer / p_engine`, in
+bounds. Rewards minus what the engine's completions bring in the mean. `Correction` says what each mode is.
+
+{engine}
+
+- Only the ratio of the whole completion, not bounded, is exact. Of single tokens the ratio mends what one token's
+  choice got wrong, and not where the earlier tokens led.
+- Where the engine is as near as rounding, all are right to a degree; there none is needed. With a large error
+  each bound trades truth for noise, and a mask trades more of it than a cut, because it drops what it bounds: what is
+  left of the gradient is that of the completions on which both agree.
+- Noise is relative to the length of the mean: a mask that drops much has a small mean.
+
+## Rollouts of older weights
+
+Drawn one at a time by the policy before several updates (token ratios up to {stale_near:.2f} near, {stale_far:.2f}
+far). The step at hand is a later one of its own update; the weights at the start of that update are the proximal
+policy.
+
+{stale}
+
+- Clipped around the policy that sampled, a stale rollout is beyond the clip range before it is learned from: what is
+  left of its gradient points elsewhere. The decoupled objective clips around the proximal policy, and weighs by
+  proximal over sampler; its rest of bias is that of the token ratio in the step at hand.
+- Without the weights the states are those of older weights; that is smaller, but does not vanish.
 """
 
 
 def document() -> str:
-    tables = {"first": first_step_table, "difficulty": difficulty_table, "kl": kl_table, "later": later_table}
+    tables = {
+        "first": first_step_table, "difficulty": difficulty_table, "kl": kl_table, "later": later_table,
+        "engine": engine_table, "stale": stale_table,
+    }  # fmt: skip
+    policies = {
+        "near": moved(NEAR), "far": moved(FAR), "rounding": engine(ROUNDING), "wrong": engine(WRONG),
+        "stale_near": moved(STALE[0]), "stale_far": moved(STALE[1]),
+    }  # fmt: skip
     joined = {name: "\n".join(table()) for name, table in tables.items()}
-    return TEXT.format(**joined, near=largest_ratio(moved(NEAR)), far=largest_ratio(moved(FAR)))
+    return TEXT.format(**joined, **{name: largest_ratio(policy) for name, policy in policies.items()})
 
 
 if __name__ == "__main__":

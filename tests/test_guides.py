@@ -1,5 +1,6 @@
 """The commands and programs of the guides run in the order in which they stand, with a tiny model for the real one."""
 
+import io
 import json
 import re
 import shlex
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?\n"))
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained("tiny")
     tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained("tiny")

@@ -110,9 +110,11 @@ def test_on_policy(tmp_path, monkeypatch):
         return SimpleNamespace(prompt_ids=names(prompt).input_ids, ids=ids, logprobs=logprobs, solved=prompt == "a")
 
     known = {"prompts": prompts, "engine": SimpleNamespace(complete=complete)}
-    first, second = programs("on_policy.md")
+    first, judge, second = programs("on_policy.md")
     perform(first, known)
     assert list(Path("run").glob("checkpoint-*"))
+    perform(judge, known)
+    assert (known["judge"].low, known["judge"].high) == (1, 5)
     perform(second, known)
     made = known["rollout_func"]
     trainer = trl.GRPOTrainer(

@@ -48,20 +48,31 @@ class Part:
     """whether its jobs run beside each other: nothing is timed in them"""
 
 
-def training(model: str, *, peer: bool = False, brief: bool = False) -> list[Job]:
+HOW: dict[str, dict[str, Any]] = {
+    "": {}, ", compiled": {"compile_layers": "inductor"}, ", Liger kernels": {"use_liger_kernel": True},
+}  # fmt: skip
+"""ways to compute the same step, by what the names of their jobs end with"""
+
+
+def training(model: str, *, how: str = "", peer: bool = False, brief: bool = False) -> list[Job]:
     """Steps of SFT, DPO and GRPO: 8,192 tokens, 4 pairs of 1,024 + 2 x 512, groups of 8 on 1,024 with 512 new."""
-    look = {"profile": not (peer or brief)}
+    look = {"profile": not (peer or brief), "settings": HOW[how]}
     sizes = {
         "sft": {"rows": 1, "length": 8192}, "dpo": {"rows": 4, "length": 1024, "answer": 512},
         "grpo": {"rows": 1, "length": 1024, "answer": 512, "steps": 8},
     }  # fmt: skip
     return [
-        Job(f"{method} {model}", "train", {"method": method, "model": model, **size, **look}, 150, peer=peer)
+        Job(f"{method} {model}{how}", "train", {"method": method, "model": model, **size, **look}, 150, peer=peer)
         for method, size in sizes.items()
     ]
 
 
 SFT, DPO, GRPO = training("1.5B")
+OTHER_WAYS = [training("1.5B", how=how) for how in HOW if how]
+SAMPLERS = [
+    Job(f"sampler 1.5B{how}", "sample", {"model": "1.5B", "rows": [8, 64], "tokens": 128, "liger": bool(how)}, 150)
+    for how in ("", ", Liger kernels")
+]
 SHORT_ROWS = Job(
     "sft 1.5B, 16 rows of 512", "train", {**SFT.settings, "rows": 16, "length": 512, "profile": False}, 120
 )
@@ -74,10 +85,10 @@ PARTS = (
     ), at_once=True),
     Part("mismatch", (Job("mismatch", "mismatch"),)),
     Part("head", (Job("head", "head"),)),
-    Part("sft", (SFT, SHORT_ROWS)),
-    Part("policy", (DPO, GRPO, Job("sampler 1.5B", "sample", {"model": "1.5B", "rows": [8, 64], "tokens": 128}, 150))),
+    Part("sft", (SFT, *(jobs[0] for jobs in OTHER_WAYS), SHORT_ROWS)),
+    Part("policy", (DPO, GRPO, *(job for jobs in OTHER_WAYS for job in jobs[1:]), *SAMPLERS)),
     Part("small", (SMALL_SFT, *training("0.5B", brief=True)[1:])),
-    Part("peer", tuple(training("1.5B", peer=True))),
+    Part("peer", (*training("1.5B", how=", Liger kernels", peer=True), *training("1.5B", peer=True))),
 )  # fmt: skip
 
 
@@ -183,7 +194,7 @@ def chosen(text: str | None) -> list[Part]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", help="parts to run, by number or name: " + ", ".join(part.name for part in PARTS))
-    parser.add_argument("--job", help="only jobs whose name contains this")
+    parser.add_argument("--job", help="only the job of this name, or jobs whose names contain this")
     parser.add_argument("--results", type=Path, help="file into which results are merged; default: in the folder --out")
     parser.add_argument("--out", type=Path, default=OURS / "build" / "gpu", help="folder of results.json and the logs")
     parser.add_argument(
@@ -204,7 +215,9 @@ def main() -> None:
     wheels = [install(options.wheels, out / "site")] if options.wheels else []
     results = (options.results or out / "results.json").resolve()
     for part in chosen(options.part):
-        jobs = [job for job in part.jobs if (options.job or "") in job.name and (options.peer or not job.peer)]
+        exact = any(job.name == options.job for job in part.jobs)
+        asked = [job for job in part.jobs if job.name == options.job or (not exact and (options.job or "") in job.name)]
+        jobs = [job for job in asked if options.peer or not job.peer]
 
         def one(job: Job, part: Part = part) -> None:
             if time.perf_counter() - start > options.seconds:

@@ -52,6 +52,7 @@ EXPECTED = [
     r"evaluation after step \d+ · .*",
     r"trained 2 steps in .*",
     r"saved to \S+",
+    r"[A-Z][a-z ]+: trl (chat|merge|compare|eval) .*",
 ]
 WANTED = {"step 1/2", "step 2/2", "saved to"}
 

@@ -179,14 +179,18 @@ def test_findings_of_the_data_are_there(tmp_path):
 @pytest.mark.parametrize(
     ("record", "saved", "expected"),
     [
-        (finished(), [], ["trl sft --config", "trl inspect sft", "trl dpo --model", "trl grpo --model"]),
+        (
+            finished(),
+            [],
+            ["trl sft --config", "trl inspect sft", "trl chat", "trl dpo --model", "trl grpo --model"],
+        ),
         (finished(status="failed"), [20], ["trl sft --config", "trl sft --config", "trl inspect sft"]),
         (
             finished("RewardTrainer", command="trl reward -x"),
             [],
             ["trl reward", "trl inspect reward", "trl grpo --model MODEL"],
         ),
-        (finished("PPOTrainer", command="trl ppo -x"), [], ["trl ppo --config"]),
+        (finished("PPOTrainer", command="trl ppo -x"), [], ["trl ppo --config", "trl chat"]),
         (finished(command="python train.py", status="stopped"), [3], [""]),
     ],
 )

@@ -43,16 +43,18 @@ def test_sft_from_yaml_and_the_line(tmp_path, model, capsys):
         f"model: {model}\ndata: {data}\nlearning_rate: 1e-3\nmax_length: 16\noutput_dir: {tmp_path}/out\n"
     )
     assert run(["sft", "--config", str(config), *COMMON, "--max_length", "8"]) == 0
-    assert f"saved to {tmp_path}/out" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"saved to {tmp_path}/out\nTalk to it: trl chat {tmp_path}/out\n" in out
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_dpo_with_lora(tmp_path, model):
+def test_dpo_with_lora(tmp_path, model, capsys):
     data = rows(tmp_path, *[{"prompt": "a b ", "chosen": "c d", "rejected": "e"}] * 8)
     out = tmp_path / "out"
     words = ["dpo", "--model", model, "--data", data, "--lora-rank", "2", "--output_dir", str(out), *COMMON]
     assert run(words) == 0
     assert (out / "adapter_model.safetensors").exists()
+    assert f": trl merge {out} --output {out}-merged\n" in capsys.readouterr().out
 
 
 def test_the_same_line_makes_the_same_adapter(tmp_path, model):

@@ -198,5 +198,42 @@ def test_off_policy_the_ratio_keeps_the_kl_right():
     assert (plain - truth).abs().max().item() > 1e-2
 
 
+def reports(sampler, estimators):
+    moments = {name: exact.moments(each, 1, sampler=sampler) for name, each in estimators.items()}
+    return {name: exact.compare(each, REWARD) for name, each in moments.items()}
+
+
+def test_corrections_of_an_engine_against_the_truth():
+    """Only the whole completion's ratio is exact; each bound trades angle for noise, a mask more than a cut."""
+    wrong = exact.engine(exact.WRONG)
+    found = reports(wrong, {name: exact.mismatched(wrong, each) for name, each in exact.CORRECTIONS.items()})
+    assert [name for name, report in found.items() if report.verdict == "yes"] == ["sequence ratio, not bounded"]
+    cut, masked = found["sequence, cut at 2"], found["sequence, masked above 3 (MIS, the default)"]
+    assert 10 < cut.angle < masked.angle
+    assert masked.noise < cut.noise < found["sequence ratio, not bounded"].noise
+    assert found["token, cut at 2 (TIS)"].noise < found["token ratio, not bounded"].noise
+    near = exact.engine(exact.ROUNDING)
+    small = reports(near, {name: exact.mismatched(near, each) for name, each in exact.CORRECTIONS.items()})
+    assert all(report.angle < 1 for report in small.values())
+    assert small["no correction"].angle == max(report.angle for report in small.values())
+
+
+def test_an_engine_that_agrees_needs_no_correction_in_expectation_either():
+    plain = exact.moments(exact.mismatched(exact.LOGITS), 1)
+    for each in exact.CORRECTIONS.values():
+        weighed = exact.moments(exact.mismatched(exact.LOGITS, each), 1)
+        assert torch.equal(weighed.mean, plain.mean)
+        assert torch.equal(weighed.variance, plain.variance)
+
+
+def test_decoupled_clipping_keeps_stale_rollouts_useful():
+    sampler = exact.moved(exact.STALE[1])
+    found = reports(sampler, exact.stale_rollouts(sampler))
+    assert found["clipped around the sampler (PPO)"].angle > 90
+    assert found["decoupled, token ratio"].angle < 11
+    assert found["decoupled, sequence ratio"].angle < 1
+    assert found["decoupled, token ratio"].angle < found["clipped around the proximal policy, not weighed"].angle
+
+
 def test_the_document_is_what_the_script_writes():
     assert (ROOT / "docs" / "estimators.md").read_text() == exact.document()

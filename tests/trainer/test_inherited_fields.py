@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import trl
 from trl.data.packing import pack
 from trl.data.records import Branch, TokenTree
+from trl.kernels.layers import is_compiled
 from trl.losses.supervised import nll, smoothed
 from trl.models.scoring import logits_and_labels, score
 from trl.scripts.describe import field_docs
@@ -268,8 +269,6 @@ def test_plain_arguments_are_checked_too(tmp_path):
 
 
 SAID = [
-    ("SFTConfig", {"torch_compile": True}, ["torch_compile=True: has no effect"]),
-    ("SFTConfig", {"torch_compile_mode": "max-autotune"}, ["torch_compile_mode='max-autotune': has no effect"]),
     ("DPOConfig", {"label_names": ["labels"]}, ["label_names=['labels']: has no effect"]),
     ("SFTConfig", {"liger_kernel_config": {"rope": True}}, ["liger_kernel_config={'rope': True}: has no effect"]),
     ("GRPOConfig", {"dataloader_drop_last": True, "dataloader_num_workers": 1}, ["dataloader_drop_last=True, data"]),
@@ -284,15 +283,46 @@ SAID = [
 @pytest.mark.parametrize(("name", "given", "lines"), SAID)
 def test_what_does_nothing_says_so(name, given, lines, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "trl"):
-        config = getattr(trl, name)(output_dir=str(tmp_path), **given)
+        getattr(trl, name)(output_dir=str(tmp_path), **given)
     assert len(caplog.messages) == len(lines)
     for message, line in zip(caplog.messages, lines, strict=True):
         assert message.startswith(line)
+
+
+ASKED = [
+    ({"torch_compile": True}, "inductor"), ({"torch_compile_mode": "max-autotune"}, "inductor:max-autotune"),
+    ({"torch_compile_backend": "eager"}, "eager"), ({"torchdynamo": "aot_eager"}, "aot_eager"),
+    ({"compile_layers": "eager", "torch_compile": True}, "eager"), ({}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "means"), ASKED)
+def test_who_asks_for_compilation_asks_for_the_layers(given, means, tmp_path):
+    config = trl.SFTConfig(output_dir=str(tmp_path), **given)
+    assert config.compile_layers == means
     assert not config.torch_compile
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
+def test_compiled_layers_train_alike(tmp_path):
+    """GRPO: passes with gradients, those of a reference without, and sampling in between, which is not compiled."""
+    torch._dynamo.reset()
+    weights, logs = [], []
+    for backend in (None, "aot_eager"):
+        trainer = build("grpo", tmp_path / str(backend), compile_layers=backend, beta=0.1, max_steps=2)
+        trainer.train()
+        weights.append(torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]))
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert is_compiled(trainer.model)
+    assert is_compiled(trainer.ref_model)
+    assert logs[1] == pytest.approx(logs[0], abs=1e-6)
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_run_that_asks_for_compilation_trains_without(plain, tmp_path, monkeypatch, caplog):
+def test_a_run_that_asks_for_compilation_compiles_its_layers(plain, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)  # transformers would set it for all
     given = {"torch_compile": True, "torch_compile_backend": "eager"}
@@ -303,7 +333,8 @@ def test_a_run_that_asks_for_compilation_trains_without(plain, tmp_path, monkeyp
         trainer = build("sft", tmp_path, **given)
     trainer.train()
     assert not hasattr(trainer.model_wrapped, "_orig_mod")
-    assert any("torch_compile=True" in message for message in caplog.messages)
+    assert is_compiled(trainer.model)
+    torch._dynamo.reset()
 
 
 def test_batches_are_not_dispatched(tmp_path, caplog, plain):

@@ -10,6 +10,7 @@ from tokenizers_for_tests import word_tokenizer
 
 import trl
 from trl.trainer.distillation_trainer import SUPERVISED
+from trl.trainer.rollout_trainer import COLOCATED, ENGINE, SERVER
 
 SHORT = {"generation_kwargs": {"stop_token_ids": list(range(30, 70))}}
 """completions of different lengths"""
@@ -102,6 +103,7 @@ CHANGED = {
 SHOWN = {
     # field: the test that shows its effect, whatever the trainer
     "model_init_kwargs": ("test_on_policy_fields", "test_model_by_name"),
+    "memory_plan": ("test_memory_plan", "test_layers_are_computed_again_where_nothing_was_said_of_it"),
     "on_non_finite": ("test_guard", "test_a_step_that_is_not_finite_is_left_out"),
     "max_non_finite_skips": ("test_guard", "test_no_more_than_so_many_steps_are_left_out"),
     "overwrite_output_dir": ("test_run_folder", "test_another_runs_checkpoints"),
@@ -126,7 +128,10 @@ SHOWN = {
     "log_completions": ("test_on_policy_fields", "test_what_is_printed"),
     "num_completions_to_print": ("test_on_policy_fields", "test_what_is_printed"),
     "log_unique_prompts": ("test_on_policy_fields", "test_what_is_printed"),
-    "use_vllm": ("test_settings", "test_vllm_is_replaced_by_the_local_sampler"),
+    "use_vllm": ("test_vllm_trainers", "test_a_trainer_samples_by_a_server"),
+    **dict.fromkeys(SERVER, ("test_vllm_trainers", "test_settings_of_a_server_reach_it")),
+    **dict.fromkeys(COLOCATED, ("test_vllm_trainers", "test_settings_of_an_engine_in_this_process_reach_it")),
+    **dict.fromkeys(ENGINE, ("test_vllm_trainers", "test_settings_of_a_server_reach_it")),
     "reward_timeout": ("test_grpo", "test_one_that_hangs_leaves_the_judgement_to_the_others"),
     "dynamic_sampling": ("test_grpo", "test_dynamic_sampling_fills_the_rollout"),
     "dynamic_sampling_max_rounds": ("test_grpo", "test_dynamic_sampling_stops_at_its_cap"),

@@ -95,6 +95,12 @@ def test_the_page_has_the_table_of_the_code():
 
 
 BECOMES = [
+    (
+        "GRPOConfig", {"use_vllm": True, "vllm_mode": "server", "vllm_guided_decoding_regex": "a+"},
+        {"vllm_structured_outputs_regex": "a+", "vllm_guided_decoding_regex": None},
+    ),
+    ("OnlineDPOConfig", {"gpu_memory_utilization": 0.5}, {"vllm_gpu_memory_utilization": 0.5}),
+    ("RLOOConfig", {"vllm_max_model_len": 64}, {"vllm_max_model_length": 64, "vllm_max_model_len": None}),
     ("SFTConfig", {"warmup_ratio": 0.1}, {"warmup_steps": 0.1, "warmup_ratio": None}),
     ("GRPOConfig", {"warmup_ratio": 0.0}, {"warmup_steps": 0}),
     ("DPOConfig", {"no_cuda": True}, {"use_cpu": True}),
@@ -178,8 +184,8 @@ def test_trackio_is_told_of_a_run(tmp_path, monkeypatch):
         ("SFTConfig", {"max_seq_length": 7, "max_length": 9}, "max_seq_length=7, max_length=9: two names"),
         ("GKDConfig", {"max_new_tokens": 7, "max_completion_length": 9}, "max_new_tokens=7, max_completion_length=9"),
         ("OnlineDPOConfig", {"max_length": 64}, "max_length=64: give more than max_completion_length=64"),
-        ("GRPOConfig", {"use_vllm": True, "vllm_server_base_url": "http://a"}, "vllm_server_base_url='http://a': no"),
-        ("RLOOConfig", {"use_vllm": True, "vllm_server_host": "10.0.0.1"}, "vllm_server_host='10.0.0.1': no"),
+        ("GRPOConfig", {"use_vllm": True, "vllm_server_base_url": "ftp://a"}, "'ftp://a' is no server's address"),
+        ("RLOOConfig", {"use_vllm": True, "vllm_mode": "both"}, "vllm_mode='both': choose 'colocate' or 'server'"),
         ("GRPOConfig", {"use_vllm": True, "vllm_structured_outputs_regex": "a+"}, "follows no pattern"),
         ("GRPOConfig", {"use_vllm": True, "vllm_guided_decoding_regex": "a+"}, "follows no pattern"),
     ],
@@ -245,9 +251,10 @@ def test_a_machine_with_a_gpu_keeps_its_optimizer(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("case", ["grpo", "rloo"])
 def test_vllm_is_replaced_by_the_local_sampler(case, tmp_path, caplog):
-    given = {"use_vllm": True, "vllm_mode": "server", "vllm_gpu_memory_utilization": 0.4, "vllm_max_model_length": 99}
+    given = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.4, "vllm_max_model_length": 99}
     one, (warning,) = made(CASES[case].config, tmp_path, **given)
     assert "the local sampler draws the completions, from the same distribution" in warning
+    assert "pip install \"vllm>=0.32,<0.33\", or vllm_mode='server'" in warning
     assert (one.use_vllm, one.vllm_mode, caplog.messages) == (False, "colocate", [])
     with pytest.warns(UserWarning, match="local sampler"):
         asked = build(case, tmp_path / "a", max_steps=1, **given)

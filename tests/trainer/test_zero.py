@@ -49,6 +49,14 @@ def test_a_run_goes_on_and_is_saved(ranks):
 
 
 @pytest.mark.slow
+def test_an_engine_gets_weights_in_parts_whole(ranks):
+    given = ranks[1]["given"]
+    assert (given["whole"], given["adapter"]) == (0.0, 0.0)
+    assert given["merged"] < 1e-6
+    assert given["moved"] > 1e-3
+
+
+@pytest.mark.slow
 def test_ppo_and_its_critic_are_saved(ranks):
     for saved in (saved for found in ranks[1:] for saved in found["PPO saved"]):
         assert min(saved["policy moved"], saved["critic moved"]) > 1e-4

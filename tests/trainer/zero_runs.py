@@ -97,6 +97,7 @@ def train_engines(rank: int, world: int, path: str) -> None:
         common = Path(path).parent if engine == "zero3" else None
         found[engine, row] = train(world, name, row, engine.endswith("lora"), common)
     if world > 1:
+        found["given"] = given_to_an_engine(Path(path).parent)
         found |= {"saved": saved_and_resumed(Path(path).parent), "skipped": left_out(Path(path).parent)}
         found["PPO saved"] = [ppo_saved(engine, Path(path).parent / engine) for engine in ("zero3", "zero2")]
     found |= {name: from_files(world, name, Path(path).parent) for name in ("DPO", "GRPO")}
@@ -162,6 +163,49 @@ def ppo_saved(engine: str, folder: Path) -> dict[str, float]:
         "policy moved": apart(moved, "policy"), "critic moved": apart(moved, "critic"),
         "back": apart(back, ""), "files": apart({f"policy.{name}": weight for name, weight in files}, "policy"),
     }  # fmt: skip
+
+
+def given_to_an_engine(folder: Path) -> dict[str, float]:
+    """How far an engine's weights are from those in parts that two ranks gave it, whole and as an adapter."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "generation"))
+    from conformity import CASES, build
+    from loading_engine import LoadingEngine
+    from sharded_runs import RUNS, engine_settings
+
+    from trl.generation.vllm.sync import ADAPTER, AdapterSync, FolderSync
+
+    ids, found = torch.arange(4, 20)[None], {}
+    for lora in (False, True):
+        begin_whole()
+        network = CASES[RUNS["SFT"].case].model()
+        given = {
+            "use_cpu": True,
+            "per_device_train_batch_size": 2,
+            "max_steps": 2,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+        }
+        trainer = build(RUNS["SFT"].case, folder / f"given-{lora}", lora, **given, **engine_settings("zero3"))
+        trainer.train()
+        engine, adapted = LoadingEngine(network), LoadingEngine(network)
+        FolderSync(trainer.model, folder).push(engine, "run-0")
+        if lora:
+            AdapterSync(trainer.model, folder).push(adapted, "run-0")
+        want = {name: whole(weight).clone() for name, weight in trainer.model.named_parameters()}
+        if torch.distributed.get_rank():
+            assert not engine.calls
+            assert not adapted.calls
+        elif lora:
+            merged, beside = engine.model(ids).logits, adapted.adapters[ADAPTER](ids).logits
+            found["merged"] = float((merged - beside).abs().max())
+            own = dict(adapted.adapters[ADAPTER].named_parameters())
+            found["adapter"] = max(float((own[name] - want[name]).abs().max()) for name in own if "lora_" in name)
+        else:
+            own = dict(engine.model.named_parameters())
+            assert own.keys() == want.keys()
+            found["whole"] = max(float((own[name] - want[name]).abs().max()) for name in own)
+            found["moved"] = max(float((own[n] - w).abs().max()) for n, w in network.named_parameters())
+    return found
 
 
 def left_out(folder: Path) -> tuple[int, list[float]]:

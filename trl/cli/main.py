@@ -32,6 +32,9 @@ class Other:
 COMMANDS: dict[str, Training | Other] = {
     "quickstart": Other("trl.quickstart.command", "Imitate, reward, reinforce: the whole job here, with a report."),
     **JOBS,
+    "chat": Other("trl.scripts.chat", "Talk to a model in the terminal."),
+    "generate": Other("trl.scripts.generate", "Write what a model answers to prompts, as JSON lines."),
+    "merge": Other("trl.scripts.merge", "Merge an adapter into its model: a plain folder for transformers."),
     "inspect": Other("trl.scripts.inspect_rows", "Show what a training command learns of each row.", settings=True),
     "report": Other("trl.scripts.report", "Write the report of a run's folder: curves, samples, what to look at."),
     "schema": Other("trl.scripts.describe", "Print the JSON schema of a training command's YAML file."),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 
 from trl.data.packing import best_fit_decreasing
 from trl.data.records import Batch
@@ -37,6 +40,25 @@ def row_tokens(row: Row) -> int:
     if not columns:
         raise ValueError(f"max_tokens_per_microbatch: rows with {sorted(row)} have no column of token ids to count")
     return sum(len(row[name]) for name in columns)
+
+
+def lengths_of(rows: Any, without: Collection[str] = ()) -> np.ndarray | None:
+    """Tokens of each row as `row_tokens` counts them, read off a data set's columns; None where it cannot be.
+
+    without: columns that are left out. Of a selection of rows these are the lengths of all rows that it was made of.
+    """
+    if not isinstance(rows, Dataset) or not len(rows) or rows.format["type"] == "custom":
+        return None
+    table = rows.data
+    columns = [
+        name
+        for name in _id_columns(dict.fromkeys(rows.column_names))
+        if name in table.column_names and name not in without
+    ]
+    if not columns:
+        return None
+    counts = [pc.fill_null(pc.list_value_length(table.column(name)), 0).to_numpy() for name in columns]
+    return np.sum(counts, axis=0)
 
 
 def balanced_pieces(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

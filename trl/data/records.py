@@ -190,16 +190,30 @@ def _padded_rows(packed: PackedBatch) -> dict[str, Tensor]:
 
 @dataclass
 class Completion:
-    """One completion by a sampler."""
+    """One completion by a sampler; the last three fields are those of an engine with weights of its own."""
 
     ids: list[int]
     """sampled tokens, the stop token included"""
     logprobs: list[float]
     """of the distribution that was really sampled (temperature and filters applied)"""
     raw_logprobs: list[float]
-    """of the model itself, at temperature 1"""
+    """of the model itself, at temperature 1; nan where an engine does not say them"""
     finish_reason: str
     """"stop" (an end token or stop string) or "length" (cut at the limit)"""
+    versions: tuple[VersionSpan, ...] = ()
+    """which weights sampled which tokens; (): the model's own of that moment"""
+    kept: list[list[int]] | None = None
+    """for each token the ids that top-k and top-p left to choose from; None: not known, or all"""
+    experts: Any = None
+    """for each token read or written, layer and choice the expert that a mixture took; None: not known"""
+
+
+class VersionSpan(NamedTuple):
+    """Tokens `[start, end)` of a completion were sampled by the weights with this stamp."""
+
+    version: str
+    start: int
+    end: int
 
 
 @dataclass

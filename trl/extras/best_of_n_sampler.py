@@ -15,6 +15,7 @@ from trl.core import set_seed
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.generation.plain_generate import generate_padded
+from trl.generation.sampler import Sampler, check_sampler
 from trl.models.modeling_base import PreTrainedModelWrapper
 from trl.models.unwrap import below_value_head, is_encoder_decoder
 
@@ -54,11 +55,14 @@ class BestOfNSampler:
         seed: int | None = None,
         n_candidates: int = 1,
         generation_config: GenerationConfig | None = None,
+        *,
+        sampler: Sampler | None = None,
     ) -> None:
         """
         `queries_to_scores`: scores of the texts (query and answer) of one query.
         `length_sampler`: draws, for each query, the most tokens of an answer.
         `seed`: seeds Python, numpy and torch when the sampler is constructed.
+        `sampler`: what samples the answers instead of the local sampler, such as a `VLLMSampler`.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
@@ -77,6 +81,10 @@ class BestOfNSampler:
         self.sample_size = sample_size
         self.n_candidates = n_candidates
         self.gen_config = generation_config
+        check_sampler(sampler)
+        self.sampler = sampler
+        self._followed, self._changes = -1, -1
+        """number of the weights that a sampler of its own weights has, and how often they had been changed then"""
 
     def generate(
         self,
@@ -130,12 +138,22 @@ class BestOfNSampler:
                 logger.warning(
                     "do_sample is off: all samples of a query are the same, so the best is no better than one"
                 )
-            sampled = make_sampler(self.model, self.tokenizer).sample(queries, params, n=self.sample_size)
+            sampled = self._sampler().sample(queries, params, n=self.sample_size)
             # The beginning of a sample is a sample: shorter answers are cut.
             cut = zip(sampled, lengths, strict=True)
             answers = [[completion.ids[:length] for completion in of_query] for of_query, length in cut]
         before = [[] for _ in queries] if is_encoder_decoder(self.model) else queries
         return [[[*query, *ids] for ids in of_query] for query, of_query in zip(before, answers, strict=True)]
+
+    def _sampler(self) -> Sampler:
+        """The user's, with the weights of now where it has some of its own; else the local one."""
+        if self.sampler is None:
+            return make_sampler(self.model, self.tokenizer)
+        if hasattr(self.sampler, "follow"):
+            changes = sum(parameter._version for parameter in self.model.parameters())
+            self._followed, self._changes = self._followed + (changes != self._changes), changes
+            self.sampler.follow(self._followed)
+        return self.sampler
 
     def _generate(self, query: list[int], length: int, kwargs: dict[str, Any]) -> list[list[int]]:
         """Answers by the model's own `generate`, for keywords that the samplers do not know."""

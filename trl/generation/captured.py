@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from trl.generation.paged_cache import NOWHERE, PagedPrompt, PagedRow, Pages, pa
 from trl.generation.rows import Row, Stepper, pick, uniforms_on_device
 from trl.kernels.layers import swapped_forward
 from trl.kernels.paged_attention import PAGE, Scores, Sequences, paged_attention, splits_for
+from trl.kernels.pointwise import one_kernel_each
 
 logger = logging.getLogger(__name__)
 
@@ -233,11 +234,12 @@ class Places:
                     break
             if row.seen_V is not None:
                 row.seen_V[torch.tensor(row.ids[-new:], device=row.seen_V.device)] = True
+        self.engine.stepper.tell([each.row for each in running])
         return [each for each in running if not each.row.finish_reason]
 
 
 class CapturedEngine:
-    """Samples rows with a model, to be used within `eval_no_grad(model)` and `cached_attention(model)`.
+    """Samples rows with a model, to be used within `eval_no_grad(model)`, `cached_attention(model)`, `as_steps_need`.
 
     max_rows: rows at a time; None: as many as there is memory for, in powers of two up to 1,024.
     """
@@ -404,6 +406,13 @@ def _power(number: int) -> int:
 
 
 @contextmanager
+def as_steps_need(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it a model on a GPU computes steps of few rows: with `half_weights`, by kernels of `pointwise`."""
+    with half_weights(model, device), one_kernel_each(model) if device.type == "cuda" else nullcontext():
+        yield
+
+
+@contextmanager
 def half_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it linear layers hold their weights in the precision of autocast, which else rounds them at each token.
 
@@ -413,22 +422,37 @@ def half_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
     if not torch.is_autocast_enabled(device.type):
         yield
         return
-    dtype = torch.get_autocast_dtype(device.type)
+    rounded = _Rounded(torch.get_autocast_dtype(device.type))
     with ExitStack() as stack:
         for module in model.modules():
             plain = type(module) is nn.Linear and "forward" not in vars(module)
             if isinstance(module, nn.Linear) and plain and module.weight.dtype == torch.float32:
-                stack.enter_context(swapped_forward(module, _rounded(module, dtype)))
+                stack.enter_context(swapped_forward(module, rounded.forward_of(module)))
         # a graph must not hold what autocast caches, which is gone after it
-        stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
+        stack.enter_context(torch.autocast(device.type, dtype=rounded.dtype, cache_enabled=False))
         yield
 
 
-def _rounded(linear: nn.Linear, dtype: torch.dtype) -> Any:
-    weight = linear.weight.detach().to(dtype)
-    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+class _Rounded:
+    """Linear layers with their weights rounded once; an input that several of them read is rounded once too."""
 
-    def forward(hidden: Tensor) -> Tensor:
-        return F.linear(hidden.to(dtype), weight, bias)
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._last: tuple[Tensor, int, Tensor] | None = None
 
-    return forward
+    def forward_of(self, linear: nn.Linear) -> Any:
+        weight = linear.weight.detach().to(self.dtype)
+        bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
+
+        def forward(hidden: Tensor) -> Tensor:
+            return F.linear(self._input(hidden), weight, bias)
+
+        return forward
+
+    def _input(self, hidden: Tensor) -> Tensor:
+        if hidden.dtype == self.dtype:
+            return hidden
+        changes = 0 if hidden.is_inference() else hidden._version
+        if self._last is None or self._last[0] is not hidden or self._last[1] != changes:
+            self._last = hidden, changes, hidden.to(self.dtype)
+        return self._last[2]

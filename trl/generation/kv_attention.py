@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from trl.generation.filters import log_partition
 from trl.generation.kv_cache import PromptBlock, Prompts, Suffixes
+from trl.kernels.layers import uncompiled
 from trl.models.attention import attend
 
 NAME = "trl_generation"
@@ -56,13 +57,17 @@ AttentionInterface.register(NAME, attention)
 
 @contextmanager
 def cached_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Within it the model computes its attention by the sampler's cache; its own implementation comes back."""
+    """Within it the model computes its attention by the sampler's cache, layer by layer as they are written.
+
+    Its own implementation comes back; layers that torch compiles are for passes of training.
+    """
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
             config._attn_implementation = NAME
-        yield
+        with uncompiled(model):
+            yield
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation

@@ -2,14 +2,14 @@
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from trl.data.records import Completion
-from trl.generation.captured import CapturedEngine, half_weights
+from trl.generation.captured import CapturedEngine, as_steps_need
 from trl.generation.engine import Engine
 from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
@@ -28,13 +28,16 @@ _STEPS_WORTH_PACKING = 8
 MOST_ROWS = 128
 """completions in progress at a time on a CPU, unless another number is given"""
 Queue = deque[tuple[Prompt, Row]]
+OnTokens = Callable[[Sequence[Row]], None]
 
 
-def make_sampler(model: Any, tokenizer: Any = None, *, max_rows: int | None = None) -> Sampler:
+def make_sampler(
+    model: Any, tokenizer: Any = None, *, max_rows: int | None = None, on_tokens: OnTokens | None = None
+) -> Sampler:
     """The local engine where it computes what the model computes; else `model.generate`, which is said once a model."""
     is_new = plan_of(model).samples_locally is None
     try:
-        return LocalSampler(model, tokenizer, max_rows=max_rows)
+        return LocalSampler(model, tokenizer, max_rows=max_rows, on_tokens=on_tokens)
     except NotLocal as error:
         if is_new:
             logger.warning("%s. It samples by its own `generate`, which is slower.", error)
@@ -50,8 +53,11 @@ class LocalSampler:
 
     max_rows: completions in progress at a time; bounds the memory for keys and values. None: 128, and on a GPU as many
     as it has memory for. max_prefill_tokens: prompt tokens in one forward pass. captured: whether `CapturedEngine`
-    samples, which a GPU is for; None: it does so there.
+    samples, which a GPU is for; None: it does so there. on_tokens: is called while `sample` runs, with the rows that
+    have got tokens; a row's `ids` are what it has so far, and its `finish_reason` is empty while it runs.
     """
+
+    exact = True
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class LocalSampler:
         max_rows: int | None = None,
         max_prefill_tokens: int = 8192,
         captured: bool | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: give 1 or more")
@@ -72,18 +79,19 @@ class LocalSampler:
         self.captured = next(self.model.parameters()).device.type == "cuda" if captured is None else captured
         self.max_rows = max_rows or (None if self.captured else MOST_ROWS)
         self.max_prefill_tokens = max_prefill_tokens
+        self.on_tokens = on_tokens
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""
         device = next(self.model.parameters()).device
         groups = make_rows(prompts, params, n, context_length(self.model))
         ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
-        stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
+        stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device, self.on_tokens)
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
         weights = packed_weights(self.model) if packs else nullcontext()
         with eval_no_grad(self.model), cached_attention(self.model):
             if self.captured:
-                with half_weights(self.model, device):
+                with as_steps_need(self.model, device):
                     CapturedEngine(
                         self.model, stepper, device, max_rows=self.max_rows, max_prefill_tokens=self.max_prefill_tokens
                     ).run(groups)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl.data.records import PackedBatch
-from trl.generation.captured import CapturedEngine
+from trl.generation.captured import CapturedEngine, as_steps_need
 from trl.generation.engine import Engine
 from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
@@ -137,10 +137,11 @@ def _by_engine(engine: Engine, packed: PackedBatch) -> Tensor:
 
 
 def by_captured(model: Any, packed: PackedBatch) -> tuple[Tensor, dict[int, int | None]]:
-    """`_by_engine` by the engine of a GPU, and the layers' windows; to be used as `CapturedEngine` is."""
+    """`_by_engine` by the engine of a GPU, and the layers' windows."""
     stepper = Stepper(SamplingParams(max_new_tokens=packed.width), (), None, packed.ids_N.device)
     engine = CapturedEngine(model, stepper, packed.ids_N.device, max_rows=None, max_prefill_tokens=2**20)
-    steps_RTV = engine.forced(*_texts(packed), packed.width)
+    with as_steps_need(model, packed.ids_N.device):
+        steps_RTV = engine.forced(*_texts(packed), packed.width)
     return steps_RTV[packed.row_S, packed.slot_S], engine.layers
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,9 +78,15 @@ class Stepper:
     """Adds one token to each row: filters, draws, records both log-probabilities, and finds the rows that are done."""
 
     def __init__(
-        self, params: SamplingParams, end_tokens: Sequence[int], stop_strings: StopStrings | None, device: torch.device
+        self,
+        params: SamplingParams,
+        end_tokens: Sequence[int],
+        stop_strings: StopStrings | None,
+        device: torch.device,
+        on_tokens: Callable[[Sequence[Row]], None] | None = None,
     ) -> None:
-        self.params = params
+        """on_tokens: is told the rows that have got tokens; a step adds one, and on a GPU several steps are told."""
+        self.params, self.on_tokens = params, on_tokens
         self.end_tokens = frozenset(end_tokens)
         self.stop_strings = stop_strings
         self.end_index = torch.tensor(sorted(end_tokens), dtype=torch.long, device=device)
@@ -98,7 +104,13 @@ class Stepper:
             if row.seen_V is not None:
                 row.seen_V[token] = True
         self.finish(rows)
+        self.tell(rows)
         return tokens
+
+    def tell(self, rows: Sequence[Row]) -> None:
+        """Tell whoever listens that these rows have got tokens."""
+        if self.on_tokens is not None:
+            self.on_tokens(rows)
 
     def pick(self, rows: Sequence[Row], logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(tokens_R, logprobs_R, raw_logprobs_R)`: under the sampled distribution, and under the model's own."""

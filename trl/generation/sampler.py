@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from trl.data.records import Completion
 
@@ -72,6 +72,37 @@ class Sampler(Protocol):
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""
         ...
+
+
+class FollowingSampler(Sampler, Protocol):
+    """A sampler with weights of its own, which follow the policy's: an engine beside the trainer."""
+
+    def follow(self, version: int) -> None:
+        """Take the policy's weights of now, which bear this number; nothing where it has them. Collective.
+
+        What is sampled afterwards was sampled by these weights, and says so (`Completion.versions`).
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what the sampler holds."""
+        ...
+
+
+def is_exact(sampler: Any) -> bool:
+    """Whether the sampler computes with the policy's own weights and code, so that a first ratio is 1.
+
+    An engine of its own differs by rounding at least; a user's sampler may say `exact = True`.
+    """
+    return bool(getattr(sampler, "exact", False))
+
+
+def check_sampler(sampler: Any) -> None:
+    """ValueError for a user's sampler that is none."""
+    if sampler is not None and not callable(getattr(sampler, "sample", None)):
+        raise ValueError(
+            f"sampler: a {type(sampler).__name__} has no `sample(prompts, params, n)`; see trl.generation.Sampler"
+        )
 
 
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:

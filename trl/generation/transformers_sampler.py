@@ -4,7 +4,7 @@
 uses too. So both engines give the same completions from the same seed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from trl.generation.probe import generates
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
+from trl.kernels.layers import uncompiled
 from trl.models.forward import eval_no_grad
 from trl.models.prepare import context_length
 from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt, own_pace, reads_rows
@@ -31,10 +32,19 @@ class TransformersSampler:
     """Samples with any `transformers` model that has `generate`; `LocalSampler` is faster where it can run.
 
     Completions of encoder-decoders leave out the decoder's start tokens.
-    max_rows: completions in a call of `generate`.
+    max_rows: completions in a call of `generate`. on_tokens: as for `LocalSampler`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, max_rows: int = 128) -> None:
+    exact = True
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_rows: int = 128,
+        on_tokens: Callable[[Sequence[Row]], None] | None = None,
+    ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: give 1 or more")
         self.model = below_value_head(model)
@@ -42,6 +52,7 @@ class TransformersSampler:
             raise ValueError(f"{type(below_peft(self.model)).__name__} has no `generate`: give a model that has one")
         self.tokenizer = tokenizer
         self.max_rows = max_rows
+        self.on_tokens = on_tokens
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""
@@ -51,9 +62,9 @@ class TransformersSampler:
         groups = make_rows(prompts, params, n, context)
         device = next(self.model.parameters()).device
         ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
-        stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device)
+        stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device, self.on_tokens)
         by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
-        with eval_no_grad(self.model), _PlainConfig(base):
+        with eval_no_grad(self.model), uncompiled(self.model), _PlainConfig(base):
             for rows in self._batches(by_length, context):
                 self._generate(rows, stepper, encodes, device)
         return [[row.completion() for row in group] for group in groups]

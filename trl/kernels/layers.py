@@ -127,7 +127,36 @@ def computes_again(network: nn.Module) -> bool:
 
 def is_compiled(network: nn.Module) -> bool:
     """Whether torch compiles a module of it, whose graph must not change from pass to pass."""
-    return any("_compiled_call_impl" in vars(module) or "_orig_mod" in module._modules for module in network.modules())
+    return any(
+        vars(module).get("_compiled_call_impl") is not None or "_orig_mod" in module._modules
+        for module in network.modules()
+    )
+
+
+def compile_layers(network: nn.Module, backend: str, mode: str | None = None) -> int:
+    """Have torch compile each of the decoder's layers, for rows of every length; returns how many it has.
+
+    One graph serves all layers of a kind. Layers that are compiled already stay as they are.
+    """
+    decoder, _ = _around_last_layer(network)
+    if decoder is None:
+        return 0
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    layers = [layer for child in lists for layer in child if isinstance(getattr(layer, "mlp", None), nn.Module)]
+    for layer in layers:
+        if vars(layer).get("_compiled_call_impl") is None:
+            layer.compile(dynamic=True, backend=backend, mode=mode)
+    return len(layers)
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Within it compiled layers run as they are written: for passes of another kind, which would compile anew."""
+    if not is_compiled(network):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 # -- the last layer ---------------------------------------------------------------------------
@@ -360,13 +389,18 @@ def _is_plain_norm(module: Any) -> bool:
         return False
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.dim() != 1:
         return False
-    if type(module) not in _plain_norms:
-        _plain_norms[type(module)] = _computes_rms_norm(type(module), eps)
-    return _plain_norms[type(module)]
+    return computes_rms_norm(type(module), eps)
+
+
+def computes_rms_norm(kind: type[nn.Module], eps: float) -> bool:
+    """Whether a class of norms computes `rms_norm`; it is tried once."""
+    if kind not in _plain_norms:
+        _plain_norms[kind] = _is_rms_norm(kind, eps)
+    return _plain_norms[kind]
 
 
 @torch.no_grad()
-def _computes_rms_norm(kind: type[nn.Module], eps: float) -> bool:
+def _is_rms_norm(kind: type[nn.Module], eps: float) -> bool:
     """Asks the class with other numbers: a call of the module would gather its weights where they are sharded."""
     x, weight = torch.linspace(-1.0, 2.0, 16).view(2, 8), torch.linspace(0.5, -1.5, 8)
     try:
@@ -391,7 +425,9 @@ def _norm_forward(module: Any) -> Callable[[Tensor], Tensor]:
 
 ROTARY = "apply_rotary_pos_emb"
 """the name of the function in transformers' model files, which look it up in their own file at each call"""
-_turning: ContextVar[bool] = ContextVar("fused_rotary", default=False)
+Turn = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]
+"""query, key, cos and sin -> both turned; None where it does not take them"""
+_turning: ContextVar[Turn | None] = ContextVar("turn", default=None)
 _plain_rotary: dict[Callable[..., Any], bool] = {}
 """functions of this name, and whether they compute `rotate`"""
 
@@ -429,20 +465,27 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 @contextmanager
 def fused_rotary(network: nn.Module) -> Iterator[None]:
-    """Within it a network on the CPU in float32 turns by `rotate`, where its own function does the same.
-
-    The function is replaced in the network's model files, and put back at the end; other threads keep their own.
-    """
+    """Within it a network on the CPU in float32 turns by `rotate`, where its own function does the same."""
     if computes_again(network):
         yield
         return
+    with replaced_rotary(network, _rotate_in_float32):
+        yield
+
+
+@contextmanager
+def replaced_rotary(network: nn.Module, turn: Turn) -> Iterator[None]:
+    """Within it a network turns by `turn`, where its own function is plain and `turn` takes what it is given.
+
+    The function is replaced in the network's model files, and put back at the end; other threads keep their own.
+    """
     replaced = []
     for file in {type(module).__module__ for module in network.modules()}:
         original = getattr(sys.modules.get(file), ROTARY, None)
         if original is not None and not hasattr(original, "of_trl") and _is_plain_rotary(original):
-            setattr(sys.modules[file], ROTARY, _rotate_or(original))
+            setattr(sys.modules[file], ROTARY, _turn_or(original))
             replaced.append((file, original))
-    token = _turning.set(True)
+    token = _turning.set(turn)
     try:
         yield
     finally:
@@ -468,17 +511,21 @@ def _computes_rotate(original: Callable[..., Any]) -> bool:
         return False
 
 
-def _rotate_or(original: Callable[..., Any]) -> Callable[..., Any]:
+def _turn_or(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if _turning.get() and not args and not kwargs and _takes_rotary(q, k, cos, sin):
-            return rotate(q, k, cos, sin)
-        return original(q, k, cos, sin, *args, **kwargs)  # type: ignore[no-any-return]
+        turn = _turning.get()
+        turned = turn(q, k, cos, sin) if turn is not None and not args and not kwargs else None
+        return original(q, k, cos, sin, *args, **kwargs) if turned is None else turned
 
     apply_rotary_pos_emb.of_trl = True  # type: ignore[attr-defined]
     return apply_rotary_pos_emb
+
+
+def _rotate_in_float32(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+    return rotate(query, key, cos, sin) if _takes_rotary(query, key, cos, sin) else None
 
 
 def _takes_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:

@@ -4,7 +4,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "rows", "group_size", "most_pages", "splits"])  # one kernel for all sizes
 def attend(
     query, keys, values, outs, logsums, pages, lengths, starts, members, positions,
     scale, softcap, window, rows, group_size, most_pages, splits, heads,

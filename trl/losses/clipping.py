@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LOG_RATIO_LIMIT = 20.0
+"""log-ratios are clamped to +- this, and have no gradient beyond it: `exp` of more would overflow"""
+
 
 def token_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Log-ratio of each token: PPO, GRPO. [B, T]"""

@@ -24,10 +24,11 @@ from trl.losses.advantages import (
     token_rewards,
     whiten,
 )
-from trl.losses.clipping import CLIP_RULES, RATIO_LEVELS, ClipRule, Surrogate, cispo, clip, sapo, vespo
+from trl.losses.clipping import CLIP_RULES, LOG_RATIO_LIMIT, RATIO_LEVELS, ClipRule, Surrogate, cispo, clip, sapo, vespo
 from trl.losses.kl import KL_ESTIMATORS
 from trl.losses.loss_sum import Aggregation, LossSum, Measure, aggregate, extreme, masked_sum, row_share
 from trl.losses.token_weights import (
+    Correction,
     adaptive_entropy_coef,
     importance_correction,
     mask_truncated,
@@ -41,6 +42,7 @@ __all__ = [
     "RATIO_LEVELS",
     "REWARD_AGGREGATIONS",
     "ClipRule",
+    "Correction",
     "Surrogate",
     "adaptive_entropy_coef",
     "batch_relative",
@@ -67,9 +69,6 @@ __all__ = [
     "vespo",
     "whiten",
 ]
-
-LOG_RATIO_LIMIT = 20.0
-"""log-ratios are clamped to +- this, and have no gradient beyond it: `exp` of more would overflow"""
 
 
 def policy_loss(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trl.data.packing import pack
 from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels import context_parallel
-from trl.kernels.layers import Reading, fast, swapped_forward
+from trl.kernels.layers import Reading, fast, swapped_forward, uncompiled
 from trl.losses.loss_sum import LossSum
 from trl.models.attention import enable_tree_attention, inside_tree, lay_out_for_graphs, own_attention
 from trl.models.precision import EXACT, HALF, TOLERANCES, coarsest, precision_of
@@ -471,7 +471,7 @@ def _probe(model: nn.Module, module: nn.Module, longest: int) -> ForwardPlan:
     switched_off, _ = adapter_state(network)
     # else virtual tokens stand before each row, or the adapter looks for its place in each
     shares_prompts = switched_off or not (learns_prompt(network) or reads_rows(network))
-    with eval_no_grad(model):
+    with eval_no_grad(model), uncompiled(model):
         try:
             as_now = _expected(model, module, packed)
             exact = as_now if as_now.is_exact else _expected_exactly(model, module, packed)

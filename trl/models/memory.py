@@ -1,14 +1,25 @@
-"""The memory of one process by formula, before anything is loaded: which engine a model of this size needs."""
+"""The memory of one process by formula: which engine a model of this size needs, and how a run fits where it is.
+
+`memory_per_rank` reads a config and loads nothing; `memory_of` reads a model that is there. `room` says what is free,
+and `fitted` chooses what was left open so that a run fits into it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trl.kernels.head_tiles import CACHED_TILE, KEPT_ELEMENTS
+from trl.models.unwrap import below_accelerate, below_value_head
+from trl.models.zero import elements
 
 SHARED_OUT: dict[str, frozenset[str]] = {
     "ddp": frozenset(),
@@ -35,13 +46,19 @@ class RankMemory:
     head: float
     """probabilities that the head keeps for its backward pass"""
     rollout: float
-    """whole weights of a sampler beside sharded ones, and its keys and values"""
+    """whole weights of a sampler beside sharded ones or laid out for it, and its keys and values"""
+    copies: float = 0.0
+    """of weights, in half precision, which autocast keeps for a pass"""
+    holes: float = 0.0
+    """between activations in the heap of a CPU's process, which nothing fits into"""
+    process: float = 0.0
+    """Python, torch and the other libraries, and what else a process holds"""
 
     @property
     def total(self) -> float:
         """At the peak of the update or of the sampling before it, whose memory is given back."""
-        update = self.gathered + self.gradients + self.activations + self.head
-        return self.weights + self.optimizer + self.reference + max(update, self.rollout)
+        update = self.gathered + self.gradients + self.activations + self.head + self.copies + self.holes
+        return self.process + self.weights + self.optimizer + self.reference + max(update, self.rollout)
 
 
 @dataclass(frozen=True)
@@ -61,13 +78,19 @@ class _Sizes:
 def _sizes(config: Any) -> _Sizes:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
+    return _sizes_of(model, config)
+
+
+def _sizes_of(model: nn.Module, config: Any) -> _Sizes:
     text = config.get_text_config()
-    weights = sum(weight.numel() for weight in model.parameters())
-    blocks = next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList))
-    inside = sum(weight.numel() for weight in blocks.parameters())
+    weights = sum(map(elements, model.parameters()))
+    blocks = next(each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each))
+    inside = sum(map(elements, blocks.parameters()))
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    if experts := getattr(text, "num_experts_per_tok", None):
+        inner = experts * (getattr(text, "moe_intermediate_size", None) or inner)
     return _Sizes(
         weights, weights - inside, inside // len(blocks), len(blocks), text.hidden_size, inner, 2 * heads * size,
         text.vocab_size,
@@ -106,9 +129,6 @@ def memory_per_rank(
         return 1 / ranks if what in shared else 1.0
 
     whole = "weights" not in shared or ranks == 1
-    a_layer = 6 * of.width + of.key_values + 4 * of.inner
-    kept = of.layers * (of.width if checkpointing else a_layer) + (a_layer if checkpointing else 0) + 2 * of.width
-    probabilities = min((tokens if scored is None else scored) * of.words, KEPT_ELEMENTS)
     copies = 2 if engine == "ddp" and ranks > 1 else 1
     sampler = 0 if whole or not rollout_tokens else of.weights * stored
     return RankMemory(
@@ -117,7 +137,226 @@ def memory_per_rank(
         gradients=learned * stored * share("gradients") * copies,
         optimizer=learned * stored * states * share("optimizer"),
         reference=of.weights * stored * share("reference") * reference,
-        activations=float(tokens * kept * computed),
-        head=float((probabilities + CACHED_TILE) * 4) if tokens else 0.0,
+        activations=_activations(of, tokens, checkpointing) * computed,
+        head=_head(of, tokens, scored),
         rollout=sampler + float(rollout_tokens * of.layers * of.key_values * computed),
     )
+
+
+def _activations(of: _Sizes, tokens: int, checkpointing: bool, offload: bool = False, dropout: float = 0.0) -> float:
+    """Numbers that autograd keeps of a pass on the device.
+
+    offload: what is kept of each block is in main memory. dropout: numbers that an adapter's keeps of a token and a
+    block.
+    """
+    a_layer = 6 * of.width + of.key_values + 4 * of.inner + dropout
+    kept = (0 if offload else of.layers * of.width) + a_layer if checkpointing else of.layers * a_layer
+    return tokens * (kept + 2 * of.width)
+
+
+def _head(of: _Sizes, tokens: int, scored: int | None) -> float:
+    probabilities = min((tokens if scored is None else scored) * of.words, KEPT_ELEMENTS)
+    return float((probabilities + CACHED_TILE) * 4) if tokens else 0.0
+
+
+# -- of a model that is there -----------------------------------------------------------------
+
+PROCESS = 0.62e9
+"""bytes of a process that has imported everything and holds nothing yet, on a CPU"""
+HOLES = 0.2
+"""on a CPU: bytes of the heap that nothing fits into, as a share of the activations (measured)"""
+HOLES_OF_ADAPTERS = 0.7
+"""the same with PEFT's own adapters, whose products and sums are made and let go of between activations"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a process computes at a time."""
+
+    tokens: int
+    """of the largest forward pass with gradients"""
+    longest: int
+    """of the longest row, which no pass can cut"""
+    scored: int | None = None
+    """how many tokens of the pass the loss reads; None: all"""
+    rows: int = 0
+    """completions that are sampled at a time"""
+    row_tokens: int = 0
+    """tokens of one of them, its share of a prompt included"""
+
+
+def memory_of(
+    model: nn.Module,
+    load: Load,
+    *,
+    frozen: Iterable[nn.Module] = (),
+    states: float = 2.0,
+    computed: int = 4,
+    checkpointing: bool = False,
+    offload: bool = False,
+    ranks: int = 1,
+    engine: str = "ddp",
+) -> RankMemory | None:
+    """What this process will hold at most while it trains this model; None for one whose shape is not known.
+
+    frozen: models beside it, which may share its weights. states, computed, engine: as `memory_per_rank` takes them.
+    offload: what checkpointing keeps is in main memory.
+    """
+    network: Any = below_value_head(below_accelerate(model))
+    try:
+        of = _sizes_of(network, network.config)
+    except (AttributeError, StopIteration, TypeError):
+        return None
+    shared = SHARED_OUT[engine] if ranks > 1 else frozenset[str]()
+
+    def share(what: str) -> float:
+        return 1 / ranks if what in shared else 1.0
+
+    own = list(model.parameters())
+    seen = {id(weight) for weight in own}
+    beside = {id(weight): weight for other in frozen for weight in other.parameters() if id(weight) not in seen}
+    weights, others = held(own), held(beside.values())
+    learned = held(weight for weight in own if weight.requires_grad)
+    on_cpu = own[0].device.type in ("cpu", "meta")
+    half = computed < max(weight.element_size() for weight in own)
+    adapted = [part for part in network.modules() if hasattr(part, "lora_A")]
+    drops = any(getattr(rate, "p", 0) for part in adapted for rate in getattr(part, "lora_dropout", {}).values())
+    dropped = 1.5 * (6 * of.width + of.inner) * drops
+    activations = computed * _activations(of, load.tokens, checkpointing, offload, dropped)
+    whole = weights * (1 - share("weights")) if load.rows else 0.0
+    laid_out = min(weights, 2**30) if on_cpu and load.rows else 0.0
+    return RankMemory(
+        weights=weights * share("weights"),
+        gathered=0.0 if "weights" not in shared else (of.outside + 2 * of.block) * float(computed),
+        gradients=learned * share("gradients") * (2 if engine == "ddp" and ranks > 1 else 1),
+        optimizer=learned * states * share("optimizer"),
+        reference=others * share("reference"),
+        activations=activations,
+        head=_head(of, load.tokens, load.scored),
+        rollout=whole + laid_out + float(load.rows * load.row_tokens * of.layers * of.key_values * computed),
+        copies=of.weights * 2.0 if half else 0.0,
+        holes=activations * (HOLES_OF_ADAPTERS if adapted else HOLES) if on_cpu else 0.0,
+        process=process_memory(weights + others) if on_cpu else 0.0,
+    )
+
+
+def held(weights: Iterable[torch.Tensor]) -> int:
+    """Bytes of these weights, whole."""
+    return sum(elements(weight) * weight.element_size() for weight in weights)
+
+
+def process_memory(weights: float) -> float:
+    """Bytes that this process holds beside its weights, some of which may not be read from their file yet."""
+    now = resident()
+    return max(now - weights, min(now, PROCESS)) if now else PROCESS
+
+
+def resident() -> float:
+    """Bytes that this process holds in main memory now; 0 where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0.0
+
+
+def room(device: torch.device) -> float | None:
+    """Bytes that this process may hold on a device: what it has there now, and what is free; None: not known.
+
+    Of main memory, the limit of a container counts too.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    if device.type != "cpu":
+        return None
+    free = list(_free())
+    return min(free) + resident() if free else None
+
+
+def _free() -> Iterator[float]:
+    with suppress(OSError, ValueError, StopIteration, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        yield 1024.0 * float(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # "max": there is none
+            yield max(0.0, float(Path(limit).read_text()) - float(Path(used).read_text()))
+
+
+# -- what was left open -----------------------------------------------------------------------
+
+MARGIN = 1.1
+"""by how much a prediction is widened: allocators leave gaps"""
+LEAST_TOKENS = {"cpu": 256, "cuda": 4096}
+"""tokens of a pass below which a device computes slower, so that layers are rather computed again"""
+
+
+@dataclass(frozen=True)
+class Open:
+    """What a run's settings left open."""
+
+    checkpointing: bool
+    tokens: bool
+    rows: bool = False
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run fits."""
+
+    memory: RankMemory
+    room: float | None
+    load: Load
+    checkpointing: bool
+    offload: bool = False
+    before: RankMemory | None = None
+    """without what was chosen"""
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.memory.total * MARGIN <= self.room
+
+
+Estimate = Callable[[Load, bool, bool], RankMemory]
+"""`(load, checkpointing, offload) -> memory`"""
+
+
+def fitted(estimate: Estimate, load: Load, room: float | None, left: Open, kind: str = "cpu") -> Plan:
+    """A plan that fits into `room`, with as little changed as that takes; the smallest one where none fits."""
+    plain = estimate(load, False, False)
+    tried = Plan(plain, room, load, False)
+    if tried.fits:
+        return tried
+    load = _fewer_rows(estimate, load, room) if left.rows else load
+    ways = (
+        [(False, False)] + [(True, False)] * left.checkpointing + [(True, True)] * (left.checkpointing & left.offload)
+    )
+    for checkpointing, offload in ways:
+        for tokens in _budgets(load, left.tokens, LEAST_TOKENS.get(kind, 4096)):
+            smaller = replace(load, tokens=tokens)
+            memory = estimate(smaller, checkpointing, offload)
+            tried = Plan(memory, room, smaller, checkpointing, offload, plain)
+            if tried.fits:
+                return tried
+    return tried
+
+
+def _budgets(load: Load, may_cut: bool, least: int) -> Iterator[int]:
+    """Tokens of a pass to try: all, then half of that and so on."""
+    tokens, floor = load.tokens, max(load.longest, min(least, load.tokens))
+    yield tokens
+    while may_cut and tokens > floor:
+        tokens = max(floor, tokens // 2)
+        yield tokens
+
+
+def _fewer_rows(estimate: Estimate, load: Load, room: float | None) -> Load:
+    """As many completions at a time as fit while nothing is trained."""
+    rows = load.rows
+    while rows > 1 and room is not None:
+        alone = estimate(replace(load, tokens=0, rows=rows), False, False)
+        if replace(alone, gradients=0.0).total * MARGIN <= room:
+            break
+        rows //= 2
+    return replace(load, rows=rows)

@@ -183,7 +183,7 @@ def memory_line(model: nn.Module, others: Iterable[nn.Module], optimizer: Any) -
     rest = [weight for weight in frozen.values() if id(weight) not in {id(each) for each in trained}]
     size = _bytes(trained)
     parts = [f"trained weights {size_text(size)} {_dtypes(trained)}", f"gradients {size_text(size)}"]
-    states = _states(optimizer)
+    states = optimizer_states(optimizer)
     if states is not None:
         wide = sum(elements(weight) for weight in trained) if "8bit" in str(optimizer) else size
         parts.append(f"optimizer {size_text(states * wide)}")
@@ -197,7 +197,7 @@ def say_memory(model: nn.Module, others: Iterable[nn.Module], optimizer: Any) ->
     logger.warning(memory_line(model, others, optimizer))
 
 
-def _states(optimizer: Any) -> float | None:
+def optimizer_states(optimizer: Any) -> float | None:
     """Numbers that an optimizer keeps for each trained one; None where nobody knows before."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # below accelerate's
     if isinstance(optimizer, torch.optim.SGD):

@@ -21,6 +21,8 @@ NEXT = {
 """trainer -> commands that often follow it"""
 NOT_INSPECTED = ("ppo",)
 """commands whose rows `trl inspect` does not show"""
+JUDGES = ("Reward", "PRM")
+"""trainers of models that score and write nothing"""
 DATA = {"dpo": "pairs.jsonl", "grpo": "prompts.jsonl"}
 
 
@@ -105,6 +107,7 @@ def next_steps(run: RunRead) -> list[tuple[str, str]]:
     if job and run.settings and job not in NOT_INSPECTED:
         steps.append(("See the rows as they were learned", f"trl inspect {job} {settings} --rows 5"))
     if status == "finished":
+        steps += uses(run)
         for follows in NEXT.get(run.trainer, ()):
             model = f"--model {shlex.quote(folder)} --data {DATA[follows]}"
             if run.trainer == "Reward":
@@ -114,6 +117,18 @@ def next_steps(run: RunRead) -> list[tuple[str, str]]:
                 steps.append(("Reinforce it with a reward", f"trl grpo {model} --reward accuracy_reward"))
             else:
                 steps.append(("Teach it preferences", f"trl {follows} {model}"))
+    return steps
+
+
+def uses(run: RunRead) -> list[tuple[str, str]]:
+    """What the model of a run can be used for now: a sentence and a command each."""
+    folder = shlex.quote(str(run.folder))
+    if not job_of(run) or run.trainer in JUDGES:
+        return []
+    steps = [("Talk to it", f"trl chat {folder}")]
+    if (run.folder / "adapter_config.json").is_file():
+        merged = shlex.quote(f"{str(run.folder).rstrip('/')}-merged")
+        steps.append(("Merge the adapter into a plain folder", f"trl merge {folder} --output {merged}"))
     return steps
 
 

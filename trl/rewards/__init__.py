@@ -10,6 +10,7 @@ _names = {
     "trl.rewards.panel": ["RewardError", "RewardPanel"],
     "trl.rewards.reward_model": ["RewardModel"],
     "trl.rewards.sentiment": ["sentiment_reward"],
+    "trl.rewards.served_judge": ["ServedJudge"],
     "trl.rewards.texts": [
         "get_repetition_penalty_reward", "get_soft_overlong_punishment", "length_penalty", "pattern_reward",
         "repetition_penalty", "think_answer_format_reward", "think_format_reward",

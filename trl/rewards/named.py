@@ -19,7 +19,13 @@ from trl.rewards.math_answers import accuracy_reward, exact_match_reward, reason
 from trl.rewards.panel import RewardError, RewardFunction, RewardPanel
 from trl.rewards.reward_model import RewardModel
 from trl.rewards.sentiment import sentiment_reward
-from trl.rewards.texts import repetition_penalty, text_of, think_answer_format_reward, think_format_reward
+from trl.rewards.texts import (
+    read_out,
+    repetition_penalty,
+    text_of,
+    think_answer_format_reward,
+    think_format_reward,
+)
 
 RewardSource: TypeAlias = Callable[..., Any] | nn.Module | str
 Judge = Callable[[list[Any], list[list[Any]]], Sequence[int]]
@@ -40,19 +46,23 @@ REWARDS: dict[str, RewardFunction] = {
 def reward_named(
     name: str, tokenizer: Any = None, device: torch.device | str = "cpu", like: torch.dtype | None = None
 ) -> RewardFunction:
-    """An entry of `REWARDS`, `package.module:function`, or the folder (or hub name) of a reward model.
+    """An entry of `REWARDS`, `package.module:function`, the folder (or hub name) of a reward model, or a judge's URL.
 
     like: the dtype of a reward model's weights; None: as they were saved.
     """
     if name in REWARDS:
         return REWARDS[name]
+    if name.startswith(("http://", "https://")):
+        from trl.rewards.served_judge import ServedJudge
+
+        return ServedJudge(name)
     module, colon, function = name.partition(":")
     if colon and not Path(name).exists():
         return _imported(name, module, function)
     if not Path(name).exists() and "/" not in name:
         raise ValueError(
             f"reward_funcs={name!r}: no folder of that name; choose one of {', '.join(REWARDS)}, "
-            "`package.module:function`, or a reward model's folder"
+            "`package.module:function`, a reward model's folder, or the URL of a judge's server"
         )
     model = load_model(name, AutoModelForSequenceClassification, {"num_labels": 1}, frozen=True, like=like)
     return of_model(model, name if tokenizer is None else tokenizer, device)
@@ -125,7 +135,8 @@ def pairwise(judge: Judge | Any) -> Callable[..., list[float | None]]:
         asked = list(prompts[::2])
         pairs = [list(completions[i : i + 2]) for i in range(0, len(completions), 2)]
         if reads_texts:
-            asked, pairs = list(map(_read_out, asked)), [[text_of(said) for said in pair] for pair in pairs]
+            asked = [prompt if isinstance(prompt, str) else read_out(prompt) + "Assistant:" for prompt in asked]
+            pairs = [[text_of(said) for said in pair] for pair in pairs]
         given = Begun(partial(decide, asked, pairs)).result()
         try:
             choices = in_order(given)
@@ -137,14 +148,6 @@ def pairwise(judge: Judge | Any) -> Callable[..., list[float | None]]:
 
     judged.__name__ = getattr(judge, "__name__", type(judge).__name__)
     return judged
-
-
-def _read_out(prompt: Any) -> str:
-    """A prompt as text, by the simple template for models without tokens for roles."""
-    if isinstance(prompt, str):
-        return prompt
-    said = [(turn["role"].capitalize(), text_of([{**turn, "role": "assistant"}])) for turn in prompt]
-    return "".join(f"{role}: {text}\n\n" for role, text in said) + "Assistant:"
 
 
 _CHOICES: dict[int, tuple[float | None, float | None]] = {0: (1.0, 0.0), 1: (0.0, 1.0), -1: (None, None)}

@@ -39,6 +39,14 @@ def text_of(completion: Completion) -> str:
     return str(content or "")
 
 
+def read_out(prompt: Any) -> str:
+    """A prompt as text: of a conversation the turns, by the simple template for models without tokens for roles."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [(turn["role"].capitalize(), text_of([{**turn, "role": "assistant"}])) for turn in prompt]
+    return "".join(f"{role}: {text}\n\n" for role, text in said)
+
+
 def _with_thoughts(completions: Sequence[Completion], columns: dict[str, Any]) -> list[str]:
     """The texts with the `<think>` that the prompt ends with: a row's `prompts`, or as the template renders it."""
     asked = [columns.get(name) or [""] * len(completions) for name in ("prompts", "prompt_texts")]

@@ -28,9 +28,9 @@ def padded(rows: Sequence[Sequence[float]]) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """[b, t] tensors below each other, filled up with zeros to the widest. [B, T]"""
+    """[b, t, ...] tensors below each other, filled up with zeros to the widest. [B, T, ...]"""
     width = max(part.shape[1] for part in parts)
-    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+    return torch.cat([nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (0, width - part.shape[1])) for part in parts])
 
 
 def group_numbers(prompts: Sequence[Tensor]) -> list[int]:
@@ -58,6 +58,8 @@ class PolicyBatch(TensorRecord):
     returns_BT: Tensor | None = None
     sampled_BT: Tensor | None = None
     """the sampler's log-probabilities, before the first update since it sampled"""
+    teacher_tokens_BTK: Tensor | None = None
+    teacher_BTK: Tensor | None = None
     own_pass: bool = False
     """whether this pass, before the first update, gives the old log-probabilities in place of `old_logprobs_BT`"""
     only_runs: bool = False
@@ -89,6 +91,10 @@ class Experience(TensorRecord):
     values_BT: Tensor | None = None
     """the critic's, before the update"""
     returns_BT: Tensor | None = None
+    teacher_tokens_BTK: Tensor | None = None
+    """the teacher's likeliest tokens at each place"""
+    teacher_BTK: Tensor | None = None
+    """their log-probabilities"""
     packed_rows: list[PackedRow] | None = None
     """each row packed by the mask, see `packed_once`"""
 
@@ -206,6 +212,8 @@ class Experience(TensorRecord):
             values_BT=self.values_BT,
             returns_BT=self.returns_BT,
             sampled_BT=self.old_logprobs_BT if self.sampled_BT is None else self.sampled_BT,
+            teacher_tokens_BTK=self.teacher_tokens_BTK,
+            teacher_BTK=self.teacher_BTK,
         )
 
 

@@ -23,7 +23,7 @@ from trl.environment.chat_environment import ChatEnvironment
 from trl.environment.episodes import Environment, lacks_prompt
 from trl.environment.factories import ROUTE, Factory
 from trl.environment.turns import SampledTurns
-from trl.generation.sampler import Sampler, SamplingParams
+from trl.generation.sampler import Sampler, SamplingParams, is_exact
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -49,12 +49,13 @@ class Source(Protocol):
 
 @dataclass
 class SamplerSource:
-    """Completions by a sampler of this process, which shares the policy's weights."""
+    """Completions by a sampler, which shares the policy's weights or follows them."""
 
     sampler: Sampler
     params: Callable[[Seed], SamplingParams]
     reshaped: bool = False
-    """whether filters change the distribution; the log-probabilities are then the model's, at temperature 1"""
+    """whether filters change the distribution; the log-probabilities are then the model's, at temperature 1, where the
+    sampler is exact; else they are what it sampled from"""
     measure: Callable[[Rollout], list[list[float]]] | None = None
     """the policy's log-probabilities, where the sampler's are of another distribution"""
 
@@ -63,10 +64,11 @@ class SamplerSource:
         seeds = seed if seed is None or places is None else tuple(seed * 2**20 + place for place in places)
         groups = self.sampler.sample(prompts, self.params(seeds), n=group)
         flat = [completion for completions in groups for completion in completions]
+        own = self.reshaped and is_exact(self.sampler)
         rollout = Rollout(
             prompts=[prompt for prompt in prompts for _ in range(group)],
             completions=[completion.ids for completion in flat],
-            logprobs=[c.raw_logprobs if self.reshaped else c.logprobs for c in flat],
+            logprobs=[c.raw_logprobs if own else c.logprobs for c in flat],
             masks=[[1] * len(completion.ids) for completion in flat],
             metadata={"truncated": [completion.finish_reason == "length" for completion in flat]},
         )

@@ -212,7 +212,18 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
         folder = train(job, Line(["trl", name, *words], parser.reads), *parser.parse_dict(settings))
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"saved to {folder}")
+        with suppress_all("what comes next is not said"):
+            for what, line in what_next(Path(folder)):
+                print(f"{what}: {line}")
     return 0
+
+
+def what_next(folder: Path) -> list[tuple[str, str]]:
+    """What the model of a run can be used for: a sentence and a command each."""
+    from trl.reports.findings import uses
+    from trl.reports.run_folder import read_run
+
+    return uses(read_run(folder))
 
 
 def lengths_of(parser: JobParser) -> str:

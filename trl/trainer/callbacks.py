@@ -17,6 +17,7 @@ from trl.data.chat import ChatTemplate
 from trl.data.formats import is_conversational
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
+from trl.generation.sampler import is_exact
 from trl.generation.stopping import end_tokens, without_ends
 from trl.models.forward import eval_no_grad
 from trl.models.reference import Reference
@@ -268,8 +269,15 @@ class LogCompletionsCallback(TrainerCallback):
                 "generation_config: a setting of it is none of sampling (beams, penalties of n-grams); use do_sample, "
                 "temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens and min_new_tokens"
             )
-        with eval_no_grad(model), gathered(model):
-            groups = make_sampler(model, tokenizer).sample(prompts, params)
+        own: Any = getattr(trainer, "sampler", None)
+        if own is not None and not is_exact(own):  # it samples here as it does for the rollouts
+            rollouts: Any = trainer
+            rollouts.follow()
+            with rollouts.weights_for_sampling():
+                groups = own.sample(prompts, params)
+        else:
+            with eval_no_grad(model), gathered(model):
+                groups = make_sampler(model, tokenizer).sample(prompts, params)
         texts = without_ends(tokenizer, [group[0].ids for group in groups], end_tokens(model, tokenizer))
         asked_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         return [(step, *row) for row in zip(asked_texts, texts, strict=True)]

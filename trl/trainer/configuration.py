@@ -19,7 +19,7 @@ from trl.trainer.ranks import join_again
 from trl.trainer.settings import (
     accepted,
     check_inherited,
-    compile_nothing,
+    compile_by_layers,
     default_of,
     fit_to_machine,
     log_without_effect,
@@ -74,6 +74,9 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
     (the step is left out; the loss that is logged for it is nan)"""
     max_non_finite_skips: int = field(default=10)
     """steps of a run that `on_non_finite="skip"` leaves out at most; one more is an error"""
+    memory_plan: bool = field(default=True)
+    """where a run would not fit into the memory that is there, choose what the settings left open (token budget of a
+    pass, `gradient_checkpointing`, offload of activations, `sampling_max_rows`) so that it does, and say so"""
     overwrite_output_dir: bool = field(default=False)
     """remove another run's checkpoints and rollouts from `output_dir` when training begins; False: refuse such a
     folder"""
@@ -94,6 +97,9 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
     include_inputs_for_metrics: bool = accepted("include_inputs_for_metrics", False)
     jit_mode_eval: bool = accepted("jit_mode_eval", False)
     use_ipex: bool = accepted("use_ipex", False)
+    compile_layers: str | None = field(default=None)
+    """torch compiles each layer of the model: a backend, such as inductor, or backend:mode. The first steps then take
+    some tens of seconds more, and later ones less on a GPU (docs/gpu.md)"""
     torch_compile: bool = accepted("torch_compile", False)
     torch_compile_backend: str | None = accepted("torch_compile_backend")
     torch_compile_mode: str | None = accepted("torch_compile_mode")
@@ -109,10 +115,18 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
     half_precision_backend: str = accepted("half_precision_backend", "auto")
     include_tokens_per_second: bool = accepted("include_tokens_per_second", False)
 
+    _may_checkpoint = False
+    """whether nothing was said about `gradient_checkpointing`"""
+
     @property
     def pads_rows(self) -> bool:
         """Whether every forward pass pads its rows."""
         return False
+
+    @property
+    def leaves_checkpointing(self) -> bool:
+        """Whether the memory plan may compute activations again: the settings say nothing about it."""
+        return self.memory_plan and self._may_checkpoint and not self.gradient_checkpointing
 
     def __post_init__(self) -> None:
         self.translate()
@@ -131,6 +145,7 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
         ):
             if hasattr(self, newer) and getattr(self, newer) is None:
                 setattr(self, newer, getattr(self, older))
+        self._may_checkpoint = self.gradient_checkpointing is None  # the default since transformers 5.23
         join_again("gloo" if self.use_cpu else self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
         self.validate()
@@ -142,11 +157,15 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
 
     def settle(self) -> None:
         """Leave what has no effect here and would be in the way. Subclasses extend it."""
-        compile_nothing(self)
+        compile_by_layers(self)
 
     @classmethod
     def exceptions(cls) -> dict[str, str]:
         """Fields of `TrainingArguments` that these trainers read otherwise than others do, and how."""
+        return {}
+
+    def unused(self) -> dict[str, str]:
+        """Fields that have no effect beside the others' values, and why. Subclasses extend it."""
         return {}
 
     @property

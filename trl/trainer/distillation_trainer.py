@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 from zlib import crc32
@@ -23,11 +23,12 @@ from trl.data.messages import messages_of
 from trl.data.records import Rollout
 from trl.data.tokenize import unprepared
 from trl.generation import make_sampler
-from trl.losses.distillation import generalized_jsd
+from trl.generation.vllm.teacher import ServedTeacher
+from trl.losses.distillation import generalized_jsd, partial_jsd, sampled_reverse_kl
 from trl.losses.loss_sum import LossSum
 from trl.models.precision import frozen_dtype
 from trl.models.prepare import context_length, embedding_rows, load_model, read_tokenizer
-from trl.models.scoring import head_of, in_head, map_logits, scored_states
+from trl.models.scoring import head_of, in_head, map_logits, score, scored_states
 from trl.models.sharded import prepare_frozen
 from trl.models.unwrap import below_peft
 from trl.models.zero import whole_shape
@@ -60,6 +61,12 @@ class DistillationConfig(RolloutConfig):
     """keywords of `from_pretrained` for a teacher given by name"""
     teacher_model_revision: str | None = field(default=None)
     """branch, tag or commit of a teacher given by name"""
+    teacher_model_server_url: str | None = field(default=None)
+    """address of a vLLM server that has the teacher; `teacher_model_name_or_path` may then name one of its adapters"""
+    teacher_top_logprobs: int = field(default=20)
+    """of how many of its likeliest tokens a served teacher gives log-probabilities; all others are one class, so the
+    loss is a lower bound of the divergence. -1: of all tokens, exact, for small vocabularies (the server needs
+    `--max-logprobs -1`); 0: of the sampled token, an unbiased estimate of the reverse KL"""
 
     def json_fields(self) -> tuple[str, ...]:
         return (*super().json_fields(), "teacher_model_init_kwargs")
@@ -73,6 +80,32 @@ class DistillationConfig(RolloutConfig):
         super().validate()
         require(self, "beta", 0 <= self.beta <= 1, "give a number in [0, 1]")
         require(self, "lmbda", 0 <= self.lmbda <= 1, "give a share in [0, 1]")
+        require(
+            self, "teacher_top_logprobs", self.teacher_top_logprobs >= -1, "give -1 (all), 0 (the sampled one), or more"
+        )
+        if self.teacher_model_server_url is not None:
+            for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+                require(self, name, not getattr(self, name), "the server has loaded its teacher; leave it out")
+            if self.teacher_top_logprobs == 0:
+                self._require_own_samples()
+        else:
+            way_out = "a teacher in this process gives all; give it with teacher_model_server_url, or leave it out"
+            require(self, "teacher_top_logprobs", self.teacher_top_logprobs == 20, way_out)
+
+    def _require_own_samples(self) -> None:
+        """ValueError unless sampled tokens say what the divergence is."""
+        for name, value in (("beta", self.beta), ("lmbda", self.lmbda)):
+            way_out = (
+                "with teacher_top_logprobs=0 give 1: sampled tokens estimate the reverse KL of the student's own text"
+            )
+            require(self, name, value == 1, way_out)
+        off = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+        for name, value in off.items():
+            way_out = (
+                "with teacher_top_logprobs=0 leave it out: it samples from another distribution than the student's"
+            )
+            require(self, name, (getattr(self, name) or 0) == value, way_out)
+        require(self, "generation_kwargs", not self.reshapes, "with teacher_top_logprobs=0 leave min_new_tokens out")
 
     @property
     def needs_completions(self) -> bool:
@@ -185,6 +218,9 @@ class DistillationTrainer(RolloutTrainer):
     by name follows the student's, unless `teacher_model_init_kwargs` has a `dtype`. Its output may have more or fewer
     rows than the student's, as long as there is one for each token of the tokenizer; the rows that both have are
     compared, and a completion ends before a token that one of them lacks.
+
+    Or the teacher is behind a vLLM server (`teacher_model_server_url`): it scores each completion once, and gives what
+    `teacher_top_logprobs` says.
     """
 
     _tag_names = ("trl", "distillation")
@@ -194,9 +230,9 @@ class DistillationTrainer(RolloutTrainer):
     lmbda = Setting(fixed="the source of the rollouts is made for it")
 
     @property
-    def teacher_model(self) -> nn.Module:
-        """The teacher, by the name of the constructor's argument."""
-        return self.teacher
+    def teacher_model(self) -> nn.Module | None:
+        """The teacher, by the name of the constructor's argument; None where a server has it."""
+        return None if self.args.teacher_model_server_url else self.teacher
 
     def __init__(
         self,
@@ -209,8 +245,9 @@ class DistillationTrainer(RolloutTrainer):
         **kwargs: Any,
     ):
         config = as_config(args, self.config_class)
-        self._teacher_source = one_teacher(teacher_model, config.teacher_model_name_or_path)
-        self._teacher_keywords = config.teacher_keywords(self._teacher_source)
+        url = config.teacher_model_server_url
+        self._teacher_source = one_teacher(teacher_model, config.teacher_model_name_or_path, url)
+        self._teacher_keywords = {} if url else config.teacher_keywords(self._teacher_source)
         super().__init__(
             model,
             None,
@@ -220,7 +257,8 @@ class DistillationTrainer(RolloutTrainer):
             processing_class,
             **without_unread(kwargs),
         )
-        self.teacher.eval()  # it is loaded now, unless it makes rollouts
+        if self.served is None:
+            self.teacher.eval()  # it is loaded now, unless it makes rollouts
 
     def with_prompt(self, dataset: Any, name: str) -> Any:
         """Rows of whole conversations as prompt and completion: their last message."""
@@ -251,18 +289,29 @@ class DistillationTrainer(RolloutTrainer):
         teacher.requires_grad_(False).eval()
         return prepare_frozen(self.accelerator, teacher)  # type: ignore[no-any-return]
 
+    @cached_property
+    def served(self) -> ServedTeacher | None:
+        """The teacher behind a server, if it is there."""
+        config = self.args
+        if config.teacher_model_server_url is None:
+            return None
+        name = None if self._teacher_source == config.teacher_model_server_url else str(self._teacher_source)
+        top, wait = config.teacher_top_logprobs, config.vllm_server_timeout
+        return ServedTeacher.at(config.teacher_model_server_url, self.processing_class, top, name, wait)
+
     def frozen_models(self) -> list[nn.Module]:
-        return [*super().frozen_models(), self.teacher]
+        return [*super().frozen_models(), *([self.teacher] if self.served is None else [])]
 
     # -- samples: the student's own, the teacher's or the data set's -------------------------------
 
     def sampled_models(self) -> list[nn.Module]:
-        teaches = self.args.seq_kd and self.args.lmbda < 1
+        teaches = self.args.seq_kd and self.args.lmbda < 1 and self.served is None
         return [*super().sampled_models(), *([self.teacher] if teaches else [])]
 
     def make_source(self) -> Source:
         source = self._mixed(super().make_source())
-        held = [embedding_rows(model) for model in (self.teacher, self.model)]
+        theirs = embedding_rows(self.teacher) if self.served is None else len(self.processing_class)
+        held = [theirs, embedding_rows(self.model)]
         return source if held[0] == held[1] else ReadableSource(source, min(number for number in held if number))
 
     def _mixed(self, own: Source) -> Source:
@@ -270,25 +319,49 @@ class DistillationTrainer(RolloutTrainer):
         if config.lmbda == 1:
             return own
         if config.seq_kd:
-            return MixedSource(own, self.sampled_by(make_sampler(self.teacher, self.processing_class)), config.lmbda)
+            served = self.served
+            sampler = make_sampler(self.teacher, self.processing_class) if served is None else served.sampler()
+            return MixedSource(own, self.sampled_by(sampler), config.lmbda)
         theirs = DataSource(self.processing_class, config.max_completion_length, config.chat_template_kwargs)
         return MixedSource(own, theirs, config.lmbda)
 
     def experience(
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
-        limit = context_length(self.teacher)
+        limit = context_length(self.teacher) if self.served is None else self.served.context
         longest = max((len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)), default=0)
         if limit is not None and longest > limit:
             raise ValueError(
                 f"teacher_model: its context holds {limit:,} tokens, and a prompt with its completion has {longest:,}; "
                 "set max_prompt_length and max_completion_length, so that both fit"
             )
-        return Experience.of(rollout, advantages=torch.zeros(len(rollout))), {}
+        made = Experience.of(rollout, advantages=torch.zeros(len(rollout)))
+        return self._with_teacher(made, rollout), {}
+
+    def _with_teacher(self, made: Experience, rollout: Rollout) -> Experience:
+        """The experience with what a served teacher says of its tokens."""
+        if self.served is None:
+            return made
+        vocabulary = embedding_rows(self.model)
+        assert vocabulary is not None
+        tokens, logprobs = self.served.logprobs(rollout.prompts, rollout.completions, vocabulary)
+        if tokens is None:
+            return replace(made, reference_BT=logprobs)
+        if self.args.teacher_top_logprobs > 0:
+            known_BT = logprobs.exp().sum(-1) * made.mask_BT
+            self.record("teacher_known", known_BT.sum(), made.mask_BT.sum())
+        return replace(made, teacher_tokens_BTK=tokens, teacher_BTK=logprobs)
 
     # -- objective -------------------------------------------------------------------------------
 
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
+        if batch.teacher_BTK is not None:
+            return self._partial(model, batch, batch.teacher_tokens_BTK, batch.teacher_BTK)
+        if batch.reference_BT is not None:
+            logprobs_BT = score(model, batch.packed).logprobs_BT
+            old_BT = self.old_logprobs(batch, logprobs_BT)
+            losses_BT = sampled_reverse_kl(logprobs_BT, batch.reference_BT, old_BT)
+            return LossSum((losses_BT * batch.mask_BT).sum(), batch.counted)
         with torch.no_grad():
             teacher_head, teacher_SD = scored_states(self.teacher, batch.packed)
 
@@ -303,6 +376,22 @@ class DistillationTrainer(RolloutTrainer):
         )
         return LossSum(losses_S.sum(), batch.counted)
 
+    def _partial(self, model: nn.Module, batch: PolicyBatch, tokens_BTK: Tensor | None, teacher_BTK: Tensor) -> LossSum:
+        """From the teacher's likeliest tokens."""
+        assert tokens_BTK is not None
+        place = batch.packed.row_S, batch.packed.slot_S
+        known = partial(partial_jsd, beta=self.args.beta, whole=self.args.teacher_top_logprobs < 0)
+
+        def divergence(student_SV: Tensor, tokens_SK: Tensor, teacher_SK: Tensor) -> tuple[Tensor]:
+            return (known(student_SV, tokens_SK, teacher_SK),)
+
+        (losses_S,) = in_head(
+            model,
+            batch.packed,
+            lambda head, states_SD: map_logits(head, states_SD, divergence, tokens_BTK[place], teacher_BTK[place]),
+        )
+        return LossSum(losses_S.sum(), batch.counted)
+
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> LossSum:
@@ -310,13 +399,18 @@ class DistillationTrainer(RolloutTrainer):
         return self.objective(model, {"policy": batch})
 
 
-def one_teacher(given: nn.Module | str | None, named: str | None) -> nn.Module | str:
-    """The teacher that was given, as an object or by name; ValueError for none, and for two."""
+def one_teacher(given: nn.Module | str | None, named: str | None, url: str | None = None) -> nn.Module | str:
+    """The teacher that was given, as an object, by name or by a server's address; ValueError for none, and for two."""
+    if url is not None and given is not None and not isinstance(given, str):
+        raise ValueError("teacher_model: a server has the teacher (teacher_model_server_url); give one of the two")
     if given is not None and named is not None and given != named:
         raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path; not both")
-    source = named if given is None else given
+    source = next((each for each in (given, named, url) if each is not None), None)
     if source is None:
-        raise ValueError("teacher_model: give the teacher, or its name as teacher_model_name_or_path")
+        raise ValueError(
+            "teacher_model: give the teacher, its name as teacher_model_name_or_path, or its server as "
+            "teacher_model_server_url"
+        )
     return source
 
 

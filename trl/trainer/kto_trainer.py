@@ -136,6 +136,8 @@ class KTOTrainer(ObjectiveTrainer):
     loss_type = Setting(fixed="the rows are made for it")
     max_length, max_prompt_length = (Setting(fixed="the rows are tokenised already") for _ in range(2))
 
+    without_gradient = frozenset({MISMATCHED})
+
     def __init__(
         self,
         model: nn.Module | str | None = None,

@@ -281,6 +281,10 @@ METRICS: tuple[Metric, ...] = (
     *_EARLIER,
     *_PPO,
     Metric("kept_ratio", "share of completions that are learned", "steady", ("RAFT",), "", False),
+    Metric(
+        "teacher_known", "share of a served teacher's probability on the tokens that it gives", "near 1",
+        ("Distillation",), "`teacher_model_server_url`, and not all or none of the tokens", False,
+    ),
     Metric("step_time", "seconds of an optimizer step, sampling and rewards included", "steady", ROLLOUTS, "", False),
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import recursively_apply, send_to_device
@@ -29,16 +30,18 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from trl.data.formats import column_names
-from trl.data.microbatches import BudgetCollator, row_tokens, unasked_budget
+from trl.data.microbatches import BudgetCollator, lengths_of, row_tokens, unasked_budget
 from trl.data.records import Batch
+from trl.kernels.layers import compile_layers
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.losses.loss_sum import Extreme, LossSum
 from trl.models import zero
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
+from trl.models.memory import Load, Open, Plan
 from trl.models.precision import check_trainable, say_memory, warn_of_half
 from trl.models.router import balance_weight, with_balance
 from trl.models.sharded import optimizers_without_state
-from trl.models.unwrap import below_accelerate, below_peft
+from trl.models.unwrap import below_accelerate, below_peft, below_value_head
 from trl.models.weight_files import WEIGHT_FILES, is_disk_error, on_host, tied_names, writing
 from trl.trainer import overrides
 from trl.trainer.base import trl_sanitze_kwargs_for_tagging
@@ -63,6 +66,7 @@ from trl.trainer.configuration import ROWS, PostTrainingConfig, as_config
 from trl.trainer.context_parallel import SharedRows, share_rows
 from trl.trainer.given_data import SHARE, GivenData, Numbered, Prepare, WithShare
 from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_errors
+from trl.trainer.memory_plan import ZERO, facts_of, plan_of, said_of
 from trl.trainer.model_card import WAYS, CardFacts, card_text, listed, write_card
 from trl.trainer.pushing import files_in, remove_when_done, staged, upload_checkpoint
 from trl.trainer.ranks import after_restart, check_agreement, say_unsharded, several, watched
@@ -78,9 +82,8 @@ from trl.trainer.resharding import (
     processes_of,
     readable,
 )
-from trl.trainer.run_folder import RunFacts, RunFolder, told
+from trl.trainer.run_folder import RunFacts, RunFolder, RunListener, told
 from trl.trainer.run_record import resolved
-from trl.trainer.settings import NO_EFFECT
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.tally import Appended, StepWatch, Tally, write_metrics
 
@@ -124,7 +127,9 @@ class StepEnd(TrainerCallback, ExportableState):
         """asked: collective; whether a process of the run was asked to end since it began a step."""
         self._begin, self._before, self._steps, self._asked = begin, before, steps, asked
         self.stops = False
-        """whether a process of the run was asked to end"""
+        """whether the run is to end"""
+        self.saves = False
+        """whether it is saved once more then, amid a step"""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: how many steps were left out."""
@@ -135,7 +140,7 @@ class StepEnd(TrainerCallback, ExportableState):
     ) -> None:
         kept: Any = state.stateful_callbacks.get(type(self).__name__, {})
         self._steps.skipped = int(kept["attributes"]["skipped"]) if isinstance(kept, dict) and kept else 0
-        self.stops = False
+        self.stops = self.saves = False
         self._begin(state.global_step)
 
     def on_pre_optimizer_step(
@@ -155,7 +160,10 @@ class StepEnd(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.stops:  # amid an epoch, after the checkpoint of its last step
-            control.should_save = control.should_evaluate = control.should_log = False
+            control.should_save, control.should_evaluate, control.should_log = self.saves, False, False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saves = False
 
 
 class ObjectiveTrainer(Trainer):
@@ -413,6 +421,72 @@ class ObjectiveTrainer(Trainer):
             say_memory(self.model, frozen, self.optimizer or chosen)
         self._memory_said = True
 
+    without_gradient: frozenset[str] = frozenset()
+    """columns of token ids that are computed without gradient"""
+
+    def largest_load(self) -> Load | None:
+        """The most that is computed at a time, by the lengths of the rows; None where they are not known."""
+        lengths = lengths_of(self.train_dataset, self.without_gradient)
+        if lengths is None:
+            return None
+        rows = min(self.args.per_device_train_batch_size, len(lengths))
+        longest = np.sort(np.partition(lengths, -rows)[-rows:])
+        own, ranks = int(longest[-1]), self.shared.size
+        tokens = own * rows if self.pads_rows else int(longest.sum())
+        budget = self.args.token_budget or self._unasked_budget()
+        tokens = tokens if budget is None else min(tokens, max(budget, own))
+        return Load(-(-tokens // ranks), -(-own // ranks))
+
+    def may_cut(self) -> bool:
+        """Whether a micro-batch may be cut into passes where the settings say nothing of it."""
+        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
+        return alone and self.args.token_budget is None and self.args.cuts_unasked() and not self.balance_weight
+
+    def plan_memory(self) -> Plan | None:
+        """Collective: what this run needs, and what has to be chosen so that it fits; None where that is not known."""
+        load = self.largest_load()
+        if load is None:
+            return None
+        own, ranks = self.args, self.args.world_size
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        engine = "fsdp2" if self.is_fsdp_enabled else "ddp" if plugin is None else ZERO.get(plugin.zero_stage, "ddp")
+        chosen = self.optimizer_cls_and_kwargs[0].__name__ if self.optimizer_cls_and_kwargs else own.optim
+        able = bool(getattr(below_accelerate(self.model), "supports_gradient_checkpointing", False))
+        open_ = own.leaves_checkpointing and able and self.shared.size == 1
+        left = Open(open_, own.memory_plan and self.may_cut(), load.rows > 0, open_ and own.device.type == "cuda")
+        return plan_of(
+            self.model, self.frozen_models(), load, optimizer=self.optimizer or chosen, left=left,
+            checkpointing=bool(own.gradient_checkpointing), mixed=self.accelerator.mixed_precision, device=own.device,
+            engine=engine, ranks=ranks,
+        )  # fmt: skip
+
+    _planned_tokens: int | None = None
+    """tokens of a pass that the memory plan has chosen"""
+
+    def _fit(self) -> None:
+        """Collective: predict the memory of this run, and choose what its settings left open so that it fits."""
+        self._planned_tokens, load = None, self.largest_load()
+        plan = self.plan_memory() if self.args.memory_plan else None
+        if plan is None or load is None:
+            return
+        if plan.load.tokens < load.tokens:
+            self._planned_tokens = plan.load.tokens
+        if plan.checkpointing:
+            kwargs = {"use_reentrant": False, **(self.args.gradient_checkpointing_kwargs or {})}
+            kwargs |= {"offload": True} if plan.offload else {}
+            self.args.gradient_checkpointing = self.args.activation_checkpointing = True
+            self.args.gradient_checkpointing_kwargs = self.args.activation_checkpointing_kwargs = kwargs
+        self.take_rows(plan.load.rows if plan.load.rows < load.rows else None)
+        if self.is_world_process_zero():
+            for line in said_of(plan, load):
+                logger.warning(line)
+            for each in self.callback_handler.callbacks:
+                if isinstance(each, RunListener):
+                    each.planned(facts_of(plan, load))
+
+    def take_rows(self, most: int | None) -> None:
+        """Sample at most so many completions at a time, where the settings say nothing of it; None: as usual."""
+
     def prepare_evaluation(self, eval_dataset: Any, name: str = "eval") -> Any:
         """Evaluation rows in the form that the collator takes; a name or None means the trainer's own data set."""
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -424,7 +498,7 @@ class ObjectiveTrainer(Trainer):
         self.prepare_data()
         whole: Any = self.data_collator
         asked = self.args.token_budget
-        budget = asked or self._unasked_budget()
+        budget = asked or self._planned_tokens or self._unasked_budget()
         if budget is not None:
             self.data_collator = BudgetCollator(whole, budget, asked=asked is not None)
         try:
@@ -620,8 +694,10 @@ class ObjectiveTrainer(Trainer):
             self.remove_callback(self._seal)
             self.add_callback(self._seal)  # as the last one: what other callbacks add to a checkpoint is listed
             with self._reading(found) as checkpoint:
+                self._fit()
                 result = self._train(checkpoint, *args, **kwargs)
             check_weights(self.accelerator, f"after step {self.state.global_step}", self.model)
+            self.check_end()
             if self.args.enable_jit_checkpoint and self._signal.on_any(self.accelerator):
                 if not self._step_end.stops:  # it came after the last step: the run is over
                     self.save_model()
@@ -629,6 +705,20 @@ class ObjectiveTrainer(Trainer):
         for job in self._uploads:
             job.result()
         return result
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether this run writes any."""
+        return self._seal.run is not None
+
+    def end_now(self, *, saves: bool) -> None:
+        """End the run before its next step; saves: with a checkpoint, where it writes any."""
+        self._step_end.stops, self._step_end.saves = True, saves and self.keeps_checkpoints
+        self.control.should_training_stop = True
+        self.control.should_save = self._step_end.saves
+
+    def check_end(self) -> None:
+        """Raise where a run has come to its end for a reason that its user must know."""
 
     @contextmanager
     def _reading(self, found: Checkpoint | None) -> Iterator[str | None]:
@@ -684,6 +774,19 @@ class ObjectiveTrainer(Trainer):
     def _begin_steps(self, step: int) -> None:
         self._left_out, self._logged, self._began = [], (step, 0), (step, 0)
         self._step_loss = torch.zeros((), device=self.args.device)
+        if self.args.compile_layers is not None:
+            self._compile_layers(*self.args.compile_layers.split(":"))
+
+    def _compile_layers(self, backend: str, mode: str | None = None) -> None:
+        """The layers of the policy, and of frozen models of its kind, are compiled from here on."""
+        policy, *others = map(below_value_head, (self.model, *self.frozen_models()))
+        if not compile_layers(policy, backend, mode):
+            logger.warning(
+                "compile_layers=%r: no layers were found in %s", self.args.compile_layers, type(policy).__name__
+            )
+        for other in others:
+            if type(below_peft(other)) is type(below_peft(policy)):
+                compile_layers(other, backend, mode)
 
     def _before_optimizer_step(self) -> None:
         """Stop, or leave the step out, unless all losses and the gradient are finite; one read of the device.
@@ -1029,6 +1132,6 @@ def _own_settings(args: TrainingArguments | None) -> PostTrainingConfig:
         logger.warning("dispatch_batches=True: has no effect: a packed batch cannot be cut, so each process reads rows")
     own.accelerator_config.dispatch_batches = False
     if os.environ.get(DYNAMO, "no").lower() != "no":  # of the launcher, or of TrainingArguments with torch_compile
-        logger.warning("%s=%s: %s", DYNAMO, os.environ[DYNAMO], NO_EFFECT["torch_compile"])
+        own.compile_layers = own.compile_layers or os.environ[DYNAMO].lower()
         own.torch_compile_backend = "no"
     return own

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from trl.data.records import Batch, Rollout
+from trl.generation.sampler import is_exact
 from trl.losses.kl import KL_ESTIMATORS
 from trl.losses.policy import mask_truncated
 from trl.models.forward import computes_in
@@ -201,9 +202,12 @@ class OnPolicyTrainer(RolloutTrainer):
         return replace(rows, old_logprobs_BT=old_BT, sampled_BT=rows.old_logprobs_BT)
 
     def _sampler_is_coarse(self) -> bool:
-        """Whether log-probabilities are a sampler's, in a precision in which another computation gives other ones."""
+        """Whether log-probabilities are a sampler's, whose computation gives other ones than that of training.
+
+        It does so in a precision that rounds more than float32, and where the sampler has weights of its own.
+        """
         measured = self.rollout_func is not None or getattr(self.source, "measure", None) is not None
-        return not measured and self._sampling_precision() not in EXACT
+        return not measured and not (is_exact(self.sampler) and self._sampling_precision() in EXACT)
 
     def _sampling_precision(self) -> str:
         with self.accelerator.autocast():
@@ -225,10 +229,11 @@ class OnPolicyTrainer(RolloutTrainer):
 
     def _say_passes(self, rows: int, of: int) -> None:
         if not self._said_passes:
+            precision = self._sampling_precision()
+            way = f"in {precision}, in which" if is_exact(self.sampler) else "by code of its own, so that"
             logger.warning(
-                "the sampler computes in %s, in which its log-probabilities are not quite those of training: one "
-                "forward pass more measures %d of the %d completions of each rollout",
-                self._sampling_precision(), rows, of,
+                "the sampler computes %s its log-probabilities are not quite those of training: one forward pass more "
+                "measures %d of the %d completions of each rollout", way, rows, of,
             )  # fmt: skip
         self._said_passes = True
 

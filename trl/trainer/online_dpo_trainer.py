@@ -81,6 +81,8 @@ class OnlineDPOConfig(RewardedConfig):
     def translate(self) -> None:
         super().translate()
         rename(self, "max_new_tokens", "max_completion_length")
+        rename(self, "gpu_memory_utilization", "vllm_gpu_memory_utilization")
+        self.gpu_memory_utilization = None
         self.max_new_tokens = self.max_completion_length
         limit_whole(self)
         if isinstance(self.beta, list) and len(self.beta) == 1:

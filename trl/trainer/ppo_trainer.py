@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -41,7 +41,10 @@ from trl.data.records import Rollout
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, asked_end_tokens, sampling_params
 from trl.generation.plain_generate import generate_padded
+from trl.generation.sampler import Sampler, check_sampler
 from trl.generation.stopping import end_tokens, without_ends
+from trl.generation.vllm.engine import EngineError
+from trl.generation.vllm.sync import as_one
 from trl.import_utils import is_wandb_available, pip_install
 from trl.kernels.step_memory import in_place, kept_memory
 from trl.legacy import ppo_padded
@@ -390,6 +393,7 @@ class PPOTrainer(BaseTrainer):
     reward_funcs: functions, their names, reward models or their folders; `train()` scores a response with their sum.
     reward_processing_classes: tokenizers of the reward models.
     environment: such as a `TextEnvironment`; `train()` plays episodes in it, whose score is the sum of their rewards.
+    sampler: what samples the policy's responses instead of the local sampler, such as a `VLLMSampler`.
 
     Today's form (a config of that form, or any argument from `args` to `optimizers`): `model` is a language model
     without a value head; `reward_model` reads the tokens of prompt and response; `eval_dataset` holds prompts to show
@@ -425,7 +429,13 @@ class PPOTrainer(BaseTrainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        sampler: Sampler | None = None,
     ):
+        check_sampler(sampler)
+        self.sampler = sampler
+        self._followed = 0
+        """how often a sampler with weights of its own was given the policy's"""
+        self._pushed = (-1, -1)
         places = (model, ref_model, tokenizer, dataset, optimizer, data_collator, num_shared_layers, lr_scheduler)
         today = {
             "args": args, "policy": policy, "ref_policy": ref_policy, "reward_model": reward_model,
@@ -601,6 +611,7 @@ class PPOTrainer(BaseTrainer):
         refuse_outputs(generation_kwargs)
 
         policy = below_accelerate(self.model)
+        self.follow()
 
         def responses_of(model: Any) -> Any:
             responses = self._respond(model, queries, batch_size, length_sampler, generation_kwargs)
@@ -616,7 +627,12 @@ class PPOTrainer(BaseTrainer):
             return response, responses_of(below_accelerate(reference or policy))
 
     def _gathered(self) -> AbstractContextManager[None]:
-        """The policy's weights whole on every process, for sampling; collective where they are sharded."""
+        """The policy's weights whole on every process, for sampling; collective where they are sharded.
+
+        A sampler with weights of its own needs none of them, and its error on one process is one of all.
+        """
+        if self.sampler is not None and hasattr(self.sampler, "follow"):
+            return as_one("sample")
         if is_sharded(self.model) and not self._said_gathering:
             self._said_gathering = True
             if self.accelerator.is_main_process:
@@ -647,8 +663,22 @@ class PPOTrainer(BaseTrainer):
         if params is None:
             generate = partial(generate_padded, model, self.tokenizer, kwargs=kwargs)
             return GenerateSource(generate, self.current_device, max_rows)
-        sampler = make_sampler(model, self.tokenizer, max_rows=max_rows)
-        return SamplerSource(sampler, lambda seed: replace(params, seed=seed))
+        return SamplerSource(self._sampler(model, max_rows), lambda seed: replace(params, seed=seed))
+
+    def _sampler(self, model: Any, max_rows: int) -> Sampler:
+        """The user's for the policy; else the local one."""
+        if self.sampler is not None and model is below_accelerate(self.model):
+            return self.sampler
+        return make_sampler(model, self.tokenizer, max_rows=max_rows)
+
+    def follow(self) -> None:
+        """Give a sampler with weights of its own the policy's of now, once for each step. Collective."""
+        if self.sampler is None or not hasattr(self.sampler, "follow"):
+            return
+        now = (self.current_step, sum(parameter._version for parameter in self._parameters))
+        if now != self._pushed:
+            self._followed, self._pushed = self._followed + 1, now
+        self.sampler.follow(self._followed)
 
     def _samples_policy(self) -> bool:
         """Whether `train` samples from the policy at its temperature, with no filter in between."""
@@ -669,7 +699,7 @@ class PPOTrainer(BaseTrainer):
             raise ValueError(
                 "generation_kwargs: the turns of an environment are sampled, and only `generate` knows these"
             )
-        sampler = make_sampler(policy, self.tokenizer, max_rows=config.batch_size)
+        sampler = self._sampler(policy, config.batch_size)
         context = context_length(below_value_head(policy))
         return EnvironmentSource(
             self.environment, sampler, lambda seed: replace(params, seed=seed), context, config.max_new_tokens
@@ -1162,6 +1192,7 @@ class PPOTrainer(BaseTrainer):
         """The steps that the run still has to make; the last one's statistics."""
         config = self.config
         stats: dict[str, Any] = {}
+        first = self.data_position
         last, shown = config.total_ppo_epochs, self.progress is not None and self.progress.shows_steps
         silent = shown or not sys.stderr.isatty()
         self._begin_run(last)
@@ -1169,7 +1200,10 @@ class PPOTrainer(BaseTrainer):
         for rows in self.batches():
             if self.progress is not None:
                 self.progress.begin_update()
-            batch = self._rollout(rows, rewards)
+            try:
+                batch = self._rollout(rows, rewards)
+            except EngineError as error:
+                self._end_without_engine(error, first)
             self._sampled_BT = batch.pop("logprobs", None)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
             stops = self._report(stats, batch)
@@ -1192,6 +1226,16 @@ class PPOTrainer(BaseTrainer):
         if self.progress is not None:
             self.progress.end()
         return stats
+
+    def _end_without_engine(self, error: EngineError, first: int) -> NoReturn:
+        """End the run with a checkpoint of its last whole step, if it made one: nobody samples any more."""
+        self.data_position -= 1  # whoever resumes draws the same prompts
+        step = self.data_position
+        if step == first or self.config.output_dir is None:
+            raise error
+        self.save_checkpoint(step)
+        kept = f"checkpoint-{step} is saved: go on with train(resume_from_checkpoint=True)"
+        raise EngineError(f"step {step + 1}: {error}; {kept}") from error
 
     # --- today's form -------------------------------------------------------------------------------------------------
 
@@ -1357,6 +1401,7 @@ class PPOTrainer(BaseTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         places = range(len(dataset))[: most if most is None else most * world][rank::world]
         columns: dict[str, list[Any]] = {"query": [], "model response": [], "score": []}
+        self.follow()
         with self._gathered():  # once: processes may have one batch more or less
             for start in range(0, len(places), size):
                 rows = [dataset[place] for place in places[start : start + size]]
@@ -1449,7 +1494,10 @@ class PPOTrainer(BaseTrainer):
         """A response to each row's prompt and its score, as a batch for `step` and for reports."""
         self._follow_config()
         asked = with_prompts(rows, self.tokenizer)
-        with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True), self._gathered():
+        if source is None:
+            self.follow()
+        weights = self._gathered() if source is None else nullcontext()  # who brings a source has gathered them
+        with torch.no_grad(), eval_mode(below_accelerate(self.model), checkpointing=True), weights:
             rollout = (self.source if source is None else source).draw(asked)
         if not rollout.texts:
             rollout.texts = without_ends(self.tokenizer, rollout.completions, end_tokens(self.model, self.tokenizer))

@@ -21,17 +21,24 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
 
 from trl.data.encode import Limits
-from trl.data.microbatches import collated, unasked_budget
+from trl.data.microbatches import collated, lengths_of, unasked_budget
 from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
 from trl.environment.factories import Factory
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, unknown_to_samplers
-from trl.generation.sampler import Sampler, SamplingParams
+from trl.generation.local import MOST_ROWS, LocalSampler
+from trl.generation.sampler import Sampler, SamplingParams, check_sampler, is_exact
 from trl.generation.stopping import end_tokens
+from trl.generation.vllm.client import server_urls
+from trl.generation.vllm.colocate import TO_INSTALL
+from trl.generation.vllm.engine import EngineError
+from trl.generation.vllm.sync import WAYS, as_one
+from trl.import_utils import is_vllm_available, pip_install
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
+from trl.models.memory import Load
 from trl.models.precision import dtype_of, frozen_dtype, is_quantized, precision_of
 from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
@@ -73,6 +80,7 @@ from trl.rollout.source import (
 )
 from trl.trainer.checkpoints import processes_text
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
+from trl.trainer.engines import engine_sampler
 from trl.trainer.metrics import check_new_names
 from trl.trainer.objective import ObjectiveTrainer, pieces_of
 from trl.trainer.preparation import prepare_model, prepare_tokenizer
@@ -88,6 +96,18 @@ SAMPLING_FIELDS = {
     "min_p": "min_p", "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
 """keywords of `generate` that are fields of the config"""
+ENGINE = ("vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_structured_outputs_regex")
+"""settings of vLLM, wherever it runs"""
+SERVER = (
+    "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_request_timeout",
+    "vllm_group_port",
+)  # fmt: skip
+"""settings of vLLM's servers; the first three name one"""
+COLOCATED = (
+    "vllm_model_impl", "vllm_dtype", "vllm_gpu_memory_utilization", "vllm_max_model_length",
+    "vllm_tensor_parallel_size", "vllm_enable_prefix_caching", "vllm_enable_sleep_mode",
+)  # fmt: skip
+"""settings of vLLM in this process"""
 
 
 class _OfLength(Protocol):
@@ -165,24 +185,46 @@ class RolloutConfig(PostTrainingConfig):
     """completions that the local sampler has in progress at a time, which bounds the memory for keys and values; None:
     128, and on a GPU as many as it has memory for, up to 1,024"""
     use_vllm: bool = field(default=False)
-    """sample with vLLM: not supported yet, a warning says that the local sampler draws instead"""
-    vllm_mode: str = accepted("vllm_mode", "colocate")
-    vllm_model_impl: str = accepted("vllm_model_impl", "vllm")
-    vllm_enable_sleep_mode: bool = accepted("vllm_enable_sleep_mode", False)
-    vllm_structured_outputs_regex: str | None = accepted("vllm_structured_outputs_regex")
+    """sample with vLLM (docs/vllm.md): an engine with weights of its own, which follow the policy's"""
+    vllm_mode: str = field(default="colocate")
+    """colocate: vLLM in this process, beside the trainer; server: a server that `trl vllm-serve` started"""
+    vllm_server_base_url: str | None = field(default=None)
+    """address of the server, such as http://127.0.0.1:8000; several with commas share the prompts. None: host and port
+    """
+    vllm_server_host: str = field(default="0.0.0.0")
+    """host of the server; 0.0.0.0: this machine"""
+    vllm_server_port: int = field(default=8000)
+    """port of the server"""
+    vllm_server_timeout: float = field(default=240.0)
+    """seconds to wait for a server that does not answer: at the start, and where it went away in the midst"""
+    vllm_request_timeout: float = field(default=1200.0)
+    """seconds for one answer of the server, after which it is asked again"""
+    vllm_weight_sync: str = field(default="auto")
+    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, folder; auto: an adapter where that is all that is trained,
+    else whole weights: nccl from a GPU to a server, ipc on the same GPU, a folder from a CPU"""
+    vllm_sync_folder: str | None = field(default=None)
+    """where adapters and whole weights lie on their way, which the server must see too; None: memory, or the disk"""
+    vllm_group_port: int = field(default=51216)
+    """port of the group in which weights go to a server over NCCL"""
+    vllm_structured_outputs_regex: str | None = field(default=None)
+    """a pattern that completions follow; the policy then learns from another distribution than its own"""
     vllm_guided_decoding_regex: str | None = accepted("vllm_guided_decoding_regex")
-    vllm_server_base_url: str | None = accepted("vllm_server_base_url")
-    vllm_server_host: str = accepted("vllm_server_host", "0.0.0.0")
-    vllm_server_port: int = accepted("vllm_server_port", 8000)
-    vllm_server_timeout: float = accepted("vllm_server_timeout", 240.0)
-    vllm_group_port: int = accepted("vllm_group_port", 51216)
-    vllm_device: str | None = accepted("vllm_device")
-    vllm_dtype: str | None = accepted("vllm_dtype")
-    vllm_enable_prefix_caching: bool | None = accepted("vllm_enable_prefix_caching")
-    vllm_gpu_memory_utilization: float = accepted("vllm_gpu_memory_utilization", 0.3)
-    vllm_max_model_length: int | None = accepted("vllm_max_model_length")
+    vllm_model_impl: str = field(default="vllm")
+    """colocate: vLLM's own code of the model (vllm), or that of transformers (transformers), or auto"""
+    vllm_dtype: str | None = field(default=None)
+    """colocate: precision of vLLM's weights; None: the policy's"""
+    vllm_gpu_memory_utilization: float = field(default=0.3)
+    """colocate: share of the GPU's memory that vLLM takes"""
+    vllm_max_model_length: int | None = field(default=None)
+    """colocate: longest prompt and completion together; None: the model's context"""
     vllm_max_model_len: int | None = accepted("vllm_max_model_len")
-    vllm_tensor_parallel_size: int = accepted("vllm_tensor_parallel_size", 1)
+    vllm_tensor_parallel_size: int = field(default=1)
+    """colocate: GPUs that share vLLM's weights, with one process that trains"""
+    vllm_enable_prefix_caching: bool | None = field(default=None)
+    """colocate: keep what prompts have in common; None: vLLM decides"""
+    vllm_enable_sleep_mode: bool = field(default=False)
+    """colocate: vLLM gives its memory back while the policy is trained"""
+    vllm_device: str | None = accepted("vllm_device")
     vllm_importance_sampling_correction: bool = accepted("vllm_importance_sampling_correction", True)
     vllm_importance_sampling_mode: str = accepted("vllm_importance_sampling_mode", "sequence_mask")
     vllm_importance_sampling_clip_max: float | None = accepted("vllm_importance_sampling_clip_max", 3.0)
@@ -208,8 +250,11 @@ class RolloutConfig(PostTrainingConfig):
         rename(self, "wandb_log_unique_prompts", "log_unique_prompts")
         self.wandb_log_unique_prompts = None
         self._translate_generation()
+        rename(self, "vllm_guided_decoding_regex", "vllm_structured_outputs_regex")
+        rename(self, "vllm_max_model_len", "vllm_max_model_length")
+        self.vllm_guided_decoding_regex = self.vllm_max_model_len = None
         if self.use_vllm:
-            self._use_local_sampler()
+            self._choose_vllm()
 
     def _translate_generation(self) -> None:
         """Keywords of `generate` in `generation_kwargs` as fields of the config and as the sampler's own."""
@@ -234,19 +279,40 @@ class RolloutConfig(PostTrainingConfig):
         require(self, "generation_kwargs", not unknown, way_out + ", ".join([*SAMPLING_FIELDS, *SAMPLING_KEYWORDS]))
         self.generation_kwargs = own or None
 
-    def _use_local_sampler(self) -> None:
-        """Leave vLLM's settings; ValueError where the completions would not be those that were asked for."""
+    def _choose_vllm(self) -> None:
+        """Where vLLM runs; the local sampler where it is to run in this process and is not installed."""
+        require(self, "vllm_mode", self.vllm_mode in ("colocate", "server"), "choose 'colocate' or 'server'")
         defaults = {entry.name: default_of(entry) for entry in fields(self) if entry.name.startswith("vllm_")}
-        for name in ("vllm_server_base_url", "vllm_server_host"):
-            way_out = "no vLLM server can be asked yet; without it and `use_vllm` the local sampler draws the same"
-            require(self, name, getattr(self, name) == defaults[name], way_out)
-        for name in ("vllm_structured_outputs_regex", "vllm_guided_decoding_regex"):
-            require(self, name, getattr(self, name) is None, "the local sampler follows no pattern; leave it out")
+        named = [name for name in SERVER[:3] if getattr(self, name) != defaults[name]]
+        if named and self.vllm_mode == "colocate":
+            logger.warning("%s=%r names a server: vllm_mode='server'", named[0], getattr(self, named[0]))
+            self.vllm_mode = "server"
+        if self.vllm_mode == "server" or is_vllm_available():
+            return
+        way_out = f"the local sampler follows no pattern: {pip_install(TO_INSTALL)}, or leave it out"
+        require(self, "vllm_structured_outputs_regex", self.vllm_structured_outputs_regex is None, way_out)
         warnings.warn(
-            "use_vllm=True: vLLM is not supported yet; the local sampler draws the completions, from the same "
-            "distribution"
+            "use_vllm=True: vLLM is not installed; the local sampler draws the completions, from the same distribution "
+            f"({pip_install(TO_INSTALL)}, or vllm_mode='server')"
         )
         self.__dict__.update(defaults, use_vllm=False)
+
+    def vllm_urls(self) -> tuple[str, ...]:
+        """The servers of vLLM that are named."""
+        given = self.vllm_server_base_url or f"{self.vllm_server_host}:{self.vllm_server_port}"
+        return server_urls(given)
+
+    def unused(self) -> dict[str, str]:
+        found = super().unused()
+        if not self.use_vllm:
+            found |= dict.fromkeys((*ENGINE, *SERVER, *COLOCATED), "has no effect without use_vllm=True")
+        elif self.vllm_mode == "server":
+            found |= dict.fromkeys(COLOCATED, "has no effect on a server: say it to `trl vllm-serve`")
+        else:
+            found |= dict.fromkeys(SERVER, "has no effect with vllm_mode='colocate'")
+        if self.use_vllm:
+            found["sampling_max_rows"] = "has no effect with use_vllm=True: vLLM has a limit of its own, max_num_seqs"
+        return found
 
     @property
     def smooths_labels(self) -> bool:
@@ -284,6 +350,13 @@ class RolloutConfig(PostTrainingConfig):
         require(self, "top_k", self.top_k is None or self.top_k >= 0, "give a number of tokens, or 0 for all")
         most = self.sampling_max_rows
         require(self, "sampling_max_rows", most is None or most >= 1, "give 1 or more, or None")
+        for name in ("vllm_server_timeout", "vllm_request_timeout", "vllm_tensor_parallel_size"):
+            require(self, name, getattr(self, name) > 0, "give a number > 0")
+        share = self.vllm_gpu_memory_utilization
+        require(self, "vllm_gpu_memory_utilization", 0 < share <= 1, "give a share of the memory in (0, 1]")
+        require(self, "vllm_weight_sync", self.vllm_weight_sync in WAYS, f"choose one of {', '.join(WAYS)}")
+        if self.use_vllm and self.vllm_mode == "server":
+            self.vllm_urls()
         require(self, "gather", self.gather in ("model", "layers"), "choose 'model' or 'layers'")
         require(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "give a fraction in [0, 1], or None")
         require(self, "repetition_penalty", self.repetition_penalty > 0, "give a number > 0; 1 is off")
@@ -499,8 +572,12 @@ class RolloutTrainer(ObjectiveTrainer):
         environment: Any = None,
         environment_factory: Factory | Mapping[str, Factory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
+        sampler: Sampler | None = None,
     ):
         config = as_config(args, self.config_class)
+        check_sampler(sampler)
+        if sampler is not None and config.use_vllm:
+            raise ValueError("sampler: use_vllm=True makes one too; give one of them")
         shape = config.rollout_shape()
         environment = make_environment(
             environment,
@@ -554,9 +631,7 @@ class RolloutTrainer(ObjectiveTrainer):
         )
         self._check_sharding()
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
-        # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
-        with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
-            self.sampler = make_sampler(self.model, tokenizer, max_rows=self.args.sampling_max_rows)
+        self.sampler = self._made_sampler(tokenizer) if sampler is None else sampler
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
         self.source = self.make_source()
@@ -572,6 +647,34 @@ class RolloutTrainer(ObjectiveTrainer):
         """optimizer steps since the trainer was made, whatever its runs were"""
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
+        self._lost: EngineError | None = None
+        """why the run ends before its end"""
+        self._first_step = 0
+        """optimizer steps before this run; -1 until its first one"""
+        self._followed = -1
+        """number of the weights that an engine was given last"""
+        self._moved = 0
+        """what is added to the number of an optimizer step, so that other weights have another number"""
+        self._replaced = False
+        """whether the weights may be others than an optimizer step left"""
+
+    def _made_sampler(self, tokenizer: Any) -> Sampler:
+        """vLLM where the config says so, else the local sampler."""
+        if self.args.use_vllm:
+            return engine_sampler(self.args, self.model, tokenizer)
+        # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
+        with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
+            return make_sampler(self.model, tokenizer, max_rows=self.args.sampling_max_rows)
+
+    def follow(self) -> None:
+        """Give a sampler with weights of its own the policy's of now, once for each optimizer step. Collective."""
+        if not hasattr(self.sampler, "follow"):
+            return
+        step = int(self.state.global_step)
+        if self._replaced:  # by a checkpoint, or by hand, between two runs
+            self._moved, self._replaced = max(0, self._followed + 1 - step), False
+        self._followed = step + self._moved
+        self.sampler.follow(self._followed)
 
     def _ready(self, environment: Any, reward_funcs: Any) -> Any:
         """The environment with what it needs to play; ValueError for arguments that do not go together."""
@@ -760,6 +863,8 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
+        if hasattr(self.sampler, "follow"):  # it has weights of its own; an error of one rank is one of all
+            return as_one("sample")
         if not runs_in_step(self.model):
             return nullcontext()
         in_layers = self.args.gathers_layers
@@ -841,6 +946,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self.args.ignore_data_skip = self.args.in_training = True  # the loader knows its place, `Trainer` skips nothing
+        self._replaced, self._lost, self._first_step = True, None, -1
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -863,8 +969,14 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _make_experience(self, state: RolloutState) -> Experience:
         self.model.eval()  # `Trainer` switches back before each micro-batch
+        position = state.position
         with torch.no_grad():
-            rows, rollout, rewards = self.collector.collect(state, self.state)
+            try:
+                self.follow()
+                rows, rollout, rewards = self.collector.collect(state, self.state)
+            except EngineError:
+                state.position = position  # whoever resumes draws the same prompts
+                raise
             experience, learned = self.experience(rollout, rewards, rows)
         self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
@@ -948,9 +1060,36 @@ class RolloutTrainer(ObjectiveTrainer):
         """Rows of a micro-batch to compute at least: many processes must all run the model."""
         return self.rows_together * int(self.args.world_size > 1)
 
+    def largest_load(self) -> Load | None:
+        prompts = lengths_of(self.train_dataset)
+        if prompts is None:
+            return None
+        config, shape = self.args, self.rollouts.shape
+        prompt, rows = int(prompts.max()), shape.per_device_train_batch_size
+        answer = int(config.max_completion_length)
+        groups = -(-rows // shape.num_generations)
+        tokens, one = groups * prompt + rows * answer, prompt + min(rows, shape.num_generations) * answer
+        if self.pads_rows:
+            tokens = rows * (prompt + answer)
+        budget = unasked_budget(config.device, config.world_size, mostly_scored=True) if self.may_cut() else None
+        tokens = tokens if budget is None else min(tokens, max(budget, one))
+        most = config.sampling_max_rows or MOST_ROWS
+        if isinstance(self.sampler, LocalSampler) and config.sampling_max_rows is None:
+            most = self.sampler.max_rows or MOST_ROWS
+        return Load(tokens, one, rows * answer, min(most, shape.rows), answer + -(-prompt // shape.num_generations))
+
+    def may_cut(self) -> bool:
+        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
+        return alone and not self.pads_rows and not self.balance_weight
+
+    def take_rows(self, most: int | None) -> None:
+        sampler = self.sampler
+        if self.args.sampling_max_rows is None and isinstance(sampler, LocalSampler) and not sampler.captured:
+            sampler.max_rows = most or MOST_ROWS
+
     def _in_passes(self, rows: Experience) -> dict[str, Any]:
         """A micro-batch; a single process on the CPU takes it in several forward passes."""
-        budget = unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
+        budget = self._planned_tokens or unasked_budget(self.args.device, self.args.world_size, mostly_scored=True)
         if budget is None or self.pads_rows or self.balance_weight or self.is_deepspeed_enabled:
             return self._collate(rows)
         return collated(self._collate, rows.cut(budget, whole_groups=True))
@@ -964,16 +1103,39 @@ class RolloutTrainer(ObjectiveTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
         fresh = self._before_first_update and self.rollouts.is_used_up
-        exact = self.args.disable_dropout and self.rollout_func is None
+        exact = self.args.disable_dropout and self.rollout_func is None and is_exact(self.sampler)
         self._ratio_is_one_at = self.state.global_step if fresh and exact else None
         self._before_first_update = False
         self._steps_begun += 1
         started = time.perf_counter()
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._first_step < 0:
+            self._first_step = int(self.state.global_step)
+        try:
+            batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except EngineError as error:
+            if self.state.global_step == self._first_step:
+                raise  # nothing was learned that a checkpoint could keep
+            self._end_without_engine(error)
+            return [], torch.zeros((), device=device)
         for piece in pieces_of(batches):
             piece["policy"] = piece["policy"].to(device)
         self.record("step_time", time.perf_counter() - started, 1.0)
         return batches, count
+
+    def _end_without_engine(self, error: EngineError) -> None:
+        """End the run with a checkpoint: nobody samples any more. `check_end` says why."""
+        self._lost = error
+        self.end_now(saves=True)
+
+    def check_end(self) -> None:
+        if self._lost is None:
+            return
+        error, self._lost = self._lost, None
+        step = self.state.global_step
+        kept = f"checkpoint-{step} is saved: go on with train(resume_from_checkpoint=True)"
+        if not self.keeps_checkpoints:
+            kept = "save_strategy='no' keeps no checkpoint"
+        raise EngineError(f"step {step + 1}: {error}; {kept}") from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         started = time.perf_counter()
@@ -1044,6 +1206,7 @@ class RolloutTrainer(ObjectiveTrainer):
     # -- evaluation ------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._replaced = self._replaced or not self.is_in_train
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
@@ -1054,7 +1217,15 @@ class RolloutTrainer(ObjectiveTrainer):
         """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
         rows = [] if self.only_repeats else inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
-        rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
+        try:
+            self.follow()
+            rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
+        except EngineError as error:
+            if not self.is_in_train:
+                raise
+            self._end_without_engine(error)
+        if self._lost is not None:
+            return LossSum(torch.zeros((), device=self.args.device), 0.0), None, None
         rows = with_own_prompts(rows, rollout)
         rewards = self.collector.judge(rollout, rows, group, self.state)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +139,9 @@ class RunListener:
 
     def begin_run(self, facts: RunFacts) -> None:
         """The folder is locked; nothing is computed yet."""
+
+    def planned(self, facts: Mapping[str, Any]) -> None:
+        """What the run will need is predicted, and what its settings left open is chosen."""
 
     def end_run(self, error: BaseException | None) -> None:
         """The run is over, by this error if there is one; the folder is still locked."""

@@ -266,6 +266,9 @@ class RunFolderCallback(TrainerCallback, RunListener):
         self._write()
         self._write_config(settings)
 
+    def planned(self, facts: Mapping[str, Any]) -> None:
+        self.record["predicted"] = dict(facts)
+
     def _all_settings(self) -> Sequence[Any]:
         return [self._args] if self._settings is None else self._settings
 

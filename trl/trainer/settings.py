@@ -15,14 +15,10 @@ from trl.import_utils import is_gpu_available, is_installed
 
 logger = logging.getLogger(__name__)
 
-_VLLM = "has no effect: the local sampler draws the completions and needs no settings"
 _CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
-_COMPILE = (
-    "has no effect: a pass here is no graph that torch.compile takes whole; compile its layers "
-    "(`layer.compile(fullgraph=True, dynamic=True)` for each, see docs/gpu.md)"
-)
+_COMPILE = "becomes `compile_layers`: torch compiles the layers of the model"
 _MIXED = "has no effect: torch's own mixed precision is the only one"
 NO_EFFECT: dict[str, str] = {
     "activation_offloading": "has no effect: activations stay on the device; packed rows and "
@@ -34,10 +30,6 @@ NO_EFFECT: dict[str, str] = {
     "use_logits_to_keep": "has no effect: the head always computes the scored positions only",
     "use_liger_kernel": "is switched off where liger-kernel is not installed; logits never exist whole here without it",
     "use_liger_loss": "has no effect: the logits never exist whole here",
-    "torch_compile": _COMPILE,
-    "torch_compile_backend": _COMPILE,
-    "torch_compile_mode": _COMPILE,
-    "torchdynamo": _COMPILE,
     "label_names": "has no effect: a batch says itself which of its tokens are learned",
     "jit_mode_eval": "has no effect: transformers has dropped it",
     "use_ipex": "has no effect: transformers has dropped it",
@@ -60,24 +52,7 @@ NO_EFFECT: dict[str, str] = {
     "log_multimodal": "has no effect: rollouts hold text alone",
     "log_completions_hub_repo": "has no effect: upload `output_dir/rollouts`, where completions stay as Parquet files",
     "log_completions_steps": "has no effect: `log_completions=True` prints at each rollout",
-    "vllm_mode": _VLLM,
-    "vllm_model_impl": _VLLM,
-    "vllm_enable_sleep_mode": _VLLM,
-    "vllm_structured_outputs_regex": _VLLM,
-    "vllm_guided_decoding_regex": _VLLM,
-    "vllm_server_base_url": _VLLM,
-    "vllm_server_host": _VLLM,
-    "vllm_server_port": _VLLM,
-    "vllm_server_timeout": _VLLM,
-    "vllm_group_port": _VLLM,
-    "vllm_device": _VLLM,
-    "vllm_dtype": _VLLM,
-    "vllm_enable_prefix_caching": _VLLM,
-    "vllm_gpu_memory_utilization": _VLLM,
-    "gpu_memory_utilization": _VLLM,
-    "vllm_max_model_length": _VLLM,
-    "vllm_max_model_len": _VLLM,
-    "vllm_tensor_parallel_size": _VLLM,
+    "vllm_device": "has no effect: vLLM runs on the trainer's device, or where its server does",
     "vllm_importance_sampling_correction": _CORRECTION,
     "vllm_importance_sampling_mode": _CORRECTION,
     "vllm_importance_sampling_clip_max": _CORRECTION,
@@ -90,6 +65,10 @@ TRANSLATED: dict[str, str] = {
     "warmup_ratio": "becomes `warmup_steps` below 1; a `warmup_steps` that is given wins",
     "no_cuda": "becomes `use_cpu`",
     "use_liger": "becomes `use_liger_kernel`",
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "torchdynamo": _COMPILE,
     "logging_dir": "becomes the folder of TensorBoard's logs",
     "evaluation_strategy": "becomes `eval_strategy`",
     "group_by_length": "becomes `train_sampling_strategy='group_by_length'`",
@@ -106,6 +85,9 @@ TRANSLATED: dict[str, str] = {
     "num_sample_generations": "becomes `log_completions` of RLOO, where it is not 0",
     "exp_name": "becomes `run_name` of RLOO",
     "wandb_log_unique_prompts": "becomes `log_unique_prompts`",
+    "vllm_guided_decoding_regex": "becomes `vllm_structured_outputs_regex`",
+    "vllm_max_model_len": "becomes `vllm_max_model_length`",
+    "gpu_memory_utilization": "becomes `vllm_gpu_memory_utilization`",
 }
 """field of another release -> what it becomes here"""
 
@@ -175,6 +157,7 @@ BY_STEPS: dict[str, str] = dict.fromkeys(
         "metric_for_best_model", "greater_is_better", "save_total_limit", "save_only_model", "auto_find_batch_size",
         "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "dataloader_num_workers",
         "torch_empty_cache_steps", "include_num_input_tokens_seen", "ignore_data_skip", "enable_jit_checkpoint",
+        "memory_plan",
     ),
     "has no effect: `step` is called with the data, and the loop around it is yours",
 )  # fmt: skip
@@ -282,7 +265,7 @@ def log_without_effect(config: Any, exceptions: Mapping[str, str] | None = None)
     exceptions: the table of one trainer; default: those of the config's trainers, and `NO_EFFECT`.
     """
     lines: dict[str, list[str]] = {}
-    texts = config.exceptions() | NO_EFFECT if exceptions is None else exceptions
+    texts = config.exceptions() | NO_EFFECT | config.unused() if exceptions is None else exceptions
     for entry in fields(config):
         value = getattr(config, entry.name)
         if entry.name in texts and value != default_of(entry):
@@ -373,8 +356,12 @@ def cpu_has_bfloat16() -> bool:
     return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def compile_nothing(config: Any) -> None:
-    """torch.compile is left out: passes here compute inside the calls of modules, which is no graph for it."""
+def compile_by_layers(config: Any) -> None:
+    """What asks torch to compile the model asks for its layers here, because a pass is no graph of its own."""
+    asked = config.torch_compile or config.torch_compile_backend or config.torch_compile_mode or config.torchdynamo
+    if asked and config.compile_layers is None:
+        backend, mode = config.torch_compile_backend or config.torchdynamo or "inductor", config.torch_compile_mode
+        config.compile_layers = f"{backend}:{mode}" if mode else backend
     config.torch_compile, config.torch_compile_backend, config.torch_compile_mode = False, None, None
     config.torchdynamo = None
 

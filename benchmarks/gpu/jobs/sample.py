@@ -16,19 +16,30 @@ PROMPT = 6 if TINY else 1024
 
 def main() -> None:
     policy = model(SETTINGS["model"], dtype=torch.bfloat16 if CUDA else torch.float32).eval()
+    if SETTINGS.get("liger") and CUDA:
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(policy, None)
     draw = torch.Generator().manual_seed(0)
     for rows in (2, 4) if TINY else SETTINGS["rows"]:
         prompts = [torch.randint(3, VOCABULARY, (PROMPT,), generator=draw).tolist() for _ in range(max(1, rows // 8))]
         group = rows // len(prompts)
         sampler = LocalSampler(policy, max_rows=max(rows, 128))
-        for tokens in (8,) if TINY else (16, SETTINGS["tokens"]):  # the first to warm up
+        seconds: dict[int, float] = {}
+        for tokens in (8, 1, 8) if TINY else (16, 1, 32, SETTINGS["tokens"]):  # the first to warm up
             params = SamplingParams(max_new_tokens=tokens, stop_token_ids=(), seed=0)
             fresh_peak()
             start = time.perf_counter()
             with torch.no_grad():
                 sampler.sample(prompts, params, n=group)
-            seconds = time.perf_counter() - start
-        record(f"{rows} rows", {"seconds": seconds, "tokens_s": rows * tokens / seconds, "peak_gib": peak_gib()})
+            seconds[tokens] = time.perf_counter() - start
+        record(
+            f"{rows} rows",
+            {
+                "seconds": seconds[tokens], "tokens_s": rows * tokens / seconds[tokens], "peak_gib": peak_gib(),
+                "seconds_by_tokens": seconds,
+            },
+        )  # fmt: skip
         with attempt(f"{rows} rows, profile"), torch.no_grad():
             inside = Inside()
             inside.start()

@@ -59,8 +59,10 @@ class Watch(TrainerCallback):
         self.clock.mark()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == STEPS:
-            self.peak = peak_gib()
+        if state.global_step != STEPS:
+            return
+        self.peak = peak_gib()
+        if SETTINGS.get("profile", True):
             with attempt("profile"):
                 self._inside = Inside()
                 self._inside.start()

@@ -1,0 +1,163 @@
+"""Whether an engine samples by the policy's weights: some completions of its own, scored by the trainer's forward pass.
+
+An engine may answer success and keep old weights, or a part of them. Its stamp says what it was told, not what it has.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from trl.data.records import Completion
+from trl.generation.vllm.engine import Engine, EngineError, Request
+from trl.generation.vllm.sync import everywhere, on_all
+from trl.models.precision import EXACT, TOLERANCES, coarsest
+
+logger = logging.getLogger(__name__)
+
+ROWS, PROMPT, TOKENS = 4, 256, 16
+"""completions of each check, most tokens of a prompt, tokens of a completion"""
+MEAN, LARGEST = 5.0, 100.0
+"""how far log-probabilities may be apart, by `Tolerance.ratio` of the precision: on average, and at the worst token.
+Two programs in float32 differ by 1e-6 or less; in bfloat16 by some 1e-2, and at rare tokens by 1"""
+HALF_NAMES = {"half": "float16", "float": "float32"}
+
+
+class MismatchError(EngineError):
+    """An engine samples by other weights than the policy's, whatever it says."""
+
+
+class Apart(NamedTuple):
+    """How far two computations of the same log-probabilities are apart."""
+
+    tokens: int
+    mean: float
+    """of the absolute differences"""
+    largest: float
+    token: int
+    """the one at which they differ most"""
+
+
+def apart(own: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], ids: Sequence[Sequence[int]]) -> Apart:
+    """Compare the log-probabilities of the same tokens."""
+    pairs = [
+        (abs(a - b) if math.isfinite(a - b) else math.inf, token)
+        for ours, others, row in zip(own, theirs, ids, strict=True)
+        for a, b, token in zip(ours, others, row, strict=True)
+    ]
+    if not pairs:
+        return Apart(0, 0.0, 0.0, -1)
+    largest, token = max(pairs)
+    return Apart(len(pairs), math.fsum(size for size, _ in pairs) / len(pairs), largest, token)
+
+
+@dataclass
+class Verification:
+    """Checks an engine after each push of weights, or every k-th. Collective: `score` may be.
+
+    Its completions follow the prompts that were sampled last, so that what an engine keeps of them is checked too.
+    """
+
+    score: Callable[[list[list[int]], list[list[int]]], list[list[float]]]
+    """the trainer's own log-probabilities of completions, given prompts, at `temperature`"""
+    precision: Callable[[], str]
+    """in which the trainer computes: a key of `TOLERANCES`"""
+    vocabulary: int
+    every: int = 1
+    """of the pushes; 0: none"""
+    temperature: float = 1.0
+    tolerance: float | None = None
+    """how far they may be apart on average, in nats; None: as the precisions allow"""
+    dtype: str | None = None
+    """in which the engine computes; None: not known, maybe in 16 bits"""
+    tied: bool = False
+    """whether the policy's head is its embeddings"""
+    own_engines: bool = False
+    """whether each rank has an engine of its own"""
+    prompts: list[list[int]] = field(default_factory=list)
+    """those that were sampled last"""
+    pushes: int = 0
+    last: Apart | None = None
+    """what the last check has found"""
+
+    def saw(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Remember some of the prompts that are sampled."""
+        self.prompts = [list(prompt)[-PROMPT:] for prompt in prompts[:ROWS]]
+
+    def __call__(self, engine: Engine, version: str, adapter: str | None) -> None:
+        """MismatchError, on all ranks, where the engine samples by other weights than the policy's of now."""
+        due = self.every > 0 and self.pushes % self.every == 0
+        self.pushes += 1
+        if not due:
+            return
+        prompts, answers = everywhere(
+            "ask vLLM for completions", lambda: self._asked(engine, adapter), each=self.own_engines
+        )
+        ids, theirs = [one.ids for one in answers], [one.logprobs for one in answers]
+        self._agree(self._stray(answers, version))
+        self.last = apart(self.score(prompts, ids), theirs, ids)
+        self._agree(self._said(self.last))
+
+    def _asked(self, engine: Engine, adapter: str | None) -> tuple[list[list[int]], list[Completion]]:
+        """Prompts, and a completion of each by the engine."""
+        prompts = self.prompts or self._some_prompts()
+        params = {
+            "n": 1, "max_tokens": TOKENS, "temperature": self.temperature, "logprobs": 0, "ignore_eos": True,
+            "detokenize": False, "seed": self.pushes,
+        }  # fmt: skip
+        return prompts, [one for [one] in engine.generate([Request(prompt, params, adapter) for prompt in prompts])]
+
+    def _agree(self, said: str | None) -> None:
+        """MismatchError, on all ranks, with what the first rank says that says something."""
+        first = next((text for text in on_all(said) if text is not None), None)
+        if first is not None:
+            raise MismatchError(first)
+
+    @staticmethod
+    def _stray(answers: Sequence[Completion], version: str) -> str | None:
+        found = sorted({span.version for one in answers for span in one.versions} - {version})
+        if not found:
+            return None
+        return (
+            f"after the weights {version!r} were given, vLLM samples by {found[0]!r}: another run may use it; give "
+            "each run an engine of its own"
+        )
+
+    def _some_prompts(self) -> list[list[int]]:
+        """Tokens that mean nothing, for the first check."""
+        return [[(17 + 31 * row + 7 * place) % self.vocabulary for place in range(8)] for row in range(ROWS)]
+
+    def limits(self) -> tuple[float, float, str]:
+        """How far log-probabilities may be apart on average and at the worst token, and in which precision."""
+        engines = HALF_NAMES.get(self.dtype or "bfloat16", self.dtype or "bfloat16").removeprefix("torch.")
+        name = coarsest([self.precision(), engines if engines in TOLERANCES else "bfloat16"])
+        mean = MEAN * TOLERANCES[name].ratio if self.tolerance is None else self.tolerance
+        return mean, mean * LARGEST / MEAN, name
+
+    def _said(self, found: Apart) -> str | None:
+        """What is wrong; None: nothing."""
+        mean, largest, name = self.limits()
+        if found.mean <= mean and found.largest <= largest:
+            return None
+        return (
+            f"vLLM does not sample by the policy's weights: the log-probabilities of {found.tokens} tokens that it "
+            f"sampled are {found.mean:.2g} away from the trainer's on average and {found.largest:.2g} at most (token "
+            f"{found.token}), where {name} allows {mean:.1g} and {largest:.1g}. {self._cause()}"
+        )
+
+    def _cause(self) -> str:
+        if self.tied:
+            return (
+                "The policy's head is its embeddings, and vLLM may keep the old head (on a CPU it does): serve the "
+                "model untied (`trl vllm-serve --untie-embeddings`), train a LoRA adapter, or sample without vLLM "
+                "(use_vllm=False)"
+            )
+        known = self.dtype is not None and self.precision() in EXACT
+        coarse = "; or it computes in fewer bits (--dtype), then say so by vllm_verify_tolerance" if known else ""
+        return (
+            "Does it serve another model or a quantised one, or does its log say 'Failed to load weights'? Send the "
+            f"weights another way (vllm_weight_sync), or sample without vLLM (use_vllm=False){coarse}"
+        )

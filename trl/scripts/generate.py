@@ -1,0 +1,230 @@
+"""`trl generate`: what a model answers to prompts, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from trl.scripts.open_model import Dtype, Opened, open_model
+from trl.scripts.quiet import quiet, say
+from trl.scripts.sampling import Asked, MinP, Penalty, Temperature, TopK, TopP, in_words
+
+AT_ONCE = 64
+"""prompts that are sampled together, and then written"""
+SEEDS = 2**20
+"""distance of two seeds of a run: a prompt's own is the run's plus its place"""
+ANSWERS = ("completion", "chosen", "rejected", "messages", "conversations", "text")
+"""columns of a row that answer it or repeat it; the others stand in each line"""
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Output folder of a run, checkpoint, adapter, or model.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; none: those of --data, or of the input.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Rows with prompts: a file (.jsonl, .json, .csv, .parquet, .txt), a folder, or a Hub name."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many rows.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File of JSON lines to write. [standard output]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 1,
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="Put texts to the model as a user's turn. [texts of the line do, rows of --data stay texts]"),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="Instruction before each prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer, and is left out; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same line gives the same answers.")] = 0,
+    dtype: Dtype = None,
+) -> None:
+    """Write what a model answers to prompts: of the line, of a file of rows, or of the standard input.
+
+    Conversations are put to the model by its chat template, as in training, and so are the texts of the line and of the
+    input. A text in a row is continued as it stands, as in training; --chat makes a user's turn of it.
+    """
+    asked = Asked(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    if prompts and data is not None:
+        raise ValueError(f"--data {data}: the line has prompts too; give either")
+    with quiet():
+        rows, as_chat = read_prompts(prompts, data, split, limit)
+        with destination(output, overwrite) as file:
+            opened = open_model(model, dtype)
+            turns = Turns(as_chat if chat is None else chat, system)
+            count = 0
+            for line in answered(opened, rows, asked, turns, n=n, stops=stop or (), seed=seed):
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                file.flush()
+                count += 1
+    if output is not None:
+        print(f"wrote {output}: {count:,} answers to {len(rows):,} prompts")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How texts are put to a model."""
+
+    chat: bool
+    """as a user's turn, where the tokenizer has a template"""
+    system: str | None = None
+
+
+# -- prompts -------------------------------------------------------------------------------------
+
+
+def read_prompts(
+    prompts: Sequence[str] | None, data: str | None, split: str, limit: int | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """Rows, and whether a text among them is a user's turn."""
+    if data is not None:
+        rows = [prompt_row(row, place) for place, row in enumerate(read_rows(data, split, limit))]
+        return rows, Path(data).suffix == ".txt"
+    given = list(prompts or ())
+    if not given and not sys.stdin.isatty():
+        given = [line.strip() for line in sys.stdin if line.strip()]
+        if given and all(line.startswith("{") for line in given):
+            return [prompt_row(_object(line, place), place) for place, line in enumerate(given[:limit])], False
+    if not given:
+        raise ValueError("no prompts: give them on the line, in a file with --data, or as the standard input")
+    return [{"prompt": text} for text in given[:limit]], True
+
+
+def read_rows(data: str, split: str, limit: int | None) -> list[dict[str, Any]]:
+    """The rows of a file, a folder or a Hub name."""
+    from trl.scripts.data_config import named_dataset, split_of
+
+    rows = split_of(named_dataset(data, "data"), split, "split")
+    return list(rows if limit is None else rows.select(range(min(limit, len(rows)))))
+
+
+def _object(line: str, place: int) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except ValueError as error:
+        raise ValueError(f"line {place + 1} of the input: it begins as a JSON object and is none ({error})") from error
+
+
+def prompt_row(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """A row with its `prompt`: its own, that of its pair, or the conversation before its last answer."""
+    from trl.data.columns import at_row
+    from trl.data.formats import maybe_convert_to_chatml, maybe_extract_prompt
+    from trl.data.messages import messages_of
+
+    with at_row(place, "given"):
+        row = maybe_extract_prompt(maybe_convert_to_chatml(dict(row)))
+        kept = {name: value for name, value in row.items() if name not in ANSWERS}
+        if "prompt" in row or "query" in row:
+            name = "prompt" if "prompt" in row else "query"
+            value = row[name] if isinstance(row[name], str) else messages_of(row, name)
+            return {**kept, "prompt": value}
+        if row.get("messages") is not None:
+            turns = messages_of(row, "messages")
+            while turns and turns[-1]["role"] == "assistant":
+                turns = turns[:-1]
+            return {**kept, "prompt": turns}
+        if isinstance(row.get("text"), str):
+            return {**kept, "prompt": row["text"]}
+        raise ValueError(f"it has the columns {', '.join(row)}: give it `prompt`, `messages` or `text`")
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+def answered(
+    opened: Opened,
+    rows: Sequence[Mapping[str, Any]],
+    asked: Asked,
+    turns: Turns,
+    *,
+    n: int = 1,
+    stops: Sequence[str] = (),
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """The rows with a `completion` each, n times, in their order."""
+    from trl.data.chat import ChatTemplate
+    from trl.generation.local import make_sampler
+    from trl.generation.stopping import end_tokens, without_ends
+    from trl.generation.text_stream import without_stop
+
+    tokenizer = opened.tokenizer
+    ends = set(end_tokens(opened.model, tokenizer))
+    prompts = [_put(row["prompt"], tokenizer, turns) for row in rows]
+    if tokenizer.chat_template and any(not isinstance(one, str) for one in prompts):
+        ends |= ChatTemplate(tokenizer, ends=sorted(ends)).end_ids
+    params = asked.params(opened.model, stops, sorted(ends))
+    say(f"{opened.found.name} samples with {in_words(params)}, seed {seed}")
+    sampler = make_sampler(opened.model, tokenizer)
+    ids = [_ids(prompt, tokenizer, place) for place, prompt in enumerate(prompts)]
+    for start in range(0, len(rows), AT_ONCE):
+        part = range(start, min(start + AT_ONCE, len(rows)))
+        seeds = tuple(seed * SEEDS + place for place in part)
+        groups = sampler.sample([ids[place] for place in part], replace(params, seed=seeds), n=n)
+        for place, group in zip(part, groups, strict=True):
+            texts = without_ends(tokenizer, [one.ids for one in group], sorted(ends))
+            for number, (one, text) in enumerate(zip(group, texts, strict=True)):
+                yield {
+                    **rows[place],
+                    "completion": without_stop(text, stops),
+                    **({"sample": number} if n > 1 else {}),
+                    "finish_reason": one.finish_reason,
+                    "tokens": len(one.ids),
+                }
+
+
+def _put(prompt: Any, tokenizer: Any, turns: Turns) -> Any:
+    """The prompt as the model gets it: a text, or a conversation."""
+    if isinstance(prompt, str):
+        if not (turns.chat and tokenizer.chat_template):
+            return prompt if turns.system is None else f"{turns.system}\n\n{prompt}"
+        prompt = [{"role": "user", "content": prompt}]
+    if turns.system is not None and prompt and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": turns.system}, *prompt]
+    return prompt
+
+
+def _ids(prompt: Any, tokenizer: Any, place: int) -> list[int]:
+    from jinja2.exceptions import TemplateError
+
+    from trl.data.any_text import encodable
+    from trl.data.columns import at_row
+    from trl.rollout.prompts import prompt_ids
+
+    with at_row(place, "given"):
+        try:
+            value = encodable(prompt) if isinstance(prompt, str) else prompt
+            ids: list[int] = prompt_ids({"prompt": value}, tokenizer).tolist()
+            return ids
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not take this conversation: {error}") from error
+
+
+@contextmanager
+def destination(output: Path | None, overwrite: bool) -> Iterator[TextIO]:
+    """The file to write, or the standard output. An error of the file is told before a model is loaded."""
+    if output is None:
+        yield sys.stdout
+        return
+    if output.is_dir():
+        raise ValueError(f"--output {output}: that is a folder; name a file")
+    if output.exists() and output.stat().st_size and not overwrite:
+        raise ValueError(f"--output {output}: the file is there already; name another one, or add --overwrite")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        yield file
