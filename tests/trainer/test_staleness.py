@@ -5,11 +5,13 @@ import random
 import threading
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as t
 from datasets import Dataset
 from environments_for_tests import talkative
+from fake_vllm import FakeVLLM
 from tokenizers_for_tests import word_tokenizer
 
 from trl import GRPOConfig, GRPOTrainer
@@ -45,7 +47,7 @@ def print_of(weights):
 class Beside:
     """An engine beside the trainer: a copy of its model, which answers late."""
 
-    exact = False
+    exact = True  # the same code and numbers, at the same weights
 
     def __init__(self, policy, delays=None):
         self.policy, self.own, self.delays = policy, copy.deepcopy(policy).eval(), delays
@@ -74,6 +76,10 @@ class Beside:
 class Watched(LocalSampler):
     """The trainer's own sampler, which notes by which weights it samples."""
 
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.calls = []
+
     def sample(self, prompts, params, n=1):
         groups = super().sample(prompts, params, n=n)
         self.calls.append((None, print_of(self.model), [one.ids for group in groups for one in group]))
@@ -92,18 +98,13 @@ class Steps(t.TrainerCallback):
 
 def build(folder, beside=False, delays=None, rewards=letters, rows=ROWS, **settings):
     policy, given = model(), {name: settings.pop(name, None) for name in ("eval_dataset", "environment")}
-    keeps = settings.pop("sync_in_flight", False) if beside else settings.get("sync_in_flight", False)
-    settings = {**BASE, "output_dir": str(folder), **settings}
-    trainer = GRPOTrainer(
-        policy, rewards, GRPOConfig(**settings), Dataset.from_list(rows), processing_class=word_tokenizer(), **given
-    )
-    trainer.args.sync_in_flight = keeps
     sampler = Beside(policy, delays) if beside else Watched(policy, word_tokenizer())
-    if not beside:
-        sampler.calls = []
-    trainer.sampler = sampler
-    trainer.source = trainer.collector.source = trainer.make_source()
-    trainer.ahead = trainer._ahead()
+    if settings.get("use_vllm"):
+        sampler = None
+    config = GRPOConfig(**{**BASE, "output_dir": str(folder), **settings})
+    trainer = GRPOTrainer(
+        policy, rewards, config, Dataset.from_list(rows), processing_class=word_tokenizer(), sampler=sampler, **given
+    )
     trainer.steps = Steps()
     trainer.add_callback(trainer.steps)
     return trainer
@@ -242,6 +243,25 @@ def test_what_cannot_be_divided_is_drawn_again(tmp_path, caplog):
     assert "the 2 rollouts that 1 process had drawn ahead are dropped, as this run has 1 process" in caplog.text
     assert not again.ahead.waiting
     assert (again.rollouts.state.position, again.rollouts.state.rollouts) == (one["position"] - 2 * 2, 5)
+
+
+def test_two_runs_by_a_server_agree_whatever_its_delays(tmp_path):
+    """Token for token and weight for weight; each rollout by the weights of two rollouts before."""
+    first = t.set_seed(5) or model()
+    made = []
+    for seed in (1, 2):
+        with FakeVLLM(first, word_tokenizer(), delays=random.Random(seed)) as server:
+            settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+            trainer = ran(build(tmp_path / str(seed), max_staleness=2, save_rollouts=True, **settings))
+            stamps = [body["new_version"] for path, body in server.calls if path == "/update_weight_version"]
+        files = sorted((tmp_path / str(seed) / "rollouts").iterdir())
+        made.append((end_of(trainer), [pq.read_table(file)["completion_ids"].to_pylist() for file in files]))
+        done = [int(stamp.rsplit("-", 1)[1]) for stamp in stamps if not stamp.endswith("-unfinished")]
+        assert done == [0, 1, 2, 3, 4]
+        ages = [row["sampling/staleness/max"] for row in trainer.state.log_history if "sampling/staleness/max" in row]
+        assert ages == [0, 1, 2, 2, 2]
+    assert made[0][1] == made[1][1]
+    assert torch.equal(made[0][0], made[1][0])
 
 
 # -- what goes wrong -----------------------------------------------------------------------------
