@@ -96,7 +96,10 @@ SAMPLING_FIELDS = {
     "min_p": "min_p", "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
 """keywords of `generate` that are fields of the config"""
-ENGINE = ("vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_structured_outputs_regex")
+ENGINE = (
+    "vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_structured_outputs_regex", "vllm_verify_every",
+    "vllm_verify_tolerance", "vllm_on_mismatch",
+)  # fmt: skip
 """settings of vLLM, wherever it runs"""
 SERVER = (
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_request_timeout",
@@ -206,10 +209,17 @@ class RolloutConfig(PostTrainingConfig):
     vllm_request_timeout: float = field(default=1200.0)
     """seconds for one answer of the server, after which it is asked again"""
     vllm_weight_sync: str = field(default="auto")
-    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, folder; auto: an adapter where that is all that is trained,
-    else whole weights: nccl from a GPU to a server, ipc on the same GPU, a folder from a CPU"""
+    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, memory, folder; auto: an adapter where that is all that is
+    trained, else whole weights: nccl from a GPU to a server, a folder from a CPU, by hand in this process (memory)"""
     vllm_sync_folder: str | None = field(default=None)
     """where adapters and whole weights lie on their way, which the server must see too; None: memory, or the disk"""
+    vllm_verify_every: int = field(default=1)
+    """score some of vLLM's completions after each so manieth push of weights, to find out whether it has them; 0: never
+    """
+    vllm_verify_tolerance: float | None = field(default=None)
+    """how far vLLM's log-probabilities may be from the trainer's, on average; None: as the precisions allow"""
+    vllm_on_mismatch: str = field(default="stop")
+    """where they are further: stop the run, or go on with the local sampler (local)"""
     vllm_group_port: int = field(default=51216)
     """port of the group in which weights go to a server over NCCL"""
     vllm_structured_outputs_regex: str | None = field(default=None)
@@ -361,6 +371,10 @@ class RolloutConfig(PostTrainingConfig):
         share = self.vllm_gpu_memory_utilization
         require(self, "vllm_gpu_memory_utilization", 0 < share <= 1, "give a share of the memory in (0, 1]")
         require(self, "vllm_weight_sync", self.vllm_weight_sync in WAYS, f"choose one of {', '.join(WAYS)}")
+        require(self, "vllm_verify_every", self.vllm_verify_every >= 0, "give a number of pushes, or 0 for never")
+        require(self, "vllm_on_mismatch", self.vllm_on_mismatch in ("stop", "local"), "choose 'stop' or 'local'")
+        limit = self.vllm_verify_tolerance
+        require(self, "vllm_verify_tolerance", limit is None or limit > 0, "give nats > 0, or None")
         if self.use_vllm and self.vllm_mode == "server":
             self.vllm_urls()
         require(self, "gather", self.gather in ("model", "layers"), "choose 'model' or 'layers'")
@@ -673,7 +687,18 @@ class RolloutTrainer(ObjectiveTrainer):
     def _made_sampler(self, tokenizer: Any) -> Sampler:
         """vLLM where the config says so, else the local sampler."""
         if self.args.use_vllm:
-            return engine_sampler(self.args, self.model, tokenizer)
+            return engine_sampler(
+                self.args, self.model, tokenizer, self._says_of, self._precision, lambda: self._local_sampler(tokenizer)
+            )
+        return self._local_sampler(tokenizer)
+
+    def _says_of(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """The policy's log-probabilities of completions, at the sampling temperature. Collective on sharded weights."""
+        masks = [[1] * len(ids) for ids in completions]
+        with torch.no_grad():
+            return self.logprobs_of(Rollout(prompts, completions, [], masks))
+
+    def _local_sampler(self, tokenizer: Any) -> Sampler:
         # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
         with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
             return make_sampler(self.model, tokenizer, max_rows=self.args.sampling_max_rows)
@@ -910,7 +935,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
-        if hasattr(self.sampler, "follow"):  # it has weights of its own; an error of one rank is one of all
+        if hasattr(self.sampler, "follow") and not is_exact(self.sampler):  # an error of one rank is one of all
             return as_one("sample")
         if not runs_in_step(self.model):
             return nullcontext()
