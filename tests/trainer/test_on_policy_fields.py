@@ -11,6 +11,7 @@ from tokenizers_for_tests import word_tokenizer
 import trl
 from trl.trainer.distillation_trainer import SUPERVISED
 from trl.trainer.rollout_trainer import COLOCATED, ENGINE, SERVER
+from trl.trainer.settings import CORRECTION
 
 SHORT = {"generation_kwargs": {"stop_token_ids": list(range(30, 70))}}
 """completions of different lengths"""
@@ -133,6 +134,11 @@ SHOWN = {
     **dict.fromkeys(SERVER, ("test_vllm_trainers", "test_settings_of_a_server_reach_it")),
     **dict.fromkeys(COLOCATED, ("test_vllm_trainers", "test_settings_of_an_engine_in_this_process_reach_it")),
     **dict.fromkeys(ENGINE, ("test_vllm_trainers", "test_settings_of_a_server_reach_it")),
+    "staleness_correction": ("test_engine_mismatch", "test_a_stale_rollout_of_the_local_sampler"),
+    "rollout_logprobs": ("test_engine_mismatch", "test_a_rollout_func_says_whose_log_probabilities_it_gives"),
+    "keep_sampling_mask": ("test_engine_mismatch", "test_what_was_left_to_choose_from_is_what_is_normalised_over"),
+    "routing_replay": ("test_engine_mismatch", "test_a_mixtures_experts_are_those_of_the_engine"),
+    **dict.fromkeys(CORRECTION, ("test_engine_mismatch", "test_bounds_of_the_weight")),
     "reward_timeout": ("test_grpo", "test_one_that_hangs_leaves_the_judgement_to_the_others"),
     "dynamic_sampling": ("test_grpo", "test_dynamic_sampling_fills_the_rollout"),
     "dynamic_sampling_max_rounds": ("test_grpo", "test_dynamic_sampling_stops_at_its_cap"),

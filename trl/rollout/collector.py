@@ -576,5 +576,5 @@ def _same_columns(rewards: Rewards, further: Rewards, gather: Callable[[list[Any
 
 def _columns(rollout: Rollout, like: Rollout) -> list[list[Any]]:
     """The columns of a rollout, its metadata in the order of another rollout's."""
-    names = ("prompts", "completions", "logprobs", "masks", "texts", "rewards")
+    names = ("prompts", "completions", "logprobs", "masks", "texts", "rewards", "kept", "experts")
     return [*(getattr(rollout, name) for name in names), *(rollout.metadata[name] for name in like.metadata)]

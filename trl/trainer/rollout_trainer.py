@@ -393,6 +393,18 @@ class RolloutConfig(PostTrainingConfig):
         """Whether sampling is to gather sharded weights layer by layer."""
         return self.gather == "layers" or not self.ds3_gather_for_generation
 
+    def measures_function(self) -> bool:
+        """Whether log-probabilities that a `rollout_func` does not know are those of a pass of the policy."""
+        return True
+
+    def keeps_words(self, exact: bool) -> bool:
+        """Whether a token is learned as chosen from the words that the filters left, where its sampler says them."""
+        return False
+
+    def keeps_experts(self) -> bool:
+        """Whether a mixture's experts are those that an engine took, where it says them."""
+        return False
+
     @property
     def reshapes(self) -> bool:
         """Whether completions are drawn from another distribution than the policy at `temperature`."""
@@ -671,6 +683,8 @@ class RolloutTrainer(ObjectiveTrainer):
         """optimizer steps since the trainer was made, whatever its runs were"""
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
+        self._sampled_apart = False
+        """whether what the optimizer step at hand learns was sampled by an engine, or by older weights"""
         self._is_stale = False
         """whether the rollout at hand was sampled by older weights than those that its updates started from"""
         self._lost: EngineError | None = None
@@ -718,7 +732,10 @@ class RolloutTrainer(ObjectiveTrainer):
         if self._replaced:  # by a checkpoint, or by hand, between two runs
             self._moved, self._replaced = max(0, self._followed + 1 - step), False
         self._followed = step + self._moved
+        before = is_exact(self.sampler)
         self.sampler.follow(self._followed)
+        if is_exact(self.sampler) != before:  # the local sampler goes on in its place
+            self.source = self.collector.source = self.make_source()
 
     def _ready(self, environment: Any, reward_funcs: Any) -> Any:
         """The environment with what it needs to play; ValueError for arguments that do not go together."""
@@ -857,18 +874,24 @@ class RolloutTrainer(ObjectiveTrainer):
         """What completes the prompts: the environment, the user's function or the sampler."""
         if self.rollout_func is not None:
             call = calls_of(self.rollout_func, [self], [self.args, self.processing_class])
-            return FunctionSource(call, self.logprobs_of, embedding_rows(self.model) or math.inf)
+            measure = self.logprobs_of if self.args.measures_function() else None
+            return FunctionSource(call, measure, embedding_rows(self.model) or math.inf)
         return self.sampled_by(self.sampler)
 
     def sampled_by(self, sampler: Sampler) -> Source:
         """Completions by a sampler, or episodes of the environment in which it makes the turns."""
         config = self.args
+        exact = is_exact(sampler)
         if self.environment is None:
+            own_words = config.reshapes and config.keeps_words(exact)
+            reshaped = config.reshapes and exact and not own_words
             return SamplerSource(
                 sampler,
-                self.sampling_params,
-                reshaped=config.reshapes,
-                measure=self.logprobs_of if config.reshapes and config.temperature != 1.0 else None,
+                partial(self.sampling_params, say_kept=True) if own_words else self.sampling_params,
+                reshaped=reshaped,
+                measure=self.logprobs_of if reshaped and config.temperature != 1.0 else None,
+                keeps_words=own_words,
+                keeps_experts=not exact and config.keeps_experts(),
             )
         return EnvironmentSource(
             self.environment,
@@ -877,8 +900,13 @@ class RolloutTrainer(ObjectiveTrainer):
             context=context_length(self.model),
             limit=config.max_completion_length,
             first=config.process_index * self.eval_rows,
-            measure=self.logprobs_of if config.reshapes else None,
+            measure=self.logprobs_of if config.reshapes and exact else None,
         )
+
+    @property
+    def engine_samples(self) -> bool:
+        """Whether completions are drawn by another computation of the policy than this trainer's."""
+        return self.rollout_func is None and not is_exact(self.sampler)
 
     def _rewards(self, functions: Any, tokenizers: Any) -> RolloutRewards:
         config = self.args
@@ -1041,7 +1069,7 @@ class RolloutTrainer(ObjectiveTrainer):
             self.args.ignore_data_skip = self.args.in_training = False
             close_objects(self.environment)
 
-    def sampling_params(self, seed: Seed) -> SamplingParams:
+    def sampling_params(self, seed: Seed, say_kept: bool = False) -> SamplingParams:
         config = self.args
         further: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.generation_kwargs or {}).items()}
         return SamplingParams(
@@ -1051,6 +1079,7 @@ class RolloutTrainer(ObjectiveTrainer):
             top_p=config.top_p,
             min_p=config.min_p or 0.0,
             repetition_penalty=config.repetition_penalty,
+            say_kept=say_kept,
             seed=seed,
             **further,
         )
@@ -1205,8 +1234,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
         fresh = self._before_first_update and self.rollouts.is_used_up
-        exact = self.args.disable_dropout and self.rollout_func is None and is_exact(self.sampler)
-        self._ratio_is_one_at = self.state.global_step if fresh and exact else None
+        self._ratio_is_one_at = self.state.global_step if fresh and self.starts_at_ratio_one() else None
         self._before_first_update = False
         self._steps_begun += 1
         started = time.perf_counter()
@@ -1219,10 +1247,15 @@ class RolloutTrainer(ObjectiveTrainer):
                 raise  # nothing was learned that a checkpoint could keep
             self._end_without_engine(error)
             return [], torch.zeros((), device=device)
+        self._sampled_apart = self.engine_samples or self._is_stale
         for piece in pieces_of(batches):
             piece["policy"] = piece["policy"].to(device)
         self.record("step_time", time.perf_counter() - started, 1.0)
         return batches, count
+
+    def starts_at_ratio_one(self) -> bool:
+        """Whether the first update on a rollout must start at the policy that the old log-probabilities are of."""
+        return bool(self.args.disable_dropout) and self.rollout_func is None
 
     def _end_without_engine(self, error: EngineError) -> None:
         """End the run with a checkpoint: nobody samples any more. `check_end` says why."""
@@ -1257,7 +1290,10 @@ class RolloutTrainer(ObjectiveTrainer):
             return LossSum(self.nothing(model), policy.counted)
         loss = self.policy_objective(model, policy)
         if self._ratio_is_one_at == self.state.global_step and model.training:
-            check_first_ratio(means_of(loss.metrics), self._precision)
+            means = means_of(loss.metrics)
+            if self._sampled_apart:  # the sampler's own numbers may differ
+                means = {name: value for name, value in means.items() if not name.startswith("sampling/")}
+            check_first_ratio(means, self._precision)
         return LossSum(loss.total, policy.counted, {} if policy.only_runs else loss.metrics)
 
     def _precision(self) -> str:

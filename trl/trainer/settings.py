@@ -15,7 +15,6 @@ from trl.import_utils import is_gpu_available, is_installed
 
 logger = logging.getLogger(__name__)
 
-_CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
 _COMPILE = "becomes `compile_layers`: torch compiles the layers of the model"
@@ -51,11 +50,6 @@ NO_EFFECT: dict[str, str] = {
     "log_completions_hub_repo": "has no effect: upload `output_dir/rollouts`, where completions stay as Parquet files",
     "log_completions_steps": "has no effect: `log_completions=True` prints at each rollout",
     "vllm_device": "has no effect: vLLM runs on the trainer's device, or where its server does",
-    "vllm_importance_sampling_correction": _CORRECTION,
-    "vllm_importance_sampling_mode": _CORRECTION,
-    "vllm_importance_sampling_clip_max": _CORRECTION,
-    "vllm_importance_sampling_clip_min": _CORRECTION,
-    "vllm_importance_sampling_cap": _CORRECTION,
 }
 """field -> what it does here: another value than the default changes memory or speed elsewhere, and nothing here"""
 
@@ -146,7 +140,13 @@ INHERITED: dict[str, str] = {
 }
 """fields of `TrainingArguments` whose defaults are its own -> what they do here"""
 _LOOP = "has no effect: prompts are drawn by the loop; evaluation follows it"
+CORRECTION = (
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+)  # fmt: skip
+"""fields of the correction of an engine's mismatch, which the trainers with an importance ratio have"""
 ROLLOUTS: dict[str, str] = {
+    **dict.fromkeys(CORRECTION, "has no effect: this loss has no ratio to the policy that sampled, to be corrected"),
     "train_sampling_strategy": "'sequential' becomes `shuffle_dataset=False`; else it has no effect: rollouts are not "
     "ordered by length",
     "length_column_name": "has no effect: rollouts are not ordered by length",
@@ -257,7 +257,7 @@ class WholeOfForm(int):
 
 def accepted(name: str, default: Any = None) -> Any:
     """A dataclass field whose meaning is an entry of the tables."""
-    return field(default=default, metadata={"help": NO_EFFECT.get(name) or TRANSLATED[name]})
+    return field(default=default, metadata={"help": NO_EFFECT.get(name) or TRANSLATED.get(name) or ROLLOUTS[name]})
 
 
 def default_of(entry: Field[Any]) -> Any:
