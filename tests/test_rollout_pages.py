@@ -138,12 +138,14 @@ def test_vllm(tmp_path, monkeypatch):
     policy.save_pretrained("my-model")
     (serve,) = re.findall(r"^trl (.*)$", (PAGES / "vllm.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert run([*serve.split(), "--dry-run"]) == 0
-    first, second = programs("vllm.md")
+    first, ahead, second = programs("vllm.md")
     with FakeVLLM(tiny_model("llama", vocab_size=len(names)), names) as server:
         here = lambda program: program.replace("http://127.0.0.1:8000", server.url)  # noqa: E731
         known = {"prompts": prompts, "reward": lambda completions, **rest: [float(len(text)) for text in completions]}
         perform(here(first), known)
         assert known["trainer"].sampler.version == 0
+        perform(ahead, known)
+        assert known["config"].max_staleness == 1
         headed = trl.AutoModelForCausalLMWithValueHead.from_pretrained(policy)
         known = {"model": headed, "tokenizer": names, "query": torch.tensor([70, 71])}
         perform(here(second), known)

@@ -361,17 +361,16 @@ class Ahead:
         staleness: int,
         *,
         follow: Callable[[], None] = lambda: None,
-        apart: bool = False,
+        apart: Callable[[], bool] = lambda: False,
         keeps: bool = False,
         plays: bool = False,
     ):
-        self.collector, self.staleness, self.apart, self.keeps = collector, staleness, apart, keeps
+        self.collector, self.staleness, self.keeps = collector, staleness, keeps
         self.waiting: deque[Waiting] = deque()
-        self._follow = follow
+        self._follow, self._apart = follow, apart
         self._one_by_one = plays or collector.rounds > 1
         """whether a rollout is judged before the next one is begun"""
         self._worker = Worker()
-        collector.worker = self._worker if apart else None
         self._waited = self._sampled = 0.0
         self._since: float | None = None
         self._ended_at = 0
@@ -392,7 +391,7 @@ class Ahead:
             self._follow()
         while len(self.waiting) <= self.staleness:
             self._begin(state, trainer_state)
-            if self._one_by_one and (not self.apart or len(self.waiting) <= self.staleness):
+            if self._one_by_one and (self.waiting[-1].sampling is None or len(self.waiting) <= self.staleness):
                 self.settle(state, trainer_state)
         self._settle(self.waiting[0], state, trainer_state)
         return self.waiting.popleft()
@@ -476,7 +475,9 @@ class Ahead:
         begun = self.collector.begin(state, state.rollouts + len(self.waiting))
         each = Waiting(begun, trainer_state.global_step, start)
         self.waiting.append(each)
-        if self.apart:
+        apart = self._apart()
+        self.collector.worker = self._worker if apart else None
+        if apart:
             each.sampling = self._worker.begin(partial(_timed, self.collector.asked(begun)))
             return
         with self._held(each, state):

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from trl.losses.loss_sum import Aggregation, LossSum
+from trl.losses.loss_sum import Aggregation, LossSum, Measure
 from trl.losses.policy import (
     ADVANTAGES,
     REWARD_AGGREGATIONS,
@@ -340,7 +340,9 @@ class GRPOTrainer(OnPolicyTrainer):
             self.entropy.add((scores.entropy_BT * batch.mask_BT).sum(), batch.mask_BT.sum())
             self.record("entropy_coef", coef)
         old_BT = self.old_logprobs(batch, scores.logprobs_BT)
-        weight_BT, apart = self.weighed(batch, old_BT, config.ratio_level(), config.clip_range())
+        weight_BT, apart = batch.weight_BT, dict[str, Measure]()
+        if batch.behaviour_BT is not None:
+            weight_BT, apart = self.weighed(batch, old_BT, config.ratio_level(), config.clip_range())
         if config.off_policy_mask_threshold is not None:
             fresh = off_policy_mask(
                 scores.logprobs_BT, old_BT, batch.advantages_BT, batch.mask_BT,

@@ -362,11 +362,11 @@ class OnPolicyTrainer(RolloutTrainer):
     def weighed(
         self, batch: PolicyBatch, old_BT: Tensor, level: str, clip_range: tuple[float, float]
     ) -> tuple[Tensor | None, dict[str, Measure]]:
-        """The weight of each token's surrogate, and how far trainer and sampler are apart, where that weighs.
+        """The weight of each token's surrogate where `behaviour_BT` is known, and how far trainer and sampler differ.
 
         old_BT: of the policy around which the ratio is clipped. level, clip_range: see `sampling_metrics`.
         """
-        correction = None if batch.behaviour_BT is None else self.args.correction()
+        correction = self.args.correction()
         if batch.behaviour_BT is None or correction is None:
             return batch.weight_BT, {}
         weight_BT, metrics = correction.weigh(old_BT, batch.behaviour_BT, batch.mask_BT)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.data.records import Rollout
-from trl.losses.loss_sum import Aggregation, LossSum
+from trl.losses.loss_sum import Aggregation, LossSum, Measure
 from trl.losses.policy import batch_relative, clipped_surrogate, leave_one_out
 from trl.models.scoring import score
 from trl.rollout.experience import Experience, PolicyBatch
@@ -259,7 +259,9 @@ class RLOOTrainer(OnPolicyTrainer):
         scores = score(model, batch.packed, temperature=self.args.temperature, entropy=True)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
         old_BT = self.old_logprobs(batch, scores.logprobs_BT)
-        weight_BT, apart = self.weighed(batch, old_BT, "trajectory", (1 - self.args.epsilon, 1 + high))
+        weight_BT, apart = batch.weight_BT, dict[str, Measure]()
+        if batch.behaviour_BT is not None:
+            weight_BT, apart = self.weighed(batch, old_BT, "trajectory", (1 - self.args.epsilon, 1 + high))
         loss = clipped_surrogate(
             scores.logprobs_BT,
             old_BT,

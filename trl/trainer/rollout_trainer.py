@@ -853,16 +853,28 @@ class RolloutTrainer(ObjectiveTrainer):
         config = self.args
         if not config.max_staleness:
             return None
-        apart = hasattr(self.sampler, "follow") and isinstance(self.source, SamplerSource | EnvironmentSource)
-        if not apart:
-            require(
-                config, "sync_in_flight", not config.sync_in_flight, "only an engine with weights of its own has it"
-            )
-        elif getattr(self.source, "measure", None) is not None:
-            way_out = "completions of this temperature and these filters are measured by weights that are gone by then"
+        follows, keeps = hasattr(self.sampler, "follow") and self.rollout_func is None, config.sync_in_flight
+        if keeps:
+            way_out = "only an engine beside the trainer, such as a vLLM server, samples while its weights change"
+            require(config, "sync_in_flight", follows and getattr(self.sampler, "beside", True), way_out)
+            way_out = "give the sampler keeps=True, and its sync mode='keep'"
+            require(config, "sync_in_flight", getattr(self.sampler, "keeps", True), way_out)
+        if follows and getattr(self.source, "measure", None) is not None:
+            way_out = "the weights that could measure filtered completions at this temperature are gone by then"
             require(config, "max_staleness", False, f"{way_out}; leave the filters out, or set it to 0")
-        plays, keeps = self.environment is not None, config.sync_in_flight
-        return Ahead(self.collector, config.max_staleness, follow=self._follow, apart=apart, keeps=keeps, plays=plays)
+        return Ahead(
+            self.collector,
+            config.max_staleness,
+            follow=self._follow,
+            apart=self._draws_apart,
+            keeps=keeps,
+            plays=self.environment is not None,
+        )
+
+    def _draws_apart(self) -> bool:
+        """Whether rollouts can be drawn while the policy is trained."""
+        beside = hasattr(self.sampler, "follow") and getattr(self.sampler, "beside", True)
+        return beside and isinstance(self.source, SamplerSource | EnvironmentSource)
 
     def _rest(self) -> None:
         """Have what is in flight end. Collective."""
