@@ -307,7 +307,9 @@ def vllm(monkeypatch):
     params, lora = ModuleType("vllm.sampling_params"), ModuleType("vllm.lora.request")
     params.StructuredOutputsParams = lambda **given: ("structured", given)
     lora.LoRARequest = lambda **given: SimpleNamespace(**given)
-    for part in (params, lora):
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
+    for part in (params, lora, platforms):
         monkeypatch.setitem(sys.modules, part.__name__, part)
     monkeypatch.setitem(sys.modules, "vllm", module)
     return module
@@ -386,7 +388,7 @@ def test_settings_of_an_engine_in_this_process_reach_it(vllm, tmp_path):
     assert settings == {
         "dtype": "bfloat16", "gpu_memory_utilization": 0.4, "max_model_len": 48, "model_impl": "transformers",
         "enable_prefix_caching": True, "enable_sleep_mode": True, "tensor_parallel_size": 1, "seed": 3,
-        "trust_remote_code": False, "logprobs_mode": "processed_logprobs",
+        "trust_remote_code": False, "logprobs_mode": "processed_logprobs", "enable_chunked_prefill": False,
     }  # fmt: skip
     trainer.train()
     assert llm.calls.count("reload") == 2

@@ -327,7 +327,7 @@ def _completion(choice: Any) -> Completion:
 
 def _array(text: str) -> np.ndarray:
     """Numbers that came as text: an `.npy` file in base64."""
-    return np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)  # type: ignore[no-any-return]
+    return np.load(io.BytesIO(base64.b64decode(text)))  # type: ignore[no-any-return]
 
 
 def _scores(answer: Any, row: Sequence[int]) -> list[dict[int, float]]:
