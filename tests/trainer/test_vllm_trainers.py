@@ -60,7 +60,7 @@ def pushes(server):
 def bodies(server):
     """Of the requests for completions, without the probes at the start."""
     asked = [body for path, body in server.calls if path.startswith("/inference")]
-    return [body for body in asked if "seed" in body["sampling_params"] and len(body["token_ids"]) > 1]
+    return [body for body in asked if "min_tokens" in body["sampling_params"] and len(body["token_ids"]) > 1]
 
 
 # --- trainers ---------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def test_without_checkpoints_the_error_says_so(server, tmp_path):
 
 def test_ppo_leaves_a_checkpoint(server, tmp_path):
     trainer = ppo(tmp_path, lambda model: of(server, model))
-    server.faults.append(Fault("oom", after=4, times=10))
+    server.faults.append(Fault("oom", after=8, times=10))
     with pytest.raises(EngineError, match=r"step 2: .* is out of memory .*; checkpoint-1 is saved: go on with train"):
         trainer.train()
     server.faults.clear()
