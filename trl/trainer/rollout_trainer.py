@@ -1380,12 +1380,15 @@ class RolloutTrainer(ObjectiveTrainer):
         mine, of_step = [{**self.rollouts.plain_state(), **waiting}], self._division().of_step
         ranks = gather_object(mine) if self.args.world_size > 1 else mine
         state: dict[str, Any] = {"rollouts": ranks, "of_step": of_step}
+        if self._is_stale:  # what is left of the rollout at hand is weighed as its first part was
+            state["is_stale"] = True
         if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
             state["reference"] = self.reference.state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         ranks, rank = [dict(one) for one in state["rollouts"]], self.args.process_index
+        self._is_stale = bool(state.get("is_stale"))
         waiting, position = [one.pop("waiting", []) for one in ranks], ranks[0]["position"]
         before = waiting[0][0]["start"] if waiting[0] else position
         ranks = [{**one, "position": before} for one in ranks]  # as if nothing had been drawn ahead
