@@ -41,6 +41,8 @@ COMMANDS: dict[str, Training | Other] = {
     "serve": Other("trl.scripts.serve", "Serve a model by vLLM or transformers, with the interface of OpenAI."),
     "inspect": Other("trl.scripts.inspect_rows", "Show what a training command learns of each row.", settings=True),
     "report": Other("trl.scripts.report", "Write the report of a run's folder: curves, samples, what to look at."),
+    "diff": Other("trl.scripts.diff_runs", "Say in what two runs differ: settings, data, the first step and token."),
+    "replay": Other("trl.scripts.replay", "Compute a step of a run again, and show token by token what it did."),
     "schema": Other("trl.scripts.describe", "Print the JSON schema of a training command's YAML file."),
     "env": Other("trl.scripts.env", "Print the versions and devices that a bug report should name."),
 }

@@ -80,6 +80,9 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
     activation_offloading: bool = field(default=False)
     """keep what the backward pass reads in main memory instead of on the GPU: less memory, slower steps, same numbers.
     With `gradient_checkpointing` there is less to move"""
+    trace_steps: bool = field(default=False)
+    """write `output_dir/trace/step-N.json` for each optimizer step: its rows, losses, and checksums of gradient and
+    weights, for `trl diff` and `trl replay`; it reads the device several times a step"""
     overwrite_output_dir: bool = field(default=False)
     """remove another run's checkpoints and rollouts from `output_dir` when training begins; False: refuse such a
     folder"""

@@ -94,6 +94,7 @@ from trl.trainer.run_folder import RunFacts, RunFolder, RunListener, told
 from trl.trainer.run_record import resolved
 from trl.trainer.signals import TERMINATED, StopSignal
 from trl.trainer.tally import Appended, StepWatch, Tally, write_metrics
+from trl.trainer.trace import StepTrace
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ class StepEnd(TrainerCallback, ExportableState):
     ):
         """asked: collective; whether a process of the run was asked to end since it began a step."""
         self._begin, self._before, self._steps, self._asked = begin, before, steps, asked
+        self.ended: Callable[[], Any] | None = None
+        """is told of each step that has ended"""
         self.stops = False
         """whether the run is to end"""
         self.saves = False
@@ -157,6 +160,8 @@ class StepEnd(TrainerCallback, ExportableState):
         self._before()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.ended is not None:
+            self.ended()
         if self.stops:
             control.should_save = control.should_training_stop = True
 
@@ -784,7 +789,13 @@ class ObjectiveTrainer(Trainer):
             self._watch.clear()
             self._batches = ()
 
+    _trace: StepTrace | None = None
+    """what writes a file for each step; None: nobody asked for it"""
+
     def _begin_steps(self, step: int) -> None:
+        if self.args.trace_steps:
+            trace = self._trace = StepTrace(Path(str(self.args.output_dir)), self.args.process_index)
+            self._step_end.ended = lambda: trace.after(self.model)
         if self.args.gradient_checkpointing:
             keep_some(below_accelerate(self.model), self.args.gradient_checkpointing_kwargs)
         self._left_out, self._logged, self._began = [], (step, 0), (step, 0)
@@ -825,7 +836,13 @@ class ObjectiveTrainer(Trainer):
                 parameter.grad = None  # optimizers pass over those without a gradient
             self._left_out.append(self._step_loss)
         self._step_loss = torch.zeros((), device=self.args.device)
+        if self._trace is not None:
+            self._trace.before(self.state.global_step + 1, self.step_packs(), self.model, self._watch.norm)
         self._watch.clear()
+
+    def step_packs(self) -> list[Any]:
+        """The packed rows of the optimizer step at hand, a micro-batch each."""
+        return _packs(self._batches)
 
     def _asked_to_end(self) -> bool:
         """Collective: whether a signal came while this run trains; False without listening to it."""
@@ -962,6 +979,8 @@ class ObjectiveTrainer(Trainer):
             with self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items_in_batch))
         loss = sum(losses, super().training_step(model, last, num_items_in_batch)) / self.shared.size
+        if self._trace is not None:
+            self._trace.loss(loss)
         if self.args.on_non_finite == "skip":  # `Trainer` would add a nan to all the losses that it logs from here on
             loss = torch.where(loss.isfinite(), loss, 0.0)
             self._step_loss = self._step_loss + loss

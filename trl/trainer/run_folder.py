@@ -24,8 +24,8 @@ from trl.trainer.tally import METRICS
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-RECORDS = ("rollouts", "unscored")
-"""folders of what a run has sampled"""
+RECORDS = ("rollouts", "unscored", "trace")
+"""folders of what a run has sampled, and of its steps"""
 RECORD, CONFIG, REPORT = "run.json", "config.yaml", "report.html"
 """files of a run's folder: what the run is and how it ended, its settings, its report"""
 EARLIER = "earlier-"

@@ -1,0 +1,114 @@
+"""`trl diff` finds what was changed between two runs, and `trl replay` computes a step again, bit for bit."""
+
+import json
+import re
+
+import pytest
+from tiny_models import tiny_model
+from tokenizers_for_tests import byte_tokenizer
+
+from trl.cli.main import run
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replay")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / "tiny")
+    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder / "tiny")
+    rows = [{"prompt": f"{n} + {n} =", "completion": f" {2 * n}."} for n in range(10, 26)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows[5]["completion"] = " 31."
+    (folder / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train(folder, "one")
+    return folder
+
+
+def train(folder, name, *words, job="sft", data="rows.jsonl"):
+    line = [
+        job, "--model", folder / "tiny", "--data", folder / data, "--output_dir", folder / name, "--max_steps", 4,
+        "--per_device_train_batch_size", 4, "--save_steps", 2, "--logging_steps", 1, "--trace_steps", "True",
+        "--learning_rate", 1e-2, *words,
+    ]  # fmt: skip
+    assert run(list(map(str, line))) == 0
+
+
+def said(capsys, *words):
+    capsys.readouterr()
+    assert run(list(map(str, words))) == 0
+    return capsys.readouterr().out
+
+
+def test_two_equal_runs(place, capsys):
+    train(place, "two")
+    out = said(capsys, "diff", place / "one", place / "two")
+    assert out == "the steps that both have traced (1 to 4) are the same bit for bit\n"
+
+
+def test_a_setting_was_changed(place, capsys):
+    train(place, "faster", "--weight_decay", 0.5)
+    out = said(capsys, "diff", place / "one", place / "faster").splitlines()
+    assert out[0] == "settings: weight_decay: 0.0 | 0.5"
+    assert "step 1 is the first that differs" in out
+    assert [line.split(":")[0] for line in out[-1:]] == ["  the same rows, but weights_after"]
+
+
+def test_a_token_of_a_row_was_changed(place, capsys):
+    train(place, "others", data="other.jsonl")
+    out = said(capsys, "diff", place / "one", place / "others")
+    assert "data: train: fingerprint" in out
+    step = int(re.search(r"step (\d+) is the first that differs", out)[1])
+    (line,) = [line for line in out.splitlines() if "differs from token" in line]
+    assert re.search(r"row \d+ differs from token \d+ on: '0\.(<\|im_end\|>)?' \| '1\.(<\|im_end\|>)?'", line)
+    rows = json.loads((place / "one" / "trace" / f"step-{step}.json").read_text())["rows"]
+    number = int(re.search(r"row (\d+)", line)[1])
+    assert "15 + 15 = 30." in byte_tokenizer().decode(rows[number])
+
+
+def test_without_traces_the_logs_are_compared(place, capsys):
+    train(place, "untraced", "--trace_steps", "False", "--seed", 1)
+    out = said(capsys, "diff", place / "one", place / "untraced")
+    assert "settings: seed: 42 | 1" in out
+    assert "step 1 is the first whose log differs" in out
+    assert "no step was traced by both runs" in out
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_step_again(place, capsys, step):
+    """From the beginning, and from the checkpoint of step 2."""
+    out = said(capsys, "replay", place / "one", "--step", step, "--rows", 1)
+    assert ("from the beginning" if step == 1 else "from the checkpoint of step 2") in out
+    assert "the same as in the run, bit for bit" in out
+    own = json.loads((place / "one" / "trace" / f"step-{step}.json").read_text())
+    assert f"gradient {own['gradient']}" in out
+    shown = [line for line in out.splitlines() if line.startswith("  '")]
+    assert len(shown) == own["learned"][0]
+
+
+def test_a_step_of_own_samples_again(place, capsys):
+    words = ["--reward", "think_format", "--num_generations", 2, "--max_completion_length", 6]
+    (place / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} + {n} ="}) for n in range(8)))
+    train(place, "sampled", *words, job="grpo", data="prompts.jsonl")
+    out = said(capsys, "replay", place / "sampled", "--step", 3)
+    assert "the same as in the run, bit for bit" in out
+
+
+def test_another_run_is_told_from_it(place, capsys):
+    """A trace that somebody has changed is not what is computed."""
+    file = place / "one" / "trace" / "step-2.json"
+    whole = file.read_text()
+    file.write_text(json.dumps(json.loads(whole) | {"gradient": "0" * 16}))
+    out = said(capsys, "replay", place / "one", "--step", 2, "--rows", 0)
+    file.write_text(whole)
+    assert "NOT as in the run: gradient" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--step", "9"], "--step 9: the run has 4 steps"), (["--step", "0"], "--step")],
+)
+def test_wrong_steps(place, capsys, words, message):
+    assert run(["replay", str(place / "one"), *words]) != 0
+    assert message in capsys.readouterr().err
