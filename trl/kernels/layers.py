@@ -49,7 +49,7 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
     """
     layout, total = TreeLayout(packed.segments, packed.kept, packed.piece), len(packed.ids_N)
     compiled = is_compiled(network)
-    if compiled:
+    if compiled or selects(network):
         layout.tabulated()
     with ExitStack() as stack:
         if not compiled and getattr(network, "peft_config", None):
@@ -123,6 +123,12 @@ def own_weight(module: nn.Module) -> nn.Parameter | None:
 def computes_again(network: nn.Module) -> bool:
     """Whether layers are computed again in the backward pass, when a swapped forward would be gone."""
     return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+def selects(network: nn.Module) -> bool:
+    """Whether checkpoints of its layers choose which operations to keep: attention has to be one of them then."""
+    found = (getattr(module, "_gradient_checkpointing_func", None) for module in network.modules())
+    return any("context_fn" in getattr(function, "keywords", ()) for function in found)
 
 
 def is_compiled(network: nn.Module) -> bool:

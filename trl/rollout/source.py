@@ -72,6 +72,8 @@ class SamplerSource:
             masks=[[1] * len(completion.ids) for completion in flat],
             metadata={"truncated": [completion.finish_reason == "length" for completion in flat]},
         )
+        if any(completion.versions for completion in flat):
+            rollout.metadata["versions"] = [list(map(tuple, completion.versions)) for completion in flat]
         if self.measure is not None:
             rollout.logprobs = self.measure(rollout)
         return rollout

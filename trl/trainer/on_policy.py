@@ -189,8 +189,8 @@ class OnPolicyTrainer(RolloutTrainer):
         update's own, and what one pass more measures of the rows that are read before it or learned later.
         """
         self._sampled_at = self._steps_begun
-        if not self._sampler_is_coarse() or rows.old_logprobs_BT is None:
-            return rows
+        if self._is_stale or not self._sampler_is_coarse() or rows.old_logprobs_BT is None:
+            return rows  # no pass of now says what older weights would
         later = self._measured_rows(len(rows))
         if not len(later):
             return replace(rows, sampled_BT=rows.old_logprobs_BT)

@@ -41,7 +41,7 @@ from trl.data.records import Rollout
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, asked_end_tokens, sampling_params
 from trl.generation.plain_generate import generate_padded
-from trl.generation.sampler import Sampler, check_sampler
+from trl.generation.sampler import Sampler, check_sampler, is_exact
 from trl.generation.stopping import end_tokens, without_ends
 from trl.generation.vllm.engine import EngineError
 from trl.generation.vllm.sync import as_one
@@ -631,7 +631,7 @@ class PPOTrainer(BaseTrainer):
 
         A sampler with weights of its own needs none of them, and its error on one process is one of all.
         """
-        if self.sampler is not None and hasattr(self.sampler, "follow"):
+        if self.sampler is not None and hasattr(self.sampler, "follow") and not is_exact(self.sampler):
             return as_one("sample")
         if is_sharded(self.model) and not self._said_gathering:
             self._said_gathering = True
