@@ -6,9 +6,10 @@ import sys
 import types
 
 import numpy as np
+import peft
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import lora, tiny_model
 from tokenizers_for_tests import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -108,6 +109,22 @@ def test_a_reward_model_is_measured_on_pairs(place, capsys):
         assert found == pytest.approx(chosen - rejected, abs=1e-4)
     assert run(["eval", "judge", "--data", write(place / "talks.jsonl", talks())]) == 2
     assert "it is a reward model, which is measured on pairs" in capsys.readouterr().err
+
+
+def test_a_reward_adapter_has_the_head_that_its_base_lacks(place, capsys):
+    """And merged it judges as before."""
+    base = LlamaForSequenceClassification.from_pretrained("a", num_labels=1)
+    torch.manual_seed(4)
+    peft.get_peft_model(base, lora(task_type="SEQ_CLS")).save_pretrained("judge")
+    data = write(place / "pairs.jsonl", pairs())
+    assert run(["merge", "judge", "--output", "merged"]) == 0
+    out = capsys.readouterr()
+    assert "its scores of 32 tokens are the adapter's" in out.out
+    for name in ("judge", "merged"):
+        assert run(["eval", name, "--data", data, "--json", f"{name}.json"]) == 0
+    found = [json.loads((place / f"{name}.json").read_text())["measures"]["margin"] for name in ("judge", "merged")]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert "made anew" not in out.err + capsys.readouterr().err
 
 
 def test_only_good_answers_count_where_rows_say_which_are_good(place, capsys):

@@ -113,6 +113,8 @@ def number(value: float, sign: bool = False) -> str:
     """A figure with three digits, and at most four behind the point."""
     if not math.isfinite(value):
         return "-"
+    if not value:
+        return "0"
     size = abs(value)
     digits = 4 if size < 0.0995 else 3 if size < 9.995 else 2 if size < 99.95 else 1 if size < 999.5 else 0
     return f"{round(value, digits) + 0.0:{'+' if sign else ''},.{digits}f}"

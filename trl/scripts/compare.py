@@ -168,9 +168,9 @@ def print_comparison(found: Comparison) -> None:
     styles = {"better": "green", "worse": "red"}
     out = console()
     for place, other in enumerate(found.names[1:], 1):
-        title = Text.assemble(names[place], " against ", names[0], f", {found.rows:,} rows")
-        title.stylize("bold")
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=title, title_justify="left")
+        rows = f"{found.rows:,} row{'s' if found.rows != 1 else ''}"
+        out.print(Text.assemble(names[place], " against ", names[0], f", {rows}", style="bold"))
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("measure")
         for name in (names[0], names[place], Text("difference (95 %)")):
             table.add_column(name, justify="right", no_wrap=True)

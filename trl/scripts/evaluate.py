@@ -141,13 +141,13 @@ def print_measures(title: str, lines: Sequence[tuple[Measure, Interval]]) -> Non
     from trl.data.any_text import console, visible
     from trl.reports.comparison import number, span
 
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", title=Text(visible(title), "bold"),
-                  title_justify="left")  # fmt: skip
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("measure")
     for name in ("value", "95 % interval", "rows"):
         table.add_column(name, justify="right")
     for each, interval in lines:
         table.add_row(Text(visible(each.name)), number(interval.mean), span(interval), f"{interval.n:,}")
+    console().print(Text(visible(title), "bold"))
     console().print(table)
 
 

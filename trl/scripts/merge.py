@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trl.scripts.open_model import LANGUAGE_MODEL, Found, auto_class_of, find_model, labels_of, tokenizer_of
+from trl.scripts.open_model import (
+    LANGUAGE_MODEL,
+    Found,
+    auto_class_of,
+    find_model,
+    head_of_adapter,
+    labels_of,
+    tokenizer_of,
+)
 from trl.scripts.quiet import quiet
 
 if TYPE_CHECKING:
@@ -127,10 +135,11 @@ def _load(found: Found, base: str | None) -> Any:
     from trl.models.prepare import load_model
 
     keywords: dict[str, Any] = {"dtype": "float32", **labels_of(found)}
-    if base is None:
-        return load_model(found.place, auto_class_of(found), keywords, frozen=True).eval()
-    below = load_model(base, auto_class_of(found), keywords, frozen=True)
-    return load_adapter(below, found.place, is_trainable=False).eval()
+    with head_of_adapter(found):
+        if base is None:
+            return load_model(found.place, auto_class_of(found), keywords, frozen=True).eval()
+        below = load_model(base, auto_class_of(found), keywords, frozen=True)
+        return load_adapter(below, found.place, is_trainable=False).eval()
 
 
 def _reload(found: Found, folder: Path) -> Any:

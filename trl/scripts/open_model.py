@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -135,27 +138,43 @@ def labels_of(found: Found) -> dict[str, int]:
 
 def open_model(name: str, dtype: str | None = None, wants: str | None = LANGUAGE_MODEL) -> Opened:
     """Load a model to use it, with its tokenizer. wants: what it has to be; None: anything."""
-    from trl.models.prepare import load_model
-
     found = find_model(name)
     if wants is not None and found.kind != wants:
         way = "`trl eval` measures it on pairs, and `--reward` of `trl grpo` or `trl eval` rewards with it"
         raise ValueError(f"{name}: it is a {found.kind}, which writes nothing; {way}")
-    return open_found(found, load_model, dtype)
+    return open_found(found, dtype)
 
 
-def open_found(found: Found, load: Any, dtype: str | None) -> Opened:
+def open_found(found: Found, dtype: str | None) -> Opened:
     """Load what was found, on the accelerator where there is one."""
     import torch
+
+    from trl.models.peft_support import is_quantized
+    from trl.models.prepare import load_model
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     keywords: dict[str, Any] = labels_of(found)
     if dtype is not None:
         keywords["dtype"] = dtype
     like = torch.float32 if device is not None and device.type == "cpu" else None  # which computes halves slowly
-    model = load(found.place, auto_class_of(found), keywords, frozen=True, like=like)
-    tokenizer = tokenizer_of(found)
-    return Opened(found, model.to(device).eval().requires_grad_(False), tokenizer)
+    with head_of_adapter(found):
+        model = load_model(found.place, auto_class_of(found), keywords, frozen=True, like=like)
+    if not is_quantized(model):  # these lie where they were loaded
+        model = model.to(device)
+    return Opened(found, model.eval().requires_grad_(False), tokenizer_of(found))
+
+
+@contextmanager
+def head_of_adapter(found: Found) -> Iterator[None]:
+    """Within it transformers does not say that the base lacks a head, which the adapter of a classifier brings."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    if found.adapter is not None and found.kind != LANGUAGE_MODEL:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def tokenizer_of(found: Found) -> Any:
