@@ -53,6 +53,7 @@ def engine_sampler(
         model, config.vllm_weight_sync, urls=engine.urls, folder=config.vllm_sync_folder,
         max_rank=settings.max_lora_rank, workers=settings.workers, group_port=config.vllm_group_port,
         own_engines=colocated, clients=[engine] if isinstance(engine, ColocatedEngine) else (),
+        mode="keep" if config.sync_in_flight else "wait",
     )  # fmt: skip
     network: Any = below_peft(below_value_head(model))
     verify = Verification(
@@ -65,6 +66,7 @@ def engine_sampler(
         engine, sync, tokenizer, model=model, stamp=new_stamp(), verify=verify,
         further={} if pattern is None else {"structured_outputs": {"regex": pattern}},
         otherwise=local if config.vllm_on_mismatch == "local" and pattern is None else None,
+        keeps=config.sync_in_flight,
     )  # fmt: skip
     check_served(sampler, model, tokenizer)
     if not config.process_index:
