@@ -384,7 +384,7 @@ def test_settings_of_an_engine_in_this_process_reach_it(vllm, tmp_path):
     )  # fmt: skip
     (llm,) = vllm.made
     settings = dict(llm.settings)
-    assert settings.pop("model")
+    assert settings.pop("model") == settings.pop("tokenizer")  # a folder that is gone by now
     assert settings == {
         "dtype": "bfloat16", "gpu_memory_utilization": 0.4, "max_model_len": 48, "model_impl": "transformers",
         "enable_prefix_caching": True, "enable_sleep_mode": True, "tensor_parallel_size": 1, "seed": 3,
@@ -502,6 +502,8 @@ def test_a_server_that_dies_before_the_first_step(server, tmp_path):
     with pytest.raises(EngineError, match=r"^the vLLM server at .* does not answer"):
         trainer.train()
     assert checkpoints(tmp_path) == []
+    with pytest.raises(EngineError, match=r"^the vLLM server at .* does not answer"):
+        trainer.evaluate()
 
 
 def test_a_server_that_dies_in_an_evaluation(server, tmp_path):
