@@ -6,7 +6,7 @@ TORCH ?= 2.13.0
 # Two busy threads on contended cores are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: quickstart test test-long test-vllm check bench gpu format clean
+.PHONY: docs quickstart test test-long test-vllm check bench gpu format clean
 
 quickstart: $(VENV)/.quickstart  ## fine-tune, reward, reinforce a real model; needs no GPU and no account
 	$(BIN)/trl quickstart $(ARGS)
@@ -33,6 +33,9 @@ bench: $(VENV)/.dev  ## against the peers, each in an environment of its own; ov
 gpu:  ## what it does on the GPU of this machine, by the packages that are there: docs/gpu.md; on a CPU in tiny sizes
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.run $(ARGS)
 
+docs: $(VENV)/.docs  ## the site of the docs in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -49,6 +52,10 @@ $(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@ $(VENV)/.quickstart
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
 
 # In a folder of its own, which the tests of ZeRO put on the path of their ranks: accelerate imports DeepSpeed wherever it
 # finds it. Where it cannot be installed, those tests are skipped.

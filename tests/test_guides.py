@@ -81,7 +81,8 @@ def chats():
 
 
 def test_the_lines_of_the_readme(place):
-    (place / "chats.jsonl").write_text(chats())
+    for name in ("chats.jsonl", "held-out.jsonl"):
+        (place / name).write_text(chats())
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for kind, block in BLOCK.findall((ROOT / "README.md").read_text()):
         if block.startswith("make "):

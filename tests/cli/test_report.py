@@ -188,9 +188,13 @@ def test_findings_of_the_data_are_there(tmp_path):
         (
             finished("RewardTrainer", command="trl reward -x"),
             [],
-            ["trl reward", "trl inspect reward", "trl grpo --model MODEL"],
+            ["trl reward", "trl inspect reward", "trl eval", "trl grpo --model MODEL"],
         ),
-        (finished("PPOTrainer", command="trl ppo -x"), [], ["trl ppo --config", "trl chat"]),
+        (
+            finished("PPOTrainer", command="trl ppo -x", model="a model"),
+            [],
+            ["trl ppo --config", "trl chat", "trl compare 'a model' '"],
+        ),
         (finished(command="python train.py", status="stopped"), [3], [""]),
     ],
 )

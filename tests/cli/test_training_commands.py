@@ -44,7 +44,7 @@ def test_sft_from_yaml_and_the_line(tmp_path, model, capsys):
     )
     assert run(["sft", "--config", str(config), *COMMON, "--max_length", "8"]) == 0
     out = capsys.readouterr().out
-    assert f"saved to {tmp_path}/out\nTalk to it: trl chat {tmp_path}/out\n" in out
+    assert f"saved to {tmp_path}/out\nTalk to it: trl chat {tmp_path}/out\nSee whether it is better: trl com" in out
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -18,7 +18,7 @@ from trl.generation.sampler import SamplingParams
 from trl.generation.text_stream import TextStream
 from trl.generation.transformers_sampler import TransformersSampler
 from trl.models.peft_support import find_adapter
-from trl.scripts.chat import Chat
+from trl.scripts.chat import Chat, Wrapped
 from trl.scripts.open_model import find_model, open_model
 from trl.scripts.sampling import Asked
 
@@ -215,6 +215,29 @@ def test_lines_that_are_piped_in_are_answered_one_by_one(base, monkeypatch, caps
 
     assert out == "".join(f"{visible(text)}\n" for text in answers)
     assert "/nonsense: there is no such command" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two three four", "one two\nthree four"),
+        ("one twotwotwo\n\nx", "one \ntwotwotwo\n\nx"),
+        ("世界世界世 abc", "世界世界世\nabc"),  # two columns each
+        ("abcdefghijklmnop", "abcdefghij\nklmnop"),
+    ],
+)
+def test_an_answer_is_broken_between_words(text, expected):
+    """Whatever pieces it comes in, each of them as soon as its words are whole."""
+    for size in (1, 3, 50):
+        shown = []
+        wrapped = Wrapped(shown.append, width=10)
+        for start in range(0, len(text), size):
+            wrapped(text[start : start + size])
+        wrapped("\n")
+        assert [line.rstrip() for line in "".join(shown).split("\n")][:-1] == [
+            line.rstrip() for line in expected.split("\n")
+        ]
+        assert size > 3 or len([piece for piece in shown if piece]) >= 2
 
 
 def test_a_conversation_longer_than_the_context_is_one_line_and_the_turn_is_forgotten(base, capsys):

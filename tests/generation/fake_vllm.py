@@ -429,7 +429,8 @@ class _Handler(BaseHTTPRequestHandler):
         text = b"" if answer is None else (answer if in_words else json.dumps(answer)).encode()
         text = text[: int(len(text) * cut)]
         self.send_response(status)
-        self.send_header("Content-Type", "text/plain; charset=utf-8" if in_words else "application/json")
+        if not in_words:
+            self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)

@@ -41,7 +41,7 @@ def scored(model: Any) -> Any:
 
 
 def verification(policy: Any, **more: Any) -> Verification:
-    given = {"dtype": "torch.float32", "vocabulary": 60, **more}
+    given = {"vocabulary": 60, **more}
     return Verification(scored(policy), lambda: "float32", **given)
 
 
@@ -67,7 +67,7 @@ def test_a_sync_that_is_right_is_measured(name, adapter):
         sampler = sampler_of(server, policy, verify)
         for version in range(3):
             sampler.follow(version)
-            assert verify.last.tokens == 16 * (4 if version == 0 else 2)
+            assert verify.last.tokens == 16 * 4
             assert verify.last.mean < 1e-6
             sampler.sample(PROMPTS, SamplingParams(max_new_tokens=3, seed=0))
             assert verify.prompts == PROMPTS
@@ -95,7 +95,9 @@ def test_a_tied_head_that_stays_is_found_and_named():
         sampler = sampler_of(server, policy, verification(policy, tied=True))
         sampler.follow(0)  # the weights are still the first ones
         step(policy)
-        with pytest.raises(MismatchError, match="The policy's head is its embeddings, and vLLM may keep the old head"):
+        with pytest.raises(
+            MismatchError, match="The policy's head is its embeddings, and for some models vLLM keeps the old head"
+        ):
             sampler.follow(1)
 
 

@@ -63,6 +63,19 @@ def test_by_hand():
     assert (a.grad.tolist(), b.grad.tolist()) == ([[4.5, 6.0]], [[3.5]])
 
 
+def test_what_comes_out_may_be_written_to():
+    x = torch.ones(1, 3, 2, requires_grad=True)
+    layer = Layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    for out in (adapted(x, layer), gated(x, layer, layer, layer)):
+        x.grad = None
+        out.mul_(2)
+        (expected,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        out.sum().backward()
+        assert torch.equal(x.grad, expected)
+    adapted(x, layer).mul_(2).sum().backward()
+    assert (x.grad - expected).tolist() == [[[8.0, 12.0]] * 3]
+
+
 def test_gradients_are_those_of_differences():
     torch.manual_seed(0)
 

@@ -7,11 +7,11 @@ import re
 import pytest
 
 from trl.quickstart import report as report_module
-from trl.quickstart.intervals import share_interval
 from trl.quickstart.recipe import SMALL
 from trl.quickstart.report import Run, render, write_report
 from trl.quickstart.results import Imitation, Preference, Reading, Reinforcement
 from trl.reports.charts import moving_average, plain
+from trl.reports.intervals import share_interval
 
 PROMPTS = 40
 

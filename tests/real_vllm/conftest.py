@@ -13,14 +13,14 @@ _started: list[Any] = []
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Two servers, of a model with a head of its own and of one whose head is its embeddings; they start together."""
+    """Two servers: of a model with a head of its own, and of one whose head is its embeddings, which takes adapters."""
     from servers import Server, save, tiny_llama
 
     place = tmp_path_factory.mktemp("served")
     try:
         for name, tied in (("untied", False), ("tied", True)):
             folder = save(tiny_llama(tied), place / name)
-            _started.append(Server(folder, place / f"{name}.log").start())
+            _started.append(Server(folder, place / f"{name}.log", adapters=tied).start())
         yield {server.folder.name: server.wait() for server in _started}
     finally:
         for server in _started:
@@ -36,10 +36,11 @@ def server(servers: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def tied(servers: dict[str, Any]) -> Any:
-    """The one whose model's head is its embeddings; started again where a test has killed it."""
+    """The one whose model's head is its embeddings, with its first weights; started again where a test killed it."""
     server = servers["tied"]
     if server.process.poll() is not None:
         server.start().wait()
+    server.begin_anew()
     return server
 
 

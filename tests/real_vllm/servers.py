@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import WORDS, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,8 +28,7 @@ SETTINGS = {
 }  # fmt: skip
 FLAGS = (
     "--dtype=float32", "--max-model-len=256", "--max-num-seqs=64", "--enforce-eager", "--enable-scale-out",
-    "--no-enable-chunked-prefill", "--logprobs-mode=processed_logprobs", "--max-logprobs=-1", "--enable-lora",
-    "--max-lora-rank=8",
+    "--no-enable-chunked-prefill", "--logprobs-mode=processed_logprobs", "--max-logprobs=-1",
 )  # fmt: skip
 
 
@@ -66,7 +66,11 @@ def saying(*words: str) -> LlamaForCausalLM:
 
 
 def save(model: Any, folder: Path) -> Path:
+    """With a tied head under its own name too: a server that loads the folder again would else keep its head."""
     model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    save_file({**held, "lm_head.weight": model.lm_head.weight.detach().clone()}, file, metadata={"format": "pt"})
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -77,11 +81,17 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-class Server:
-    """A process group of its own, which ends with `close`, whatever happened."""
+ADAPTERS = ("--enable-lora", "--max-lora-rank=8")
 
-    def __init__(self, folder: Path, log: Path, port: int | None = None) -> None:
-        self.folder, self.log = folder, log
+
+class Server:
+    """A process group of its own, which ends with `close`, whatever happened.
+
+    adapters: whether it takes them; on a CPU vLLM ends where it then scores several prompts in one step.
+    """
+
+    def __init__(self, folder: Path, log: Path, port: int | None = None, *, adapters: bool = False) -> None:
+        self.folder, self.log, self.adapters = folder, log, adapters
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -89,7 +99,7 @@ class Server:
     def start(self) -> Server:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.folder}", "--host=127.0.0.1",
-            f"--port={self.port}", *FLAGS,
+            f"--port={self.port}", *FLAGS, *(ADAPTERS if self.adapters else ()),
         ]  # fmt: skip
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(

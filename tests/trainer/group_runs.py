@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         "grpo", 2,
         {"num_generations": 4, "steps_per_generation": 6, "top_entropy_quantile": 0.7, "dynamic_sampling": True},
     ),
+    "grpo-ahead": ("grpo", 4, {**GRPO, "num_iterations": 1, "max_staleness": 1, "dynamic_sampling": True}),
     "rloo": ("rloo", 6, {"num_generations": 2, "normalize_advantages": True, "missing_eos_penalty": 0.3}),
     "online-dpo": ("online-dpo", 6, {"num_generations": 2, "dynamic_sampling": False, "generation_batch_size": None}),
     "online-dpo-four": (
@@ -145,6 +146,6 @@ def evaluated(name: str, rows: int, world: int, folder: Path) -> dict[str, float
 
 
 MORE: dict[str, Callable[[], dict[str, Any]]] = {
-    "grpo": _with_group, "rloo": _with_group, "grpo-steps": _with_group, "episodes": _episodes,
+    **dict.fromkeys(("grpo", "grpo-ahead", "grpo-steps", "rloo"), _with_group), "episodes": _episodes,
     "function": lambda: {"rollout_func": told},
 }  # fmt: skip

@@ -104,6 +104,7 @@ CHANGED = {
 SHOWN = {
     # field: the test that shows its effect, whatever the trainer
     "model_init_kwargs": ("test_on_policy_fields", "test_model_by_name"),
+    "activation_offloading": ("test_kept_activations", "test_a_run_learns_the_same"),
     "memory_plan": ("test_memory_plan", "test_layers_are_computed_again_where_nothing_was_said_of_it"),
     "on_non_finite": ("test_guard", "test_a_step_that_is_not_finite_is_left_out"),
     "max_non_finite_skips": ("test_guard", "test_no_more_than_so_many_steps_are_left_out"),

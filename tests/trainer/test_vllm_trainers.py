@@ -22,6 +22,7 @@ from trl.generation.vllm.client import ServerEngine
 from trl.generation.vllm.engine import EngineError
 from trl.generation.vllm.sampler import VLLMSampler
 from trl.generation.vllm.sync import make_sync
+from trl.generation.vllm.verify import MismatchError
 from trl.trainer.checkpoints import checkpoints
 from trl.trainer.engines import check_served
 from trl.trainer.rollout_trainer import RolloutConfig
@@ -106,6 +107,21 @@ def test_an_adapter_goes_alone(server, tmp_path):
     assert [body["lora_name"] for path, body in server.calls if path == "/v1/load_lora_adapter"] == ["policy"] * 2
     assert {body["model"] for body in bodies(server)} == {"policy"}
     assert max(history(trainer, "sampling/sampling_logp_difference/max")) < 1e-5
+
+
+def test_weights_that_do_not_arrive_are_found(server, tmp_path):
+    """The run stops before it learns of such tokens, or goes on with the local sampler."""
+    server.faults.append(Fault("stale", path="/collective_rpc", times=10))
+    trainer = build("grpo", tmp_path, **by(server))
+    with pytest.raises(MismatchError, match=r"vLLM does not sample by the policy's weights: .*vllm_weight_sync"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    goes_on = build("grpo", tmp_path / "local", **by(server, vllm_on_mismatch="local"))
+    goes_on.train()
+    assert goes_on.state.global_step == 2
+    assert goes_on.sampler.exact
+    loose = build("grpo", tmp_path / "loose", **by(server, vllm_verify_tolerance=9.0, max_steps=1))
+    loose.train()
 
 
 def test_turns_of_an_environment(server, tmp_path):
@@ -302,7 +318,7 @@ class FakeLLM:
 
     def __init__(self, settings):
         self.settings, self.calls, self.asleep = settings, [], False
-        self.server = FakeVLLM(causal_lm(9), tokenizer())
+        self.server = FakeVLLM(causal_lm(), tokenizer())
         config = SimpleNamespace(model=settings["model"], max_model_len=settings["max_model_len"])
         self.llm_engine = SimpleNamespace(model_config=config, add_lora=self._add_lora)
 
@@ -336,7 +352,8 @@ class FakeLLM:
         )  # fmt: skip
 
     def collective_rpc(self, method, kwargs):
-        self.server._rpc({"method": method, "kwargs": kwargs})
+        assert method == "reload_weights"
+        self.server.model.load_state_dict(dict(kwargs["weights_iterator"]))
         self.calls.append("reload")
 
     def update_weight_version(self, version):
@@ -455,7 +472,8 @@ def test_a_shorter_context_is_said(server, caplog):
 
 
 def saving(server, **settings):
-    return by(server, num_iterations=1, max_steps=4, save_strategy="steps", save_steps=100, **settings)
+    settings = {"save_strategy": "steps", "save_steps": 100, "vllm_verify_every": 0, **settings}
+    return by(server, num_iterations=1, max_steps=4, **settings)
 
 
 def test_a_server_that_dies_leaves_a_checkpoint(server, tmp_path):
@@ -496,7 +514,7 @@ def test_a_server_that_dies_in_an_evaluation(server, tmp_path):
 
 
 def test_without_checkpoints_the_error_says_so(server, tmp_path):
-    trainer = build("rloo", tmp_path, **by(server, num_iterations=1, max_steps=3))
+    trainer = build("rloo", tmp_path, **saving(server, save_strategy="no"))
     server.faults.append(Fault("oom", after=2, times=10))
     with pytest.raises(EngineError, match=r"step 2: .*; save_strategy='no' keeps no checkpoint"):
         trainer.train()

@@ -19,11 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trl.kernels.layers import computes_again, swapped_forward
-from trl.kernels.onednn import rows_times, suits, with_room
+from trl.kernels.layers import LARGE, computes_again, is_hooked, is_plain_linear, is_watched, swapped_forward
+from trl.kernels.onednn import suits, times, with_room
 
-LARGE = 2**16
-"""elements of a weight from which oneDNN multiplies"""
 CAST = (torch.float32, torch.float16, torch.bfloat16)
 """what autocast casts"""
 PEFT_LINEAR = ("peft.tuners.lora.layer", "Linear")
@@ -75,32 +73,24 @@ class Layer:
 
     def forward(self, rows: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The output [N, O], and the scaled middle [N, r] of the adapter. masked: the rows that the adapter sees."""
-        out = _times(rows, self.weight, self.bias)
+        out = times(rows, self.weight, self.bias)
         if self.a is None or self.b is None:
             return out, None
-        low = _times(rows if masked is None else masked, self.a).mul_(self.scale)
+        low = times(rows if masked is None else masked, self.a).mul_(self.scale)
         return out.addmm_(low, self.b.T), low
 
     def low_gradient(self, grad: Tensor) -> Tensor | None:
         """The gradient of A x: [N, O] -> [N, r]."""
-        return None if self.b is None else _times(grad, self.b.T).mul_(self.scale)
+        return None if self.b is None else times(grad, self.b.T).mul_(self.scale)
 
     def backward(self, grad: Tensor, low_grad: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """The gradient of the rows, [N, O] -> [N, D]. kept: where the adapter saw them."""
-        out = _times(grad, self.weight.T)
+        out = times(grad, self.weight.T)
         if low_grad is None or self.a is None:
             return out
         if kept is None:
             return out.addmm_(low_grad, self.a)
         return out.add_((low_grad @ self.a).mul_(kept))
-
-
-def _times(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, by oneDNN where the rows are many and it can. The weight may be transposed."""
-    plain = weight if weight.is_contiguous() else weight.T
-    if suits(plain, 1) and plain.numel() * len(rows) >= LARGE * 16:
-        return rows_times(with_room(rows), weight, bias)[: len(rows)]
-    return F.linear(rows, weight, bias)
 
 
 def _precision(x: Tensor, layer: Layer) -> torch.dtype:
@@ -110,6 +100,11 @@ def _precision(x: Tensor, layer: Layer) -> torch.dtype:
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """The rows in the shape of x; no view for autograd, so that it may be written to."""
+    return rows.view(*x.shape[:-1], -1).detach()
 
 
 class _Adapted(torch.autograd.Function):
@@ -122,7 +117,7 @@ class _Adapted(torch.autograd.Function):
             rows = _rows(x, ctx.dtype)
             out, low = layer.cast(ctx.dtype).forward(rows, _kept(rows, kept_ND))
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, kept_ND, low, layer.weight, a, b)
-        return out.view(*x.shape[:-1], -1)
+        return _like(out, x)
 
     @staticmethod
     @once_differentiable
@@ -135,7 +130,7 @@ class _Adapted(torch.autograd.Function):
             found = _of_adapter(low_grad, rows, low, grad_NO)
             of_x = None
             if ctx.needs_input_grad[0]:
-                of_x = layer.backward(grad_NO, low_grad, kept_ND).view(*grad.shape[:-1], -1).to(ctx.like)
+                of_x = _like(layer.backward(grad_NO, low_grad, kept_ND), grad).to(ctx.like)
         return of_x, None, None, *_as_weights(found, (a, b), ctx.needs_input_grad[3:])
 
 
@@ -186,7 +181,7 @@ class _Gated(torch.autograd.Function):
         weights = [layer.weight for layer in layers]
         lows = low_gate, low_up, low_down
         ctx.save_for_backward(rows if needs_rows else None, gates, values, *lows, *weights, *adapters)
-        return out.view(*x.shape[:-1], -1)
+        return _like(out, x)
 
     @staticmethod
     @once_differentiable
@@ -208,7 +203,7 @@ class _Gated(torch.autograd.Function):
             of_up = _of_adapter(low_values, rows, low_up, of_values)
             if ctx.needs_input_grad[0]:
                 of_x = gate.backward(of_gates, low_gates).add_(up.backward(of_values, low_values))
-                of_x = of_x.view(*grad.shape[:-1], -1).to(ctx.like)
+                of_x = _like(of_x, grad).to(ctx.like)
         return of_x, None, *_as_weights((*of_gate, *of_up, *of_down), adapters, ctx.needs_input_grad[2:])
 
 
@@ -265,21 +260,11 @@ def _gated_forward(
 
     def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
         takes = isinstance(x, Tensor) and all(layer.takes(x) and not layer.rate for layer in (gate, up, down))
-        if args or kwargs or not takes or any(map(_is_hooked, three)):  # PEFT's hooks come and go with a call
+        if args or kwargs or not takes or any(map(is_hooked, three)):  # PEFT's hooks come and go with a call
             return own(x, *args, **kwargs)
         return gated(x, gate, up, down)
 
     return forward
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class does."""
-    return "forward" in vars(module) or _is_hooked(module)
 
 
 def _layer_of(module: Any) -> Layer | None:
@@ -296,7 +281,7 @@ def _layer_of(module: Any) -> Layer | None:
     if len(active) != 1 or active[0] in module.lora_variant:
         return base if not active else None
     a, b, dropout = (each[active[0]] for each in (module.lora_A, module.lora_B, module.lora_dropout))
-    if any(not _is_plain(each) or each.bias is not None for each in (a, b)) or _is_watched(dropout):
+    if any(not is_plain_linear(each) or each.bias is not None for each in (a, b)) or is_watched(dropout):
         return None
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1 or dropout.inplace):
         return None
@@ -304,17 +289,9 @@ def _layer_of(module: Any) -> Layer | None:
     return replace(base, a=a.weight, b=b.weight, scale=float(module.scaling[active[0]]), dropout=known)
 
 
-def _is_plain(linear: Any) -> bool:
-    """Whether it is an `nn.Linear` with its weights lying there whole, and nobody looks on."""
-    if type(linear) is not nn.Linear or _is_watched(linear):
-        return False
-    weights = [each for each in linear._parameters.values() if each is not None]
-    return all(type(each) is nn.Parameter and not hasattr(each, "ds_id") and each.numel() for each in weights)
-
-
 def _frozen(linear: Any) -> Layer | None:
     """A linear layer that does not learn."""
-    if not _is_plain(linear) or any(each.requires_grad for each in linear.parameters()):
+    if not is_plain_linear(linear) or any(each.requires_grad for each in linear.parameters()):
         return None
     return Layer(linear.weight, linear.bias)
 
@@ -322,7 +299,7 @@ def _frozen(linear: Any) -> Layer | None:
 def _gated_children(module: Any) -> tuple[nn.Module, ...]:
     """The three layers of a feed-forward block that computes `gated`; () of any other module."""
     children = module._modules
-    if not {"gate_proj", "up_proj", "down_proj", "act_fn"} <= children.keys() or _is_watched(module):
+    if not {"gate_proj", "up_proj", "down_proj", "act_fn"} <= children.keys() or is_watched(module):
         return ()
     three = tuple(children[name] for name in ("gate_proj", "up_proj", "down_proj"))
     if type(module) not in _gated:

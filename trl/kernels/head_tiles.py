@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trl.kernels.onednn import MUCH, between, leads, rows_with_room, suits, times, with_room
 from trl.kernels.step_memory import Place
 
 CACHED_TILE = 2**18
@@ -60,6 +61,8 @@ class Linear:
     bias: Tensor | None
     head: Head
     temperature: float
+    by_onednn: bool = False
+    """whether oneDNN makes the products with rows in float32"""
 
     @property
     def factor(self) -> float:
@@ -71,13 +74,15 @@ class Linear:
         same = hidden.dtype == self.weight.dtype == torch.float32
         if not same or torch.is_autocast_enabled(hidden.device.type):
             return None
-        return hidden.new_empty(rows * width)
+        return hidden.new_empty((rows_with_room(rows) if self.by_onednn else rows) * width)
 
     def logits(self, hidden_RD: Tensor, words: slice, memory: Tensor | None) -> Tensor:
         """[R, words] in float32, in `memory` if it is given."""
         weight, bias = self.weight[words], None if self.bias is None else self.bias[words]
         if memory is None:
             logits = F.linear(hidden_RD, weight, bias).float()
+        elif self.by_onednn:
+            logits = times(hidden_RD, weight, bias)
         else:
             logits = memory[: len(hidden_RD) * len(weight)].view(len(hidden_RD), len(weight))
             torch.mm(hidden_RD, weight.t(), out=logits)
@@ -89,6 +94,26 @@ class Linear:
         if self.head.softcap is not None:
             logits = logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap / self.temperature)
         return logits
+
+    def tiles(self, rows: int) -> list[slice]:
+        """Those of the vocabulary; the same for all numbers of rows that a program of oneDNN takes."""
+        return tiles(rows_with_room(rows) if self.by_onednn else rows, len(self.weight))
+
+    def add_product(self, sum_RD: Tensor, slope_RW: Tensor, words: slice) -> None:
+        """sum += slope @ weight[words]"""
+        if self.by_onednn:
+            sum_RD += times(slope_RW, self.weight[words].T)
+        else:
+            add_product(sum_RD, slope_RW, self.weight[words])
+
+    def add_to_weight(self, sum_WD: Tensor, slope_RW: Tensor, hidden_RD: Tensor, fresh: bool) -> None:
+        """sum += slope.T @ hidden; fresh: the sum holds any numbers so far."""
+        if not self.by_onednn:
+            sum_WD.addmm_(slope_RW.t(), hidden_RD, beta=0 if fresh else 1)
+        elif fresh:
+            sum_WD.copy_(between(slope_RW, hidden_RD))
+        else:
+            sum_WD += between(slope_RW, hidden_RD)
 
     def softcap_slope(self, logits: Tensor) -> Tensor | None:
         """d softcap(x) / dx where softcap(x) is these logits; None where there is no soft-cap."""
@@ -202,7 +227,7 @@ class HiddenGradient:
         slope[targets] = 0.0
         rescale_R = rescale_R * tile.share / self.share
         self.share = tile.share
-        add_product(self.sum_RD.mul_(rescale_R[:, None]), slope, self.linear.weight[words])
+        self.linear.add_product(self.sum_RD.mul_(rescale_R[:, None]), slope, words)
 
     def finished(self, softmax: Softmax, ids_R: Tensor) -> Tensor:
         own = self.linear.weight[ids_R].float() * softmax.target_slope()[:, None]
@@ -253,17 +278,22 @@ class LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head, temperature: float,
         want_entropy: bool, learns: bool, place: Place | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        linear = Linear(weight, None if bias is None else bias.clamp(min=floor_of(bias.dtype)), head, temperature)
+        by_onednn = len(hidden) * weight.numel() >= MUCH and hidden.dtype == weight.dtype and leads()
+        by_onednn = by_onednn and suits(weight, 1) and not torch.is_autocast_enabled(hidden.device.type)
+        bias_V = None if bias is None else bias.clamp(min=floor_of(bias.dtype))
+        linear = Linear(weight, bias_V, head, temperature, by_onednn)
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         frozen = learns and hidden.requires_grad and not head_trains
         kept = Kept(KEPT_ELEMENTS if learns and head_trains else 0)
         logprobs, entropies, tops, peak, total, slope = torch.zeros(6, len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if frozen else None
+        if by_onednn:
+            hidden = with_room(hidden)[: len(hidden)]
         for rows in row_blocks(len(hidden)):
             hidden_RD, ids_R = hidden[rows], ids[rows]
             softmax = Softmax(len(hidden_RD), hidden.device, want_entropy)
             of_hidden = HiddenGradient(linear, hidden_RD) if frozen else None
-            walked = tiles(len(hidden_RD), len(weight))
+            walked = linear.tiles(len(hidden_RD))
             memory, room = linear.memory(hidden, len(hidden_RD), walked[0].stop), None
             for words, targets in zip(walked, targets_of(ids_R, walked), strict=True):
                 keeps = kept.fits(len(hidden_RD), words)
@@ -299,7 +329,7 @@ class LinearLogprobs(torch.autograd.Function):
         grad_weight, fresh = _weight_gradient(weight, ctx.place, len(hidden))
         for rows in row_blocks(len(hidden)):
             hidden_RD, grad_R, target_R = hidden[rows], grad_S[rows], grad_S[rows] * slope[rows]
-            walked = tiles(len(hidden_RD), len(weight))
+            walked = linear.tiles(len(hidden_RD))
             for words, targets in zip(walked, targets_of(ids[rows], walked), strict=True):
                 tile = ctx.kept.pop((rows.start, words.start), None) or recomputed(linear, hidden_RD, words, peak[rows])
                 own_R = (tile.peak - peak[rows]).exp_().div_(tile.share * total[rows])
@@ -307,9 +337,9 @@ class LinearLogprobs(torch.autograd.Function):
                 slope_RW[targets] = target_R[targets[0]].to(slope_RW.dtype)
                 slope_RW = slope_RW.to(weight.dtype)
                 if grad_hidden is not None:
-                    add_product(grad_hidden[rows], slope_RW, weight[words])
+                    linear.add_product(grad_hidden[rows], slope_RW, words)
                 if grad_weight is not None:
-                    grad_weight[words].addmm_(slope_RW.t(), hidden_RD, beta=0 if fresh and rows.start == 0 else 1)
+                    linear.add_to_weight(grad_weight[words], slope_RW, hidden_RD, fresh and rows.start == 0)
                 if grad_bias is not None:
                     grad_bias[words] += slope_RW.sum(0)
         given = None if grad_hidden is None else grad_hidden.to(hidden.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trl.data.records import PackedBatch, moved_ahead
+from trl.kernels.onednn import between, leads, times
 from trl.kernels.step_memory import Place, place_of
 from trl.kernels.tree_attention import TreeLayout
 
@@ -48,13 +49,15 @@ def fast(network: Any, packed: PackedBatch, reading: Reading, *, narrow: bool, e
     """
     layout, total = TreeLayout(packed.segments, packed.kept, packed.piece), len(packed.ids_N)
     compiled = is_compiled(network)
-    if compiled:
+    if compiled or selects(network):
         layout.tabulated()
     with ExitStack() as stack:
         if not compiled and getattr(network, "peft_config", None):
             from trl.kernels.adapters import fused_adapters
 
             stack.enter_context(fused_adapters(network))
+        if not compiled:
+            stack.enter_context(faster_products(network))
         if narrow and not compiled:
             listed, positions = _positions(packed, reading.index_S)
             layer = last_layer(network) if len(listed) <= WORTH_IT * total else None
@@ -102,6 +105,16 @@ def swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             module.forward = own  # type: ignore[method-assign]
 
 
+def is_hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class does."""
+    return "forward" in vars(module) or is_hooked(module)
+
+
 def own_weight(module: nn.Module) -> nn.Parameter | None:
     """A module's weight as it lies there: amid a pass `module.weight` would gather it under DeepSpeed ZeRO-3."""
     return module._parameters.get("weight")
@@ -110,6 +123,12 @@ def own_weight(module: nn.Module) -> nn.Parameter | None:
 def computes_again(network: nn.Module) -> bool:
     """Whether layers are computed again in the backward pass, when a swapped forward would be gone."""
     return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+def selects(network: nn.Module) -> bool:
+    """Whether checkpoints of its layers choose which operations to keep: attention has to be one of them then."""
+    found = (getattr(module, "_gradient_checkpointing_func", None) for module in network.modules())
+    return any("context_fn" in getattr(function, "keywords", ()) for function in found)
 
 
 def is_compiled(network: nn.Module) -> bool:
@@ -264,6 +283,63 @@ def lookup(embedding: Any) -> Iterator[None]:
 
     with swapped_forward(embedding, forward):
         yield
+
+
+# -- linear layers ----------------------------------------------------------------------------
+
+LARGE = 2**16
+"""elements of a weight from which oneDNN multiplies"""
+
+
+def is_plain_linear(linear: Any) -> bool:
+    """Whether it is an `nn.Linear` with its weights lying there whole, and nobody looks on."""
+    if type(linear) is not nn.Linear or is_watched(linear):
+        return False
+    weights = [each for each in linear._parameters.values() if each is not None]
+    return all(type(each) is nn.Parameter and not hasattr(each, "ds_id") and each.numel() for each in weights)
+
+
+class _Linear(torch.autograd.Function):
+    """`F.linear` whose three products are oneDNN's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return times(x.flatten(0, -2).contiguous(), weight, bias).view(*x.shape[:-1], -1).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x, weight), grad_NO = ctx.saved_tensors, grad.flatten(0, -2).contiguous()
+        of_x = times(grad_NO, weight.T).view(*grad.shape[:-1], -1).detach() if ctx.needs_input_grad[0] else None
+        of_weight = None if x is None else between(grad_NO, x.flatten(0, -2).contiguous())
+        return of_x, of_weight, grad_NO.sum(0) if ctx.needs_input_grad[2] else None
+
+
+@contextmanager
+def faster_products(network: nn.Module) -> Iterator[None]:
+    """Within it large linear layers in float32 multiply by oneDNN, on processors where that is much faster."""
+    linears = ((each, own_weight(each)) for each in network.modules() if type(each) is nn.Linear)
+    large = [(each, weight) for each, weight in linears if weight is not None and weight.numel() >= LARGE]
+    if not large or computes_again(network) or not leads():
+        yield
+        return
+    with ExitStack() as stack:
+        for module, weight in large:
+            if is_plain_linear(module) and weight.dtype == torch.float32 and weight.device.type == "cpu":
+                stack.enter_context(swapped_forward(module, _linear_forward(module)))
+        yield
+
+
+def _linear_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    own = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or x.dim() < 2 or torch.is_autocast_enabled("cpu"):
+            return own(x)
+        return _Linear.apply(x, module.weight, module.bias)  # type: ignore[no-any-return, no-untyped-call]
+
+    return forward
 
 
 # -- root-mean-square norms -------------------------------------------------------------------

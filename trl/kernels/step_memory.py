@@ -1,4 +1,4 @@
-"""Memory that a training loop on the CPU keeps from step to step: the largest gradients, and what was freed.
+"""Memory of a training loop: on the CPU what it keeps from step to step, on a GPU what it holds in main memory.
 
 Gradients of embeddings and heads are summed in `weight.grad`, without a tensor in between. Autograd fills fresh memory
 with zeros for each of them, writes into it and adds it to `weight.grad`; for a vocabulary of 32,000 the system's fresh
@@ -10,15 +10,18 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 _kept: ContextVar[WeakIdKeyDictionary | None] = ContextVar("kept_gradients", default=None)
@@ -129,3 +132,67 @@ def kept_memory(device: torch.device) -> Iterator[None]:
         yield
     finally:
         mallopt(TRIM_THRESHOLD, TRIMMED_BEYOND)
+
+
+# -- activations in main memory ---------------------------------------------------------------
+
+APART = frozenset({"cuda", "xpu", "npu"})
+"""kinds of devices whose memory is not main memory"""
+LEAST_MOVED = 2**20
+"""bytes of the smallest tensor that is moved"""
+
+
+class _Moved:
+    """A tensor that lies in main memory, and comes back to its device when the backward pass reads it."""
+
+    def __init__(self, tensor: Tensor):
+        self.device, self.kept = tensor.device, torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self.kept.copy_(tensor, non_blocking=tensor.is_cuda)
+        self._back: Any = None
+
+    def back(self) -> Tensor:
+        """The tensor on its device; whoever asks while another one holds it gets the same."""
+        found = None if self._back is None else self._back()
+        if found is None:
+            found = torch.empty_like(self.kept, device=self.device)
+            found.copy_(self.kept, non_blocking=True)
+            self._back = ref(found)
+        return found
+
+
+class Offload:
+    """What autograd saves for the backward pass, but weights and small tensors, lies in main memory until then."""
+
+    def __init__(self, weights: Iterable[Tensor], least: int | None = None):
+        self.least, self.bytes = LEAST_MOVED if least is None else least, 0
+        """bytes: how many were moved so far"""
+        shapes = {tuple(weight.shape) for weight in weights}
+        self._weights = shapes | {shape[::-1] for shape in shapes}  # autocast's copies have them too
+        self._known: dict[Any, tuple[StorageWeakRef, _Moved]] = {}
+
+    def pack(self, tensor: Tensor) -> Any:
+        """The tensor, or where it lies now; several views of one tensor lie there once."""
+        size = tensor.numel() * tensor.element_size()
+        if tensor.device.type not in APART or size < self.least or tuple(tensor.shape) in self._weights:
+            return tensor
+        storage = StorageWeakRef(tensor.untyped_storage())
+        key = storage.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        known = self._known.get(key)
+        if known is not None and not known[0].expired():
+            return known[1]
+        self._known = {key: pair for key, pair in self._known.items() if not pair[0].expired()}
+        moved = _Moved(tensor.detach())
+        self._known[key] = storage, moved
+        self.bytes += size
+        return moved
+
+    @staticmethod
+    def unpack(packed: Any) -> Tensor:
+        """The tensor on its device."""
+        return packed.back() if isinstance(packed, _Moved) else packed  # type: ignore[no-any-return]
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within it forward passes move what they save."""
+        with saved_tensors_hooks(self.pack, self.unpack):
+            yield

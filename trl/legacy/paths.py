@@ -28,7 +28,7 @@ from trl.legacy import absent
 MOVED: dict[str, tuple[str, ...]] = {
     "chat_template_utils": ("models.chat_setup",),
     "cli.assets": ("quickstart.assets",),
-    "cli.intervals": ("quickstart.intervals",),
+    "cli.intervals": ("reports.intervals",),
     "cli.language_model": ("quickstart.language_model",),
     "cli.plots": ("quickstart.plots", "reports.charts"),
     "cli.progress": ("quickstart.progress",),

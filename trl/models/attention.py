@@ -283,7 +283,7 @@ def _tree_or(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             key, value = tree.piece.gathered(key, value)
         plain = not dropout and how["softcap"] is None and how["sinks"] is None
         if tree is not None and plain and takes(query, key, value):
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or (tree.table is not None and tree.piece is None):
                 return compiled_tree_attention(tree, query, key, value, window=window, scale=scaling), None
             return tree_attention(tree, module, query, key, value, window=window, scale=scaling), None
         if tree is None:  # an eager model: its own function is not registered, so the same by hand

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
@@ -272,6 +274,37 @@ def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | Non
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     if (kwargs or {}).get("use_reentrant", False) and not inner.get_input_embeddings().weight.requires_grad:
         inner.enable_input_require_grads()
+
+
+KEPT: dict[str, tuple[str, ...]] = {
+    "attention": ("trl.tree_attention", "aten._scaled_dot_product", "aten._flash_attention", "torch_attn._varlen_attn"),
+    "products": ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._scaled_mm", "aten.linear."),
+}
+"""values of `keep` in `gradient_checkpointing_kwargs`, and how the names of the operations begin whose results stay"""
+
+
+def keep_some(model: nn.Module, kwargs: dict[str, Any] | None) -> None:
+    """Let checkpointed layers keep the results of some operations, where the settings have a `keep`; see `KEPT`."""
+    how = dict(kwargs or {})
+    keep, inner = how.pop("keep", None), below_value_head(model)
+    if keep is None:
+        return
+    if keep not in KEPT:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs={kwargs!r}: `keep` is one of {', '.join(map(repr, KEPT))}; or give a "
+            "`context_fn` of torch.utils.checkpoint"
+        )
+    if how.get("use_reentrant"):
+        raise ValueError(f"gradient_checkpointing_kwargs={kwargs!r}: `keep` needs use_reentrant=False")
+    policy = partial(_kept, (*KEPT["attention"], *(KEPT[keep] if keep != "attention" else ())))
+    how |= {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, policy)}
+    placed = {name: how.pop(name) for name in ("every_n_layers", "offload") if name in how}
+    inner.activation_checkpointing_enable(activation_checkpointing_kwargs=how, **placed)
+
+
+def _kept(names: tuple[str, ...], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = str(operation).startswith(names)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def disable_dropout_in_model(model: nn.Module) -> None:

@@ -13,10 +13,10 @@ import typer
 from trl.import_utils import pip_install
 
 if TYPE_CHECKING:
-    from trl.quickstart.intervals import Interval
     from trl.quickstart.language_model import Pair
     from trl.quickstart.progress import Progress
     from trl.quickstart.report import Run
+    from trl.reports.intervals import Interval
 
 NEEDED = ("peft", "scipy", "vaderSentiment")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from trl.quickstart.intervals import Interval
 from trl.reports.charts import AFTER, BEFORE, INK, LIMIT, Panel, plain, tick_text, ticks
+from trl.reports.intervals import Interval
 
 BINS = 14
 

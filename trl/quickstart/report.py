@@ -11,10 +11,10 @@ from typing import Any
 from markupsafe import Markup
 
 from trl.quickstart import plots
-from trl.quickstart.intervals import Interval, gain_interval, mean_interval
 from trl.quickstart.recipe import Recipe
 from trl.quickstart.results import Imitation, Preference, Reinforcement
 from trl.reports.charts import AFTER, BEFORE, Curve, curves, plain
+from trl.reports.intervals import Interval, gain_interval, mean_interval
 from trl.reports.page import rendered
 from trl.trainer.run_record import write_whole
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl.quickstart.intervals import Interval
+from trl.reports.intervals import Interval
 
 
 @dataclass

@@ -12,12 +12,12 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from trl.quickstart.intervals import Interval, share_interval
 from trl.quickstart.language_model import adapters
 from trl.quickstart.progress import Progress, StageCallback
 from trl.quickstart.recipe import Recipe
 from trl.quickstart.results import Imitation, Preference
 from trl.quickstart.reviews import Reviews, rating_pairs
+from trl.reports.intervals import Interval, share_interval
 from trl.rewards.reward_model import RewardModel
 from trl.rewards.sentiment import sentiment
 

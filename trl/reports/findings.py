@@ -21,8 +21,8 @@ NEXT = {
 """trainer -> commands that often follow it"""
 NOT_INSPECTED = ("ppo",)
 """commands whose rows `trl inspect` does not show"""
-JUDGES = ("Reward", "PRM")
-"""trainers of models that score and write nothing"""
+HELD_OUT = "held-out.jsonl"
+"""rows that a run has not seen"""
 DATA = {"dpo": "pairs.jsonl", "grpo": "prompts.jsonl"}
 
 
@@ -122,10 +122,14 @@ def next_steps(run: RunRead) -> list[tuple[str, str]]:
 
 def uses(run: RunRead) -> list[tuple[str, str]]:
     """What the model of a run can be used for now: a sentence and a command each."""
-    folder = shlex.quote(str(run.folder))
-    if not job_of(run) or run.trainer in JUDGES:
+    folder, base = shlex.quote(str(run.folder)), str(run.record.get("model") or "")
+    if not job_of(run) or run.trainer == "PRM":
         return []
+    if run.trainer == "Reward":
+        return [("Measure it on pairs that it has not seen", f"trl eval {folder} --data {HELD_OUT}")]
     steps = [("Talk to it", f"trl chat {folder}")]
+    if base:
+        steps.append(("See whether it is better", f"trl compare {shlex.quote(base)} {folder} --data {HELD_OUT}"))
     if (run.folder / "adapter_config.json").is_file():
         merged = shlex.quote(f"{str(run.folder).rstrip('/')}-merged")
         steps.append(("Merge the adapter into a plain folder", f"trl merge {folder} --output {merged}"))

@@ -1,27 +1,55 @@
 """The collector: from a stream of prompts to rollouts with rewards, whose idle groups may be replaced.
 
+`Ahead` has it draw rollouts before they are due, while the trainer learns from earlier ones.
+
 Shape letters: B completions, F reward functions. A group: the completions of one prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from operator import itemgetter
+from queue import SimpleQueue
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
 from trl.data.records import Rollout
 from trl.generation.stopping import without_ends
-from trl.rewards.panel import RewardError
+from trl.rewards.panel import Logs, RewardError
 from trl.rollout.experience import RolloutState
 from trl.rollout.prompts import PromptStream
 from trl.rollout.rewards import Rewards, RolloutRewards
 from trl.rollout.source import Rows, Source, with_own_prompts
 
+logger = logging.getLogger(__name__)
+
 Collected = tuple[list[Any], Rollout, Rewards]
 """rows of the data set (one a group), their completions, the completions' rewards"""
+
+
+@dataclass
+class Begun:
+    """A round of sampling whose prompts are taken."""
+
+    number: int
+    """of the rollout"""
+    turn: int
+    """0: the first round, others are of dynamic sampling"""
+    positions: list[int]
+    """of its rows in the stream of prompts"""
+    places: list[int]
+    """of its rows among those of all ranks"""
+    rows: list[Any]
 
 
 class Collector:
@@ -54,31 +82,61 @@ class Collector:
         self.source, self.rewards, self.prompts, self.tokenizer = source, rewards, prompts, tokenizer
         self.group, self.rounds, self.unscored, self.ends = group, rounds, unscored, ends
         self.weights = weights
-        self._seed, self._wanted, self._places = seed, wanted, places
+        self.worker: Worker | None = None
+        """the thread in which sources draw; None: the one that asks"""
+        self._seed, self._wanted, self.places = seed, wanted, places
         self.gather: Callable[[list[Any]], list[Any]] = gather_object if world > 1 else list
         """the list of all ranks of each rank's list"""
 
     def collect(self, state: RolloutState, trainer_state: Any) -> Collected:
         """The rollout that is due; moves `state.position` on. Every rank takes its own part of the prompts."""
-        rows, rollout, rewards = self._round(state, 0, trainer_state)
+        begun = self.begin(state, state.rollouts)
+        return self.judged(begun, self.complete(begun), state, trainer_state)
+
+    def begin(self, state: RolloutState, number: int, turn: int = 0) -> Begun:
+        """Take this rank's next prompts; moves `state.position` on."""
+        positions = [state.position + place for place in self.places]
+        begun = Begun(number, turn, positions, list(self.places), self.rows_at(positions))
+        state.position += self._wanted
+        return begun
+
+    def rows_at(self, positions: Sequence[int]) -> list[Any]:
+        """The rows at these places of the stream of prompts."""
+        return [row for position in positions for row in self.prompts.take(position, 1)]
+
+    def complete(self, begun: Begun) -> Rollout:
+        """Sample a round; the texts are read later, as a tokenizer belongs to one thread."""
+        with self.weights():
+            return self.asked(begun)()
+
+    def asked(self, begun: Begun) -> Callable[[], Rollout]:
+        """What samples a round where the weights are at hand; nothing that ranks do together."""
+        seed = self.seed(begun.number, begun.turn)
+        return partial(self._sampled, begun.rows, self.group, seed, self.places)
+
+    def judged(self, begun: Begun, rollout: Rollout, state: RolloutState, trainer_state: Any) -> Collected:
+        """The rollout of a round that was sampled, its idle groups replaced; `begun` says where its rows come from."""
+        rows, rollout, rewards = self._scored(begun, rollout, trainer_state)
+        places = list(zip(begun.positions, rows, strict=True))
         for turn in range(1, self.rounds):
             idle = [not bool(rewards.informative_groups(self.group).all())]
             if not any(self.gather(idle)):  # all ranks stop together
                 break
-            further = self._round(state, turn, trainer_state)
-            replace_groups(rows, rollout, rewards, further, self.group, self._places, self.gather)
-        return rows, rollout, rewards
+            more = self.begin(state, begun.number, turn)
+            new_rows, new_rollout, new_rewards = self._scored(more, self.complete(more), trainer_state)
+            further = list(zip(more.positions, new_rows, strict=True)), new_rollout, new_rewards
+            replace_groups(places, rollout, rewards, further, self.group, self.places, self.gather)
+        begun.positions, begun.rows = [position for position, _ in places], [row for _, row in places]
+        return begun.rows, rollout, rewards
 
-    def _round(self, state: RolloutState, turn: int, trainer_state: Any) -> Collected:
-        rows = [row for place in self._places for row in self.prompts.take(state.position + place, 1)]
-        state.position += self._wanted
-        rollout = self.draw(rows, self.group, self.seed(state.rollouts, turn), self._places)
-        rows = with_own_prompts(rows, rollout)
+    def _scored(self, begun: Begun, rollout: Rollout, trainer_state: Any) -> Collected:
+        self._read(rollout)
+        rows = with_own_prompts(begun.rows, rollout)
         try:
             return rows, rollout, self.judge(rollout, rows, self.group, trainer_state)
         except RewardError:
             if self.unscored is not None:
-                self.unscored(state.rollouts, rollout, self.prompt_texts(rows, self.group))
+                self.unscored(begun.number, rollout, self.prompt_texts(rows, self.group))
             raise
 
     def seed(self, rollout: int, turn: int = 0) -> int:
@@ -88,8 +146,16 @@ class Collector:
     def draw(self, rows: Rows, group: int, seed: int, places: Sequence[int] | None = None) -> Rollout:
         """See `Source.draw`; with the completions' texts. Nobody is asked where there are no rows."""
         with self.weights():
-            rollout = self.source.draw(rows, group, seed, places) if rows else Rollout([], [], [], [])
-        if rows and not rollout.texts:
+            rollout = self._sampled(rows, group, seed, places)
+        return self._read(rollout)
+
+    def _sampled(self, rows: Rows, group: int, seed: int, places: Sequence[int] | None) -> Rollout:
+        ask = partial(self.source.draw, rows, group, seed, places)
+        return Rollout([], [], [], []) if not rows else ask() if self.worker is None else self.worker.do(ask)
+
+    def _read(self, rollout: Rollout) -> Rollout:
+        """The rollout with its completions' texts."""
+        if len(rollout) and not rollout.texts:
             rollout.texts = without_ends(self.tokenizer, rollout.completions, self.ends)
         return rollout
 
@@ -106,6 +172,340 @@ class Collector:
         """The rows' prompts, one for each completion: as they are in the data set, else decoded."""
         texts = [row["prompt"] if "prompt" in row else self.tokenizer.decode(row["prompt_ids"]) for row in rows]
         return [text for text in texts for _ in range(group)]
+
+
+class Worker:
+    """A thread that makes calls one after the other; it is there from the first call until `end`."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, call: Callable[[], Any]) -> Future[Any]:
+        """Have something called once all earlier calls have ended."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, args=(self._calls,), name="rollouts", daemon=True)
+            self._thread.start()
+        begun: Future[Any] = Future()
+        self._calls.put((begun, call))
+        return begun
+
+    def do(self, call: Callable[[], Any]) -> Any:
+        """What a call gives, made in this thread; from within it at once."""
+        return call() if threading.current_thread() is self._thread else self.begin(call).result()
+
+    def end(self, wait: bool) -> None:
+        """No further call is begun, and the thread ends; wait: until it has. A later `begin` starts another one."""
+        thread, calls = self._thread, self._calls
+        self._thread, self._calls = None, SimpleQueue()
+        if thread is not None:
+            calls.put(None)
+            if wait:
+                thread.join()
+
+    @staticmethod
+    def _run(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
+        while (next_call := calls.get()) is not None:
+            future, call = next_call
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # it is raised where the result is asked for
+                future.set_exception(error)
+            del next_call, future, call  # what was drawn belongs to who asked
+
+
+@dataclass
+class Waiting:
+    """A rollout that is drawn before it is due."""
+
+    begun: Begun
+    version: int
+    """optimizer steps that the weights had made when it was begun"""
+    start: int
+    """`RolloutState.position` before it"""
+    sampling: Future[tuple[Rollout, float]] | None = None
+    """its completions and the seconds that they took; None: they are there"""
+    rollout: Rollout | None = None
+    collected: Collected | None = None
+    """None: not judged yet"""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a checkpoint can hold its completions without their rewards."""
+        return self.rollout is not None and all(map(_is_plain, self.rollout.metadata.values()))
+
+    def plain(self) -> dict[str, Any]:
+        """Dicts of tensors and numbers, for a checkpoint; the rows are read again."""
+        rollout, said = self.rollout, None
+        assert rollout is not None
+        columns = {entry.name: getattr(rollout, entry.name) for entry in fields(rollout)}
+        columns["metadata"] = {name: column for name, column in rollout.metadata.items() if _is_plain(column)}
+        if self.collected is not None:
+            rewards = self.collected[2]
+            said = {entry.name: getattr(rewards, entry.name) for entry in fields(rewards)}
+            said["logs"] = {"extra": rewards.logs.extra, "metrics": rewards.logs.metrics}
+        own = {"number": self.begun.number, "positions": self.begun.positions, "version": self.version}
+        return {**own, "start": self.start, "places": self.begun.places, "rollout": columns, "rewards": said}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any], rows_at: Callable[[Sequence[int]], list[Any]]) -> Waiting:
+        """Take back what `plain` gave. rows_at: reads rows at places of the stream of prompts."""
+        rollout, said = Rollout(**plain["rollout"]), plain["rewards"]
+        begun = Begun(plain["number"], 0, plain["positions"], plain["places"], rows_at(plain["positions"]))
+        each = cls(begun, plain["version"], plain["start"], rollout=rollout)
+        if said is None:
+            return each
+        logs = Logs(len(rollout))
+        logs.extra, logs.metrics = said["logs"]["extra"], said["logs"]["metrics"]
+        collected = with_own_prompts(begun.rows, rollout), rollout, Rewards(**{**said, "logs": logs})
+        return replace(each, collected=collected)
+
+
+def divided_waiting(ranks: Sequence[Mapping[str, Any]], places: Sequence[int], group: int) -> dict[str, Any]:
+    """The groups at `places` of a rollout that waits, from what `Waiting.plain` gave on each rank that drew it.
+
+    Numbers that reward functions have logged go where the first group goes.
+    """
+    groups = [(place, one, i) for one in ranks for i, place in enumerate(one["places"])]
+    where = {place: (one, i) for place, one, i in groups}
+    chosen = [(one, i, slice(i * group, (i + 1) * group)) for one, i in (where[place] for place in places)]
+
+    def rows_of(read: Callable[[Any], Any]) -> list[Any]:
+        return [value for one, _, rows in chosen for value in read(one)[rows]]
+
+    def table_of(read: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
+        names = dict.fromkeys(name for one in ranks for name in read(one))
+        return {name: rows_of(lambda one, name=name: read(one).get(name, [])) for name in names}  # type: ignore[misc]
+
+    first, said = ranks[0], ranks[0]["rewards"]
+    rollout = {
+        name: table_of(lambda one: one["rollout"]["metadata"])
+        if name == "metadata"
+        else rows_of(lambda one, name=name: one["rollout"][name])  # type: ignore[misc]
+        for name in first["rollout"]
+    }
+    if said is not None:
+        scores = [one["rewards"]["scores_BF"][rows] for one, _, rows in chosen]
+        numbers = [one["rewards"]["logs"]["metrics"] for one in ranks] if 0 in places else []
+        names = dict.fromkeys(name for each in numbers for name in each)
+        metrics = {name: [number for each in numbers for number in each.get(name, [])] for name in names}
+        logs = {"extra": table_of(lambda one: one["rewards"]["logs"]["extra"]), "metrics": metrics}
+        empty = said["scores_BF"][:0]
+        late = [
+            None if column[0] is None else any(column)
+            for column in zip(*(one["rewards"]["timed_out"] for one in ranks), strict=True)
+        ]
+        said = {**said, "scores_BF": torch.cat([empty, *scores]), "timed_out": late, "logs": logs}
+    positions = [one["positions"][i] for one, i, _ in chosen]
+    return {**first, "positions": positions, "places": list(places), "rollout": rollout, "rewards": said}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold it."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | bytes | torch.Tensor)
+
+
+@dataclass
+class Waited:
+    """How the time between two rollouts was spent, in seconds."""
+
+    waited: float
+    """the trainer waited for completions"""
+    idle: float
+    """nothing was sampled"""
+    passed: float
+
+
+class Ahead:
+    """Rollouts that are drawn `staleness` rollouts before they are due, in the order in which they are learned.
+
+    Rollout n is sampled by the weights from which the updates on rollout n - staleness start, the first ones by the
+    weights of the beginning. An engine with weights of its own samples in a thread while the trainer learns, and has
+    ended before it gets other weights (with `keeps`: goes on with these). Any other source draws at the same places of
+    the run without a thread, which gives the same rollouts. Rewards are asked for in the trainer's thread when the
+    rollout is due; but as soon as it is sampled where episodes are played or idle groups replaced.
+
+    follow: gives the engine the weights of now, whose number is the optimizer steps that were made. apart: whether to
+    draw in a thread. plays: whether episodes are played in objects that the next rollout uses again.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        staleness: int,
+        *,
+        follow: Callable[[], None] = lambda: None,
+        apart: bool = False,
+        keeps: bool = False,
+        plays: bool = False,
+    ):
+        self.collector, self.staleness, self.apart, self.keeps = collector, staleness, apart, keeps
+        self.waiting: deque[Waiting] = deque()
+        self._follow = follow
+        self._one_by_one = plays or collector.rounds > 1
+        """whether a rollout is judged before the next one is begun"""
+        self._worker = Worker()
+        collector.worker = self._worker if apart else None
+        self._waited = self._sampled = 0.0
+        self._since: float | None = None
+        self._ended_at = 0
+        """optimizer steps of the run before"""
+
+    def due(self, state: RolloutState, trainer_state: Any) -> Waiting:
+        """The rollout that is due; others are begun. Collective where rollouts or weights are."""
+        self._since = self._since or time.perf_counter()
+        self._count_anew(trainer_state.global_step)
+        if self.keeps:
+            self._follow()
+        if self._one_by_one:
+            self.settle(state, trainer_state)
+        elif not self.keeps:
+            for each in list(self.waiting):
+                self._arrive(each, state)
+        if not self.keeps:
+            self._follow()
+        while len(self.waiting) <= self.staleness:
+            self._begin(state, trainer_state)
+            if self._one_by_one and (not self.apart or len(self.waiting) <= self.staleness):
+                self.settle(state, trainer_state)
+        self._settle(self.waiting[0], state, trainer_state)
+        return self.waiting.popleft()
+
+    def _count_anew(self, step: int) -> None:
+        """Where a further run counts its steps from 0 again: the numbers of weights that the one before had made."""
+        if step < self._ended_at:
+            for each in self.waiting:
+                each.version -= self._ended_at - step
+        self._ended_at = 0
+
+    def settle(self, state: RolloutState, trainer_state: Any) -> None:
+        """Wait for what is in flight, and judge it."""
+        for each in list(self.waiting):
+            self._settle(each, state, trainer_state)
+
+    def spent(self) -> Waited:
+        """How the time since the last call was spent."""
+        now = time.perf_counter()
+        passed = now - (self._since or now)
+        found = Waited(self._waited, max(0.0, passed - self._sampled), passed)
+        self._waited, self._sampled, self._since = 0.0, 0.0, now
+        return found
+
+    def let_go(self, state: RolloutState, step: int) -> None:
+        """At the end of a run: forget what is in flight, whose prompts are drawn again.
+
+        The thread ends, with its call at the latest. step: the last one that was made.
+        """
+        self._ended_at = step
+        flying = next((each for each in self.waiting if each.sampling is not None and not each.sampling.done()), None)
+        if flying is not None:
+            self._drop(flying, state)
+        self._worker.end(wait=flying is None)
+
+    def forget(self, state: RolloutState) -> None:
+        """Drop all that waits or is in flight: it is drawn again, by the weights of then."""
+        if self.waiting:
+            self._drop(self.waiting[0], state)
+
+    def rest(self, state: RolloutState, trainer_state: Any) -> None:
+        """Wait for what is in flight, so that a checkpoint can hold it. Collective.
+
+        What fails is dropped, and drawn again when it is due.
+        """
+        gather = self.collector.gather
+        try:
+            for each in list(self.waiting):
+                self._arrive(each, state)
+                if self._one_by_one or not each.is_plain:
+                    self._settle(each, state, trainer_state)
+        except Exception as error:
+            if gather is not list and self.collector.rounds > 1:
+                raise  # the others wait for this rank
+            logger.warning("a rollout that was drawn ahead is dropped, and drawn again when it is due: %s", error)
+        least = min(gather([len(self.waiting)]))
+        if len(self.waiting) > least:
+            self._drop(self.waiting[least], state)
+
+    def plain_state(self) -> list[dict[str, Any]]:
+        """What waits, for a checkpoint; `settle` comes before."""
+        return [each.plain() for each in self.waiting]
+
+    def takes(self, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+        """Whether this run can go on from the `plain_state`s of the ranks of a checkpoint."""
+        mine, wanted = self.collector.gather(list(self.collector.places)), len(ranks[0])
+        theirs = [[place for one in ranks for place in one[at]["places"]] for at in range(wanted)]
+        return wanted <= self.staleness and all(sorted(places) == sorted(mine) for places in theirs)
+
+    def restore_of(self, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Go on from the `plain_state`s of all ranks, divided anew."""
+        group, places = self.collector.group, self.collector.places
+        self.restore([divided_waiting(each, places, group) for each in zip(*ranks, strict=True)])
+
+    def restore(self, waiting: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from a `plain_state`."""
+        self.waiting, self._ended_at = deque(Waiting.of(each, self.collector.rows_at) for each in waiting), 0
+
+    def _begin(self, state: RolloutState, trainer_state: Any) -> None:
+        start = state.position
+        begun = self.collector.begin(state, state.rollouts + len(self.waiting))
+        each = Waiting(begun, trainer_state.global_step, start)
+        self.waiting.append(each)
+        if self.apart:
+            each.sampling = self._worker.begin(partial(_timed, self.collector.asked(begun)))
+            return
+        with self._held(each, state):
+            each.rollout, seconds = _timed(partial(self.collector.complete, begun))
+        self._waited, self._sampled = self._waited + seconds, self._sampled + seconds
+
+    def _arrive(self, each: Waiting, state: RolloutState) -> None:
+        """Wait for completions in flight; where they fail on one rank they fail on all. Collective."""
+        if each.sampling is None:
+            return
+        started = time.perf_counter()
+        with self._held(each, state), self.collector.weights():
+            each.rollout, seconds = each.sampling.result()
+        each.sampling = None
+        self._waited, self._sampled = self._waited + time.perf_counter() - started, self._sampled + seconds
+
+    def _settle(self, each: Waiting, state: RolloutState, trainer_state: Any) -> None:
+        """Wait for a rollout and judge it."""
+        if each.collected is None:
+            self._arrive(each, state)
+            assert each.rollout is not None
+            with self._held(each, state):
+                each.collected = self.collector.judged(each.begun, each.rollout, state, trainer_state)
+
+    @contextmanager
+    def _held(self, each: Waiting, state: RolloutState) -> Iterator[None]:
+        """Where the block fails, the rollout and those behind it are forgotten, and their prompts drawn again."""
+        try:
+            yield
+        except BaseException:
+            self._drop(each, state)
+            raise
+
+    def _drop(self, first: Waiting, state: RolloutState) -> None:
+        while self.waiting and self.waiting[-1] is not first:
+            self._forget()
+        self._forget()
+        state.position = first.start
+
+    def _forget(self) -> None:
+        last = self.waiting.pop()
+        if last.sampling is not None:
+            last.sampling.cancel()
+
+
+def _timed(call: Callable[[], Rollout]) -> tuple[Rollout, float]:
+    started = time.perf_counter()
+    with torch.no_grad():  # which each thread has to say
+        return call(), time.perf_counter() - started
 
 
 def columns_of(rows: Rows, group: int = 1) -> dict[str, list[Any]]:

@@ -99,6 +99,45 @@ def record(
         add("frac_reward_zero_std", float(idle.sum()), len(idle))
 
 
+def record_ahead(
+    add: Callable[[str, float, float], None],
+    add_extreme: Callable[[str, Extreme], None],
+    ages: Sequence[Sequence[int]],
+    spent: Any,
+) -> None:
+    """How old the weights were that sampled a rollout, and how the time since the last one was spent.
+
+    ages: of each token that the policy sampled. spent: seconds `waited`, `idle` and `passed`, see `Ahead.spent`.
+    """
+    flat = [age for row in ages for age in row]
+    add("sampling/staleness/mean", float(sum(flat)), len(flat))
+    add_extreme("sampling/staleness/max", extreme(torch.tensor(flat, dtype=torch.float32), largest=True))
+    add("sampling/waited", spent.waited, 1)
+    add("sampling/idle", spent.idle, spent.passed)
+
+
+def ages_of(rollout: Rollout, version: int, step: int, *, spans: bool = False) -> list[list[int]]:
+    """For each token that the policy sampled: how many optimizer steps the weights that sampled it are behind.
+
+    version: of the weights at the beginning of the rollout. spans: whether they may have changed within it, so that
+    completions say by which weights each token was sampled.
+    """
+    nothing: list[Any] = [()] * len(rollout)
+    ages = []
+    for said, mask in zip(rollout.metadata.get("versions", nothing) if spans else nothing, rollout.masks, strict=True):
+        own = [step - version] * len(mask)
+        for stamp, start, end in said:
+            own[start:end] = [step - number_of(stamp, version)] * (end - start)
+        ages.append([age for age, counts in zip(own, mask, strict=True) if counts])
+    return ages
+
+
+def number_of(stamp: str, otherwise: int) -> int:
+    """The number at the end of the stamp of weights."""
+    number = stamp.rpartition("-")[2]
+    return int(number) if number.isdecimal() else otherwise
+
+
 def record_objective(
     add: Callable[[str, float, float], None],
     rows: Experience,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -48,7 +49,7 @@ def command(
     asked = Asked(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     with quiet():
         opened = open_model(model, dtype)
-        talk = Chat(opened, asked, system, seed, written)
+        talk = Chat(opened, asked, system, seed, Wrapped(written) if sys.stdout.isatty() else written)
         if sys.stdin.isatty():
             _converse(talk, model)
         else:
@@ -133,10 +134,9 @@ class Chat:
         rest = rest.strip()
         if word in ("/exit", "/quit"):
             return False
-        if word == "/clear":
-            self.begin(self.system)
-        elif word == "/system":
-            self.begin(rest or None)
+        if word in ("/clear", "/system"):
+            self.begin(self.system if word == "/clear" else rest or None)
+            say("the conversation begins anew")
         elif word == "/seed":
             if rest and not rest.lstrip("-").isdigit():
                 raise ValueError(f"/seed {rest}: give a whole number, or nothing")
@@ -172,6 +172,38 @@ def written(text: str) -> None:
         sys.stdout.flush()
 
 
+class Wrapped:
+    """Breaks an answer between words where the terminal ends; so a word is shown when it is whole."""
+
+    def __init__(self, show: Callable[[str], None], width: int | None = None) -> None:
+        self.show, self.width = show, width
+        self.word, self.column = "", 0
+
+    def __call__(self, text: str) -> None:
+        shown: list[str] = []
+        width = self.width or shutil.get_terminal_size().columns
+        for letter in text:
+            if letter.isspace():
+                shown.append(self._word(width))
+                if letter == "\n" or self.column < width:
+                    shown.append(letter)
+                self.column = 0 if letter == "\n" else self.column + 1
+            else:
+                self.word += letter
+                if len(self.word) >= width:  # as in languages without blanks
+                    shown.append(self._word(width))
+        self.show("".join(shown))
+
+    def _word(self, width: int) -> str:
+        """The word that is whole now, on the next line where this one has no room for it."""
+        from rich.cells import cell_len
+
+        word, self.word = self.word, ""
+        breaks = bool(self.column) and self.column + cell_len(word) > width
+        self.column = (0 if breaks else self.column) + cell_len(word)
+        return f"\n{word}" if breaks else word
+
+
 def _read_through(talk: Chat) -> None:
     """Answer the lines that are piped in."""
     for line in sys.stdin:
@@ -183,9 +215,12 @@ def _converse(talk: Chat, name: str) -> None:
     """Ask and answer at a terminal."""
     from rich.console import Console
 
+    from trl.data.any_text import fitting
+
     colour = Console().color_system is not None
     seed = "" if talk.seed is None else f", seed {talk.seed}"
-    print(f"{name} · {in_words(talk.params)}{seed} · /help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    line = f"{name} · {in_words(talk.params)}{seed} · /help lists commands, Ctrl-C stops an answer, Ctrl-D ends"
+    print(fitting(line, sys.stdout))
     for line in _asked(colour):
         try:
             if not talk.take(line):

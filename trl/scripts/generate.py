@@ -24,6 +24,10 @@ ANSWERS = ("completion", "chosen", "rejected", "messages", "conversations", "tex
 """columns of a row that answer it or repeat it; the others stand in each line"""
 
 
+Split = Annotated[str | None, typer.Option(help="Split of the data set (default: test, else train).")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take the first so many rows.")]
+
+
 def command(
     model: Annotated[str, typer.Argument(help="Output folder of a run, checkpoint, adapter, or model.")],
     prompts: Annotated[
@@ -33,14 +37,14 @@ def command(
         str | None,
         typer.Option(help="Rows with prompts: a file (.jsonl, .json, .csv, .parquet, .txt), a folder, or a Hub name."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many rows.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File of JSON lines to write. [standard output]")] = None,
+    split: Split = None,
+    limit: Limit = None,
+    output: Annotated[Path | None, typer.Option(help="File of JSON lines to write (default: standard output).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 1,
     chat: Annotated[
         bool | None,
-        typer.Option(help="Put texts to the model as a user's turn. [texts of the line do, rows of --data stay texts]"),
+        typer.Option(help="Put texts to the model as a user's turn (default: texts of the line only)."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Instruction before each prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -69,7 +73,8 @@ def command(
             opened = open_model(model, dtype)
             turns = Turns(as_chat if chat is None else chat, system)
             count = 0
-            for line in answered(opened, rows, asked, turns, n=n, stops=stop or (), seed=seed):
+            for one in answered(opened, rows, asked, turns, n=n, stops=stop or (), seed=seed):
+                line = {**rows[one.place], **one.columns(numbered=n > 1)}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                 file.flush()
                 count += 1
@@ -90,7 +95,7 @@ class Turns:
 
 
 def read_prompts(
-    prompts: Sequence[str] | None, data: str | None, split: str, limit: int | None
+    prompts: Sequence[str] | None, data: str | None, split: str | None, limit: int | None
 ) -> tuple[list[dict[str, Any]], bool]:
     """Rows, and whether a text among them is a user's turn."""
     if data is not None:
@@ -106,12 +111,13 @@ def read_prompts(
     return [{"prompt": text} for text in given[:limit]], True
 
 
-def read_rows(data: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    """The rows of a file, a folder or a Hub name."""
+def read_rows(data: str, split: str | None, limit: int | None) -> Any:
+    """The rows of a file, a folder or a Hub name, as a data set."""
     from trl.scripts.data_config import named_dataset, split_of
 
-    rows = split_of(named_dataset(data, "data"), split, "split")
-    return list(rows if limit is None else rows.select(range(min(limit, len(rows)))))
+    splits = named_dataset(data, "data")
+    rows = split_of(splits, split or ("test" if "test" in splits else "train"), "split")
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def _object(line: str, place: int) -> dict[str, Any]:
@@ -147,6 +153,24 @@ def prompt_row(row: Mapping[str, Any], place: int) -> dict[str, Any]:
 # -- answers -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model has said to a prompt."""
+
+    place: int
+    """of the row"""
+    number: int
+    """of several answers to it"""
+    text: str
+    ids: list[int]
+    finish_reason: str
+
+    def columns(self, numbered: bool) -> dict[str, Any]:
+        """As it stands in a line."""
+        number = {"sample": self.number} if numbered else {}
+        return {"completion": self.text, **number, "finish_reason": self.finish_reason, "tokens": len(self.ids)}
+
+
 def answered(
     opened: Opened,
     rows: Sequence[Mapping[str, Any]],
@@ -156,8 +180,8 @@ def answered(
     n: int = 1,
     stops: Sequence[str] = (),
     seed: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """The rows with a `completion` each, n times, in their order."""
+) -> Iterator[Answer]:
+    """What the model says to the `prompt` of each row, n times, in the order of the rows."""
     from trl.data.chat import ChatTemplate
     from trl.generation.local import make_sampler
     from trl.generation.stopping import end_tokens, without_ends
@@ -179,13 +203,7 @@ def answered(
         for place, group in zip(part, groups, strict=True):
             texts = without_ends(tokenizer, [one.ids for one in group], sorted(ends))
             for number, (one, text) in enumerate(zip(group, texts, strict=True)):
-                yield {
-                    **rows[place],
-                    "completion": without_stop(text, stops),
-                    **({"sample": number} if n > 1 else {}),
-                    "finish_reason": one.finish_reason,
-                    "tokens": len(one.ids),
-                }
+                yield Answer(place, number, without_stop(text, stops), one.ids, one.finish_reason)
 
 
 def _put(prompt: Any, tokenizer: Any, turns: Turns) -> Any:

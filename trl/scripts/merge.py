@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from trl.scripts.open_model import LANGUAGE_MODEL, Found, auto_class_of, find_model, labels_of, tokenizer_of
-from trl.scripts.quiet import quiet, say
+from trl.scripts.quiet import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ def command(
         str, typer.Argument(help="Output folder of a run with an adapter, a checkpoint, or an adapter.")
     ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    base: Annotated[str | None, typer.Option(help="Model to merge into. [the one that the adapter names]")] = None,
+    base: Annotated[str | None, typer.Option(help="Model to merge into (default: the one it names).")] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Precision that is written; auto: as the base was saved."),
@@ -235,8 +235,3 @@ def whole_folder(output: Path) -> Iterator[Path]:
     finally:
         if beside.exists():
             shutil.rmtree(beside, ignore_errors=True)
-
-
-def note_of(found: Found) -> None:
-    """Say that an adapter is merged for a program that reads none."""
-    say(f"{found.name} is an adapter: it is merged into {found.base} for the server")

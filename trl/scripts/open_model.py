@@ -19,7 +19,7 @@ LANGUAGE_MODEL = "language model"
 
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"] | None,
-    typer.Option(help="Precision of the weights; auto: as saved. [float32 on a CPU, as saved on a GPU]"),
+    typer.Option(help="Precision of the weights; auto: as saved (default: float32 on a CPU, as saved on a GPU)."),
 ]
 
 

@@ -10,16 +10,23 @@ import typer
 
 def command(
     run: Annotated[Path, typer.Argument(help="Folder of a run: its `output_dir`, or a checkpoint in it.")],
-    html: Annotated[Path | None, typer.Option(help="File to write. [report.html in the run's folder]")] = None,
+    html: Annotated[Path | None, typer.Option(help="File to write (default: report.html in the run's folder).")] = None,
 ) -> None:
     """Write the report of a run: curves, samples, data, settings, what to look at and what to do next.
 
-    The run may still be going on. The file loads nothing from elsewhere.
+    The run may still be going on. Of several seeds it is their spread. The file loads nothing from elsewhere.
     """
     from trl.reports.findings import findings
     from trl.reports.run_folder import read_run
     from trl.reports.run_report import title_of, write_report
+    from trl.reports.spread import holds_seeds, read_spread, spread_lines, write_spread
 
+    if holds_seeds(run):
+        found = read_spread(run)
+        for line in spread_lines(found):
+            print(line)
+        print(f"wrote {write_spread(found, html or run)}")
+        return
     seen = read_run(run)
     status, how = seen.status
     print(f"{title_of(seen)}: {status}{f' {how}' if how else ''}, {seen.last_step:,} steps")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trl.generation.sampler import SamplingParams
 
 Temperature = Annotated[
-    float | None, typer.Option(help="0: the likeliest word always. [the model's own setting, else 0.7]")
+    float | None, typer.Option(help="0: the likeliest word always (default: the model's own setting, else 0.7).")
 ]
 TopK = Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens; 0: all.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability; 1: all.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 import sys
@@ -55,6 +56,8 @@ TRACKERS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("comet_ml", "mlflow", "swanlab", "trackio", "wandb")},
 }
 """tracker -> modules of which one writes to it"""
+SEED = "seed-"
+"""what the folder of each of several seeds begins with"""
 LENGTHS = ("max_length", "max_prompt_length", "max_completion_length", "response_length")
 """settings that bound the length of rows"""
 
@@ -76,6 +79,8 @@ class JobArguments:
     """rows to evaluate on, where they are not a split of the data set; named like `dataset_name`"""
     lora_rank: int | None = field(default=None)
     """train a LoRA adapter of this rank on all linear modules: `use_peft`, `lora_r`, `lora_alpha` twice the rank"""
+    seeds: int = field(default=1)
+    """train so many times, with `seed` and those after it, into folders seed-N of output_dir, and report the spread"""
 
 
 def dataclasses_of(job: Training) -> tuple[type, ...]:
@@ -200,6 +205,8 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
         show_fields(job)
         return 0
     parser, settings = read_settings(job, words)
+    if settings.get("seeds", 1) != 1:
+        return several_seeds(name, job, words, settings)
     settings.setdefault("enable_jit_checkpoint", True)  # at SIGTERM: finish the step, save it, exit with 143
     if job.rewards and not any(settings.get(name) for name in ORDERS):
         raise ValueError("--reward: say what to reward (`--reward_funcs` or `--reward`, one or more)")
@@ -216,6 +223,42 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
             for what, line in what_next(Path(folder)):
                 print(f"{what}: {line}")
     return 0
+
+
+def several_seeds(name: str, job: Training, words: Sequence[str], settings: Mapping[str, Any]) -> int:
+    """Train once for each seed, into a folder each, and say how far the figures spread; returns the exit code."""
+    usual = {entry.name: default_of(entry) for entry in fields(getattr(trl, job.config))}
+    count, first = settings["seeds"], settings.get("seed", usual["seed"])
+    if count < 1:
+        raise ValueError(f"seeds={count}: give 1 or more")
+    if settings.get("push_to_hub"):
+        raise ValueError(f"push_to_hub=True, seeds={count}: one model is pushed; push the folder that you choose")
+    if not isinstance(resumed(settings.get("resume_from_checkpoint")), bool | None):
+        raise ValueError(f"resume_from_checkpoint, seeds={count}: give True, and each goes on with its own newest one")
+    folder = Path(str(settings.get("output_dir") or usual["output_dir"] or "trainer_output"))
+    code = 0
+    try:
+        for seed in range(first, first + count):
+            one = ["--seeds", "1", "--seed", str(seed), "--output_dir", str(folder / f"{SEED}{seed}")]
+            code = command(name, job, [*words, *one])
+            if code:
+                return code
+            gc.collect()
+    finally:
+        if int(os.environ.get("RANK", 0)) == 0:
+            with suppress_all("the spread is not reported"):
+                report_spread(folder)
+    return code
+
+
+def report_spread(folder: Path) -> None:
+    """Write and print how far the seeds of a folder spread."""
+    from trl.reports.spread import read_spread, spread_lines, write_spread
+
+    found = read_spread(folder)
+    for line in spread_lines(found):
+        print(line)
+    print(f"wrote {write_spread(found, folder)}")
 
 
 def what_next(folder: Path) -> list[tuple[str, str]]:
@@ -417,7 +460,7 @@ def reward_function(name: str) -> Any:
 
     place, _, function = name.partition(":")
     if function and Path(place).suffix == ".py":
-        return _function_of_file(name, place, function)
+        return function_of_file(name, place, function)
     if name == "get_soft_overlong_punishment":
         return get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
     if name.removesuffix("_reward") in REWARDS:
@@ -429,14 +472,15 @@ def reward_function(name: str) -> Any:
     return reward_named(name if function or "." not in name else ":".join(name.rsplit(".", 1)))
 
 
-def _function_of_file(name: str, place: str, function: str) -> Callable[..., Any]:
+def function_of_file(name: str, place: str, function: str, option: str = "reward") -> Callable[..., Any]:
+    """What a file of the user's calls so; its code runs. option: the setting that named it."""
     spec = importlib.util.spec_from_file_location(Path(place).stem, place)
     if spec is None or spec.loader is None or not Path(place).exists():
-        raise ValueError(f"--reward {name}: there is no file {place}")
+        raise ValueError(f"--{option} {name}: there is no file {place}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, function):
-        raise ValueError(f"--reward {name}: {place} has no function {function!r}")
+        raise ValueError(f"--{option} {name}: {place} has no function {function!r}")
     return getattr(module, function)
 
 

@@ -77,6 +77,9 @@ class PostTrainingConfig(KeepsAsked, TrainingArguments):
     memory_plan: bool = field(default=True)
     """where a run would not fit into the memory that is there, choose what the settings left open (token budget of a
     pass, `gradient_checkpointing`, offload of activations, `sampling_max_rows`) so that it does, and say so"""
+    activation_offloading: bool = field(default=False)
+    """keep what the backward pass reads in main memory instead of on the GPU: less memory, slower steps, same numbers.
+    With `gradient_checkpointing` there is less to move"""
     overwrite_output_dir: bool = field(default=False)
     """remove another run's checkpoints and rollouts from `output_dir` when training begins; False: refuse such a
     folder"""
@@ -407,7 +410,6 @@ def with_keywords(config: Config, given: Mapping[str, Any]) -> Config:
 class OfflineConfig(PostTrainingConfig):
     """The settings that the trainers on a data set share."""
 
-    activation_offloading: bool = accepted("activation_offloading", False)
     padding_free: bool = field(default=True)
     """no padding, shared prompts computed once; False forces padded rows (same results, slower)"""
     context_parallel_size: int = field(default=1)

@@ -107,6 +107,12 @@ class DistillationConfig(RolloutConfig):
             require(self, name, (getattr(self, name) or 0) == value, way_out)
         require(self, "generation_kwargs", not self.reshapes, "with teacher_top_logprobs=0 leave min_new_tokens out")
 
+    def unused(self) -> dict[str, str]:
+        found = super().unused()
+        if self.teacher_model_server_url is not None:
+            found.pop("vllm_server_timeout", None)  # the teacher's server is waited for as long
+        return found
+
     @property
     def needs_completions(self) -> bool:
         """Whether some of the completions are the data set's."""
@@ -176,7 +182,6 @@ class GKDConfig(DistillationConfig):
     dataset_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": SUPERVISED["dataset_kwargs"]})
     assistant_only_loss: bool = field(default=False, metadata={"help": SUPERVISED["assistant_only_loss"]})
     dataset_batch_size: int | None = field(default=None, metadata={"help": SUPERVISED["dataset_batch_size"]})
-    activation_offloading: bool = accepted("activation_offloading", False)
 
     @classmethod
     def exceptions(cls) -> dict[str, str]:

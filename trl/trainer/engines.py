@@ -6,17 +6,19 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from trl.generation.sampler import SamplingParams
+from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.vllm.client import ServerEngine
 from trl.generation.vllm.colocate import ColocatedEngine
 from trl.generation.vllm.engine import Engine, EngineError
 from trl.generation.vllm.sampler import VLLMSampler
 from trl.generation.vllm.sync import make_sync, new_stamp
+from trl.generation.vllm.verify import Verification
 from trl.models.prepare import context_length, embedding_rows
 from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder
 
@@ -30,20 +32,40 @@ SHAPE = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num
 """what two configs of one network have in common"""
 
 
-def engine_sampler(config: RolloutConfig, model: nn.Module, tokenizer: Any) -> VLLMSampler:
-    """The sampler of a config with `use_vllm=True`; EngineError where nobody answers, or another model does."""
+def engine_sampler(
+    config: RolloutConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    score: Callable[[list[list[int]], list[list[int]]], list[list[float]]],
+    precision: Callable[[], str],
+    local: Callable[[], Sampler],
+) -> VLLMSampler:
+    """The sampler of a config with `use_vllm=True`; EngineError where nobody answers, or another model does.
+
+    score, precision: see `Verification`; local: makes the sampler that goes on where vLLM has other weights.
+    """
     if is_encoder_decoder(model):
         raise ValueError("use_vllm=True: an encoder-decoder is sampled here, by its own `generate`; leave it out")
     colocated = config.vllm_mode == "colocate"
     engine = _colocated(config, model, tokenizer) if colocated else _server(config)
+    settings = engine.settings()
     sync = make_sync(
         model, config.vllm_weight_sync, urls=engine.urls, folder=config.vllm_sync_folder,
-        group_port=config.vllm_group_port, own_engines=colocated,
-        clients=[engine] if isinstance(engine, ColocatedEngine) else (),
+        max_rank=settings.max_lora_rank, workers=settings.workers, group_port=config.vllm_group_port,
+        own_engines=colocated, clients=[engine] if isinstance(engine, ColocatedEngine) else (),
+    )  # fmt: skip
+    network: Any = below_peft(below_value_head(model))
+    verify = Verification(
+        score, precision, int(network.config.get_text_config().vocab_size), config.vllm_verify_every,
+        config.temperature, config.vllm_verify_tolerance, settings.dtype,
+        tied=bool(getattr(network.config.get_text_config(), "tie_word_embeddings", False)), own_engines=colocated,
     )  # fmt: skip
     pattern = config.vllm_structured_outputs_regex
-    further = {} if pattern is None else {"structured_outputs": {"regex": pattern}}
-    sampler = VLLMSampler(engine, sync, tokenizer, model=model, stamp=new_stamp(), further=further)
+    sampler = VLLMSampler(
+        engine, sync, tokenizer, model=model, stamp=new_stamp(), verify=verify,
+        further={} if pattern is None else {"structured_outputs": {"regex": pattern}},
+        otherwise=local if config.vllm_on_mismatch == "local" and pattern is None else None,
+    )  # fmt: skip
     check_served(sampler, model, tokenizer)
     if not config.process_index:
         about = sampler.about

@@ -83,12 +83,27 @@ _SAMPLING = tuple(
     )
 )  # fmt: skip
 _APART = tuple(
-    Metric(f"sampling/{name}", meaning, healthy, (*RATIOS, "PPO"), "an engine outside of the trainer", False)
+    Metric(f"sampling/{name}", meaning, healthy, (*RATIOS, "PPO"), "an engine or older weights", False)
     for name, meaning, healthy in (
         ("weight", "mean weight of a token's surrogate: the ratio of trainer to sampler, bounded", "near 1"),
         ("corrected", "share of tokens whose weight was cut or set to 0", "below 0.1"),
     )
 )
+_AHEAD = tuple(
+    Metric(f"sampling/{name}", meaning, healthy, ROLLOUTS, "`max_staleness` > 0", False)
+    for name, meaning, healthy in (
+        (
+            "staleness/mean", "optimizer steps between the weights that sampled a token and those that learn from it "
+            "first", "`max_staleness` times the steps of a rollout, less at the start",
+        ),
+        ("staleness/max", "of the oldest token", "the same"),
+        ("waited", "seconds in which the trainer waited for the completions of a rollout", "near 0"),
+        (
+            "idle", "share of the time in which nothing was sampled", "near 0; where `waited` is large too, look at "
+            "what lies between: rewards, new weights",
+        ),
+    )
+)  # fmt: skip
 _OBJECTIVE = tuple(
     Metric(f"objective/{name}", meaning, healthy, trainers, when, evaluated=trainers == ("PPO",) and name == "scores")
     for trainers, when in ((RATIOS, "`beta` > 0"), (("OnlineDPO",), ""), (("PPO",), _TODAY))
@@ -277,6 +292,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("policy_loss", "the loss without its KL term and entropy bonus", "of either sign", RATIOS, "", False),
     *_SAMPLING,
     *_APART,
+    *_AHEAD,
     *_OBJECTIVE,
     Metric(
         "objective/scores_margin", "mean reward of the best of a group minus that of the worst", "above 0",

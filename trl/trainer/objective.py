@@ -33,12 +33,13 @@ from trl.data.formats import column_names
 from trl.data.microbatches import BudgetCollator, lengths_of, row_tokens, unasked_budget
 from trl.data.records import Batch
 from trl.kernels.layers import compile_layers
-from trl.kernels.step_memory import in_place, kept_memory
+from trl.kernels.step_memory import Offload, in_place, kept_memory
 from trl.losses.loss_sum import Extreme, LossSum
 from trl.models import zero
 from trl.models.forward import eval_no_grad, rows_padded, within_forward
 from trl.models.memory import Load, Open, Plan
 from trl.models.precision import check_trainable, say_memory, warn_of_half
+from trl.models.prepare import keep_some
 from trl.models.router import balance_weight, with_balance
 from trl.models.sharded import optimizers_without_state
 from trl.models.unwrap import below_accelerate, below_peft, below_value_head
@@ -755,7 +756,8 @@ class ObjectiveTrainer(Trainer):
             gradients = in_place(self.args.device, self.args.world_size, hooked=self.is_deepspeed_enabled)
             sampling = sampler_errors(lambda: self.state.global_step + 1, self.model)
             loading = optimizers_without_state() if self.is_fsdp_enabled else nullcontext()
-            with memory, gradients, rows_padded(self.pads_rows), sampling, self.shared.held(), loading:
+            moved = Offload(self.model.parameters()).on() if self.args.activation_offloading else nullcontext()
+            with memory, gradients, rows_padded(self.pads_rows), sampling, self.shared.held(), loading, moved:
                 return super().train(checkpoint, *args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self._seal.is_open or (isinstance(error, RuntimeError) and not is_disk_error(error)):
@@ -772,6 +774,8 @@ class ObjectiveTrainer(Trainer):
             self._batches = ()
 
     def _begin_steps(self, step: int) -> None:
+        if self.args.gradient_checkpointing:
+            keep_some(below_accelerate(self.model), self.args.gradient_checkpointing_kwargs)
         self._left_out, self._logged, self._began = [], (step, 0), (step, 0)
         self._step_loss = torch.zeros((), device=self.args.device)
         if self.args.compile_layers is not None:

@@ -653,7 +653,7 @@ class PPOTrainer(BaseTrainer):
 
         A sampler with weights of its own needs none of them, and its error on one process is one of all.
         """
-        if self.sampler is not None and hasattr(self.sampler, "follow"):
+        if self.sampler is not None and hasattr(self.sampler, "follow") and not is_exact(self.sampler):
             return as_one("sample")
         if is_sharded(self.model) and not self._said_gathering:
             self._said_gathering = True

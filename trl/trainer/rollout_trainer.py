@@ -48,7 +48,7 @@ from trl.models.unwrap import below_peft, is_encoder_decoder, runs_in_step
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
-from trl.rollout.collector import Collector
+from trl.rollout.collector import Ahead, Collected, Collector
 from trl.rollout.experience import (
     Division,
     Experience,
@@ -96,7 +96,10 @@ SAMPLING_FIELDS = {
     "min_p": "min_p", "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
 """keywords of `generate` that are fields of the config"""
-ENGINE = ("vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_structured_outputs_regex")
+ENGINE = (
+    "vllm_mode", "vllm_weight_sync", "vllm_sync_folder", "vllm_structured_outputs_regex", "vllm_verify_every",
+    "vllm_verify_tolerance", "vllm_on_mismatch",
+)  # fmt: skip
 """settings of vLLM, wherever it runs"""
 SERVER = (
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_request_timeout",
@@ -148,6 +151,12 @@ class RolloutConfig(PostTrainingConfig):
     """completions of one rollout over all ranks; set this or `steps_per_generation`"""
     num_iterations: int = field(default=1)
     """passes over each rollout"""
+    max_staleness: int = field(default=0)
+    """rollouts that are drawn ahead: rollout n by the weights from which the updates on rollout n - max_staleness
+    start. An engine with weights of its own samples them while the trainer learns; 0: each by the weights of now"""
+    sync_in_flight: bool = field(default=False)
+    """give the engine new weights while it samples, and let it go on with them: nobody waits, but a completion may be
+    sampled by several weights, and two runs differ"""
     shuffle_dataset: bool = field(default=True)
     """draw the prompts in random order; those of an `IterableDataset` come in its own"""
     temperature: float = field(default=1.0)
@@ -200,10 +209,17 @@ class RolloutConfig(PostTrainingConfig):
     vllm_request_timeout: float = field(default=1200.0)
     """seconds for one answer of the server, after which it is asked again"""
     vllm_weight_sync: str = field(default="auto")
-    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, folder; auto: an adapter where that is all that is trained,
-    else whole weights: nccl from a GPU to a server, ipc on the same GPU, a folder from a CPU"""
+    """how vLLM gets the weights: adapter (LoRA), nccl, ipc, memory, folder; auto: an adapter where that is all that is
+    trained, else whole weights: nccl from a GPU to a server, a folder from a CPU, by hand in this process (memory)"""
     vllm_sync_folder: str | None = field(default=None)
     """where adapters and whole weights lie on their way, which the server must see too; None: memory, or the disk"""
+    vllm_verify_every: int = field(default=1)
+    """score some of vLLM's completions after each so manieth push of weights, to find out whether it has them; 0: never
+    """
+    vllm_verify_tolerance: float | None = field(default=None)
+    """how far vLLM's log-probabilities may be from the trainer's, on average; None: as the precisions allow"""
+    vllm_on_mismatch: str = field(default="stop")
+    """where they are further: stop the run, or go on with the local sampler (local)"""
     vllm_group_port: int = field(default=51216)
     """port of the group in which weights go to a server over NCCL"""
     vllm_structured_outputs_regex: str | None = field(default=None)
@@ -355,11 +371,18 @@ class RolloutConfig(PostTrainingConfig):
         share = self.vllm_gpu_memory_utilization
         require(self, "vllm_gpu_memory_utilization", 0 < share <= 1, "give a share of the memory in (0, 1]")
         require(self, "vllm_weight_sync", self.vllm_weight_sync in WAYS, f"choose one of {', '.join(WAYS)}")
+        require(self, "vllm_verify_every", self.vllm_verify_every >= 0, "give a number of pushes, or 0 for never")
+        require(self, "vllm_on_mismatch", self.vllm_on_mismatch in ("stop", "local"), "choose 'stop' or 'local'")
+        limit = self.vllm_verify_tolerance
+        require(self, "vllm_verify_tolerance", limit is None or limit > 0, "give nats > 0, or None")
         if self.use_vllm and self.vllm_mode == "server":
             self.vllm_urls()
         require(self, "gather", self.gather in ("model", "layers"), "choose 'model' or 'layers'")
         require(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "give a fraction in [0, 1], or None")
         require(self, "repetition_penalty", self.repetition_penalty > 0, "give a number > 0; 1 is off")
+        require(self, "max_staleness", self.max_staleness >= 0, "give a whole number >= 0; 0 is in step")
+        way_out = "no effect with max_staleness=0, where nothing is sampled while weights change"
+        require(self, "sync_in_flight", not self.sync_in_flight or self.max_staleness > 0, way_out)
         for name in ("num_completions_to_print", "log_unique_prompts"):
             require(
                 self, name, self.log_completions or not getattr(self, name), "no effect without log_completions=True"
@@ -652,6 +675,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self._reward_funcs: Any = reward_funcs
         self.reference: Reference | None = None
         self.collector = self._collector(shape)
+        self.ahead = self._ahead()
         self.rollouts = self._loader(shape)
         self._draws = True
         self._before_first_update = True
@@ -677,13 +701,31 @@ class RolloutTrainer(ObjectiveTrainer):
     def _made_sampler(self, tokenizer: Any) -> Sampler:
         """vLLM where the config says so, else the local sampler."""
         if self.args.use_vllm:
-            return engine_sampler(self.args, self.model, tokenizer)
+            return engine_sampler(
+                self.args, self.model, tokenizer, self._says_of, self._precision, lambda: self._local_sampler(tokenizer)
+            )
+        return self._local_sampler(tokenizer)
+
+    def _says_of(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """The policy's log-probabilities of completions, at the sampling temperature. Collective on sharded weights."""
+        masks = [[1] * len(ids) for ids in completions]
+        with torch.no_grad():
+            return self.logprobs_of(Rollout(prompts, completions, [], masks))
+
+    def _local_sampler(self, tokenizer: Any) -> Sampler:
         # between 4-bit layers an adapter's float32 reaches a head in bfloat16, which autocast alone joins
         with in_step(self.model), self.accelerator.autocast() if is_quantized(self.model) else nullcontext():
             return make_sampler(self.model, tokenizer, max_rows=self.args.sampling_max_rows)
 
     def follow(self) -> None:
-        """Give a sampler with weights of its own the policy's of now, once for each optimizer step. Collective."""
+        """Give a sampler with weights of its own the policy's of now, once for each optimizer step. Collective.
+
+        What it samples ahead has ended before.
+        """
+        self._rest()
+        self._follow()
+
+    def _follow(self) -> None:
         if not hasattr(self.sampler, "follow"):
             return
         step = int(self.state.global_step)
@@ -726,6 +768,7 @@ class RolloutTrainer(ObjectiveTrainer):
         if not self._draws:
             return
         made = self.rollouts.state.rollouts
+        self._forget_waiting()
         self.collector.prompts = self._prompts()
         self.rollouts = self._loader(self.args.rollout_shape())
         self.rollouts.state.rollouts = made
@@ -780,6 +823,7 @@ class RolloutTrainer(ObjectiveTrainer):
                 raise ValueError(
                     f"{name}: a rollout is half used, which was sampled otherwise; set it after its last step"
                 )
+            self._forget_waiting()
             self.source = self.collector.source = self.make_source()
 
     def _loader(self, shape: RolloutShape) -> RolloutLoader:
@@ -787,6 +831,32 @@ class RolloutTrainer(ObjectiveTrainer):
         sized = hasattr(self.train_dataset, "__len__")
         length = -(-len(self.train_dataset) // prompts) * shape.passes if sized else None
         return RolloutLoader(self._make_experience, self._in_passes, shape, length)
+
+    def _ahead(self) -> Ahead | None:
+        """What draws rollouts before they are due, where the config asks for that."""
+        config = self.args
+        if not config.max_staleness:
+            return None
+        apart = hasattr(self.sampler, "follow") and isinstance(self.source, SamplerSource | EnvironmentSource)
+        if not apart:
+            require(
+                config, "sync_in_flight", not config.sync_in_flight, "only an engine with weights of its own has it"
+            )
+        elif getattr(self.source, "measure", None) is not None:
+            way_out = "completions of this temperature and these filters are measured by weights that are gone by then"
+            require(config, "max_staleness", False, f"{way_out}; leave the filters out, or set it to 0")
+        plays, keeps = self.environment is not None, config.sync_in_flight
+        return Ahead(self.collector, config.max_staleness, follow=self._follow, apart=apart, keeps=keeps, plays=plays)
+
+    def _rest(self) -> None:
+        """Have what is in flight end. Collective."""
+        if self.ahead is not None:
+            self.ahead.rest(self.rollouts.state, self.state)
+
+    def _forget_waiting(self) -> None:
+        """Drop what waits: it is drawn again, by the weights of then."""
+        if self.ahead is not None:
+            self.ahead.forget(self.rollouts.state)
 
     def make_source(self) -> Source:
         """What completes the prompts: the environment, the user's function or the sampler."""
@@ -893,7 +963,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
-        if hasattr(self.sampler, "follow"):  # it has weights of its own; an error of one rank is one of all
+        if hasattr(self.sampler, "follow") and not is_exact(self.sampler):  # an error of one rank is one of all
             return as_one("sample")
         if not runs_in_step(self.model):
             return nullcontext()
@@ -978,8 +1048,12 @@ class RolloutTrainer(ObjectiveTrainer):
         self.args.ignore_data_skip = self.args.in_training = True  # the loader knows its place, `Trainer` skips nothing
         self._replaced, self._lost, self._first_step = True, None, -1
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._rest()
+            return result
         finally:
+            if self.ahead is not None:
+                self.ahead.let_go(self.rollouts.state, self.state.global_step)
             self.args.ignore_data_skip = self.args.in_training = False
             close_objects(self.environment)
 
@@ -1000,14 +1074,8 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _make_experience(self, state: RolloutState) -> Experience:
         self.model.eval()  # `Trainer` switches back before each micro-batch
-        position = state.position
         with torch.no_grad():
-            try:
-                self.follow()
-                rows, rollout, rewards = self.collector.collect(state, self.state)
-            except EngineError:
-                state.position = position  # whoever resumes draws the same prompts
-                raise
+            rows, rollout, rewards = self._collect(state)
             experience, learned = self.experience(rollout, rewards, rows)
         self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
@@ -1021,6 +1089,26 @@ class RolloutTrainer(ObjectiveTrainer):
         if self.args.log_completions and self.is_world_process_zero():
             rollout_report.print_table(table, self.args.num_completions_to_print, self.args.log_unique_prompts)
         return self._own_share(experience)
+
+    def _collect(self, state: RolloutState) -> Collected:
+        """The rollout that is due, with its rewards."""
+        if self.ahead is None:
+            position = state.position
+            try:
+                self.follow()
+                return self.collector.collect(state, self.state)
+            except EngineError:
+                state.position = position  # whoever resumes draws the same prompts
+                raise
+        due = self.ahead.due(state, self.state)
+        assert due.collected is not None
+        self._is_stale = due.version < self.state.global_step
+        if self._is_stale:
+            self._ratio_is_one_at = None
+        step, version = self.state.global_step + self._moved, due.version + self._moved
+        ages = rollout_report.ages_of(due.collected[1], version, step, spans=self.ahead.keeps)
+        rollout_report.record_ahead(self.record, self.record_extreme, ages, self.ahead.spent())
+        return due.collected
 
     rows_together = 1
     """rows of an experience, one behind the other, that a micro-batch must hold together"""
@@ -1211,8 +1299,12 @@ class RolloutTrainer(ObjectiveTrainer):
         return [*([] if self.reference is None else self.reference.kept), *judges]
 
     def extra_state(self) -> dict[str, Any]:
-        """Collective: every rank's half-used rollout."""
-        mine, of_step = [self.rollouts.plain_state()], self._division().of_step
+        """Collective: every rank's half-used rollout, and those that wait."""
+        waiting: dict[str, Any] = {}
+        if self.ahead is not None:
+            self._rest()
+            waiting = {"waiting": self.ahead.plain_state()}
+        mine, of_step = [{**self.rollouts.plain_state(), **waiting}], self._division().of_step
         ranks = gather_object(mine) if self.args.world_size > 1 else mine
         state: dict[str, Any] = {"rollouts": ranks, "of_step": of_step}
         if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
@@ -1220,11 +1312,28 @@ class RolloutTrainer(ObjectiveTrainer):
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        ranks, rank = state["rollouts"], self.args.process_index
+        ranks, rank = [dict(one) for one in state["rollouts"]], self.args.process_index
+        waiting, position = [one.pop("waiting", []) for one in ranks], ranks[0]["position"]
+        before = waiting[0][0]["start"] if waiting[0] else position
+        ranks = [{**one, "position": before} for one in ranks]  # as if nothing had been drawn ahead
         own = ranks[rank] if len(ranks) == self.args.world_size else self._divided_anew(ranks, state.get("of_step", 0))
-        self.rollouts.restore(own)
+        kept = own["position"] == before and self._takes(ranks[0]["shape"], waiting)
+        self.rollouts.restore({**own, "position": position} if kept else own)
+        if self.ahead is not None:
+            self.ahead.restore_of(waiting if kept else [[]])
+        if waiting[0] and not kept and self.is_world_process_zero():
+            logger.warning(
+                "the %d rollouts that %s had drawn ahead are dropped, as this run has %s, max_staleness=%d or other "
+                "batches: their prompts are drawn again, by the weights of now", len(waiting[0]),
+                processes_text(len(ranks)), processes_text(self.args.world_size), self.args.max_staleness,
+            )  # fmt: skip
         if "reference" in state and self.reference is not None:
             self.reference.load(state["reference"])
+
+    def _takes(self, made_with: Mapping[str, Any], waiting: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+        """Whether this run can learn from what waits in a checkpoint. Collective."""
+        same = made_with["num_generations"] == self.args.num_generations
+        return same and self.ahead is not None and self.ahead.takes(waiting)
 
     def _division(self) -> Division:
         shape = self.rollouts.shape

@@ -20,8 +20,6 @@ _CACHE = "has no effect: the local sampler keeps a cache of its own"
 _COMPILE = "becomes `compile_layers`: torch compiles the layers of the model"
 _MIXED = "has no effect: torch's own mixed precision is the only one"
 NO_EFFECT: dict[str, str] = {
-    "activation_offloading": "has no effect: activations stay on the device; packed rows and "
-    "`max_tokens_per_microbatch` keep them small, `gradient_checkpointing=True` smaller",
     "pad_to_multiple_of": _PADS,
     "label_pad_token_id": _PADS,
     "padding_value": _PADS,
@@ -90,8 +88,7 @@ _AS_THERE_FIELDS = (
     "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "gradient_accumulation_steps", "max_grad_norm", "fp16", "bf16_full_eval", "fp16_full_eval",
-    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "use_cache", "torch_empty_cache_steps", "logging_strategy", "logging_first_step",
+    "use_cache", "torch_empty_cache_steps", "logging_strategy", "logging_first_step",
     "log_on_each_node", "logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm", "report_to",
     "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_strategy",
     "eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start",
@@ -107,6 +104,15 @@ _AS_THERE_FIELDS = (
 )  # fmt: skip
 INHERITED: dict[str, str] = {
     **dict.fromkeys(_AS_THERE_FIELDS, _AS_THERE),
+    **dict.fromkeys(
+        ("activation_checkpointing", "gradient_checkpointing"),
+        f"{_AS_THERE}; where nothing is said, `memory_plan` switches it on if the run would not fit without it",
+    ),
+    **dict.fromkeys(
+        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        f"{_AS_THERE} (`every_n_layers`, `offload`); `keep='attention'` keeps what attention gave instead of computing "
+        "it again, `keep='products'` what all products of matrices gave",
+    ),
     "warmup_steps": f"{_AS_THERE}: none with lr_scheduler_type='constant', which one line says",
     "tf32": f"{_AS_THERE}, where a GPU computes it",
     "optim_args": f"{_AS_THERE}; an error with an optimizer that reads none, such as torch's AdamW",
@@ -157,7 +163,7 @@ BY_STEPS: dict[str, str] = dict.fromkeys(
         "metric_for_best_model", "greater_is_better", "save_total_limit", "save_only_model", "auto_find_batch_size",
         "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "dataloader_num_workers",
         "torch_empty_cache_steps", "include_num_input_tokens_seen", "ignore_data_skip", "enable_jit_checkpoint",
-        "memory_plan",
+        "memory_plan", "activation_offloading",
     ),
     "has no effect: `step` is called with the data, and the loop around it is yours",
 )  # fmt: skip
@@ -318,6 +324,8 @@ def fit_to_machine(config: Any) -> None:
     if config.tf32 and not is_torch_tf32_available():
         warnings.warn("tf32=True: no GPU here computes it; products stay in float32")
         config.tf32 = None
+    if config.activation_offloading and (config.use_cpu or not torch.accelerator.is_available()):
+        logger.warning("activation_offloading=True: has no effect on a CPU: activations are in main memory")
     optim = str(getattr(config.optim, "value", config.optim))
     if optim in GONE or (optim in ADAMW and not is_gpu_available()):
         reason = "transformers has dropped it" if optim in GONE else "needs a GPU and bitsandbytes"

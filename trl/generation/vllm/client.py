@@ -52,6 +52,7 @@ class ServerEngine:
         self.wait, self.timeout, self.at_once, self.api_key = wait, timeout, at_once, api_key
         self._http = _client(self.urls, timeout, at_once, api_key)
         weakref.finalize(self, self._http.close)
+        self._settings: Settings | None = None
         self._said: set[str] = set()
         """servers that are being waited for"""
         self._lock = threading.Lock()
@@ -74,6 +75,11 @@ class ServerEngine:
 
     def settings(self) -> Settings:
         """How the servers were started; what one does not say is not known."""
+        if self._settings is None:
+            self._settings = self._asked_settings()
+        return self._settings
+
+    def _asked_settings(self) -> Settings:
         try:
             found = self._each(lambda url: self._ask(url, "/server_info?config_format=json", read=_settings))
         except EngineError:
@@ -232,7 +238,7 @@ class ServerEngine:
             raise _Away(url, f"broke off in {path} ({error or type(error).__name__})") from error
         if answer.status_code >= 300:
             _refuse(url, path, answer.status_code, _message(answer.text))
-        if not answer.text.strip() or answer.headers.get("content-type", "").startswith("text/"):
+        if not answer.text.strip() or "json" not in answer.headers.get("content-type", ""):
             return read({})  # it did so, and says it in words at most
         try:
             return read(json.loads(answer.text))

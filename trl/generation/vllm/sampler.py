@@ -34,9 +34,9 @@ class VLLMSampler:
 
     sync: makes the engine's weights those of the policy; None: they stay as they are. model: the policy, whose end
     tokens, context and vocabulary count, beside the tokenizer's end token. stamp: distinguishes the weights of this run
-    from those of other runs. further: more of vLLM's sampling parameters, such as structured_outputs. verify: asked
-    after each push of weights. otherwise: makes the sampler that goes on where that finds other weights than the
-    policy's; None: the error is raised.
+    from those of other runs. further: more of vLLM's sampling parameters, such as structured_outputs. verify: every
+    so many pushes of weights the model scores some completions itself (0: never); or what does so. otherwise: makes
+    the sampler that goes on where that finds other weights than the policy's; None: the error is raised.
     """
 
     exact = False
@@ -51,18 +51,27 @@ class VLLMSampler:
         model: Any = None,
         stamp: str = "policy",
         further: dict[str, Any] | None = None,
-        verify: Verification | None = None,
+        verify: Verification | int = 1,
         otherwise: Callable[[], Sampler] | None = None,
     ) -> None:
         self.engine, self.sync, self.tokenizer = engine, sync, tokenizer
-        self.verify, self.otherwise = verify, otherwise
+        self.verify: Verification | None = None
+        self.otherwise = otherwise
         self._instead: Sampler | None = None
         self.ends = end_tokens(model, tokenizer)
         self.vocabulary, self.stamp, self.further = embedding_rows(model), stamp, dict(further or {})
+        if isinstance(verify, Verification):
+            self.verify = verify
+        elif verify and sync is not None and model is not None:
+            self.verify = Verification.of(
+                model, self.vocabulary, every=verify, own_engines=getattr(sync, "own_engines", False)
+            )
         self.about = engine.about()
         check_release(self.about)
         known = [None if model is None else context_length(model), self.about.max_model_len]
         self.context = min((length for length in known if length is not None), default=None)
+        if self.verify is not None:
+            self.verify.context = self.context
         self.version: int | None = None
         """number of the weights that the engine has; None: its own first ones"""
 

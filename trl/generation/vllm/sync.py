@@ -17,7 +17,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +28,6 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl.generation.vllm.engine import Engine, EngineError, Request, WeightSync
 from trl.import_utils import pip_install
@@ -406,25 +404,6 @@ def write_weights(pieces: Sequence[Piece], folder: Path | None) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(table), encoding="utf-8")
 
 
-def write_untied(source: str, folder: str | os.PathLike[str]) -> None:
-    """A copy of a model and its tokenizer whose head is a weight of its own, equal to the embeddings.
-
-    vLLM on a CPU lays a head out for its products when it starts, and keeps that one where it takes a tied one for the
-    embeddings; served like this the head follows the policy's.
-    """
-    model = AutoModelForCausalLM.from_pretrained(source)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_weights(pieces_of(model), Path(folder))
-    config = deepcopy(model.config)
-    config.tie_word_embeddings = False
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    with suppress(OSError, ValueError):  # a model may have none
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-
-
 # -- who writes, who tells ----------------------------------------------------------------------
 
 
@@ -647,6 +626,7 @@ class HandSync:
     """Whole weights handed to the engines that ranks have in their processes, one tensor after the other."""
 
     adapter = None
+    own_engines = True
 
     def __init__(self, model: nn.Module, *, mode: str = "wait") -> None:
         self.model, self.mode = model, mode

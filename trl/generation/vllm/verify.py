@@ -9,12 +9,19 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-from trl.data.records import Completion
+from torch import nn
+
+from trl.data.packing import pack
+from trl.data.records import Branch, Completion, TokenTree
 from trl.generation.vllm.engine import Engine, EngineError, Request
 from trl.generation.vllm.sync import everywhere, on_all
-from trl.models.precision import EXACT, TOLERANCES, coarsest
+from trl.models.forward import eval_no_grad
+from trl.models.precision import EXACT, TOLERANCES, coarsest, precision_of
+from trl.models.scoring import score
+from trl.models.unwrap import below_peft, below_value_head
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +61,20 @@ def apart(own: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], ids
     return Apart(len(pairs), math.fsum(size for size, _ in pairs) / len(pairs), largest, token)
 
 
+def logprobs_of(model: nn.Module, prompts: list[list[int]], ids: list[list[int]]) -> list[list[float]]:
+    """The model's log-probabilities of completions at temperature 1, in one pass. Collective where it is sharded."""
+    packed = pack(TokenTree(prompt, [Branch(row)]) for prompt, row in zip(prompts, ids, strict=True))
+    with eval_no_grad(model):
+        logprobs_BT = score(model, packed.to(next(model.parameters()).device)).logprobs_BT.float().cpu()
+    return [row_T[: len(row)].tolist() for row_T, row in zip(logprobs_BT, ids, strict=True)]
+
+
+def _computes_in(model: nn.Module) -> str:
+    """The precision of the model's pass; accelerate's autocast lies around its `forward`."""
+    around = (model, below_value_head(model), below_peft(model))
+    return "bfloat16" if any("_original_forward" in vars(each) for each in around) else precision_of(model)
+
+
 @dataclass
 class Verification:
     """Checks an engine after each push of weights, or every k-th. Collective: `score` may be.
@@ -77,15 +98,25 @@ class Verification:
     """whether the policy's head is its embeddings"""
     own_engines: bool = False
     """whether each rank has an engine of its own"""
+    context: int | None = None
+    """most tokens of a prompt and its completion"""
     prompts: list[list[int]] = field(default_factory=list)
     """those that were sampled last"""
     pushes: int = 0
     last: Apart | None = None
     """what the last check has found"""
 
+    @classmethod
+    def of(cls, model: nn.Module, vocabulary: int | None, **given: Any) -> Verification:
+        """Of a policy by its own forward pass; given: further fields."""
+        network = below_peft(model)
+        head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
+        tied = head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", 0)
+        return cls(partial(logprobs_of, model), partial(_computes_in, model), vocabulary or 100, tied=tied, **given)
+
     def saw(self, prompts: Sequence[Sequence[int]]) -> None:
         """Remember some of the prompts that are sampled."""
-        self.prompts = [list(prompt)[-PROMPT:] for prompt in prompts[:ROWS]]
+        self.prompts = [list(map(int, prompt))[-PROMPT:] for prompt in prompts[:ROWS]]
 
     def __call__(self, engine: Engine, version: str, adapter: str | None) -> None:
         """MismatchError, on all ranks, where the engine samples by other weights than the policy's of now."""
@@ -93,6 +124,7 @@ class Verification:
         self.pushes += 1
         if not due:
             return
+        self.dtype = self.dtype or engine.settings().dtype
         prompts, answers = everywhere(
             "ask vLLM for completions", lambda: self._asked(engine, adapter), each=self.own_engines
         )
@@ -103,9 +135,11 @@ class Verification:
 
     def _asked(self, engine: Engine, adapter: str | None) -> tuple[list[list[int]], list[Completion]]:
         """Prompts, and a completion of each by the engine."""
-        prompts = self.prompts or self._some_prompts()
+        room = min(TOKENS, (self.context or 2 * TOKENS) // 2)
+        most = PROMPT if self.context is None else min(PROMPT, self.context - room)
+        prompts = [prompt[-most:] for prompt in (self.prompts + self._some_prompts())[:ROWS]]
         params = {
-            "n": 1, "max_tokens": TOKENS, "temperature": self.temperature, "logprobs": 0, "ignore_eos": True,
+            "n": 1, "max_tokens": room, "temperature": self.temperature, "logprobs": 0, "ignore_eos": True,
             "detokenize": False, "seed": self.pushes,
         }  # fmt: skip
         return prompts, [one for [one] in engine.generate([Request(prompt, params, adapter) for prompt in prompts])]
@@ -127,7 +161,7 @@ class Verification:
         )
 
     def _some_prompts(self) -> list[list[int]]:
-        """Tokens that mean nothing, for the first check."""
+        """Tokens that mean nothing, for the first check: before it only probes were sampled."""
         return [[(17 + 31 * row + 7 * place) % self.vocabulary for place in range(8)] for row in range(ROWS)]
 
     def limits(self) -> tuple[float, float, str]:
@@ -151,9 +185,8 @@ class Verification:
     def _cause(self) -> str:
         if self.tied:
             return (
-                "The policy's head is its embeddings, and vLLM may keep the old head (on a CPU it does): serve the "
-                "model untied (`trl vllm-serve --untie-embeddings`), train a LoRA adapter, or sample without vLLM "
-                "(use_vllm=False)"
+                "The policy's head is its embeddings, and for some models vLLM keeps the old head on a CPU: train a "
+                "LoRA adapter, or sample without vLLM (use_vllm=False)"
             )
         known = self.dtype is not None and self.precision() in EXACT
         coarse = "; or it computes in fewer bits (--dtype), then say so by vllm_verify_tolerance" if known else ""
