@@ -150,6 +150,18 @@ def test_the_local_sampler_is_not_weighed(tmp_path):
     assert next(iter(trainer.rollouts))["policy"].behaviour_BT is None
 
 
+def test_settings_of_the_correction_are_said_to_do_nothing_where_there_is_none(tmp_path, caplog):
+    made(tmp_path, staleness_correction="none")
+    said = [line for line in caplog.messages if "no mismatch to correct" in line]
+    assert said == [
+        "vllm_importance_sampling_mode='token_truncate', staleness_correction='none': no effect, for sampler and "
+        "policy are one model: there is no mismatch to correct"
+    ]
+    caplog.clear()
+    made(tmp_path, staleness_correction="none", max_staleness=1)
+    assert not [line for line in caplog.messages if "no mismatch to correct" in line]
+
+
 def test_clipped_around_the_engine_itself(tmp_path):
     """Plain PPO: the engine's log-probabilities are the old ones, so the first ratio is not 1."""
     found = trained(tmp_path, engine=lambda inner: Engine(inner, OFF, every=1), staleness_correction="none")

@@ -85,6 +85,8 @@ class Experience(TensorRecord):
     """under the policy that sampled, at the sampling temperature"""
     sampled_BT: Tensor | None = None
     """the same as the sampler computed them, where its precision is too coarse to learn from them"""
+    behaviour_BT: Tensor | None = None
+    """those of the engine or of the older weights that sampled, by which the surrogate is weighed; None: it is not"""
     advantages_BT: Tensor | None = None
     reference_BT: Tensor | None = None
     """the reference's log-probabilities"""
@@ -238,6 +240,7 @@ class Experience(TensorRecord):
             values_BT=self.values_BT,
             returns_BT=self.returns_BT,
             sampled_BT=self.old_logprobs_BT if self.sampled_BT is None else self.sampled_BT,
+            behaviour_BT=self.behaviour_BT,
             teacher_tokens_BTK=self.teacher_tokens_BTK,
             teacher_BTK=self.teacher_BTK,
         )

@@ -82,6 +82,13 @@ _SAMPLING = tuple(
         ),
     )
 )  # fmt: skip
+_APART = tuple(
+    Metric(f"sampling/{name}", meaning, healthy, (*RATIOS, "PPO"), "an engine or older weights", False)
+    for name, meaning, healthy in (
+        ("weight", "mean weight of a token's surrogate: the ratio of trainer to sampler, bounded", "near 1"),
+        ("corrected", "share of tokens whose weight was cut or set to 0", "below 0.1"),
+    )
+)
 _AHEAD = tuple(
     Metric(f"sampling/{name}", meaning, healthy, ROLLOUTS, "`max_staleness` > 0", False)
     for name, meaning, healthy in (
@@ -97,13 +104,6 @@ _AHEAD = tuple(
         ),
     )
 )  # fmt: skip
-_APART = tuple(
-    Metric(f"sampling/{name}", meaning, healthy, (*RATIOS, "PPO"), "an engine outside of the trainer", False)
-    for name, meaning, healthy in (
-        ("weight", "mean weight of a token's surrogate: the ratio of trainer to sampler, bounded", "near 1"),
-        ("corrected", "share of tokens whose weight was cut or set to 0", "below 0.1"),
-    )
-)
 _OBJECTIVE = tuple(
     Metric(f"objective/{name}", meaning, healthy, trainers, when, evaluated=trainers == ("PPO",) and name == "scores")
     for trainers, when in ((RATIOS, "`beta` > 0"), (("OnlineDPO",), ""), (("PPO",), _TODAY))
@@ -295,8 +295,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("rewards/<function>/timed_out", "share of calls that came too late", "0", REWARDED, "reward_timeout"),
     Metric("policy_loss", "the loss without its KL term and entropy bonus", "of either sign", RATIOS, "", False),
     *_SAMPLING,
-    *_AHEAD,
     *_APART,
+    *_AHEAD,
     *_OBJECTIVE,
     Metric(
         "objective/scores_margin", "mean reward of the best of a group minus that of the worst", "above 0",

@@ -165,10 +165,26 @@ class OnPolicyTrainer(RolloutTrainer):
             raise ValueError("turn_level_credit=True: needs an environment that gives the rewards, and no reward_funcs")
         if self.args.rollout_logprobs == "engine" and self.rollout_func is None:
             raise ValueError("rollout_logprobs='engine': no effect without a rollout_func; leave it out")
+        if self.args.keep_sampling_mask and self.environment is not None:
+            raise ValueError("keep_sampling_mask=True: the turns of an environment do not say which words were left")
+        self._say_unused()
         self.reference = self._reference(ref_model)
         self._sampled_at = -1
         """number of the optimizer step before which the rollout at hand was made; -1: none was"""
         self._said_passes = self._said_filters = False
+
+    def _say_unused(self) -> None:
+        """One line for settings that act only where an engine or older weights sample."""
+        config = self.args
+        if self.engine_samples or config.max_staleness or config.rollout_logprobs == "engine":
+            return
+        known = type(config).__dataclass_fields__
+        names = [name for name in (*CORRECTION, "staleness_correction") if getattr(config, name) != known[name].default]
+        if names:
+            logger.warning(
+                "%s: no effect, for sampler and policy are one model: there is no mismatch to correct",
+                ", ".join(f"{name}={getattr(config, name)!r}" for name in names),
+            )
 
     @property
     def kl(self) -> KLTerm:
@@ -268,15 +284,18 @@ class OnPolicyTrainer(RolloutTrainer):
             return rows
         if not (apart or self._sampler_is_coarse()) or rows.old_logprobs_BT is None:
             return rows
+        weighs = apart and self.args.correction() is not None and self._same_words(rows)
+        rows = replace(rows, sampled_BT=rows.old_logprobs_BT, behaviour_BT=rows.old_logprobs_BT if weighs else None)
         later = self._measured_rows(len(rows))
         if not len(later):
-            return replace(rows, sampled_BT=rows.old_logprobs_BT)
+            return rows
         self._say_passes(len(later), len(rows), apart)
         part = rows.select(later)
         measured_BT = self.scored(self.model, part).logprobs_BT
+        assert rows.old_logprobs_BT is not None
         old_BT = rows.old_logprobs_BT.clone()
         old_BT[later.start : later.stop, : measured_BT.shape[1]] = measured_BT
-        return replace(rows, old_logprobs_BT=old_BT, sampled_BT=rows.old_logprobs_BT)
+        return replace(rows, old_logprobs_BT=old_BT)
 
     def _samples_apart(self) -> bool:
         """Whether another computation of the policy sampled the rollout at hand, or older weights."""
@@ -348,16 +367,16 @@ class OnPolicyTrainer(RolloutTrainer):
         if rows.sampled_BT is None:
             return Batch(policy=replace(batch, sampled_BT=batch.sampled_BT if first else None))
         own = first and self._uses_own_pass()
-        known, correction = self._same_words(rows), self.args.correction() if self._samples_apart() else None
-        sampled_BT = batch.sampled_BT if first and known else None
-        if correction is None or not known or batch.sampled_BT is None:
+        sampled_BT = batch.sampled_BT if first and self._same_words(rows) else None
+        if batch.behaviour_BT is None:
             return Batch(policy=replace(batch, own_pass=own, sampled_BT=sampled_BT))
         if self.reads_own_pass():
-            return Batch(policy=replace(batch, own_pass=own, sampled_BT=None, behaviour_BT=batch.sampled_BT))
-        weight_BT, _ = correction.weigh(batch.old_logprobs_BT, batch.sampled_BT, batch.mask_BT)
-        if batch.weight_BT is not None:
-            weight_BT = weight_BT * batch.weight_BT
-        return Batch(policy=replace(batch, sampled_BT=sampled_BT, weight_BT=weight_BT.expand_as(batch.mask_BT)))
+            return Batch(policy=replace(batch, own_pass=own, sampled_BT=None))
+        correction = self.args.correction()  # a stranger's objective reads the weights that are known
+        assert correction is not None
+        weight_BT, _ = correction.weigh(batch.old_logprobs_BT, batch.behaviour_BT, batch.mask_BT)
+        weight_BT = weight_BT.expand_as(batch.mask_BT) if batch.weight_BT is None else weight_BT * batch.weight_BT
+        return Batch(policy=replace(batch, sampled_BT=sampled_BT, behaviour_BT=None, weight_BT=weight_BT))
 
     def weighed(
         self, batch: PolicyBatch, old_BT: Tensor, level: str, clip_range: tuple[float, float]
