@@ -282,6 +282,8 @@ class RolloutState:
     """micro-batches of the current rollout that were handed out"""
     experience: Experience | None = None
     """the current rollout; None before the first"""
+    is_stale: bool = False
+    """whether it was sampled by older weights than those from which its updates started"""
 
     @classmethod
     def names(cls) -> list[str]:
