@@ -106,7 +106,10 @@ def _colocated(config: RolloutConfig, model: nn.Module, tokenizer: Any) -> Coloc
     if next(base.parameters()).device.type == "cuda":
         settings["weight_transfer_config"] = {"backend": "ipc"}
     with tempfile.TemporaryDirectory(prefix="trl-vllm-") as folder:
-        place = _folder_of(base, tokenizer, Path(folder))
+        place = _folder_of(base, Path(folder))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+            settings["tokenizer"] = folder
         return ColocatedEngine.start(str(place), sleeps=config.vllm_enable_sleep_mode, **settings)
 
 
@@ -115,14 +118,12 @@ def _lora_rank(rank: int) -> int:
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
-def _folder_of(base: Any, tokenizer: Any, folder: Path) -> str | Path:
+def _folder_of(base: Any, folder: Path) -> str | Path:
     """Where vLLM finds the network: the name that it was loaded from, or a folder that is written."""
     name = str(getattr(base.config, "_name_or_path", "") or "")
     if name and (Path(name, "config.json").exists() or (not Path(name).exists() and name.count("/") == 1)):
         return name
     base.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     return folder
 
 

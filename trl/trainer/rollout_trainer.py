@@ -1069,7 +1069,7 @@ class RolloutTrainer(ObjectiveTrainer):
         finally:
             if self.ahead is not None:
                 self.ahead.let_go(self.rollouts.state, self.state.global_step)
-            self.args.ignore_data_skip = self.args.in_training = False
+            self.args.ignore_data_skip = self.args.in_training = self.is_in_train = False
             close_objects(self.environment)
 
     def sampling_params(self, seed: Seed, say_kept: bool = False) -> SamplingParams:
