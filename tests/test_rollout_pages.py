@@ -112,11 +112,13 @@ def test_on_policy(tmp_path, monkeypatch):
         return SimpleNamespace(prompt_ids=names(prompt).input_ids, ids=ids, logprobs=logprobs, solved=prompt == "a")
 
     known = {"prompts": prompts, "engine": SimpleNamespace(complete=complete)}
-    first, judge, counting, second = programs("on_policy.md")
+    first, judge, suspected, counting, second = programs("on_policy.md")
     perform(first, known)
     assert list(Path("run").glob("checkpoint-*"))
     perform(judge, known)
     assert (known["judge"].low, known["judge"].high) == (1, 5)
+    perform(suspected, known)
+    assert Path("long/reward_check.json").is_file()
     perform(counting, known | {"model": tiny_model("llama", vocab_size=len(names)), "tokenizer": names})
     perform(second, known)
     made = known["rollout_func"]

@@ -288,6 +288,10 @@ METRICS: tuple[Metric, ...] = (
         advice="some completions have no reward and are not learned; see what the reward functions return for them"),
     Metric("rewards/<function>/mean", "mean of one reward function", "rises", REWARDED),
     Metric("rewards/<function>/std", "its standard deviation", "above 0", REWARDED, "2 opinions or more"),
+    Metric(
+        "judge/<function>/mean", "mean of a held-out judge, of which nothing is learned", "rises", ROLLOUTS,
+        "judge_funcs", False,
+    ),
     Metric("rewards/<function>/timed_out", "share of calls that came too late", "0", REWARDED, "reward_timeout"),
     Metric("policy_loss", "the loss without its KL term and entropy bonus", "of either sign", RATIOS, "", False),
     *_SAMPLING,

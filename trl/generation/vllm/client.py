@@ -135,15 +135,27 @@ class ServerEngine:
         self._each(lambda url: self._ask(url, "/resume", {}))
 
     def load_adapter(self, name: str, folder: str) -> None:
-        """Load an adapter, in the place of one of the same name; the folder must be there for the servers too."""
+        """Load an adapter, in the place of one of the same name; the folder must be there for the servers too.
+
+        It is unloaded first: what is loaded in place is read from its folder again later, and a server ends whose
+        adapter's folder is gone then.
+        """
 
         def load(url: str) -> None:
-            there = name in self._about(url).adapters
-            self._ask(
-                url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder), "load_inplace": there}
-            )
+            if name in self._about(url).adapters:
+                self._ask_once(url, "/v1/unload_lora_adapter", {"lora_name": name}, "cannot be found")
+            body = {"lora_name": name, "lora_path": str(folder)}
+            self._ask_once(url, "/v1/load_lora_adapter", body, "already been loaded")
 
         self._each(load)
+
+    def _ask_once(self, url: str, path: str, body: Any, done: str) -> None:
+        """Ask for what is refused the second time, `done` says why: the first answer may have been lost."""
+        try:
+            self._ask(url, path, body)
+        except EngineError as error:
+            if done not in str(error):
+                raise
 
     def reload_weights(self, folder: str) -> None:
         """Replace the weights by those of a folder, which must be there for the servers too; caches are emptied."""
