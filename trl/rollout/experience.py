@@ -282,8 +282,6 @@ class RolloutState:
     """micro-batches of the current rollout that were handed out"""
     experience: Experience | None = None
     """the current rollout; None before the first"""
-    is_stale: bool = False
-    """whether it was sampled by older weights than those from which its updates started"""
 
     @classmethod
     def names(cls) -> list[str]:
@@ -354,16 +352,14 @@ def divided_anew(
     group = made.shape.num_generations
     if (group, made.shape.num_iterations) != (own.shape.num_generations, own.shape.num_iterations):
         return first, ""  # which `RolloutLoader.restore` refuses
-    parts = [
-        RolloutState.of({name: one[name] for name in RolloutState.names() if name in one}).experience for one in ranks
-    ]
+    parts = [RolloutState.of({name: one[name] for name in RolloutState.names()}).experience for one in ranks]
     equal = all(part is not None and len(part) == made.shape.rows for part in parts)
     if equal and made.of_step and own.fits(made) and not cursor % made.of_step:
         width, mine = made.rows_of_step, own.rows_of_step
         steps = [range(step * width, (step + 1) * width) for step in range(made.steps)]
         whole = Experience.below([part.select(rows) for rows in steps for part in parts if part is not None])
         places = [(step * own.world + rank) * mine + row for step in range(own.steps) for row in range(mine)]
-        state = RolloutState.of({name: first[name] for name in RolloutState.names() if name in first})
+        state = RolloutState.of({name: first[name] for name in RolloutState.names()})
         state = replace(state, experience=whole.select(places), cursor=cursor // made.of_step * own.of_step)
         return {**state.plain(), **shape}, "is divided anew"
     seen = min(cursor, made.shape.steps_per_generation) * made.shape.per_device_train_batch_size * made.world

@@ -701,6 +701,8 @@ class RolloutTrainer(ObjectiveTrainer):
         """number of the optimizer step that must start at ratio 1"""
         self._sampled_apart = False
         """whether what the optimizer step at hand learns was sampled by an engine, or by older weights"""
+        self._is_stale = False
+        """whether the rollout at hand was sampled by older weights than those from which its updates started"""
         self._lost: EngineError | None = None
         """why the run ends before its end"""
         self._first_step = 0
@@ -868,11 +870,6 @@ class RolloutTrainer(ObjectiveTrainer):
             keeps=keeps,
             plays=self.environment is not None,
         )
-
-    @property
-    def _is_stale(self) -> bool:
-        """Whether the rollout at hand was sampled by older weights than those from which its updates started."""
-        return self.rollouts.state.is_stale
 
     def _draws_apart(self) -> bool:
         """Whether rollouts can be drawn while the policy is trained."""
@@ -1169,7 +1166,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _collect(self, state: RolloutState) -> Collected:
         """The rollout that is due, with its rewards."""
         if self.ahead is None:
-            position, state.is_stale = state.position, False
+            position, self._is_stale = state.position, False
             try:
                 self.follow()
                 return self.collector.collect(state, self.state)
@@ -1178,8 +1175,8 @@ class RolloutTrainer(ObjectiveTrainer):
                 raise
         due = self.ahead.due(state, self.state)
         assert due.collected is not None
-        state.is_stale = due.version < self.state.global_step
-        if state.is_stale:
+        self._is_stale = due.version < self.state.global_step
+        if self._is_stale:
             self._ratio_is_one_at = None
         step, version = self.state.global_step + self._moved, due.version + self._moved
         ages = rollout_report.ages_of(due.collected[1], version, step, spans=self.ahead.keeps)
