@@ -17,6 +17,7 @@ from tokenizers_for_tests import word_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 from trl.data.records import Completion, Rollout, VersionSpan
 from trl.generation.local import LocalSampler
+from trl.generation.vllm.engine import EngineError
 from trl.generation.vllm.sampler import VLLMSampler
 from trl.rollout.collector import divided_waiting
 from trl.rollout.report import ages_of
@@ -294,6 +295,33 @@ def test_an_error_in_the_thread_ends_the_run_as_it_is(tmp_path):
     assert tokens(trainer)[:4] == tokens(alone)[:4]
     assert len(tokens(trainer)) == 4 + 5 + 1  # 5 steps from rollout 3 on, and 2 ahead
     assert not threads()
+
+
+def test_a_server_that_is_lost_leaves_a_checkpoint(tmp_path):
+    """Found at the next push or the next answer; what had been drawn ahead is learned after the resume."""
+
+    class Kill(t.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                server.stop()
+
+    with FakeVLLM(t.set_seed(5) or model(), word_tokenizer()) as server:
+        settings = {
+            "use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": 0.3,
+            "max_staleness": 2, "save_strategy": "steps", "save_steps": 4,
+        }  # fmt: skip
+        trainer = build(tmp_path, **settings)
+        trainer.add_callback(Kill())
+        with pytest.raises(EngineError, match="checkpoint-2 is saved: go on with train"):
+            trainer.train()
+        waited = [each.begun.number for each in trainer.ahead.waiting]
+        assert waited[0] == 2
+        assert not threads()
+        server.start()
+        again = build(tmp_path, **settings)
+        again.train(True)
+    assert again.state.global_step == 5
+    assert again.rollouts.state.position == 7 * 2
 
 
 class Blocked(Beside):

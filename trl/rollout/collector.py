@@ -288,38 +288,30 @@ def divided_waiting(ranks: Sequence[Mapping[str, Any]], places: Sequence[int], g
 
     Numbers that reward functions have logged go where the first group goes.
     """
-    groups = [(place, one, i) for one in ranks for i, place in enumerate(one["places"])]
-    where = {place: (one, i) for place, one, i in groups}
-    chosen = [(one, i, slice(i * group, (i + 1) * group)) for one, i in (where[place] for place in places)]
+    where = {place: (rank, i) for rank, one in enumerate(ranks) for i, place in enumerate(one["places"])}
+    chosen = [where[place] for place in places]
 
-    def rows_of(read: Callable[[Any], Any]) -> list[Any]:
-        return [value for one, _, rows in chosen for value in read(one)[rows]]
+    def rows(of_ranks: Sequence[Any]) -> list[Any]:
+        return [value for rank, i in chosen for value in of_ranks[rank][i * group : (i + 1) * group]]
 
-    def table_of(read: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
-        names = dict.fromkeys(name for one in ranks for name in read(one))
-        return {name: rows_of(lambda one, name=name: read(one).get(name, [])) for name in names}  # type: ignore[misc]
+    def table(of_ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        names = dict.fromkeys(name for each in of_ranks for name in each)
+        return {name: rows([each.get(name, []) for each in of_ranks]) for name in names}
 
-    first, said = ranks[0], ranks[0]["rewards"]
-    rollout = {
-        name: table_of(lambda one: one["rollout"]["metadata"])
-        if name == "metadata"
-        else rows_of(lambda one, name=name: one["rollout"][name])  # type: ignore[misc]
-        for name in first["rollout"]
-    }
+    rollouts, rewards = [dict(one["rollout"]) for one in ranks], [one["rewards"] for one in ranks]
+    metadata = table([each.pop("metadata") for each in rollouts])
+    said = rewards[0]
     if said is not None:
-        scores = [one["rewards"]["scores_BF"][rows] for one, _, rows in chosen]
-        numbers = [one["rewards"]["logs"]["metrics"] for one in ranks] if 0 in places else []
+        scores = [said["scores_BF"][:0], *(row[None] for row in rows([each["scores_BF"] for each in rewards]))]
+        numbers = [each["logs"]["metrics"] for each in rewards] if 0 in places else []
         names = dict.fromkeys(name for each in numbers for name in each)
         metrics = {name: [number for each in numbers for number in each.get(name, [])] for name in names}
-        logs = {"extra": table_of(lambda one: one["rewards"]["logs"]["extra"]), "metrics": metrics}
-        empty = said["scores_BF"][:0]
-        late = [
-            None if column[0] is None else any(column)
-            for column in zip(*(one["rewards"]["timed_out"] for one in ranks), strict=True)
-        ]
-        said = {**said, "scores_BF": torch.cat([empty, *scores]), "timed_out": late, "logs": logs}
-    positions = [one["positions"][i] for one, i, _ in chosen]
-    return {**first, "positions": positions, "places": list(places), "rollout": rollout, "rewards": said}
+        late = list(zip(*(each["timed_out"] for each in rewards), strict=True))
+        timed_out = [None if None in column else any(column) for column in late]
+        logs = {"extra": table([each["logs"]["extra"] for each in rewards]), "metrics": metrics}
+        said = {**said, "scores_BF": torch.cat(scores), "timed_out": timed_out, "logs": logs}
+    own = {"positions": [ranks[rank]["positions"][i] for rank, i in chosen], "places": list(places)}
+    return {**ranks[0], **own, "rollout": {**table(rollouts), "metadata": metadata}, "rewards": said}
 
 
 def _is_plain(value: Any) -> bool:

@@ -702,7 +702,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self._sampled_apart = False
         """whether what the optimizer step at hand learns was sampled by an engine, or by older weights"""
         self._is_stale = False
-        """whether the rollout at hand was sampled by older weights than those that its updates started from"""
+        """whether the rollout at hand was sampled by older weights than those from which its updates started"""
         self._lost: EngineError | None = None
         """why the run ends before its end"""
         self._first_step = 0
@@ -1166,7 +1166,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _collect(self, state: RolloutState) -> Collected:
         """The rollout that is due, with its rewards."""
         if self.ahead is None:
-            position = state.position
+            position, self._is_stale = state.position, False
             try:
                 self.follow()
                 return self.collector.collect(state, self.state)
