@@ -71,10 +71,10 @@ def test_a_copy_whose_head_is_its_own(started, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "trl.generation.vllm.sync.write_untied", lambda source, folder: made.append((source, str(folder)))
     )
-    monkeypatch.setattr(vllm_serve, "UNTIED", tmp_path)
+    monkeypatch.setenv("TRL_CACHE", str(tmp_path))
     assert run(["vllm-serve", "--model", "some/model", "--untie-embeddings"]) == 0
-    assert made == [("some/model", str(tmp_path / "model"))]
-    assert after(started[0][0], "--model") == str(tmp_path / "model")
+    assert made == [("some/model", str(tmp_path / "untied" / "model"))]
+    assert after(started[0][0], "--model") == str(tmp_path / "untied" / "model")
 
 
 def test_vllm_is_not_installed(monkeypatch, capsys):

@@ -15,8 +15,6 @@ import typer
 from trl.import_utils import is_gpu_available, is_vllm_available, pip_install
 
 TO_INSTALL = "vllm>=0.32,<0.33"
-UNTIED = Path("~/.cache/trl/untied")
-"""where copies of models lie whose head is a weight of its own"""
 
 
 class Part(NamedTuple):
@@ -86,7 +84,9 @@ def base_of(model: str) -> tuple[str, bool]:
 
 def untied(model: str, *, dry_run: bool = False) -> str:
     """A copy of the model whose head is a weight of its own, equal to the embeddings."""
-    folder = UNTIED.expanduser() / Path(model).name
+    from trl.quickstart.assets import cache_folder
+
+    folder = cache_folder() / "untied" / Path(model).resolve().name
     if not dry_run:
         from trl.generation.vllm.sync import write_untied
 

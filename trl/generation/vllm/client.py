@@ -189,13 +189,12 @@ class ServerEngine:
     def _together(self, ask: Callable[[int], Read], number: int) -> list[Read]:
         if number <= 1:
             return [ask(place) for place in range(number)]
-        with ThreadPoolExecutor(min(number, self.at_once * len(self.urls)), "vllm") as pool:
+        pool = ThreadPoolExecutor(min(number, self.at_once * len(self.urls)), "vllm")
+        try:
             futures = [pool.submit(ask, place) for place in range(number)]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            return [future.result() for future in futures]
+        finally:  # Ctrl-C, or an error, waits for no answer
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _about(self, url: str) -> About:
         release = self._ask(url, "/version", read=lambda answer: str(answer["version"]))
