@@ -149,7 +149,7 @@ def test_completions_that_a_callback_logs(server, tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     asked = [tuple(ids) for ids in trainer.eval_dataset["prompt_ids"]]
-    assert [tuple(body["token_ids"]) for body in bodies(server)][-3:] == asked
+    assert sorted(tuple(body["token_ids"]) for body in bodies(server)[-3:]) == sorted(asked)  # they arrive as they may
     assert len(callback.table) == 3
     assert server.version == f"{trainer.sampler.stamp}-1"
 
