@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conformity import causal_lm, history, prompts, tokenizer, weights
-from generation.fake_vllm import FakeVLLM
+from generation.fake_vllm import FakeVLLM, Fault
 from peft import LoraConfig, get_peft_model
 from test_self_sampling import make, rollouts_of
 from test_teachers import given_rollouts, logprobs
@@ -164,6 +164,27 @@ def test_a_row_that_the_server_has_no_room_for_is_named(tmp_path):
 def test_wrong_settings_are_named(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make("Distillation", tmp_path, prompts(), arguments={"teacher_model": loud(7)}, **settings)
+
+
+def test_a_run_whose_teacher_failed_goes_on_where_it_stopped(served, tmp_path):
+    """The rollout that it did not score is drawn once more."""
+    settings = {
+        "teacher_model_server_url": served.url, "teacher_top_logprobs": -1, "max_steps": 3, "optim": "sgd",
+        "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    whole = make("Distillation", tmp_path / "whole", **settings)
+    whole.train()
+    asked = sum(path == "/inference/v1/generate" for path, _ in served.calls)
+    failed = make("Distillation", tmp_path / "failed", **settings)
+    served.faults.append(Fault("500", after=asked // 3, times=100))
+    with pytest.raises(EngineError, match=r"^step 2: the vLLM server at .*checkpoint-1 is saved: go on with"):
+        failed.train()
+    served.faults.clear()
+    resumed = make("Distillation", tmp_path / "failed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert history(resumed, "loss") == pytest.approx(history(whole, "loss"), rel=1e-5)
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[name], weight, rtol=0, atol=1e-6)
 
 
 def test_a_teacher_that_dies_in_the_midst_is_named(served, tmp_path):

@@ -1147,9 +1147,15 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _make_experience(self, state: RolloutState) -> Experience:
         self.model.eval()  # `Trainer` switches back before each micro-batch
+        position = state.position
         with torch.no_grad():
-            rows, rollout, rewards = self._collect(state)
-            experience, learned = self.experience(rollout, rewards, rows)
+            try:
+                rows, rollout, rewards = self._collect(state)
+                experience, learned = self.experience(rollout, rewards, rows)
+            except EngineError:
+                if self.ahead is None:
+                    state.position = position  # whoever resumes draws the same prompts
+                raise
         self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
         if rewards.logs.metrics:
@@ -1166,13 +1172,9 @@ class RolloutTrainer(ObjectiveTrainer):
     def _collect(self, state: RolloutState) -> Collected:
         """The rollout that is due, with its rewards."""
         if self.ahead is None:
-            position, self._is_stale = state.position, False
-            try:
-                self.follow()
-                return self.collector.collect(state, self.state)
-            except EngineError:
-                state.position = position  # whoever resumes draws the same prompts
-                raise
+            self._is_stale = False
+            self.follow()
+            return self.collector.collect(state, self.state)
         due = self.ahead.due(state, self.state)
         assert due.collected is not None
         self._is_stale = due.version < self.state.global_step
