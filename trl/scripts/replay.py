@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -17,6 +17,9 @@ from trl.scripts.jobs import JOBS
 from trl.scripts.quiet import quiet
 from trl.trainer import trace
 from trl.trainer.checkpoints import PREFIX
+
+if TYPE_CHECKING:
+    from trl.trainer.objective import ObjectiveTrainer
 
 OVERRIDES: dict[str, Any] = {
     "report_to": "none", "save_strategy": "no", "push_to_hub": False, "load_best_model_at_end": False,
@@ -74,7 +77,7 @@ def replayed(read: RunRead, job: str, step: int, start: int, folder: Path) -> Ex
 class Explained(TrainerCallback):
     """Ends a run after a step, and keeps what the model said of the step's tokens before and after it."""
 
-    def __init__(self, trainer: Any, step: int):
+    def __init__(self, trainer: ObjectiveTrainer, step: int):
         self.step, self._trainer = step, trainer
         self.words = trainer.processing_class
         self.packs: list[Any] = []
