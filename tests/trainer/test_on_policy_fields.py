@@ -123,7 +123,7 @@ SHOWN = {
     "disable_dropout": ("test_grpo", "test_dropout_is_off_unless_it_is_wanted"),
     "max_tool_calling_iterations": ("test_environment_rollouts", "test_tools_as_a_factory_reward_by_themselves"),
     "turn_level_credit": ("test_environment_rollouts", "test_credit_by_turns_in_training"),
-    "trace_steps": ("test_replay", "test_a_step_of_own_samples_again"),
+    "trace_steps": ("test_trace", "test_a_traced_run_is_the_run"),
     "compile_layers": ("test_inherited_fields", "test_compiled_layers_train_alike"),
     "max_staleness": ("test_staleness", "test_rollout_n_is_sampled_by_the_weights_of_rollout_n_minus_k"),
     "sync_in_flight": ("test_staleness", "test_in_flight_over_a_sync_nobody_waits"),
