@@ -11,6 +11,7 @@ from tokenizers_for_tests import word_tokenizer
 import trl
 from trl.trainer.distillation_trainer import SUPERVISED
 from trl.trainer.rollout_trainer import COLOCATED, ENGINE, SERVER
+from trl.trainer.settings import CORRECTION
 
 SHORT = {"generation_kwargs": {"stop_token_ids": list(range(30, 70))}}
 """completions of different lengths"""
@@ -122,6 +123,12 @@ SHOWN = {
     "disable_dropout": ("test_grpo", "test_dropout_is_off_unless_it_is_wanted"),
     "max_tool_calling_iterations": ("test_environment_rollouts", "test_tools_as_a_factory_reward_by_themselves"),
     "turn_level_credit": ("test_environment_rollouts", "test_credit_by_turns_in_training"),
+    "compile_layers": ("test_inherited_fields", "test_compiled_layers_train_alike"),
+    "max_staleness": ("test_staleness", "test_rollout_n_is_sampled_by_the_weights_of_rollout_n_minus_k"),
+    "sync_in_flight": ("test_staleness", "test_in_flight_over_a_sync_nobody_waits"),
+    "teacher_model_server_url": ("test_served_teachers", "test_all_log_probabilities_make_it_the_teacher_itself"),
+    "teacher_top_logprobs": ("test_served_teachers", "test_the_best_tokens_and_the_rest_as_one"),
+    "check_rewards": ("test_reward_check", "test_a_run_with_a_check_is_the_run_without"),
     "sampling_max_rows": ("test_on_policy_fields", "test_rows_that_are_sampled_at_a_time"),
     "gather": ("test_sharded", "test_two_ranks_train_as_one_process"),
     "ds3_gather_for_generation": ("test_zero", "test_sharded_by_zero_learns_the_same"),
@@ -133,6 +140,11 @@ SHOWN = {
     **dict.fromkeys(SERVER, ("test_vllm_trainers", "test_settings_of_a_server_reach_it")),
     **dict.fromkeys(COLOCATED, ("test_vllm_trainers", "test_settings_of_an_engine_in_this_process_reach_it")),
     **dict.fromkeys(ENGINE, ("test_vllm_trainers", "test_settings_of_a_server_reach_it")),
+    "staleness_correction": ("test_engine_mismatch", "test_a_stale_rollout_of_the_local_sampler"),
+    "rollout_logprobs": ("test_engine_mismatch", "test_a_rollout_func_says_whose_log_probabilities_it_gives"),
+    "keep_sampling_mask": ("test_engine_mismatch", "test_what_was_left_to_choose_from_is_what_is_normalised_over"),
+    "routing_replay": ("test_engine_mismatch", "test_a_mixtures_experts_are_those_of_the_engine"),
+    **dict.fromkeys(CORRECTION, ("test_engine_mismatch", "test_bounds_of_the_weight")),
     "reward_timeout": ("test_grpo", "test_one_that_hangs_leaves_the_judgement_to_the_others"),
     "dynamic_sampling": ("test_grpo", "test_dynamic_sampling_fills_the_rollout"),
     "dynamic_sampling_max_rounds": ("test_grpo", "test_dynamic_sampling_stops_at_its_cap"),

@@ -73,6 +73,15 @@ SHOWN = {
     "overwrite_output_dir": ("test_run_folder", "test_ppo_and_ddpo"),
     "output_dir": ("test_ppo_run", "test_resume_is_exact"),
     "save_steps": ("test_ppo_run", "test_resume_is_exact"),
+    **dict.fromkeys(
+        (
+            "vllm_importance_sampling_correction",
+            "vllm_importance_sampling_mode",
+            "vllm_importance_sampling_clip_max",
+            "vllm_importance_sampling_clip_min",
+        ),
+        ("test_engine_mismatch", "test_ppo_weighs_what_an_engine_sampled"),
+    ),
     "save_total_limit": ("test_ppo_fields", "test_the_newest_checkpoints_stay"),
     "world_size": ("test_ppo_reports", "test_runtime_config"),
     "is_encoder_decoder": ("test_ppo_reports", "test_runtime_config"),

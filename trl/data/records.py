@@ -96,6 +96,10 @@ class PackedBatch(TensorRecord):
     """how many tokens of each row came before its branch"""
     width: int
     """T: tokens of the longest branch"""
+    choices_SK: Tensor | None = None
+    """the words that each scored token was chosen from, filled up with -1; a row of -1: from all. None: all were"""
+    experts_NLC: Tensor | None = None
+    """the experts of a mixture that each packed token goes to in each layer; -1: the router's own. None: so are all"""
     piece: Any = None
     """None: the batch is whole; else what this rank holds of it (`kernels.context_parallel.Piece`)"""
     kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -230,6 +234,10 @@ class Rollout:
     texts: list[str] = field(default_factory=list)
     metadata: dict[str, list[Any]] = field(default_factory=dict)
     """one list per column, a value per completion"""
+    kept: list[Any] = field(default_factory=list)
+    """of each completion: for each token the ids that the filters left to choose from, [] where all; [] if unknown"""
+    experts: list[Any] = field(default_factory=list)
+    """of each completion: `Completion.experts`; [] if unknown"""
 
     def __len__(self) -> int:
         return len(self.completions)

@@ -90,7 +90,7 @@ class LocalSampler:
         packs = params.max_new_tokens >= _STEPS_WORTH_PACKING
         weights = packed_weights(self.model) if packs else nullcontext()
         with eval_no_grad(self.model), cached_attention(self.model):
-            if self.captured:
+            if self.captured and not params.say_kept:
                 with as_steps_need(self.model, device):
                     CapturedEngine(
                         self.model, stepper, device, max_rows=self.max_rows, max_prefill_tokens=self.max_prefill_tokens

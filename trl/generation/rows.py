@@ -32,11 +32,13 @@ class Row:
     raw_logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
     """empty while the row runs"""
+    kept: list[list[int]] = field(default_factory=list)
+    """for each token those that were left to choose from; only where that is asked for"""
     seen_V: Tensor | None = None
     """True for tokens of prompt and completion; kept only for the repetition penalty"""
 
     def completion(self) -> Completion:
-        return Completion(self.ids, self.logprobs, self.raw_logprobs, self.finish_reason)
+        return Completion(self.ids, self.logprobs, self.raw_logprobs, self.finish_reason, kept=self.kept or None)
 
 
 def make_rows(prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, context: int | None) -> list[list[Row]]:
@@ -115,10 +117,13 @@ class Stepper:
     def pick(self, rows: Sequence[Row], logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(tokens_R, logprobs_R, raw_logprobs_R)`: under the sampled distribution, and under the model's own."""
         reshapes = self.params.reshapes
-        return pick(
-            logits_RV, self.params, self._uniforms(rows, logits_RV.device),
-            self._seen(rows, logits_RV) if reshapes else None, self._forbidden(rows, logits_RV) if reshapes else None,
-        )  # fmt: skip
+        seen_RV = self._seen(rows, logits_RV) if reshapes else None
+        forbidden_RV = self._forbidden(rows, logits_RV) if reshapes else None
+        if self.params.say_kept:
+            filtered_RV = filter_logits(logits_RV, self.params, seen_RV, forbidden_RV)
+            for row, left_V in zip(rows, (filtered_RV > -torch.inf).cpu(), strict=True):
+                row.kept.append([] if left_V.all() else left_V.nonzero().flatten().tolist())
+        return pick(logits_RV, self.params, self._uniforms(rows, logits_RV.device), seen_RV, forbidden_RV)
 
     def _uniforms(self, rows: Sequence[Row], device: torch.device) -> Tensor:
         drawn = uniforms([row.key for row in rows], [len(row.ids) for row in rows])

@@ -29,6 +29,8 @@ class SamplingParams:
     """positive logits of tokens in the prompt or completion are divided by it, negative ones multiplied; 1: off"""
     min_new_tokens: int = 0
     """no end token and no stop string ends a completion shorter than this"""
+    say_kept: bool = False
+    """say of each token which ones the filters left to choose from (`Completion.kept`)"""
     stop_token_ids: tuple[int, ...] | None = None
     """tokens that end a completion and belong to it; None: the model's own end tokens; (): none"""
     stop_strings: tuple[str, ...] = ()

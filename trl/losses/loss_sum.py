@@ -40,6 +40,10 @@ class LossSum:
         """The loss of this batch alone; 0 where nothing counts."""
         return self.total / torch.as_tensor(self.count, dtype=self.total.dtype, device=self.total.device).clamp(min=1)
 
+    def noting(self, metrics: dict[str, Measure]) -> "LossSum":
+        """This loss with further metrics."""
+        return LossSum(self.total, self.count, self.metrics | metrics) if metrics else self
+
     def plus(self, other: "LossSum", weight: float = 1.0) -> "LossSum":
         """This loss with `weight` times another one, which must be summed over the same things."""
         return LossSum(self.total + weight * other.total, self.count, self.metrics | other.metrics)

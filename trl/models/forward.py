@@ -81,7 +81,11 @@ def in_module(
     plan = _plan_for(model, module, packed)
     if packed.piece is not None:
         check_sharing(model, module, plan, packed.piece.group)
-    if plan.narrow and _routes.get() is not None:  # the routers of the last layer see all tokens
+    if packed.experts_NLC is not None:
+        from trl.models.router import routers_of  # which knows this module
+
+        routers_of(model)  # found before the head is another one
+    if plan.narrow and (_routes.get() is not None or packed.experts_NLC is not None):  # the last routers see all tokens
         plan = replace(plan, narrow=False)
     return _pass(model, module, packed, function, index_S, row_S, plan)
 
@@ -143,6 +147,10 @@ def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, reading: Read
     """The model's call, and what it returns."""
     network = below_value_head(model)
     with ExitStack() as stack:
+        if packed.experts_NLC is not None:
+            from trl.models.router import replayed
+
+            stack.enter_context(replayed(model, packed, padded=not plan.packed))
         wrapper = below_accelerate(model)
         if wrapper is not network:  # its own forward computes values everywhere and keeps the states of all layers
             stack.enter_context(swapped_forward(wrapper, lambda **inputs: network(**inputs)))

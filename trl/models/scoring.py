@@ -171,33 +171,55 @@ def entropy_of(logits: Tensor, log_z: Tensor | None = None) -> Tensor:
 
 
 def logprobs_and_entropy(
-    head: Head, hidden_SD: Tensor, target_S: Tensor, temperature: float = 1.0
+    head: Head, hidden_SD: Tensor, target_S: Tensor, temperature: float = 1.0, choices_SK: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of the targets and the entropies, both differentiable; 1 where no token is likelier. [S], [S], [S]"""
+    """log p of the targets and the entropies, both differentiable; 1 where no token is likelier. [S], [S], [S]
 
-    def measure(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    choices_SK: see `PackedBatch`; the probabilities are those among these words.
+    """
+
+    def measure(logits: Tensor, targets: Tensor, *choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits / temperature
+        if choices:
+            logits = _among(logits, choices[0].long())
         log_z = torch.logsumexp(logits, -1)
         chosen = logits.gather(1, targets[:, None]).squeeze(1)
         tops = (chosen >= logits.detach().amax(-1)).to(logits.dtype)
         return chosen - log_z, entropy_of(logits, log_z), tops
 
-    logprobs, entropies, tops = map_logits(head, hidden_SD, measure, target_S)
+    columns = [target_S] if choices_SK is None else [target_S, choices_SK]
+    logprobs, entropies, tops = map_logits(head, hidden_SD, measure, *columns)
     return logprobs, entropies, tops
 
 
+def _among(logits: Tensor, choices: Tensor) -> Tensor:
+    """The logits with -inf for all words but the choices; a row without choices stays as it is."""
+    out = torch.ones_like(logits, dtype=torch.bool)
+    column = torch.where(choices >= 0, choices, choices[:, :1].clamp(min=0))  # what fills up stands for the first
+    out.scatter_(1, column, value=False)
+    return logits.masked_fill(out & (choices[:, :1] >= 0), -torch.inf)
+
+
 def token_logprobs(
-    head: Head, hidden_SD: Tensor, target_S: Tensor, *, temperature: float = 1.0, entropy: bool = False
+    head: Head,
+    hidden_SD: Tensor,
+    target_S: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    choices_SK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p of the targets (differentiable); their entropies (zeros unless asked for), and 1 where no token is likelier
     than the target, both detached. [S], [S], [S] float32
+
+    choices_SK: see `PackedBatch`; the probabilities are those among these words.
     """
-    if (module := head.linear) is not None:
+    if choices_SK is None and (module := head.linear) is not None:
         given = (hidden_SD, module.weight, module.bias, target_S, head, temperature, entropy, torch.is_grad_enabled())
         if hidden_SD.device.type != "cpu":
             return BlockLogprobs.apply(*given)  # type: ignore[no-any-return]
         return LinearLogprobs.apply(*given, place_of(module.weight))  # type: ignore[no-any-return]
-    logprobs, entropies, tops = logprobs_and_entropy(head, hidden_SD, target_S, temperature)
+    logprobs, entropies, tops = logprobs_and_entropy(head, hidden_SD, target_S, temperature, choices_SK)
     return logprobs, entropies.detach(), tops
 
 
@@ -306,9 +328,11 @@ def score(
 
     def measure(head: Head, states_SD: Tensor) -> list[Tensor]:
         if entropy_gradient:
-            found = logprobs_and_entropy(head, states_SD, packed.target_S, temperature)
+            found = logprobs_and_entropy(head, states_SD, packed.target_S, temperature, packed.choices_SK)
         else:
-            found = token_logprobs(head, states_SD, packed.target_S, temperature=temperature, entropy=entropy)
+            found = token_logprobs(
+                head, states_SD, packed.target_S, temperature=temperature, entropy=entropy, choices_SK=packed.choices_SK
+            )
         columns = dict(zip(("logprobs_BT", "entropy_BT", "top_BT"), found, strict=True))
         if v_head is not None:
             columns["values_BT"] = v_head(states_SD[None]).float().squeeze(0).squeeze(-1)

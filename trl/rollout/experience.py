@@ -58,6 +58,8 @@ class PolicyBatch(TensorRecord):
     returns_BT: Tensor | None = None
     sampled_BT: Tensor | None = None
     """the sampler's log-probabilities, before the first update since it sampled"""
+    behaviour_BT: Tensor | None = None
+    """log-probabilities of the policy that sampled, by which the surrogate is weighed; None: it is not"""
     teacher_tokens_BTK: Tensor | None = None
     teacher_BTK: Tensor | None = None
     own_pass: bool = False
@@ -97,6 +99,10 @@ class Experience(TensorRecord):
     """their log-probabilities"""
     packed_rows: list[PackedRow] | None = None
     """each row packed by the mask, see `packed_once`"""
+    kept: list[Any] | None = None
+    """for each token of a row the words that it was chosen from, [] where from all; None: all tokens were"""
+    experts: list[Any] | None = None
+    """[P + T, L, C] each, or fewer tokens: the experts that an engine's mixture took; None: not known"""
 
     @classmethod
     def of(cls, rollout: Rollout, **columns: Any) -> Experience:
@@ -106,6 +112,8 @@ class Experience(TensorRecord):
             completions=[torch.tensor(ids, dtype=torch.long) for ids in rollout.completions],
             mask_BT=padded(rollout.masks),
             old_logprobs_BT=padded(rollout.logprobs) if rollout.logprobs or not len(rollout) else None,
+            kept=rollout.kept or None,
+            experts=[torch.as_tensor(rows, dtype=torch.int16) for rows in rollout.experts] or None,
         )
         advantages_B = columns.pop("advantages", None)
         if advantages_B is not None:
@@ -187,10 +195,28 @@ class Experience(TensorRecord):
         """The rows as one packed batch, runs of equal prompts as trees; `masked`: only what counts is scored."""
         groups = group_numbers(self.prompts)
         if masked and self.packed_rows:
-            return join(self.packed_rows, groups)
+            return self._with_choices(join(self.packed_rows, groups))
         runs = groupby(zip(groups, self._branches(masked), strict=True), key=itemgetter(0))
         trees = ([pair for _, pair in run] for _, run in runs)
-        return pack(TokenTree(tree[0][0], [branch for _, branch in tree]) for tree in trees)
+        return self._with_choices(pack(TokenTree(tree[0][0], [branch for _, branch in tree]) for tree in trees))
+
+    def _with_choices(self, packed: PackedBatch) -> PackedBatch:
+        """The batch with what is known of its tokens' words and experts. Of a shared prompt the first row decides."""
+        if self.kept is not None:
+            places = zip(packed.row_S.tolist(), packed.slot_S.tolist(), strict=True)
+            words = [torch.as_tensor(self.kept[row][slot], dtype=torch.int32) for row, slot in places]
+            width = max([1, *map(len, words)])
+            choices_SK = torch.full((len(words), width), -1, dtype=torch.int32)
+            for row_K, each in zip(choices_SK, words, strict=True):
+                row_K[: len(each)] = each
+            packed = replace(packed, choices_SK=choices_SK)
+        if self.experts:
+            experts_NLC = torch.full((len(packed.ids_N), *self.experts[0].shape[1:]), -1, dtype=torch.int16)
+            for row in reversed(range(packed.rows)):
+                index = torch.tensor(packed.row_indices(row)[: len(self.experts[row])])
+                experts_NLC[index] = self.experts[row][: len(index)]
+            packed = replace(packed, experts_NLC=experts_NLC)
+        return packed
 
     def _branches(self, masked: bool) -> Iterator[tuple[Tensor, Branch]]:
         """The prompt and the branch of each row."""

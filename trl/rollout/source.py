@@ -58,6 +58,10 @@ class SamplerSource:
     sampler is exact; else they are what it sampled from"""
     measure: Callable[[Rollout], list[list[float]]] | None = None
     """the policy's log-probabilities, where the sampler's are of another distribution"""
+    keeps_words: bool = False
+    """whether a token is learned as chosen from the words that the filters left, where the sampler says them"""
+    keeps_experts: bool = False
+    """whether a mixture's experts are those of the sampler, where it says them"""
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
         prompts = [list(row["prompt_ids"]) for row in rows]
@@ -74,6 +78,10 @@ class SamplerSource:
         )
         if any(completion.versions for completion in flat):
             rollout.metadata["versions"] = [list(map(tuple, completion.versions)) for completion in flat]
+        if self.keeps_words and all(completion.kept is not None for completion in flat):
+            rollout.kept = [completion.kept for completion in flat]
+        if self.keeps_experts and all(completion.experts is not None for completion in flat):
+            rollout.experts = [completion.experts for completion in flat]
         if self.measure is not None:
             rollout.logprobs = self.measure(rollout)
         return rollout

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from trl.losses.loss_sum import Aggregation, LossSum
+from trl.losses.loss_sum import Aggregation, LossSum, Measure
 from trl.losses.policy import (
     ADVANTAGES,
     REWARD_AGGREGATIONS,
@@ -339,14 +339,17 @@ class GRPOTrainer(OnPolicyTrainer):
         if self.entropy is not None and scores.entropy_BT is not None:
             self.entropy.add((scores.entropy_BT * batch.mask_BT).sum(), batch.mask_BT.sum())
             self.record("entropy_coef", coef)
-        weight_BT, old_BT = batch.weight_BT, self.old_logprobs(batch, scores.logprobs_BT)
+        old_BT = self.old_logprobs(batch, scores.logprobs_BT)
+        weight_BT, apart = batch.weight_BT, dict[str, Measure]()
+        if batch.behaviour_BT is not None:
+            weight_BT, apart = self.weighed(batch, old_BT, config.ratio_level(), config.clip_range())
         if config.off_policy_mask_threshold is not None:
             fresh = off_policy_mask(
                 scores.logprobs_BT, old_BT, batch.advantages_BT, batch.mask_BT,
                 config.off_policy_mask_threshold,
             )  # fmt: skip
             weight_BT = fresh if weight_BT is None else weight_BT * fresh
-        return policy_loss(
+        loss = policy_loss(
             scores.logprobs_BT,
             old_BT,
             batch.advantages_BT,
@@ -366,3 +369,4 @@ class GRPOTrainer(OnPolicyTrainer):
             sampled_BT=batch.sampled_BT,
             clip_range=config.clip_range(),
         )
+        return loss.noting(apart)

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from trl.data.records import Batch, Rollout
 from trl.generation.sampler import is_exact
 from trl.losses.kl import KL_ESTIMATORS
-from trl.losses.policy import mask_truncated
+from trl.losses.loss_sum import Measure
+from trl.losses.policy import Correction, mask_truncated, sampling_metrics
+from trl.losses.token_weights import IMPORTANCE_MODES
 from trl.models.forward import computes_in
 from trl.models.precision import EXACT
 from trl.models.reference import Reference
 from trl.rollout.experience import Experience, PolicyBatch, padded
 from trl.rollout.report import record_objective
 from trl.rollout.rewards import Rewards, credit_turns
-from trl.trainer.configuration import Setting, require
+from trl.trainer.configuration import Setting, choose, require
 from trl.trainer.guard import NonFiniteError, non_finite_weights
 from trl.trainer.rollout_trainer import RewardedConfig, RolloutTrainer
+from trl.trainer.settings import CORRECTION, rename
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,30 @@ class OnPolicyConfig(RewardedConfig):
     """share of the policy in the new reference"""
     ref_model_sync_steps: int = field(default=512)
     """optimizer steps between two moves"""
+    vllm_importance_sampling_correction: bool = field(default=True)
+    """where an engine outside of the trainer samples, or weights older than those of the update: weigh each token by
+    the ratio of the trainer's probability to the sampler's. The local sampler needs no weights and gets none"""
+    vllm_importance_sampling_mode: str = field(default="sequence_mask")
+    """whose ratio, of a token, of the sequence or the geometric mean of its tokens', and how it is bounded, truncate
+    (TIS) or mask: token_truncate, token_mask (IcePop), sequence_truncate, sequence_mask (MIS), geometric_truncate,
+    geometric_mask"""
+    vllm_importance_sampling_clip_max: float | None = field(default=3.0)
+    """upper bound of that ratio; None: none"""
+    vllm_importance_sampling_clip_min: float | None = field(default=None)
+    """lower bound; None: none"""
+    vllm_importance_sampling_cap: float | None = field(default=None)
+    """older name of `vllm_importance_sampling_clip_max`"""
+    staleness_correction: str = field(default="decoupled")
+    """where an engine or older weights sampled: decoupled clips the ratio to the weights at the start of the update and
+    weighs by these over the sampler (decoupled PPO); none clips the ratio to the sampler itself and weighs nothing"""
+    rollout_logprobs: str = field(default="policy")
+    """whose log-probabilities `rollout_func` gives: those of the policy, which are the old ones; or those of an engine,
+    from which they may differ: corrected as vLLM's"""
+    keep_sampling_mask: bool | None = field(default=None)
+    """top-p, top-k, min-p: learn each token as chosen from the words that the filters left, over which its probability
+    is then taken. None: where an engine says which these were; True: with the local sampler too"""
+    routing_replay: bool = field(default=True)
+    """mixtures of experts: where an engine says which experts each token went to, send it to these in training too"""
 
     def validate(self) -> None:
         super().validate()
@@ -71,6 +98,51 @@ class OnPolicyConfig(RewardedConfig):
         for name, default in (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512)):
             used = self.sync_ref_model or getattr(self, name) == default
             require(self, name, used, "no effect without sync_ref_model=True")
+        self._validate_correction()
+
+    def _validate_correction(self) -> None:
+        choose(self, "staleness_correction", ("decoupled", "none"))
+        choose(self, "rollout_logprobs", ("policy", "engine"))
+        choose(self, "vllm_importance_sampling_mode", IMPORTANCE_MODES)
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        require(self, "vllm_importance_sampling_clip_max", high is None or high >= 1, "give a ratio >= 1, or None")
+        require(
+            self, "vllm_importance_sampling_clip_min", low is None or 0 <= low <= 1, "give a ratio in [0, 1], or None"
+        )
+        way_out = "a penalty changes the odds of the words that are left, which no mask says; set it to 1"
+        require(self, "repetition_penalty", not self.keep_sampling_mask or self.repetition_penalty == 1, way_out)
+        filtered = bool(self.top_k or self.top_p < 1 or self.min_p)
+        way_out = "no effect without top_p, top_k or min_p: all words are left"
+        require(self, "keep_sampling_mask", not self.keep_sampling_mask or filtered, way_out)
+
+    def translate(self) -> None:
+        super().translate()
+        rename(self, "vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max")
+        self.__dict__["vllm_importance_sampling_cap"] = None
+
+    @classmethod
+    def exceptions(cls) -> dict[str, str]:
+        return {name: text for name, text in super().exceptions().items() if name not in CORRECTION}
+
+    def correction(self) -> Correction | None:
+        """How what another computation of the policy sampled is weighed; None: not at all."""
+        if not self.vllm_importance_sampling_correction or self.staleness_correction == "none":
+            return None
+        return Correction(
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_max,
+            self.vllm_importance_sampling_clip_min,
+        )
+
+    def measures_function(self) -> bool:
+        return self.rollout_logprobs == "policy"
+
+    def keeps_words(self, exact: bool) -> bool:
+        filtered = bool(self.top_k or self.top_p < 1 or self.min_p) and self.repetition_penalty == 1
+        return filtered and (not exact if self.keep_sampling_mask is None else self.keep_sampling_mask)
+
+    def keeps_experts(self) -> bool:
+        return self.routing_replay
 
     @property
     def moves_reference(self) -> bool:
@@ -91,10 +163,12 @@ class OnPolicyTrainer(RolloutTrainer):
         super().__init__(*args, **kwargs)
         if self.args.turn_level_credit and (self.environment is None or self.rewards is None or self.rewards.panel):
             raise ValueError("turn_level_credit=True: needs an environment that gives the rewards, and no reward_funcs")
+        if self.args.rollout_logprobs == "engine" and self.rollout_func is None:
+            raise ValueError("rollout_logprobs='engine': no effect without a rollout_func; leave it out")
         self.reference = self._reference(ref_model)
         self._sampled_at = -1
         """number of the optimizer step before which the rollout at hand was made; -1: none was"""
-        self._said_passes = False
+        self._said_passes = self._said_filters = False
 
     @property
     def kl(self) -> KLTerm:
@@ -135,7 +209,7 @@ class OnPolicyTrainer(RolloutTrainer):
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
         self._check_reference()
-        experience = self._before_updates(Experience.of(rollout))
+        experience = self._before_updates(self._known(Experience.of(rollout)))
         if self.args.mask_truncated_completions:
             cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)))
             experience = replace(experience, mask_BT=mask_truncated(experience.mask_BT, cut_B))
@@ -143,7 +217,7 @@ class OnPolicyTrainer(RolloutTrainer):
         if self.reference is not None:
             with self.reference.model() as model:
                 assert model is not None
-                reference_BT = self.scored(model, experience).logprobs_BT
+                reference_BT = self.scored(model, replace(experience, experts=None)).logprobs_BT
             of_policy_BT, beta = padded(rollout.masks), self.args.beta
             record_objective(self.record, experience, reference_BT, of_policy_BT, rewards.total_B(), beta)
         kl_B = self._kl_B(experience, rollout, reference_BT)
@@ -189,17 +263,47 @@ class OnPolicyTrainer(RolloutTrainer):
         update's own, and what one pass more measures of the rows that are read before it or learned later.
         """
         self._sampled_at = self._steps_begun
-        if self._is_stale or not self._sampler_is_coarse() or rows.old_logprobs_BT is None:
-            return rows  # no pass of now says what older weights would
+        apart = self._samples_apart()
+        if apart and self.args.staleness_correction == "none" and self._same_words(rows):
+            return rows
+        if not (apart or self._sampler_is_coarse()) or rows.old_logprobs_BT is None:
+            return rows
         later = self._measured_rows(len(rows))
         if not len(later):
             return replace(rows, sampled_BT=rows.old_logprobs_BT)
-        self._say_passes(len(later), len(rows))
+        self._say_passes(len(later), len(rows), apart)
         part = rows.select(later)
         measured_BT = self.scored(self.model, part).logprobs_BT
         old_BT = rows.old_logprobs_BT.clone()
         old_BT[later.start : later.stop, : measured_BT.shape[1]] = measured_BT
         return replace(rows, old_logprobs_BT=old_BT, sampled_BT=rows.old_logprobs_BT)
+
+    def _samples_apart(self) -> bool:
+        """Whether another computation of the policy sampled the rollout at hand, or older weights."""
+        told = self.rollout_func is not None and self.args.rollout_logprobs == "engine"
+        return told or self.engine_samples or self._is_stale
+
+    def starts_at_ratio_one(self) -> bool:
+        plain = self.engine_samples and self.args.staleness_correction == "none"
+        return super().starts_at_ratio_one() and not plain
+
+    def _known(self, rows: Experience) -> Experience:
+        """The rows; where an engine sampled another distribution than is learned, that is said, once."""
+        if rows.old_logprobs_BT is None and len(rows) and self.args.rollout_logprobs == "engine":
+            raise ValueError("rollout_logprobs='engine': rollout_func gave no logprobs; return them, or leave it out")
+        if not self._same_words(rows) and not self._said_filters:
+            logger.warning(
+                "top_p, top_k, min_p, repetition_penalty or min_new_tokens change what the engine draws from, and it "
+                "does not say which words they leave: its log-probabilities are of another distribution than the "
+                "policy's, and are not used to weigh tokens (vLLM says them with --return-sampling-mask and top_k > 0)"
+            )
+            self._said_filters = True
+        return rows
+
+    def _same_words(self, rows: Experience) -> bool:
+        """Whether the sampler's log-probabilities are of the distribution that is learned."""
+        filtered = self.engine_samples and self.args.reshapes
+        return not filtered or (rows.kept is not None and self.args.repetition_penalty == 1)
 
     def _sampler_is_coarse(self) -> bool:
         """Whether log-probabilities are a sampler's, whose computation gives other ones than that of training.
@@ -227,21 +331,49 @@ class OnPolicyTrainer(RolloutTrainer):
             return range(0 if len(later) else rows, rows)
         return range(min(later.start, rows), rows)
 
-    def _say_passes(self, rows: int, of: int) -> None:
+    def _say_passes(self, rows: int, of: int, apart: bool) -> None:
         if not self._said_passes:
-            precision = self._sampling_precision()
-            way = f"in {precision}, in which" if is_exact(self.sampler) else "by code of its own, so that"
+            how = f"computes in {self._sampling_precision()}, in which"
+            if apart:
+                how = "draws by older weights, so that" if self._is_stale else "computes by code of its own, so that"
             logger.warning(
-                "the sampler computes %s its log-probabilities are not quite those of training: one forward pass more "
-                "measures %d of the %d completions of each rollout", way, rows, of,
+                "the sampler %s its log-probabilities are not quite those of training: one forward pass more measures "
+                "%d of the %d completions of each rollout", how, rows, of,
             )  # fmt: skip
         self._said_passes = True
 
     def _collate(self, rows: Experience) -> dict[str, PolicyBatch]:
         batch = super()._collate(rows)["policy"]
         first = self._sampled_at == self._steps_begun
-        own = first and rows.sampled_BT is not None and self._uses_own_pass()
-        return Batch(policy=replace(batch, own_pass=own, sampled_BT=batch.sampled_BT if first else None))
+        if rows.sampled_BT is None:
+            return Batch(policy=replace(batch, sampled_BT=batch.sampled_BT if first else None))
+        own = first and self._uses_own_pass()
+        known, correction = self._same_words(rows), self.args.correction() if self._samples_apart() else None
+        sampled_BT = batch.sampled_BT if first and known else None
+        if correction is None or not known or batch.sampled_BT is None:
+            return Batch(policy=replace(batch, own_pass=own, sampled_BT=sampled_BT))
+        if self.reads_own_pass():
+            return Batch(policy=replace(batch, own_pass=own, sampled_BT=None, behaviour_BT=batch.sampled_BT))
+        weight_BT, _ = correction.weigh(batch.old_logprobs_BT, batch.sampled_BT, batch.mask_BT)
+        if batch.weight_BT is not None:
+            weight_BT = weight_BT * batch.weight_BT
+        return Batch(policy=replace(batch, sampled_BT=sampled_BT, weight_BT=weight_BT.expand_as(batch.mask_BT)))
+
+    def weighed(
+        self, batch: PolicyBatch, old_BT: Tensor, level: str, clip_range: tuple[float, float]
+    ) -> tuple[Tensor | None, dict[str, Measure]]:
+        """The weight of each token's surrogate where `behaviour_BT` is known, and how far trainer and sampler differ.
+
+        old_BT: of the policy around which the ratio is clipped. level, clip_range: see `sampling_metrics`.
+        """
+        correction = self.args.correction()
+        if batch.behaviour_BT is None or correction is None:
+            return batch.weight_BT, {}
+        weight_BT, metrics = correction.weigh(old_BT, batch.behaviour_BT, batch.mask_BT)
+        if batch.weight_BT is not None:
+            weight_BT = weight_BT * batch.weight_BT
+        apart = sampling_metrics(old_BT, batch.behaviour_BT, batch.mask_BT, level, clip_range)
+        return weight_BT, metrics | apart
 
     def _over_all_ranks(self, rewards: Rewards, kl_B: Tensor | None) -> Tensor:
         """This rank's advantages; statistics over the batch see the completions of all ranks."""

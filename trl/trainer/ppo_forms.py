@@ -32,6 +32,8 @@ SHARED = (
     "gradient_accumulation_steps", "max_grad_norm", "whiten_rewards", "temperature", "missing_eos_penalty",
     "stop_token", "adam_epsilon", "output_dir", "save_steps", "save_total_limit", "remove_unused_columns",
     "on_non_finite", "max_non_finite_skips", "enable_jit_checkpoint", "overwrite_output_dir",
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
 )  # fmt: skip
 """fields of both forms"""
 NEEDS_FOLDER = ("enable_jit_checkpoint", "overwrite_output_dir")

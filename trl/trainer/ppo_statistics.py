@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trl.core import WANDB_PADDING, masked_mean
 from trl.data.records import moved_ahead
-from trl.losses.policy import sampling_metrics
+from trl.losses.policy import Correction, sampling_metrics
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.measure import means_of
 
@@ -83,13 +83,20 @@ def batch_keys(batch: Experience | PolicyBatch, ratios: Tensor, total: Total = a
 
 
 def sampling_keys(
-    measured: Experience, sampled_BT: Tensor, cliprange: float, total: Total = alone
+    measured: Experience,
+    sampled_BT: Tensor,
+    cliprange: float,
+    total: Total = alone,
+    correction: Correction | None = None,
 ) -> dict[str, Tensor]:
-    """By how much the sampler's log-probabilities differ from those that were measured, as means over tokens."""
+    """By how much the sampler's log-probabilities differ from those that were measured, as means over tokens; and the
+    weights by which a correction makes up for that."""
     assert measured.old_logprobs_BT is not None
     trained_BT, mask_BT = measured.old_logprobs_BT, measured.mask_BT
     bounds = (1 - cliprange, 1 + cliprange)
     metrics = sampling_metrics(trained_BT, sampled_BT.to(trained_BT), mask_BT, "token", bounds)
+    if correction is not None:
+        metrics |= correction.weigh(trained_BT, sampled_BT.to(trained_BT), mask_BT)[1]
     if total is not alone:
         pairs = {name: value for name, value in metrics.items() if isinstance(value, tuple)}
         both = [torch.as_tensor(number, dtype=torch.float32) for pair in pairs.values() for number in pair]

@@ -51,7 +51,7 @@ from trl.legacy import ppo_padded
 from trl.losses.advantages import token_rewards
 from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum, Measure, masked_sum
-from trl.losses.policy import clipped_surrogate, clipped_value
+from trl.losses.policy import Correction, clipped_surrogate, clipped_value
 from trl.models import zero
 from trl.models.forward import eval_mode
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
@@ -217,6 +217,16 @@ class PPOConfig(TodaysSettings):
     """clip scores to +- this"""
     whiten_rewards: bool = False
     """scale the rewards of a batch to variance 1; their mean stays"""
+    vllm_importance_sampling_correction: bool = True
+    """where an engine outside of the trainer samples in `train()`: weigh each token of the policy's loss by the ratio
+    of the policy's probability to the engine's. The local sampler needs no weights and gets none"""
+    vllm_importance_sampling_mode: str = "sequence_mask"
+    """whose ratio and how it is bounded: token_truncate (TIS), token_mask (IcePop), sequence_truncate, sequence_mask
+    (MIS), geometric_truncate, geometric_mask"""
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """upper bound of that ratio; None: none"""
+    vllm_importance_sampling_clip_min: float | None = None
+    """lower bound; None: none"""
 
     temperature: float = OfForm(1.0, other=0.7)
     """of sampling *and* of the log-probabilities that the step computes; today's form: 0.7"""
@@ -312,7 +322,18 @@ class PPOConfig(TodaysSettings):
         if self.kl_penalty not in KL_PENALTIES:
             raise AssertionError(f"kl_penalty={self.kl_penalty!r}: choose 'kl', 'abs', 'mse', 'k3' or 'full'")
 
+    def correction(self) -> Correction | None:
+        """How what an engine outside of the trainer sampled is weighed; None: not at all."""
+        if not self.vllm_importance_sampling_correction:
+            return None
+        return Correction(
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_max,
+            self.vllm_importance_sampling_clip_min,
+        )
+
     def _validate(self) -> None:
+        self.correction()
         for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "steps",
                      "compare_steps", "max_new_tokens", "save_total_limit", "max_non_finite_skips"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -508,6 +529,7 @@ class PPOTrainer(BaseTrainer):
         self._named: list[Piece] = []
         self._agree = False
         """whether the processes were compared"""
+        self._said_filters = False
         self._sampled_BT: Tensor | None = None
         """log-probabilities by the sampler of `train`, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
@@ -763,10 +785,10 @@ class PPOTrainer(BaseTrainer):
                 experience = self._own_advantages(measured, rewards_BT)
             else:
                 experience = with_advantages(self.accelerator, measured, rewards_BT, **self._gae_numbers())
+            experience, of_sampler = self._of_sampler(experience)
             clock.lap("compute_advantages")
             train_stats = self._update(experience)
             clock.lap("optimize_step")
-        of_sampler = self._said_of_sampler(measured)
         stats = of_sampler | self.record_step_stats(
             self.kl_ctl.value, logprobs=measured.old_logprobs_BT, ref_logprobs=measured.reference_BT,
             masks=measured.mask_BT, scores=scores_B, non_score_reward=penalty_BT, train_stats=train_stats,
@@ -903,12 +925,27 @@ class PPOTrainer(BaseTrainer):
             tokens=0 if self.is_distributed else self._budget or PACKED_TOKENS, device=self.current_device,
         )  # fmt: skip
 
-    def _said_of_sampler(self, measured: Experience) -> dict[str, Any]:
-        """How far the sampler of `train` was from the policy that is measured here; nothing where it is not known."""
+    def _of_sampler(self, experience: Experience) -> tuple[Experience, dict[str, Any]]:
+        """The experience, weighed where an engine sampled it; and how far the sampler of `train` was from the policy
+        that is measured here, nothing where it is not known."""
         sampled_BT, self._sampled_BT = self._sampled_BT, None
-        if sampled_BT is None or sampled_BT.shape != measured.mask_BT.shape:
-            return {}
-        return ppo_statistics.sampling_keys(measured, sampled_BT, self.config.cliprange, self._total)
+        if sampled_BT is None or sampled_BT.shape != experience.mask_BT.shape:
+            return experience, {}
+        correction = self.config.correction() if self._engine_samples() else None
+        if correction is not None and self._owns("loss"):
+            raise ValueError("vllm_importance_sampling_correction=True: an own `loss` is not weighed; set it to False")
+        keys = ppo_statistics.sampling_keys(experience, sampled_BT, self.config.cliprange, self._total, correction)
+        if correction is None:
+            return experience, keys
+        old_BT = experience.old_logprobs_BT
+        assert old_BT is not None
+        weight_BT, _ = correction.weigh(old_BT, sampled_BT.to(old_BT), experience.mask_BT)
+        return replace(experience, weight_BT=weight_BT.expand_as(old_BT)), keys
+
+    def _engine_samples(self) -> bool:
+        """Whether `train` samples by another computation of the policy than its own."""
+        sampler = getattr(self.source, "sampler", None)
+        return sampler is not None and not is_exact(sampler)
 
     def _gae_numbers(self) -> dict[str, Any]:
         return {"gamma": self.config.gamma, "lam": self.config.lam, "whiten_rewards": self.config.whiten_rewards}
@@ -1515,6 +1552,12 @@ class PPOTrainer(BaseTrainer):
             batch[name] = [torch.tensor(ids, dtype=torch.long, device=self.current_device) for ids in lists]
         if source is None and rollout.logprobs and self._samples_policy():
             batch["logprobs"] = padded(rollout.logprobs)
+        elif source is None and self._engine_samples() and not self._said_filters:
+            self._said_filters = True
+            logger.warning(
+                "generation_kwargs change what the engine draws from: its log-probabilities are of another "
+                "distribution than the policy's, and are not used to weigh tokens"
+            )
         return {**batch, "scores": total_scores(rewards(rollout, prompts, columns))}
 
     def save_state(self, directory: str | os.PathLike[str]) -> None:
@@ -1706,8 +1749,9 @@ def actor_critic_loss(config: PPOConfig, batch: PolicyBatch, scores: Scores) -> 
     assert batch.returns_BT is not None
     mask_BT, clip = batch.mask_BT, config.cliprange
     policy = clipped_surrogate(
-        scores.logprobs_BT, batch.old_logprobs_BT, batch.advantages_BT, mask_BT, clip_low=clip, clip_high=clip
-    )
+        scores.logprobs_BT, batch.old_logprobs_BT, batch.advantages_BT, mask_BT, clip_low=clip, clip_high=clip,
+        weight_BT=batch.weight_BT,
+    )  # fmt: skip
     value = clipped_value(scores.values_BT, batch.values_BT, batch.returns_BT, mask_BT, config.cliprange_value)
     weighed = config.vf_coef * value.total
     of_policy: dict[str, Measure] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.data.records import Rollout
-from trl.losses.loss_sum import Aggregation, LossSum
+from trl.losses.loss_sum import Aggregation, LossSum, Measure
 from trl.losses.policy import batch_relative, clipped_surrogate, leave_one_out
 from trl.models.scoring import score
 from trl.rollout.experience import Experience, PolicyBatch
@@ -258,19 +258,25 @@ class RLOOTrainer(OnPolicyTrainer):
     def policy_objective(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         scores = score(model, batch.packed, temperature=self.args.temperature, entropy=True)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
-        return clipped_surrogate(
+        old_BT = self.old_logprobs(batch, scores.logprobs_BT)
+        weight_BT, apart = batch.weight_BT, dict[str, Measure]()
+        if batch.behaviour_BT is not None:
+            weight_BT, apart = self.weighed(batch, old_BT, "trajectory", (1 - self.args.epsilon, 1 + high))
+        loss = clipped_surrogate(
             scores.logprobs_BT,
-            self.old_logprobs(batch, scores.logprobs_BT),
+            old_BT,
             batch.advantages_BT,
             batch.mask_BT,
             clip_low=self.args.epsilon,
             clip_high=high,
             level="trajectory",
+            weight_BT=weight_BT,
             sampled_BT=batch.sampled_BT,
             reference_BT=batch.reference_BT,
             entropy_BT=scores.entropy_BT,
             how=self.aggregation,
         )
+        return loss.noting(apart)
 
 
 def _path(args: Any, name: str) -> str | None:

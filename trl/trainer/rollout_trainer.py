@@ -48,6 +48,7 @@ from trl.models.unwrap import below_peft, is_encoder_decoder, runs_in_step
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
+from trl.rollout import reward_check
 from trl.rollout.collector import Ahead, Collected, Collector
 from trl.rollout.experience import (
     Division,
@@ -78,6 +79,7 @@ from trl.rollout.source import (
     says_prompts,
     with_own_prompts,
 )
+from trl.trainer import checkpoints
 from trl.trainer.checkpoints import processes_text
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
 from trl.trainer.engines import engine_sampler
@@ -393,6 +395,18 @@ class RolloutConfig(PostTrainingConfig):
         """Whether sampling is to gather sharded weights layer by layer."""
         return self.gather == "layers" or not self.ds3_gather_for_generation
 
+    def measures_function(self) -> bool:
+        """Whether log-probabilities that a `rollout_func` does not know are those of a pass of the policy."""
+        return True
+
+    def keeps_words(self, exact: bool) -> bool:
+        """Whether a token is learned as chosen from the words that the filters left, where its sampler says them."""
+        return False
+
+    def keeps_experts(self) -> bool:
+        """Whether a mixture's experts are those that an engine took, where it says them."""
+        return False
+
     @property
     def reshapes(self) -> bool:
         """Whether completions are drawn from another distribution than the policy at `temperature`."""
@@ -409,6 +423,10 @@ class RolloutConfig(PostTrainingConfig):
     def refill_rounds(self) -> int:
         """Rounds of sampling for each rollout at most."""
         return 1
+
+    def how_rewards_are_checked(self) -> str:
+        """Before training: yes, no, or all."""
+        return "no"
 
     def place_in_data(self) -> dict[str, Any]:
         """Nothing: prompts are counted, and a half-used rollout is compared with the settings that made it."""
@@ -462,6 +480,10 @@ class RewardedConfig(RolloutConfig):
     """weight of each reward function; None: 1 each"""
     reward_timeout: float | str | list[float | None] | None = field(default=None)
     """seconds after which a reward function has no opinion of a batch, for all or one each; None: wait"""
+    check_rewards: str = field(default="no")
+    """before training, try the reward functions on trivial answers (empty, constant, echoed, very long, repeated) and
+    on the model's own samples, and say where a trivial one earns more: yes, no, or all, which also calls functions that
+    ask other machines. They are called in a process of their own, so what they remember stays as it was"""
     overlong_cache: int | None = field(default=None)
     """soft punishment for the last so many tokens before the limit, from 0 up to 1; None: off"""
     dynamic_sampling: bool = field(default=False)
@@ -484,11 +506,15 @@ class RewardedConfig(RolloutConfig):
         timeouts: list[Any] = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
         fits = all(seconds is None or seconds > 0 for seconds in timeouts)
         require(self, "reward_timeout", fits, "give seconds > 0, or None")
+        require(self, "check_rewards", self.check_rewards in ("yes", "no", "all"), "choose yes, no or all")
         fits = cache is None or 0 < cache <= self.max_completion_length
         require(self, "overlong_cache", fits, "give tokens in (0, max_completion_length], or None")
 
     def refill_rounds(self) -> int:
         return self.dynamic_sampling_max_rounds if self.dynamic_sampling else 1
+
+    def how_rewards_are_checked(self) -> str:
+        return self.check_rewards
 
 
 DECIDED = (*SAMPLING_FIELDS, "do_sample", "eos_token_id", "max_length", "min_length", *OUTPUTS)
@@ -596,6 +622,7 @@ class RolloutTrainer(ObjectiveTrainer):
         environment_factory: Factory | Mapping[str, Factory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         sampler: Sampler | None = None,
+        judge_funcs: RewardSource | Sequence[RewardSource] | None = None,
     ):
         config = as_config(args, self.config_class)
         check_sampler(sampler)
@@ -661,6 +688,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.rewards = self._rewards(reward_funcs, reward_processing_classes) if self.needs_rewards else None
         self._reward_tokenizers = reward_processing_classes
         self._reward_funcs: Any = reward_funcs
+        self._judge_funcs: Any = judge_funcs
         self.reference: Reference | None = None
         self.collector = self._collector(shape)
         self.ahead = self._ahead()
@@ -671,6 +699,8 @@ class RolloutTrainer(ObjectiveTrainer):
         """optimizer steps since the trainer was made, whatever its runs were"""
         self._ratio_is_one_at: int | None = None
         """number of the optimizer step that must start at ratio 1"""
+        self._sampled_apart = False
+        """whether what the optimizer step at hand learns was sampled by an engine, or by older weights"""
         self._is_stale = False
         """whether the rollout at hand was sampled by older weights than those that its updates started from"""
         self._lost: EngineError | None = None
@@ -718,7 +748,10 @@ class RolloutTrainer(ObjectiveTrainer):
         if self._replaced:  # by a checkpoint, or by hand, between two runs
             self._moved, self._replaced = max(0, self._followed + 1 - step), False
         self._followed = step + self._moved
+        before = is_exact(self.sampler)
         self.sampler.follow(self._followed)
+        if is_exact(self.sampler) != before:  # the local sampler goes on in its place
+            self.source = self.collector.source = self.make_source()
 
     def _ready(self, environment: Any, reward_funcs: Any) -> Any:
         """The environment with what it needs to play; ValueError for arguments that do not go together."""
@@ -820,16 +853,28 @@ class RolloutTrainer(ObjectiveTrainer):
         config = self.args
         if not config.max_staleness:
             return None
-        apart = hasattr(self.sampler, "follow") and isinstance(self.source, SamplerSource | EnvironmentSource)
-        if not apart:
-            require(
-                config, "sync_in_flight", not config.sync_in_flight, "only an engine with weights of its own has it"
-            )
-        elif getattr(self.source, "measure", None) is not None:
-            way_out = "completions of this temperature and these filters are measured by weights that are gone by then"
+        follows, keeps = hasattr(self.sampler, "follow") and self.rollout_func is None, config.sync_in_flight
+        if keeps:
+            way_out = "only an engine beside the trainer, such as a vLLM server, samples while its weights change"
+            require(config, "sync_in_flight", follows and getattr(self.sampler, "beside", True), way_out)
+            way_out = "give the sampler keeps=True, and its sync mode='keep'"
+            require(config, "sync_in_flight", getattr(self.sampler, "keeps", True), way_out)
+        if follows and getattr(self.source, "measure", None) is not None:
+            way_out = "the weights that could measure filtered completions at this temperature are gone by then"
             require(config, "max_staleness", False, f"{way_out}; leave the filters out, or set it to 0")
-        plays, keeps = self.environment is not None, config.sync_in_flight
-        return Ahead(self.collector, config.max_staleness, follow=self._follow, apart=apart, keeps=keeps, plays=plays)
+        return Ahead(
+            self.collector,
+            config.max_staleness,
+            follow=self._follow,
+            apart=self._draws_apart,
+            keeps=keeps,
+            plays=self.environment is not None,
+        )
+
+    def _draws_apart(self) -> bool:
+        """Whether rollouts can be drawn while the policy is trained."""
+        beside = hasattr(self.sampler, "follow") and getattr(self.sampler, "beside", True)
+        return beside and isinstance(self.source, SamplerSource | EnvironmentSource)
 
     def _rest(self) -> None:
         """Have what is in flight end. Collective."""
@@ -845,18 +890,24 @@ class RolloutTrainer(ObjectiveTrainer):
         """What completes the prompts: the environment, the user's function or the sampler."""
         if self.rollout_func is not None:
             call = calls_of(self.rollout_func, [self], [self.args, self.processing_class])
-            return FunctionSource(call, self.logprobs_of, embedding_rows(self.model) or math.inf)
+            measure = self.logprobs_of if self.args.measures_function() else None
+            return FunctionSource(call, measure, embedding_rows(self.model) or math.inf)
         return self.sampled_by(self.sampler)
 
     def sampled_by(self, sampler: Sampler) -> Source:
         """Completions by a sampler, or episodes of the environment in which it makes the turns."""
         config = self.args
+        exact = is_exact(sampler)
         if self.environment is None:
+            own_words = config.reshapes and config.keeps_words(exact)
+            reshaped = config.reshapes and exact and not own_words
             return SamplerSource(
                 sampler,
-                self.sampling_params,
-                reshaped=config.reshapes,
-                measure=self.logprobs_of if config.reshapes and config.temperature != 1.0 else None,
+                partial(self.sampling_params, say_kept=True) if own_words else self.sampling_params,
+                reshaped=reshaped,
+                measure=self.logprobs_of if reshaped and config.temperature != 1.0 else None,
+                keeps_words=own_words,
+                keeps_experts=not exact and config.keeps_experts(),
             )
         return EnvironmentSource(
             self.environment,
@@ -865,8 +916,13 @@ class RolloutTrainer(ObjectiveTrainer):
             context=context_length(self.model),
             limit=config.max_completion_length,
             first=config.process_index * self.eval_rows,
-            measure=self.logprobs_of if config.reshapes else None,
+            measure=self.logprobs_of if config.reshapes and exact else None,
         )
+
+    @property
+    def engine_samples(self) -> bool:
+        """Whether completions are drawn by another computation of the policy than this trainer's."""
+        return self.rollout_func is None and not is_exact(self.sampler)
 
     def _rewards(self, functions: Any, tokenizers: Any) -> RolloutRewards:
         config = self.args
@@ -919,7 +975,52 @@ class RolloutTrainer(ObjectiveTrainer):
             unscored=self._write_unscored,
             ends=self._ends(),
             weights=self.weights_for_sampling,
+            held_out=self._judges(),
         )
+
+    def _judges(self) -> RolloutRewards | None:
+        """Of what held-out judges say nothing is learned; it stands in the log as `judge/NAME/mean`."""
+        if self._judge_funcs is None:
+            return None
+        like = frozen_dtype(self.model, self.accelerator.mixed_precision)
+        return RolloutRewards(reward_panel(self._judge_funcs, None, None, self.args.device, like=like))
+
+    def _begin_steps(self, step: int) -> None:
+        super()._begin_steps(step)
+        how = self.args.how_rewards_are_checked()
+        if how == "no" or step or self.rewards is None:
+            return
+        try:
+            with checkpoints.same_random_state():
+                self._check_rewards(servers=how == "all")
+        except Exception as error:  # nobody's run ends by this
+            logger.warning("check_rewards: %s: %s; the rewards were not tried", type(error).__name__, error)
+
+    def _check_rewards(self, *, servers: bool) -> None:
+        """Try the reward functions, on one process; its samples are drawn as those of an evaluation."""
+        if self.environment is not None or self.rewards is None or self.rewards.panel is None:
+            logger.warning("check_rewards: the rewards of episodes, and those that rollouts bring, are not tried")
+            return
+        if not self.is_world_process_zero():
+            return
+        config, prompts = self.args, self._prompts()
+        rows = prompts.take(0, reward_check.PROMPTS)
+        asked = self.collector.prompt_texts(rows, 1)
+        ids = [list(row["prompt_ids"]) for row in rows]
+        end = self.processing_class.eos_token_id
+        made = reward_check.trivial_rollouts(asked, ids, self.processing_class, config.max_completion_length, end)
+        tried: dict[str, tuple[Rollout, int]] = {kind: (rollout, 1) for kind, rollout in made.items()}
+        if self.rollout_func is None and config.world_size == 1:
+            copies = min(reward_check.COPIES, config.num_generations)
+            self.follow()
+            with torch.no_grad():
+                tried[reward_check.OWN] = self.collector.draw(rows, copies, self.collector.seed(-1)), copies
+
+        def judge(rewards: RolloutRewards, rollout: Rollout, copies: int) -> Rewards:
+            return self.collector.judge(rollout, rows, copies, self.state, rewards)
+
+        found = reward_check.check_rewards(self.rewards, tried, judge, servers=servers)
+        reward_check.tell(found, Path(str(config.output_dir)))
 
     def _check_sharding(self) -> None:
         """ValueError where the sampler could not get the weights; one line where `gather` has no effect."""
@@ -1026,10 +1127,10 @@ class RolloutTrainer(ObjectiveTrainer):
         finally:
             if self.ahead is not None:
                 self.ahead.let_go(self.rollouts.state, self.state.global_step)
-            self.args.ignore_data_skip = self.args.in_training = False
+            self.args.ignore_data_skip = self.args.in_training = self.is_in_train = False
             close_objects(self.environment)
 
-    def sampling_params(self, seed: Seed) -> SamplingParams:
+    def sampling_params(self, seed: Seed, say_kept: bool = False) -> SamplingParams:
         config = self.args
         further: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.generation_kwargs or {}).items()}
         return SamplingParams(
@@ -1039,6 +1140,7 @@ class RolloutTrainer(ObjectiveTrainer):
             top_p=config.top_p,
             min_p=config.min_p or 0.0,
             repetition_penalty=config.repetition_penalty,
+            say_kept=say_kept,
             seed=seed,
             **further,
         )
@@ -1051,7 +1153,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
         if rewards.logs.metrics:
-            check_new_names(rewards.logs.metrics)
+            check_new_names(name for name in rewards.logs.metrics if not name.startswith("judge/"))
         rollout_report.record(self.record, self.record_extreme, rollout, rewards, group, self.collector.gather)
         prompts = self.collector.prompt_texts(rows, group)
         table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
@@ -1193,8 +1295,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         # Sampler and trainer are one model, so the first update on a fresh rollout starts at ratio 1.
         fresh = self._before_first_update and self.rollouts.is_used_up
-        exact = self.args.disable_dropout and self.rollout_func is None and is_exact(self.sampler)
-        self._ratio_is_one_at = self.state.global_step if fresh and exact else None
+        self._ratio_is_one_at = self.state.global_step if fresh and self.starts_at_ratio_one() else None
         self._before_first_update = False
         self._steps_begun += 1
         started = time.perf_counter()
@@ -1207,10 +1308,15 @@ class RolloutTrainer(ObjectiveTrainer):
                 raise  # nothing was learned that a checkpoint could keep
             self._end_without_engine(error)
             return [], torch.zeros((), device=device)
+        self._sampled_apart = self.engine_samples or self._is_stale
         for piece in pieces_of(batches):
             piece["policy"] = piece["policy"].to(device)
         self.record("step_time", time.perf_counter() - started, 1.0)
         return batches, count
+
+    def starts_at_ratio_one(self) -> bool:
+        """Whether the first update on a rollout must start at the policy that the old log-probabilities are of."""
+        return bool(self.args.disable_dropout) and self.rollout_func is None
 
     def _end_without_engine(self, error: EngineError) -> None:
         """End the run with a checkpoint: nobody samples any more. `check_end` says why."""
@@ -1245,7 +1351,10 @@ class RolloutTrainer(ObjectiveTrainer):
             return LossSum(self.nothing(model), policy.counted)
         loss = self.policy_objective(model, policy)
         if self._ratio_is_one_at == self.state.global_step and model.training:
-            check_first_ratio(means_of(loss.metrics), self._precision)
+            means = means_of(loss.metrics)
+            if self._sampled_apart:  # the sampler's own numbers may differ
+                means = {name: value for name, value in means.items() if not name.startswith("sampling/")}
+            check_first_ratio(means, self._precision)
         return LossSum(loss.total, policy.counted, {} if policy.only_runs else loss.metrics)
 
     def _precision(self) -> str:
@@ -1271,12 +1380,15 @@ class RolloutTrainer(ObjectiveTrainer):
         mine, of_step = [{**self.rollouts.plain_state(), **waiting}], self._division().of_step
         ranks = gather_object(mine) if self.args.world_size > 1 else mine
         state: dict[str, Any] = {"rollouts": ranks, "of_step": of_step}
+        if self._is_stale:  # what is left of the rollout at hand is weighed as its first part was
+            state["is_stale"] = True
         if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
             state["reference"] = self.reference.state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         ranks, rank = [dict(one) for one in state["rollouts"]], self.args.process_index
+        self._is_stale = bool(state.get("is_stale"))
         waiting, position = [one.pop("waiting", []) for one in ranks], ranks[0]["position"]
         before = waiting[0][0]["start"] if waiting[0] else position
         ranks = [{**one, "position": before} for one in ranks]  # as if nothing had been drawn ahead

@@ -15,7 +15,6 @@ from trl.import_utils import is_gpu_available, is_installed
 
 logger = logging.getLogger(__name__)
 
-_CORRECTION = "has no effect: sampler and policy are one model, so there is no mismatch to correct"
 _PADS = "has no effect: rows are packed, and what little is padded is never scored"
 _CACHE = "has no effect: the local sampler keeps a cache of its own"
 _COMPILE = "becomes `compile_layers`: torch compiles the layers of the model"
@@ -51,11 +50,6 @@ NO_EFFECT: dict[str, str] = {
     "log_completions_hub_repo": "has no effect: upload `output_dir/rollouts`, where completions stay as Parquet files",
     "log_completions_steps": "has no effect: `log_completions=True` prints at each rollout",
     "vllm_device": "has no effect: vLLM runs on the trainer's device, or where its server does",
-    "vllm_importance_sampling_correction": _CORRECTION,
-    "vllm_importance_sampling_mode": _CORRECTION,
-    "vllm_importance_sampling_clip_max": _CORRECTION,
-    "vllm_importance_sampling_clip_min": _CORRECTION,
-    "vllm_importance_sampling_cap": _CORRECTION,
 }
 """field -> what it does here: another value than the default changes memory or speed elsewhere, and nothing here"""
 
@@ -102,7 +96,7 @@ _AS_THERE_FIELDS = (
     "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo",
     "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint", "full_determinism",
-    "seed", "data_seed", "use_cpu", "dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers",
+    "seed", "data_seed", "use_cpu", "dataloader_drop_last", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "length_column_name",
     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
     "ddp_timeout", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
@@ -119,6 +113,7 @@ INHERITED: dict[str, str] = {
         f"{_AS_THERE} (`every_n_layers`, `offload`); `keep='attention'` keeps what attention gave instead of computing "
         "it again, `keep='products'` what all products of matrices gave",
     ),
+    "dataloader_num_workers": f"{_AS_THERE}: they pack batches ahead; with 0 a thread does so for a GPU",
     "warmup_steps": f"{_AS_THERE}: none with lr_scheduler_type='constant', which one line says",
     "tf32": f"{_AS_THERE}, where a GPU computes it",
     "optim_args": f"{_AS_THERE}; an error with an optimizer that reads none, such as torch's AdamW",
@@ -146,7 +141,13 @@ INHERITED: dict[str, str] = {
 }
 """fields of `TrainingArguments` whose defaults are its own -> what they do here"""
 _LOOP = "has no effect: prompts are drawn by the loop; evaluation follows it"
+CORRECTION = (
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+)  # fmt: skip
+"""fields of the correction of an engine's mismatch, which the trainers with an importance ratio have"""
 ROLLOUTS: dict[str, str] = {
+    **dict.fromkeys(CORRECTION, "has no effect: this loss has no ratio to the policy that sampled, to be corrected"),
     "train_sampling_strategy": "'sequential' becomes `shuffle_dataset=False`; else it has no effect: rollouts are not "
     "ordered by length",
     "length_column_name": "has no effect: rollouts are not ordered by length",
@@ -257,7 +258,7 @@ class WholeOfForm(int):
 
 def accepted(name: str, default: Any = None) -> Any:
     """A dataclass field whose meaning is an entry of the tables."""
-    return field(default=default, metadata={"help": NO_EFFECT.get(name) or TRANSLATED[name]})
+    return field(default=default, metadata={"help": NO_EFFECT.get(name) or TRANSLATED.get(name) or ROLLOUTS[name]})
 
 
 def default_of(entry: Field[Any]) -> Any:
