@@ -27,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 ROWS, PROMPT, TOKENS = 4, 256, 16
 """completions of each check, most tokens of a prompt, tokens of a completion"""
-MEAN, LARGEST = 5.0, 100.0
-"""how far log-probabilities may be apart, by `Tolerance.ratio` of the precision: on average, and at the worst token.
-Two programs in float32 differ by 1e-6 or less; in bfloat16 by some 1e-2, and at rare tokens by 1"""
+MEAN, COARSE, LARGEST = 20.0, 5.0, 20.0
+"""how far log-probabilities may be apart on average, by `Tolerance.ratio` of an exact precision or another; and at the
+worst token, by that average. Two programs in float32 differ by 1e-6 to 1e-5; in bfloat16 by some 1e-2, and at rare
+tokens by 1"""
 HALF_NAMES = {"half": "float16", "float": "float32"}
 
 
@@ -168,8 +169,9 @@ class Verification:
         """How far log-probabilities may be apart on average and at the worst token, and in which precision."""
         engines = HALF_NAMES.get(self.dtype or "bfloat16", self.dtype or "bfloat16").removeprefix("torch.")
         name = coarsest([self.precision(), engines if engines in TOLERANCES else "bfloat16"])
-        mean = MEAN * TOLERANCES[name].ratio if self.tolerance is None else self.tolerance
-        return mean, mean * LARGEST / MEAN, name
+        mean = (MEAN if name in EXACT else COARSE) * TOLERANCES[name].ratio
+        mean = mean if self.tolerance is None else self.tolerance
+        return mean, mean * LARGEST, name
 
     def _said(self, found: Apart) -> str | None:
         """What is wrong; None: nothing."""
