@@ -1,9 +1,10 @@
 """Random walks by GRPO whose rollouts are drawn ahead: what staleness costs, and what corrections give back.
 
     OMP_NUM_THREADS=1 python benchmarks/staleness.py --out docs/results
-    OMP_NUM_THREADS=1 python benchmarks/staleness.py --out docs/results --serve "python -m vllm..." --staleness 0 2
+    OMP_NUM_THREADS=1 python benchmarks/staleness.py --server http://127.0.0.1:8000 --seeds 0
 
-The second line samples by a real vLLM server, which is started on a folder with the imitating model.
+The second line samples by a vLLM server on the folder of the imitating model, which the first line writes (`--model`):
+`trl vllm-serve --model /tmp/staleness-model --host 127.0.0.1 --max-model-len 32 --dtype float32`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
-    "none": {"vllm_importance_sampling_correction": False},
-    "token": {"vllm_importance_sampling_mode": "token_truncate"},
+    "none": {"staleness_correction": "none"},
+    "token_truncate": {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 2.0},
+    "sequence_mask": {},
 }
-"""how the ratio of the weights of now to those that sampled is learned from"""
+"""none: the ratio to the weights that sampled is clipped; else that to the weights at the start of an update, by whose
+ratio to the weights that sampled tokens are weighed (decoupled PPO)"""
 
 
 def new_model(graph: Graph) -> LlamaForCausalLM:
@@ -84,7 +87,7 @@ def reinforce(
     return model, [row for row in trainer.state.log_history if "reward" in row]
 
 
-KEPT = ("reward", "approx_kl", "clip_ratio/region_mean", "sampling/staleness/mean", "sampling/waited", "sampling/idle")
+KEPT = ("reward", "approx_kl", "sampling/waited", "sampling/idle")
 
 
 def one_run(
@@ -94,7 +97,7 @@ def one_run(
     started, clock = time.process_time(), time.perf_counter()
     settings = {"max_staleness": place["staleness"], **CORRECTIONS[place["correction"]], **further}
     model, logs = reinforce(folder, graph, place["seed"], rollouts, place["rate"], **settings)
-    curves = {name: [row[name] for row in logs if name in row] for name in KEPT}
+    curves = {name: [round(row[name], 4) for row in logs if name in row] for name in KEPT}
     first = next((step for step, score in enumerate(curves["reward"], 1) if score > 0.95), None)
     result = {
         **place, "final": optimality(model, graph, place["seed"] + 1), "rollouts_to_0.95": first,
@@ -109,10 +112,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     ages = sorted({result["staleness"] for result in results})
     colours = dict(zip(map(name_of, ages), plots.COLOURS, strict=False))
     panels = []
-    for correction in CORRECTIONS:
-        for engine in ("local", "vllm"):
-            here = [r for r in results if (r["correction"], r["engine"]) == (correction, engine)]
-            if not here:
+    for engine in ("local", "vllm"):
+        for correction in CORRECTIONS:
+            here = [
+                r for r in results if r["engine"] == engine and (not r["staleness"] or r["correction"] == correction)
+            ]
+            if not any(r["correction"] == correction for r in here):
                 continue
             curves = {}
             for age in ages:
@@ -121,7 +126,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                     curves[name_of(age)] = [sum(each) / len(each) for each in zip(*runs, strict=True)]
             title = f"{engine} sampler, correction: {correction}"
             panels.append(plots.lines(title, curves, colours, (0.15, 1.02), [plots.Mark(0.95, "0.95", below=True)], 5))
-    plots.write(path, panels, 2, colours, f"optimality of a rollout's 128 walks; {plots.RAW.format(5)}")
+    plots.write(path, panels, 3, colours, f"optimality of a rollout's 128 walks; {plots.RAW.format(5)}")
 
 
 def name_of(staleness: int) -> str:
@@ -134,9 +139,9 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, default=Path("/tmp/staleness-model"), help="folder of the imitating model"
     )
-    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 2, 4])
+    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 2, 4, 8])
     parser.add_argument("--corrections", nargs="+", choices=CORRECTIONS, default=list(CORRECTIONS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rollouts", type=int, default=40)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--server", help="address of a vLLM server that serves the folder; else the local sampler")
@@ -150,6 +155,8 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else []
     for correction in arguments.corrections:
         for staleness in arguments.staleness:
+            if not staleness and correction != "none":  # nothing is stale
+                continue
             for seed in arguments.seeds:
                 place = {
                     "engine": "local" if arguments.server is None else "vllm", "staleness": staleness,

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from fake_vllm import FakeVLLM
 from tiny_models import tiny_model
 from tokenizers_for_tests import TOOLS, byte_tokenizer
 
 import trl
+from trl.cli.main import run
 from trl.environment.tools import SimpleCalculatorTool
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore:No dataset is provided")
@@ -110,11 +112,14 @@ def test_on_policy(tmp_path, monkeypatch):
         return SimpleNamespace(prompt_ids=names(prompt).input_ids, ids=ids, logprobs=logprobs, solved=prompt == "a")
 
     known = {"prompts": prompts, "engine": SimpleNamespace(complete=complete)}
-    first, judge, second = programs("on_policy.md")
+    first, judge, suspected, counting, second = programs("on_policy.md")
     perform(first, known)
     assert list(Path("run").glob("checkpoint-*"))
     perform(judge, known)
     assert (known["judge"].low, known["judge"].high) == (1, 5)
+    perform(suspected, known)
+    assert Path("long/reward_check.json").is_file()
+    perform(counting, known | {"model": tiny_model("llama", vocab_size=len(names)), "tokenizer": names})
     perform(second, known)
     made = known["rollout_func"]
     trainer = trl.GRPOTrainer(
@@ -122,3 +127,27 @@ def test_on_policy(tmp_path, monkeypatch):
     )
     trainer.train()
     assert trainer.state.log_history[0]["reward"] == 0.5
+
+
+def test_vllm(tmp_path, monkeypatch):
+    """With a server that speaks vLLM's protocol; `trl vllm-serve` is asked what it would start."""
+    monkeypatch.chdir(tmp_path)
+    names, prompts = byte_tokenizer(), Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    names.save_pretrained("my-model")
+    policy = tiny_model("llama", vocab_size=len(names))
+    policy.save_pretrained("my-model")
+    (serve,) = re.findall(r"^trl (.*)$", (PAGES / "vllm.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert run([*serve.split(), "--dry-run"]) == 0
+    first, ahead, second = programs("vllm.md")
+    with FakeVLLM(tiny_model("llama", vocab_size=len(names)), names) as server:
+        here = lambda program: program.replace("http://127.0.0.1:8000", server.url)  # noqa: E731
+        known = {"prompts": prompts, "reward": lambda completions, **rest: [float(len(text)) for text in completions]}
+        perform(here(first), known)
+        assert known["trainer"].sampler.version == 0
+        perform(ahead, known)
+        assert known["config"].max_staleness == 1
+        headed = trl.AutoModelForCausalLMWithValueHead.from_pretrained(policy)
+        known = {"model": headed, "tokenizer": names, "query": torch.tensor([70, 71])}
+        perform(here(second), known)
+        assert server.version == "policy-1"
+    assert 1 <= len(known["response"]) <= 8

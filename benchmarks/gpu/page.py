@@ -63,6 +63,8 @@ PRECISION = """
   its own for norms, rotary embeddings and gates, with or without that package.
 - What would not fit into the memory that is free is cut into smaller passes, or its layers are computed again in the
   backward pass, and a line says so ([scale.md](scale.md), `memory_plan`).
+- Batches of rows are packed and pinned by a thread while the one before is computed; `dataloader_num_workers` gives
+  that to processes. Same batches, same order. A collator or transform of yours, and a stream, stay out of the thread.
 - TF32 is off unless `tf32=True`: only what is left in float32 (routers, value heads without autocast) would gain, and
   sampler and training pass would then agree less (`models/precision.py`).
 - 4-bit bases with an adapter (bitsandbytes, the extra `quantization`) train in SFT, DPO and GRPO, on a CPU too.

@@ -170,6 +170,34 @@ def test_an_evaluation_that_gets_worse(low, tmp_path):
     assert found[0].startswith(f"eval_loss was least at step 20 ({low:g}) and is {low + 2:g} now")
 
 
+def test_a_reward_that_parts_from_a_held_out_judge(tmp_path):
+    """The reward rises all the time; the judge rises up to step 20 and falls then."""
+
+    def judge(step):
+        return min(step, 40 - step) / 20 + 0.02 * (-1) ** step
+
+    lines = [{"step": i, "loss": 0.1, "reward": i / 40, "judge/brevity/mean": judge(i)} for i in range(1, 41)]
+    found = findings(read_run(folder_of(tmp_path, lines, finished("GRPOTrainer"))))
+    (line,) = [line for line in found if line.startswith("judge/brevity/mean was best near step")]
+    assert 17 <= int(re.search(r"step (\d+)", line)[1]) <= 23
+    assert "the reward is gamed" in line
+    for line in lines:
+        line["judge/brevity/mean"] = line["reward"]
+    found = findings(read_run(folder_of(tmp_path, lines, finished("GRPOTrainer"))))
+    assert not [line for line in found if "gamed" in line]
+
+
+def test_what_trivial_answers_would_earn_is_in_the_report(tmp_path):
+    tried = [{"kind": "empty", "example": "", "rewards": {"a": 1.0, "b": None}, "total": 1.0}]
+    check = {"tried": tried, "weaknesses": ["empty answers earn 1"], "notes": ["c was not tried: " + HOSTILE]}
+    (tmp_path / "reward_check.json").write_text(json.dumps(check))
+    seen = read_run(folder_of(tmp_path, losses(), finished("GRPOTrainer")))
+    assert "before training: empty answers earn 1" in findings(seen)
+    page = render(seen)
+    assert "Rewards before training" in page
+    assert is_self_contained(page)
+
+
 def test_findings_of_the_data_are_there(tmp_path):
     data = {"train": {"name": "d", "rows": 3, "met": ["train data: 3 rows", "2 rows were truncated (9 tokens cut)"]}}
     seen = read_run(folder_of(tmp_path, losses(), finished(data=data)))

@@ -119,6 +119,7 @@ class FakeVLLM:
     def _forget(self) -> None:
         self.model = copy.deepcopy(self.first).eval().requires_grad_(False)
         self.adapters: dict[str, Any] = {}
+        self.unloaded: Any = None
         self.version, self.paused = "default", False
         self.may_run.set()
 
@@ -143,6 +144,7 @@ class FakeVLLM:
             "/update_weight_version": lambda: self._stamp(body["new_version"]),
             "/reset_prefix_cache": lambda: None,
             "/v1/load_lora_adapter": lambda: self._load_adapter(body),
+            "/v1/unload_lora_adapter": lambda: self._unload_adapter(body),
         }
         table = get if method == "GET" else post
         closed = path in TRAINING and not self.routes_for_training
@@ -262,6 +264,12 @@ class FakeVLLM:
         self.version = version
         return {"success": True, "new_version": version}
 
+    def _unload_adapter(self, body: Any) -> str:
+        if body["lora_name"] not in self.adapters:
+            raise _Refused(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
+        self.unloaded = self.adapters.pop(body["lora_name"])
+        return f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
+
     def _load_adapter(self, body: Any) -> str:
         from peft import PeftModel
 
@@ -272,7 +280,8 @@ class FakeVLLM:
             raise _Refused(400, f"The lora adapter '{name}' has already been loaded.")
         if not Path(folder, "adapter_config.json").exists():
             raise _Refused(404, f"Loading lora {name} failed: No adapter found for {folder}")
-        if "stale" in body and name in self.adapters:
+        if "stale" in body and self.unloaded is not None:
+            self.adapters[name] = self.unloaded
             return f"Success: LoRA adapter '{name}' added successfully."
         with self.lock:
             base = copy.deepcopy(self.model)
@@ -282,7 +291,7 @@ class FakeVLLM:
 
 TRAINING = (
     "/server_info", "/pause", "/resume", "/collective_rpc", "/update_weight_version", "/weight_info",
-    "/v1/load_lora_adapter",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
 )  # fmt: skip
 """routes that a server has only if it was started for training"""
 

@@ -77,6 +77,15 @@ def test_large_weights_lie_in_several_files_and_a_tied_head_has_its_name(tmp_pat
     assert torch.equal(load_file(tmp_path / table["lm_head.weight"])["lm_head.weight"], policy.lm_head.weight)
 
 
+def test_a_copy_whose_head_is_its_own(tmp_path):
+    policy = tiny_model("qwen2")
+    policy.save_pretrained(tmp_path / "tied")
+    sync.write_untied(str(tmp_path / "tied"), tmp_path / "untied")
+    copy = t.AutoModelForCausalLM.from_pretrained(tmp_path / "untied")
+    assert copy.lm_head.weight is not copy.model.embed_tokens.weight
+    assert equal(copy.state_dict(), policy.state_dict())
+
+
 def test_experts_have_the_names_of_their_checkpoint(tmp_path):
     torch.manual_seed(0)
     policy = t.AutoModelForCausalLM.from_config(

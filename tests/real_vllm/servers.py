@@ -22,14 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 READY = 420.0
 """seconds from its start until it must answer: 40 on an idle machine, 150 on a loaded one"""
 SETTINGS = {
-    "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
-FLAGS = (
-    "--dtype=float32", "--max-model-len=256", "--max-num-seqs=64", "--enforce-eager", "--enable-scale-out",
-    "--no-enable-chunked-prefill", "--logprobs-mode=processed_logprobs", "--max-logprobs=-1",
-)  # fmt: skip
+FURTHER = ("--max-num-seqs=64", "--max-logprobs=-1")
+"""words that go to vLLM as they are"""
 
 
 def tiny_llama(tied: bool = False, seed: int = 0, **more: Any) -> LlamaForCausalLM:
@@ -81,9 +78,6 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-ADAPTERS = ("--enable-lora", "--max-lora-rank=8")
-
-
 class Server:
     """A process group of its own, which ends with `close`, whatever happened.
 
@@ -98,8 +92,8 @@ class Server:
 
     def start(self) -> Server:
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.folder}", "--host=127.0.0.1",
-            f"--port={self.port}", *FLAGS, *(ADAPTERS if self.adapters else ()),
+            sys.executable, "-m", "trl", "vllm-serve", "--model", str(self.folder), "--port", str(self.port),
+            "--max-model-len", "256", "--max-lora-rank", "8" if self.adapters else "0", *FURTHER,
         ]  # fmt: skip
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(

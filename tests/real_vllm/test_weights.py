@@ -63,7 +63,7 @@ def test_the_engine_follows_the_policy(way, server, tied):
         made = [one for group in groups for one in group]
         own = scored(policy, [prompt for prompt in PROMPTS for _ in range(2)], [one.ids for one in made])
         apart = max((theirs - torch.tensor(one.logprobs)).abs().max() for theirs, one in zip(own, made, strict=True))
-        assert apart < 3e-6
+        assert apart < 2e-5  # of the least likely tokens, after steps that are large
         assert {span.version for one in made for span in one.versions} == {f"run-{version}"}
         told.append(made[0].logprobs)
         step(policy)
@@ -120,6 +120,18 @@ def test_a_push_that_changed_nothing_is_found(way, server, tied, monkeypatch):
     )
     with pytest.raises(MismatchError, match=r"^vLLM does not sample by the policy's weights"):
         sampler.follow(1)
+    sampler.close()
+
+
+def test_an_adapter_outlives_its_folder(tied):
+    """A run that has ended takes it along; a server that read it again would end."""
+    sampler = following(tied, trained("adapter", tied=True), "adapter")
+    for version in range(2):
+        sampler.follow(version)
+    sampler.sync.close()
+    tied.post("/reset_prefix_cache")
+    (group,) = sampler.sample(PROMPTS[:1], SamplingParams(12, stop_token_ids=(), seed=2))
+    assert len(group[0].ids) == 12
     sampler.close()
 
 

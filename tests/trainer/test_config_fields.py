@@ -114,6 +114,7 @@ SHOWN = {
     "tools": ("test_todays_fields", "test_a_field"),
     "disable_dropout": ("test_dpo_trainer", "test_pad_token_and_dropout"),
     "activation_offloading": ("test_kept_activations", "test_a_run_learns_the_same"),
+    "compile_layers": ("test_inherited_fields", "test_compiled_layers_train_alike"),
     "memory_plan": ("test_memory_plan", "test_layers_are_computed_again_where_nothing_was_said_of_it"),
     "on_non_finite": ("test_guard", "test_a_step_that_is_not_finite_is_left_out"),
     "max_non_finite_skips": ("test_guard", "test_no_more_than_so_many_steps_are_left_out"),

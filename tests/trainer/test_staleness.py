@@ -5,16 +5,21 @@ import random
 import threading
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as t
 from datasets import Dataset
 from environments_for_tests import talkative
+from fake_vllm import FakeVLLM
 from tokenizers_for_tests import word_tokenizer
 
 from trl import GRPOConfig, GRPOTrainer
+from trl.data.records import Completion, Rollout, VersionSpan
 from trl.generation.local import LocalSampler
+from trl.generation.vllm.sampler import VLLMSampler
 from trl.rollout.collector import divided_waiting
+from trl.rollout.report import ages_of
 
 ROWS = [{"prompt": text} for text in ("a b", "c", "d e f", "g h", "i j k", "l", "m n")]
 BASE = {
@@ -45,7 +50,7 @@ def print_of(weights):
 class Beside:
     """An engine beside the trainer: a copy of its model, which answers late."""
 
-    exact = False
+    exact = True  # the same code and numbers, at the same weights
 
     def __init__(self, policy, delays=None):
         self.policy, self.own, self.delays = policy, copy.deepcopy(policy).eval(), delays
@@ -74,6 +79,10 @@ class Beside:
 class Watched(LocalSampler):
     """The trainer's own sampler, which notes by which weights it samples."""
 
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.calls = []
+
     def sample(self, prompts, params, n=1):
         groups = super().sample(prompts, params, n=n)
         self.calls.append((None, print_of(self.model), [one.ids for group in groups for one in group]))
@@ -92,18 +101,13 @@ class Steps(t.TrainerCallback):
 
 def build(folder, beside=False, delays=None, rewards=letters, rows=ROWS, **settings):
     policy, given = model(), {name: settings.pop(name, None) for name in ("eval_dataset", "environment")}
-    keeps = settings.pop("sync_in_flight", False) if beside else settings.get("sync_in_flight", False)
-    settings = {**BASE, "output_dir": str(folder), **settings}
-    trainer = GRPOTrainer(
-        policy, rewards, GRPOConfig(**settings), Dataset.from_list(rows), processing_class=word_tokenizer(), **given
-    )
-    trainer.args.sync_in_flight = keeps
     sampler = Beside(policy, delays) if beside else Watched(policy, word_tokenizer())
-    if not beside:
-        sampler.calls = []
-    trainer.sampler = sampler
-    trainer.source = trainer.collector.source = trainer.make_source()
-    trainer.ahead = trainer._ahead()
+    if settings.get("use_vllm"):
+        sampler = None
+    config = GRPOConfig(**{**BASE, "output_dir": str(folder), **settings})
+    trainer = GRPOTrainer(
+        policy, rewards, config, Dataset.from_list(rows), processing_class=word_tokenizer(), sampler=sampler, **given
+    )
     trainer.steps = Steps()
     trainer.add_callback(trainer.steps)
     return trainer
@@ -115,6 +119,11 @@ def end_of(trainer):
 
 def tokens(trainer):
     return [ids for _, _, ids in trainer.sampler.calls]
+
+
+def ages(trainer):
+    """The oldest token of each rollout."""
+    return [row["sampling/staleness/max"] for row in trainer.state.log_history if "sampling/staleness/max" in row]
 
 
 def ran(trainer, *given):
@@ -137,8 +146,8 @@ def test_rollout_n_is_sampled_by_the_weights_of_rollout_n_minus_k(tmp_path, stal
     assert [call[1] for call in trainer.sampler.calls] == [
         starts[max(0, n - staleness)] for n in range(len(trainer.sampler.calls))
     ]
-    ages = [row["sampling/staleness/mean"] for row in trainer.state.log_history if "sampling/staleness/mean" in row]
-    assert ages == [each * min(n, staleness) for n in range(rollouts)]
+    means = [row["sampling/staleness/mean"] for row in trainer.state.log_history if "sampling/staleness/mean" in row]
+    assert means == [each * min(n, staleness) for n in range(rollouts)]
 
 
 def test_in_step_is_as_without_the_setting(tmp_path):
@@ -242,6 +251,24 @@ def test_what_cannot_be_divided_is_drawn_again(tmp_path, caplog):
     assert "the 2 rollouts that 1 process had drawn ahead are dropped, as this run has 1 process" in caplog.text
     assert not again.ahead.waiting
     assert (again.rollouts.state.position, again.rollouts.state.rollouts) == (one["position"] - 2 * 2, 5)
+
+
+def test_two_runs_by_a_server_agree_whatever_its_delays(tmp_path):
+    """Token for token and weight for weight; each rollout by the weights of two rollouts before."""
+    first = t.set_seed(5) or model()
+    made = []
+    for seed in (1, 2):
+        with FakeVLLM(first, word_tokenizer(), delays=random.Random(seed)) as server:
+            settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+            trainer = ran(build(tmp_path / str(seed), max_staleness=2, save_rollouts=True, **settings))
+            stamps = [body["new_version"] for path, body in server.calls if path == "/update_weight_version"]
+        files = sorted((tmp_path / str(seed) / "rollouts").iterdir())
+        made.append((end_of(trainer), [pq.read_table(file)["completion_ids"].to_pylist() for file in files]))
+        done = [int(stamp.rsplit("-", 1)[1]) for stamp in stamps if not stamp.endswith("-unfinished")]
+        assert done == [0, 1, 2, 3, 4]
+        assert ages(trainer) == [0, 1, 2, 2, 2]
+    assert made[0][1] == made[1][1]
+    assert torch.equal(made[0][0], made[1][0])
 
 
 # -- what goes wrong -----------------------------------------------------------------------------
@@ -355,7 +382,10 @@ def test_settings_that_do_not_go_together(tmp_path):
     for settings, said in (
         ({"max_staleness": -1}, "max_staleness=-1: give a whole number >= 0; 0 is in step"),
         ({"sync_in_flight": True}, "sync_in_flight=True: no effect with max_staleness=0"),
-        ({"sync_in_flight": True, "max_staleness": 1}, "only an engine with weights of its own has it"),
+        (
+            {"sync_in_flight": True, "max_staleness": 1},
+            "sync_in_flight=True: only an engine beside the trainer, such as a vLLM server",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             build(tmp_path, **settings)
@@ -367,6 +397,39 @@ def test_in_flight_over_a_sync_nobody_waits(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 5
     assert len(trainer.sampler.calls) == 7
-    ages = [row["sampling/staleness/max"] for row in trainer.state.log_history if "sampling/staleness/max" in row]
-    assert len(ages) == 5
-    assert max(ages) <= 2
+    assert max(ages(trainer)) <= 2
+
+
+def test_a_server_goes_on_over_a_sync(tmp_path):
+    """It pauses and keeps what is in flight; tokens of earlier weights of this run are no strangers."""
+    with FakeVLLM(t.set_seed(5) or model(), word_tokenizer(), delays=random.Random(1)) as server:
+        settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+        trainer = ran(build(tmp_path, max_staleness=2, sync_in_flight=True, **settings))
+    assert trainer.sampler.sync.mode == "keep"
+    assert len(ages(trainer)) == 5
+    assert max(ages(trainer)) <= 2
+    spans = [
+        VersionSpan(stamp, 0, 1) for stamp in ("policy-1", "policy-2", "policy-2-unfinished", "default", "other-1")
+    ]
+    sampler = VLLMSampler.__new__(VLLMSampler)
+    sampler.sync, sampler.stamp, sampler.version, sampler.keeps = object(), "policy", 2, True
+    strays = sampler._strays([Completion([1], [0.0], [0.0], "stop", tuple(spans))])
+    assert [span.version for span in strays] == ["policy-2-unfinished", "default", "other-1"]
+
+
+def test_an_engine_in_this_process_draws_without_a_thread(tmp_path):
+    alone = ran(build(tmp_path, max_staleness=2))
+    trainer = build(tmp_path, beside=True, max_staleness=2)
+    trainer.sampler.beside = False
+    ran(trainer)
+    assert trainer.sampler.threads == {"MainThread"}
+    assert torch.equal(end_of(trainer), end_of(alone))
+
+
+def test_the_age_of_each_token_is_that_of_its_weights():
+    rollout = Rollout([[1]] * 2, [[5, 6, 7], [8]], [], [[1, 1, 1], [1]])
+    assert ages_of(rollout, 3, 5) == [[2, 2, 2], [2]]
+    rollout.metadata["versions"] = [[("run-3", 0, 2), ("run-4", 2, 3)], [("default", 0, 1)]]
+    assert ages_of(rollout, 3, 5, spans=True) == [[2, 2, 1], [2]]
+    rollout.masks[0][1] = 0  # a tool's
+    assert ages_of(rollout, 3, 5, spans=True) == [[2, 1], [2]]

@@ -60,7 +60,7 @@ def pushes(server):
 def bodies(server):
     """Of the requests for completions, without the probes at the start."""
     asked = [body for path, body in server.calls if path.startswith("/inference")]
-    return [body for body in asked if "seed" in body["sampling_params"] and len(body["token_ids"]) > 1]
+    return [body for body in asked if "min_tokens" in body["sampling_params"] and len(body["token_ids"]) > 1]
 
 
 # --- trainers ---------------------------------------------------------------------------------------
@@ -307,7 +307,9 @@ def vllm(monkeypatch):
     params, lora = ModuleType("vllm.sampling_params"), ModuleType("vllm.lora.request")
     params.StructuredOutputsParams = lambda **given: ("structured", given)
     lora.LoRARequest = lambda **given: SimpleNamespace(**given)
-    for part in (params, lora):
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
+    for part in (params, lora, platforms):
         monkeypatch.setitem(sys.modules, part.__name__, part)
     monkeypatch.setitem(sys.modules, "vllm", module)
     return module
@@ -382,11 +384,11 @@ def test_settings_of_an_engine_in_this_process_reach_it(vllm, tmp_path):
     )  # fmt: skip
     (llm,) = vllm.made
     settings = dict(llm.settings)
-    assert settings.pop("model")
+    assert settings.pop("model") == settings.pop("tokenizer")  # a folder that is gone by now
     assert settings == {
         "dtype": "bfloat16", "gpu_memory_utilization": 0.4, "max_model_len": 48, "model_impl": "transformers",
         "enable_prefix_caching": True, "enable_sleep_mode": True, "tensor_parallel_size": 1, "seed": 3,
-        "trust_remote_code": False, "logprobs_mode": "processed_logprobs",
+        "trust_remote_code": False, "logprobs_mode": "processed_logprobs", "enable_chunked_prefill": False,
     }  # fmt: skip
     trainer.train()
     assert llm.calls.count("reload") == 2
@@ -500,6 +502,8 @@ def test_a_server_that_dies_before_the_first_step(server, tmp_path):
     with pytest.raises(EngineError, match=r"^the vLLM server at .* does not answer"):
         trainer.train()
     assert checkpoints(tmp_path) == []
+    with pytest.raises(EngineError, match=r"^the vLLM server at .* does not answer"):
+        trainer.evaluate()
 
 
 def test_a_server_that_dies_in_an_evaluation(server, tmp_path):
@@ -522,7 +526,7 @@ def test_without_checkpoints_the_error_says_so(server, tmp_path):
 
 def test_ppo_leaves_a_checkpoint(server, tmp_path):
     trainer = ppo(tmp_path, lambda model: of(server, model))
-    server.faults.append(Fault("oom", after=4, times=10))
+    server.faults.append(Fault("oom", after=8, times=10))
     with pytest.raises(EngineError, match=r"step 2: .* is out of memory .*; checkpoint-1 is saved: go on with train"):
         trainer.train()
     server.faults.clear()

@@ -26,7 +26,7 @@ class Other:
     module: str
     help: str
     settings: bool = False
-    """it takes the settings of a training command too"""
+    """it takes words that it does not know: the settings of a training command, or of vLLM"""
 
 
 COMMANDS: dict[str, Training | Other] = {
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Training | Other] = {
     "eval": Other("trl.scripts.evaluate", "Measure a model on rows: loss, pairs, rewards, a judge, tasks."),
     "compare": Other("trl.scripts.compare", "Compare models on the same rows: which differences are more than chance."),
     "merge": Other("trl.scripts.merge", "Merge an adapter into its model: a plain folder for transformers."),
+    "vllm_serve": Other("trl.scripts.vllm_serve", "Start a vLLM server that trainers sample from.", settings=True),
     "serve": Other("trl.scripts.serve", "Serve a model by vLLM or transformers, with the interface of OpenAI."),
     "inspect": Other("trl.scripts.inspect_rows", "Show what a training command learns of each row.", settings=True),
     "report": Other("trl.scripts.report", "Write the report of a run's folder: curves, samples, what to look at."),

@@ -1,9 +1,10 @@
-"""Batches are cut into pieces with a bounded number of tokens, which bounds the memory of a pass."""
+"""Batches are cut into pieces with a bounded number of tokens, which bounds the memory of a pass, and made ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,7 +17,10 @@ from trl.data.records import Batch
 CPU_TOKENS = 1536
 """tokens of a forward pass on the CPU if the user sets no budget; more tokens take more memory and no less time"""
 
+AHEAD = frozenset({"cuda"})
+"""kinds of devices for which batches are made while they compute, unless workers are asked for"""
 Row = Mapping[str, Any]
+Made = TypeVar("Made")
 
 
 def unasked_budget(device: torch.device, processes: int, *, mostly_scored: bool = False) -> int | None:
@@ -120,3 +124,36 @@ class BudgetCollator:
         if len(pieces) > 1:
             batch["places"] = pieces
         return batch
+
+
+# -- ahead ------------------------------------------------------------------------------------
+
+
+def each_ahead(items: Iterator[Made]) -> Iterator[Made]:
+    """The items in their order, each made by a thread while the one before is used; an error is raised at its place.
+
+    The first is made here, together with the draws that begin an epoch.
+    """
+    end = object()
+    item: Any = next(items, end)
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        while item is not end:
+            following = thread.submit(next, items, end)
+            yield item
+            item = following.result()
+
+
+def loaded_ahead(loader: Any) -> None:
+    """Let accelerate's data loader make each batch while the one before is computed: same batches, same order."""
+    base = loader.base_dataloader
+    iterate = type(base).__iter__
+    base.__iter__ = lambda: each_ahead(iterate(base))  # accelerate asks the loader itself for it
+
+
+def may_be_ahead(rows: Any, collate: Any, kind: str, workers: int) -> bool:
+    """Whether a thread may make batches of these rows: nothing of a user's runs in it, which could draw numbers."""
+    while type(collate) is BudgetCollator:
+        collate = collate.collate
+    ours = type(collate).__module__.startswith("trl.") and getattr(collate, "inner", None) is None
+    plain = isinstance(rows, Dataset) and rows.format["type"] != "custom"
+    return kind in AHEAD and not workers and ours and plain

@@ -295,8 +295,9 @@ def is_plain_linear(linear: Any) -> bool:
     """Whether it is an `nn.Linear` with its weights lying there whole, and nobody looks on."""
     if type(linear) is not nn.Linear or is_watched(linear):
         return False
-    weights = [each for each in linear._parameters.values() if each is not None]
-    return all(type(each) is nn.Parameter and not hasattr(each, "ds_id") and each.numel() for each in weights)
+    weight, weights = own_weight(linear), [each for each in linear._parameters.values() if each is not None]
+    whole = weight is not None and weight.shape == (linear.out_features, linear.in_features)
+    return whole and all(type(each) is nn.Parameter and not hasattr(each, "ds_id") for each in weights)
 
 
 class _Linear(torch.autograd.Function):
@@ -335,7 +336,7 @@ def _linear_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     own = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or x.dim() < 2 or torch.is_autocast_enabled("cpu"):
+        if x.dtype != torch.float32 or x.dim() < 2 or not x.numel() or torch.is_autocast_enabled("cpu"):
             return own(x)
         return _Linear.apply(x, module.weight, module.bias)  # type: ignore[no-any-return, no-untyped-call]
 

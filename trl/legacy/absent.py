@@ -103,8 +103,8 @@ ABSENT: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "VLLMClient",
-        "extras.vllm_client scripts.vllm_serve",
-        "leave it out: the trainers sample by their own engine, with the weights of the policy",
+        "extras.vllm_client",
+        "use trl.generation.vllm.client.ServerEngine, or GRPOConfig(use_vllm=True, vllm_mode='server')",
     ),
     (
         "profiling_context profiling_decorator ProfilingContext",

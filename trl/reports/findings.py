@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from statistics import fmean, pvariance
 
-from trl.reports.run_folder import RunRead, Series
+from trl.reports.run_folder import RunRead, Series, reward_check
 from trl.trainer.metrics import named
 from trl.trainer.step_line import short
 
@@ -59,6 +59,8 @@ def findings(run: RunRead) -> list[str]:
             healthy = metric.healthy.replace("`", "")
             found.append(f"{name} {went} from {short(before)} to {short(after)}; healthy: {healthy}")
     found += _of_losses(run)
+    found += _of_judges(run)
+    found += [f"before training: {line}" for line in reward_check(run.folder).get("weaknesses", [])]
     for facts in run.record.get("data", {}).values():
         found += [f"data: {line}" for line in facts.get("met", [])[1:]]
     return found
@@ -89,6 +91,37 @@ def _of_losses(run: RunRead) -> list[str]:
                 "learns its rows by heart; train for less, or on more rows"
             )
     return found
+
+
+def _of_judges(run: RunRead) -> Iterator[str]:
+    """Where a held-out judge and the reward part: one falls while the other rises."""
+    reward = run.series.get("reward")
+    for name, series in run.series.items():
+        if not name.startswith("judge/") or reward is None or len(series.known) < ENOUGH:
+            continue
+        steps, values = series.steps[: len(series.values)], series.values
+        known = [(int(step), value) for step, value in zip(steps, values, strict=True) if value is not None]
+        width = max(2, len(known) // 8)
+        smooth = [fmean(value for _, value in known[at : at + width]) for at in range(len(known) - width + 1)]
+        best = max(range(len(smooth)), key=smooth.__getitem__)
+        later = [value for _, value in known[best + width :]]
+        if len(later) < width:
+            continue
+        top, now = [value for _, value in known[best : best + width]], later[-max(width, len(later) // 2) :]
+        noise = math.sqrt(pvariance(top) / len(top) + pvariance(now) / len(now))
+        since = [value for step, value in _points(reward) if step >= known[best][0]]
+        rose = len(since) > 3 and fmean(since[-width:]) > fmean(since[:width])
+        if fmean(top) - fmean(now) > 2 * noise + 1e-9 and rose:
+            step = known[best + width // 2][0]
+            yield (
+                f"{name} was best near step {step} ({short(fmean(top))}) and is {short(fmean(now))} now, while the "
+                "reward went on rising: from there the reward is gamed; read rollouts/, take an earlier checkpoint"
+            )
+
+
+def _points(series: Series) -> list[tuple[int, float]]:
+    pairs = zip(series.steps, series.values, strict=True)
+    return [(int(step), value) for step, value in pairs if value is not None]
 
 
 def next_steps(run: RunRead) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl.rollout.reward_check import FILE
 from trl.trainer.checkpoints import PREFIX
 from trl.trainer.run_folder import CONFIG, RECORD, is_live
 from trl.trainer.run_record import OTHER_CONFIG, read_record
@@ -86,6 +87,15 @@ class RunRead:
         if status != "running" or is_live(self.folder):
             return status, how
         return "ended", f"without a word: its process was killed, or its machine went down, after step {self.last_step}"
+
+
+def reward_check(folder: Path) -> dict[str, Any]:
+    """What the reward functions paid for trivial answers before training; {} where they were not tried."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_run(folder: str | os.PathLike[str]) -> RunRead:

@@ -14,7 +14,7 @@ from trl.data.any_text import visible
 from trl.reports.charts import AFTER, COST, TRAINED, Curve, curve, window_of
 from trl.reports.findings import findings, job_of, next_steps, trend
 from trl.reports.page import rendered
-from trl.reports.run_folder import RunRead, Series, read_run, spread_of
+from trl.reports.run_folder import RunRead, Series, read_run, reward_check, spread_of
 from trl.trainer.metrics import named
 from trl.trainer.run_folder import REPORT
 from trl.trainer.run_record import write_whole
@@ -26,7 +26,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("Loss and learning", r"loss|nll|nll_loss|mean_token_accuracy|learning_rate|grad_norm|lr"),
     (
         "Rewards",
-        r"reward|reward_std|rewards?/.*|accuracy|margin|(min|mean|max)_reward|.*zero_std|unscored_ratio|.*scores?",
+        r"reward|reward_std|rewards?/.*|judge/.*|accuracy|margin|(min|mean|max)_reward|.*zero_std|unscored_ratio|.*scores?",
     ),
     ("Entropy, distance and clipping", r".*kl|ratio|clip_ratio/.*|.*entropy.*|policy/.*|kept_ratio"),
     ("Lengths", r"completions/.*|episodes/.*|tokens/.*"),
@@ -97,6 +97,7 @@ def render(run: RunRead) -> str:
         groups=groups,
         legend=legend(groups),
         data=run.record.get("data", {}),
+        checked=reward_check(run.folder),
         facts=facts_of(run),
         sizes=sizes_of,
     )

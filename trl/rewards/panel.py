@@ -97,10 +97,15 @@ class RewardPanel:
     pile up. Functions without a time-out run one after the other on the caller's thread; async ones run meanwhile, all
     on one event loop as long as the process lives.
 
-    timeout: seconds, for all or one each; None waits.
+    timeout: seconds, for all or one each; None waits. names: of the functions in logs; None: their own.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], timeout: float | Sequence[float | None] | None = None):
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        timeout: float | Sequence[float | None] | None = None,
+        names: Sequence[str] | None = None,
+    ):
         if not functions:
             raise ValueError("reward_funcs: give at least one reward function or reward model")
         for function in functions:
@@ -110,7 +115,7 @@ class RewardPanel:
         if len(timeouts) != len(functions):
             raise ValueError(f"reward_timeout={timeout}: give one for each of the {len(functions)} reward functions")
         self.functions, self.timeouts = list(functions), timeouts
-        self.names = _distinct([name_of(function) for function in functions])
+        self.names = list(names) if names else _distinct([name_of(function) for function in functions])
         self._late: dict[str, list[_Call]] = {name: [] for name in self.names}
 
     def __call__(self, count: int, columns: Mapping[str, Any], live: Mapping[str, Any] | None = None) -> Verdict:

@@ -60,6 +60,7 @@ class Collector:
     sampling at most; in further rounds than the first, groups of equal rewards give their places to groups of further
     prompts (dynamic sampling). unscored: is told of completions whose reward functions failed. ends: tokens that end a
     completion, which their texts leave out. weights: the context in which a source draws, on ranks without rows too.
+    held_out: judges of whose scores nothing is learned.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class Collector:
         unscored: Callable[[int, Rollout, list[Any]], None] | None = None,
         ends: Sequence[int] = (),
         weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        held_out: RolloutRewards | None = None,
     ):
         self.source, self.rewards, self.prompts, self.tokenizer = source, rewards, prompts, tokenizer
         self.group, self.rounds, self.unscored, self.ends = group, rounds, unscored, ends
-        self.weights = weights
+        self.weights, self.held_out = weights, held_out
         self.worker: Worker | None = None
         """the thread in which sources draw; None: the one that asks"""
         self._seed, self._wanted, self.places = seed, wanted, places
@@ -127,7 +129,21 @@ class Collector:
             further = list(zip(more.positions, new_rows, strict=True)), new_rollout, new_rewards
             replace_groups(places, rollout, rewards, further, self.group, self.places, self.gather)
         begun.positions, begun.rows = [position for position, _ in places], [row for _, row in places]
+        self._ask_held_out(rollout, begun.rows, rewards, trainer_state)
         return begun.rows, rollout, rewards
+
+    def _ask_held_out(self, rollout: Rollout, rows: Rows, rewards: Rewards, trainer_state: Any) -> None:
+        """What held-out judges say goes to the log and the table; one that fails has no opinion."""
+        if self.held_out is None:
+            return
+        try:
+            said = self.judge(rollout, rows, self.group, trainer_state, self.held_out)
+        except RewardError as error:
+            logger.warning("judge: %s; nothing is logged of it for this rollout", error)
+            return
+        for name, scores in zip(said.names, said.scores_BF.T.tolist(), strict=True):
+            rewards.logs.extra[f"judge_{name}"] = [None if score != score else score for score in scores]
+            rewards.logs.metrics[f"judge/{name}/mean"] = [score for score in scores if score == score]
 
     def _scored(self, begun: Begun, rollout: Rollout, trainer_state: Any) -> Collected:
         self._read(rollout)
@@ -159,14 +175,18 @@ class Collector:
             rollout.texts = without_ends(self.tokenizer, rollout.completions, self.ends)
         return rollout
 
-    def judge(self, rollout: Rollout, rows: Rows, group: int, trainer_state: Any) -> Rewards:
-        """The rewards of a rollout; the rows' columns reach the reward functions by their names."""
-        if self.rewards is None:
+    def judge(
+        self, rollout: Rollout, rows: Rows, group: int, trainer_state: Any, by: RolloutRewards | None = None
+    ) -> Rewards:
+        """The rewards of a rollout; the rows' columns reach the reward functions by their names. by: others than those
+        that are learned from."""
+        rewards = self.rewards if by is None else by
+        if rewards is None:
             return Rewards.none(len(rollout))
         if not rows:
-            return self.rewards.of_nothing()
+            return rewards.of_nothing()
         columns = {"prompt_texts": rendered(rollout, self.tokenizer), **columns_of(rows, group)}
-        return self.rewards(rollout, self.prompt_texts(rows, group), {**columns, "trainer_state": trainer_state})
+        return rewards(rollout, self.prompt_texts(rows, group), {**columns, "trainer_state": trainer_state})
 
     def prompt_texts(self, rows: Rows, group: int) -> list[Any]:
         """The rows' prompts, one for each completion: as they are in the data set, else decoded."""
@@ -341,17 +361,16 @@ class Ahead:
         staleness: int,
         *,
         follow: Callable[[], None] = lambda: None,
-        apart: bool = False,
+        apart: Callable[[], bool] = lambda: False,
         keeps: bool = False,
         plays: bool = False,
     ):
-        self.collector, self.staleness, self.apart, self.keeps = collector, staleness, apart, keeps
+        self.collector, self.staleness, self.keeps = collector, staleness, keeps
         self.waiting: deque[Waiting] = deque()
-        self._follow = follow
+        self._follow, self._apart = follow, apart
         self._one_by_one = plays or collector.rounds > 1
         """whether a rollout is judged before the next one is begun"""
         self._worker = Worker()
-        collector.worker = self._worker if apart else None
         self._waited = self._sampled = 0.0
         self._since: float | None = None
         self._ended_at = 0
@@ -372,7 +391,7 @@ class Ahead:
             self._follow()
         while len(self.waiting) <= self.staleness:
             self._begin(state, trainer_state)
-            if self._one_by_one and (not self.apart or len(self.waiting) <= self.staleness):
+            if self._one_by_one and (self.waiting[-1].sampling is None or len(self.waiting) <= self.staleness):
                 self.settle(state, trainer_state)
         self._settle(self.waiting[0], state, trainer_state)
         return self.waiting.popleft()
@@ -456,7 +475,9 @@ class Ahead:
         begun = self.collector.begin(state, state.rollouts + len(self.waiting))
         each = Waiting(begun, trainer_state.global_step, start)
         self.waiting.append(each)
-        if self.apart:
+        apart = self._apart()
+        self.collector.worker = self._worker if apart else None
+        if apart:
             each.sampling = self._worker.begin(partial(_timed, self.collector.asked(begun)))
             return
         with self._held(each, state):

@@ -88,6 +88,15 @@ class RolloutRewards:
         self.names = [*names, *(["overlong"] if overlong else [])]
         self.weights_F = torch.tensor([*weights, *([1.0] if overlong else [])], dtype=torch.float32)
 
+    def of(self, functions: Sequence[int]) -> RolloutRewards:
+        """The rewards by these functions of the panel alone."""
+        assert self.panel is not None
+        panel = RewardPanel(
+            [self.panel.functions[i] for i in functions], [self.panel.timeouts[i] for i in functions],
+            names=[self.panel.names[i] for i in functions],
+        )  # fmt: skip
+        return RolloutRewards(panel, [float(self.weights_F[i]) for i in functions])
+
     def of_nothing(self) -> Rewards:
         """The rewards of no completion."""
         return Rewards(self.names, torch.zeros(0, len(self.names)), self.weights_F, [None] * len(self.names))

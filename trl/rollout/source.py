@@ -76,12 +76,12 @@ class SamplerSource:
             masks=[[1] * len(completion.ids) for completion in flat],
             metadata={"truncated": [completion.finish_reason == "length" for completion in flat]},
         )
+        if any(completion.versions for completion in flat):
+            rollout.metadata["versions"] = [list(map(tuple, completion.versions)) for completion in flat]
         if self.keeps_words and all(completion.kept is not None for completion in flat):
             rollout.kept = [completion.kept for completion in flat]
         if self.keeps_experts and all(completion.experts is not None for completion in flat):
             rollout.experts = [completion.experts for completion in flat]
-        if any(completion.versions for completion in flat):
-            rollout.metadata["versions"] = [list(map(tuple, completion.versions)) for completion in flat]
         if self.measure is not None:
             rollout.logprobs = self.measure(rollout)
         return rollout

@@ -37,6 +37,8 @@ class GRPOScriptArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(default=None, metadata={"action": "extend"})
     """what to reward: names such as accuracy_reward, package.module.function, file.py:function (both
     run that code), reward-model folders"""
+    judge_funcs: list[str] | None = field(default=None, metadata={"action": "extend"})
+    """held-out judges, named like rewards: logged as `judge/NAME/mean`, and nothing is learned of them"""
 
 
 RLOOScriptArguments = GRPOScriptArguments

@@ -13,6 +13,8 @@ class Training:
     help: str
     rewards: bool = False
     """the trainer takes reward functions"""
+    judges: bool = True
+    """the trainer of these takes held-out judges too"""
     lora_rate: float = 1e-5
     """learning rate of an adapter, where the user gives none: about ten times that of whole weights"""
     task: str = "CAUSAL_LM"
@@ -49,7 +51,8 @@ JOBS = {
     "kto": Training("KTOTrainer", "Optimise on completions that are good or not.", row=LABELLED),
     "grpo": Training("GRPOTrainer", "Reinforce on groups of own completions.", rewards=True),
     "rloo": Training("RLOOTrainer", "Reinforce, each completion against the mean of the others.", rewards=True),
-    "ppo": Training("PPOTrainer", "Reinforce with a critic, token by token.", rewards=True, lora_rate=3e-5),
+    "ppo": Training("PPOTrainer", "Reinforce with a critic, token by token.", rewards=True, judges=False,
+                    lora_rate=3e-5),
     "raft": Training("RAFTTrainer", "Imitate the best of own completions.", rewards=True, lora_rate=2e-4),
     "online_dpo": Training("OnlineDPOTrainer", "Optimise on pairs of own completions.", rewards=True,
                            lora_rate=5e-6),

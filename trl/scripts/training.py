@@ -45,6 +45,7 @@ ALIASES = {
     "data": "dataset_name",
     "reward": "reward_funcs",
     "rewards": "reward_funcs",
+    "judge": "judge_funcs",
     "max_seq_length": "max_length",
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run
 }
@@ -207,6 +208,8 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
     parser, settings = read_settings(job, words)
     if settings.get("seeds", 1) != 1:
         return several_seeds(name, job, words, settings)
+    if "check_rewards" in parser.hints:
+        settings.setdefault("check_rewards", "yes")
     settings.setdefault("enable_jit_checkpoint", True)  # at SIGTERM: finish the step, save it, exit with 143
     if job.rewards and not any(settings.get(name) for name in ORDERS):
         raise ValueError("--reward: say what to reward (`--reward_funcs` or `--reward`, one or more)")
@@ -400,6 +403,10 @@ def trainer_of(
     if isinstance(script, GRPOScriptArguments):
         models = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
         arguments["reward_funcs"] = [*models, *map(reward_function, script.reward_funcs or [])] or None
+        if script.judge_funcs and not job.judges:
+            raise ValueError(f"--judge: {job.trainer} asks no held-out judge; give it to trl compare after training")
+        if script.judge_funcs:
+            arguments["judge_funcs"] = [reward_function(name) for name in script.judge_funcs]
     keywords = loading_keywords(model, config.trust_remote_code)
     where = {name: keywords[name] for name in ("revision", "trust_remote_code") if name in keywords}
     if where:

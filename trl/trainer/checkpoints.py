@@ -13,8 +13,8 @@ import os
 import random
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -669,6 +669,16 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         module: Any = torch.get_device_module(device)
         every = hasattr(module, "set_rng_state_all")
         module.set_rng_state_all(state[device.type]) if every else module.set_rng_state(state[device.type][0])
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Afterwards the random states are what they were before."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def numpy_globals() -> list[Any]:

@@ -53,6 +53,7 @@ def engine_sampler(
         model, config.vllm_weight_sync, urls=engine.urls, folder=config.vllm_sync_folder,
         max_rank=settings.max_lora_rank, workers=settings.workers, group_port=config.vllm_group_port,
         own_engines=colocated, clients=[engine] if isinstance(engine, ColocatedEngine) else (),
+        mode="keep" if config.sync_in_flight else "wait",
     )  # fmt: skip
     network: Any = below_peft(below_value_head(model))
     verify = Verification(
@@ -65,6 +66,7 @@ def engine_sampler(
         engine, sync, tokenizer, model=model, stamp=new_stamp(), verify=verify,
         further={} if pattern is None else {"structured_outputs": {"regex": pattern}},
         otherwise=local if config.vllm_on_mismatch == "local" and pattern is None else None,
+        keeps=config.sync_in_flight,
     )  # fmt: skip
     check_served(sampler, model, tokenizer)
     if not config.process_index:
@@ -104,7 +106,10 @@ def _colocated(config: RolloutConfig, model: nn.Module, tokenizer: Any) -> Coloc
     if next(base.parameters()).device.type == "cuda":
         settings["weight_transfer_config"] = {"backend": "ipc"}
     with tempfile.TemporaryDirectory(prefix="trl-vllm-") as folder:
-        place = _folder_of(base, tokenizer, Path(folder))
+        place = _folder_of(base, Path(folder))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+            settings["tokenizer"] = folder
         return ColocatedEngine.start(str(place), sleeps=config.vllm_enable_sleep_mode, **settings)
 
 
@@ -113,14 +118,12 @@ def _lora_rank(rank: int) -> int:
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
-def _folder_of(base: Any, tokenizer: Any, folder: Path) -> str | Path:
+def _folder_of(base: Any, folder: Path) -> str | Path:
     """Where vLLM finds the network: the name that it was loaded from, or a folder that is written."""
     name = str(getattr(base.config, "_name_or_path", "") or "")
     if name and (Path(name, "config.json").exists() or (not Path(name).exists() and name.count("/") == 1)):
         return name
     base.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -82,13 +82,6 @@ _SAMPLING = tuple(
         ),
     )
 )  # fmt: skip
-_APART = tuple(
-    Metric(f"sampling/{name}", meaning, healthy, (*RATIOS, "PPO"), "an engine or older weights", False)
-    for name, meaning, healthy in (
-        ("weight", "mean weight of a token's surrogate: the ratio of trainer to sampler, bounded", "near 1"),
-        ("corrected", "share of tokens whose weight was cut or set to 0", "below 0.1"),
-    )
-)
 _AHEAD = tuple(
     Metric(f"sampling/{name}", meaning, healthy, ROLLOUTS, "`max_staleness` > 0", False)
     for name, meaning, healthy in (
@@ -104,6 +97,13 @@ _AHEAD = tuple(
         ),
     )
 )  # fmt: skip
+_APART = tuple(
+    Metric(f"sampling/{name}", meaning, healthy, (*RATIOS, "PPO"), "an engine or older weights", False)
+    for name, meaning, healthy in (
+        ("weight", "mean weight of a token's surrogate: the ratio of trainer to sampler, bounded", "near 1"),
+        ("corrected", "share of tokens whose weight was cut or set to 0", "below 0.1"),
+    )
+)
 _OBJECTIVE = tuple(
     Metric(f"objective/{name}", meaning, healthy, trainers, when, evaluated=trainers == ("PPO",) and name == "scores")
     for trainers, when in ((RATIOS, "`beta` > 0"), (("OnlineDPO",), ""), (("PPO",), _TODAY))
@@ -288,11 +288,15 @@ METRICS: tuple[Metric, ...] = (
         advice="some completions have no reward and are not learned; see what the reward functions return for them"),
     Metric("rewards/<function>/mean", "mean of one reward function", "rises", REWARDED),
     Metric("rewards/<function>/std", "its standard deviation", "above 0", REWARDED, "2 opinions or more"),
+    Metric(
+        "judge/<function>/mean", "mean of a held-out judge, of which nothing is learned", "rises", ROLLOUTS,
+        "judge_funcs", False,
+    ),
     Metric("rewards/<function>/timed_out", "share of calls that came too late", "0", REWARDED, "reward_timeout"),
     Metric("policy_loss", "the loss without its KL term and entropy bonus", "of either sign", RATIOS, "", False),
     *_SAMPLING,
-    *_APART,
     *_AHEAD,
+    *_APART,
     *_OBJECTIVE,
     Metric(
         "objective/scores_margin", "mean reward of the best of a group minus that of the worst", "above 0",

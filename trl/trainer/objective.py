@@ -30,7 +30,14 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from trl.data.formats import column_names
-from trl.data.microbatches import BudgetCollator, lengths_of, row_tokens, unasked_budget
+from trl.data.microbatches import (
+    BudgetCollator,
+    lengths_of,
+    loaded_ahead,
+    may_be_ahead,
+    row_tokens,
+    unasked_budget,
+)
 from trl.data.records import Batch
 from trl.kernels.layers import compile_layers
 from trl.kernels.step_memory import Offload, in_place, kept_memory
@@ -504,9 +511,13 @@ class ObjectiveTrainer(Trainer):
             self.data_collator = BudgetCollator(whole, budget, asked=asked is not None)
         try:
             with self.shared.held():
-                return super().get_train_dataloader()
+                loader = super().get_train_dataloader()
         finally:
             self.data_collator = whole
+        workers = self.args.dataloader_num_workers
+        if may_be_ahead(self.train_dataset, whole, self.args.device.type, workers):
+            loaded_ahead(loader)
+        return loader
 
     def _unasked_budget(self) -> int | None:
         if self.balance_weight or not self.args.cuts_unasked():  # the balance is that of a whole batch

@@ -48,6 +48,7 @@ from trl.models.unwrap import below_peft, is_encoder_decoder, runs_in_step
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
+from trl.rollout import reward_check
 from trl.rollout.collector import Ahead, Collected, Collector
 from trl.rollout.experience import (
     Division,
@@ -78,6 +79,7 @@ from trl.rollout.source import (
     says_prompts,
     with_own_prompts,
 )
+from trl.trainer import checkpoints
 from trl.trainer.checkpoints import processes_text
 from trl.trainer.configuration import PostTrainingConfig, Setting, as_config, processing_class_of, require
 from trl.trainer.engines import engine_sampler
@@ -422,6 +424,10 @@ class RolloutConfig(PostTrainingConfig):
         """Rounds of sampling for each rollout at most."""
         return 1
 
+    def how_rewards_are_checked(self) -> str:
+        """Before training: yes, no, or all."""
+        return "no"
+
     def place_in_data(self) -> dict[str, Any]:
         """Nothing: prompts are counted, and a half-used rollout is compared with the settings that made it."""
         return {}
@@ -474,6 +480,10 @@ class RewardedConfig(RolloutConfig):
     """weight of each reward function; None: 1 each"""
     reward_timeout: float | str | list[float | None] | None = field(default=None)
     """seconds after which a reward function has no opinion of a batch, for all or one each; None: wait"""
+    check_rewards: str = field(default="no")
+    """before training, try the reward functions on trivial answers (empty, constant, echoed, very long, repeated) and
+    on the model's own samples, and say where a trivial one earns more: yes, no, or all, which also calls functions that
+    ask other machines. They are called in a process of their own, so what they remember stays as it was"""
     overlong_cache: int | None = field(default=None)
     """soft punishment for the last so many tokens before the limit, from 0 up to 1; None: off"""
     dynamic_sampling: bool = field(default=False)
@@ -496,11 +506,15 @@ class RewardedConfig(RolloutConfig):
         timeouts: list[Any] = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
         fits = all(seconds is None or seconds > 0 for seconds in timeouts)
         require(self, "reward_timeout", fits, "give seconds > 0, or None")
+        require(self, "check_rewards", self.check_rewards in ("yes", "no", "all"), "choose yes, no or all")
         fits = cache is None or 0 < cache <= self.max_completion_length
         require(self, "overlong_cache", fits, "give tokens in (0, max_completion_length], or None")
 
     def refill_rounds(self) -> int:
         return self.dynamic_sampling_max_rounds if self.dynamic_sampling else 1
+
+    def how_rewards_are_checked(self) -> str:
+        return self.check_rewards
 
 
 DECIDED = (*SAMPLING_FIELDS, "do_sample", "eos_token_id", "max_length", "min_length", *OUTPUTS)
@@ -608,6 +622,7 @@ class RolloutTrainer(ObjectiveTrainer):
         environment_factory: Factory | Mapping[str, Factory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         sampler: Sampler | None = None,
+        judge_funcs: RewardSource | Sequence[RewardSource] | None = None,
     ):
         config = as_config(args, self.config_class)
         check_sampler(sampler)
@@ -673,6 +688,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.rewards = self._rewards(reward_funcs, reward_processing_classes) if self.needs_rewards else None
         self._reward_tokenizers = reward_processing_classes
         self._reward_funcs: Any = reward_funcs
+        self._judge_funcs: Any = judge_funcs
         self.reference: Reference | None = None
         self.collector = self._collector(shape)
         self.ahead = self._ahead()
@@ -837,16 +853,28 @@ class RolloutTrainer(ObjectiveTrainer):
         config = self.args
         if not config.max_staleness:
             return None
-        apart = hasattr(self.sampler, "follow") and isinstance(self.source, SamplerSource | EnvironmentSource)
-        if not apart:
-            require(
-                config, "sync_in_flight", not config.sync_in_flight, "only an engine with weights of its own has it"
-            )
-        elif getattr(self.source, "measure", None) is not None:
-            way_out = "completions of this temperature and these filters are measured by weights that are gone by then"
+        follows, keeps = hasattr(self.sampler, "follow") and self.rollout_func is None, config.sync_in_flight
+        if keeps:
+            way_out = "only an engine beside the trainer, such as a vLLM server, samples while its weights change"
+            require(config, "sync_in_flight", follows and getattr(self.sampler, "beside", True), way_out)
+            way_out = "give the sampler keeps=True, and its sync mode='keep'"
+            require(config, "sync_in_flight", getattr(self.sampler, "keeps", True), way_out)
+        if follows and getattr(self.source, "measure", None) is not None:
+            way_out = "the weights that could measure filtered completions at this temperature are gone by then"
             require(config, "max_staleness", False, f"{way_out}; leave the filters out, or set it to 0")
-        plays, keeps = self.environment is not None, config.sync_in_flight
-        return Ahead(self.collector, config.max_staleness, follow=self._follow, apart=apart, keeps=keeps, plays=plays)
+        return Ahead(
+            self.collector,
+            config.max_staleness,
+            follow=self._follow,
+            apart=self._draws_apart,
+            keeps=keeps,
+            plays=self.environment is not None,
+        )
+
+    def _draws_apart(self) -> bool:
+        """Whether rollouts can be drawn while the policy is trained."""
+        beside = hasattr(self.sampler, "follow") and getattr(self.sampler, "beside", True)
+        return beside and isinstance(self.source, SamplerSource | EnvironmentSource)
 
     def _rest(self) -> None:
         """Have what is in flight end. Collective."""
@@ -947,7 +975,52 @@ class RolloutTrainer(ObjectiveTrainer):
             unscored=self._write_unscored,
             ends=self._ends(),
             weights=self.weights_for_sampling,
+            held_out=self._judges(),
         )
+
+    def _judges(self) -> RolloutRewards | None:
+        """Of what held-out judges say nothing is learned; it stands in the log as `judge/NAME/mean`."""
+        if self._judge_funcs is None:
+            return None
+        like = frozen_dtype(self.model, self.accelerator.mixed_precision)
+        return RolloutRewards(reward_panel(self._judge_funcs, None, None, self.args.device, like=like))
+
+    def _begin_steps(self, step: int) -> None:
+        super()._begin_steps(step)
+        how = self.args.how_rewards_are_checked()
+        if how == "no" or step or self.rewards is None:
+            return
+        try:
+            with checkpoints.same_random_state():
+                self._check_rewards(servers=how == "all")
+        except Exception as error:  # nobody's run ends by this
+            logger.warning("check_rewards: %s: %s; the rewards were not tried", type(error).__name__, error)
+
+    def _check_rewards(self, *, servers: bool) -> None:
+        """Try the reward functions, on one process; its samples are drawn as those of an evaluation."""
+        if self.environment is not None or self.rewards is None or self.rewards.panel is None:
+            logger.warning("check_rewards: the rewards of episodes, and those that rollouts bring, are not tried")
+            return
+        if not self.is_world_process_zero():
+            return
+        config, prompts = self.args, self._prompts()
+        rows = prompts.take(0, reward_check.PROMPTS)
+        asked = self.collector.prompt_texts(rows, 1)
+        ids = [list(row["prompt_ids"]) for row in rows]
+        end = self.processing_class.eos_token_id
+        made = reward_check.trivial_rollouts(asked, ids, self.processing_class, config.max_completion_length, end)
+        tried: dict[str, tuple[Rollout, int]] = {kind: (rollout, 1) for kind, rollout in made.items()}
+        if self.rollout_func is None and config.world_size == 1:
+            copies = min(reward_check.COPIES, config.num_generations)
+            self.follow()
+            with torch.no_grad():
+                tried[reward_check.OWN] = self.collector.draw(rows, copies, self.collector.seed(-1)), copies
+
+        def judge(rewards: RolloutRewards, rollout: Rollout, copies: int) -> Rewards:
+            return self.collector.judge(rollout, rows, copies, self.state, rewards)
+
+        found = reward_check.check_rewards(self.rewards, tried, judge, servers=servers)
+        reward_check.tell(found, Path(str(config.output_dir)))
 
     def _check_sharding(self) -> None:
         """ValueError where the sampler could not get the weights; one line where `gather` has no effect."""
@@ -1054,7 +1127,7 @@ class RolloutTrainer(ObjectiveTrainer):
         finally:
             if self.ahead is not None:
                 self.ahead.let_go(self.rollouts.state, self.state.global_step)
-            self.args.ignore_data_skip = self.args.in_training = False
+            self.args.ignore_data_skip = self.args.in_training = self.is_in_train = False
             close_objects(self.environment)
 
     def sampling_params(self, seed: Seed, say_kept: bool = False) -> SamplingParams:
@@ -1080,7 +1153,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.record_tokens(sum(map(len, rollout.prompts)) + sum(map(sum, rollout.masks)))
         group = self.args.num_generations
         if rewards.logs.metrics:
-            check_new_names(rewards.logs.metrics)
+            check_new_names(name for name in rewards.logs.metrics if not name.startswith("judge/"))
         rollout_report.record(self.record, self.record_extreme, rollout, rewards, group, self.collector.gather)
         prompts = self.collector.prompt_texts(rows, group)
         table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
@@ -1307,12 +1380,15 @@ class RolloutTrainer(ObjectiveTrainer):
         mine, of_step = [{**self.rollouts.plain_state(), **waiting}], self._division().of_step
         ranks = gather_object(mine) if self.args.world_size > 1 else mine
         state: dict[str, Any] = {"rollouts": ranks, "of_step": of_step}
+        if self._is_stale:  # what is left of the rollout at hand is weighed as its first part was
+            state["is_stale"] = True
         if self.args.moves_reference and self.reference is not None and self.reference.frozen is not None:
             state["reference"] = self.reference.state()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         ranks, rank = [dict(one) for one in state["rollouts"]], self.args.process_index
+        self._is_stale = bool(state.get("is_stale"))
         waiting, position = [one.pop("waiting", []) for one in ranks], ranks[0]["position"]
         before = waiting[0][0]["start"] if waiting[0] else position
         ranks = [{**one, "position": before} for one in ranks]  # as if nothing had been drawn ahead

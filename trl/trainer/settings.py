@@ -96,7 +96,7 @@ _AS_THERE_FIELDS = (
     "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo",
     "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint", "full_determinism",
-    "seed", "data_seed", "use_cpu", "dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers",
+    "seed", "data_seed", "use_cpu", "dataloader_drop_last", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "length_column_name",
     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
     "ddp_timeout", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
@@ -113,6 +113,7 @@ INHERITED: dict[str, str] = {
         f"{_AS_THERE} (`every_n_layers`, `offload`); `keep='attention'` keeps what attention gave instead of computing "
         "it again, `keep='products'` what all products of matrices gave",
     ),
+    "dataloader_num_workers": f"{_AS_THERE}: they pack batches ahead; with 0 a thread does so for a GPU",
     "warmup_steps": f"{_AS_THERE}: none with lr_scheduler_type='constant', which one line says",
     "tf32": f"{_AS_THERE}, where a GPU computes it",
     "optim_args": f"{_AS_THERE}; an error with an optimizer that reads none, such as torch's AdamW",

@@ -135,15 +135,27 @@ class ServerEngine:
         self._each(lambda url: self._ask(url, "/resume", {}))
 
     def load_adapter(self, name: str, folder: str) -> None:
-        """Load an adapter, in the place of one of the same name; the folder must be there for the servers too."""
+        """Load an adapter, in the place of one of the same name; the folder must be there for the servers too.
+
+        It is unloaded first: what is loaded in place is read from its folder again later, and a server ends whose
+        adapter's folder is gone then.
+        """
 
         def load(url: str) -> None:
-            there = name in self._about(url).adapters
-            self._ask(
-                url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder), "load_inplace": there}
-            )
+            if name in self._about(url).adapters:
+                self._ask_once(url, "/v1/unload_lora_adapter", {"lora_name": name}, "cannot be found")
+            body = {"lora_name": name, "lora_path": str(folder)}
+            self._ask_once(url, "/v1/load_lora_adapter", body, "already been loaded")
 
         self._each(load)
+
+    def _ask_once(self, url: str, path: str, body: Any, done: str) -> None:
+        """Ask for what is refused the second time, `done` says why: the first answer may have been lost."""
+        try:
+            self._ask(url, path, body)
+        except EngineError as error:
+            if done not in str(error):
+                raise
 
     def reload_weights(self, folder: str) -> None:
         """Replace the weights by those of a folder, which must be there for the servers too; caches are emptied."""
@@ -177,13 +189,12 @@ class ServerEngine:
     def _together(self, ask: Callable[[int], Read], number: int) -> list[Read]:
         if number <= 1:
             return [ask(place) for place in range(number)]
-        with ThreadPoolExecutor(min(number, self.at_once * len(self.urls)), "vllm") as pool:
+        pool = ThreadPoolExecutor(min(number, self.at_once * len(self.urls)), "vllm")
+        try:
             futures = [pool.submit(ask, place) for place in range(number)]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            return [future.result() for future in futures]
+        finally:  # Ctrl-C, or an error, waits for no answer
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _about(self, url: str) -> About:
         release = self._ask(url, "/version", read=lambda answer: str(answer["version"]))
@@ -327,7 +338,7 @@ def _completion(choice: Any) -> Completion:
 
 def _array(text: str) -> np.ndarray:
     """Numbers that came as text: an `.npy` file in base64."""
-    return np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)  # type: ignore[no-any-return]
+    return np.load(io.BytesIO(base64.b64decode(text)))  # type: ignore[no-any-return]
 
 
 def _scores(answer: Any, row: Sequence[int]) -> list[dict[int, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trl.data.records import Completion, VersionSpan
 from trl.generation.vllm.engine import About, EngineError, Request, Settings
-from trl.import_utils import is_vllm_available, pip_install
+from trl.import_utils import is_gpu_available, is_vllm_available, pip_install
 
 logger = logging.getLogger(__name__)
 TO_INSTALL = "vllm>=0.32,<0.33"
@@ -40,8 +40,8 @@ class ColocatedEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         vllm = _vllm()
         given = {"logprobs_mode": "processed_logprobs", "enable_sleep_mode": sleeps, **settings}
-        if importlib.import_module("vllm.platforms").current_platform.is_cpu():
-            # a row with a seed whose prompt is read in parts ends vLLM there: "CPU Generator does not use offset"
+        if not is_gpu_available():
+            # on a CPU a row with a seed whose prompt is read in parts ends vLLM: "CPU Generator does not use offset"
             given.setdefault("enable_chunked_prefill", False)
         try:
             llm = vllm.LLM(model=model, **given)

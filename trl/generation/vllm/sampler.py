@@ -36,7 +36,8 @@ class VLLMSampler:
     tokens, context and vocabulary count, beside the tokenizer's end token. stamp: distinguishes the weights of this run
     from those of other runs. further: more of vLLM's sampling parameters, such as structured_outputs. verify: every
     so many pushes of weights the model scores some completions itself (0: never); or what does so. otherwise: makes
-    the sampler that goes on where that finds other weights than the policy's; None: the error is raised.
+    the sampler that goes on where that finds other weights than the policy's; None: the error is raised. keeps: weights
+    may change while it samples (a `sync` of mode "keep"), so that tokens of all weights of this run are expected.
     """
 
     exact = False
@@ -53,7 +54,9 @@ class VLLMSampler:
         further: dict[str, Any] | None = None,
         verify: Verification | int = 1,
         otherwise: Callable[[], Sampler] | None = None,
+        keeps: bool = False,
     ) -> None:
+        self.keeps = keeps
         self.engine, self.sync, self.tokenizer = engine, sync, tokenizer
         self.verify: Verification | None = None
         self.otherwise = otherwise
@@ -74,6 +77,11 @@ class VLLMSampler:
             self.verify.context = self.context
         self.version: int | None = None
         """number of the weights that the engine has; None: its own first ones"""
+
+    @property
+    def beside(self) -> bool:
+        """Whether it may sample while the policy is trained: not in the trainer's own process or model."""
+        return bool(getattr(self.engine, "urls", ())) and self._instead is None
 
     @property
     def expected(self) -> str | None:
@@ -168,7 +176,9 @@ class VLLMSampler:
         """Spans of tokens that other weights sampled."""
         if self.expected is None:
             return []
-        return [span for one in completions for span in one.versions if span.version != self.expected]
+        spans = [span for one in completions for span in one.versions if span.version != self.expected]
+        known = f"{self.stamp}-"
+        return [s for s in spans if not (self.keeps and s.version.startswith(known) and s.version[-1:].isdecimal())]
 
     def _has_lost_adapter(self) -> bool:
         adapter = None if self.sync is None or self.version is None else self.sync.adapter

@@ -17,6 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl.generation.vllm.engine import Engine, EngineError, Request, WeightSync
 from trl.import_utils import pip_install
@@ -402,6 +404,25 @@ def write_weights(pieces: Sequence[Piece], folder: Path | None) -> None:
         flush()
         table = {"metadata": {"total_size": bytes_of(pieces)}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(table), encoding="utf-8")
+
+
+def write_untied(source: str, folder: str | os.PathLike[str]) -> None:
+    """A copy of a model and its tokenizer whose head is a weight of its own, equal to the embeddings.
+
+    vLLM on a CPU lays a head out for its products, and for models whose code there leaves out a tied head it keeps the
+    one that it had at the start. Served like this the head follows the policy's.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_weights(pieces_of(model), Path(folder))
+    config = deepcopy(model.config)
+    config.tie_word_embeddings = False
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    with suppress(OSError, ValueError):  # a model may have none
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 # -- who writes, who tells ----------------------------------------------------------------------

@@ -185,8 +185,9 @@ class Verification:
     def _cause(self) -> str:
         if self.tied:
             return (
-                "The policy's head is its embeddings, and for some models vLLM keeps the old head on a CPU: train a "
-                "LoRA adapter, or sample without vLLM (use_vllm=False)"
+                "The policy's head is its embeddings, and for some models vLLM keeps the old head on a CPU: serve a "
+                "copy with a head of its own (`trl vllm-serve --untie-embeddings`), train a LoRA adapter, or sample "
+                "without vLLM (use_vllm=False)"
             )
         known = self.dtype is not None and self.precision() in EXACT
         coarse = "; or it computes in fewer bits (--dtype), then say so by vllm_verify_tolerance" if known else ""

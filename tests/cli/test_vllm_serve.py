@@ -1,0 +1,83 @@
+"""`trl vllm-serve`: what is started, what is said of it, and who may reach it."""
+
+import json
+import os
+
+import pytest
+
+from trl.cli.main import run
+from trl.scripts import vllm_serve
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Words and environment of what would take the place of this process."""
+    made = []
+    monkeypatch.setattr(vllm_serve, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_serve, "is_gpu_available", lambda: False)
+    monkeypatch.setattr(os, "execvpe", lambda file, words, variables: made.append((words, variables)))
+    return made
+
+
+def after(words, flag):
+    return words[words.index(flag) + 1]
+
+
+def test_a_server_for_training(started, capsys):
+    assert run(["vllm-serve", "--model", "folder", "--port", "8123", "--max-num-seqs", "64", "--seed=3"]) == 0
+    ((words, variables),) = started
+    assert words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert (after(words, "--host"), after(words, "--port"), after(words, "--model")) == ("127.0.0.1", "8123", "folder")
+    assert after(words, "--logprobs-mode") == "processed_logprobs"
+    assert after(words, "--dtype") == "float32"
+    assert "--enable-scale-out" in words
+    assert words[-3:] == ["--max-num-seqs", "64", "--seed=3"]
+    assert variables["VLLM_SERVER_DEV_MODE"] == "1"
+    assert variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    said = capsys.readouterr().out
+    assert "--enable-scale-out                     tokens in, tokens out" in said
+    assert "--max-num-seqs 64 --seed=3             as you said" in said
+    assert "private network" not in said
+
+
+def test_on_a_gpu(started, monkeypatch):
+    monkeypatch.setattr(vllm_serve, "is_gpu_available", lambda: True)
+    line = "vllm-serve --model a/b --max-lora-rank 0 --tensor-parallel-size 2 --python /else/python"
+    assert run(line.split()) == 0
+    ((words, variables),) = started
+    assert words[0] == "/else/python"
+    assert json.loads(after(words, "--weight-transfer-config")) == {"backend": "nccl"}
+    assert after(words, "--tensor-parallel-size") == "2"
+    assert "--enable-lora" not in words
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in variables
+    assert "--enforce-eager" not in words
+
+
+def test_another_host_is_warned_of(started, capsys):
+    assert run(["vllm-serve", "--model", "a", "--host", "0.0.0.0", "--dry-run"]) == 0
+    assert not started
+    assert "--host 0.0.0.0: whoever reaches this port can replace the weights" in capsys.readouterr().out
+
+
+def test_an_adapter_is_served_by_its_base(started, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "its/base"}')
+    assert run(["vllm-serve", "--model", str(tmp_path)]) == 0
+    assert after(started[0][0], "--model") == "its/base"
+    assert "is an adapter: its base its/base is served" in capsys.readouterr().out
+
+
+def test_a_copy_whose_head_is_its_own(started, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "trl.generation.vllm.sync.write_untied", lambda source, folder: made.append((source, str(folder)))
+    )
+    monkeypatch.setenv("TRL_CACHE", str(tmp_path))
+    assert run(["vllm-serve", "--model", "some/model", "--untie-embeddings"]) == 0
+    assert made == [("some/model", str(tmp_path / "untied" / "model"))]
+    assert after(started[0][0], "--model") == str(tmp_path / "untied" / "model")
+
+
+def test_vllm_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(vllm_serve, "is_vllm_available", lambda: False)
+    assert run(["vllm-serve", "--model", "a"]) == 2
+    assert 'vLLM is not installed here: pip install "vllm>=0.32,<0.33", or name the python' in capsys.readouterr().err
