@@ -1,6 +1,6 @@
 """What `trl plan` says of six runs, beside what they took: memory and CPU seconds.
 
-`python -m benchmarks.plans MODEL FOLDER [job ...]` prints the table of docs/command_line.md. FOLDER holds chats.jsonl,
+`python -m benchmarks.plans MODEL FOLDER [job ...]` prints a table. FOLDER holds chats.jsonl,
 pairs.csv, votes.jsonl and sums.jsonl; each command is a process of its own with one thread. CPU seconds of a run are
 those of `trainer.train`, its start included, which a plan does not count.
 """
