@@ -126,7 +126,10 @@ def test_an_interrupted_command_says_so(job, capsys):
 def test_a_shell_completes_commands_and_options(monkeypatch, capsys):
     from trl.cli.main import run
 
-    for words, at, wanted in (("trl s", "1", ["sft", "simpo", "schema"]), ("trl inspect sft --ht", "3", ["--html"])):
+    for words, at, wanted in (
+        ("trl s", "1", ["sft", "simpo", "serve", "schema"]),
+        ("trl inspect sft --ht", "3", ["--html"]),
+    ):
         monkeypatch.setenv("_TRL_COMPLETE", "complete_bash")
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", at)

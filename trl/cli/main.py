@@ -40,6 +40,7 @@ COMMANDS: dict[str, Training | Other] = {
     "vllm_serve": Other("trl.scripts.vllm_serve", "Start a vLLM server that trainers sample from.", settings=True),
     "serve": Other("trl.scripts.serve", "Serve a model by vLLM or transformers, with the interface of OpenAI."),
     "inspect": Other("trl.scripts.inspect_rows", "Show what a training command learns of each row.", settings=True),
+    "plan": Other("trl.scripts.plan", "Say what a training command would take: memory, time, disk.", settings=True),
     "report": Other("trl.scripts.report", "Write the report of a run's folder: curves, samples, what to look at."),
     "diff": Other("trl.scripts.diff_runs", "Say in what two runs differ: settings, data, the first step and token."),
     "replay": Other("trl.scripts.replay", "Compute a step of a run again, and show token by token what it did."),

@@ -143,13 +143,13 @@ def memory_per_rank(
     )
 
 
-def _activations(of: _Sizes, tokens: int, checkpointing: bool, offload: bool = False, dropout: float = 0.0) -> float:
+def _activations(of: _Sizes, tokens: int, checkpointing: bool, offload: bool = False, more: float = 0.0) -> float:
     """Numbers that autograd keeps of a pass on the device.
 
-    offload: what is kept of each block is in main memory. dropout: numbers that an adapter's keeps of a token and a
-    block.
+    offload: what is kept of each block is in main memory. more: numbers of a token and a block that an adapter
+    adds.
     """
-    a_layer = 6 * of.width + of.key_values + 4 * of.inner + dropout
+    a_layer = 6 * of.width + of.key_values + 4 * of.inner + more
     kept = (0 if offload else of.layers * of.width) + a_layer if checkpointing else of.layers * a_layer
     return tokens * (kept + 2 * of.width)
 
@@ -163,10 +163,8 @@ def _head(of: _Sizes, tokens: int, scored: int | None) -> float:
 
 PROCESS = 0.62e9
 """bytes of a process that has imported everything and holds nothing yet, on a CPU"""
-HOLES = 0.2
+HOLES = 0.1
 """on a CPU: bytes of the heap that nothing fits into, as a share of the activations (measured)"""
-HOLES_OF_ADAPTERS = 0.7
-"""the same with PEFT's own adapters, whose products and sums are made and let go of between activations"""
 
 
 @dataclass(frozen=True)
@@ -221,8 +219,10 @@ def memory_of(
     half = computed < max(weight.element_size() for weight in own)
     adapted = [part for part in network.modules() if hasattr(part, "lora_A")]
     drops = any(getattr(rate, "p", 0) for part in adapted for rate in getattr(part, "lora_dropout", {}).values())
-    dropped = 1.5 * (6 * of.width + of.inner) * drops
-    activations = computed * _activations(of, load.tokens, checkpointing, offload, dropped)
+    more = (
+        0.0 if not adapted else 0.25 * (6 * of.width + of.inner) if drops else -2.0 * of.inner
+    )  # see kernels/adapters
+    activations = computed * _activations(of, load.tokens, checkpointing, offload, more)
     whole = weights * (1 - share("weights")) if load.rows else 0.0
     laid_out = min(weights, 2**30) if on_cpu and load.rows else 0.0
     return RankMemory(
@@ -235,7 +235,7 @@ def memory_of(
         head=_head(of, load.tokens, load.scored),
         rollout=whole + laid_out + float(load.rows * load.row_tokens * of.layers * of.key_values * computed),
         copies=of.weights * 2.0 if half else 0.0,
-        holes=activations * (HOLES_OF_ADAPTERS if adapted else HOLES) if on_cpu else 0.0,
+        holes=activations * HOLES if on_cpu else 0.0,
         process=process_memory(weights + others) if on_cpu else 0.0,
     )
 

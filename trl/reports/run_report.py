@@ -256,6 +256,7 @@ def facts_of(run: RunRead) -> list[tuple[str, str]]:
         ("Started", moment(record.get("started"))),
         ("Ended", moment(record.get("ended"))),
         ("Time", f"{duration(seconds)}; {duration(seconds_of(record, 'cpu'))} of CPU" if seconds else ""),
+        ("Planned", planned(record)),
         (
             "Trainer",
             f"{record.get('trainer', '')} (trl {job_of(run)})" if job_of(run) else str(record.get("trainer", "")),
@@ -272,6 +273,23 @@ def facts_of(run: RunRead) -> list[tuple[str, str]]:
             (f"Part {number}", f"{moment(part.get('started'))}: {part.get('status')}{how} at step {part.get('step')}")
         )
     return [(name, text) for name, text in facts if text]
+
+
+def planned(record: Mapping[str, Any]) -> str:
+    """What was expected of memory and time, beside what came of it; empty where nobody asked."""
+    plan, parts = record.get("planned"), []
+    plan = plan if isinstance(plan, Mapping) else {}
+    size = (plan.get("memory") or {}).get("measured") or (record.get("predicted") or {}).get("bytes")
+    peak = record.get("peak_memory") or {}
+    found = peak.get("device_bytes") or peak.get("bytes")
+    if size and found:
+        parts.append(f"{gibibytes(size)} of memory, it took {gibibytes(found)}")
+    each, steps = plan.get("cpu_seconds_a_step"), record.get("step") or 0
+    if each and steps and seconds_of(record, "cpu"):
+        parts.append(
+            f"{duration(each * steps)} of CPU in its steps, it took {duration(seconds_of(record, 'cpu'))} in all"
+        )
+    return "; ".join(parts)
 
 
 def _device(record: Mapping[str, Any]) -> str:

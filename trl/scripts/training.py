@@ -82,6 +82,8 @@ class JobArguments:
     """train a LoRA adapter of this rank on all linear modules: `use_peft`, `lora_r`, `lora_alpha` twice the rank"""
     seeds: int = field(default=1)
     """train so many times, with `seed` and those after it, into folders seed-N of output_dir, and report the spread"""
+    dry_run: bool = field(default=False)
+    """train nothing: two steps on the longest rows say what memory, time and disk the run would take (`trl plan`)"""
 
 
 def dataclasses_of(job: Training) -> tuple[type, ...]:
@@ -206,10 +208,11 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
         show_fields(job)
         return 0
     parser, settings = read_settings(job, words)
-    if settings.get("seeds", 1) != 1:
+    dry = bool(settings.get("dry_run"))
+    if settings.get("seeds", 1) != 1 and not dry:
         return several_seeds(name, job, words, settings)
     if "check_rewards" in parser.hints:
-        settings.setdefault("check_rewards", "yes")
+        settings.setdefault("check_rewards", "no" if dry else "yes")
     settings.setdefault("enable_jit_checkpoint", True)  # at SIGTERM: finish the step, save it, exit with 143
     if job.rewards and not any(settings.get(name) for name in ORDERS):
         raise ValueError("--reward: say what to reward (`--reward_funcs` or `--reward`, one or more)")
@@ -220,6 +223,8 @@ def command(name: str, job: Training, words: Sequence[str]) -> int:
         say(note)
     with quiet(), pointing(name, lengths_of(parser)):
         folder = train(job, Line(["trl", name, *words], parser.reads), *parser.parse_dict(settings))
+    if dry:
+        return 0
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"saved to {folder}")
         with suppress_all("what comes next is not said"):
@@ -313,6 +318,11 @@ def train(
     from trl.trainer.callbacks import RichProgressCallback
     from trl.trainer.run_record import RunFolderCallback
 
+    if own.dry_run:
+        from trl.scripts.plan import rehearse
+
+        set_seed(config.seed)
+        return rehearse(config, lambda config: trainer_of(job, model, script, mixture, config, own))
     check_trackers(config.report_to)
     record = RunFolderCallback(
         (model, script, mixture, config, own, several), line.words, line.reads, data_names(script, mixture, own)

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 RECORDS = ("rollouts", "unscored", "trace")
 """folders of what a run has sampled, and of its steps"""
-RECORD, CONFIG, REPORT = "run.json", "config.yaml", "report.html"
-"""files of a run's folder: what the run is and how it ended, its settings, its report"""
+RECORD, CONFIG, REPORT, PLAN = "run.json", "config.yaml", "report.html", "plan.json"
+"""files of a run's folder: what the run is and how it ended, its settings, its report, what `trl plan` expected"""
 EARLIER = "earlier-"
 """a folder with the records of a run that left no checkpoint, followed by a number"""
 _held: set[int] = set()

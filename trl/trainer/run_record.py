@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.data.any_text import encodable
 from trl.models.weight_files import SAVING
 from trl.models.zero import elements
-from trl.trainer.run_folder import CONFIG, RECORD, RunFacts, RunListener
+from trl.trainer.run_folder import CONFIG, PLAN, RECORD, RunFacts, RunListener
 from trl.trainer.settings import OfForm, WholeOfForm
 from trl.trainer.signals import TERMINATED
 
@@ -263,6 +263,8 @@ class RunFolderCallback(TrainerCallback, RunListener):
             "settings": differing(settings),
             **_of_model(model),
         }
+        planned = None if self._folder is None else read_record(self._folder, PLAN)
+        self.record |= {} if planned is None else {"planned": planned}
         self._write()
         self._write_config(settings)
 
@@ -349,10 +351,10 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What `run.json` in a folder holds; None where there is none that can be read."""
+def read_record(folder: Path, name: str = RECORD) -> dict[str, Any] | None:
+    """What `run.json` in a folder holds, or another such file; None where there is none that can be read."""
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
