@@ -193,11 +193,14 @@ def logprobs_and_entropy(
 
 
 def _among(logits: Tensor, choices: Tensor) -> Tensor:
-    """The logits with -inf for all words but the choices; a row without choices stays as it is."""
+    """The logits, so low that nothing is left of them for all words but the choices; a row without choices stays.
+
+    They are finite: an entropy's gradient would be 0 times infinity.
+    """
     out = torch.ones_like(logits, dtype=torch.bool)
     column = torch.where(choices >= 0, choices, choices[:, :1].clamp(min=0))  # what fills up stands for the first
     out.scatter_(1, column, value=False)
-    return logits.masked_fill(out & (choices[:, :1] >= 0), -torch.inf)
+    return logits.masked_fill(out & (choices[:, :1] >= 0), torch.finfo(logits.dtype).min / 2)
 
 
 def token_logprobs(
