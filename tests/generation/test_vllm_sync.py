@@ -415,7 +415,7 @@ class OnGpu(torch.nn.Module):
         ("cpu", {"urls": ["u"]}, "folder"),
         ("cpu", {"own_engines": True}, "memory"),
         ("gpu", {"urls": ["u"]}, "nccl"),
-        ("gpu", {"own_engines": True, "way": "ipc", "clients": [object()]}, "ipc"),
+        ("gpu", {"own_engines": True, "way": "ipc", "clients": ["one"]}, "ipc"),
         ("gpu", {"own_engines": True, "workers": [2]}, "folder"),
         ("gpu", {"urls": ["u"], "way": "ipc"}, "ipc"),
         ("gpu", {"urls": ["u"], "way": "folder"}, "folder"),

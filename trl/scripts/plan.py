@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from trl.trainer.rollout_trainer import RolloutTrainer
 from trl.trainer.run_folder import PLAN
 from trl.trainer.run_record import peak_device_memory, peak_memory, write_whole
 from trl.trainer.step_line import duration, short
+
+if TYPE_CHECKING:
+    from trl.trainer.ppo_trainer import PPOTrainer
 
 MOST_ROWS = 100_000
 """rows that are counted one by one, where their lengths cannot be read off a column"""
@@ -141,7 +144,7 @@ def _unrecorded(config: Any, folder: str) -> Any:
     return own
 
 
-def _schedule(trainer: Any, config: Any) -> Schedule:
+def _schedule(trainer: ObjectiveTrainer | PPOTrainer, config: Any) -> Schedule:
     """Read off the steps of the whole run, then leave two of them, on the longest rows."""
     accumulation = int(config.gradient_accumulation_steps)
     if not isinstance(trainer, ObjectiveTrainer):
@@ -160,14 +163,14 @@ def _schedule(trainer: Any, config: Any) -> Schedule:
     return Schedule(steps, accumulation, mean, longest)
 
 
-def _steps_of_ppo(trainer: Any, config: Any) -> int:
+def _steps_of_ppo(trainer: PPOTrainer, config: Any) -> int:
     if config.max_steps > 0:
         return int(config.max_steps)
     episodes = config.total_episodes or config.num_train_epochs * len(trainer.dataset)
     return math.ceil(episodes / (trainer.config.batch_size * trainer.accelerator.num_processes))
 
 
-def _take_longest(trainer: Any, count: int) -> tuple[float, float]:
+def _take_longest(trainer: ObjectiveTrainer, count: int) -> tuple[float, float]:
     """Leave the trainer its longest rows; the mean length of all, and of these. (0, 0) where that is not known."""
     rows = trainer.train_dataset
     lengths = lengths_of(rows)
@@ -180,7 +183,9 @@ def _take_longest(trainer: Any, count: int) -> tuple[float, float]:
     return float(lengths.mean()), float(lengths[order].mean())
 
 
-def _found(schedule: Schedule, watch: Stopwatch, trainer: Any, config: Any, before: Any) -> dict[str, Any]:
+def _found(
+    schedule: Schedule, watch: Stopwatch, trainer: ObjectiveTrainer | PPOTrainer, config: Any, before: Any
+) -> dict[str, Any]:
     """What the run is expected to need."""
     on_gpu = watch.device.type == "cuda"
     peak = peak_device_memory() if on_gpu else peak_memory()
