@@ -17,6 +17,14 @@ sys.exit(f"loaded {heavy}" if heavy else code)
 """
 
 
+@pytest.mark.parametrize("name", ["chat", "generate", "compare", "merge"])
+def test_paragraphs_of_a_help_text_are_wrapped_by_the_terminal(name):
+    """Not where the source breaks its lines."""
+    text = command_line.load_command(name).help
+    assert all(len(part.splitlines()) == 1 for part in text.split("\n\n"))
+    assert len(text.split("\n\n")) >= 2
+
+
 @pytest.fixture
 def job(monkeypatch):
     """Installs a function as the command `trl job`."""

@@ -251,6 +251,18 @@ def test_a_conversation_longer_than_the_context_is_one_line_and_the_turn_is_forg
     assert len(chat.messages) == 2
 
 
+def test_an_input_with_a_turn_that_is_too_long_ends_with_2(base, monkeypatch, capsys):
+    """The other turns are answered; an unknown command leaves no question without its answer."""
+    words = ["chat", "base", "--temperature", "0", "--max-new-tokens", "3"]
+    for text, code in ((f"Who?\n{'x' * 400}\nWhere?\n", 2), ("Who?\n/nonsense\n", 0)):
+        typed(monkeypatch, text)
+        assert run(words) == code
+        out, error = capsys.readouterr()
+        assert out.count("\n") == (2 if code else 1)
+        assert "prompts[" not in error
+    assert "there is no such command" in error
+
+
 def test_a_base_model_is_talked_to_in_words(base, capsys):
     AutoTokenizer.from_pretrained("base")
     plain = word_tokenizer()
@@ -351,6 +363,35 @@ def test_a_wrong_line_is_one_line(words, message, base, monkeypatch, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert (base / "taken.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("before", [None, "old\n"])
+def test_a_prompt_that_is_too_long_is_named_before_any_answer_and_no_file_changes(before, base, capsys):
+    """Its row is that of the file, not of the 64 that are sampled together."""
+    (base / "rows.jsonl").write_text("".join(json.dumps({"prompt": "x" * (300 if at in (66, 68) else 3)}) + "\n"
+                                             for at in range(70)))  # fmt: skip
+    if before is not None:
+        (base / "out.jsonl").write_text(before)
+    assert run(["generate", "base", "--data", "rows.jsonl", "--output", "out.jsonl", "--overwrite"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "row 66: its prompt has 300 tokens, the model's context 256, and 1 further prompt is too long" in error
+    assert (base / "out.jsonl").read_text() == before if before else not (base / "out.jsonl").exists()
+
+
+def test_a_file_that_is_replaced_holds_the_new_lines_alone(base):
+    (base / "out.jsonl").write_text("old\n" * 50)
+    words = ["--output", "out.jsonl", "--overwrite", "--max-new-tokens", "2"]
+    assert run(["generate", "base", "Who?", "Where?", *words]) == 0
+    assert [line["prompt"] for line in lines_of(base / "out.jsonl")] == ["Who?", "Where?"]
+    (base / "out.jsonl").write_text("old\n")
+    assert run(["generate", "./nowhere", "Who?", *words]) == 2
+    assert (base / "out.jsonl").read_text() == "old\n"
+
+
+def test_an_output_that_cannot_be_written_is_one_line(base, capsys):
+    (base / "file").write_text("")
+    assert run(["generate", "base", "Who?", "--output", "file/out.jsonl"]) == 2
+    assert "--output file/out.jsonl: it cannot be written there: " in capsys.readouterr().err
 
 
 # -- merge ---------------------------------------------------------------------------------------

@@ -159,6 +159,43 @@ def test_load_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "there is no such folder"),
+        ({}, ""),
+        ({"config.json": '{"model_type": "llama"}'}, "it holds no tokenizer. Save one there"),
+        ({"config.json": "{"}, ""),
+    ],
+)
+def test_a_folder_without_a_tokenizer_is_said_in_whole_sentences(files, message, tmp_path):
+    place = tmp_path / "place"
+    for name, text in (files or {}).items():
+        place.mkdir(exist_ok=True)
+        (place / name).write_text(text)
+    if files == {}:
+        place.mkdir()
+    with pytest.raises(OSError, match=r"could not load a tokenizer from .*place") as error:
+        load_tokenizer(str(place))
+    assert message in str(error.value)
+    assert ": Save" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert ("Save one there" in str(error.value)) == (files is not None)
+
+
+@pytest.mark.parametrize("base", ["/gone/base", "./gone", "empty"])
+def test_an_adapter_without_its_model_says_which_and_the_way_out(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    peft.get_peft_model(tiny_model("llama"), lora()).save_pretrained("adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    with pytest.raises((OSError, ValueError), match="the adapter 'adapter' belongs to a model that cannot be") as error:
+        load_model("adapter", CausalLM)
+    assert f"could not load a model from '{base}'" in str(error.value)
+    assert "`trl merge` as --base" in str(error.value)
+
+
 def test_pad_token_is_its_own_else_the_end_token_else_an_error():
     assert ensure_pad_token(tokenizer_of(10, eos_token="w2", pad_token="w3")).pad_token_id == 3
     assert ensure_pad_token(tokenizer_of(10, eos_token="w2")).pad_token_id == 2

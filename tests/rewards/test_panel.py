@@ -83,6 +83,10 @@ def broken(**columns):
     raise KeyError("solution")
 
 
+def reads(**columns):
+    return open("no/such/words.txt").read()
+
+
 async def yields(**columns):
     yield 1.0
 
@@ -95,6 +99,7 @@ def unknown(prompts, answer, *, level, log_metric, further=None, **columns):
     ("function", "what"),
     [
         (broken, "'broken' failed: KeyError"),
+        (reads, r"'reads' failed: FileNotFoundError\(.*words\.txt"),
         (lambda **_: [1.0], "gave 1 values for 2 completions"),
         (lambda **_: None, "gave None: give a list"),
         (lambda **_: 3.0, "gave 3.0: give a list"),

@@ -34,6 +34,8 @@ class Part:
         (dict | str | None, {"a": 1}, {"a": 1}),
         (IntervalStrategy | str, "steps", "steps"), (IntervalStrategy | str, False, "no"),
         (Literal["group", True, False], "false", False), (Literal["group", True, False], "group", "group"),
+        (Literal["yes", "no", "all"], False, "no"), (Literal["yes", "no", "all"], "True", "yes"),
+        (Literal["yes", "no", "all"], "all", "all"),
         (list[Part], [{"path": "x", "weight": 2}], [Part("x", 2.0)]), (list[Part], "x", [Part("x")]),
         (Any, object, object),
     ],

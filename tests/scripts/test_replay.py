@@ -107,7 +107,7 @@ def test_another_run_is_told_from_it(place, capsys):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--step", "9"], "--step 9: the run has 4 steps"), (["--step", "0"], "--step")],
+    [(["--step", "9"], "--step 9: the last step of the run is 4"), (["--step", "0"], "--step")],
 )
 def test_wrong_steps(place, capsys, words, message):
     assert run(["replay", str(place / "one"), *words]) != 0

@@ -57,6 +57,19 @@ def test_a_planted_weakness_is_found(function, kind):
     }  # fmt: skip
 
 
+def forgets(completions, **columns):
+    return [None for _ in completions]
+
+
+def test_a_function_that_says_nothing_is_named():
+    """Alone, beside another one, and where the policy's own samples are not tried."""
+    line = "forgets gave None for each of these answers, the policy's own among them: of answers like them nothing is"
+    assert [one[: len(line)] for one in judged(forgets).weaknesses] == [line]
+    assert judged(sound, forgets).weaknesses[0].startswith(line)
+    assert not any("None" in one for one in judged(lambda completions, **_: [None, *[1.0] * (len(completions) - 1)],
+                                                   ).weaknesses)  # fmt: skip
+
+
 def test_a_sound_reward_has_none():
     found = judged(sound)
     assert not found.weaknesses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -70,8 +71,14 @@ def load_command(name: str) -> Any:
         single.command(name, cls=RawCommand, help=entry.help)(_training_command(name, entry))
     else:
         takes = {"ignore_unknown_options": entry.settings, "allow_extra_args": entry.settings}
-        single.command(name, context_settings=takes)(importlib.import_module(entry.module).command)
+        function = importlib.import_module(entry.module).command
+        single.command(name, context_settings=takes, help=_unwrapped(function.__doc__))(function)
     return typer.main.get_command(single)
+
+
+def _unwrapped(text: str | None) -> str | None:
+    """A docstring with a line for each paragraph, which the terminal wraps by its own width."""
+    return text and "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
 
 
 def _training_command(name: str, job: Training) -> Callable[[typer.Context], int]:

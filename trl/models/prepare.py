@@ -93,12 +93,18 @@ def load_model(
         base_kwargs["revision"] = adapter.revision
     of_base = {name: base_kwargs[name] for name in HUB_ARGUMENTS if name in base_kwargs}
     base_kwargs |= dtype_keywords(adapter.base_model_name_or_path, base_kwargs, of_base, trained=False, like=like)
-    base = _from_pretrained(auto_class, adapter.base_model_name_or_path, model_args, base_kwargs)
+    try:
+        base = _from_pretrained(auto_class, adapter.base_model_name_or_path, model_args, base_kwargs)
+    except (OSError, ValueError) as error:
+        raise (OSError if isinstance(error, OSError) else ValueError)(
+            f"the adapter {source!r} belongs to a model that cannot be loaded: {error} (if it lies elsewhere now, "
+            "write it into the adapter_config.json as `base_model_name_or_path`, or give it to `trl merge` as --base)"
+        ) from error
     return load_adapter(base, source, is_trainable=is_trainable and not frozen, **where)
 
 
 def _from_pretrained(auto_class: Any, source: str, model_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> Any:
-    if not os.path.exists(source) and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+    if _is_no_folder(source):
         raise OSError(f"could not load a model from {source!r}: there is no such folder")
     try:
         # False, not None: transformers would ask at the terminal whether to run the code of an unknown model.
@@ -108,12 +114,25 @@ def _from_pretrained(auto_class: Any, source: str, model_args: tuple[Any, ...], 
     except Exception as error:  # transformers, safetensors, json and the Hub each have their own
         if isinstance(error, TypeError | torch.OutOfMemoryError):  # wrong keyword, too large: the message says it
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         kind = OSError if isinstance(error, OSError) or "Safetensor" in type(error).__name__ else ValueError
         raise kind(
-            f"could not load a model from {source!r}: {reason} "
+            f"could not load a model from {source!r}: {_reason(error)} "
             "Pass a folder that `save_pretrained` wrote, or the name of a Hub repository."
         ) from error
+
+
+def _is_no_folder(source: str) -> bool:
+    """Whether a place is written as a folder's and there is none; as a name on the Hub it would make no sense."""
+    written = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return written and not os.path.exists(os.path.expanduser(source))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's error, as a sentence."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if line.endswith("instantiate the backend tokenizer from one of:"):  # the ways follow, none of them a user's
+        line = "it holds no tokenizer"
+    return line if line.endswith((".", "!", "?")) else line.rstrip(":,;") + "."
 
 
 def modern_init_kwargs(init_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -175,12 +194,13 @@ def read_tokenizer(name_or_tokenizer: str | os.PathLike[str] | PreTrainedTokeniz
     """The tokenizer of a folder, Hub name or object, as it is; `kwargs` go to `from_pretrained`."""
     tokenizer: Any = name_or_tokenizer
     if isinstance(name_or_tokenizer, str | os.PathLike):
+        if _is_no_folder(os.fspath(name_or_tokenizer)):
+            raise OSError(f"could not load a tokenizer from {os.fspath(name_or_tokenizer)!r}: there is no such folder")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_tokenizer, **{"trust_remote_code": False, **kwargs})
         except Exception as error:  # as many kinds as there are tokenizers
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise OSError(
-                f"could not load a tokenizer from {os.fspath(name_or_tokenizer)!r}: {reason} "
+                f"could not load a tokenizer from {os.fspath(name_or_tokenizer)!r}: {_reason(error)} "
                 "Save one there with `tokenizer.save_pretrained`, or pass a tokenizer."
             ) from error
     elif kwargs:

@@ -226,7 +226,8 @@ class _Call:
                 raise self._error
             return self._value if self._awaited is None else self._awaited.result()
         except BaseException as error:
-            raise RewardError(f"reward function {name!r} failed: {error!r}") from error
+            said = f"{type(error).__name__}({str(error)!r})" if isinstance(error, OSError) else repr(error)  # its file
+            raise RewardError(f"reward function {name!r} failed: {said}") from error
 
 
 def _refuse_missing(names: Sequence[str], functions: Sequence[RewardFunction], columns: Mapping[str, Any]) -> None:

@@ -157,8 +157,19 @@ def check_rewards(
         total = sum(weights[name] * mean for name, mean in known.items()) if known else None
         example = rollout.texts[0][:200] if rollout.texts else ""
         found.tried.append(Tried(kind, example, means, total))
-    found.weaknesses = weaknesses(found.tried)
+    found.weaknesses = silent(found.tried) + weaknesses(found.tried)
     return found
+
+
+def silent(tried: Sequence[Tried]) -> list[str]:
+    """A line for each function that said nothing of any answer, as one does that lacks its `return`."""
+    names = tried[0].rewards if tried else ()
+    return [
+        f"{name} gave None for each of these answers{own}: of answers like them nothing is learned by it"
+        for own in [", the policy's own among them" if any(each.kind == OWN for each in tried) else ""]
+        for name in names
+        if all(each.rewards[name] is None for each in tried)
+    ]
 
 
 def weaknesses(tried: Sequence[Tried]) -> list[str]:

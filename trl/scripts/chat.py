@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl.scripts.exit_codes import BAD_INPUT
 from trl.scripts.open_model import Dtype, Opened, open_model
 from trl.scripts.quiet import quiet, say
 from trl.scripts.sampling import Asked, MinP, Penalty, Temperature, TopK, TopP, in_words
@@ -41,10 +42,11 @@ def command(
     repetition_penalty: Penalty = None,
     seed: Annotated[int | None, typer.Option(help="Make answers reproducible.")] = None,
     dtype: Dtype = None,
-) -> None:
+) -> int:
     """Talk to a model, which answers word by word as it samples. /help lists the commands; Ctrl-C stops an answer.
 
     Lines that are piped in are what the user says, one after another; the answers alone go to the standard output.
+    The exit code is 2 where one of them could not be answered.
     """
     asked = Asked(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     with quiet():
@@ -54,6 +56,7 @@ def command(
             _converse(talk, model)
         else:
             _read_through(talk)
+    return BAD_INPUT if talk.refused and not sys.stdin.isatty() else 0
 
 
 class Chat:
@@ -78,6 +81,8 @@ class Chat:
         self.ends = tuple(sorted({*known, *ChatTemplate(self.tokenizer, ends=known).end_ids}))
         self.params: SamplingParams = asked.params(opened.model, stops, self.ends)
         self.messages: list[dict[str, str]] = []
+        self.refused = 0
+        """turns that could not be put to the model"""
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
@@ -108,9 +113,17 @@ class Chat:
         from trl.data.any_text import encodable
         from trl.generation.local import make_sampler
         from trl.generation.text_stream import TextStream
+        from trl.models.prepare import context_length
+        from trl.models.unwrap import is_encoder_decoder
 
         turn = {"role": "user", "content": encodable(said)}
         prompt = self._prompt([turn])
+        context = None if is_encoder_decoder(self.opened.model) else context_length(self.opened.model)
+        if context is not None and len(prompt) >= context:
+            raise ValueError(
+                f"the conversation has {len(prompt):,} tokens with this turn, the model's context {context:,}: shorten "
+                "the turn; /clear begins anew"
+            )
         stream = TextStream(self.tokenizer, self.ends, self.params.stop_strings)
         got: list[Any] = []
 
@@ -158,8 +171,8 @@ class Chat:
                 return self.obey(line)
             self.answer(line)
         except ValueError as error:
-            hint = "; /clear begins anew" if "context" in str(error) else ""
-            print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+            self.refused += not line.startswith("/")
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return True
 
 

@@ -17,8 +17,8 @@ OF_PLACE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "
 
 
 def command(
-    first: Annotated[Path, typer.Argument(help="the folder of a run")],
-    second: Annotated[Path, typer.Argument(help="the folder of another run")],
+    first: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another run.")],
 ) -> int:
     """Say in what two runs differ: settings, data, then the first step and the first token."""
     one, other = read_run(first), read_run(second)

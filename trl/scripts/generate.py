@@ -74,6 +74,8 @@ def command(
             turns = Turns(as_chat if chat is None else chat, system)
             count = 0
             for one in answered(opened, rows, asked, turns, n=n, stops=stop or (), seed=seed):
+                if not count and output is not None and output.is_file():
+                    file.truncate(0)
                 line = {**rows[one.place], **one.columns(numbered=n > 1)}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                 file.flush()
@@ -196,6 +198,7 @@ def answered(
     say(f"{opened.found.name} samples with {in_words(params)}, seed {seed}")
     sampler = make_sampler(opened.model, tokenizer)
     ids = [_ids(prompt, tokenizer, place) for place, prompt in enumerate(prompts)]
+    check_lengths(ids, opened.model)
     for start in range(0, len(rows), AT_ONCE):
         part = range(start, min(start + AT_ONCE, len(rows)))
         seeds = tuple(seed * SEEDS + place for place in part)
@@ -204,6 +207,22 @@ def answered(
             texts = without_ends(tokenizer, [one.ids for one in group], sorted(ends))
             for number, (one, text) in enumerate(zip(group, texts, strict=True)):
                 yield Answer(place, number, without_stop(text, stops), one.ids, one.finish_reason)
+
+
+def check_lengths(ids: Sequence[Sequence[int]], model: Any) -> None:
+    """Refuse what a model cannot read before any answer is written: ValueError that names the rows."""
+    from trl.models.prepare import context_length
+    from trl.models.unwrap import is_encoder_decoder
+
+    context = None if is_encoder_decoder(model) else context_length(model)
+    long = [place for place, prompt in enumerate(ids) if context is not None and len(prompt) >= context]
+    if long:
+        further = len(long) - 1
+        more = f", and {further:,} further prompt{' is' if further == 1 else 's are'} too long" if further else ""
+        raise ValueError(
+            f"row {long[0]}: its prompt has {len(ids[long[0]]):,} tokens, the model's context {context:,}{more}: "
+            "shorten or leave out what is longer; nothing was sampled"
+        )
 
 
 def _put(prompt: Any, tokenizer: Any, turns: Turns) -> Any:
@@ -235,7 +254,10 @@ def _ids(prompt: Any, tokenizer: Any, place: int) -> list[int]:
 
 @contextmanager
 def destination(output: Path | None, overwrite: bool) -> Iterator[TextIO]:
-    """The file to write, or the standard output. An error of the file is told before a model is loaded."""
+    """The file to write at its end, or the standard output. An error of the file is told before a model is loaded.
+
+    What the file holds stays until the first answer; an error before it leaves no new file.
+    """
     if output is None:
         yield sys.stdout
         return
@@ -243,6 +265,16 @@ def destination(output: Path | None, overwrite: bool) -> Iterator[TextIO]:
         raise ValueError(f"--output {output}: that is a folder; name a file")
     if output.exists() and output.stat().st_size and not overwrite:
         raise ValueError(f"--output {output}: the file is there already; name another one, or add --overwrite")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        yield file
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        new = not output.exists()
+        file = output.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise OSError(f"--output {output}: it cannot be written there: {error.strerror or error}") from error
+    try:
+        with file:
+            yield file
+    except BaseException:
+        if new and not output.stat().st_size:
+            output.unlink()
+        raise

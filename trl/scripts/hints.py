@@ -95,7 +95,9 @@ def _read_one(hint: Any, value: Any, wrap: bool = True) -> Any:
     if hint is NONE:
         return None if value is None else _refuse(value)
     if origin is Literal:
-        return {str(choice).lower(): choice for choice in reversed(get_args(hint))}[str(value).lower()]
+        choices = {str(choice).lower(): choice for choice in reversed(get_args(hint))}
+        word = str(value).lower()
+        return choices[word if word in choices else {"true": "yes", "false": "no"}[word]]  # YAML reads `no` as False
     if _is_enum(hint):
         word = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value  # YAML reads `no` as False
         return hint(word).value

@@ -30,9 +30,9 @@ OVERRIDES: dict[str, Any] = {
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="the folder of a run of `trl`")],
-    step: Annotated[int, typer.Option(min=1, help="the optimizer step")],
-    rows: Annotated[int, typer.Option(min=0, help="rows to show token by token")] = 2,
+    run: Annotated[Path, typer.Argument(help="Folder of a run of `trl`.")],
+    step: Annotated[int, typer.Option(min=1, help="Optimizer step.")],
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 2,
 ) -> int:
     """Compute a step of a run again, and show token by token what it did to the model."""
     read = read_run(run)
@@ -41,7 +41,7 @@ def command(
         raise ValueError(f"{run}: a replay needs a run of the `trl` command; `run.json` there names none")
     last = read.last_step
     if step > last:
-        raise ValueError(f"--step {step}: the run has {last} steps")
+        raise ValueError(f"--step {step}: the last step of the run is {last}")
     start = max((at for at in read.checkpoints if at < step), default=0)
     print(f"from {f'the checkpoint of step {start}' if start else 'the beginning'} to step {step}", flush=True)
     with tempfile.TemporaryDirectory(prefix="trl-replay-") as folder, quiet():

@@ -29,7 +29,8 @@ def command(
         return
     seen = read_run(run)
     status, how = seen.status
-    print(f"{title_of(seen)}: {status}{f' {how}' if how else ''}, {seen.last_step:,} steps")
+    steps = f"{seen.last_step:,} step{'' if seen.last_step == 1 else 's'}"
+    print(f"{title_of(seen)}: {status}{f' {how}' if how else ''}, {steps}")
     if "trainer" not in seen.record:
         print("- no run.json, which says how it was made and how it ended: trl's RunFolderCallback writes it")
     for line in findings(seen):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate.utils import gather_object
@@ -480,7 +480,7 @@ class RewardedConfig(RolloutConfig):
     """weight of each reward function; None: 1 each"""
     reward_timeout: float | str | list[float | None] | None = field(default=None)
     """seconds after which a reward function has no opinion of a batch, for all or one each; None: wait"""
-    check_rewards: str = field(default="no")
+    check_rewards: Literal["yes", "no", "all"] = field(default="no")
     """before training, try the reward functions on trivial answers (empty, constant, echoed, very long, repeated) and
     on the model's own samples, and say where a trivial one earns more: yes, no, or all, which also calls functions that
     ask other machines. They are called in a process of their own, so what they remember stays as it was"""
@@ -506,6 +506,9 @@ class RewardedConfig(RolloutConfig):
         timeouts: list[Any] = self.reward_timeout if isinstance(self.reward_timeout, list) else [self.reward_timeout]
         fits = all(seconds is None or seconds > 0 for seconds in timeouts)
         require(self, "reward_timeout", fits, "give seconds > 0, or None")
+        asked: Any = self.check_rewards
+        if isinstance(asked, bool):
+            self.check_rewards = "yes" if asked else "no"
         require(self, "check_rewards", self.check_rewards in ("yes", "no", "all"), "choose yes, no or all")
         fits = cache is None or 0 < cache <= self.max_completion_length
         require(self, "overlong_cache", fits, "give tokens in (0, max_completion_length], or None")

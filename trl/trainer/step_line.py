@@ -182,7 +182,8 @@ def last_line(step: int, logs: Mapping[str, Any], first: int = 0) -> str:
     """What is logged when training ends. first: the step that it went on from."""
     if step == first:
         return f"trained nothing: the run is at step {step:,}"
-    count = f"{step:,} steps" if not first else f"{step - first:,} steps, to step {step:,},"
+    steps = f"{step - first:,} step{'' if step - first == 1 else 's'}"
+    count = steps if not first else f"{steps}, to step {step:,},"
     took, memory = duration(float(logs.get("train_runtime", 0.0))), held()
     return f"trained {count} in {took} · mean loss {short(logs.get('train_loss'))}" + (f" · {memory}" if memory else "")
 
