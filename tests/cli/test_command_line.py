@@ -81,7 +81,7 @@ def test_every_command_of_the_table_loads_and_says_what_it_does():
     [
         (ValueError("no column\n  'text'"), "error: no column 'text'"),
         (ImportError("pip install peft"), "error: pip install peft"),
-        (OSError(28, "No space left on device", "a.bin"), "error: [Errno 28] No space left on device: 'a.bin'"),
+        (OSError(28, "No space left on device", "a.bin"), "error: a.bin: No space left on device"),
         (KeyError("x"), "error: KeyError: 'x' (an unforeseen error; --debug shows where)"),
         (ZeroDivisionError(), "error: ZeroDivisionError: ZeroDivisionError (an unforeseen error; --debug shows where)"),
     ],

@@ -241,6 +241,9 @@ TIGHT = ("a smaller --max_length takes less, and so does --per_device_train_batc
          f"out of memory, as 4.0 GiB more were asked for ({TIGHT})"),
         (MemoryError(), f"out of memory ({TIGHT})"),
         (ValueError("max_length=0: give a number >= 1"), "max_length=0: give a number >= 1"),
+        (FileNotFoundError(2, "No such file or directory", "/no/where"), "/no/where: No such file or directory"),
+        (PermissionError(13, "Permission denied", b"runs/x"), "runs/x: Permission denied"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (KeyError("x"), "KeyError: 'x' (an unforeseen error; --debug shows where)"),
     ],
 )  # fmt: skip

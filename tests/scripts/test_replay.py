@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from tiny_models import tiny_model
 from tokenizers_for_tests import byte_tokenizer
 
 from trl.cli.main import run
+from trl.scripts.diff_runs import step_apart
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -53,6 +55,46 @@ def test_a_setting_was_changed(place, capsys):
     assert out[0] == "settings: weight_decay: 0.0 | 0.5"
     assert "step 1 is the first that differs" in out
     assert [line.split(":")[0] for line in out[-1:]] == ["  the same rows, but weights_after"]
+
+
+def copied(place, name, **changes):
+    """A copy of the run `one`, whose files the changes write anew; None takes one away."""
+    shutil.copytree(place / "one", place / name)
+    for file, change in changes.items():
+        path = place / name / {"run": "run.json", "config": "config.yaml"}[file]
+        path.write_text(change(path.read_text())) if change else path.unlink()
+    return place / name
+
+
+def test_runs_of_two_trainers_share_few_settings(place, capsys):
+    other = copied(
+        place, "grpo",
+        run=lambda text: text.replace("SFTTrainer", "GRPOTrainer"),
+        config=lambda text: re.sub(r"\npacking: .*", r"\nnum_generations: 8", text).replace("seed: 42", "seed: 43"),
+    )  # fmt: skip
+    lines = said(capsys, "diff", place / "one", other).splitlines()
+    assert lines[:2] == [
+        "trainers: SFT | GRPO",
+        "settings: 2 are known to one of the trainers alone, and are not shown",
+    ]
+    assert "settings: seed: 42 | 43" in lines
+    assert not any("packing:" in line or "num_generations" in line for line in lines)
+
+
+def test_a_run_without_its_record_is_one_line(place, capsys):
+    other = copied(place, "unrecorded", run=None)
+    for pair in ([place / "one", other], [other, place / "one"]):
+        lines = said(capsys, "diff", *pair).splitlines()
+        assert lines == [
+            f"record: no run.json in {other}: versions and data are not compared",
+            "the steps that both have traced (1 to 4) are the same bit for bit",
+        ]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([[1], [2]], [[1]]), ([], [[1]]), ([[1]], [])])
+def test_steps_with_other_numbers_of_rows_are_not_called_the_same_rows(ours, theirs):
+    lines = list(step_apart({"rows": ours, "losses": [1.0]}, {"rows": theirs, "losses": [2.0]}, None))
+    assert lines == [f"  it has {len(ours)} rows | {len(theirs)} rows"]
 
 
 def test_a_token_of_a_row_was_changed(place, capsys):

@@ -303,6 +303,12 @@ def test_who_asks_for_compilation_asks_for_the_layers(given, means, tmp_path):
     assert not config.torch_compile
 
 
+@pytest.mark.parametrize("asked", ["foo", "inductor:foo", "inductor:default:more"])
+def test_a_backend_or_mode_that_torch_does_not_know_names_the_setting(asked, tmp_path):
+    with pytest.raises(ValueError, match=rf"^compile_layers='{asked}': .*(foo|default:more)"):
+        build("grpo", tmp_path, compile_layers=asked, max_steps=1).train()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
 def test_compiled_layers_train_alike(tmp_path):
     """GRPO: passes with gradients, those of a reference without, and sampling in between, which is not compiled."""

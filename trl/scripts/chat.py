@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HELP = {
     "/clear": "forget what was said",
     "/system TEXT": "begin anew with this instruction; without TEXT: without one",
-    "/seed N": "the same question gets the same answer; without N: another one each time",
+    "/seed N": "same question, same answer; without N: another one each time",
     "/help": "show these lines",
     "/exit": "end, as Ctrl-D does",
 }

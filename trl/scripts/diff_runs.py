@@ -11,6 +11,7 @@ import yaml
 
 from trl.reports.run_folder import RunRead, read_run
 from trl.trainer import trace
+from trl.trainer.run_folder import RECORD
 
 OF_PLACE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir", "trace_steps")
 """settings that say where a run writes, not what it computes"""
@@ -37,14 +38,29 @@ def settings_of(run: RunRead) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def recorded(run: RunRead) -> bool:
+    """Whether its record is there, with versions and data."""
+    return (run.folder / RECORD).is_file()
+
+
 def settings_apart(one: RunRead, other: RunRead) -> Iterator[str]:
     ours, theirs = settings_of(one), settings_of(other)
     if not ours or not theirs:
         yield "settings: one of the runs has written none"
         return
-    for name in sorted({*ours, *theirs} - {*OF_PLACE}):
+    jobs = one.trainer, other.trainer
+    names = {*ours, *theirs} - {*OF_PLACE}
+    if all(jobs) and jobs[0] != jobs[1]:
+        yield f"trainers: {jobs[0]} | {jobs[1]}"
+        alone, names = names - (ours.keys() & theirs.keys()), names & ours.keys() & theirs.keys()
+        yield f"settings: {len(alone)} are known to one of the trainers alone, and are not shown"
+    for name in sorted(names):
         if ours.get(name) != theirs.get(name):
             yield f"settings: {name}: {ours.get(name)!r} | {theirs.get(name)!r}"
+    without = [str(run.folder) for run in (one, other) if not recorded(run)]
+    if without:
+        yield f"record: no run.json in {' and '.join(without)}: versions and data are not compared"
+        return
     versions = one.record.get("versions") or {}, other.record.get("versions") or {}
     for name in sorted({*versions[0], *versions[1]}):
         if versions[0].get(name) != versions[1].get(name):
@@ -52,6 +68,8 @@ def settings_apart(one: RunRead, other: RunRead) -> Iterator[str]:
 
 
 def data_apart(one: RunRead, other: RunRead) -> Iterator[str]:
+    if not recorded(one) or not recorded(other):
+        return
     ours, theirs = one.record.get("data") or {}, other.record.get("data") or {}
     for name in sorted({*ours, *theirs}):
         here, there = ours.get(name) or {}, theirs.get(name) or {}
@@ -92,6 +110,8 @@ def step_apart(here: Mapping[str, Any], there: Mapping[str, Any], words: Any) ->
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
         )
         yield f"  row {number} differs from token {at} on: {said(ours, at, words)} | {said(theirs, at, words)}"
+        return
+    if len(rows) != len(others):
         return
     for name in ("learned", "losses", "grad_norm", "gradient", "weights_after"):
         if here.get(name) != there.get(name):

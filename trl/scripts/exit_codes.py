@@ -57,6 +57,8 @@ def exit_code(call: Callable[[], Any], debug: bool = False) -> int:
 def one_line(error: BaseException) -> str:
     """An error as a single line that names the thing."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and text.startswith("[Errno"):
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
     pointers = [note for note in getattr(error, "__notes__", ()) if isinstance(note, Pointer)]
     if is_of_memory(error):
         asked = _ASKED.search(text)

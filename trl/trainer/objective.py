@@ -801,7 +801,11 @@ class ObjectiveTrainer(Trainer):
         self._left_out, self._logged, self._began = [], (step, 0), (step, 0)
         self._step_loss = torch.zeros((), device=self.args.device)
         if self.args.compile_layers is not None:
-            self._compile_layers(*self.args.compile_layers.split(":"))
+            backend, _, mode = self.args.compile_layers.partition(":")
+            try:
+                self._compile_layers(backend, mode or None)
+            except RuntimeError as error:  # torch knows no such backend, or mode
+                raise ValueError(f"compile_layers={self.args.compile_layers!r}: {error}") from error
 
     def _compile_layers(self, backend: str, mode: str | None = None) -> None:
         """The layers of the policy, and of frozen models of its kind, are compiled from here on."""
