@@ -19,6 +19,25 @@ def started(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["folder", "--seed", "3"], ["--port", "8123", "folder", "--seed", "3"], ["--model", "folder", "--seed", "3"]],
+)
+def test_the_model_may_stand_first_as_with_other_commands(words, started):
+    assert run(["vllm-serve", *words]) == 0
+    ((line, _),) = started
+    assert after(line, "--model") == "folder"
+    assert line.count("folder") == 1
+    assert line[-2:] == ["--seed", "3"]
+
+
+def test_without_a_model_it_is_asked_for(started, capsys):
+    for words in ([], ["--seed=3"]):
+        assert run(["vllm-serve", *words]) == 2
+        assert "--model: say what is served" in capsys.readouterr().err
+    assert not started
+
+
 def after(words, flag):
     return words[words.index(flag) + 1]
 

@@ -82,8 +82,8 @@ class ChatTemplate:
         self._of_rows: dict[str, ChatTemplate] = {}
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                "the rows are conversations but the tokenizer has no chat template: set `tokenizer.chat_template`, "
-                "or turn the conversations into text yourself"
+                "the rows are conversations but the tokenizer has no chat template: set `tokenizer.chat_template` "
+                "(in SFT `chat_template_path` does it), or turn the conversations into text yourself"
             )
 
     def of_row(self, row: Mapping[str, Any]) -> ChatTemplate:

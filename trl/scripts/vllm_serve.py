@@ -26,7 +26,10 @@ class Part(NamedTuple):
 
 def command(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder or Hub name of the policy as it is before training.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub name of the policy as it is before training; the first word may say it too."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; who reaches it can replace the weights.")] = (
         "127.0.0.1"
     ),
@@ -46,6 +49,11 @@ def command(
 
     Each flag is printed with what it is for. The server runs until it is ended by Ctrl-C or SIGTERM.
     """
+    more = list(context.args)
+    if model is None and more and not more[0].startswith("-"):
+        model = more.pop(0)
+    if model is None:
+        raise ValueError("--model: say what is served, a folder or a name on the Hub")
     if python is None and not dry_run and not is_vllm_available():
         raise ImportError(
             f"vLLM is not installed here: {pip_install(TO_INSTALL)}, or name the python of an environment that has it "
@@ -63,9 +71,9 @@ def command(
         *_training(on_gpu, max_lora_rank),
     ]
     line = [python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    line += [word for part in parts for word in part.words] + context.args
+    line += [word for part in parts for word in part.words] + more
     variables = environment(on_gpu, max_lora_rank)
-    _say(parts, variables, line, host, context.args)
+    _say(parts, variables, line, host, more)
     if not dry_run:
         sys.stdout.flush()
         os.execvpe(line[0], line, {**os.environ, **{name: part.words[0] for name, part in variables.items()}})
