@@ -197,6 +197,24 @@ def test_a_server_that_is_not_there(server):
         engine.about()
 
 
+def test_a_server_that_is_away_is_waited_for_once(server, monkeypatch):
+    """How it was started is asked first, and that it did not say is not taken for an answer."""
+    server.stop()
+    engine = ServerEngine(server.url, wait=0.2)
+    with pytest.raises(EngineError, match=r"for 0\.2 s: start it with"):
+        engine.settings()
+    server.start()
+    assert engine.settings().dtype == "torch.float32"
+
+
+@pytest.mark.parametrize("ask", [lambda e: e.about(), lambda e: e.versions(), lambda e: e.generate([Request([1], {})])])
+def test_a_server_of_something_else(ask, engine, server, monkeypatch):
+    """One that answers every path with a page, and no JSON."""
+    monkeypatch.setattr(server, "answer", lambda *asked: (200, "<html>welcome</html>"))
+    with pytest.raises(EngineError, match=r"^the vLLM server at .* answered /.* what is no whole answer .*3 times"):
+        ask(engine)
+
+
 def test_a_server_that_dies_in_the_midst_and_comes_back(engine, server, caplog):
     """It has its first weights then; the rows come out as if nothing had been."""
     engine.wait = 20.0

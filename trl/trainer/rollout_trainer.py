@@ -1442,6 +1442,9 @@ class RolloutTrainer(ObjectiveTrainer):
         """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
         rows = [] if self.only_repeats else inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
+        nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
+        if self._lost is not None and self.is_in_train:  # the engine is waited for once, not for each batch
+            return nothing, None, None
         try:
             self.follow()
             rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
@@ -1449,8 +1452,7 @@ class RolloutTrainer(ObjectiveTrainer):
             if not self.is_in_train:
                 raise
             self._end_without_engine(error)
-        if self._lost is not None:
-            return LossSum(torch.zeros((), device=self.args.device), 0.0), None, None
+            return nothing, None, None
         rows = with_own_prompts(rows, rollout)
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
@@ -1458,7 +1460,6 @@ class RolloutTrainer(ObjectiveTrainer):
             check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
-        nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
         with in_step(model, *self.frozen_models()) if runs_in_step(model) else nullcontext():
             return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 

@@ -82,7 +82,9 @@ class ServerEngine:
     def _asked_settings(self) -> Settings:
         try:
             found = self._each(lambda url: self._ask(url, "/server_info?config_format=json", read=_settings))
-        except EngineError:
+        except EngineError as error:
+            if isinstance(error.__cause__, _Away):
+                raise  # it was waited for, and is not waited for again
             return Settings()
         ranks = [one.max_lora_rank for one in found]
         return Settings(
@@ -172,7 +174,7 @@ class ServerEngine:
 
     def versions(self) -> list[str]:
         """The stamp of each server's weights; "default" until one was set."""
-        return self._each(lambda url: str(self._ask(url, "/weight_info")["weight_version"]))
+        return self._each(lambda url: self._ask(url, "/weight_info", read=lambda answer: str(answer["weight_version"])))
 
     def close(self) -> None:
         """Close the connections; the servers go on."""
@@ -249,10 +251,9 @@ class ServerEngine:
             raise _Away(url, f"broke off in {path} ({error or type(error).__name__})") from error
         if answer.status_code >= 300:
             _refuse(url, path, answer.status_code, _message(answer.text))
-        if not answer.text.strip() or "json" not in answer.headers.get("content-type", ""):
-            return read({})  # it did so, and says it in words at most
+        plain = not answer.text.strip() or "json" not in answer.headers.get("content-type", "")
         try:
-            return read(json.loads(answer.text))
+            return read({} if plain else json.loads(answer.text))  # plain: it did so, and says it in words at most
         except _Half as error:
             raise _Wrong(url, f"answered {path} with {error}") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
