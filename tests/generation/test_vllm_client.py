@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+import threading
 
 import pytest
 import torch
@@ -104,6 +105,23 @@ def test_many_copies_are_asked_in_parts(engine, server):
     assert len({each["seed"] for each in asked}) == 2
     assert len(group) == 18
     assert len({tuple(one.ids) for one in group}) > 9
+
+
+def test_nobody_waits_at_the_end_of_python_for_an_answer(engine):
+    """Requests are in threads of which the interpreter waits for none; the first error in their order is raised."""
+    assert engine._together(lambda place: (place, threading.current_thread().daemon), 100) == [
+        (place, True) for place in range(100)
+    ]
+    asked = []
+
+    def ask(place):
+        asked.append(place)
+        return 1 // (place - 3)
+
+    engine.at_once = 1
+    with pytest.raises(ZeroDivisionError):
+        engine._together(ask, 50)
+    assert asked[:4] == [0, 1, 2, 3]
 
 
 def test_every_setting_is_said_in_vllms_words(engine):

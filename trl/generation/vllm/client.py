@@ -9,8 +9,10 @@ import logging
 import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -191,12 +193,23 @@ class ServerEngine:
     def _together(self, ask: Callable[[int], Read], number: int) -> list[Read]:
         if number <= 1:
             return [ask(place) for place in range(number)]
-        pool = ThreadPoolExecutor(min(number, self.at_once * len(self.urls)), "vllm")
+        left, futures = deque(range(number)), [Future[Read]() for _ in range(number)]
+
+        def work() -> None:
+            while left:
+                with suppress(IndexError):  # another thread was faster
+                    place = left.popleft()
+                    try:
+                        futures[place].set_result(ask(place))
+                    except BaseException as error:  # it is raised where the result is asked for
+                        futures[place].set_exception(error)
+
+        for _ in range(min(number, self.at_once * len(self.urls))):  # a pool's threads would be waited for at the exit
+            threading.Thread(target=work, name="vllm", daemon=True).start()
         try:
-            futures = [pool.submit(ask, place) for place in range(number)]
             return [future.result() for future in futures]
         finally:  # Ctrl-C, or an error, waits for no answer
-            pool.shutdown(wait=False, cancel_futures=True)
+            left.clear()
 
     def _about(self, url: str) -> About:
         release = self._ask(url, "/version", read=lambda answer: str(answer["version"]))
