@@ -461,3 +461,5 @@ def test_the_age_of_each_token_is_that_of_its_weights():
     assert ages_of(rollout, 3, 5, spans=True) == [[2, 2, 1], [2]]
     rollout.masks[0][1] = 0  # a tool's
     assert ages_of(rollout, 3, 5, spans=True) == [[2, 1], [2]]
+    rollout.metadata["versions"][0][-1] = (*rollout.metadata["versions"][0][-1][:2], 9)  # the completion was cut since
+    assert ages_of(rollout, 3, 5, spans=True) == [[2, 1], [2]]

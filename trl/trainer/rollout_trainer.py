@@ -598,6 +598,25 @@ class RolloutTrainer(ObjectiveTrainer):
     _said_gathering = False
     _draws = False
     """whether the collector and the loader are there"""
+    _before_first_update = True
+    _steps_begun = 0
+    """optimizer steps since the trainer was made, whatever its runs were"""
+    _ratio_is_one_at: int | None = None
+    """number of the optimizer step that must start at ratio 1"""
+    _sampled_apart = False
+    """whether what the optimizer step at hand learns was sampled by an engine, or by older weights"""
+    _is_stale = False
+    """whether the rollout at hand was sampled by older weights than those from which its updates started"""
+    _lost: EngineError | None = None
+    """why the run ends before its end"""
+    _first_step = 0
+    """optimizer steps before this run; -1 until its first one"""
+    _followed = -1
+    """number of the weights that an engine was given last"""
+    _moved = 0
+    """what is added to the number of an optimizer step, so that other weights have another number"""
+    _replaced = False
+    """whether the weights may be others than an optimizer step left"""
     temperature, top_p, top_k, min_p, repetition_penalty = (Setting() for _ in range(5))
     max_completion_length, reward_weights = Setting(), Setting()
     num_generations = Setting(fixed="rollouts are divided by it")
@@ -694,25 +713,6 @@ class RolloutTrainer(ObjectiveTrainer):
         self.ahead = self._ahead()
         self.rollouts = self._loader(shape)
         self._draws = True
-        self._before_first_update = True
-        self._steps_begun = 0
-        """optimizer steps since the trainer was made, whatever its runs were"""
-        self._ratio_is_one_at: int | None = None
-        """number of the optimizer step that must start at ratio 1"""
-        self._sampled_apart = False
-        """whether what the optimizer step at hand learns was sampled by an engine, or by older weights"""
-        self._is_stale = False
-        """whether the rollout at hand was sampled by older weights than those from which its updates started"""
-        self._lost: EngineError | None = None
-        """why the run ends before its end"""
-        self._first_step = 0
-        """optimizer steps before this run; -1 until its first one"""
-        self._followed = -1
-        """number of the weights that an engine was given last"""
-        self._moved = 0
-        """what is added to the number of an optimizer step, so that other weights have another number"""
-        self._replaced = False
-        """whether the weights may be others than an optimizer step left"""
 
     def _made_sampler(self, tokenizer: Any) -> Sampler:
         """vLLM where the config says so, else the local sampler."""

@@ -127,7 +127,8 @@ def _has(engine: Engine, version: str, adapter: str | None) -> bool:
 
 def _one_at_a_time() -> FileLock:
     """Processes of one user on this machine take turns: servers have no lock."""
-    return FileLock(Path(tempfile.gettempdir(), f"trl-vllm-{getpass.getuser()}.lock"))
+    user = getattr(os, "getuid", getpass.getuser)()  # in a container a user may have no name
+    return FileLock(Path(tempfile.gettempdir(), f"trl-vllm-{user}.lock"))
 
 
 class _Folders:
