@@ -216,7 +216,7 @@ class RolloutConfig(PostTrainingConfig):
     vllm_sync_folder: str | None = field(default=None)
     """where adapters and whole weights lie on their way, which the server must see too; None: memory, or the disk"""
     vllm_verify_every: int = field(default=1)
-    """score some of vLLM's completions after each so manieth push of weights, to find out whether it has them; 0: never
+    """after every so many pushes of weights, score some of vLLM's completions to find out whether it has them; 0: never
     """
     vllm_verify_tolerance: float | None = field(default=None)
     """how far vLLM's log-probabilities may be from the trainer's, on average; None: as the precisions allow"""
