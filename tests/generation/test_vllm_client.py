@@ -225,6 +225,23 @@ def test_a_server_that_is_away_is_waited_for_once(server, monkeypatch):
     assert engine.settings().dtype == "torch.float32"
 
 
+def test_what_is_tidied_up_after_a_server_is_gone_waits_no_more(server, monkeypatch):
+    engine = ServerEngine(server.url, wait=0.5)
+    tries, once = [], engine._once
+    monkeypatch.setattr(engine, "_once", lambda url, path, *more: (tries.append(path), once(url, path, *more))[1])
+    server.stop()
+    for ask in (engine.pause, engine.resume, engine.about):
+        with pytest.raises(EngineError, match=r"for 0\.5 s: start it with"):
+            ask()
+    assert tries.count("/pause?mode=wait&clear_cache=true") > 2
+    assert tries[-2:] == ["/resume", "/version"]
+    assert tries.count("/resume") == tries.count("/version") == 1
+    monkeypatch.setattr("trl.generation.vllm.client._GONE", 0.0)  # later it is waited for again
+    with pytest.raises(EngineError):
+        engine.resume()
+    assert tries.count("/resume") > 2
+
+
 @pytest.mark.parametrize("ask", [lambda e: e.about(), lambda e: e.versions(), lambda e: e.generate([Request([1], {})])])
 def test_a_server_of_something_else(ask, engine, server, monkeypatch):
     """One that answers every path with a page, and no JSON."""

@@ -4,6 +4,7 @@ import copy
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from trl.generation.vllm.engine import EngineError
 from trl.generation.vllm.sampler import VLLMSampler
 from trl.rollout.collector import divided_waiting
 from trl.rollout.report import ages_of
+from trl.trainer.rollout_trainer import RolloutTrainer
 
 ROWS = [{"prompt": text} for text in ("a b", "c", "d e f", "g h", "i j k", "l", "m n")]
 BASE = {
@@ -452,6 +454,21 @@ def test_an_engine_in_this_process_draws_without_a_thread(tmp_path):
     ran(trainer)
     assert trainer.sampler.threads == {"MainThread"}
     assert torch.equal(end_of(trainer), end_of(alone))
+
+
+def test_the_local_sampler_that_goes_on_is_not_in_a_thread():
+    class Falls:
+        exact = False
+
+        def follow(self, version):
+            self.exact = True
+
+    trainer = SimpleNamespace(
+        sampler=Falls(), state=SimpleNamespace(global_step=0), collector=SimpleNamespace(source=None, worker=1),
+        make_source=lambda: "local", _replaced=False, _followed=-1, _moved=0,
+    )  # fmt: skip
+    RolloutTrainer._follow(trainer)
+    assert (trainer.source, trainer.collector.source, trainer.collector.worker) == ("local", "local", None)
 
 
 def test_the_age_of_each_token_is_that_of_its_weights():

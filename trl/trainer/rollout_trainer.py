@@ -752,6 +752,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.sampler.follow(self._followed)
         if is_exact(self.sampler) != before:  # the local sampler goes on in its place
             self.source = self.collector.source = self.make_source()
+            self.collector.worker = None  # it samples the policy itself, in the thread that trains it
 
     def _ready(self, environment: Any, reward_funcs: Any) -> Any:
         """The environment with what it needs to play; ValueError for arguments that do not go together."""

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
 _TRIES = 3
 """how often a server is asked that gives no answer or a wrong one; one that is away is waited for"""
+_GONE = 5.0
+"""seconds in which a server that was waited for in vain is asked once: what is tidied up then does not wait anew"""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SENTINEL = -9999.0
 """what vLLM's servers send for a log-probability that is not finite"""
@@ -57,6 +60,8 @@ class ServerEngine:
         self._settings: Settings | None = None
         self._said: set[str] = set()
         """servers that are being waited for"""
+        self._given_up: dict[str, float] = {}
+        """when a server was last waited for in vain"""
         self._lock = threading.Lock()
 
     # -- what an engine does -----------------------------------------------------------------------
@@ -236,9 +241,13 @@ class ServerEngine:
         return answer
 
     def _gives_up(self, state: Any) -> bool:
-        if isinstance(state.outcome.exception(), _Away):
-            return bool(state.seconds_since_start >= self.wait)
-        return bool(state.attempt_number >= _TRIES)
+        error, now = state.outcome.exception(), time.monotonic()
+        if not isinstance(error, _Away):
+            return bool(state.attempt_number >= _TRIES)
+        over = state.seconds_since_start >= self.wait or now - self._given_up.get(error.url, -math.inf) < _GONE
+        if over:
+            self._given_up[error.url] = now
+        return bool(over)
 
     def _say(self, state: Any) -> None:
         error = state.outcome.exception()
