@@ -12,10 +12,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from trl.import_utils import is_gpu_available, is_vllm_available, pip_install
+from trl.import_utils import VLLM, is_gpu_available, is_vllm_available, pip_install
 from trl.scripts.quiet import without_secrets
-
-TO_INSTALL = "vllm>=0.32,<0.33"
 
 
 class Part(NamedTuple):
@@ -49,7 +47,7 @@ def command(
     """
     if python is None and not dry_run and not is_vllm_available():
         raise ImportError(
-            f"vLLM is not installed here: {pip_install(TO_INSTALL)}, or name the python of an environment that has it "
+            f"vLLM is not installed here: {pip_install(VLLM)}, or name the python of an environment that has it "
             "(--python /path/to/bin/python)"
         )
     base, adapter = base_of(model)

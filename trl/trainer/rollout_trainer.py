@@ -32,10 +32,9 @@ from trl.generation.local import MOST_ROWS, LocalSampler
 from trl.generation.sampler import Sampler, SamplingParams, check_sampler, is_exact
 from trl.generation.stopping import end_tokens
 from trl.generation.vllm.client import server_urls
-from trl.generation.vllm.colocate import TO_INSTALL
 from trl.generation.vllm.engine import EngineError
 from trl.generation.vllm.sync import WAYS, as_one
-from trl.import_utils import is_vllm_available, pip_install
+from trl.import_utils import VLLM, is_vllm_available, pip_install
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
 from trl.models.memory import Load
@@ -307,11 +306,11 @@ class RolloutConfig(PostTrainingConfig):
             self.vllm_mode = "server"
         if self.vllm_mode == "server" or is_vllm_available():
             return
-        way_out = f"the local sampler follows no pattern: {pip_install(TO_INSTALL)}, or leave it out"
+        way_out = f"the local sampler follows no pattern: {pip_install(VLLM)}, or leave it out"
         require(self, "vllm_structured_outputs_regex", self.vllm_structured_outputs_regex is None, way_out)
         warnings.warn(
             "use_vllm=True: vLLM is not installed; the local sampler draws the completions, from the same distribution "
-            f"({pip_install(TO_INSTALL)}, or vllm_mode='server')"
+            f"({pip_install(VLLM)}, or vllm_mode='server')"
         )
         self.__dict__.update(defaults, use_vllm=False)
 
