@@ -74,6 +74,8 @@ def command(
             turns = Turns(as_chat if chat is None else chat, system)
             count = 0
             for one in answered(opened, rows, asked, turns, n=n, stops=stop or (), seed=seed):
+                if output is not None and not count:
+                    file.truncate(0)  # what was there stays until there is something to write
                 line = {**rows[one.place], **one.columns(numbered=n > 1)}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                 file.flush()
@@ -235,7 +237,7 @@ def _ids(prompt: Any, tokenizer: Any, place: int) -> list[int]:
 
 @contextmanager
 def destination(output: Path | None, overwrite: bool) -> Iterator[TextIO]:
-    """The file to write, or the standard output. An error of the file is told before a model is loaded."""
+    """The file to write to its end, or the standard output. An error of the file is told before a model is loaded."""
     if output is None:
         yield sys.stdout
         return
@@ -244,5 +246,5 @@ def destination(output: Path | None, overwrite: bool) -> Iterator[TextIO]:
     if output.exists() and output.stat().st_size and not overwrite:
         raise ValueError(f"--output {output}: the file is there already; name another one, or add --overwrite")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with output.open("a", encoding="utf-8", errors="backslashreplace") as file:
         yield file
