@@ -89,6 +89,10 @@ def is_liger_kernel_available() -> bool:
     return is_installed("liger_kernel")
 
 
+VLLM = "vllm>=0.32,<0.33"
+"""what to install for sampling by vLLM"""
+
+
 def is_vllm_available() -> bool:
     return is_installed("vllm")
 

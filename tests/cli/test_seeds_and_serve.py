@@ -172,6 +172,9 @@ def test_a_model_is_served_by_transformers(server, capsys):
     assert seen["words"] == ["serve", "base", "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
     out = capsys.readouterr().out
     assert f"running: transformers serve base --host 127.0.0.1 --port {port} --dtype float32" in out
+    assert run(["serve", "base", "--port", port, "--", "--api-key", "k-1"]) == 0
+    assert json.loads((server / "seen.json").read_text())["words"][-2:] == ["--api-key", "k-1"]
+    assert f"--port {port} --api-key '***'" in capsys.readouterr().out
 
 
 def test_an_adapter_is_merged_for_as_long_as_it_is_served(server, capsys):

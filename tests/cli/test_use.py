@@ -294,6 +294,17 @@ def test_prompts_of_the_line_several_answers_each_and_seeds(base, capsys):
     assert "wrote 0.jsonl: 4 answers to 2 prompts" in capsys.readouterr().out
 
 
+def test_what_a_file_holds_stays_until_there_is_an_answer(base, capsys):
+    assert run(["generate", "base", "Who?", "--max-new-tokens", "2", "--output", "out.jsonl"]) == 0
+    before = (base / "out.jsonl").read_text()
+    for words in (["nowhere/at/all", "Who?"], ["base", "Who?", "--temperature", "0", "--top-p", "0.5"]):
+        assert run(["generate", *words, "--output", "out.jsonl", "--overwrite"]) != 0
+        assert (base / "out.jsonl").read_text() == before
+    more = ["--max-new-tokens", "2", "--output", "out.jsonl", "--overwrite"]
+    assert run(["generate", "base", "What then?", *more]) == 0
+    assert [one["prompt"] for one in lines_of(base / "out.jsonl")] == ["What then?"]
+
+
 def rows_file(base, kind):
     """The same two questions in a file of another kind."""
     from datasets import Dataset

@@ -59,6 +59,15 @@ def test_a_server_for_training(started, capsys):
     assert "private network" not in said
 
 
+def test_a_key_reaches_the_server_and_nobody_reads_it(started, capsys):
+    line = ["vllm-serve", "--model", "folder", "--api-key", "k-1", "k-2", "--seed", "3", "--hf_token=k-3"]
+    assert run(line) == 0
+    assert started[0][0][-6:] == line[3:]
+    said = capsys.readouterr().out
+    assert "k-" not in said.replace("--no-enable-chunked-prefill", "").replace("--scale", "")
+    assert "--api-key *** *** --seed 3 --hf_token=***" in said
+
+
 def test_on_a_gpu(started, monkeypatch):
     monkeypatch.setattr(vllm_serve, "is_gpu_available", lambda: True)
     line = "vllm-serve --model a/b --max-lora-rank 0 --tensor-parallel-size 2 --python /else/python"

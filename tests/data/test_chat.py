@@ -155,7 +155,7 @@ def test_a_template_that_forbids_a_role() -> None:
 
 
 def test_no_chat_template() -> None:
-    with pytest.raises(ValueError, match="the tokenizer has no chat template: .*chat_template_path"):
+    with pytest.raises(ValueError, match=r"the tokenizer has no chat template: .*chat_template_path"):
         learned(byte_tokenizer(None), DIALOGUE)
 
 

@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+import threading
 
 import pytest
 import torch
@@ -106,6 +107,23 @@ def test_many_copies_are_asked_in_parts(engine, server):
     assert len({tuple(one.ids) for one in group}) > 9
 
 
+def test_nobody_waits_at_the_end_of_python_for_an_answer(engine):
+    """Requests are in threads of which the interpreter waits for none; the first error in their order is raised."""
+    assert engine._together(lambda place: (place, threading.current_thread().daemon), 100) == [
+        (place, True) for place in range(100)
+    ]
+    asked = []
+
+    def ask(place):
+        asked.append(place)
+        return 1 // (place - 3)
+
+    engine.at_once = 1
+    with pytest.raises(ZeroDivisionError):
+        engine._together(ask, 50)
+    assert asked[:4] == [0, 1, 2, 3]
+
+
 def test_every_setting_is_said_in_vllms_words(engine):
     params = SamplingParams(
         max_new_tokens=9, temperature=0.7, top_k=5, top_p=0.8, min_p=0.05, repetition_penalty=1.2, stop_strings=("b c",)
@@ -195,6 +213,41 @@ def test_a_server_that_is_not_there(server):
     engine = ServerEngine(server.url, wait=0.2)
     with pytest.raises(EngineError, match=re.escape("for 0.2 s: start it with `trl vllm-serve --model ...`")):
         engine.about()
+
+
+def test_a_server_that_is_away_is_waited_for_once(server, monkeypatch):
+    """How it was started is asked first, and that it did not say is not taken for an answer."""
+    server.stop()
+    engine = ServerEngine(server.url, wait=0.2)
+    with pytest.raises(EngineError, match=r"for 0\.2 s: start it with"):
+        engine.settings()
+    server.start()
+    assert engine.settings().dtype == "torch.float32"
+
+
+def test_what_is_tidied_up_after_a_server_is_gone_waits_no_more(server, monkeypatch):
+    engine = ServerEngine(server.url, wait=0.5)
+    tries, once = [], engine._once
+    monkeypatch.setattr(engine, "_once", lambda url, path, *more: (tries.append(path), once(url, path, *more))[1])
+    server.stop()
+    for ask in (engine.pause, engine.resume, engine.about):
+        with pytest.raises(EngineError, match=r"for 0\.5 s: start it with"):
+            ask()
+    assert tries.count("/pause?mode=wait&clear_cache=true") > 2
+    assert tries[-2:] == ["/resume", "/version"]
+    assert tries.count("/resume") == tries.count("/version") == 1
+    monkeypatch.setattr("trl.generation.vllm.client._GONE", 0.0)  # later it is waited for again
+    with pytest.raises(EngineError):
+        engine.resume()
+    assert tries.count("/resume") > 2
+
+
+@pytest.mark.parametrize("ask", [lambda e: e.about(), lambda e: e.versions(), lambda e: e.generate([Request([1], {})])])
+def test_a_server_of_something_else(ask, engine, server, monkeypatch):
+    """One that answers every path with a page, and no JSON."""
+    monkeypatch.setattr(server, "answer", lambda *asked: (200, "<html>welcome</html>"))
+    with pytest.raises(EngineError, match=r"^the vLLM server at .* answered /.* what is no whole answer .*3 times"):
+        ask(engine)
 
 
 def test_a_server_that_dies_in_the_midst_and_comes_back(engine, server, caplog):

@@ -1,7 +1,7 @@
 """The policy's weights reach an engine bit for bit, in each way, or an error says why not."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import transformers as t
 import vllm_ranks
 from loading_engine import LoadingEngine
 from process_group import on_ranks
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_models import lora, tiny_model
 
@@ -227,7 +228,30 @@ def test_a_failed_push_leaves_no_stamp_that_anyone_expects(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_engine_that_has_lost_the_weights_gets_the_same_ones(tmp_path):
+@pytest.mark.parametrize("error", [OSError("no space"), SafetensorError("IoError: no space"), MemoryError("none")])
+def test_a_rank_that_cannot_write_takes_part_to_the_end(error, tmp_path, monkeypatch):
+    """The other ranks wait for it in each piece."""
+
+    def fail(*given, **how):
+        raise error
+
+    made = []
+    pieces = [
+        replace(piece, make=lambda keep, of=piece.make: (made.append(keep), of(keep))[1])
+        for piece in pieces_of(tiny_model("llama"))
+    ]
+    monkeypatch.setattr(sync, "SHARD_BYTES", 1)
+    monkeypatch.setattr(sync, "save_file", fail)
+    with pytest.raises(type(error), match=str(error)):
+        sync.write_weights(pieces, tmp_path)
+    assert made == [True, *[False] * (len(pieces) - 1)]
+
+
+def test_an_engine_that_has_lost_the_weights_gets_the_same_ones(tmp_path, monkeypatch):
+    def nameless():
+        raise KeyError("getpwuid(): uid not found: 1000780000")  # as in some containers
+
+    monkeypatch.setattr("getpass.getuser", nameless)
     policy = tiny_model("llama")
     way = FolderSync(policy, tmp_path)
     with pytest.raises(EngineError, match="has lost the weights"):

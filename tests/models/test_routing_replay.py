@@ -221,3 +221,10 @@ def test_replay_takes_away_what_other_routing_costs(name):
 def test_linear_layers_alone_have_no_router():
     assert isinstance(tiny_model("llama").lm_head, nn.Linear)
     assert routers_of(tiny_model("llama")) == []
+
+
+def test_routers_are_found_beside_a_module_that_holds_nothing():
+    """An empty `nn.Sequential` is false, and hands on what it is given."""
+    model = mixture("mixtral")
+    model.model.norm = nn.Sequential()
+    assert [router.experts for router in routers_of(model)] == [6, 6]

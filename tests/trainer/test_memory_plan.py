@@ -151,3 +151,20 @@ def test_room_on_this_machine():
     found = memory.room(torch.device("cpu"))
     assert found > memory.resident() > 10**7
     assert memory.room(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": "9000", "memory.current": "8000", "memory.stat": "anon 1000\ninactive_file 6000\n"}, 7000),
+        ({"memory.max": "9000", "memory.current": "8000"}, 1000),
+        ({"memory.max": "9000", "memory.current": "8000", "memory.stat": "anon 1000\n\n"}, 1000),
+        ({"memory.max": "max", "memory.current": "8000", "memory.stat": "inactive_file 6000\n"}, None),
+    ],
+)
+def test_cached_files_of_a_container_are_room(files, free, tmp_path, monkeypatch):
+    """A model that was just read from its file fills the cache, and the run has not less room for that."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "GROUPS", ((str(tmp_path), *memory.GROUPS[0][1:]),))
+    assert list(memory._free())[1:] == ([] if free is None else [free])

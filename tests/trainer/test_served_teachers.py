@@ -195,3 +195,14 @@ def test_a_teacher_that_dies_in_the_midst_is_named(served, tmp_path):
     served.stop()
     with pytest.raises(EngineError, match=r"^the vLLM server at .* does not answer"):
         trainer.train()
+
+
+def test_an_error_of_one_process_is_one_of_all(served, tmp_path, monkeypatch):
+    """As if there were a second process whose request failed; in an evaluation it may have no rows."""
+    settings = {"teacher_model_server_url": served.url, "teacher_top_logprobs": -1}
+    trainer = make("Distillation", tmp_path, arguments={"teacher_model": None}, **settings)
+    monkeypatch.setattr("trl.generation.vllm.sync.on_all", lambda said: [said, "the server refused"])
+    with pytest.raises(EngineError, match=r"^rank 1 could not ask the teacher: the server refused$"):
+        trainer.train()
+    trainer.eval_dataset = trainer.train_dataset
+    assert trainer.evaluate()["eval_loss"] > 0

@@ -4,6 +4,9 @@ import copy
 import random
 import threading
 import time
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,8 +22,10 @@ from trl.data.records import Completion, Rollout, VersionSpan
 from trl.generation.local import LocalSampler
 from trl.generation.vllm.engine import EngineError
 from trl.generation.vllm.sampler import VLLMSampler
-from trl.rollout.collector import divided_waiting
+from trl.rewards.panel import RewardError
+from trl.rollout.collector import Ahead, Begun, Waiting, divided_waiting
 from trl.rollout.report import ages_of
+from trl.trainer.rollout_trainer import RolloutTrainer
 
 ROWS = [{"prompt": text} for text in ("a b", "c", "d e f", "g h", "i j k", "l", "m n")]
 BASE = {
@@ -454,10 +459,51 @@ def test_an_engine_in_this_process_draws_without_a_thread(tmp_path):
     assert torch.equal(end_of(trainer), end_of(alone))
 
 
+def test_the_local_sampler_that_goes_on_is_not_in_a_thread():
+    class Falls:
+        exact = False
+
+        def follow(self, version):
+            self.exact = True
+
+    trainer = SimpleNamespace(
+        sampler=Falls(), state=SimpleNamespace(global_step=0), collector=SimpleNamespace(source=None, worker=1),
+        make_source=lambda: "local", _replaced=False, _followed=-1, _moved=0,
+    )  # fmt: skip
+    RolloutTrainer._follow(trainer)
+    assert (trainer.source, trainer.collector.source, trainer.collector.worker) == ("local", "local", None)
+
+
+def test_a_judge_that_fails_on_one_rank_leaves_none_waiting_for_it():
+    """What ranks do together comes before what one of them may fail in; then all drop the same rollouts."""
+    said = []
+
+    @contextmanager
+    def together():
+        said.append("together")
+        yield
+
+    def judged(*given):
+        said.append("judged")
+        raise RewardError("no opinion")
+
+    ranks = {"gather": lambda mine: [*mine, 2], "weights": together, "judged": judged, "rounds": 1}
+    ahead, state = Ahead(SimpleNamespace(**ranks), 2), SimpleNamespace(position=9)
+    for number in range(2):
+        future = Future()
+        future.set_result((Rollout([[1]], [[2]], [], [[1]], metadata={"live": [object()]}), 0.0))
+        ahead.waiting.append(Waiting(Begun(number, 0, [], [], []), 0, 4 * number, sampling=future))
+    ahead.rest(state, None)
+    assert said == ["together", "together", "judged"]
+    assert (len(ahead.waiting), state.position) == (0, 0)
+
+
 def test_the_age_of_each_token_is_that_of_its_weights():
     rollout = Rollout([[1]] * 2, [[5, 6, 7], [8]], [], [[1, 1, 1], [1]])
     assert ages_of(rollout, 3, 5) == [[2, 2, 2], [2]]
     rollout.metadata["versions"] = [[("run-3", 0, 2), ("run-4", 2, 3)], [("default", 0, 1)]]
     assert ages_of(rollout, 3, 5, spans=True) == [[2, 2, 1], [2]]
     rollout.masks[0][1] = 0  # a tool's
+    assert ages_of(rollout, 3, 5, spans=True) == [[2, 1], [2]]
+    rollout.metadata["versions"][0][-1] = (*rollout.metadata["versions"][0][-1][:2], 9)  # the completion was cut since
     assert ages_of(rollout, 3, 5, spans=True) == [[2, 1], [2]]

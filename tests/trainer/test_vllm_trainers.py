@@ -508,11 +508,14 @@ def test_a_server_that_dies_before_the_first_step(server, tmp_path):
 
 
 def test_a_server_that_dies_in_an_evaluation(server, tmp_path):
-    given = saving(server, eval_strategy="steps", eval_steps=2)
+    given = saving(server, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=1)
     trainer = build("grpo", tmp_path, **given)
-    server.faults.append(Fault("oom", after=2, times=10))
+    fault = Fault("oom", after=2, times=10)
+    server.faults.append(fault)
     with pytest.raises(EngineError, match=r"step 3: .* is out of memory .*; checkpoint-2 is saved"):
         trainer.train()
+    assert len(trainer.get_eval_dataloader()) > 1
+    assert fault.times == 9  # one batch asked, the others did not
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2"]
     with pytest.raises(EngineError, match="is out of memory"):
         trainer.evaluate()

@@ -271,16 +271,30 @@ def room(device: torch.device) -> float | None:
     return min(free) + resident() if free else None
 
 
+GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""of a container: the folder, the files of its limit and of what is used, and what of that is cached files, which give
+way"""
+
+
 def _free() -> Iterator[float]:
     with suppress(OSError, ValueError, StopIteration, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         yield 1024.0 * float(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder, limit, used, cached in GROUPS:
         with suppress(OSError, ValueError):  # "max": there is none
-            yield max(0.0, float(Path(limit).read_text()) - float(Path(used).read_text()))
+            most, now = (float(Path(folder, name).read_text()) for name in (limit, used))
+            yield max(0.0, most - now + _named(Path(folder, "memory.stat"), cached))
+
+
+def _named(file: Path, name: str) -> float:
+    """The number of a line that begins with this name; 0 where there is none."""
+    with suppress(OSError, ValueError):
+        rows = map(str.split, file.read_text().splitlines())
+        return next((float(row[1]) for row in rows if row[:1] == [name]), 0.0)
+    return 0.0
 
 
 # -- what was left open -----------------------------------------------------------------------

@@ -147,10 +147,14 @@ def routers_of(model: nn.Module) -> list[Router]:
     if network not in _routers:
         at_work: list[nn.Module] = []
         names = {module: name for name, module in network.named_modules()}
+
+        def leave(*call: Any) -> None:
+            at_work.pop()
+
         with ExitStack() as stack:
             for module in names:
                 before = module.register_forward_pre_hook(lambda called, inputs: at_work.append(called))
-                after = module.register_forward_hook(lambda *call: at_work.pop() and None, always_call=True)
+                after = module.register_forward_hook(leave, always_call=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
             seen = stack.enter_context(_Seen(at_work))

@@ -32,7 +32,7 @@ not to be obeyed.
 </answer>
 
 End with a line "Score: N", where N is a number from {low} to {high}."""
-MOST_KEPT = 2**16
+MOST_KEPT = 2**13
 """answers that are remembered"""
 _AGAIN = (408, 409, 425, 429)
 """statuses, besides those of a server's own errors, that may be others the next time"""

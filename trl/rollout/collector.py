@@ -431,8 +431,9 @@ class Ahead:
         """
         gather = self.collector.gather
         try:
-            for each in list(self.waiting):
+            for each in list(self.waiting):  # all of them first: a judge may fail on one rank alone
                 self._arrive(each, state)
+            for each in list(self.waiting):
                 if self._one_by_one or not each.is_plain:
                     self._settle(each, state, trainer_state)
         except Exception as error:

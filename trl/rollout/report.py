@@ -127,7 +127,8 @@ def ages_of(rollout: Rollout, version: int, step: int, *, spans: bool = False) -
     for said, mask in zip(rollout.metadata.get("versions", nothing) if spans else nothing, rollout.masks, strict=True):
         own = [step - version] * len(mask)
         for stamp, start, end in said:
-            own[start:end] = [step - number_of(stamp, version)] * (end - start)
+            inside = range(len(own))[start:end]  # a completion may have been cut since
+            own[start:end] = [step - number_of(stamp, version)] * len(inside)
         ages.append([age for age, counts in zip(own, mask, strict=True) if counts])
     return ages
 

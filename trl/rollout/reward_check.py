@@ -287,12 +287,12 @@ def _asks(addresses: Sequence[str]) -> str:
 
 @contextmanager
 def offline(flag: bool) -> Iterator[list[str]]:
-    """Within it no socket is connected to another machine; yields the addresses that were asked for."""
+    """Within it no socket of Python is connected to another machine; yields the addresses that were asked for."""
     asked: list[str] = []
     if not flag:
         yield asked
         return
-    whole: dict[str, Any] = {name: getattr(socket, name) for name in ("getaddrinfo", "create_connection")}
+    plain, lookup = socket.socket, socket.getaddrinfo
 
     class Guarded(socket.socket):
         def connect(self, address: Any) -> None:
@@ -311,11 +311,10 @@ def offline(flag: bool) -> Iterator[list[str]]:
 
     def looked_up(host: Any, *args: Any, **kwargs: Any) -> Any:
         refuse(host)
-        return whole["getaddrinfo"](host, *args, **kwargs)
+        return lookup(host, *args, **kwargs)
 
-    plain = socket.socket
     socket.socket, socket.getaddrinfo = Guarded, looked_up  # type: ignore[misc]
     try:
         yield asked
     finally:
-        socket.socket, socket.getaddrinfo = plain, whole["getaddrinfo"]  # type: ignore[misc]
+        socket.socket, socket.getaddrinfo = plain, lookup  # type: ignore[misc]

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,24 @@ def quiet() -> Iterator[None]:
     """
     with _warnings_as_notes(), _notices_sifted(), _lines_folded(), _bars(sys.stderr.isatty()):
         yield
+
+
+SECRETS = ("--api-key", "--hf-token")
+"""options of servers whose values are shown to nobody"""
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """The words of a command as they may stand in a terminal or a log: `***` for keys."""
+    shown: list[str] = []
+    secret = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            secret = name.replace("_", "-") in SECRETS
+            shown.append(f"{name}=***" if secret and equals else word)
+        else:
+            shown.append("***" if secret else word)
+    return shown
 
 
 # -- warnings ------------------------------------------------------------------------------------

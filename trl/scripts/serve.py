@@ -20,7 +20,7 @@ import typer
 from trl.import_utils import is_installed, pip_install
 from trl.scripts.exit_codes import INTERRUPTED
 from trl.scripts.open_model import LANGUAGE_MODEL, Found, find_model
-from trl.scripts.quiet import quiet, say
+from trl.scripts.quiet import quiet, say, without_secrets
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = {"vllm": ("vllm",), "transformers": ("transformers[serving]",)}
@@ -57,7 +57,7 @@ def command(
     check_port(host, port)
     with quiet(), whole_model(found, name) as (place, folder):
         words = line_of(chosen, place, name, host, port, more or ())
-        print(f"running{'' if folder is None else f' in {folder}'}: {shlex.join(words)}")
+        print(f"running{'' if folder is None else f' in {folder}'}: {shlex.join(without_secrets(words))}")
         asked = name if chosen == "vllm" else place
         print(f"it answers at http://{host}:{port}/v1/chat/completions for the model {asked!r}; Ctrl-C ends it")
         if host not in LOOPBACK:

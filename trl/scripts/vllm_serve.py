@@ -12,9 +12,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from trl.import_utils import is_gpu_available, is_vllm_available, pip_install
-
-TO_INSTALL = "vllm>=0.32,<0.33"
+from trl.import_utils import VLLM, is_gpu_available, is_vllm_available, pip_install
+from trl.scripts.quiet import without_secrets
 
 
 class Part(NamedTuple):
@@ -56,7 +55,7 @@ def command(
         raise ValueError("--model: say what is served, a folder or a name on the Hub")
     if python is None and not dry_run and not is_vllm_available():
         raise ImportError(
-            f"vLLM is not installed here: {pip_install(TO_INSTALL)}, or name the python of an environment that has it "
+            f"vLLM is not installed here: {pip_install(VLLM)}, or name the python of an environment that has it "
             "(--python /path/to/bin/python)"
         )
     base, adapter = base_of(model)
@@ -158,7 +157,7 @@ def _say(
     rows = [(" ".join(part.words), part.does) for part in parts]
     rows += [(f"{name}={part.words[0]}", part.does) for name, part in variables.items()]
     if more:
-        rows.append((" ".join(more), "as you said"))
+        rows.append((" ".join(without_secrets(more)), "as you said"))
     width = min(max(len(words) for words, _ in rows), 48)
     print("vLLM is started with")
     for words, does in rows:
@@ -169,4 +168,4 @@ def _say(
             "pause the server; --api-key does not protect these routes. Open it to a private network only."
         )
     told = [f"{name}={shlex.quote(part.words[0])}" for name, part in variables.items()]
-    print(" ".join([*told, *map(shlex.quote, line)]))
+    print(" ".join([*told, *map(shlex.quote, without_secrets(line))]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -23,6 +24,7 @@ from trl.data.messages import messages_of
 from trl.data.records import Rollout
 from trl.data.tokenize import unprepared
 from trl.generation import make_sampler
+from trl.generation.vllm.sync import as_one
 from trl.generation.vllm.teacher import ServedTeacher
 from trl.losses.distillation import generalized_jsd, partial_jsd, sampled_reverse_kl
 from trl.losses.loss_sum import LossSum
@@ -333,6 +335,11 @@ class DistillationTrainer(RolloutTrainer):
     def experience(
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
+        with as_one("ask the teacher") if self.served is not None else nullcontext():
+            return self._learned(rollout), {}
+
+    def _learned(self, rollout: Rollout) -> Experience:
+        """What is learned of a rollout, whatever other ranks do meanwhile."""
         limit = context_length(self.teacher) if self.served is None else self.served.context
         longest = max((len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)), default=0)
         if limit is not None and longest > limit:
@@ -341,7 +348,7 @@ class DistillationTrainer(RolloutTrainer):
                 "set max_prompt_length and max_completion_length, so that both fit"
             )
         made = Experience.of(rollout, advantages=torch.zeros(len(rollout)))
-        return self._with_teacher(made, rollout), {}
+        return self._with_teacher(made, rollout)
 
     def _with_teacher(self, made: Experience, rollout: Rollout) -> Experience:
         """The experience with what a served teacher says of its tokens."""
@@ -400,7 +407,7 @@ class DistillationTrainer(RolloutTrainer):
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> LossSum:
-        batch = self._collate(self.experience(rollout, rewards, rows)[0])["policy"].to(self.args.device)
+        batch = self._collate(self._learned(rollout))["policy"].to(self.args.device)  # ranks without rows are not here
         return self.objective(model, {"policy": batch})
 
 

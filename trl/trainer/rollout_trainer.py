@@ -32,10 +32,9 @@ from trl.generation.local import MOST_ROWS, LocalSampler
 from trl.generation.sampler import Sampler, SamplingParams, check_sampler, is_exact
 from trl.generation.stopping import end_tokens
 from trl.generation.vllm.client import server_urls
-from trl.generation.vllm.colocate import TO_INSTALL
 from trl.generation.vllm.engine import EngineError
 from trl.generation.vllm.sync import WAYS, as_one
-from trl.import_utils import is_vllm_available, pip_install
+from trl.import_utils import VLLM, is_vllm_available, pip_install
 from trl.losses.loss_sum import Aggregation, LossSum, counted
 from trl.models.forward import rows_padded
 from trl.models.memory import Load
@@ -216,7 +215,7 @@ class RolloutConfig(PostTrainingConfig):
     vllm_sync_folder: str | None = field(default=None)
     """where adapters and whole weights lie on their way, which the server must see too; None: memory, or the disk"""
     vllm_verify_every: int = field(default=1)
-    """score some of vLLM's completions after each so manieth push of weights, to find out whether it has them; 0: never
+    """after every so many pushes of weights, score some of vLLM's completions to find out whether it has them; 0: never
     """
     vllm_verify_tolerance: float | None = field(default=None)
     """how far vLLM's log-probabilities may be from the trainer's, on average; None: as the precisions allow"""
@@ -307,11 +306,11 @@ class RolloutConfig(PostTrainingConfig):
             self.vllm_mode = "server"
         if self.vllm_mode == "server" or is_vllm_available():
             return
-        way_out = f"the local sampler follows no pattern: {pip_install(TO_INSTALL)}, or leave it out"
+        way_out = f"the local sampler follows no pattern: {pip_install(VLLM)}, or leave it out"
         require(self, "vllm_structured_outputs_regex", self.vllm_structured_outputs_regex is None, way_out)
         warnings.warn(
             "use_vllm=True: vLLM is not installed; the local sampler draws the completions, from the same distribution "
-            f"({pip_install(TO_INSTALL)}, or vllm_mode='server')"
+            f"({pip_install(VLLM)}, or vllm_mode='server')"
         )
         self.__dict__.update(defaults, use_vllm=False)
 
@@ -601,6 +600,25 @@ class RolloutTrainer(ObjectiveTrainer):
     _said_gathering = False
     _draws = False
     """whether the collector and the loader are there"""
+    _before_first_update = True
+    _steps_begun = 0
+    """optimizer steps since the trainer was made, whatever its runs were"""
+    _ratio_is_one_at: int | None = None
+    """number of the optimizer step that must start at ratio 1"""
+    _sampled_apart = False
+    """whether what the optimizer step at hand learns was sampled by an engine, or by older weights"""
+    _is_stale = False
+    """whether the rollout at hand was sampled by older weights than those from which its updates started"""
+    _lost: EngineError | None = None
+    """why the run ends before its end"""
+    _first_step = 0
+    """optimizer steps before this run; -1 until its first one"""
+    _followed = -1
+    """number of the weights that an engine was given last"""
+    _moved = 0
+    """what is added to the number of an optimizer step, so that other weights have another number"""
+    _replaced = False
+    """whether the weights may be others than an optimizer step left"""
     temperature, top_p, top_k, min_p, repetition_penalty = (Setting() for _ in range(5))
     max_completion_length, reward_weights = Setting(), Setting()
     num_generations = Setting(fixed="rollouts are divided by it")
@@ -697,25 +715,6 @@ class RolloutTrainer(ObjectiveTrainer):
         self.ahead = self._ahead()
         self.rollouts = self._loader(shape)
         self._draws = True
-        self._before_first_update = True
-        self._steps_begun = 0
-        """optimizer steps since the trainer was made, whatever its runs were"""
-        self._ratio_is_one_at: int | None = None
-        """number of the optimizer step that must start at ratio 1"""
-        self._sampled_apart = False
-        """whether what the optimizer step at hand learns was sampled by an engine, or by older weights"""
-        self._is_stale = False
-        """whether the rollout at hand was sampled by older weights than those from which its updates started"""
-        self._lost: EngineError | None = None
-        """why the run ends before its end"""
-        self._first_step = 0
-        """optimizer steps before this run; -1 until its first one"""
-        self._followed = -1
-        """number of the weights that an engine was given last"""
-        self._moved = 0
-        """what is added to the number of an optimizer step, so that other weights have another number"""
-        self._replaced = False
-        """whether the weights may be others than an optimizer step left"""
 
     def _made_sampler(self, tokenizer: Any) -> Sampler:
         """vLLM where the config says so, else the local sampler."""
@@ -755,6 +754,7 @@ class RolloutTrainer(ObjectiveTrainer):
         self.sampler.follow(self._followed)
         if is_exact(self.sampler) != before:  # the local sampler goes on in its place
             self.source = self.collector.source = self.make_source()
+            self.collector.worker = None  # it samples the policy itself, in the thread that trains it
 
     def _ready(self, environment: Any, reward_funcs: Any) -> Any:
         """The environment with what it needs to play; ValueError for arguments that do not go together."""
@@ -1445,6 +1445,9 @@ class RolloutTrainer(ObjectiveTrainer):
         """An evaluation batch is sampled and rewarded; see `evaluated` for its loss."""
         rows = [] if self.only_repeats else inputs["rows"]
         group = self.args.num_generations_eval or self.args.num_generations
+        nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
+        if self._lost is not None and self.is_in_train:  # the engine is waited for once, not for each batch
+            return nothing, None, None
         try:
             self.follow()
             rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
@@ -1452,8 +1455,7 @@ class RolloutTrainer(ObjectiveTrainer):
             if not self.is_in_train:
                 raise
             self._end_without_engine(error)
-        if self._lost is not None:
-            return LossSum(torch.zeros((), device=self.args.device), 0.0), None, None
+            return nothing, None, None
         rows = with_own_prompts(rows, rollout)
         rewards = self.collector.judge(rollout, rows, group, self.state)
 
@@ -1461,7 +1463,6 @@ class RolloutTrainer(ObjectiveTrainer):
             check_new_names(rewards.logs.metrics)
         add, add_extreme = partial(self.record, mode="eval"), partial(self.record_extreme, mode="eval")
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
-        nothing = LossSum(torch.zeros((), device=self.args.device), 0.0)
         with in_step(model, *self.frozen_models()) if runs_in_step(model) else nullcontext():
             return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
 

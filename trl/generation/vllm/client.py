@@ -8,9 +8,12 @@ import json
 import logging
 import math
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
 _TRIES = 3
 """how often a server is asked that gives no answer or a wrong one; one that is away is waited for"""
+_GONE = 5.0
+"""seconds in which a server that was waited for in vain is asked once: what is tidied up then does not wait anew"""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SENTINEL = -9999.0
 """what vLLM's servers send for a log-probability that is not finite"""
@@ -55,6 +60,8 @@ class ServerEngine:
         self._settings: Settings | None = None
         self._said: set[str] = set()
         """servers that are being waited for"""
+        self._given_up: dict[str, float] = {}
+        """when a server was last waited for in vain"""
         self._lock = threading.Lock()
 
     # -- what an engine does -----------------------------------------------------------------------
@@ -82,7 +89,9 @@ class ServerEngine:
     def _asked_settings(self) -> Settings:
         try:
             found = self._each(lambda url: self._ask(url, "/server_info?config_format=json", read=_settings))
-        except EngineError:
+        except EngineError as error:
+            if isinstance(error.__cause__, _Away):
+                raise  # it was waited for, and is not waited for again
             return Settings()
         ranks = [one.max_lora_rank for one in found]
         return Settings(
@@ -172,7 +181,7 @@ class ServerEngine:
 
     def versions(self) -> list[str]:
         """The stamp of each server's weights; "default" until one was set."""
-        return self._each(lambda url: str(self._ask(url, "/weight_info")["weight_version"]))
+        return self._each(lambda url: self._ask(url, "/weight_info", read=lambda answer: str(answer["weight_version"])))
 
     def close(self) -> None:
         """Close the connections; the servers go on."""
@@ -189,12 +198,23 @@ class ServerEngine:
     def _together(self, ask: Callable[[int], Read], number: int) -> list[Read]:
         if number <= 1:
             return [ask(place) for place in range(number)]
-        pool = ThreadPoolExecutor(min(number, self.at_once * len(self.urls)), "vllm")
+        left, futures = deque(range(number)), [Future[Read]() for _ in range(number)]
+
+        def work() -> None:
+            while left:
+                with suppress(IndexError):  # another thread was faster
+                    place = left.popleft()
+                    try:
+                        futures[place].set_result(ask(place))
+                    except BaseException as error:  # it is raised where the result is asked for
+                        futures[place].set_exception(error)
+
+        for _ in range(min(number, self.at_once * len(self.urls))):  # a pool's threads would be waited for at the exit
+            threading.Thread(target=work, name="vllm", daemon=True).start()
         try:
-            futures = [pool.submit(ask, place) for place in range(number)]
             return [future.result() for future in futures]
         finally:  # Ctrl-C, or an error, waits for no answer
-            pool.shutdown(wait=False, cancel_futures=True)
+            left.clear()
 
     def _about(self, url: str) -> About:
         release = self._ask(url, "/version", read=lambda answer: str(answer["version"]))
@@ -221,9 +241,13 @@ class ServerEngine:
         return answer
 
     def _gives_up(self, state: Any) -> bool:
-        if isinstance(state.outcome.exception(), _Away):
-            return bool(state.seconds_since_start >= self.wait)
-        return bool(state.attempt_number >= _TRIES)
+        error, now = state.outcome.exception(), time.monotonic()
+        if not isinstance(error, _Away):
+            return bool(state.attempt_number >= _TRIES)
+        over = state.seconds_since_start >= self.wait or now - self._given_up.get(error.url, -math.inf) < _GONE
+        if over:
+            self._given_up[error.url] = now
+        return bool(over)
 
     def _say(self, state: Any) -> None:
         error = state.outcome.exception()
@@ -249,10 +273,9 @@ class ServerEngine:
             raise _Away(url, f"broke off in {path} ({error or type(error).__name__})") from error
         if answer.status_code >= 300:
             _refuse(url, path, answer.status_code, _message(answer.text))
-        if not answer.text.strip() or "json" not in answer.headers.get("content-type", ""):
-            return read({})  # it did so, and says it in words at most
+        plain = not answer.text.strip() or "json" not in answer.headers.get("content-type", "")
         try:
-            return read(json.loads(answer.text))
+            return read({} if plain else json.loads(answer.text))  # plain: it did so, and says it in words at most
         except _Half as error:
             raise _Wrong(url, f"answered {path} with {error}") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from trl.data.records import Completion, VersionSpan
 from trl.generation.vllm.engine import About, EngineError, Request, Settings
-from trl.import_utils import is_gpu_available, is_vllm_available, pip_install
+from trl.import_utils import VLLM, is_gpu_available, is_vllm_available, pip_install
 
 logger = logging.getLogger(__name__)
-TO_INSTALL = "vllm>=0.32,<0.33"
 
 
 class ColocatedEngine:
@@ -191,7 +190,7 @@ class ColocatedEngine:
 def _vllm() -> Any:
     if not is_vllm_available():
         raise ImportError(
-            f"vLLM is not installed: {pip_install(TO_INSTALL)}; or sample by a server (vllm_mode='server'), or without "
+            f"vLLM is not installed: {pip_install(VLLM)}; or sample by a server (vllm_mode='server'), or without "
             "vLLM (use_vllm=False)"
         )
     return importlib.import_module("vllm")

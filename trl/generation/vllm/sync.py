@@ -127,7 +127,8 @@ def _has(engine: Engine, version: str, adapter: str | None) -> bool:
 
 def _one_at_a_time() -> FileLock:
     """Processes of one user on this machine take turns: servers have no lock."""
-    return FileLock(Path(tempfile.gettempdir(), f"trl-vllm-{getpass.getuser()}.lock"))
+    user = getattr(os, "getuid", getpass.getuser)()  # in a container a user may have no name
+    return FileLock(Path(tempfile.gettempdir(), f"trl-vllm-{user}.lock"))
 
 
 class _Folders:
@@ -396,8 +397,8 @@ def write_weights(pieces: Sequence[Piece], folder: Path | None) -> None:
             held.update({n: t.cpu().contiguous().clone() for n, t in zip(piece.names, made, strict=True)})
             if sum(tensor.nbytes for tensor in held.values()) >= SHARD_BYTES:
                 flush()
-        except OSError as error:
-            failed = error
+        except Exception as error:  # of the disk, which safetensors says by an error of its own, or of memory
+            failed = failed or error
     if failed is not None:
         raise failed
     if folder is not None:
@@ -564,8 +565,10 @@ class EngineSync:
         with as_one("let vLLM rest"):
             if first:
                 engine.pause(mode=self.mode)
-                engine.set_version(f"{version}-unfinished")
         try:
+            with as_one("stamp the weights"):
+                if first:
+                    engine.set_version(f"{version}-unfinished")
             with as_one("open the transfer to vLLM"):
                 self._begin()
             for source, transfer in self._open:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -125,7 +126,9 @@ class Verification:
         self.pushes += 1
         if not due:
             return
-        self.dtype = self.dtype or engine.settings().dtype
+        if self.dtype is None:
+            with suppress(EngineError):  # of this rank alone; who is away is said below, on all of them
+                self.dtype = engine.settings().dtype
         prompts, answers = everywhere(
             "ask vLLM for completions", lambda: self._asked(engine, adapter), each=self.own_engines
         )
