@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 
 from trl.data.packing import best_fit_decreasing
 from trl.data.records import Batch
@@ -46,12 +45,20 @@ def row_tokens(row: Row) -> int:
     return sum(len(row[name]) for name in columns)
 
 
+def is_table(rows: Any) -> bool:
+    """Whether it is a `Dataset`. `datasets` takes 80 MB, which a script without a data set does not need."""
+    known = sys.modules.get("datasets")
+    return known is not None and isinstance(rows, known.Dataset)
+
+
 def lengths_of(rows: Any, without: Collection[str] = ()) -> np.ndarray | None:
     """Tokens of each row as `row_tokens` counts them, read off a data set's columns; None where it cannot be.
 
     without: columns that are left out. Of a selection of rows these are the lengths of all rows that it was made of.
     """
-    if not isinstance(rows, Dataset) or not len(rows) or rows.format["type"] == "custom":
+    import pyarrow.compute as pc
+
+    if not is_table(rows) or not len(rows) or rows.format["type"] == "custom":
         return None
     table = rows.data
     columns = [
@@ -155,5 +162,5 @@ def may_be_ahead(rows: Any, collate: Any, kind: str, workers: int) -> bool:
     while type(collate) is BudgetCollator:
         collate = collate.collate
     ours = type(collate).__module__.startswith("trl.") and getattr(collate, "inner", None) is None
-    plain = isinstance(rows, Dataset) and rows.format["type"] != "custom"
+    plain = is_table(rows) and rows.format["type"] != "custom"
     return kind in AHEAD and not workers and ours and plain
