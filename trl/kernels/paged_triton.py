@@ -37,7 +37,7 @@ def part(
     _, heads, group, width = query_RHJD.shape
     sequences, members = seen.member_XG.shape
     splits, rows = outs.shape[:2]
-    queries = min(MOST_QUERIES, max(LEAST, _power(members * group)))
+    queries = min(MOST_QUERIES, max(LEAST, power_above(members * group)))
     blocks = -(-members * group // queries)
     exact = query_RHJD.dtype == torch.float32
     _kernels().attend[(sequences, heads, splits * blocks)](
@@ -45,7 +45,7 @@ def part(
         position_R, scores.scale, scores.softcap or 0.0, scores.window or 0, rows, members,
         seen.pages_XC.stride(0), splits, heads,
         J=group, D=width, E=values.shape[-1], PAGE=keys.shape[1], M=queries,
-        WIDE_D=max(LEAST, _power(width)), WIDE_E=max(LEAST, _power(values.shape[-1])),
+        WIDE_D=max(LEAST, power_above(width)), WIDE_E=max(LEAST, power_above(values.shape[-1])),
         CAPPED=scores.softcap is not None, WINDOWED=scores.window is not None,
         EXACT=exact and not torch.backends.cuda.matmul.allow_tf32,
         num_warps=4,
@@ -59,13 +59,14 @@ def merged(outs: Tensor, logsums: Tensor, sinks_HJ: Tensor | None) -> Tensor:
     count = merged.numel() // width
     _kernels().merge[(count,)](
         outs, logsums, merged, logsums if sinks_HJ is None else sinks_HJ.float().contiguous(), count,
-        shape[1] * shape[2], S=parts, WIDE_S=_power(parts), E=width, WIDE_E=_power(width),
+        shape[1] * shape[2], S=parts, WIDE_S=power_above(parts), E=width, WIDE_E=power_above(width),
         SINKS=sinks_HJ is not None, num_warps=1,
     )  # fmt: skip
     return merged
 
 
-def _power(number: int) -> int:
+def power_above(number: int) -> int:
+    """The smallest power of two that is not below a number."""
     return 1 << max(0, number - 1).bit_length()
 
 

@@ -26,7 +26,9 @@ def norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     width = x.shape[-1]
-    _kernels().rms_norm[(x.numel() // width,)](x, weight, y, width, eps, WIDE=_power(width), num_warps=4)
+    _kernels().rms_norm[(x.numel() // width,)](
+        x, weight, y, width, eps, WIDE=paged_triton.power_above(width), num_warps=4
+    )
     return y
 
 
@@ -36,7 +38,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty(rows, heads, width, dtype=torch.promote_types(x.dtype, cos.dtype), device=x.device)
     _kernels().rotate[(rows, heads)](
         x, cos.contiguous(), sin.contiguous(), y, heads, x.stride(1), x.stride(2), HALF=width // 2,
-        WIDE=_power(width // 2), num_warps=1,
+        WIDE=paged_triton.power_above(width // 2), num_warps=1,
     )  # fmt: skip
     return y.transpose(0, 1)[None]
 
@@ -123,10 +125,6 @@ def _turn_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     if not plain or not fits or query.stride(-1) != 1 or key.stride(-1) != 1:
         return None
     return rotated(query, cos, sin), rotated(key, cos, sin)
-
-
-def _power(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
 
 
 class _Kernels:
