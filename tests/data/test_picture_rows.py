@@ -444,3 +444,21 @@ def test_packed_rows_have_whole_pictures(strategy: str, caplog: pytest.LogCaptur
 def test_rows_are_noted_one_by_one() -> None:
     notes = list(noted(rows("conversations"), SupervisedJob(tokenizer=reading())).notes)
     assert [note.met.pictures for note in notes] == [1, 2, 1, 0, 1, 3, 1, 0]
+
+
+@pytest.mark.parametrize("form", ["column", "parts", "pairs"])
+def test_a_file_that_was_replaced_is_read_again(form: str, tmp_path: Any) -> None:
+    path = tmp_path / "a.png"
+    question = [{"type": "image", "image": None}, {"type": "text", "text": "?", "image": None}]
+    if form != "column":
+        question[0]["image"] = str(path)
+    row: dict[str, Any] = {"images": [str(path)]} if form == "column" else {}
+    tokenise = tokenize_unpaired if form == "pairs" else tokenize_prompts
+    row |= {"chosen": [user(question), answer("a")], "rejected": [user(question), answer("b")]}
+    given = Dataset.from_list([row if form == "pairs" else {**row, "prompt": [user(question)]}])
+    found = []
+    for image in (A, A, B):
+        image.save(path)
+        found.append(seen(tokenise(given, reading())[0][0]["prompt_ids"]))
+    assert found[0] == found[1] != found[2]
+    assert B.tobytes() in found[2]

@@ -366,8 +366,10 @@ def _unpair(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {**others, "completion": [*chosen, *rejected], "label": labels}
 
 
-def mapped_rows(dataset: Any, function: Callable[..., Any], desc: str | None = None, **options: Any) -> Any:
-    """The data set with `function` of each row; what is cached depends on the code of this room too."""
+def mapped_rows(
+    dataset: Any, function: Callable[..., Any], desc: str | None = None, state: Any = None, **options: Any
+) -> Any:
+    """The data set with `function` of each row; what is cached depends on the code of this room, and on `state`."""
     from datasets import Dataset  # who only formats conversations has no need of it
     from datasets.fingerprint import Hasher
 
@@ -376,7 +378,7 @@ def mapped_rows(dataset: Any, function: Callable[..., Any], desc: str | None = N
         return [function(row, *([i] if options.get("with_indices") else []), **more) for i, row in enumerate(dataset)]
     if isinstance(dataset, Dataset):
         how = sorted((name, repr(value)) for name, value in options.get("fn_kwargs", {}).items())
-        key = [dataset._fingerprint, code_version(), function.__name__, sorted(options), how]
+        key = [dataset._fingerprint, code_version(), function.__name__, sorted(options), how, state]
         options |= {"desc": desc, "new_fingerprint": Hasher.hash(key)}
     return dataset.map(function, **options)
 
