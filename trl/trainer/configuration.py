@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from trl.trainer.settings import (
     rename,
     switch_liger_off,
     translate,
+    unknown_field,
 )
 
 ROWS = "rows in an optimizer step"
@@ -41,6 +43,9 @@ class KeepsAsked:
     def __new__(cls, *values: Any, **named: Any) -> Any:
         made = super().__new__(cls)
         entries: Any = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
+        unknown = [name for name in named if name not in entries]
+        if unknown and not _takes(cls.__init__, unknown[0]):
+            raise TypeError(unknown_field(cls.__name__, unknown[0], entries))
         given = {**dict(zip(entries, values, strict=False)), **named}
         made.__dict__["_asked"] = {
             name: value for name, value in given.items() if name not in entries or value != default_of(entries[name])
@@ -51,6 +56,12 @@ class KeepsAsked:
     def asked(self) -> dict[str, Any]:
         """The fields that were given another value than their default, with that value."""
         return dict(self.__dict__.get("_asked", {}))
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether a function, such as a subclass's own `__init__`, takes a keyword."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 @dataclass

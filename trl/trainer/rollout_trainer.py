@@ -856,6 +856,7 @@ class RolloutTrainer(ObjectiveTrainer):
         config = self.args
         if not config.max_staleness:
             return None
+        self._say_no_gain()
         follows, keeps = hasattr(self.sampler, "follow") and self.rollout_func is None, config.sync_in_flight
         if keeps:
             way_out = "only an engine beside the trainer, such as a vLLM server, samples while its weights change"
@@ -877,7 +878,23 @@ class RolloutTrainer(ObjectiveTrainer):
     def _draws_apart(self) -> bool:
         """Whether rollouts can be drawn while the policy is trained."""
         beside = hasattr(self.sampler, "follow") and getattr(self.sampler, "beside", True)
-        return beside and isinstance(self.source, SamplerSource | EnvironmentSource)
+        return beside and self.is_asked_alone(self.source)
+
+    def is_asked_alone(self, source: Source) -> bool:
+        """Whether a source asks nothing of the trainer's own models and tokenizer, so that a thread may draw of it."""
+        return isinstance(source, SamplerSource | EnvironmentSource)
+
+    def _say_no_gain(self) -> None:
+        """One line where rollouts are drawn ahead, and the policy waits for them all the same."""
+        if self._draws_apart() or not self.is_world_process_zero():
+            return
+        why = "no engine beside the trainer, such as a vLLM server, samples them"
+        if hasattr(self.sampler, "follow") and getattr(self.sampler, "beside", True):
+            why = "they are drawn in the trainer's thread, with its models or functions"
+        logger.warning(
+            "max_staleness=%d: rollouts are drawn ahead by older weights, and no time is gained, for %s; 0 draws them "
+            "in step", self.args.max_staleness, why,
+        )  # fmt: skip
 
     def _rest(self) -> None:
         """Have what is in flight end. Collective."""
@@ -1451,6 +1468,7 @@ class RolloutTrainer(ObjectiveTrainer):
         try:
             self.follow()
             rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
+            self.ask_of_evaluation(rollout)
         except EngineError as error:
             if not self.is_in_train:
                 raise
@@ -1465,6 +1483,9 @@ class RolloutTrainer(ObjectiveTrainer):
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         with in_step(model, *self.frozen_models()) if runs_in_step(model) else nullcontext():
             return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
+
+    def ask_of_evaluation(self, rollout: Rollout) -> None:
+        """Ask others what the loss of an evaluation batch needs. Ranks without rows are here too."""
 
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
