@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from trl.data.encode import TRUNCATION_MODES
 from trl.trainer.ranks import join_again
+from trl.trainer.run_folder import check_writable
 from trl.trainer.settings import (
     accepted,
     check_inherited,
@@ -372,7 +373,17 @@ def choose(config: Any, name: str, choices: Any) -> None:
 
 
 def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Config:
-    """`args` as the trainer's own config; plain TrainingArguments keep their values and gain the config's fields."""
+    """`args` as the trainer's own config; plain TrainingArguments keep their values and gain the config's fields.
+
+    ValueError where its `output_dir` cannot be written: a trainer asks before it loads a model.
+    """
+    config = _as_config(args, config_class)
+    if config.process_index == 0:
+        check_writable(str(config.output_dir))
+    return config
+
+
+def _as_config(args: TrainingArguments | None, config_class: type[Config]) -> Config:
     if args is None:
         return config_class()
     if isinstance(args, config_class):

@@ -102,7 +102,7 @@ from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer
 from trl.trainer.ranks import after_restart, check_agreement, join_again, say_unsharded, watched
-from trl.trainer.run_folder import RunFacts, RunFolder, told
+from trl.trainer.run_folder import RunFacts, RunFolder, check_writable, told
 from trl.trainer.run_record import resolved
 from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default, logger
 from trl.trainer.signals import TERMINATED, StopSignal
@@ -1302,6 +1302,8 @@ class PPOTrainer(BaseTrainer):
         for name in ppo_forms.NEEDS_FOLDER:
             setattr(config, name, getattr(self.args, name))
         self._told = self._numbers(dataset)
+        if self.args.process_index == 0:
+            check_writable(str(self.args.output_dir))
         set_seed(config.seed)  # the value head is drawn
         policy = ppo_forms.one_of("model", parts["model"], "policy", today["policy"])
         policy = self._path("sft_model_path") if policy is None else policy
