@@ -8,10 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from families import data_url, picture, processor_of
+from families import data_url, model_of, picture, processor_of
 from PIL import Image
 from pyarrow import parquet
+from transformers import AutoModelForImageTextToText
 
+from trl.cli.main import run
 from trl.data.inspect import inspect_html, inspect_row, pieces
 from trl.data.pictures import Album, read_by, reader_of
 from trl.data.records import Rollout
@@ -20,6 +22,7 @@ from trl.reports.run_folder import read_run
 from trl.reports.run_report import render
 from trl.rollout.report import print_table, table_of, write_parquet
 from trl.rollout.rewards import Rewards
+from trl.scripts.open_model import open_model
 
 
 def bytes_of(image, kind="PNG"):
@@ -285,3 +288,36 @@ def test_captions_are_escaped():
     gallery = Gallery()
     assert "<b>" not in gallery.tag(WIDE, '"<b>')
     assert "<b>" not in gallery.tag(12345, '"<b>')
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folders of tiny models with their processors, by the names of their families."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            model_of(name).save_pretrained(made[name])
+            processor_of(name).save_pretrained(made[name])
+        return str(made[name])
+
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_a_merged_adapter_keeps_the_processor(name, tiny, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForImageTextToText.from_pretrained(tiny(name))
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert run(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "whole")]) == 0
+    assert "log-probabilities of 32 tokens are the adapter's" in capsys.readouterr().out
+    assert (tmp_path / "whole" / "processor_config.json").is_file()
+    opened = open_model(str(tmp_path / "whole"))
+    assert type(opened.model) is type(base)
+    assert reader_of(opened.tokenizer).placeholder == processor_of(name).image_token

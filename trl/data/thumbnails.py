@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -128,8 +129,30 @@ def is_part(part: Any) -> bool:
     return isinstance(part, Mapping) and (part.get("type") in PARTS or part.get("image") is not None)
 
 
-def mark_of_part(part: Mapping[str, Any]) -> str:
+def has_pictures(messages: Any) -> bool:
+    """Whether a conversation has parts that are pictures."""
+    if not isinstance(messages, list | tuple):
+        return False
+    contents = [turn.get("content") for turn in messages if isinstance(turn, Mapping)]
+    return any(is_part(part) or is_picture(part) for each in contents if isinstance(each, list) for part in each)
+
+
+def said_in(content: Sequence[Any], marks: Iterator[str]) -> str:
+    """The texts of a message in parts, and marks for its pictures: the next of these, or what the part itself tells."""
+    said = []
+    for part in content:
+        if is_part(part) or is_picture(part):
+            said.append(next(marks, None) or mark_of_part(part))
+            continue
+        text = part.get("text") if isinstance(part, Mapping) else part
+        said.append(text if isinstance(text, str) else json.dumps(plain(part), default=str, ensure_ascii=False))
+    return " ".join(said)
+
+
+def mark_of_part(part: Any) -> str:
     """The mark of a content part that is a picture, as far as the part tells its size."""
+    if not isinstance(part, Mapping):
+        return mark(part)
     for value in (part.get("image"), part.get("image_url"), part.get("url")):
         inner = value.get("url") if isinstance(value, Mapping) and "url" in value else value
         found = plain(inner)

@@ -336,15 +336,9 @@ def _said(turn: Mapping[str, Any], marks: Iterator[str]) -> str:
     if isinstance(content, str) and not turn.get("tool_calls"):
         return content
     if isinstance(content, list) and not turn.get("tool_calls"):
-        from trl.data.thumbnails import is_part, mark_of_part
+        from trl.data.thumbnails import has_pictures, said_in
 
-        if any(map(is_part, content)):
-            said = [next(marks, None) or mark_of_part(part) if is_part(part) else _part(part) for part in content]
-            return " ".join(said)
+        if has_pictures([turn]):
+            return said_in(content, marks)
     others = {name: value for name, value in turn.items() if name != "role" and value is not None}
     return str(_written(others))
-
-
-def _part(part: Any) -> str:
-    text = part.get("text") if isinstance(part, Mapping) else part
-    return text if isinstance(text, str) else str(_written(part))
