@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trl.generation.kv_attention import Decode, Layout, Piece, Prefill, State
 from trl.generation.kv_cache import Prompt, PromptBlock, Prompts, Suffixes
-from trl.models import pictures
+from trl.models.forward import pictures_are_read
 from trl.models.unwrap import accepts
 
 _LEAST_SAVED = 32
@@ -43,8 +43,8 @@ class Engine:
         """Read new prompts, without padding, and keep the logits of the token that follows each."""
         places = dict(zip(prompts, self.prompts.add(prompts), strict=True))
         for prompt in prompts:
-            if pictures.has_pictures(prompt.ids):
-                prompt.axes_3N = pictures.axes(self.model, torch.tensor(prompt.ids, device=self.device))
+            if has_pictures(prompt.ids):
+                prompt.axes_AN = _pictures().axes(self.model, torch.tensor(prompt.ids, device=self.device))
         laid_out = lay_out(prompts, places, both_ways=self.both_ways)
         state = Prefill(laid_out.pieces, self.layers)
         logits_PV = self._forward(laid_out.ids, laid_out.position_N(self.device), state, laid_out.last_P(self.device))
@@ -106,14 +106,31 @@ class Engine:
             return next_logits(self.model, readable_1N, position_N, state, keep_S, **keywords)
 
 
+def has_pictures(ids: Sequence[int]) -> bool:
+    """Whether some of a prompt's tokens are of pictures."""
+    return min(ids, default=0) < 0
+
+
+def picture_tokens(model: Any) -> tuple[int, ...]:
+    """The words of a model that reads pictures which stand for these and mean nothing in a text."""
+    reader = _pictures().reader_for(model) if pictures_are_read() else None
+    return () if reader is None else (reader.image_token_id,)
+
+
+def _pictures() -> Any:
+    from trl.models import pictures  # which prompts of text do without
+
+    return pictures
+
+
 @contextmanager
 def shown_pictures(model: Any, ids: Sequence[int], ids_1N: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Ids that the model knows, and keywords with the pictures among them; each is encoded once within it."""
-    if not pictures.has_pictures(ids):
+    if not has_pictures(ids):
         yield ids_1N, {}
         return
-    with pictures.encoded_once(model, ids_1N):
-        yield pictures.as_placeholders(model, ids_1N), pictures.keywords(model, ids_1N)
+    with _pictures().encoded_once(model, ids_1N):
+        yield _pictures().as_placeholders(model, ids_1N), _pictures().keywords(model, ids_1N)
 
 
 def next_logits(
@@ -121,7 +138,7 @@ def next_logits(
 ) -> Tensor:
     """A packed pass with the attention of `state`: the logits of all tokens, or of `keep_S`. [N or S, V]
 
-    position_N: [3, N] where positions have three axes. keywords: of pictures.
+    position_N: [A, N] where positions have axes. keywords: of pictures.
     """
     selected = {"logits_to_keep": keep_S} if keep_S is not None and accepts(model, "logits_to_keep") else {}
     output = model(
@@ -144,14 +161,15 @@ class LaidOut:
     """of each prompt the piece that ends with its last token"""
 
     def position_N(self, device: torch.device) -> Tensor:
-        """The places of the tokens in their prompts; [3, N] where one of these has pictures with three axes."""
-        axes = [None if prompt.axes_3N is None else prompt.axes_3N[:, start:end] for prompt, start, end in self.spans]
+        """The places of the tokens in their prompts; [A, N] where one of these has pictures with axes."""
+        axes = [None if prompt.axes_AN is None else prompt.axes_AN[:, start:end] for prompt, start, end in self.spans]
         places = [place for _, start, end in self.spans for place in range(start, end)]
         plain_N = torch.tensor(places, device=device)
-        if all(each is None for each in axes):
+        number = next((len(own) for own in axes if own is not None), 0)
+        if not number:
             return plain_N
         parts = plain_N.split([end - start for _, start, end in self.spans])
-        filled = [part.expand(3, -1) if own is None else own for own, part in zip(axes, parts, strict=True)]
+        filled = [part.expand(number, -1) if own is None else own for own, part in zip(axes, parts, strict=True)]
         return torch.cat(filled, 1)
 
     def last_P(self, device: torch.device) -> Tensor:
@@ -166,7 +184,7 @@ def lay_out(
     found = LaidOut()
 
     def read(prompt: Prompt, start: int, end: int, **of_piece: Any) -> Piece:
-        mutual = [run for run in _pictures(prompt.ids) if run[1] <= end] if both_ways else ()
+        mutual = [run for run in _runs(prompt.ids) if run[1] <= end] if both_ways else ()
         piece = Piece(len(found.ids), len(found.ids) + end - start, both_ways=mutual, **of_piece)
         found.ids.extend(prompt.ids[start:end])
         found.spans.append((prompt, start, end))
@@ -199,7 +217,7 @@ def _alike(prompts: Sequence[Prompt]) -> list[tuple[int, list[Prompt]]]:
     return [(shared if len(run) > 1 else 0, [prompts[i] for i in run]) for shared, run in runs]
 
 
-def _pictures(ids: Sequence[int]) -> list[tuple[int, int]]:
+def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
     """From where to where the tokens of pictures stand."""
     edges = [at for at in range(len(ids) + 1) if (at < len(ids) and ids[at] < 0) != (at > 0 and ids[at - 1] < 0)]
     return list(zip(edges[::2], edges[1::2], strict=True))

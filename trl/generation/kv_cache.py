@@ -19,8 +19,8 @@ class Prompt:
 
     ids: Sequence[int]
     """those of its pictures are negative, see `data.pictures`"""
-    axes_3N: Tensor | None = None
-    """positions of its tokens where a picture's have three axes; None: their places"""
+    axes_AN: Tensor | None = None
+    """positions of its tokens where those of a picture have axes; None: their places"""
     rows: list[int] = field(default_factory=list)
     """slots of the running rows"""
     waiting: int = 0
@@ -31,7 +31,7 @@ class Prompt:
     @property
     def ahead(self) -> int:
         """How far the positions of tokens that follow are from their places: a picture counts by its longest side."""
-        return 0 if self.axes_3N is None else int(self.axes_3N.max()) + 1 - len(self.ids)
+        return 0 if self.axes_AN is None else int(self.axes_AN.max()) + 1 - len(self.ids)
 
 
 class PromptBlock:
