@@ -358,15 +358,26 @@ _READER = "_reads_pictures"
 
 
 def read_by(processor: Any) -> Any:
-    """The tokenizer of a processor, which from now on knows what reads pictures for it; a tokenizer as it is."""
+    """The tokenizer of a processor, with its chat template, which from now on knows what reads pictures for it.
+
+    A tokenizer stays as it is.
+    """
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or not isinstance(processor, ProcessorMixin):
         return processor
+    if getattr(processor, "chat_template", None) is not None:
+        tokenizer.chat_template = processor.chat_template
     known = reader_of(tokenizer)
     if known is None or known.processor is not processor:
         with contextlib.suppress(ValueError):  # it reads sounds, say
             vars(tokenizer)[_READER] = PictureReader(processor)
     return tokenizer
+
+
+def processor_of(tokenizer: Any) -> Any:
+    """The processor that the tokenizer belongs to, which is saved in its place; without one the tokenizer."""
+    reader = reader_of(tokenizer)
+    return tokenizer if reader is None else reader.processor
 
 
 def reader_of(tokenizer: Any) -> PictureReader | None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.data.packing import pack
+from trl.data.pictures import reader_of
 from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels import context_parallel
 from trl.kernels.layers import Reading, fast, swapped_forward, uncompiled
@@ -178,6 +179,18 @@ def _with_pictures(
     if not packed.has_pictures and not (pictures_are_read() and _pictures().needs_company(model)):
         return nullcontext(inputs)
     return _pictures().in_pass(model, packed, inputs, padded=not plan.packed, plain=plan.plain)  # type: ignore[no-any-return]
+
+
+def introduce(model: nn.Module | None, tokenizer: Any) -> None:
+    """Tell a vision-language model what reads its pictures: the processor that this tokenizer belongs to, if any."""
+    if (reader := reader_of(tokenizer)) is not None:
+        _pictures().introduce(model, reader)
+
+
+def introduce_like(model: nn.Module | None, other: nn.Module) -> None:
+    """Tell a model to read pictures as the other does."""
+    if pictures_are_read():
+        _pictures().introduce(model, _pictures().reader_for(other))
 
 
 def pictures_are_read() -> bool:
