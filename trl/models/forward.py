@@ -420,6 +420,8 @@ class ForwardPlan:
     """the model's own call computes the padded rows, which are of one length: it finds positions of pictures itself"""
     pictured: ForwardPlan | None = None
     """how it computes a batch with pictures; None: nobody has asked"""
+    reads_pictures: str | None = None
+    """how the local sampler's engine reads those of a prompt, see `generation.probe`; None: nobody has asked"""
 
 
 PADDED = ForwardPlan()
