@@ -96,6 +96,18 @@ def test_the_spread_of_runs_that_differ(tmp_path):
     assert "<b>" not in page.replace("<b>1.5</b>", "").replace("<b>2.5</b>", "")
 
 
+@pytest.mark.parametrize("words", [["diff", "three", "three"], ["replay", "three", "--step", "1"], ["chat", "three"],
+                                   ["eval", "three", "--data", "rows.jsonl"]])  # fmt: skip
+def test_a_folder_of_seeds_where_one_run_is_wanted(words, base, capsys):
+    for seed in (10, 9):
+        seed_folder(base / "three", seed, [1.0])
+    assert run(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: three: a run of each of 2 seeds lies there: choose one, three/seed-9 or three/seed-10 (`trl report` "
+        "shows all)"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

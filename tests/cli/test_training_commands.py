@@ -120,6 +120,17 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["sft"], ["plan", "sft"], ["sft", "--seeds", "2"]])
+def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_asked_for(words, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    data = rows(tmp_path, {"text": "a b"})
+    out = ["--output_dir", str(tmp_path / "file" / "out"), "--report_to", "none"]
+    assert run([*words, "--model", "./no-such-model", "--data", data, *out]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written (Not a directory): give a folder that can" in error
+    assert "no-such-model" not in error
+
+
 @pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if isinstance(entry, Training)])
 def test_fields_are_listed_with_their_meaning(name, capsys):
     assert run([name, "--fields"]) == 0

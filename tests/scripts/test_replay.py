@@ -10,6 +10,7 @@ from tokenizers_for_tests import byte_tokenizer
 
 from trl.cli.main import run
 from trl.scripts.diff_runs import step_apart
+from trl.scripts.replay import told
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -135,6 +136,21 @@ def test_a_step_of_own_samples_again(place, capsys):
     train(place, "sampled", *words, job="grpo", data="prompts.jsonl")
     out = said(capsys, "replay", place / "sampled", "--step", 3)
     assert "the same as in the run, bit for bit" in out
+
+
+@pytest.mark.parametrize(("moved", "samples"), [(False, True), (True, True), (True, False)])
+def test_a_step_in_which_nothing_was_learned_says_so(moved, samples):
+    found = {
+        "losses": [0.0], "rows": [[1]], "grad_norm": 0.0, "gradient": "0" * 16, "weights_before": "a",
+        "weights_after": "b" if moved else "a",
+    }  # fmt: skip
+    lines = list(told(found, samples))
+    assert lines[0] == "loss 0 of 1 micro-batch, 1 row"
+    said = "nothing was learned in this step: its loss and gradient are 0"
+    more = "; the optimizer moved the weights by what it remembers of earlier steps, or by decay"
+    assert said + more * moved in lines
+    assert ("  as where the rewards of each group are all alike" in "\n".join(lines)) == samples
+    assert said not in "\n".join(told({**found, "losses": [0.0], "grad_norm": 0.1}))  # GRPO's first loss is 0
 
 
 def test_another_run_is_told_from_it(place, capsys):

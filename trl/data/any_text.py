@@ -26,6 +26,11 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def many(count: int, one: str, several: str | None = None) -> str:
+    """A count with its noun: 1 row, 2,000 rows."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 def encodable_values(value: Any, depth: int = 100) -> Any:
     """A JSON value whose texts and names are `encodable`; ValueError where it is nested deeper than `depth`."""
     if isinstance(value, str):

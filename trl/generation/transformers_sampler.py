@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from trl.data.records import Completion
+from trl.generation.engine import has_pictures, picture_tokens
 from trl.generation.probe import generates
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
@@ -63,6 +64,7 @@ class TransformersSampler:
         device = next(self.model.parameters()).device
         ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device, self.on_tokens)
+        stepper.bar(picture_tokens(self.model))
         by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
         with eval_no_grad(self.model), uncompiled(self.model), _PlainConfig(base):
             for rows in self._batches(by_length, context):
@@ -100,18 +102,29 @@ class TransformersSampler:
         # token, because transformers has renamed the cache. So it runs without one. It also finds where an adapter that
         # begins at certain tokens does so. Other adapters are layers.
         virtual, base = learns_prompt(self.model), below_peft(self.model)
+        inputs = self._inputs(rows, ids.to(device), mask.to(device))
         model: Any = self.model if virtual or reads_rows(self.model) else base
         prefix = base.register_forward_pre_hook(_only_the_prefix, with_kwargs=True) if virtual else None
         try:
             model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
-                do_sample=False, use_cache=generates(self.model).with_cache and not virtual,
+                **inputs, max_new_tokens=max(row.limit for row in rows), do_sample=False,
+                use_cache=generates(self.model).with_cache and not virtual,
                 logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
                 stopping_criteria=StoppingCriteriaList([_Done(rows)]), **own_pace(model),
             )  # fmt: skip
         finally:
             if prefix is not None:
                 prefix.remove()
+
+    def _inputs(self, rows: list[Row], ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
+        """What `generate` reads; the pictures of each row are encoded for this row."""
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        if not any(has_pictures(row.prompt) for row in rows):
+            return inputs
+        from trl.models.pictures import as_placeholders, keywords  # which prompts of text do without
+
+        shown = keywords(self.model, ids_BL, repeated=True)
+        return {**inputs, **shown, "input_ids": as_placeholders(self.model, ids_BL)}
 
 
 def _only_the_prefix(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

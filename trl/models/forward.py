@@ -286,6 +286,8 @@ def is_sharing() -> bool:
 def own_part(packed: PackedBatch) -> PackedBatch:
     """What this rank computes of the batch: a part of it within `rows_shared`, else the batch."""
     group = _sharing.get()
+    if group is not None and packed.has_pictures:
+        raise ValueError("context_parallel_size: ranks share rows of text only, and rows have pictures; leave it out")
     return packed if group is None else context_parallel.own_part(packed, group)
 
 
@@ -418,6 +420,8 @@ class ForwardPlan:
     """the model's own call computes the padded rows, which are of one length: it finds positions of pictures itself"""
     pictured: ForwardPlan | None = None
     """how it computes a batch with pictures; None: nobody has asked"""
+    reads_pictures: str | None = None
+    """how the local sampler's engine reads those of a prompt, see `generation.probe`; None: nobody has asked"""
 
 
 PADDED = ForwardPlan()

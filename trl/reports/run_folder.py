@@ -101,6 +101,26 @@ def reward_check(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+SEEDS = re.compile(r"seed-(\d+)")
+"""names of the folders in which runs of several seeds lie"""
+
+
+def seed_folders(folder: Path) -> dict[int, Path]:
+    """The folders of the seeds, in their order."""
+    found = [(int(match[1]), path) for path in folder.glob("seed-*") if (match := SEEDS.fullmatch(path.name))]
+    return dict(sorted((seed, path) for seed, path in found if path.is_dir()))
+
+
+def check_one_run(folder: Path) -> None:
+    """ValueError where runs of several seeds lie, and one is wanted."""
+    seeds = [str(path) for path in seed_folders(folder).values()]
+    if seeds:
+        raise ValueError(
+            f"{folder}: a run of each of {len(seeds)} seeds lies there: choose one, {' or '.join(seeds)} "
+            "(`trl report` shows all)"
+        )
+
+
 def read_run(folder: str | os.PathLike[str]) -> RunRead:
     """The run of a folder, or of the folder that a checkpoint lies in. ValueError where there is none."""
     place = Path(folder)
@@ -114,6 +134,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunRead:
     if record is None and (place / RECORD).exists():
         skipped.append(f"{RECORD} could not be read")
     if record is None and not (place / METRICS).is_file():
+        check_one_run(place)
         raise ValueError(f"{folder}: no run has written there: it has neither {RECORD} nor {METRICS}")
     series, summary = read_metrics(place / METRICS, skipped)
     config = next((path for path in (place / OTHER_CONFIG, place / CONFIG) if path.is_file()), place / CONFIG)

@@ -29,8 +29,6 @@ HELP = {
     "/help": "show these lines",
     "/exit": "end, as Ctrl-D does",
 }
-PLAIN_STOPS = ("\n\nUser:",)
-"""what ends an answer where roles are spelled out as words"""
 
 
 def command(
@@ -72,16 +70,13 @@ class Chat:
     ) -> None:
         from trl.data.chat import ChatTemplate
         from trl.generation.stopping import end_tokens
-        from trl.models.chat_setup import SIMPLE_CHAT_TEMPLATE
 
         self.opened, self.seed, self.write = opened, seed, write
-        self.tokenizer, stops = opened.tokenizer, list[str]()
-        if not self.tokenizer.chat_template:
-            say(f"{opened.found.name} has no chat template: turns are put to it as `User: ...` and `Assistant: ...`")
-            self.tokenizer.chat_template, stops = SIMPLE_CHAT_TEMPLATE, list(PLAIN_STOPS)
+        self.tokenizer = opened.tokenizer
+        opened.spell_roles()
         known = end_tokens(opened.model, self.tokenizer)
         self.ends = tuple(sorted({*known, *ChatTemplate(self.tokenizer, ends=known).end_ids}))
-        self.params: SamplingParams = asked.params(opened.model, stops, self.ends)
+        self.params: SamplingParams = asked.params(opened.model, opened.stops, self.ends)
         self.messages: list[dict[str, Any]] = []
         self.pictures: list[bytes] = []
         """files that the next turn shows"""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl.data.any_text import many
 from trl.scripts.evaluate import (
     Chat,
     Data,
@@ -132,7 +133,7 @@ def facts_of(models: Sequence[str], held: Any, judging: Any, limit: int | None) 
     from trl.trainer.run_record import versions
 
     found = [(f"Model {place}", name) for place, name in enumerate(models, 1)]
-    found += [("Rows", f"{held.name}: {len(held):,} {held.kind} rows{' (the first ones)' if limit else ''}")]
+    found += [("Rows", f"{held.name}: {many(len(held), f'{held.kind} row')}{' (the first ones)' if limit else ''}")]
     if judging.rewards or judging.judge:
         found += [("Answers", f"{judging.n} to each prompt, seed {judging.seed}")]
     found += [("Rewards", ", ".join(judging.rewards)), ("Judge", judging.judge or "")]
@@ -181,8 +182,7 @@ def print_comparison(found: Comparison) -> None:
     styles = {"better": "green", "worse": "red"}
     out = console()
     for place, other in enumerate(found.names[1:], 1):
-        rows = f"{found.rows:,} row{'s' if found.rows != 1 else ''}"
-        out.print(Text.assemble(names[place], " against ", names[0], f", {rows}", style="bold"))
+        out.print(Text.assemble(names[place], " against ", names[0], f", {many(found.rows, 'row')}", style="bold"))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("measure")
         for name in (names[0], names[place], Text("difference (95 %)")):

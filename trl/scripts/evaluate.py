@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,16 +93,20 @@ def check_wanted(data: str | None, reward: Sequence[str] | None, judge: str | No
 
 def measure(name: str, held: Any, judging: Any, judge: Any, dtype: str | None, samples: int = 0) -> Any:
     """All figures of a model. samples: prompts to answer where nothing judges answers; 0: none."""
-    from trl.scripts.measure import Held, Measured, given_answers, of_rows, of_samples, prompts_of, wins
+    from trl.scripts.measure import Measured, given_answers, of_rows, of_samples, prompts_of, wins
 
     opened = open_model(name, dtype, wants=None)
+    if opened.found.kind == LANGUAGE_MODEL and (held.talks or judging.chat):
+        opened.spell_roles()
     found = Measured(name, of_rows(opened, held))
     writes = opened.found.kind == LANGUAGE_MODEL
     judged = bool(judging.rewards or judging.judge)
     if judged and not writes:
         say(f"{name}: a {opened.found.kind} answers nothing, so --reward and --judge have no effect on it")
     elif judged or (writes and samples):
-        part = held if judged else Held(held.name, held.dataset.select(range(min(samples, len(held)))), held.kind)
+        part = (
+            held if judged else replace(held, dataset=held.dataset.select(range(min(samples, len(held)))), prompts=[])
+        )
         said = of_samples(opened, part, judging)
         found = Measured(name, found.measures + (said.measures if judged else []), said.answers, said.pictures)
     elif not found.measures:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from trl.data.any_text import json_text
+from trl.data.any_text import json_text, many
 from trl.scripts.open_model import Dtype, Opened, open_model
 from trl.scripts.quiet import quiet, say
 from trl.scripts.sampling import Asked, MinP, Penalty, Temperature, TopK, TopP, in_words
@@ -80,6 +80,8 @@ def command(
             opened = open_model(model, dtype)
             check_sees(opened, rows, image or ())
             turns = Turns(as_chat if chat is None else chat, system)
+            if chat:
+                opened.spell_roles()
             count = 0
             for one in answered(opened, rows, asked, turns, n=n, stops=stop or (), seed=seed):
                 if not count and output is not None and output.is_file():
@@ -89,7 +91,7 @@ def command(
                 file.flush()
                 count += 1
     if output is not None:
-        print(f"wrote {output}: {count:,} answers to {len(rows):,} prompts")
+        print(f"wrote {output}: {many(count, 'answer')} to {many(len(rows), 'prompt')}")
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,9 @@ def answered(
 
     tokenizer = opened.tokenizer
     ends = set(end_tokens(opened.model, tokenizer))
+    if any(not isinstance(row["prompt"], str) for row in rows):
+        opened.spell_roles()
+    stops = (*stops, *opened.stops)
     prompts = [_put(row["prompt"], tokenizer, turns) for row in rows]
     if tokenizer.chat_template and any(not isinstance(one, str) for one in prompts):
         ends |= ChatTemplate(tokenizer, ends=sorted(ends)).end_ids

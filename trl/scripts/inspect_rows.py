@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 
+from trl.data.any_text import many
 from trl.data.report import RowNote, TokenizationReport
 from trl.scripts.exit_codes import pointing
 from trl.scripts.jobs import JOBS, Training
@@ -49,7 +50,7 @@ def command(
         given = prepared(JOBS[job], context.args)
         seen = read(given, max(sample, 0 if row is None else row + 1) if sample else None)
     if row is not None and row >= len(seen.notes):
-        raise ValueError(f"--row {row}: the data set has {len(seen.notes):,} rows")
+        raise ValueError(f"--row {row}: the data set has {many(len(seen.notes), 'row')}")
     chosen = seen.notes if row is None else [seen.notes[row]]
     shown = [one for one in chosen if one.findings or not found]
     page = Page(given.title, seen, [shown_row(one, given.tokenizer, tokens) for one in shown[:rows]], tokens)
@@ -88,9 +89,11 @@ class Seen:
         if self.learns:
             facts.append(("learned", f"{report.learned:,} tokens, {report.learned / max(1, report.tokens):.1%}"))
         if self.limit is not None:
-            facts.append(("longest allowed", f"{self.limit:,} tokens; {report.truncated:,} rows were cut"))
+            facts.append(
+                ("longest allowed", f"{self.limit:,} tokens; {many(report.truncated, 'row was', 'rows were')} cut")
+            )
         if report.left_out:
-            facts.append(("left out", f"{report.left_out:,} rows have nothing to learn"))
+            facts.append(("left out", f"{many(report.left_out, 'row has', 'rows have')} nothing to learn"))
         return facts + ([("packing", self.packed)] if self.packed else [])
 
     def histogram(self) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trl.data.any_text import many
 from trl.reports.intervals import Measure
 from trl.scripts.generate import Turns, answered, check_sees, prompt_row, read_rows
 from trl.scripts.open_model import LANGUAGE_MODEL, Opened
@@ -31,6 +32,8 @@ class Held:
     dataset: Any
     kind: str
     """`RowKind` of the rows"""
+    talks: bool = False
+    """whether the rows are conversations"""
     prompts: list[dict[str, Any]] = field(default_factory=list)
     """the rows with their `prompt`, where answers are sampled"""
 
@@ -70,11 +73,13 @@ def hold(data: str, split: str | None, limit: int | None) -> Held:
     dataset = read_rows(data, split, limit)
     if "label" in dataset.column_names and "completion" in dataset.column_names:
         dataset = dataset.filter(lambda row: bool(row["label"]))
-        say(f"{data}: of answers that are good or not, the {len(dataset):,} good ones are measured")
+        good = many(len(dataset), "good one is", "good ones are")
+        say(f"{data}: of answers that are good or not, the {good} measured")
     if not len(dataset):
         raise ValueError(f"--data {data}: it has no rows; give one or more")
     kinds = (RowKind.PREFERENCE, RowKind.PROMPT_COMPLETION, RowKind.MESSAGES, RowKind.TEXT, RowKind.PROMPT)
-    return Held(data, dataset, detect_format(dataset, kinds, name="given").kind)
+    found = detect_format(dataset, kinds, name="given")
+    return Held(data, dataset, found.kind, found.conversational)
 
 
 # -- what the weights say ------------------------------------------------------------------------
@@ -151,10 +156,12 @@ def _tokenised(
     notes = list(noted(held.dataset, job, name="given").notes)
     kept: dict[int, Mapping[str, Any]] = {note.index: note.columns for note in notes if not note.left_out}
     if len(kept) < len(notes):
-        say(f"{held.name}: {len(notes) - len(kept):,} of {len(notes):,} rows have nothing to learn and do not count")
+        empty = len(notes) - len(kept)
+        verbs = ("has", "does") if empty == 1 else ("have", "do")
+        say(f"{held.name}: {empty:,} of {many(len(notes), 'row')} {verbs[0]} nothing to learn and {verbs[1]} not count")
     cut = sum(note.cut > 0 for note in notes)
     if cut:
-        say(f"{held.name}: {cut:,} rows are longer than the model's context, and were cut")
+        say(f"{held.name}: {many(cut, 'row is', 'rows are')} longer than the model's context and cut")
     if not kept:
         raise ValueError(f"--data {held.name}: none of its rows has something to learn; `trl inspect` shows them")
     return kept

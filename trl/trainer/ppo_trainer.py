@@ -103,7 +103,7 @@ from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer, text_tokenizer
 from trl.trainer.ranks import after_restart, check_agreement, join_again, say_unsharded, watched
-from trl.trainer.run_folder import RunFacts, RunFolder, told
+from trl.trainer.run_folder import RunFacts, RunFolder, check_writable, told
 from trl.trainer.run_record import resolved
 from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default, logger
 from trl.trainer.signals import TERMINATED, StopSignal
@@ -532,9 +532,9 @@ class PPOTrainer(BaseTrainer):
         self._named: list[Piece] = []
         self._agree = False
         """whether the processes were compared"""
-        self._said_filters = False
-        self._sampled_BT: Tensor | None = None
-        """log-probabilities by the sampler of `train`, on the way to its step"""
+        self._said_filters = self._said_others = False
+        self._sampled: tuple[list[Tensor], Tensor] | None = None
+        """responses by the sampler of `train` and their log-probabilities, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self._take_own_methods()
@@ -931,10 +931,14 @@ class PPOTrainer(BaseTrainer):
     def _of_sampler(self, experience: Experience) -> tuple[Experience, dict[str, Any]]:
         """The experience, weighed where an engine sampled it; and how far the sampler of `train` was from the policy
         that is measured here, nothing where it is not known."""
-        sampled_BT, self._sampled_BT = self._sampled_BT, None
-        if sampled_BT is None or sampled_BT.shape != experience.mask_BT.shape:
+        sampled, self._sampled = self._sampled, None
+        if sampled is None:
             return experience, {}
         correction = self.config.correction() if self._engine_samples() else None
+        responses, sampled_BT = sampled
+        if [ids.tolist() for ids in experience.completions] != [ids.tolist() for ids in responses]:
+            self._met_others(weighs=correction is not None)
+            return experience, {}
         if correction is not None and self._owns("loss"):
             raise ValueError("vllm_importance_sampling_correction=True: an own `loss` is not weighed; set it to False")
         keys = ppo_statistics.sampling_keys(experience, sampled_BT, self.config.cliprange, self._total, correction)
@@ -944,6 +948,20 @@ class PPOTrainer(BaseTrainer):
         assert old_BT is not None
         weight_BT, _ = correction.weigh(old_BT, sampled_BT.to(old_BT), experience.mask_BT)
         return replace(experience, weight_BT=weight_BT.expand_as(old_BT)), keys
+
+    def _met_others(self, weighs: bool) -> None:
+        """`step` was given other responses than `train` has sampled: an error where they are to be weighed."""
+        text = (
+            "`step` was given other responses than `train` sampled, so the sampler's log-probabilities are not theirs"
+        )
+        if weighs:
+            raise ValueError(
+                f"vllm_importance_sampling_correction=True: {text}; give it all of them in their order, or set it to "
+                "False"
+            )
+        if not self._said_others:
+            logger.warning("%s: nothing is logged under sampling/", text)
+        self._said_others = True
 
     def _engine_samples(self) -> bool:
         """Whether `train` samples by another computation of the policy than its own."""
@@ -1244,7 +1262,8 @@ class PPOTrainer(BaseTrainer):
                 batch = self._rollout(rows, rewards)
             except EngineError as error:
                 self._end_without_engine(error, first)
-            self._sampled_BT = batch.pop("logprobs", None)
+            logprobs_BT = batch.pop("logprobs", None)
+            self._sampled = None if logprobs_BT is None else (batch["responses"], logprobs_BT)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
             stops = self._report(stats, batch)
             progress.update()
@@ -1286,6 +1305,8 @@ class PPOTrainer(BaseTrainer):
         for name in ppo_forms.NEEDS_FOLDER:
             setattr(config, name, getattr(self.args, name))
         self._told = self._numbers(dataset)
+        if self.args.process_index == 0:
+            check_writable(str(self.args.output_dir))
         set_seed(config.seed)  # the value head is drawn
         policy = ppo_forms.one_of("model", parts["model"], "policy", today["policy"])
         policy = self._path("sft_model_path") if policy is None else policy

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -169,6 +170,23 @@ BY_STEPS: dict[str, str] = dict.fromkeys(
     "has no effect: `step` is called with the data, and the loop around it is yours",
 )  # fmt: skip
 """what `IterativeSFTTrainer` does otherwise"""
+
+
+ABSENT = {
+    **dict.fromkeys(("max_staleness", "sync_in_flight"), "GRPO, RLOO, online DPO and distillation draw rollouts ahead"),
+    "keep_sampling_mask": "GRPO and RLOO learn tokens as chosen from the words that filters left",
+    "routing_replay": "GRPO and RLOO send tokens to the experts that an engine took",
+}
+"""field that some trainers have -> what they do by it"""
+
+
+def unknown_field(owner: str, name: str, known: Iterable[str]) -> str:
+    """The error for a field that a config does not have."""
+    near = get_close_matches(name, known, 1, 0.8)
+    way_out = f"did you mean {near[0]!r}?" if near else "leave it out"
+    if name in ABSENT:
+        way_out = f"{ABSENT[name]}, this trainer does not; leave it out"
+    return f"{owner}.__init__() got an unexpected keyword argument {name!r}: {way_out}"
 
 
 def means(config_class: Any) -> dict[str, str]:
