@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trl.data.any_text import console, encodable, visible
+from trl.data.any_text import console, encodable, json_text, visible
 from trl.data.records import Rollout
 from trl.losses.loss_sum import Extreme, extreme
 from trl.models.weight_files import writing
@@ -239,17 +238,7 @@ def _is_number(value: Any) -> bool:
 
 def _written(value: Any) -> str | None:
     """A text, or a conversation as JSON, in which a picture is a mark."""
-    if value is None or isinstance(value, str):
-        return value
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-        if "data:image/" not in text:
-            return text
-    except (TypeError, ValueError):
-        pass
-    from trl.data.thumbnails import plain
-
-    return json.dumps(plain(value), default=str, ensure_ascii=False)
+    return value if value is None or isinstance(value, str) else json_text(value)
 
 
 def _shown(value: Any) -> str:
