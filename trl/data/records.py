@@ -14,7 +14,7 @@ from torch import Tensor
 
 Record = TypeVar("Record", bound="TensorRecord")
 Ids = Sequence[int] | Tensor
-"""token ids, or one number for each of them: a list or a 1-d tensor"""
+"""token ids, or one number for each of them, as a list or a 1-d tensor; ids below zero are of pictures"""
 
 
 def moved_ahead(x: Tensor, device: Any) -> Tensor:
@@ -116,7 +116,19 @@ class PackedBatch(TensorRecord):
         Another tensor comes back as it is.
         """
         name = self.named(field)
-        return getattr(self.kept.get("host", self), name) if name else field
+        return getattr(self.host, name) if name else field
+
+    @property
+    def host(self) -> PackedBatch:
+        """The batch as it was before it was moved to a device."""
+        return self.kept.get("host", self)  # type: ignore[no-any-return]
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether some of the tokens are of pictures."""
+        if "has_pictures" not in self.kept:
+            self.kept["has_pictures"] = bool((self.host.ids_N < 0).any())
+        return self.kept["has_pictures"]  # type: ignore[no-any-return]
 
     def named(self, field: Tensor) -> str:
         """The name of a field that holds indices; "" for another tensor."""

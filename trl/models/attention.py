@@ -350,3 +350,13 @@ def inside_tree() -> Iterator[None]:
         _inside_tree.reset(token)
         if replaced:
             setattr(masking_utils, FINDS_ROWS, finds)
+
+
+@contextmanager
+def outside_tree() -> Iterator[None]:
+    """Within it models build their masks as they do alone: a vision tower amid a pass over a packed row."""
+    token = _inside_tree.set(False)
+    try:
+        yield
+    finally:
+        _inside_tree.reset(token)

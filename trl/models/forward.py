@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import chain, product
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.data.packing import pack
+from trl.data.pictures import reader_of
 from trl.data.records import Branch, PackedBatch, TokenTree
 from trl.kernels import context_parallel
 from trl.kernels.layers import Reading, fast, swapped_forward, uncompiled
@@ -31,6 +33,7 @@ from trl.models.unwrap import (
     accepts,
     adapter_state,
     below_accelerate,
+    below_peft,
     below_processes,
     below_value_head,
     holds_parts,
@@ -157,7 +160,7 @@ def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, reading: Read
         if is_encoder_decoder(model):
             return model(**encoder_decoder_inputs(model, packed))
         if not plan.packed:
-            inputs = padded_inputs_of(model, packed)
+            inputs = stack.enter_context(_with_pictures(model, packed, padded_text_of(model, packed), plan))
             return _watched(model, packed, inputs, inputs["attention_mask"])
         enable_tree_attention(network)  # again where somebody has set the attention since the probe
         stack.enter_context(inside_tree())
@@ -165,7 +168,40 @@ def _run(model: nn.Module, packed: PackedBatch, plan: ForwardPlan, reading: Read
         if tree.table is not None and packed.ids_N.device.type != "cpu":
             lay_out_for_graphs(tree, network)
         inputs = {"input_ids": packed.ids_N[None], "position_ids": packed.position_N[None], "tree": tree}
+        inputs = stack.enter_context(_with_pictures(model, packed, inputs, plan))
         return _watched(model, packed, {**inputs, "use_cache": False}, None)
+
+
+def _with_pictures(
+    model: nn.Module, packed: PackedBatch, inputs: dict[str, Any], plan: ForwardPlan
+) -> AbstractContextManager[dict[str, Any]]:
+    """The inputs with what pictures among the rows add, within which these are encoded."""
+    if not packed.has_pictures and not (pictures_are_read() and _pictures().needs_company(model)):
+        return nullcontext(inputs)
+    return _pictures().in_pass(model, packed, inputs, padded=not plan.packed, plain=plan.plain)  # type: ignore[no-any-return]
+
+
+def introduce(model: nn.Module | None, tokenizer: Any) -> None:
+    """Tell a vision-language model what reads its pictures: the processor that this tokenizer belongs to, if any."""
+    if (reader := reader_of(tokenizer)) is not None:
+        _pictures().introduce(model, reader)
+
+
+def introduce_like(model: nn.Module | None, other: nn.Module) -> None:
+    """Tell a model to read pictures as the other does."""
+    if pictures_are_read():
+        _pictures().introduce(model, _pictures().reader_for(other))
+
+
+def pictures_are_read() -> bool:
+    """Whether a model of this process was told what reads its pictures."""
+    return "trl.models.pictures" in sys.modules
+
+
+def _pictures() -> Any:
+    from trl.models import pictures  # which knows this module, and which rows of text do without
+
+    return pictures
 
 
 def _watched(model: nn.Module, packed: PackedBatch, inputs: dict[str, Any], mask_BL: Tensor | None) -> Any:
@@ -263,7 +299,14 @@ def padded_inputs(packed: PackedBatch, pad_token_id: int = 0) -> dict[str, Tenso
 
 
 def padded_inputs_of(model: nn.Module, packed: PackedBatch) -> dict[str, Any]:
-    """The rows padded, as keywords that this model takes. [B, L]"""
+    """The rows padded, as keywords that this model takes, those of pictures as often as they come. [B, L]"""
+    inputs = padded_text_of(model, packed)
+    with _with_pictures(model, packed, inputs, PLAIN) as whole:
+        return whole if packed.has_pictures else inputs
+
+
+def padded_text_of(model: nn.Module, packed: PackedBatch) -> dict[str, Any]:
+    """The rows padded, as keywords that this model takes, with tokens of pictures as they are in the batch. [B, L]"""
     inputs = padded_inputs(packed, _pad_token(model))
     counts_itself = is_encoder(model) or learns_prompt(model)  # PEFT shifts the positions by its virtual tokens
     if counts_itself or not accepts(model, "position_ids"):
@@ -371,9 +414,14 @@ class ForwardPlan:
     """in which the network computes, see `computes_in`; "": nobody has asked"""
     generates: Generates | None = None
     """None: nobody has asked"""
+    plain: bool = False
+    """the model's own call computes the padded rows, which are of one length: it finds positions of pictures itself"""
+    pictured: ForwardPlan | None = None
+    """how it computes a batch with pictures; None: nobody has asked"""
 
 
 PADDED = ForwardPlan()
+PLAIN = ForwardPlan(plain=True)
 _plans: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], ForwardPlan]] = WeakKeyDictionary()
 
 
@@ -412,7 +460,13 @@ def _state_of(network: nn.Module) -> tuple[Any, ...]:
 
 def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> ForwardPlan:
     """The plan for these rows; the network is probed at the first, and when rows reach a pattern not yet probed."""
-    if _padded.get() or is_encoder_decoder(model):
+    if is_encoder_decoder(model):
+        return PADDED
+    if _any_pictures(model, packed):
+        plan = _pictured_plan(model, module)
+        if packed.has_pictures:
+            return PADDED if _padded.get() else plan
+    if _padded.get():
         return PADDED
     plan = plan_of(model)
     if plan.reach == inf:
@@ -423,6 +477,60 @@ def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Forwa
         torch.distributed.all_reduce(lengths, torch.distributed.ReduceOp.MAX)
         longest = int(lengths)
     return plan if longest <= plan.reach else note(model, _probe(below_accelerate(model), module, longest))
+
+
+def _any_pictures(model: nn.Module, packed: PackedBatch) -> bool:
+    """Whether rows have pictures, here or on another process that runs the same passes."""
+    if not pictures_are_read() or _pictures().reader_for(model) is None or not runs_in_step(model):
+        return packed.has_pictures
+    found = torch.tensor(int(packed.has_pictures), device=packed.ids_N.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
+
+
+def _pictured_plan(model: nn.Module, module: nn.Module) -> ForwardPlan:
+    """The plan for rows with pictures: packed where that gives what the model's own calls give, else padded.
+
+    ValueError where neither does.
+    """
+    known = plan_of(model)
+    if known.pictured is None:
+        known = note(model, replace(known, pictured=_probe_pictures(below_accelerate(model), module)))
+    assert known.pictured is not None
+    return known.pictured
+
+
+def _probe_pictures(model: nn.Module, module: nn.Module) -> ForwardPlan:
+    """How rows with pictures are computed, by rows with two sample pictures, each alone in the model's own call."""
+    network = below_value_head(model)
+    packed = _pictures().picture_rows(model)
+    alone = _pictures().each_alone(packed)
+    switched_off, _ = adapter_state(network)
+    shares_prompts = switched_off or not (learns_prompt(network) or reads_rows(network))
+    with eval_no_grad(model), uncompiled(model):
+        rows = [measured_pass(model, module, row, PLAIN) for row in alone]
+        expected = Expected(torch.cat([states_SD for states_SD, _ in rows]), coarsest(own for _, own in rows))
+        ways = product((True, False), repeat=2) if shares_prompts else ()
+        plans = [ForwardPlan(packed=True, narrow=narrow, early=early) for narrow, early in ways]
+        if plans:
+            enable_tree_attention(network)
+        for plan in (*plans, PADDED):
+            try:
+                if expected.agrees(measured_pass(model, module, packed, plan)[0]):
+                    break
+            except PROBE_ERRORS as error:
+                logger.debug("probe of %s with pictures failed: %s", type(network).__name__, error)
+        else:
+            raise ValueError(
+                f"{type(below_peft(network)).__name__} does not compute rows with pictures together as it computes "
+                "each alone, so their losses would be wrong: another version of transformers may"
+            )
+    if not plan.packed:
+        logger.warning(
+            "%s does not compute packed rows with pictures as it computes separate ones: it pads them (same results, "
+            "slower).", type(below_peft(network)).__name__,
+        )  # fmt: skip
+    return plan
 
 
 def virtual_tokens(packed: PackedBatch, rows_BL: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from functools import partial
@@ -14,8 +15,17 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from trl.data.pictures import read_by
 from trl.import_utils import is_bitsandbytes_available, is_gpu_available, pip_install
 from trl.models.forward import dropout_rates
 from trl.models.peft_support import (
@@ -27,8 +37,11 @@ from trl.models.peft_support import (
     wrap_peft,
 )
 from trl.models.precision import dtype_keywords
+from trl.models.processors import has_processor, load_processor
 from trl.models.unwrap import below_value_head, in_parts
 from trl.models.weight_files import HUB_ARGUMENTS
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "activate_neftune",
@@ -103,10 +116,23 @@ def load_model(
     return load_adapter(base, source, is_trainable=is_trainable and not frozen, **where)
 
 
+def _seeing(auto_class: Any, source: str, where: dict[str, Any]) -> Any:
+    """What loads a language model with the part that reads pictures, where the config names one."""
+    if auto_class is not AutoModelForCausalLM:
+        return auto_class
+    try:
+        config, _ = PretrainedConfig.get_config_dict(source, **where)
+    except Exception:  # the loading itself says what is wrong
+        return auto_class
+    sees = "vision_config" in config and config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees else auto_class
+
+
 def _from_pretrained(auto_class: Any, source: str, model_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> Any:
     if _is_no_folder(source):
         raise OSError(f"could not load a model from {source!r}: there is no such folder")
     try:
+        auto_class = _seeing(auto_class, source, {key: init_kwargs[key] for key in HUB_ARGUMENTS if key in init_kwargs})
         # False, not None: transformers would ask at the terminal whether to run the code of an unknown model.
         return auto_class.from_pretrained(source, *model_args, **{"trust_remote_code": False, **init_kwargs})
     except ImportError:
@@ -191,13 +217,19 @@ def load_tokenizer(
 
 
 def read_tokenizer(name_or_tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase, **kwargs: Any) -> Any:
-    """The tokenizer of a folder, Hub name or object, as it is; `kwargs` go to `from_pretrained`."""
+    """The tokenizer of a folder, Hub name or object, as it is; `kwargs` go to `from_pretrained`.
+
+    Of a processor it is the tokenizer, which knows the processor (`data.pictures.reader_of`).
+    """
     tokenizer: Any = name_or_tokenizer
     if isinstance(name_or_tokenizer, str | os.PathLike):
         if _is_no_folder(os.fspath(name_or_tokenizer)):
             raise OSError(f"could not load a tokenizer from {os.fspath(name_or_tokenizer)!r}: there is no such folder")
+        options = {"trust_remote_code": False, **kwargs}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_tokenizer, **{"trust_remote_code": False, **kwargs})
+            tokenizer = _of_processor(os.fspath(name_or_tokenizer), options)
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(name_or_tokenizer, **options)
         except Exception as error:  # as many kinds as there are tokenizers
             raise OSError(
                 f"could not load a tokenizer from {os.fspath(name_or_tokenizer)!r}: {_reason(error)} "
@@ -206,6 +238,17 @@ def read_tokenizer(name_or_tokenizer: str | os.PathLike[str] | PreTrainedTokeniz
     elif kwargs:
         raise ValueError(f"{', '.join(kwargs)} cannot change a tokenizer that is loaded already")
     return tokenizer
+
+
+def _of_processor(name: str, options: dict[str, Any]) -> Any:
+    """The tokenizer of the processor that lies there, which then reads pictures for it; None: there is none."""
+    if not has_processor(name, **{key: options[key] for key in HUB_ARGUMENTS if key in options}):
+        return None
+    try:
+        return read_by(load_processor(name, **options))
+    except Exception as error:  # as many kinds as there are processors
+        logger.warning("the processor at %r cannot be loaded (%s): rows may hold text only", name, _reason(error))
+        return None
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

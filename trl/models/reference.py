@@ -12,7 +12,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from trl.models import zero
-from trl.models.forward import eval_mode
+from trl.models.forward import eval_mode, introduce_like
 from trl.models.modeling_base import create_reference_model
 from trl.models.peft_support import base_is_start, is_peft_model
 from trl.models.precision import dtype_of
@@ -88,6 +88,7 @@ class Reference:
             self._warn_of_rounding(given)
         elif not precomputed and not self.adapter_off:
             self.frozen = copy_of(policy, share=share)
+        introduce_like(self.frozen, policy)
 
     def _warn_of_rounding(self, given: nn.Module) -> None:
         own, other = dtype_of(self.policy), dtype_of(given)

@@ -80,7 +80,7 @@ class Explained(TrainerCallback):
 
     def __init__(self, trainer: ObjectiveTrainer, step: int):
         self.step, self._trainer = step, trainer
-        self.words = trainer.processing_class
+        self.words = trainer.tokenizer
         self.packs: list[Any] = []
         self.before: list[torch.Tensor] = []
         self.after: list[torch.Tensor] = []

@@ -259,7 +259,7 @@ class LogCompletionsCallback(TrainerCallback):
     def _completed(self, step: int) -> list[tuple[int, str, str]]:
         """Step, prompt and completion of each prompt. Every process samples all, as a sharded model needs."""
         trainer = self.trainer
-        tokenizer = trainer.processing_class
+        tokenizer = trainer.tokenizer
         prompts = prompts_of(trainer.eval_dataset, tokenizer, self.num_prompts)
         asked = {} if self.generation_config is None else {"generation_config": self.generation_config}
         model = below_accelerate(trainer.model)

@@ -28,6 +28,7 @@ from trl.generation.vllm.sync import as_one
 from trl.generation.vllm.teacher import ServedTeacher
 from trl.losses.distillation import generalized_jsd, partial_jsd, sampled_reverse_kl
 from trl.losses.loss_sum import LossSum
+from trl.models.forward import introduce
 from trl.models.precision import frozen_dtype
 from trl.models.prepare import context_length, embedding_rows, load_model, read_tokenizer
 from trl.models.scoring import head_of, in_head, map_logits, score, scored_states
@@ -293,9 +294,10 @@ class DistillationTrainer(RolloutTrainer):
         """The model that is learned from, frozen."""
         source, like = self._teacher_source, frozen_dtype(self.model, self.accelerator.mixed_precision)
         teacher: Any = load_model(source, AutoModelForCausalLM, self._teacher_keywords, frozen=True, like=like)
-        check_teacher(teacher, self.model, self.processing_class)
-        check_same_tokens(self.processing_class, tokenizer_beside(teacher, source, self._teacher_keywords))
+        check_teacher(teacher, self.model, self.tokenizer)
+        check_same_tokens(self.tokenizer, tokenizer_beside(teacher, source, self._teacher_keywords))
         teacher.requires_grad_(False).eval()
+        introduce(teacher, self.tokenizer)
         return prepare_frozen(self.accelerator, teacher)  # type: ignore[no-any-return]
 
     @cached_property
@@ -306,7 +308,7 @@ class DistillationTrainer(RolloutTrainer):
             return None
         name = None if self._teacher_source == config.teacher_model_server_url else str(self._teacher_source)
         top, wait = config.teacher_top_logprobs, config.vllm_server_timeout
-        return ServedTeacher.at(config.teacher_model_server_url, self.processing_class, top, name, wait)
+        return ServedTeacher.at(config.teacher_model_server_url, self.tokenizer, top, name, wait)
 
     def frozen_models(self) -> list[nn.Module]:
         return [*super().frozen_models(), *([self.teacher] if self.served is None else [])]
@@ -319,7 +321,7 @@ class DistillationTrainer(RolloutTrainer):
 
     def make_source(self) -> Source:
         source = self._mixed(super().make_source())
-        theirs = embedding_rows(self.teacher) if self.served is None else len(self.processing_class)
+        theirs = embedding_rows(self.teacher) if self.served is None else len(self.tokenizer)
         held = [theirs, embedding_rows(self.model)]
         return source if held[0] == held[1] else ReadableSource(source, min(number for number in held if number))
 
@@ -336,9 +338,9 @@ class DistillationTrainer(RolloutTrainer):
             return own
         if config.seq_kd:
             served = self.served
-            sampler = make_sampler(self.teacher, self.processing_class) if served is None else served.sampler()
+            sampler = make_sampler(self.teacher, self.tokenizer) if served is None else served.sampler()
             return MixedSource(own, self.sampled_by(sampler), config.lmbda)
-        theirs = DataSource(self.processing_class, config.max_completion_length, config.chat_template_kwargs)
+        theirs = DataSource(self.tokenizer, config.max_completion_length, config.chat_template_kwargs)
         return MixedSource(own, theirs, config.lmbda)
 
     def experience(

@@ -305,7 +305,7 @@ class DPOTrainer(PairTrainer):
     def own_rows(self, dataset: Any) -> Any:
         if not self.owns("tokenize_row") and not self.owns("build_tokenized_answer"):
             return dataset
-        given = {"processing_class": self.processing_class, "tokenizer": self.processing_class}
+        given = {"processing_class": self.processing_class, "tokenizer": self.tokenizer}
         for name in ("max_length", "max_prompt_length"):
             given[name] = getattr(self.args, name)
         given |= {"max_completion_length": self.args.max_completion_length, "add_special_tokens": False}
@@ -408,13 +408,13 @@ class DPOTrainer(PairTrainer):
 
     def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:
         """Tokenise prompt + answer as one text, and split it."""
-        return dpo.build_tokenized_answer(self.processing_class, prompt, answer)
+        return dpo.build_tokenized_answer(self.tokenizer, prompt, answer)
 
     def tokenize_row(self, feature: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
         """One pair as the padded columns `chosen_*`, `rejected_*`, `prompt_*`."""
         return dpo.tokenize_row(
             feature,
-            self.processing_class,
+            self.tokenizer,
             max_length=self.args.max_length or 512,
             max_prompt_length=self.args.max_prompt_length or 128,
             max_target_length=self.args.max_completion_length or 128,
@@ -427,7 +427,7 @@ class DPOTrainer(PairTrainer):
 
     def concatenated_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(chosen_logps, rejected_logps, chosen_logits, rejected_logits)` of a padded batch, whole logits included."""
-        padding = self.processing_class.pad_token_id if self.padding_value is None else self.padding_value
+        padding = self.tokenizer.pad_token_id if self.padding_value is None else self.padding_value
         if batch.get("packed") is not None:  # one of the trainer's own
             batch = padded_pairs(batch["packed"], self.label_pad_token_id, padding)
         return dpo.concatenated_forward(

@@ -146,7 +146,7 @@ class IterativeSFTTrainer(ObjectiveTrainer):
 
     def _tokenized(self, texts: Sequence[str]) -> list[Tensor]:
         limit = {"truncation": True, "max_length": self.max_length} if self.max_length is not None else {}
-        return [torch.tensor(ids) for ids in self.processing_class(list(texts), **limit)["input_ids"]]
+        return [torch.tensor(ids) for ids in self.tokenizer(list(texts), **limit)["input_ids"]]
 
     def prepare_model_inputs(
         self, input_ids: list[Tensor], attention_mask: list[Tensor] | None, labels: list[Tensor]

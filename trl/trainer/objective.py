@@ -38,6 +38,7 @@ from trl.data.microbatches import (
     row_tokens,
     unasked_budget,
 )
+from trl.data.pictures import processor_of, read_by
 from trl.data.records import Batch
 from trl.kernels.layers import compile_layers
 from trl.kernels.step_memory import Offload, in_place, kept_memory
@@ -231,7 +232,8 @@ class ObjectiveTrainer(Trainer):
         self._hub_strategy, own.hub_strategy = own.hub_strategy, HubStrategy.END  # checkpoints: see `_push_checkpoint`
         on_signal, own.enable_jit_checkpoint = own.enable_jit_checkpoint, False  # see docs/decisions/0010
 
-        self.processing_class = processing_class  # rows may be prepared before `Trainer` takes it
+        # rows may be prepared before `Trainer` takes it; a processor is what checkpoints hold
+        processing_class = self.processing_class = processor_of(processing_class)
         self._make_rows: Prepare = rows or (lambda dataset, name: dataset)
         self.given = GivenData(lambda dataset, name: _with_lengths(self._prepared(dataset, name), own))
         super().__init__(*args, processing_class=processing_class, **kwargs)
@@ -415,8 +417,7 @@ class ObjectiveTrainer(Trainer):
 
     def preparing(self) -> dict[str, Any]:
         """Further arguments of a user's `_prepare_dataset`."""
-        tokenizer = self.processing_class
-        return {"processing_class": tokenizer, "tokenizer": tokenizer}
+        return {"processing_class": self.processing_class, "tokenizer": self.tokenizer}
 
     def prepare_data(self) -> None:
         """Called before training data are read and before a checkpoint is loaded into the model."""
@@ -561,8 +562,8 @@ class ObjectiveTrainer(Trainer):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, by its older name."""
-        return self.processing_class
+        """The tokenizer: `processing_class` by its older name, or that of the processor which it is."""
+        return read_by(self.processing_class)
 
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0, mode: str = "train") -> None:
         """Add to a metric that the next log shows as its mean."""

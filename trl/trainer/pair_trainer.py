@@ -337,7 +337,7 @@ class PairTrainer(ObjectiveTrainer):
             return
         import wandb
 
-        texts = self.processing_class.batch_decode(prompts, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
         rows = [list(row) for row in zip(texts, policy, other, strict=True)]
         table = wandb.Table(columns=["Prompt", "Policy", "Ref Model"], rows=rows)
         if wandb.run is not None:
@@ -356,10 +356,10 @@ class PairTrainer(ObjectiveTrainer):
         limits = [limit for limit in (self.args.max_length, context_length(model)) if limit is not None]
         room = max(1, min(limits, default=512) - max(map(len, prompts)))
         room = min(room, self.args.max_completion_length or room)
-        sampler = make_sampler(model, self.processing_class)
+        sampler = make_sampler(model, self.tokenizer)
         completions = sampler.sample(prompts, SamplingParams(max_new_tokens=room, seed=self.args.seed))
-        ends = end_tokens(model, self.processing_class)
-        return without_ends(self.processing_class, [group[0].ids for group in completions], ends)
+        ends = end_tokens(model, self.tokenizer)
+        return without_ends(self.tokenizer, [group[0].ids for group in completions], ends)
 
 
 def _token_metrics(scores: Scores, mask_BT: Tensor) -> dict[str, Measure]:

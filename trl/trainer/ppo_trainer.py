@@ -37,6 +37,7 @@ from trl.core import PPODecorators, convert_to_scalar, entropy_from_logits, flat
 from trl.data.columns import check_embedded, flags_in
 from trl.data.formats import refuse_splits
 from trl.data.microbatches import unasked_budget
+from trl.data.pictures import processor_of
 from trl.data.records import Rollout
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import OUTPUTS, asked_end_tokens, sampling_params
@@ -53,7 +54,7 @@ from trl.losses.kl import KL_PENALTIES
 from trl.losses.loss_sum import LossSum, Measure, masked_sum
 from trl.losses.policy import Correction, clipped_surrogate, clipped_value
 from trl.models import zero
-from trl.models.forward import eval_mode
+from trl.models.forward import eval_mode, introduce
 from trl.models.modeling_base import PreTrainedModelWrapper, create_reference_model
 from trl.models.modeling_value_head import SUPPORTED_ARCHITECTURES
 from trl.models.precision import check_trainable, dtype_of, frozen_dtype, precision_of, say_memory, warn_of_half
@@ -100,7 +101,7 @@ from trl.trainer.guard import NonFiniteSteps, Piece, check_weights, sampler_erro
 from trl.trainer.model_card import PPO_CARD, CardFacts, card_text, listed, write_card, write_model_card
 from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
-from trl.trainer.preparation import prepare_tokenizer
+from trl.trainer.preparation import prepare_tokenizer, text_tokenizer
 from trl.trainer.ranks import after_restart, check_agreement, join_again, say_unsharded, watched
 from trl.trainer.run_folder import RunFacts, RunFolder, check_writable, told
 from trl.trainer.run_record import resolved
@@ -471,7 +472,7 @@ class PPOTrainer(BaseTrainer):
         self.arguments: PostTrainingConfig | None = None
         self.eval_dataset = today["eval_dataset"]
         self._token_rewards: TokenRewards | None = None
-        parts["tokenizer"] = processing_class_of(parts.pop("processing_class"), parts["tokenizer"])
+        parts["tokenizer"] = text_tokenizer(processing_class_of(parts.pop("processing_class"), parts["tokenizer"]))
         parts |= {"reward_funcs": reward_funcs, "reward_processing_classes": reward_processing_classes}
         config = self.args
         if isinstance(config, PPOConfig) and ppo_forms.takes_todays_form(config, today, parts):
@@ -493,6 +494,8 @@ class PPOTrainer(BaseTrainer):
         if config.output_dir is not None:  # a reward function may change the directory
             config.output_dir = os.path.abspath(config.output_dir)
         self.tokenizer = tokenizer
+        for each in (model, ref_model, value_model):
+            introduce(each, tokenizer)
         self.dataset = dataset
         self.accelerator = make_accelerator(config)
         say_unsharded(self.accelerator)
@@ -586,8 +589,8 @@ class PPOTrainer(BaseTrainer):
 
     @property
     def processing_class(self) -> Any:
-        """The tokenizer, by its newer name."""
-        return self.tokenizer
+        """The tokenizer by its newer name, or the processor that it belongs to."""
+        return processor_of(self.tokenizer)
 
     @property
     def shared_layer_parameters(self) -> list[str]:
@@ -1484,7 +1487,7 @@ class PPOTrainer(BaseTrainer):
         gathered = self._whole_state(saved, keep=main)
         if main:
             saved.save_pretrained(folder, **gathered)
-            self.tokenizer.save_pretrained(folder)
+            processor_of(self.tokenizer).save_pretrained(folder)
 
     def _whole_state(self, saved: Any, keep: bool) -> dict[str, Any]:
         """A keyword of `save_pretrained`, where weights are sharded; collective there."""
@@ -1743,7 +1746,7 @@ class PPOTrainer(BaseTrainer):
         check_weights(self.accelerator, f"step {self.current_step}", self.model)
         saved = self._saved_model()
         saved.save_pretrained(save_directory, **self._whole_state(saved, keep=True))
-        self.tokenizer.save_pretrained(save_directory)
+        processor_of(self.tokenizer).save_pretrained(save_directory)
         self.create_model_card(str(save_directory))
 
     def _show_tokens(self, tokens: Tensor, masks: Tensor) -> None:

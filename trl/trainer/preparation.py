@@ -9,10 +9,12 @@ from functools import wraps
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, ProcessorMixin
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from trl.data.encode import Limits
+from trl.data.pictures import read_by, reader_of
 from trl.models.chat_setup import template_at
+from trl.models.forward import introduce
 from trl.models.peft_support import is_peft_model, warn_of_frozen_head
 from trl.models.prepare import (
     align_special_tokens,
@@ -41,18 +43,18 @@ def prepare_tokenizer(tokenizer: Any, model: nn.Module | str | None, config: Pos
             "tokenizer: none was given and the model does not say where it came from: pass `processing_class`"
         )
     trusted = {"trust_remote_code": True} if config.trust_remote_code and isinstance(tokenizer, str) else {}
-    tokenizer = _text_tokenizer(read_tokenizer(tokenizer, **trusted))
+    tokenizer = text_tokenizer(read_tokenizer(tokenizer, **trusted))
     apply_token_settings(tokenizer, **config.token_settings())
     return ensure_pad_token(tokenizer)
 
 
-def _text_tokenizer(processing_class: Any) -> Any:
-    """The tokenizer of a processor, with its chat template; a tokenizer itself stays as it is."""
-    inner = getattr(processing_class, "tokenizer", None)
-    if inner is None or not isinstance(processing_class, ProcessorMixin):
-        return processing_class
-    if inner.chat_template is None:
-        inner.chat_template = getattr(processing_class, "chat_template", None)
+def text_tokenizer(processing_class: Any) -> Any:
+    """The tokenizer of a processor; see `read_by`."""
+    inner = read_by(processing_class)
+    if inner is processing_class:
+        return inner
+    if reader_of(inner) is not None:
+        return inner
     logger.warning(
         "processing_class: of the %s its tokenizer is used, for text; checkpoints hold the tokenizer alone",
         type(processing_class).__name__,
@@ -196,4 +198,5 @@ def prepare_model(
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
         align_special_tokens(model, tokenizer)
+        introduce(model, tokenizer)
     return model

@@ -789,7 +789,7 @@ class RolloutTrainer(ObjectiveTrainer):
         """The environment with what it needs to play; ValueError for arguments that do not go together."""
         return environment_for_policy(
             environment,
-            self.processing_class,
+            self.tokenizer,
             self._ends(),
             reward_funcs=reward_funcs,
             needs_rewards=self.needs_rewards,
@@ -859,7 +859,7 @@ class RolloutTrainer(ObjectiveTrainer):
         return GenerationConfig(
             max_new_tokens=config.max_completion_length, do_sample=True, temperature=config.temperature,
             top_p=config.top_p, top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
-            pad_token_id=self.processing_class.pad_token_id, eos_token_id=self.processing_class.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
 
     def changed(self, name: str) -> None:
@@ -937,7 +937,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def make_source(self) -> Source:
         """What completes the prompts: the environment, the user's function or the sampler."""
         if self.rollout_func is not None:
-            call = calls_of(self.rollout_func, [self], [self.args, self.processing_class])
+            call = calls_of(self.rollout_func, [self], [self.args, self.tokenizer])
             measure = self.logprobs_of if self.args.measures_function() else None
             return FunctionSource(call, measure, embedding_rows(self.model) or math.inf)
         return self.sampled_by(self.sampler)
@@ -1013,7 +1013,7 @@ class RolloutTrainer(ObjectiveTrainer):
             self.source,
             self.rewards,
             self._prompts(),
-            self.processing_class,
+            self.tokenizer,
             seed=config.seed,
             group=group,
             wanted=wanted,
@@ -1055,8 +1055,8 @@ class RolloutTrainer(ObjectiveTrainer):
         rows = prompts.take(0, reward_check.PROMPTS)
         asked = self.collector.prompt_texts(rows, 1)
         ids = [list(row["prompt_ids"]) for row in rows]
-        end = self.processing_class.eos_token_id
-        made = reward_check.trivial_rollouts(asked, ids, self.processing_class, config.max_completion_length, end)
+        end = self.tokenizer.eos_token_id
+        made = reward_check.trivial_rollouts(asked, ids, self.tokenizer, config.max_completion_length, end)
         tried: dict[str, tuple[Rollout, int]] = {kind: (rollout, 1) for kind, rollout in made.items()}
         if self.rollout_func is None and config.world_size == 1:
             copies = min(reward_check.COPIES, config.num_generations)
@@ -1106,7 +1106,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _ends(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
-        return end_tokens(self.model, self.processing_class, self.sampling_params(0).stop_token_ids)
+        return end_tokens(self.model, self.tokenizer, self.sampling_params(0).stop_token_ids)
 
     def make_reference(self, ref_model: nn.Module | str | None) -> Reference:
         """The model given, the policy without its new adapter, or a frozen copy; it moves where the config says so."""
