@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, LargeList, List
+from datasets import Dataset, DatasetInfo, Features, Image, LargeList, List
 
 from trl.data.columns import listed, shown
 from trl.data.encode import Span
@@ -263,15 +263,12 @@ def spoils(hidden: Sequence[int], kept: Sequence[int], pinned: int, at_start: bo
 
 
 def undecoded(dataset: Any) -> Any:
-    """The data set whose pictures stay files: what is read are their bytes."""
-    known = dataset.features if isinstance(dataset, Dataset | IterableDataset) else None
-    if not known:
+    """The data set whose pictures stay files: what is read are their bytes. A stream may have to fetch them itself."""
+    if not isinstance(dataset, Dataset):
         return dataset
-    features = Features({name: _undecoded(feature) for name, feature in known.items()})
-    if features == known:
+    features = Features({name: _undecoded(feature) for name, feature in dataset.features.items()})
+    if features == dataset.features:
         return dataset
-    if isinstance(dataset, IterableDataset):
-        return dataset.decode(False)
     how = {"indices_table": dataset._indices, "fingerprint": dataset._fingerprint}
     return Dataset(dataset.data, DatasetInfo(features=features), split=dataset.split, **how)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from datasets import IterableDataset, List, Value
+import transformers
+from datasets import List, Value
 
 from trl.data.chat import ChatTemplate, Messages, read_tools
 from trl.data.columns import UNREADABLE, at_row, ids_of, text_of
@@ -162,14 +163,13 @@ class RowJob(ABC):
         """The data set as this job's rows are read from it, which knows its format."""
         self.keep_nulls = isinstance(dataset, list | tuple)
         self.pictures = reader_of(self.encoder.tokenizer)
-        handed_on = self.keep is None and isinstance(dataset, IterableDataset)  # to those who want pictures decoded
-        return dataset if self.pictures is None or handed_on else undecoded(dataset)
+        return dataset if self.pictures is None else undecoded(dataset)
 
     def key(self) -> str:
         """Everything that the rows depend on, as text."""
         kwargs = sorted((self.template_kwargs or {}).items())
         own = (type(self).__name__, self.format, self.limits, kwargs, tuple(self.ends), self.options())
-        pictures = "" if self.pictures is None else self.pictures.fingerprint()
+        pictures = "" if self.pictures is None else self.pictures.fingerprint() + transformers.__version__
         return repr((code_version(), self.embeddings, *own)) + self.encoder.fingerprint() + pictures
 
     @contextmanager

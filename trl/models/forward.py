@@ -286,6 +286,8 @@ def is_sharing() -> bool:
 def own_part(packed: PackedBatch) -> PackedBatch:
     """What this rank computes of the batch: a part of it within `rows_shared`, else the batch."""
     group = _sharing.get()
+    if group is not None and packed.has_pictures:
+        raise ValueError("context_parallel_size: ranks share rows of text only, and rows have pictures; leave it out")
     return packed if group is None else context_parallel.own_part(packed, group)
 
 
