@@ -69,7 +69,14 @@ from trl.models.sharded import (
     shard_beside,
     shards_weights,
 )
-from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
+from trl.models.unwrap import (
+    below_accelerate,
+    below_value_head,
+    is_encoder_decoder,
+    is_sharded,
+    learns_prompt,
+    reads_pictures,
+)
 from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
@@ -772,7 +779,8 @@ class PPOTrainer(BaseTrainer):
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
         config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
-        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings)
+        seen = reads_pictures(self.model)
+        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings, seen)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes, hooked=self._on_deepspeed)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
@@ -1892,15 +1900,16 @@ def rollout_of(
     masks: Sequence[Tensor] | None,
     start_token_id: int | None = None,
     embeddings: int | None = None,
+    pictured: bool = False,
 ) -> Rollout:
     """The lists as a rollout whose log-probabilities are unknown.
 
     A leading `start_token_id` is left out: an encoder-decoder begins with it, no policy chose it. An id beyond
-    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError.
+    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError. pictured: queries may hold pictures.
     """
     rollout = Rollout(prompts=[query.tolist() for query in queries], completions=[], logprobs=[], masks=[])
     for row, ids in enumerate(rollout.prompts):
-        _check_ids(ids, "queries", row, embeddings)
+        _check_ids(ids, "queries", row, embeddings, pictured)
     for row, response in enumerate(responses):
         ids = response.tolist()
         _check_ids(ids, "responses", row, embeddings)
@@ -1911,9 +1920,9 @@ def rollout_of(
     return rollout
 
 
-def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None) -> None:
+def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None, pictured: bool = False) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < (math.inf if embeddings is None else embeddings):
-        check_embedded(ids, f"{name}[{row}]", embeddings)
+        check_embedded(ids, f"{name}[{row}]", embeddings, pictured)
 
 
 # --- what a trainer is built from ---------------------------------------------------------------------------------
