@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.batches import PADDED_PAIRS, padded_pairs, pair_columns, pair_rows_of_padded, pair_tree
 from trl.data.packing import pack
+from trl.data.pictures import plain_ids
 from trl.data.prompt_rows import PairsJob
 from trl.data.records import Batch
 from trl.data.row_job import RowJob
@@ -337,7 +338,8 @@ class PairTrainer(ObjectiveTrainer):
             return
         import wandb
 
-        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        words = self.tokenizer
+        texts = words.batch_decode([plain_ids(words, ids) for ids in prompts], skip_special_tokens=True)
         rows = [list(row) for row in zip(texts, policy, other, strict=True)]
         table = wandb.Table(columns=["Prompt", "Policy", "Ref Model"], rows=rows)
         if wandb.run is not None:
