@@ -221,9 +221,12 @@ def apply_chat_template(
     """The conversational columns of a row as text: `messages` becomes `text`, the other columns keep their names.
 
     Prompt + completion is the rendering of the whole conversation. A row's own `tools` and `chat_template_kwargs`
-    come before the arguments. `processing_class` is another name of `tokenizer`.
+    come before the arguments. `processing_class` is another name of `tokenizer`; for a processor the texts have its
+    placeholder where the pictures of the row stand.
     """
     tokenizer = _one_tokenizer(tokenizer, processing_class)
+    if getattr(tokenizer, "image_processor", None) is not None:
+        tokenizer, example = _with_marks(tokenizer, example)
     own = {**template_kwargs, **template_arguments(example)}
     template = ChatTemplate(tokenizer, own)
     tools = read_tools(example.get("tools")) or read_tools(tools)
@@ -243,6 +246,16 @@ def apply_chat_template(
         "a conversational row needs 'messages', 'prompt', 'completion', or 'chosen' and 'rejected'; columns found: "
         + ", ".join(sorted(example))
     )
+
+
+def _with_marks(processor: Any, example: Mapping[str, Any]) -> tuple[Any, Row]:
+    """The processor's tokenizer, and the row with parts where its pictures stand, which are not read."""
+    from trl.data.picture_rows import marked_row  # who only formats conversations has no need of them
+    from trl.data.pictures import read_by, reader_of
+
+    tokenizer = read_by(processor)
+    reader = reader_of(tokenizer)
+    return tokenizer, dict(example) if reader is None else marked_row(example, CONVERSATION_COLUMNS, reader.placeholder)
 
 
 def _one_tokenizer(tokenizer: Any, processing_class: Any) -> Any:

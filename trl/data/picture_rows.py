@@ -140,6 +140,31 @@ def _read_part(part: Any, where: str) -> tuple[Message, RowFlag]:
     return made, flags
 
 
+def marked_row(row: Mapping[str, Any], columns: Sequence[str], placeholder: str) -> Row:
+    """The conversational row with parts where its pictures stand, to be rendered: no picture is read."""
+    made = dict(row)
+    for column in columns:
+        messages = [row[column]] if isinstance(row.get(column), Mapping) else row.get(column)
+        if isinstance(messages, list | tuple) and all(isinstance(message, Mapping) for message in messages):
+            made[column] = [_marked(message) for message in messages]
+    first = next((column for column in columns if column in ("prompt", "messages") and column in row), None)
+    given = [0 for column in COLUMNS for _ in pictures_in(row.get(column), column)]
+    if given and first and not any(True for message in made[first] for _ in _pictures_of(message)):
+        made[first] = _in_texts(made[first], given, placeholder)[0]
+    return made
+
+
+def _marked(message: Mapping[str, Any]) -> Message:
+    content, speaks = message.get("content"), message.get("role") in SPEAKERS
+    content = [content] if isinstance(content, Mapping) and is_picture(content, speaks) else content
+    if not isinstance(content, list | tuple):
+        return dict(message)
+    return {
+        **message,
+        "content": [{"type": "image", "image": 0} if is_picture(own, speaks) else own for own in content],
+    }
+
+
 # --- places -------------------------------------------------------------------------------------------------------
 
 
