@@ -13,8 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny_models import lora, tiny_model
-from tokenizers_for_tests import byte_tokenizer
+from tiny_models import byte_model, lora
 from transformers import AutoModelForCausalLM
 
 from trl.cli.main import run
@@ -28,9 +27,7 @@ SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to"
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained("base")
-    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained("base")
+    byte_model("base")
     rows = [{"text": text} for text in ("one two", "three", "four five six", "seven", "eight", "nine ten")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path

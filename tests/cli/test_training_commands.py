@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers_for_tests import word_tokenizer
+from tiny_models import word_model
 
 from trl.cli.main import COMMANDS, Training, run
 from trl.scripts.describe import field_docs
@@ -13,17 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ig
 
 @pytest.fixture
 def model(tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    tokenizer = word_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    word_model(tmp_path / "model", hidden_size=32, intermediate_size=48, num_attention_heads=4)
     return str(tmp_path / "model")
 
 

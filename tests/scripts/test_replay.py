@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from tiny_models import tiny_model
+from tiny_models import byte_model
 from tokenizers_for_tests import byte_tokenizer
 
 from trl.cli.main import run
@@ -18,9 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replay")
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder / "tiny")
-    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder / "tiny")
+    byte_model(folder / "tiny")
     rows = [{"prompt": f"{n} + {n} =", "completion": f" {2 * n}."} for n in range(10, 26)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows[5]["completion"] = " 31."
@@ -95,7 +93,8 @@ def test_a_run_without_its_record_is_one_line(place, capsys):
 @pytest.mark.parametrize(("ours", "theirs"), [([[1], [2]], [[1]]), ([], [[1]]), ([[1]], [])])
 def test_steps_with_other_numbers_of_rows_are_not_called_the_same_rows(ours, theirs):
     lines = list(step_apart({"rows": ours, "losses": [1.0]}, {"rows": theirs, "losses": [2.0]}, None))
-    assert lines == [f"  it has {len(ours)} rows | {len(theirs)} rows"]
+    said = [f"{len(rows)} row{'' if len(rows) == 1 else 's'}" for rows in (ours, theirs)]
+    assert lines == [f"  it has {said[0]} | {said[1]}"]
 
 
 def test_a_token_of_a_row_was_changed(place, capsys):

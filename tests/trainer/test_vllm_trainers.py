@@ -39,13 +39,7 @@ def served():
 
 @pytest.fixture
 def server(served):
-    if served.http is None:
-        served.start()
-    served._forget()
-    served.faults.clear()
-    served.calls.clear()
-    served.api_key, served.processed, served.max_model_len = None, True, None
-    return served
+    return served.begin_anew()
 
 
 def by(server, **settings):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BytesIO
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_vllm import FakeVLLM
 from families import FAMILIES, model_of, picture, processor_of
+from tokenizers_for_tests import word_tokenizer
 from torch import Tensor
 
 from trl.data.pictures import Album, PictureReader, read_by, reader_of
@@ -19,6 +24,12 @@ from trl.generation.local import LocalSampler, make_sampler
 from trl.generation.probe import BOTH_WAYS, CAUSAL, how_it_reads_pictures
 from trl.generation.sampler import SamplingParams
 from trl.generation.transformers_sampler import TransformersSampler
+from trl.generation.vllm.client import ServerEngine
+from trl.generation.vllm.colocate import ColocatedEngine
+from trl.generation.vllm.engine import EngineError
+from trl.generation.vllm.pictures import folded
+from trl.generation.vllm.sampler import VLLMSampler
+from trl.generation.vllm.verify import Verification
 from trl.models.forward import note, plan_of
 from trl.models.pictures import introduce
 from trl.models.pictures import keywords as keywords_of
@@ -29,8 +40,6 @@ WORDS = list(range(40, 80))
 
 def kept(seed: int, size: tuple[int, int] = (16, 16)) -> int:
     """The number of a picture in the album."""
-    from io import BytesIO
-
     file = BytesIO()
     picture(seed, size).save(file, "PNG")
     return Album.keep(file.getvalue())
@@ -245,3 +254,107 @@ def test_an_adapter_is_part_of_what_samples() -> None:
     prompts = prompts_of(reader)
     params = SamplingParams(max_new_tokens=3, stop_token_ids=(), seed=3)
     assert_own(model, prompts, LocalSampler(network, tokenizer).sample(prompts, params))
+
+
+# --- vLLM -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_server_is_given_a_placeholder_and_the_picture(name: str) -> None:
+    """Its completions are the policy's, as the check of its weights finds too."""
+    model, tokenizer, reader = ready(name)
+    prompts = prompts_of(reader)
+    with FakeVLLM(model, tokenizer) as server:
+        engine = ServerEngine(server.url, wait=0.5, timeout=20.0)
+        sampler = VLLMSampler(engine, None, tokenizer, model=model)
+        groups = sampler.sample(prompts, SamplingParams(max_new_tokens=3, stop_token_ids=(), seed=3), n=2)
+        asked = [body for path, body in server.calls if path.startswith("/inference")]
+        verify = Verification.of(model, sampler.vocabulary, reader=reader)
+        verify.saw(prompts)
+        verify(engine, "default", None)
+        engine.close()
+    assert verify.last is not None
+    assert verify.last.tokens > 8
+    assert verify.last.largest < 1e-4
+    assert sorted(len(body.get("content_parts", ())) for body in asked) == [0, 1, 1, 2]
+    assert all(min(body["token_ids"]) >= 0 for body in asked)
+    assert sum(reader.image_token_id in body["token_ids"] for body in asked) in (0, 3)  # Gemma has another placeholder
+    for prompt, group in zip(prompts, groups, strict=True):
+        logits = [own_logits(model, [*prompt, *one.ids])[len(prompt) - 1 : -1].log_softmax(-1) for one in group]
+        for one, logprobs_TV in zip(group, logits, strict=True):
+            expected = logprobs_TV.gather(1, torch.tensor(one.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("text", ["a\n{}\nb", "{}{} b", "\n\n{}\n", "x {} y {}"])
+def test_the_placeholder_of_a_picture_is_found_again(name: str, text: str) -> None:
+    """Whatever stands beside it: Gemma's blanks become one token with those around them."""
+    _, tokenizer, reader = ready(name)
+    numbers = [kept(7), kept(8, (32, 16))][: text.count("{}")]
+    written = text.format(*[reader.placeholder] * len(numbers))
+    whole = tokenizer(reader.expand(written, (), numbers).text, add_special_tokens=False)["input_ids"]
+    found = folded(reader.tokens(whole, numbers), numbers, reader)
+    assert tokenizer.decode(found) == tokenizer.decode(tokenizer(written, add_special_tokens=False)["input_ids"])
+
+
+def test_an_engine_that_reads_a_picture_otherwise_is_found_out() -> None:
+    model, tokenizer, reader = ready("qwen2_5_vl")
+    prompts = prompts_of(reader)[:1]
+    other = processor_of("qwen2_5_vl")
+    other.image_processor.size = {"shortest_edge": 24 * 24, "longest_edge": 64 * 64}
+    params = SamplingParams(max_new_tokens=1, stop_token_ids=(), seed=3)
+    with FakeVLLM(model, read_by(other)) as server:
+        engine = ServerEngine(server.url, wait=0.5, timeout=20.0)
+        sampler = VLLMSampler(engine, None, tokenizer, model=model)
+        with pytest.raises(
+            EngineError, match=r"reads a prompt with 1 pictures as 52 tokens which are not the policy's"
+        ):
+            sampler.sample(prompts, params)
+        server.says_prompt = False
+        with pytest.raises(EngineError, match=r"does not say how it has read the pictures .*: take release 0.32"):
+            sampler.sample(prompts, params)
+        server.tokenizer = word_tokenizer()
+        with pytest.raises(EngineError, match="is not a multimodal model"):
+            sampler.sample(prompts, params)
+        unaware = VLLMSampler(engine, None, word_tokenizer())
+        with pytest.raises(ValueError, match="a prompt has pictures, and the sampler does not know what reads them"):
+            unaware.sample(prompts, params)
+        engine.close()
+
+
+def test_an_engine_in_this_process_is_given_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, reader = ready("smolvlm")
+    seen: list[dict[str, Any]] = []
+
+    class Offline:
+        def __init__(self, extra: int = 0) -> None:
+            self.extra = extra
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(model="folder", max_model_len=512))
+
+        def generate(self, rows: Any, params: Any, use_tqdm: bool, lora_request: Any) -> list[Any]:
+            seen.extend(rows)
+            shown = [row.get("multi_modal_data", {}).get("image", []) for row in rows]
+            whole = [prompt for prompt in prompts if (min(prompt) < 0) == bool(shown[0])][: len(rows)]
+            one = SimpleNamespace(
+                token_ids=[40], logprobs=[{40: SimpleNamespace(logprob=-1.0)}], finish_reason="length",
+                weight_versions=None, sampling_mask=None, routed_experts=None,
+            )  # fmt: skip
+            said = [[*reader.plain(prompt), *[5] * self.extra] for prompt in whole]
+            return [SimpleNamespace(outputs=[one], prompt_token_ids=ids) for ids in said]
+
+    vllm = ModuleType("vllm")
+    vllm.__version__, vllm.SamplingParams = "0.32.0", lambda **asked: asked  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr("trl.generation.vllm.colocate.is_vllm_available", lambda: True)
+    prompts = prompts_of(reader)[:3]
+    params = SamplingParams(max_new_tokens=1, stop_token_ids=(), seed=3)
+    sampler = VLLMSampler(ColocatedEngine(Offline()), None, tokenizer, model=model)
+    assert [group[0].ids for group in sampler.sample(prompts, params)] == [[40]] * 3
+    assert [len(row["multi_modal_data"]["image"]) for row in seen] == [1, 1, 2]
+    assert seen[0]["multi_modal_data"]["image"][0].tobytes() == picture(1).tobytes()
+    assert seen[0]["multi_modal_uuids"] == {"image": [str(kept(1))]}
+    assert [row["prompt_token_ids"].count(reader.image_token_id) for row in seen] == [1, 1, 2]
+    sampler = VLLMSampler(ColocatedEngine(Offline(extra=1)), None, tokenizer, model=model)
+    with pytest.raises(EngineError, match="which are not the policy's"):
+        sampler.sample(prompts, params)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trl.data.pictures import read_by
 from trl.data.records import Completion
 from trl.generation.captured import CapturedEngine, as_steps_need
 from trl.generation.engine import Engine, has_pictures, picture_tokens
@@ -20,7 +21,7 @@ from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.generation.transformers_sampler import TransformersSampler
-from trl.models.forward import eval_no_grad, plan_of
+from trl.models.forward import eval_no_grad, introduce, plan_of
 from trl.models.prepare import context_length
 from trl.models.unwrap import below_value_head
 
@@ -77,7 +78,8 @@ class LocalSampler:
             raise ValueError(f"max_prefill_tokens={max_prefill_tokens}: give 1 or more")
         refuse_unsuitable(model)
         self.model = below_value_head(model)
-        self.tokenizer = tokenizer
+        self.tokenizer = read_by(tokenizer)
+        introduce(self.model, self.tokenizer)
         self.captured = next(self.model.parameters()).device.type == "cuda" if captured is None else captured
         self.max_rows = max_rows or (None if self.captured else MOST_ROWS)
         self.max_prefill_tokens = max_prefill_tokens

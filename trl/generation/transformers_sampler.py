@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from trl.data.pictures import read_by
 from trl.data.records import Completion
 from trl.generation.engine import has_pictures, picture_tokens
 from trl.generation.probe import generates
@@ -24,7 +25,7 @@ from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.kernels.layers import uncompiled
-from trl.models.forward import eval_no_grad
+from trl.models.forward import eval_no_grad, introduce
 from trl.models.prepare import context_length
 from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt, own_pace, reads_rows
 
@@ -51,7 +52,8 @@ class TransformersSampler:
         self.model = below_value_head(model)
         if not getattr(below_peft(self.model), "can_generate", lambda: False)():
             raise ValueError(f"{type(below_peft(self.model)).__name__} has no `generate`: give a model that has one")
-        self.tokenizer = tokenizer
+        self.tokenizer = read_by(tokenizer)
+        introduce(self.model, self.tokenizer)
         self.max_rows = max_rows
         self.on_tokens = on_tokens
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from trl.data.pictures import reader_of
+from trl.data.pictures import read_by, reader_of
 from trl.data.records import Completion
 from trl.generation.rows import make_rows
 from trl.generation.sampler import Sampler, SamplingParams
@@ -59,26 +59,25 @@ class VLLMSampler:
         keeps: bool = False,
     ) -> None:
         self.keeps = keeps
-        self.engine, self.sync, self.tokenizer = engine, sync, tokenizer
+        self.engine, self.sync, self.tokenizer = engine, sync, read_by(tokenizer)
         self.verify: Verification | None = None
         self.otherwise = otherwise
         self._instead: Sampler | None = None
-        self.ends = end_tokens(model, tokenizer)
-        self.reader = None if tokenizer is None else reader_of(tokenizer)
+        self.ends = end_tokens(model, self.tokenizer)
+        self.reader = reader_of(self.tokenizer)
         self.vocabulary, self.stamp, self.further = embedding_rows(model), stamp, dict(further or {})
         if isinstance(verify, Verification):
             self.verify = verify
         elif verify and sync is not None and model is not None:
             self.verify = Verification.of(
-                model, self.vocabulary, every=verify, own_engines=getattr(sync, "own_engines", False),
-                reader=self.reader,
-            )  # fmt: skip
+                model, self.vocabulary, every=verify, own_engines=getattr(sync, "own_engines", False)
+            )
         self.about = engine.about()
         check_release(self.about)
         known = [None if model is None else context_length(model), self.about.max_model_len]
         self.context = min((length for length in known if length is not None), default=None)
         if self.verify is not None:
-            self.verify.context = self.context
+            self.verify.context, self.verify.reader = self.context, self.reader
         self.version: int | None = None
         """number of the weights that the engine has; None: its own first ones"""
 
