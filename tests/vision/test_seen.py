@@ -8,13 +8,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from families import data_url, model_of, picture, processor_of
+from families import data_url, model_of, picture, processor_of, rows
 from PIL import Image
 from pyarrow import parquet
 from tiny_models import tiny_model
 from tokenizers_for_tests import byte_tokenizer
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
+import trl
 from trl.cli.main import run
 from trl.data.inspect import inspect_html, inspect_row, pieces
 from trl.data.pictures import Album, pictures_among, read_by, reader_of
@@ -26,6 +27,7 @@ from trl.reports.run_report import render
 from trl.rollout.report import print_table, table_of, write_parquet
 from trl.rollout.rewards import Rewards
 from trl.scripts.chat import Chat
+from trl.scripts.diff_runs import said
 from trl.scripts.open_model import open_model
 from trl.scripts.sampling import Asked
 
@@ -465,3 +467,27 @@ def test_inspect_shows_rows_of_a_file(tiny, files, capsys):
     assert run(["inspect", "sft", "--model", tiny("gemma3"), "--data", data, "--html", str(page)]) == 0
     assert capsys.readouterr().out.count("[picture 16x16, 4 tokens]") == 2
     assert page.read_text().count("data:image/") == 1
+
+
+def test_the_table_of_the_callback_has_marks(tmp_path, capsys):
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, max_length=512, use_cpu=True, report_to="none", eval_steps=1,
+        per_device_train_batch_size=2, assistant_only_loss=True,
+    )  # fmt: skip
+    data = rows("conversations")
+    trainer = trl.SFTTrainer(
+        model_of("gemma3"), config, train_dataset=data, eval_dataset=data, processing_class=processor_of("gemma3")
+    )
+    asked = GenerationConfig(max_new_tokens=2, do_sample=False)
+    trainer.add_callback(trl.LogCompletionsCallback(trainer, asked, num_prompts=2, freq=1))
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert shown.count("[picture 16x16, 4 tokens]") >= 1
+    assert shown.count("[picture ") == 1 + 2  # of the first row and of the second
+
+
+def test_two_runs_are_told_apart_by_their_pictures():
+    tokenizer, ids, _ = row("gemma3", "a PICTURE b", [WIDE])
+    at = next(place for place, token in enumerate(ids) if token < 0)
+    assert said(ids, at, tokenizer).startswith("'[picture 32x16, 4 tokens]<end_of_image>")
+    assert said(ids, at + 2, tokenizer).startswith("'[picture 32x16, 2 tokens]")
