@@ -83,7 +83,7 @@ from trl.rollout.measure import (
     measure,
     with_advantages,
 )
-from trl.rollout.prompts import PromptStream, with_prompts
+from trl.rollout.prompts import PromptStream, with_opened_pictures, with_prompts
 from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_scores
 from trl.rollout.source import (
     EnvironmentSource,
@@ -1565,6 +1565,7 @@ class PPOTrainer(BaseTrainer):
         prompts = [row["prompt"] for row in asked]
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompts", "completions"))
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+        columns = with_opened_pictures(columns, self.tokenizer)
         columns.setdefault("prompt_texts", rendered(rollout, self.tokenizer))
         if self.environment is not None and "truncated" in rollout.metadata:
             columns["truncated"] = rollout.metadata["truncated"]
