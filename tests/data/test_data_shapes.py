@@ -109,7 +109,15 @@ def test_messages_are_counted_one_by_one() -> None:
     thought = {**YO, "reasoning_content": "Hm."}
     rows = [{"messages": [USER, thought, USER, calling('{"a": 1}'), told, thought]}, {"messages": [USER, YO]}]
     _, report = tokenize_supervised(rows, tokenizer, ends=ends, assistant_only_loss=True)
-    assert report.met._asdict() == {"messages": 8, "thoughts": 2, "results": 1, "texts": 0, "decoded": 1, "joined": 0}
+    assert report.met._asdict() == {
+        "messages": 8,
+        "thoughts": 2,
+        "results": 1,
+        "texts": 0,
+        "decoded": 1,
+        "joined": 0,
+        "pictures": 0,
+    }
     assert (report.unprinted_thoughts, report.unprinted_results) == (1, 1)  # in rows
     assert "the chat template does not print the reasoning of 2 of 8 messages" in report.findings
 
@@ -120,7 +128,15 @@ def test_a_prompt_is_counted_once_for_both_answers() -> None:
     parts = {"role": "assistant", "content": [{"type": "text", "text": "yo"}]}
     pair = {"prompt": prompt, "chosen": [parts], "rejected": [{**YO, "reasoning_content": "Hm."}, USER]}
     _, report = tokenize_preference([pair, pair], byte_tokenizer(TOOLS))
-    assert report.met._asdict() == {"messages": 12, "thoughts": 2, "results": 0, "texts": 0, "decoded": 2, "joined": 2}
+    assert report.met._asdict() == {
+        "messages": 12,
+        "thoughts": 2,
+        "results": 0,
+        "texts": 0,
+        "decoded": 2,
+        "joined": 2,
+        "pictures": 0,
+    }
 
 
 @pytest.mark.parametrize("tokenise", [tokenize_prompts, tokenize_stepwise])

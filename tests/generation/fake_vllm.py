@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from trl.data.pictures import Album, reader_of
 from trl.generation import LocalSampler, SamplingParams
 
 
@@ -71,6 +72,8 @@ class FakeVLLM:
     dtype: str = "torch.float32"
     max_lora_rank: int = 16
     """0: started without --enable-lora"""
+    says_prompt: bool = True
+    """whether it says how it has read a prompt, where it is asked to; older releases do not"""
     faults: list[Fault] = field(default_factory=list)
     calls: list[tuple[str, Any]] = field(default_factory=list)
     """paths and bodies in the order in which they arrived"""
@@ -190,9 +193,11 @@ class FakeVLLM:
     def _generate(self, body: Any) -> dict[str, Any]:
         self.may_run.wait(30)
         ids, asked = body["token_ids"], body["sampling_params"]
+        if body.get("content_parts"):
+            ids = self._expanded(ids, body["content_parts"])
         with self.lock:
             network = self._network(body.get("model"))
-            known = self.first.config.vocab_size
+            known = self.first.config.get_text_config().vocab_size
             if max(ids) >= known:
                 raise _Refused(400, f"Token id {max(ids)} is out of vocabulary")
             if len(ids) >= (self._longest() or 10**9):
@@ -200,11 +205,28 @@ class FakeVLLM:
             if asked["temperature"] == 0 and asked.get("n", 1) > 1:
                 raise _Refused(400, f"n must be 1 when using greedy sampling, got {asked['n']}.")
             answer: dict[str, Any] = {"request_id": "0", "choices": [], "prompt_logprobs": None}
+            if body.get("return_token_ids") and self.says_prompt:
+                reader = reader_of(self.tokenizer)
+                answer["prompt_token_ids"] = ids if reader is None else reader.plain(ids)
             if asked.get("prompt_logprobs") is not None:
                 answer["prompt_logprobs"] = prompt_logprobs(network, ids, asked["prompt_logprobs"])
             for index in range(asked.get("n", 1)):
                 answer["choices"].append(self._choice(network, ids, asked, index))
             return answer
+
+    def _expanded(self, ids: list[int], parts: list[dict[str, Any]]) -> list[int]:
+        """The prompt with the pictures' tokens where their placeholders stand, one for each."""
+        numbers = []
+        for part in parts:
+            assert part["type"] == "image_url"
+            assert part["uuid"].isdigit()
+            numbers.append(Album.keep(base64.b64decode(part["url"].removeprefix("data:image/png;base64,"))))
+        reader = reader_of(self.tokenizer)
+        if reader is None:
+            raise _Refused(400, f"{self.name} is not a multimodal model")
+        (placeholder,) = self.tokenizer(reader.placeholder, add_special_tokens=False)["input_ids"]
+        rest = iter(numbers)
+        return [own for token in ids for own in (reader.ids_of(next(rest)) if token == placeholder else [token])]
 
     def _choice(self, network: Any, ids: list[int], asked: dict[str, Any], index: int) -> dict[str, Any]:
         greedy = asked["temperature"] == 0

@@ -18,6 +18,8 @@ from trl.data.encode import Ids
 DEPTH = 100
 """how deep lists and dicts may be nested"""
 _LARGEST_ID = 2**31 - 1
+_LEAST_PICTURE = -(2**62)
+"""the number of a picture has 62 bits, and its token is -1 - number"""
 _LARGEST = float(np.finfo(np.float32).max)
 _LONGEST_BITS = 10_000
 """of a whole number that can be printed; Python writes 4,300 digits at most"""
@@ -159,25 +161,26 @@ def whole_numbers(row: Mapping[str, Any], column: str, what: str = "a list of wh
     return list(map(int, numbers))
 
 
-def ids_of(row: Mapping[str, Any], column: str) -> Ids:
-    """The row's token ids in that column."""
+def ids_of(row: Mapping[str, Any], column: str, pictured: bool = False) -> Ids:
+    """The row's token ids in that column; `pictured`: those of pictures, below zero, may be among them."""
     ids = whole_numbers(row, column, "a list of token ids")
-    check_ids(ids, f"column '{column}'")
+    check_ids(ids, f"column '{column}'", pictured)
     return ids
 
 
-def check_ids(ids: Ids, where: str) -> None:
-    """ValueError where one of them is the id of no token in any vocabulary."""
-    if ids and not (min(ids) >= 0 and max(ids) <= _LARGEST_ID):
-        place = next(i for i, own in enumerate(ids) if not 0 <= own <= _LARGEST_ID)
+def check_ids(ids: Ids, where: str, pictured: bool = False) -> None:
+    """ValueError where one of them is the id of no token in any vocabulary, nor of a picture where rows have them."""
+    least = _LEAST_PICTURE if pictured else 0
+    if ids and not (min(ids) >= least and max(ids) <= _LARGEST_ID):
+        place = next(i for i, own in enumerate(ids) if not least <= own <= _LARGEST_ID)
         raise ValueError(
             f"{where} should be a list of token ids, got {shown(ids[place])} at entry {place}: ids are 0 or more"
         )
 
 
-def check_embedded(ids: Ids, where: str, embeddings: int | None) -> None:
-    """ValueError where an id is beyond the rows of the model's embedding."""
-    check_ids(ids, where)
+def check_embedded(ids: Ids, where: str, embeddings: int | None, pictured: bool = False) -> None:
+    """ValueError where an id is beyond the rows of the model's embedding; `pictured`: as in `check_ids`."""
+    check_ids(ids, where, pictured)
     if embeddings is not None and ids and max(ids) >= embeddings:
         raise ValueError(
             f"{where} has the id {max(ids)} at entry {ids.index(max(ids))}, and the model's embedding has {embeddings} "

@@ -50,7 +50,7 @@ _REQUIRED: dict[RowKind, tuple[tuple[str, ...], ...]] = {
     RowKind.PROMPT: (("prompt",),),
 }
 
-_CONVERSATION_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+CONVERSATION_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
 
 
 def column_names(dataset: Any, name: str = "train") -> list[str]:
@@ -108,7 +108,7 @@ def _is_messages(value: Any, keys: tuple[str, str] = ("role", "content")) -> boo
 
 def is_conversational(example: Mapping[str, Any]) -> bool:
     """Whether one of the known columns holds a list of messages with `role` and `content`."""
-    return any(_is_messages(example.get(column)) for column in _CONVERSATION_COLUMNS)
+    return any(_is_messages(example.get(column)) for column in CONVERSATION_COLUMNS)
 
 
 def is_conversational_from_value(example: Mapping[str, Any]) -> bool:
@@ -202,7 +202,7 @@ def maybe_convert_to_chatml(example: Mapping[str, Any]) -> Row:
     The roles human, gpt and observation become user, assistant and tool; a function_call becomes `tool_calls`.
     """
     converted = dict(example)
-    for column in _CONVERSATION_COLUMNS:
+    for column in CONVERSATION_COLUMNS:
         if _is_messages(example.get(column), ("from", "value")):
             converted[column] = list(map(_to_chatml, listed(example[column])))
     if "conversations" in converted and "messages" not in converted:
@@ -375,7 +375,8 @@ def mapped_rows(dataset: Any, function: Callable[..., Any], desc: str | None = N
         more = options.get("fn_kwargs", {})
         return [function(row, *([i] if options.get("with_indices") else []), **more) for i, row in enumerate(dataset)]
     if isinstance(dataset, Dataset):
-        key = [dataset._fingerprint, code_version(), function.__name__, sorted(options)]
+        how = sorted((name, repr(value)) for name, value in options.get("fn_kwargs", {}).items())
+        key = [dataset._fingerprint, code_version(), function.__name__, sorted(options), how]
         options |= {"desc": desc, "new_fingerprint": Hasher.hash(key)}
     return dataset.map(function, **options)
 

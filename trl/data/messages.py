@@ -23,8 +23,14 @@ PROBE_TOOLS = [{"type": "function", "function": {"name": PROBE_TOOL, "descriptio
 
 SPEAKERS = ("system", "developer", "user", "assistant")
 """roles; any other tells what a tool has answered"""
+PICTURES = ("image", "image_url", "input_image")
+"""kinds of parts of a content that are pictures"""
 DECODED = "arguments as JSON text"
 JOINED = "lists of text parts"
+_UNREAD_PICTURE = (
+    "has a part of kind {!r} in its content: only parts of kind 'text' can be trained without the model's processor: "
+    "pass it, not its tokenizer, as `processing_class`"
+)
 _WEIGHTS = ("weight", "train", "trainable", "training", "learn", "loss")
 """fields of a message that say whether it is learned (OpenAI, Mistral: weight; axolotl: train; ms-swift: loss)"""
 _LIKE_A_WEIGHT = re.compile(r"(^|_)(weight|train|training|trainable|learn|loss|mask|masked)($|_)", re.IGNORECASE)
@@ -114,13 +120,36 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     made: Message = plain({k: v for k, v in message.items() if k not in ("content", "tool_calls")}, where, strict=False)
     made = {key: made.get(key) for key in message}  # in the same order
     if "content" in message:
-        content = plain([content] if isinstance(content, Mapping) and made["role"] in SPEAKERS else content, where)
+        content = [content] if isinstance(content, Mapping) and made["role"] in SPEAKERS else content
+        if isinstance(content, list | tuple):
+            _check_pictures(content, made["role"] in SPEAKERS, where)
+        content = plain(content, where)
         if made["role"] in SPEAKERS and not (content is None or isinstance(content, str | list)):
             raise ValueError(f"{where}: its content should be a text or a list of text parts, got {shown(content)}")
         made["content"] = content
     if message.get("tool_calls") is not None:
         made["tool_calls"] = _calls(message["tool_calls"], f"{where}: its `tool_calls`")
     return made
+
+
+def is_picture(part: Any, speaks: bool) -> bool:
+    """Whether a part of a content is a picture; `speaks`: of a message that is no tool's result, which is any JSON."""
+    if not isinstance(part, Mapping):
+        return speaks and any(kind.__module__.startswith("PIL.") for kind in type(part).__mro__)
+    if part.get("type") is not None:
+        return part["type"] in PICTURES
+    return speaks and part.get("text") is None and any(part.get(name) is not None for name in PICTURES)
+
+
+def _check_pictures(content: Sequence[Any], speaks: bool, where: str) -> None:
+    """ValueError for a picture that was not read: see `trl.data.picture_rows`."""
+    for part in content:
+        if is_picture(part, speaks):
+            known = isinstance(part, Mapping) and part.get("type") == "image"
+            said = {name for name, value in part.items() if value is not None} if known else {"picture"}
+            if said - {"type", "index", "text"} and not (said == {"type", "image"} and type(part["image"]) is int):
+                kind = part.get("type") if isinstance(part, Mapping) else None
+                raise ValueError(f"{where} {_UNREAD_PICTURE.format(kind or 'image')}")
 
 
 def _calls(calls: Any, where: str) -> list[Message]:
@@ -256,24 +285,34 @@ class TemplateHabits:
         return made
 
     def _content(self, message: Message, index: int, met: Counter[tuple[int, str]]) -> Any:
-        """A list of text parts as the template reads it; ValueError for other parts."""
-        role, texts = str(message["role"]), []
+        """A list of text parts and pictures as the template reads it; ValueError for other parts."""
+        role, parts, pictured = str(message["role"]), [], False
         for part in message["content"]:
             own = {"text": part} if isinstance(part, str) else part if isinstance(part, Mapping) else {}
             kind = own.get("type") or ("text" if "text" in own else type(part).__name__)
             if kind in ("text", "input_text", "output_text") and isinstance(own.get("text"), str):
-                texts.append(own["text"])
+                parts.append({"type": "text", "text": own["text"]})
+            elif kind == "image" and type(own.get("image")) is int:
+                parts.append({"type": "image"})
+                pictured = True
+            elif kind in PICTURES:
+                raise ValueError(f"message {index} {_UNREAD_PICTURE.format(kind)}")
             elif role in SPEAKERS or own.get("type"):
                 raise ValueError(
                     f"message {index} has a part of kind {kind!r} in its content: only parts of kind 'text' can be "
-                    "trained here"
+                    "trained here, and pictures"
                 )
             else:
                 return message["content"]  # a tool's result that is a list
         if self.reads_parts(role):
-            return [{"type": "text", "text": text} for text in texts]
+            return parts
+        if pictured:
+            raise ValueError(
+                f"message {index} has a picture, and the chat template prints no parts of messages of the role {role}: "
+                "set the template of the model's processor"
+            )
         met[index, JOINED] += 1
-        return "\n".join(texts)
+        return "\n".join(part["text"] for part in parts)
 
 
 def _wrapped(messages: Messages) -> Messages:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDataset, IterableDatasetDict, List, Value
 from datasets.fingerprint import Hasher
 
@@ -94,6 +95,7 @@ def _packed(table: pa.Table, taken: np.ndarray, seq_length: int, strategy: str) 
     """The rows `taken` of the table, packed."""
     names = _columns_of(table)
     lengths = _lengths(table, names, taken)
+    taken, lengths = _with_whole_pictures(table, taken, lengths, seq_length, strategy)
     pieces = _wrapped(lengths) if strategy == "wrapped" else _binned(lengths, seq_length, strategy == "bfd_split")
     total = int(pieces.length.sum())
     if strategy == "wrapped":
@@ -105,6 +107,34 @@ def _packed(table: pa.Table, taken: np.ndarray, seq_length: int, strategy: str) 
         edges = np.append(0, np.cumsum(pieces.length))[held_offsets]
     columns = {name: _lists(_gathered(table.column(name), taken, pieces, total), edges) for name in names}
     return pa.table({**columns, _LENGTHS: _lists(held.astype(np.int32), held_offsets)})
+
+
+def _with_whole_pictures(
+    table: pa.Table, taken: np.ndarray, lengths: np.ndarray, seq_length: int, strategy: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and their lengths without those that would be cut and have pictures, whose tokens are below zero."""
+    column = table.column("input_ids") if "input_ids" in table.column_names else None
+    if column is None or column.type.value_type.bit_width < 64 or _least(pc.list_flatten(column)) >= 0:
+        return taken, lengths
+    if strategy == "wrapped":
+        raise ValueError("packing_strategy='wrapped' cuts rows anywhere, and these have pictures: choose 'bfd'")
+    over = np.flatnonzero(lengths > seq_length)
+    gone = [at for at in over.tolist() if _least(column[int(taken[at])].values) < 0]
+    if not gone:
+        return taken, lengths
+    if len(gone) == len(taken):
+        raise ValueError(
+            f"seq_length={seq_length} holds none of the rows: they have pictures, which are not cut; raise it"
+        )
+    logger.warning("%s rows with pictures are longer than seq_length=%d and are left out", f"{len(gone):,}", seq_length)
+    kept = np.ones(len(taken), dtype=bool)
+    kept[gone] = False
+    return taken[kept], lengths[kept]
+
+
+def _least(numbers: pa.Array | pa.ChunkedArray) -> int:
+    least = pc.min(numbers).as_py()
+    return 0 if least is None else int(least)
 
 
 def _columns_of(table: pa.Table) -> list[str]:

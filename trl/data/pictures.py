@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from trl.data.encode import Ids, Span
+from trl.data.picture_files import open_picture
 
 MOST_KEPT = 2**28
 """bytes of tensors of pictures that a reader keeps, so that a picture of several passes is read once"""
@@ -103,11 +104,8 @@ class Album:
 
     @staticmethod
     def open(number: int) -> Any:
-        """The picture, in RGB."""
-        from PIL import Image
-
-        with Image.open(BytesIO(Album.content(number))) as image:
-            return image.convert("RGB")
+        """The picture, in RGB and upright."""
+        return open_picture(Album.content(number), f"the picture at {Album.path(number)}")
 
 
 # -- what a processor makes of pictures -------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from datasets import Value
+from datasets import Dataset, Value
 
 from trl.data.batches import pair_ids
 from trl.data.chat import read_tools
@@ -27,6 +27,7 @@ from trl.data.columns import (
 )
 from trl.data.encode import Ids, Span, common_prefix, cut
 from trl.data.formats import (
+    CONVERSATION_COLUMNS,
     RowKind,
     column_names,
     extract_prompt,
@@ -38,6 +39,8 @@ from trl.data.formats import (
     with_prompt,
 )
 from trl.data.messages import messages_of
+from trl.data.picture_rows import COLUMNS, FLAGS, NUMBERS, Shown, read_pictures, refuse_pictures, spoils
+from trl.data.pictures import pictures_among
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
     IDS,
@@ -75,21 +78,30 @@ class _PromptJob(RowJob):
             double = double or brought
         return single, RowFlag.DOUBLE_BOS if double else NO_FLAGS
 
-    def _prompt_of(self, row: Row) -> tuple[str, RowFlag, Met]:
+    def _prompt_of(self, row: Row) -> Answered[str]:
         """The text of the row's prompt, up to where the model is to continue."""
+        row = self.with_numbers(row)
         if not self.format.conversational:
             text = text_of(row, "prompt")
-            return text, NO_FLAGS if text.strip() else RowFlag.EMPTY_PROMPT, NOTHING_MET
-        messages = messages_of(maybe_convert_to_chatml(row), "prompt")
+            asked = Answered(text, [], NO_FLAGS if text.strip() else RowFlag.EMPTY_PROMPT)
+            return self.counted(row, asked, row.get(NUMBERS, []))
+        messages, numbers = self.placed(row, messages_of(maybe_convert_to_chatml(row), "prompt"))
         tools, template = read_tools(row.get("tools"), self.keep_nulls), self.template.of_row(row)
-        text = template.prompt(messages, tools)
-        flags = RowFlag.EMPTY_PROMPT if asks_nothing(messages) else NO_FLAGS
+        asked = Answered(template.prompt(messages, tools), [], met=Met(len(messages)))
+        asked.flags = RowFlag.EMPTY_PROMPT if asks_nothing(messages) else NO_FLAGS
         try:
             reading = template.read(messages, tools, strict=False)
         except ValueError:  # the template renders a question only with the prompt for its answer
-            return text, flags, Met(len(messages))
-        met = met_of(reading, len(messages))
-        return text, flags | flags_of(reading, met) & ~RowFlag.REWRITTEN, met
+            return self.counted(row, asked, numbers)
+        asked.met = met_of(reading, len(messages))
+        asked.flags |= flags_of(reading, asked.met) & ~RowFlag.REWRITTEN
+        return self.counted(row, asked, numbers)
+
+    def _spoils(self, prompt: Ids, hidden: Ids, answers: Sequence[Ids]) -> bool:
+        """Whether the limits would cut a picture of the prompt."""
+        pinned = self.pinned(prompt)
+        kept, _ = self.limits.fit_answers(hidden, answers, pinned)
+        return spoils(hidden, kept, pinned, self.limits.truncation_mode == "keep_end")
 
 
 @dataclass(kw_only=True)
@@ -115,7 +127,7 @@ class _AnswersJob(_PromptJob):
     @property
     def features(self) -> dict[str, Any]:
         masks = {f"{answer}_mask": MASK for answer in self.answers} if self.masked else {}
-        return {"prompt_ids": IDS} | {f"{answer}_ids": IDS for answer in self.answers} | masks
+        return {"prompt_ids": self.ids} | {f"{answer}_ids": self.ids for answer in self.answers} | masks
 
     def options(self) -> tuple[Any, ...]:
         return self.answers, self.add_eos, self.is_encoder_decoder, self.learn_tool_results
@@ -147,6 +159,13 @@ class _AnswersJob(_PromptJob):
             made[-1].columns.update(own)
         return made
 
+    def _with_prompt_ids(self, row: Mapping[str, Any], one: Answered[Ids]) -> Answered[Ids]:
+        """A tokenised row with the ids of its prompt, which may have pictures."""
+        one.prompt = self.tokenised_ids(row, "prompt_ids")
+        one.met = Met(pictures=len(pictures_among(one.prompt)))
+        one.hidden = [int(own < 0) for own in one.prompt] if one.met.pictures else []
+        return one
+
     @abstractmethod
     def _with_prompt(self, row: Row) -> Row:
         """The conversational row whose prompt stands inside its answers, taken apart."""
@@ -158,12 +177,13 @@ class _AnswersJob(_PromptJob):
                 own = row if "prompt_ids" in self.format.columns else pair_ids(row)
                 ids = [ids_of(own, f"{a}_ids") for a in self.answers]
                 masks = [_mask_of(own, a, i) for a, i in zip(self.answers, ids, strict=True)] if self.masked else []
-                answered.append(Answered(ids_of(own, "prompt_ids"), ids, masks=masks))
+                answered.append(self._with_prompt_ids(own, Answered([], ids, masks=masks)))
         return answered
 
     def _texts(self, row: Row) -> Answered[str]:
+        row = self.with_numbers(row)
         if not self.format.conversational:
-            return self.plain(row, self.answers)
+            return self.counted(row, self.plain(row, self.answers), row.get(NUMBERS, []))
         given = row.get("prompt")
         row = with_prompt(row, self.answers, self._with_prompt)
         prompt = row["prompt"]
@@ -173,24 +193,30 @@ class _AnswersJob(_PromptJob):
                 "the conversation has no message before its answer, so there is no prompt "
                 f"(column 'prompt' {missing}): give it in that column"
             )
-        return self.rendered(row, prompt, [row[answer] for answer in self.answers])
+        if self.pictures is not None:
+            for answer in self.answers:
+                refuse_pictures(row[answer], answer)
+        prompt, numbers = self.placed(row, prompt)
+        return self.counted(row, self.rendered(row, prompt, [row[answer] for answer in self.answers]), numbers)
 
     def _apart(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
         """Prompt and answers are tokenised separately, as at generation time."""
-        texts = []
+        texts, asked = [], []
         for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
                 texts.append(self._texts(row))
-        prompts = self.encoder.encode([one.prompt for one in texts])
+                asked.append(self.shown(texts[-1].prompt, texts[-1].pictures))
+        prompts = self.pictured(asked, self.encoder.encode([one.text for one in asked]), indices)
         answer_texts = [text for one in texts for text in one.answers]
         said = [spans for one in texts for spans in one.said] if self.masked else []
         answer_ids, masks = self._answer_ids(answer_texts, said)
         answered = []
-        for one, prompt_ids in zip(texts, prompts, strict=True):
+        for one, (prompt_ids, hidden) in zip(texts, prompts, strict=True):
             opened, flags = (prompt_ids, NO_FLAGS) if self.is_encoder_decoder else self._opened(prompt_ids)
             answers = [self._closed(next(answer_ids), text) for text in one.answers]
             own = [next(masks) for _ in answers] if self.masked else []
-            answered.append(Answered(opened, answers, flags | one.flags, met=one.met, masks=own))
+            hidden = _moved(hidden, len(opened) - len(prompt_ids))
+            answered.append(Answered(opened, answers, flags | one.flags, met=one.met, masks=own, hidden=hidden))
         return answered
 
     def _answer_ids(self, texts: list[str], said: list[list[Span]]) -> tuple[Iterator[Ids], Iterator[Ids]]:
@@ -205,23 +231,35 @@ class _AnswersJob(_PromptJob):
 
     def _whole(self, rows: list[Row], indices: Sequence[int]) -> list[Answered[Ids]]:
         """Answers that include the prompt are tokenised as a whole; the tokens that they share are the prompt."""
-        texts: list[str] = []
+        texts: list[Shown] = []
+        read: list[Row] = []
         for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
-                texts += [text_of(row, answer) for answer in self.answers]
-        encoded = iter(zip(texts, self.encoder.encode(texts), strict=True))
+                read.append(self.with_numbers(row))
+                numbers = read[-1].get(NUMBERS, [])
+                texts += [self.shown(text_of(row, answer), numbers) for answer in self.answers]
+        places = [index for index in indices for _ in self.answers]
+        encoded = iter(
+            zip(texts, self.pictured(texts, self.encoder.encode([t.text for t in texts]), places), strict=True)
+        )
         answered = []
-        for _ in rows:
-            sequences, flags = [], NO_FLAGS
+        for index, row in zip(indices, read, strict=True):
+            sequences, flags, masks = [], RowFlag(row.get(FLAGS, 0)), []
             for _ in self.answers:
-                text, ids = next(encoded)
+                one, (ids, hidden) = next(encoded)
                 opened, flag = self._opened(ids)
-                sequences.append(self._closed(opened, text))
-                flags |= flag | (RowFlag.EMPTY_COMPLETION if not text.strip() else NO_FLAGS)
+                masks.append(_moved(hidden, len(opened) - len(ids)))
+                sequences.append(self._closed(opened, one.text))
+                flags |= flag | (RowFlag.EMPTY_COMPLETION if not one.text.strip() else NO_FLAGS)
             shared = common_prefix(sequences[0], sequences[-1]) if len(sequences) > 1 else len(self.encoder.head)
             shared = max(0, min(shared, *(len(ids) - 1 for ids in sequences)))
             flags |= RowFlag.EMPTY_PROMPT if shared <= len(self.encoder.head) else NO_FLAGS
-            answered.append(Answered(sequences[0][:shared], [ids[shared:] for ids in sequences], flags))
+            with self.at_row(index):
+                if any(any(mask[shared:]) for mask in masks):
+                    raise ValueError("the answers do not share the text before a picture: give a column 'prompt'")
+            met = Met(pictures=len(row.get(NUMBERS, ())))
+            answers = [ids[shared:] for ids in sequences]
+            answered.append(Answered(sequences[0][:shared], answers, flags, met=met, hidden=masks[0][:shared]))
         return answered
 
     def _closed(self, ids: Ids, text: str) -> Ids:
@@ -242,6 +280,8 @@ class _AnswersJob(_PromptJob):
             had = [sum(mask) for mask in one.masks] or [len(answer) for answer in one.answers]
             lost = any(old and not new for old, new in zip(had, scored, strict=True))
             flags |= RowFlag.ANSWER_CUT if lost else RowFlag.UNLEARNED
+        elif one.hidden and self._spoils(one.prompt, one.hidden, one.answers):
+            flags |= RowFlag.PICTURE_CUT
         elif len(answers) == 2 and answers[0] == answers[1]:
             flags |= RowFlag.IDENTICAL
         elif after >= before and self.add_eos and self.stops and any(map(self.stops.isdisjoint, answers)):
@@ -258,6 +298,11 @@ class _AnswersJob(_PromptJob):
             room = max(0, self.limits.max_prompt_length - len(head) - len(tail))
             prompt = cut(prompt, room, self.limits.truncation_mode)
         return head + prompt + tail
+
+
+def _moved(hidden: Ids, before: int) -> Ids:
+    """1 where pictures stand, once tokens were put before the others (below 0: taken away)."""
+    return [0] * before + hidden[max(0, -before) :] if hidden else []
 
 
 def _mask_of(row: Mapping[str, Any], answer: str, ids: Ids) -> Ids:
@@ -323,8 +368,14 @@ class CompletionsJob(_AnswersJob):
         if job.format.kind is not RowKind.PREFERENCE:
             return dataset, job
         dataset = list(dataset) if isinstance(dataset, tuple) else dataset
-        desc, options = f"Splitting the {name} data", {"name": name, "conversational": job.format.conversational}
-        parts = mapped_rows(dataset, _in_parts, desc, with_indices=True, fn_kwargs=options)
+        pictured = job.pictures is not None
+        how = {"name": name, "conversational": job.format.conversational, "pictured": pictured}
+        options: dict[str, Any] = {"with_indices": True, "fn_kwargs": how}
+        if pictured and not isinstance(dataset, list):  # numbers stand for the pictures, which are left behind
+            columns = column_names(dataset, name)
+            options["remove_columns"] = [column for column in COLUMNS if column in columns]
+            options |= {"try_original_type": False} if isinstance(dataset, Dataset) else {}
+        parts = mapped_rows(dataset, _in_parts, f"Splitting the {name} data", **options)
         return super().reading(unpair_preference_dataset(parts), name)
 
     def reads(self) -> set[str] | None:
@@ -354,11 +405,11 @@ _PLACE = "_row"
 """column that says in which row of the data set an answer stood before pairs were taken apart"""
 
 
-def _in_parts(row: Row, index: int, name: str, conversational: bool) -> Row:
-    """A pair with its prompt apart, its parts checked, and with its place."""
+def _in_parts(row: Row, index: int, name: str, conversational: bool, pictured: bool) -> Row:
+    """A pair with its prompt apart, its parts checked, its pictures read, and with its place."""
     names = ("prompt", "chosen", "rejected")
     with at_row(index, name, names[1:]):
-        row = {**dict.fromkeys(names[1:]), **row}
+        row = {**dict.fromkeys(names[1:]), **(read_pictures(row, CONVERSATION_COLUMNS) if pictured else row)}
         if conversational:
             return {**with_prompt(row, names[1:], extract_prompt), _PLACE: index}
         row = maybe_extract_prompt(row)
@@ -377,35 +428,43 @@ class PromptsJob(_PromptJob):
     accepts = (RowKind.TOKENIZED, RowKind.PROMPT)
     tokenised = (("prompt_ids",),)
     no_prompt = "the model has nothing to answer; to sample from nothing, give the BOS token as the prompt"
-    features = {"prompt_ids": IDS}  # noqa: RUF012
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"prompt_ids": self.ids}
 
     def options(self) -> tuple[Any, ...]:
         return (self.context_length,)
 
     def __call__(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:
-        flags, met = [NO_FLAGS] * len(rows), [NOTHING_MET] * len(rows)
-        encoded, texts = [], []
-        for position, (index, row) in enumerate(zip(indices, rows, strict=True)):
+        if self.format.kind is RowKind.TOKENIZED:
+            return [self._tokenised(row, index) for index, row in zip(indices, rows, strict=True)]
+        asked, shown = [], []
+        for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
-                if self.format.kind is RowKind.TOKENIZED:
-                    encoded.append(ids_of(row, "prompt_ids"))
-                else:
-                    text, flags[position], met[position] = self._prompt_of(row)
-                    texts.append(text)
+                asked.append(self._prompt_of(row))
+                shown.append(self.shown(asked[-1].prompt, asked[-1].pictures))
         made = []
-        for index, ids, flag, own in zip(indices, encoded or self.encoder.encode(texts), flags, met, strict=True):
+        encoded = self.pictured(shown, self.encoder.encode([one.text for one in shown]), indices)
+        for index, one, (ids, hidden) in zip(indices, asked, encoded, strict=True):
             with self.at_row(index):
-                made.append(self._finish(ids, flag, own))
+                opened, double = self._opened(ids)
+                made.append(self._finish(opened, _moved(hidden, len(opened) - len(ids)), one.flags | double, one.met))
         return made
 
-    def _finish(self, ids: Ids, flags: RowFlag, met: Met) -> Made:
-        if self.format.kind is not RowKind.TOKENIZED:
-            ids, double = self._opened(ids)
-            flags |= double
+    def _tokenised(self, row: Row, index: int) -> Made:
+        with self.at_row(index):
+            ids = self.tokenised_ids(row, "prompt_ids")
+            pictures = len(pictures_among(ids))
+            hidden = [int(own < 0) for own in ids] if pictures else []
+            return self._finish(ids, hidden, NO_FLAGS, Met(pictures=pictures))
+
+    def _finish(self, ids: Ids, hidden: Ids, flags: RowFlag, met: Met) -> Made:
         if not ids:
             raise ValueError("the prompt has no tokens: the model needs at least one (a BOS token would do)")
         before, limit = len(ids), self.limits.max_prompt_length
         if limit is not None and before > limit:
+            flags |= RowFlag.PICTURE_CUT if self._spoils(ids, hidden, [[]]) else NO_FLAGS
             ids = cut(ids, limit, self.limits.truncation_mode, self.pinned(ids))
             flags |= RowFlag.TRUNCATED
         if self.context_length is not None and len(ids) >= self.context_length:
@@ -443,13 +502,15 @@ class StepwiseJob(_PromptJob):
         for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
                 prompts.append(self._prompt_of(row))
+                if prompts[-1].pictures:
+                    raise ValueError("the row has a picture, and steps are judged of texts only: leave it out")
                 steps.append(self._steps(row))
                 labels.append(self._labels(row, len(steps[-1])))
         step_ids = iter(self.encoder.continuations([step for one in steps for step in one]))
         (separator,) = self.encoder.continuations([self.step_separator])
         made = []
-        prompt_ids = self.encoder.encode([text for text, _, _ in prompts])
-        for prompt, (_, flags, met), row_steps, row_labels in zip(prompt_ids, prompts, steps, labels, strict=True):
+        prompt_ids = self.encoder.encode([one.prompt for one in prompts])
+        for prompt, one, row_steps, row_labels in zip(prompt_ids, prompts, steps, labels, strict=True):
             ids: Ids = []
             marks: Ids = []
             for _, label in zip(row_steps, row_labels, strict=True):
@@ -457,7 +518,7 @@ class StepwiseJob(_PromptJob):
                 ids += step
                 marks += [-100] * (len(step) - 1) + [label] if step else []
             opened, double = self._opened(prompt)
-            made.append(self._finish(opened, ids, marks, flags | double, met))
+            made.append(self._finish(opened, ids, marks, one.flags | double, one.met))
         return made
 
     def _tokenised(self, rows: list[Row], indices: Sequence[int]) -> list[Made]:

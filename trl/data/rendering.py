@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from trl.data.encode import Span, common_prefix
-from trl.data.messages import PROBE_ID, PROBE_TOOL, PROBE_TOOLS, Message, Messages, Render
+from trl.data.messages import PROBE_ID, PROBE_TOOL, PROBE_TOOLS, Message, Messages, Render, is_picture
 
 KEYS = "keys of tool_calls"
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking", "thoughts")
@@ -500,7 +500,12 @@ class Reader:
 
     def places(self, messages: Messages, tools: Sequence[Any] | None, text: str, parts: Sequence[Part]) -> list[Place]:
         """Where the parts stand, in the order of the text; a part that is printed twice has two places."""
-        shape = (tuple(m["role"] for m in messages), tuple((p.message, p.field) for p in parts), bool(tools))
+        shape = (
+            tuple(m["role"] for m in messages),
+            tuple((p.message, p.field) for p in parts),
+            tuple(_pictures_in(messages)),
+            bool(tools),
+        )
         kept = self._shapes.get(shape)
         fitting = kept.fit(parts, text) if kept else None
         if fitting is not None:
@@ -787,6 +792,14 @@ def _unprinted(messages: Messages, parts: Sequence[Part], places: Sequence[Place
     missing = {(part.message, part.field) for part in silent}
     cut = {key for key in missing & heard if key[1] == "content"}  # one of several parts: what stands between tags
     return {(at, str(messages[at]["role"]), "thoughts" if (at, name) in cut else name) for at, name in missing}
+
+
+def _pictures_in(messages: Messages) -> Iterator[Span]:
+    """The message and the place in its content of each picture."""
+    for at, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            yield from ((at, i) for i, part in enumerate(content) if is_picture(part, False))
 
 
 def _is_blank(text: str) -> bool:

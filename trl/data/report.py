@@ -38,6 +38,9 @@ class RowFlag(IntFlag):
     JOINED_PARTS = 32768
     EMPTY_PROMPT = 65536
     UNREAD_WEIGHTS = 131072
+    PICTURE_CUT = 262144
+    ANIMATED = 524288
+    UNREAD_DETAILS = 1048576
 
 
 NO_FLAGS = RowFlag(0)
@@ -57,6 +60,7 @@ class Met(NamedTuple):
     """arguments of tool calls that were JSON text"""
     joined: int = 0
     """contents in parts whose texts were joined"""
+    pictures: int = 0
 
     def plus(self, other: Sequence[int]) -> Met:
         return Met(*(int(a) + int(b) for a, b in zip(self, other, strict=True)))
@@ -68,6 +72,7 @@ _WORDS = {
     RowFlag.MISSING_EOS: "rows have no EOS token, so nothing teaches the model to stop there",
     RowFlag.STOP_MASKED: "rows have an EOS token but it is masked, so nothing teaches the model to stop there",
     RowFlag.ANSWER_CUT: "rows lost their whole answer to truncation and are left out",
+    RowFlag.PICTURE_CUT: "rows would have lost a part of a picture to truncation and are left out",
     RowFlag.EMPTY_PROMPT: "rows have an empty prompt",
     RowFlag.EMPTY_COMPLETION: "rows have an empty completion",
     RowFlag.UNLEARNED: "rows have no learned token and are left out",
@@ -75,6 +80,9 @@ _WORDS = {
     RowFlag.IDENTICAL: "pairs have the same chosen and rejected tokens, so they teach nothing",
     RowFlag.UNREAD_WEIGHTS: "rows have assistant's messages with `weight: 0`, which are learned with all the rest: "
     "`assistant_only_loss=True` leaves those messages out",
+    RowFlag.ANIMATED: "rows have a file with several pictures (an animation), of which the first is taken",
+    RowFlag.UNREAD_DETAILS: "rows have pictures with fields that no one reads (`detail`, `min_pixels` or others): the "
+    "processor's own settings hold",
     RowFlag.SPELLED_TOOLS: "rows have tools that the chat template does not know: they were spelled out as text",
 }
 _UNPRINTED = {
@@ -154,6 +162,11 @@ class TokenizationReport:
     decoded_arguments: int = 0
     joined_parts: int = 0
     unread_weights: int = 0
+    picture_cut: int = 0
+    animated: int = 0
+    unread_details: int = 0
+    pictured: int = 0
+    """rows with pictures; `met` counts the pictures"""
     met: Met = NOTHING_MET
     """what was met in the messages of all rows"""
     unread: list[str] = field(default_factory=list)
@@ -163,8 +176,8 @@ class TokenizationReport:
 
     @property
     def left_out(self) -> int:
-        """Rows without anything to learn, which the tokenised data set no longer has."""
-        return self.answer_cut + self.unlearned
+        """Rows without anything to learn, or with half a picture, which the tokenised data set no longer has."""
+        return self.answer_cut + self.unlearned + self.picture_cut
 
     def add(self, flags: Numbers, cut: Numbers, tokens: Numbers, learned: Numbers, *met: Numbers) -> None:
         """Count rows by their flags, tokens cut, tokens kept and learned tokens, and what was met in their messages."""
@@ -178,6 +191,7 @@ class TokenizationReport:
             setattr(self, name, getattr(self, name) + int(np.count_nonzero(bits & int(kind))))
         if met:
             self.met = self.met.plus([int(np.sum(one)) for one in met])
+            self.pictured += int(np.count_nonzero(met[Met._fields.index("pictures")]))
 
     def _count(self, kind: RowFlag) -> int:
         return int(getattr(self, str(kind.name).lower()))
@@ -196,13 +210,16 @@ class TokenizationReport:
     def unread_words(self) -> str:
         """The columns that no one reads, in words."""
         names, many = ", ".join(f"'{name}'" for name in self.unread), len(self.unread) > 1
-        return f"no one reads the column{'s' if many else ''} {names}"
+        pictures = any(name in ("image", "images") for name in self.unread)
+        hint = " (pictures are read where the model's processor is the `processing_class`)" if pictures else ""
+        return f"no one reads the column{'s' if many else ''} {names}{hint}"
 
     def lines(self, name: str = "train") -> list[str]:
         """The summary, and a line for each finding."""
         seen = "first rows" if self.partial else "rows"
         learned = f", {self.learned:,} learned" if self.learned != self.tokens else ""
-        return [f"{name} data: {self.rows:,} {seen}, {self.tokens:,} tokens{learned}", *self.findings]
+        pictures = f", {self.met.pictures:,} pictures in {self.pictured:,} rows" if self.pictured else ""
+        return [f"{name} data: {self.rows:,} {seen}, {self.tokens:,} tokens{learned}{pictures}", *self.findings]
 
     def log(self, name: str = "train") -> None:
         """Log the report on the main process: a warning when something was found, otherwise for information.
@@ -229,8 +246,11 @@ class TokenizationReport:
         if self.left_out == self.rows:
             cause = f"{self.answer_cut:,} lost their whole answer to truncation" if self.answer_cut else ""
             none = f"{self.unlearned:,} have nothing that the loss mask lets through" if self.unlearned else ""
-            reasons = " and ".join(filter(None, (cause, none)))
+            part = f"{self.picture_cut:,} would lose a part of a picture to truncation" if self.picture_cut else ""
+            reasons = " and ".join(filter(None, (cause, part, none)))
             way_out = "raise `max_length`" if self.answer_cut else "look at the masks and at what each row is"
+            if self.picture_cut:
+                way_out = "raise the limits on lengths, or set the processor to fewer tokens for a picture"
             raise ValueError(f"{seen} rows of the {name} data set are without a learned token: {reasons}; {way_out}")
         if self.identical == self.rows:
             raise ValueError(f"{seen} pairs of the {name} data set have the same chosen and rejected tokens")

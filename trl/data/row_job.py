@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import transformers
 from datasets import List, Value
 
 from trl.data.chat import ChatTemplate, Messages, read_tools
-from trl.data.columns import at_row, text_of
+from trl.data.columns import UNREADABLE, at_row, ids_of, text_of
 from trl.data.encode import Ids, Limits, Span, TextEncoder
-from trl.data.formats import Format, RowKind, detect_format
+from trl.data.formats import CONVERSATION_COLUMNS, Format, RowKind, detect_format
 from trl.data.messages import DECODED, JOINED, SPEAKERS
+from trl.data.picture_rows import COLUMNS, FLAGS, NUMBERS, Shown, placed, read_pictures, undecoded
+from trl.data.pictures import Album, PictureReader, pictures_among, reader_of, token_of
 from trl.data.rendering import THOUGHT_FIELDS, Reading
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.version import code_version
@@ -24,7 +27,13 @@ from trl.data.version import code_version
 Row = dict[str, Any]
 Part = TypeVar("Part", str, Ids)
 IDS = List(Value("int32"))
+PICTURED_IDS = List(Value("int64"))
+"""a picture's tokens are numbers below zero, of 62 bits"""
 MASK = List(Value("int8"))
+
+
+LEFT_OUT = RowFlag.UNLEARNED | RowFlag.ANSWER_CUT | RowFlag.PICTURE_CUT
+"""flags of rows that the tokenised data set does not have"""
 
 
 class Made(NamedTuple):
@@ -40,7 +49,7 @@ class Made(NamedTuple):
 
     @property
     def left_out(self) -> bool:
-        return bool(self.flags & (RowFlag.UNLEARNED | RowFlag.ANSWER_CUT))
+        return bool(self.flags & LEFT_OUT)
 
 
 @dataclass
@@ -55,6 +64,10 @@ class Answered(Generic[Part]):
     met: Met = NOTHING_MET
     masks: list[Ids] = field(default_factory=list)
     """of answers as ids, where they are known: 1 for what the assistant says"""
+    pictures: list[int] = field(default_factory=list)
+    """in their order"""
+    hidden: Ids = field(default_factory=list)
+    """of a prompt as ids: 1 where pictures stand; empty where there are none"""
 
 
 def says_nothing(messages: Messages) -> bool:
@@ -102,6 +115,8 @@ class RowJob(ABC):
     format: Format = field(init=False)
     name: str = field(init=False, default="train")
     """which data set it is, for messages"""
+    pictures: PictureReader | None = field(init=False, default=None)
+    """what reads the pictures of the rows; None: nothing does"""
     keep_nulls: bool = field(init=False, default=False)
     """the rows are a list, so a None in them was said: Arrow has filled in none"""
 
@@ -131,6 +146,7 @@ class RowJob(ABC):
         if self.keep is None or self.format.kind is RowKind.TOKENIZED:
             return None
         own = {"tools", "chat_template_kwargs"} if self.format.conversational else set()
+        own |= set() if self.pictures is None else {*COLUMNS, NUMBERS, FLAGS}
         return own | set(self.format.columns) | set(self.keep)
 
     def asks_prompt(self) -> bool:
@@ -141,14 +157,20 @@ class RowJob(ABC):
         """The data set, converted where that is needed, and a copy of this job for its format."""
         job = copy.copy(self)
         job.format, job.name = detect_format(dataset, self.accepts, tokenised=self.tokenised, name=name), name
-        job.keep_nulls = isinstance(dataset, list | tuple)
-        return dataset, job
+        return job.opened(dataset), job
+
+    def opened(self, dataset: Any) -> Any:
+        """The data set as this job's rows are read from it, which knows its format."""
+        self.keep_nulls = isinstance(dataset, list | tuple)
+        self.pictures = reader_of(self.encoder.tokenizer)
+        return dataset if self.pictures is None else undecoded(dataset)
 
     def key(self) -> str:
         """Everything that the rows depend on, as text."""
         kwargs = sorted((self.template_kwargs or {}).items())
         own = (type(self).__name__, self.format, self.limits, kwargs, tuple(self.ends), self.options())
-        return repr((code_version(), self.embeddings, *own)) + self.encoder.fingerprint()
+        pictures = "" if self.pictures is None else self.pictures.fingerprint() + transformers.__version__
+        return repr((code_version(), self.embeddings, *own)) + self.encoder.fingerprint() + pictures
 
     @contextmanager
     def at_row(self, index: int) -> Iterator[None]:
@@ -158,11 +180,16 @@ class RowJob(ABC):
 
     def check_ids(self, made: Made) -> None:
         """ValueError where a row has an id for which the model has no embedding."""
-        if self.embeddings is None:
-            return
         for column in self.features:
             ids = made.columns[column]
-            if column.endswith("_ids") and ids and max(ids) >= self.embeddings:
+            if self.pictures is not None and column.endswith("_ids") and self.pictures.image_token_id in ids:
+                token = self.encoder.tokenizer.convert_ids_to_tokens(self.pictures.image_token_id)
+                raise ValueError(
+                    f"the row has the token {token!r}, which stands for a part of a picture, and no picture there: "
+                    f"give the picture in a column 'images' and {self.pictures.placeholder!r} where it stands, or take "
+                    "the token out"
+                )
+            if self.embeddings is not None and column.endswith("_ids") and ids and max(ids) >= self.embeddings:
                 token = self.encoder.tokenizer.convert_ids_to_tokens(max(ids))
                 known = "a token of no tokenizer" if token is None else repr(token)
                 raise ValueError(
@@ -183,6 +210,77 @@ class RowJob(ABC):
         """The tokens of which a row should teach one: any that ends a turn, or EOS where rows are no conversations."""
         eos = self.encoder.eos_id
         return self.template.end_ids if self.format.conversational else frozenset([] if eos is None else [eos])
+
+    # --- pictures ---
+
+    @property
+    def ids(self) -> Any:
+        """The type of a column of token ids."""
+        return IDS if self.pictures is None else PICTURED_IDS
+
+    def with_numbers(self, row: Row) -> Row:
+        """The row whose pictures are in the album, see `read_pictures`."""
+        return row if self.pictures is None else read_pictures(row, CONVERSATION_COLUMNS)
+
+    def placed(self, row: Row, messages: Messages) -> tuple[Messages, list[int]]:
+        """The messages with the row's pictures in them, and the pictures in their order."""
+        return (messages, []) if self.pictures is None else placed(messages, row[NUMBERS], self.pictures.placeholder)
+
+    def counted(self, row: Row, one: Answered[str], numbers: list[int]) -> Answered[str]:
+        """The prompt and answers of a row with these pictures, and with what was met in them."""
+        one.pictures, one.met = numbers, one.met._replace(pictures=len(numbers))
+        one.flags |= RowFlag(row.get(FLAGS, 0))
+        return one
+
+    def shown(self, text: str, numbers: Sequence[int], spans: Sequence[Span] = ()) -> Shown:
+        """The text with these pictures as the processor writes them, where its placeholders stand."""
+        if self.pictures is None:
+            return Shown(text, spans)
+        mark, count = self.pictures.placeholder, text.count(self.pictures.placeholder)
+        if count != len(numbers) and self.format.conversational:
+            way = f"take {mark!r} out of the texts" if count > len(numbers) else "set the template of the processor"
+            raise ValueError(
+                f"the chat template prints {count} pictures ({mark!r}) of a conversation that has {len(numbers)}: {way}"
+            )
+        for place, number in enumerate(numbers):
+            try:
+                self.pictures.text_of(number)
+            except (ValueError, RuntimeError, OSError, *UNREADABLE) as error:
+                raise ValueError(
+                    f"the processor cannot read picture {place} ({error}): change its size, or leave the row out"
+                ) from error
+        return Shown(*self.pictures.expand(text, spans, numbers), numbers)
+
+    def pictured(
+        self, texts: Sequence[Shown], ids: Sequence[Ids], indices: Sequence[int], continuing: bool = False
+    ) -> list[tuple[Ids, Ids]]:
+        """The ids of the texts with the tokens of their pictures, and 1 where pictures stand; empty: there are none.
+
+        continuing: the texts continue others.
+        """
+        some = [one for one in texts if one.numbers]
+        if not some or self.pictures is None:
+            return [(own, []) for own in ids]
+        masking = self.encoder.continuations_with_masks if continuing else self.encoder.encode_with_masks
+        hidden = iter(masking([one.text for one in some], [one.hidden for one in some]))
+        made = []
+        for index, one, own in zip(indices, texts, ids, strict=True):
+            with self.at_row(index):
+                filled = self.pictures.tokens(own, one.numbers) if one.numbers else own
+            made.append((filled, next(hidden)[1] if one.numbers else []))
+        return made
+
+    def tokenised_ids(self, row: Mapping[str, Any], column: str) -> Ids:
+        """The token ids in a column of a row that is tokenised already."""
+        ids = ids_of(row, column, pictured=self.pictures is not None)
+        for number in pictures_among(ids):
+            if not Album.path(number).exists():
+                place = ids.index(token_of(number))
+                raise ValueError(
+                    f"column '{column}' has {token_of(number)} at entry {place}: ids are 0 or more, or those of "
+                    "pictures that this machine has read; tokenise the row again"
+                )
+        return ids
 
     def pinned(self, ids: Ids) -> int:
         """How many ids at the start stay when the start is cut: a BOS."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, compress
 from typing import Any
 
@@ -23,9 +23,10 @@ from trl.data.formats import (
     split_completion,
 )
 from trl.data.messages import is_learned, messages_of
+from trl.data.picture_rows import COLUMNS, FLAGS, NUMBERS, Shown, spoils
+from trl.data.pictures import pictures_among
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
 from trl.data.row_job import (
-    IDS,
     MASK,
     Answered,
     Made,
@@ -50,15 +51,22 @@ class _Sequence:
     mask: Ids
     flags: RowFlag = NO_FLAGS
     met: Met = NOTHING_MET
+    hidden: Ids = field(default_factory=list)
+    """1 where pictures stand; empty where there are none"""
+
+    def grown(self, before: int, after: int) -> None:
+        """Tokens that are none of a picture's were put around."""
+        self.hidden = [0] * before + self.hidden + [0] * after if self.hidden else []
 
 
-def tokenised_mask(row: Mapping[str, Any], completion_only: bool | None = None, assistant_only: bool = False) -> Ids:
-    """The loss mask of a row that is tokenised already.
+def tokenised_mask(
+    row: Mapping[str, Any], ids: Ids, completion_only: bool | None = None, assistant_only: bool = False
+) -> Ids:
+    """The loss mask of a row with these `input_ids`, which is tokenised already.
 
     From `loss_mask`, else `labels` (-100 = not learned), else `completion_mask` (unless `completion_only` is False) and
     `assistant_masks` (if `assistant_only`), else every token. A wish that the row cannot meet is a ValueError.
     """
-    ids = ids_of(row, "input_ids")
     if row.get("loss_mask") is not None:
         return mask_for(row, "loss_mask", ids)
     if row.get("labels") is not None:
@@ -80,9 +88,13 @@ def tokenised_mask(row: Mapping[str, Any], completion_only: bool | None = None, 
     return mask
 
 
-def supervised_row(row: Mapping[str, Any]) -> dict[str, Ids]:
-    """`input_ids` and `loss_mask` of one tokenised row; padding (attention_mask 0) is taken out."""
-    ids, mask = ids_of(row, "input_ids"), tokenised_mask(row)
+def supervised_row(row: Mapping[str, Any], pictured: bool = False) -> dict[str, Ids]:
+    """`input_ids` and `loss_mask` of one tokenised row; padding (attention_mask 0) is taken out.
+
+    pictured: its tokens may be those of pictures, which are never learned.
+    """
+    ids = ids_of(row, "input_ids", pictured)
+    mask = [m & (own >= 0) for m, own in zip(tokenised_mask(row, ids), ids, strict=True)]
     if row.get("attention_mask") is not None:
         attended = mask_for(row, "attention_mask", ids)
         ids = [i for i, a in zip(ids, attended, strict=True) if a]
@@ -91,7 +103,7 @@ def supervised_row(row: Mapping[str, Any]) -> dict[str, Ids]:
 
 
 def format_rows(dataset: Any, formatting_func: Callable[[Any], Any], name: str = "train") -> Any:
-    """The data set as rows with one column `text` that `formatting_func` makes.
+    """The data set as rows with a column `text` that `formatting_func` makes, and their columns of pictures.
 
     The function takes a row and returns a text, or takes a batch (a dict of lists) and returns a list of texts; which
     of the two is found out with the first row.
@@ -111,13 +123,15 @@ def format_rows(dataset: Any, formatting_func: Callable[[Any], Any], name: str =
     def one(row: dict[str, Any]) -> dict[str, Any]:
         return {"text": formatting_func(row)}
 
+    names = column_names(dataset, name)
+    pictures = [column for column in COLUMNS if column in names]
     if isinstance(dataset, Dataset | IterableDataset):
-        names = column_names(dataset, name)
-        return dataset.map(one, batched=batched, remove_columns=names)
-    if batched:
-        columns = {column: [row.get(column) for row in dataset] for column in column_names(dataset, name)}
-        return [{"text": text} for text in formatting_func(columns)]
-    return [one(row) for row in dataset]
+        return dataset.map(one, batched=batched, remove_columns=[own for own in names if own not in pictures])
+    texts = [formatting_func(row) for row in dataset] if not batched else None
+    if texts is None:
+        texts = formatting_func({column: [row.get(column) for row in dataset] for column in names})
+    kept = [{column: row[column] for column in pictures if column in row} for row in dataset]
+    return [{"text": text, **own} for text, own in zip(texts, kept, strict=True)]
 
 
 def _in_parts(row: Row) -> Row:
@@ -147,7 +161,10 @@ class SupervisedJob(RowJob):
     """makes the text of a row or the texts of a batch, in place of `text_field`"""
 
     accepts = (RowKind.TOKENIZED, RowKind.MESSAGES, RowKind.PROMPT_COMPLETION, RowKind.TEXT)
-    features = {"input_ids": IDS, "loss_mask": MASK}  # noqa: RUF012
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"input_ids": self.ids, "loss_mask": MASK}
 
     def options(self) -> tuple[Any, ...]:
         return (
@@ -167,8 +184,7 @@ class SupervisedJob(RowJob):
         job.format, job.name = detect_format(dataset, self.accepts, text_field=job.text_field, name=name), name
         if job.format.kind is RowKind.TOKENIZED and _LENGTHS in column_names(dataset, name):
             job.keep = (*(self.keep or ()), _LENGTHS)
-        job.keep_nulls = isinstance(dataset, list | tuple)
-        kind = job.format.kind
+        dataset, kind = job.opened(dataset), job.format.kind
         if self.completion_only_loss and kind in (RowKind.TEXT, RowKind.MESSAGES):
             raise ValueError(
                 f"completion_only_loss=True needs the columns 'prompt' and 'completion'; the {name} data set has "
@@ -200,11 +216,15 @@ class SupervisedJob(RowJob):
         sequences = []
         for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
-                mask = tokenised_mask(row, self.completion_only_loss, self.assistant_only_loss)
-                plain = supervised_row({**row, "loss_mask": mask})
+                ids = self.tokenised_ids(row, "input_ids")
+                mask = tokenised_mask(row, ids, self.completion_only_loss, self.assistant_only_loss)
+                plain = supervised_row({**row, "loss_mask": mask}, self.pictures is not None)
                 if row.get(_LENGTHS) is not None:
                     self._check_packed(row, plain)
-            sequences.append(_Sequence(plain["input_ids"], plain["loss_mask"]))
+            ids = plain["input_ids"]
+            pictures = pictures_among(ids)
+            hidden = [int(own < 0) for own in ids] if pictures else []
+            sequences.append(_Sequence(ids, plain["loss_mask"], met=Met(pictures=len(pictures)), hidden=hidden))
         return sequences
 
     def _check_packed(self, row: Row, plain: dict[str, Ids]) -> None:
@@ -223,49 +243,72 @@ class SupervisedJob(RowJob):
             plain["loss_mask"][start] = 0
 
     def _texts(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
-        texts = []
+        texts, flags = [], []
         for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
-                texts.append(text_of(row, self.text_field))
+                row = self.with_numbers(row)
+                texts.append(self.shown(text_of(row, self.text_field), row.get(NUMBERS, [])))
+                flags.append(RowFlag(row.get(FLAGS, 0)))
         sequences = []
-        for text, ids in zip(texts, self.encoder.encode(texts), strict=True):
-            sequence = self._opened(ids)
+        encoded = self.pictured(texts, self.encoder.encode([one.text for one in texts]), indices)
+        for one, (ids, hidden), flag in zip(texts, encoded, flags, strict=True):
+            sequence = self._opened(ids, hidden)
             sequence.mask = [1] * len(sequence.ids)
-            self._close(sequence, text)
-            if not text.strip():
-                sequence.flags |= RowFlag.EMPTY_COMPLETION
+            self._close(sequence, one.text)
+            sequence.flags |= flag | (RowFlag.EMPTY_COMPLETION if not one.text.strip() else NO_FLAGS)
+            sequence.met = Met(pictures=len(one.numbers))
             sequences.append(sequence)
         return sequences
 
-    def _opened(self, ids: Ids) -> _Sequence:
+    def _opened(self, ids: Ids, hidden: Ids) -> _Sequence:
         opened, double = self.encoder.open_row(ids) if self.add_special_tokens else (ids, False)
-        return _Sequence(list(opened), [], RowFlag.DOUBLE_BOS if double else NO_FLAGS)
+        sequence = _Sequence(list(opened), [], RowFlag.DOUBLE_BOS if double else NO_FLAGS, hidden=hidden)
+        sequence.grown(len(opened) - len(ids), 0)
+        return sequence
 
     def _close(self, sequence: _Sequence, text: str) -> None:
         if self.add_eos and needs_closing(self.encoder, sequence.ids, text):
             sequence.ids += self.encoder.tail
             sequence.mask += [1] * len(self.encoder.tail)
+            sequence.grown(0, len(self.encoder.tail))
 
     def _texts_of(self, row: Row) -> Answered[str]:
+        row = self.with_numbers(row)
         if not self.format.conversational:
-            return self.plain(row, ("completion",))
+            return self.counted(row, self.plain(row, ("completion",)), row.get(NUMBERS, []))
         row = _in_parts(row)
-        return self.rendered(row, messages_of(row, "prompt"), [messages_of(row, "completion")])
+        prompt, completion = messages_of(row, "prompt"), messages_of(row, "completion")
+        messages, numbers = self.placed(row, prompt + completion)
+        prompt, completion = messages[: len(prompt)], messages[len(prompt) :]
+        return self.counted(row, self.rendered(row, prompt, [completion]), numbers)
+
+    def _shown(self, one: Answered[str], everything: bool) -> tuple[Shown, Shown]:
+        """Prompt and completion with the row's pictures; `everything`: all of the completion is learned."""
+        (answer,) = one.answers
+        shared = 0 if self.pictures is None else one.prompt.count(self.pictures.placeholder)
+        spans = [(0, len(answer))] if everything else one.said[0]
+        return self.shown(one.prompt, one.pictures[:shared]), self.shown(answer, one.pictures[shared:], spans)
 
     def _answers(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
-        texts = []
+        everything = self.completion_only_loss is False or self.learn_tool_results or not self.format.conversational
+        texts, shown = [], []
         for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
                 texts.append(self._texts_of(row))
-        prompts = self.encoder.encode([one.prompt for one in texts])
-        everything = self.completion_only_loss is False or self.learn_tool_results or not self.format.conversational
-        said = [[(0, len(one.answers[0]))] if everything else one.said[0] for one in texts]
-        answers = self.encoder.continuations_with_masks([one.answers[0] for one in texts], said)
+                shown.append(self._shown(texts[-1], everything))
+        asked, said = [one for one, _ in shown], [one for _, one in shown]
+        prompts = self.pictured(asked, self.encoder.encode([one.text for one in asked]), indices)
+        masked = self.encoder.continuations_with_masks([one.text for one in said], [one.spans for one in said])
+        answers = self.pictured(said, [ids for ids, _ in masked], indices, continuing=True)
         sequences = []
-        for prompt_ids, (answer_ids, mask), one in zip(prompts, answers, texts, strict=True):
-            sequence = _Sequence(prompt_ids, []) if self.format.conversational else self._opened(prompt_ids)
+        for prompt, answer, (_, mask), one in zip(prompts, answers, masked, texts, strict=True):
+            sequence = (
+                _Sequence(prompt[0], [], hidden=prompt[1]) if self.format.conversational else self._opened(*prompt)
+            )
+            if prompt[1] or answer[1]:
+                sequence.hidden = (sequence.hidden or [0] * len(sequence.ids)) + (answer[1] or [0] * len(answer[0]))
             sequence.mask = [int(self.completion_only_loss is False)] * len(sequence.ids) + mask
-            sequence.ids = sequence.ids + answer_ids
+            sequence.ids = sequence.ids + answer[0]
             sequence.flags |= one.flags
             sequence.met = one.met
             if not self.format.conversational:
@@ -274,31 +317,37 @@ class SupervisedJob(RowJob):
         return sequences
 
     def _conversations(self, rows: list[Row], indices: Sequence[int]) -> list[_Sequence]:
-        texts, spans, flags, met = [], [], [], []
+        texts, flags, met = [], [], []
         for index, row in zip(indices, rows, strict=True):
             with self.at_row(index):
+                row = self.with_numbers(row)
                 messages, first, flag = self._messages(row)
+                messages, numbers = self.placed(row, messages)
                 tools, template = read_tools(row.get("tools"), self.keep_nulls), self.template.of_row(row)
                 if self.assistant_only_loss:
-                    text, row_spans, reading = template.conversation(messages, tools, first)
+                    text, spans, reading = template.conversation(messages, tools, first)
                 else:
                     reading = template.read(messages, tools, strict=False)
-                    text, row_spans = reading.text, [(0, len(reading.text))]
-                met.append(met_of(reading, len(messages)))
-                flag |= flags_of(reading, met[-1])
+                    text, spans = reading.text, [(0, len(reading.text))]
+                met.append(met_of(reading, len(messages))._replace(pictures=len(numbers)))
+                flag |= flags_of(reading, met[-1]) | RowFlag(row.get(FLAGS, 0))
                 if not self.assistant_only_loss:
                     flag &= ~RowFlag.REWRITTEN  # no turn is told apart
                     unheard = any(m["role"] == "assistant" and not is_learned(m) for m in messages)
                     flag |= RowFlag.UNREAD_WEIGHTS if unheard else flag
                 flag |= RowFlag.EMPTY_COMPLETION if says_nothing(messages) else flag
-                texts.append(text)
-                spans.append(row_spans)
+                texts.append(self.shown(text, numbers, spans))
                 flags.append(flag)
+        plain = [one.text for one in texts]
         if self.assistant_only_loss:
-            encoded = self.encoder.encode_with_masks(texts, spans)
+            masked = self.encoder.encode_with_masks(plain, [one.spans for one in texts])
         else:
-            encoded = [(ids, [1] * len(ids)) for ids in self.encoder.encode(texts)]
-        return [_Sequence(*one, flag, own) for one, flag, own in zip(encoded, flags, met, strict=True)]
+            masked = [(ids, [1] * len(ids)) for ids in self.encoder.encode(plain)]
+        encoded = self.pictured(texts, [ids for ids, _ in masked], indices)
+        return [
+            _Sequence(ids, mask, flag, own, hidden)
+            for (ids, hidden), (_, mask), flag, own in zip(encoded, masked, flags, met, strict=True)
+        ]
 
     def _messages(self, row: Row) -> tuple[Messages, int, RowFlag]:
         """The conversation, the first message that can be learned, and whether its prompt is empty."""
@@ -313,22 +362,30 @@ class SupervisedJob(RowJob):
         return messages_of({column: converted["messages"]}, column), 0, NO_FLAGS
 
     def _finish(self, sequence: _Sequence) -> Made:
-        ids, mask, flags = sequence.ids, sequence.mask, sequence.flags
+        ids, mask, flags, hidden = sequence.ids, sequence.mask, sequence.flags, sequence.hidden
         single = self.encoder.without_double_bos(ids)
         if len(single) < len(ids):
-            ids, mask, flags = single, mask[len(ids) - len(single) :], flags | RowFlag.DOUBLE_BOS
+            double, flags = len(ids) - len(single), flags | RowFlag.DOUBLE_BOS
+            ids, mask, hidden = single, mask[double:], hidden[double:]
+        mask = [m & ~h for m, h in zip(mask, hidden, strict=True)] if hidden else mask
         mask = [0, *mask[1:]] if mask else []
-        had_any = any(mask)
-        kept, kept_mask = self.limits.fit_row(ids, mask, self.pinned(ids))
+        had_any, pinned = any(mask), self.pinned(ids)
+        kept, kept_mask = self.limits.fit_row(ids, mask, pinned)
         kept_mask = [0, *kept_mask[1:]] if kept_mask else []
         if len(kept) < len(ids):
             flags |= RowFlag.TRUNCATED
         if not any(kept_mask):
             flags |= RowFlag.ANSWER_CUT if had_any else RowFlag.UNLEARNED
+        elif hidden and self._spoils(hidden, pinned):
+            flags |= RowFlag.PICTURE_CUT
         elif len(kept) == len(ids):
             flags |= self._stop_flag(kept, kept_mask)
         columns, learned = {"input_ids": kept, "loss_mask": kept_mask}, sum(kept_mask)
         return Made(columns, flags, len(ids) - len(kept), len(kept), learned, sequence.met)
+
+    def _spoils(self, hidden: Ids, pinned: int) -> bool:
+        kept, _ = self.limits.fit_row(hidden, hidden, pinned)
+        return spoils(hidden, kept, pinned, self.limits.truncation_mode == "keep_end")
 
     def _stop_flag(self, ids: Ids, mask: Ids) -> RowFlag:
         if not self.stops or (not self.add_eos and not self.format.conversational):

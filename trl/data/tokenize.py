@@ -21,8 +21,9 @@ from datasets.fingerprint import Hasher, generate_random_fingerprint
 
 from trl.data.columns import unwrapped
 from trl.data.formats import Format, check_rows, column_names, first_row, refuse_splits
-from trl.data.report import Met, RowFlag, RowNote, TokenizationReport
-from trl.data.row_job import Made, Row, RowJob
+from trl.data.picture_rows import types_of
+from trl.data.report import Met, RowNote, TokenizationReport
+from trl.data.row_job import LEFT_OUT, Made, Row, RowJob
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,12 @@ def tokenize(
     if not has_rows(dataset, name):
         return dataset, report
     check_rows(dataset, name)
-    dataset, job = job.reading(as_shown(dataset, name), name)
+    given = as_shown(dataset, name)
+    dataset, job = job.reading(given, name)
     columns = column_names(dataset, name)
     keep = tuple(c for c in (columns if job.keep is None else job.keep) if c in columns and c not in job.features)
     if isinstance(dataset, Dataset):
-        mapped: Any = _map_dataset(dataset, job, keep, report, num_proc, batch_size, name)
+        mapped: Any = _map_dataset(dataset, job, types_of(dataset, given, keep), report, num_proc, batch_size, name)
     elif isinstance(dataset, IterableDataset):
         first = list(islice(dataset, batch_size))
         report.partial = True
@@ -245,13 +247,14 @@ def _map_list(
 def _map_dataset(
     dataset: Dataset,
     job: RowJob,
-    keep: tuple[str, ...],
+    types: Mapping[str, Any],
     report: TokenizationReport,
     num_proc: int | None,
     batch_size: int,
     name: str,
 ) -> Dataset:
-    features = {column: dataset.features[column] for column in keep} | job.features
+    """The data set with the job's columns, and those that it keeps, which have these types."""
+    keep, features = tuple(types), {**types, **job.features}
     mapped = dataset.map(
         _BatchedJob(job, keep, counted=True),
         with_indices=True,
@@ -267,6 +270,5 @@ def _map_dataset(
     report.add(*counts)
     mapped = mapped.remove_columns(list(_COUNTS))
     if report.left_out and report.left_out < report.rows:
-        gone = int(RowFlag.UNLEARNED | RowFlag.ANSWER_CUT)
-        mapped = mapped.select(np.flatnonzero((counts[0].astype(np.int64) & gone) == 0))
+        mapped = mapped.select(np.flatnonzero((counts[0].astype(np.int64) & int(LEFT_OUT)) == 0))
     return mapped

@@ -114,16 +114,18 @@ class Places:
         logits_RV = self.forward()
         drawn = pick(
             logits_RV, self.engine.stepper.params, uniforms_on_device(self.key_R, self.count_R), self.seen_RV,
-            self._forbidden(logits_RV),
+            self._forbidden(logits_RV), self.engine.stepper.barred,
         )  # fmt: skip
         self._append(*drawn)
 
     def _forbidden(self, logits_RV: Tensor) -> Tensor | None:
         params, ends = self.engine.stepper.params, self.engine.ends
-        if not params.min_new_tokens or not len(ends):
+        barred = self.engine.stepper.barred_before_filters
+        if barred is None and (not params.min_new_tokens or not len(ends)):
             return None
         early_R1 = (self.count_R < params.min_new_tokens)[:, None]
-        return torch.zeros_like(logits_RV, dtype=torch.bool).index_fill(1, ends, True) & early_R1
+        forbidden_RV = torch.zeros_like(logits_RV, dtype=torch.bool).index_fill(1, ends, True) & early_R1
+        return forbidden_RV if barred is None else forbidden_RV.index_fill(1, barred, True)
 
     def _append(self, token_R: Tensor, logprob_R: Tensor, raw_R: Tensor) -> None:
         runs_R = self.runs_R

@@ -59,13 +59,15 @@ AttentionInterface.register(NAME, attention)
 def cached_attention(model: torch.nn.Module) -> Iterator[None]:
     """Within it the model computes its attention by the sampler's cache, layer by layer as they are written.
 
-    Its own implementation comes back; layers that torch compiles are for passes of training.
+    Its own implementation comes back; layers that torch compiles are for passes of training. What reads pictures for
+    the model keeps its own attention: its tokens are not the cache's.
     """
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
+    beside = _beside_text(configs[0]) if configs else set()
     try:
-        for config in configs:
-            config._attn_implementation = NAME
+        for config, own in zip(configs, before, strict=True):  # a configuration hands its own on to those in it
+            config._attn_implementation = own if id(config) in beside else NAME
         with uncompiled(model):
             yield
     finally:
@@ -76,18 +78,26 @@ def cached_attention(model: torch.nn.Module) -> Iterator[None]:
 def _configs(model: torch.nn.Module) -> list[Any]:
     """Every configuration that names an attention implementation, parents before children."""
     found: dict[int, Any] = {}
-
-    def visit(config: Any) -> None:
-        if id(config) not in found:
-            found[id(config)] = config
-            for name in getattr(config, "sub_configs", {}):
-                if getattr(config, name, None) is not None:
-                    visit(getattr(config, name))
-
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            visit(module.config)
+            found |= {id(config): config for config in _within(module.config) if id(config) not in found}
     return list(found.values())
+
+
+def _within(config: Any) -> Iterator[Any]:
+    """A configuration and those in it."""
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            yield from _within(getattr(config, name))
+
+
+def _beside_text(whole: Any) -> set[int]:
+    """The ids of the configurations in this one that neither hold that of the text's decoder nor belong to it."""
+    text = whole.get_text_config(decoder=True)
+    of_text = {id(each) for each in _within(text)}
+    holding = {id(each) for each in _within(whole) if any(inner is text for inner in _within(each))}
+    return {id(each) for each in _within(whole)} - of_text - holding
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,8 @@ class Piece:
     """the shared start"""
     place: tuple[PromptBlock, int] | None = None
     """where the prompt's keys and values go; None for a shared start, whose prompts keep copies of it"""
+    both_ways: Sequence[tuple[int, int]] = ()
+    """places in the prompt, from start to end, of tokens that see each other whichever comes first"""
 
 
 @dataclass(slots=True)
@@ -120,7 +132,8 @@ class Prefill:
                 block, slot = piece.place
                 block.write(layer, slot, keys[0], values[0])
             own = query[:, :, piece.start : piece.end]
-            out[piece.start : piece.end] = causal_attention(own, keys, values, features)[0].transpose(0, 1)
+            seen = causal_attention(own, keys, values, features, piece.both_ways)
+            out[piece.start : piece.end] = seen[0].transpose(0, 1)
         return out[None]
 
 
@@ -286,13 +299,17 @@ def partial_attention(
     return torch.bmm(probs.to(value_XKD.dtype), value_XKD), log_partition(scores, probs)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
-    """Attention of a sequence's last tokens, or of all, to it: [1, heads, N, D] each."""
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, features: Features, both_ways: Sequence[tuple[int, int]] = ()
+) -> Tensor:
+    """Attention of a sequence's last tokens, or of all, to it: [1, heads, N, D] each. both_ways: see `Piece`."""
     new, length = query.shape[2], key.shape[2]
     window, seen = features.window, None
-    if new < length or (window is not None and window < length):
+    if both_ways or new < length or (window is not None and window < length):
         seen = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
         seen = seen if window is None else seen.triu(length - new + 1 - window)
+        for start, end in both_ways:
+            seen[max(start + new - length, 0) : max(end + new - length, 0), start:end] = True
     return attend(
         query, key, value, seen, causal=seen is None, scale=features.scaling, softcap=features.softcap,
         sinks=features.sinks_H,

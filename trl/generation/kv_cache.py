@@ -18,12 +18,20 @@ class Prompt:
     """A prompt in the cache, and the rows that continue it."""
 
     ids: Sequence[int]
+    """those of its pictures are negative, see `data.pictures`"""
+    axes_AN: Tensor | None = None
+    """positions of its tokens where those of a picture have axes; None: their places"""
     rows: list[int] = field(default_factory=list)
     """slots of the running rows"""
     waiting: int = 0
     """rows that have not started yet"""
     logits_V: Tensor | None = None
     """logits of the first token; kept while rows wait"""
+
+    @property
+    def ahead(self) -> int:
+        """How far the positions of tokens that follow are from their places: a picture counts by its longest side."""
+        return 0 if self.axes_AN is None else int(self.axes_AN.max()) + 1 - len(self.ids)
 
 
 class PromptBlock:

@@ -1,7 +1,9 @@
 """Whether the local engine computes what a model computes: one probe of the rows that `models.forward` probes too."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from trl.models.forward import (
     eval_no_grad,
     in_float32,
     note,
+    padded_inputs_of,
     plan_of,
     probe_rows,
     runs_in_float32,
@@ -84,14 +87,21 @@ def _compare(model: Any, config: Any) -> str | None:
     strange = _strange_layers(config, windows)
     if strange is not None:
         return strange
-    plain_SV, precision = _plain(model, packed)
+    return _differ(model, ours_SV, lambda: _ours(model, packed)[0], lambda: _plain(model, packed))
+
+
+def _differ(
+    model: Any, ours_SV: Tensor, ours: Callable[[], Tensor], plain: Callable[[], tuple[Tensor, str]]
+) -> str | None:
+    """That the engine's logits are not a plain forward's, by more than rounding; None where they are."""
+    plain_SV, precision = plain()
     difference = _far(ours_SV, plain_SV)
     if difference <= TOLERANCES[precision].logits:
         return None
     if precision not in EXACT and runs_in_float32(model):  # rounding adds up in many layers
         with in_float32(model):
-            exact_SV, _ = _plain(model, packed)
-            off = _far(_ours(model, packed)[0], exact_SV)
+            exact_SV, _ = plain()
+            off = _far(ours(), exact_SV)
         if off <= TOLERANCES["float32"].logits and difference <= MOST_ROUNDING * _far(plain_SV, exact_SV):
             return None
     return f"its logits differ from a plain forward's by {difference:.1e} standard deviations"
@@ -114,6 +124,57 @@ def _ours(model: Any, packed: PackedBatch) -> tuple[Tensor, dict[int, int | None
             return by_captured(model, packed)
         engine = Engine(model, packed.ids_N.device)
         return _by_engine(engine, packed), engine.layers
+
+
+# -- pictures ----------------------------------------------------------------------------------
+
+CAUSAL, BOTH_WAYS, NOT_HERE = "causal", "both ways", ""
+"""a token of a picture sees those before it, or all of the picture; or the engine's logits are not the model's"""
+
+
+def how_it_reads_pictures(model: Any) -> str:
+    """How the engine reads the pictures of a prompt so that its logits are the model's; found out once, said once."""
+    network = below_value_head(model)
+    plan = plan_of(network)
+    if plan.reads_pictures is None:
+        found, why = _compare_pictures(network)
+        plan = note(network, replace(plan_of(network), reads_pictures=found))
+        if found == NOT_HERE:
+            logger.warning(
+                "%s: the local engine does not read pictures as the model does (%s). Prompts with pictures are sampled "
+                "by its own `generate`, which is slower; prompts of text as before.",
+                type(below_peft(network)).__name__,
+                why,
+            )
+    assert plan.reads_pictures is not None
+    return plan.reads_pictures
+
+
+def _compare_pictures(model: Any) -> tuple[str, str]:
+    """By rows with two sample pictures, each of which the model's own call reads alone; and why none is the same."""
+    from trl.models.pictures import each_alone, picture_rows
+
+    packed = picture_rows(model)
+    alone = each_alone(packed)
+
+    def ours(way: str) -> Tensor:
+        with eval_no_grad(model), cached_attention(model):
+            return _by_engine(Engine(model, packed.ids_N.device, both_ways=way == BOTH_WAYS), packed)
+
+    def plain() -> tuple[Tensor, str]:
+        with eval_no_grad(model):
+            logits = [model(**padded_inputs_of(model, row)).logits[0, row.scored_S] for row in alone]
+            return torch.cat(logits), precision_of(model)
+
+    reasons = []
+    try:
+        for way in (CAUSAL, BOTH_WAYS):
+            reasons.append(_differ(model, ours(way), partial(ours, way), plain))
+            if reasons[-1] is None:
+                return way, ""
+    except PROBE_ERRORS as error:
+        return NOT_HERE, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return NOT_HERE, str(reasons[0])
 
 
 def _texts(packed: PackedBatch) -> tuple[list[tuple[int, ...]], list[list[int]]]:

@@ -92,6 +92,21 @@ class Stepper:
         self.end_tokens = frozenset(end_tokens)
         self.stop_strings = stop_strings
         self.end_index = torch.tensor(sorted(end_tokens), dtype=torch.long, device=device)
+        self.barred: Tensor | None = None
+
+    def bar(self, tokens: Sequence[int]) -> None:
+        """These are never sampled: a picture's token without a picture has no meaning.
+
+        Log-probabilities are of the distribution with them, as a trainer computes them, unless filters choose the
+        words: then they are not among the chosen.
+        """
+        if tokens:
+            self.barred = torch.tensor(tokens, dtype=torch.long, device=self.end_index.device)
+
+    @property
+    def barred_before_filters(self) -> Tensor | None:
+        params = self.params
+        return self.barred if params.top_k or params.top_p < 1 or params.min_p else None
 
     def advance(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
         """Pick a token for each row and append it; returns the tokens. No row may be done already."""
@@ -123,7 +138,8 @@ class Stepper:
             filtered_RV = filter_logits(logits_RV, self.params, seen_RV, forbidden_RV)
             for row, left_V in zip(rows, (filtered_RV > -torch.inf).cpu(), strict=True):
                 row.kept.append([] if left_V.all() else left_V.nonzero().flatten().tolist())
-        return pick(logits_RV, self.params, self._uniforms(rows, logits_RV.device), seen_RV, forbidden_RV)
+        uniform_R = self._uniforms(rows, logits_RV.device)
+        return pick(logits_RV, self.params, uniform_R, seen_RV, forbidden_RV, self.barred)
 
     def _uniforms(self, rows: Sequence[Row], device: torch.device) -> Tensor:
         drawn = uniforms([row.key for row in rows], [len(row.ids) for row in rows])
@@ -135,17 +151,20 @@ class Stepper:
         for row in rows:
             if row.seen_V is None:
                 row.seen_V = torch.zeros(logits_RV.shape[-1], dtype=torch.bool, device=logits_RV.device)
-                row.seen_V[torch.tensor([*row.prompt, *row.ids], device=logits_RV.device)] = True
+                seen = [token for token in (*row.prompt, *row.ids) if token >= 0]  # a picture is no word
+                row.seen_V[torch.tensor(seen, dtype=torch.long, device=logits_RV.device)] = True
         return torch.stack([row.seen_V for row in rows if row.seen_V is not None])
 
     def _forbidden(self, rows: Sequence[Row], logits_RV: Tensor) -> Tensor | None:
-        early = [len(row.ids) < self.params.min_new_tokens for row in rows]
-        if not any(early) or not self.end_tokens:
+        early, barred = [len(row.ids) < self.params.min_new_tokens for row in rows], self.barred_before_filters
+        ends = any(early) and bool(self.end_tokens)
+        if not ends and barred is None:
             return None
         forbidden_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
-        known = self.end_index[self.end_index < logits_RV.shape[-1]]  # old scripts name one that never comes
-        forbidden_RV[:, known] = torch.tensor(early, device=logits_RV.device)[:, None]
-        return forbidden_RV
+        if ends:
+            known = self.end_index[self.end_index < logits_RV.shape[-1]]  # old scripts name one that never comes
+            forbidden_RV[:, known] = torch.tensor(early, device=logits_RV.device)[:, None]
+        return forbidden_RV if barred is None else forbidden_RV.index_fill(1, barred, True)
 
     def finish(self, rows: Sequence[Row]) -> None:
         """Say of each row whether its last token ended it, and why."""
@@ -162,22 +181,31 @@ class Stepper:
 
 
 def pick(
-    logits_RV: Tensor, params: SamplingParams, uniform_R: Tensor, seen_RV: Tensor | None, forbidden_RV: Tensor | None
+    logits_RV: Tensor,
+    params: SamplingParams,
+    uniform_R: Tensor,
+    seen_RV: Tensor | None,
+    forbidden_RV: Tensor | None,
+    barred: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Stepper.pick`; nothing waits for the device. seen_RV, forbidden_RV: see `filter_logits`."""
+    """See `Stepper.pick`; nothing waits for the device. seen_RV, forbidden_RV: see `filter_logits`; barred: `bar`."""
+
+    def without(values_RV: Tensor, nothing: float) -> Tensor:
+        return values_RV if barred is None else values_RV.index_fill(1, barred, nothing)
+
     probs_RV = logits_RV.softmax(-1)
     if not params.reshapes:
-        tokens_R = inverse_cdf(probs_RV, uniform_R)
+        tokens_R = inverse_cdf(without(probs_RV, 0.0), uniform_R)
         logprobs_R = logprobs_of(tokens_R, probs_RV)
         return tokens_R, logprobs_R, logprobs_R
     raw_R = -log_partition(logits_RV, probs_RV)
     filtered_RV = filter_logits(logits_RV, params, seen_RV, forbidden_RV)
     if params.temperature == 0:
-        tokens_R = filtered_RV.argmax(-1)
+        tokens_R = without(filtered_RV, -torch.inf).argmax(-1)
         logprobs_R = torch.zeros_like(raw_R)
     else:
         probs_RV = filtered_RV.softmax(-1)
-        tokens_R = inverse_cdf(probs_RV, uniform_R)
+        tokens_R = inverse_cdf(without(probs_RV, 0.0), uniform_R)
         logprobs_R = logprobs_of(tokens_R, probs_RV)
     return tokens_R, logprobs_R, raw_R + logits_RV.gather(1, tokens_R[:, None]).squeeze(1)
 

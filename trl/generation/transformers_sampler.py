@@ -17,13 +17,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from trl.data.pictures import read_by
 from trl.data.records import Completion
+from trl.generation.engine import has_pictures, picture_tokens
 from trl.generation.probe import generates
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.kernels.layers import uncompiled
-from trl.models.forward import eval_no_grad
+from trl.models.forward import eval_no_grad, introduce
 from trl.models.prepare import context_length
 from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder, learns_prompt, own_pace, reads_rows
 
@@ -50,7 +52,8 @@ class TransformersSampler:
         self.model = below_value_head(model)
         if not getattr(below_peft(self.model), "can_generate", lambda: False)():
             raise ValueError(f"{type(below_peft(self.model)).__name__} has no `generate`: give a model that has one")
-        self.tokenizer = tokenizer
+        self.tokenizer = read_by(tokenizer)
+        introduce(self.model, self.tokenizer)
         self.max_rows = max_rows
         self.on_tokens = on_tokens
 
@@ -63,6 +66,7 @@ class TransformersSampler:
         device = next(self.model.parameters()).device
         ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)
         stepper = Stepper(params, ends, StopStrings.of(params, self.tokenizer), device, self.on_tokens)
+        stepper.bar(picture_tokens(self.model))
         by_length = sorted((row for group in groups for row in group), key=lambda row: len(row.prompt))
         with eval_no_grad(self.model), uncompiled(self.model), _PlainConfig(base):
             for rows in self._batches(by_length, context):
@@ -100,18 +104,29 @@ class TransformersSampler:
         # token, because transformers has renamed the cache. So it runs without one. It also finds where an adapter that
         # begins at certain tokens does so. Other adapters are layers.
         virtual, base = learns_prompt(self.model), below_peft(self.model)
+        inputs = self._inputs(rows, ids.to(device), mask.to(device))
         model: Any = self.model if virtual or reads_rows(self.model) else base
         prefix = base.register_forward_pre_hook(_only_the_prefix, with_kwargs=True) if virtual else None
         try:
             model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(row.limit for row in rows),
-                do_sample=False, use_cache=generates(self.model).with_cache and not virtual,
+                **inputs, max_new_tokens=max(row.limit for row in rows), do_sample=False,
+                use_cache=generates(self.model).with_cache and not virtual,
                 logits_processor=LogitsProcessorList([_Choose(rows, stepper)]),
                 stopping_criteria=StoppingCriteriaList([_Done(rows)]), **own_pace(model),
             )  # fmt: skip
         finally:
             if prefix is not None:
                 prefix.remove()
+
+    def _inputs(self, rows: list[Row], ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
+        """What `generate` reads; the pictures of each row are encoded for this row."""
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        if not any(has_pictures(row.prompt) for row in rows):
+            return inputs
+        from trl.models.pictures import as_placeholders, keywords  # which prompts of text do without
+
+        shown = keywords(self.model, ids_BL, repeated=True)
+        return {**inputs, **shown, "input_ids": as_placeholders(self.model, ids_BL)}
 
 
 def _only_the_prefix(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl.data.thumbnails import FOLDER, Thumbnail, read_back
 from trl.rollout.reward_check import FILE
 from trl.trainer.checkpoints import PREFIX
 from trl.trainer.run_folder import CONFIG, RECORD, is_live
@@ -51,6 +52,8 @@ class Samples:
     step: int
     rows: list[dict[str, Any]]
     """`prompt`, `completion`, and numbers by their names"""
+    pictures: list[list[Thumbnail]] = field(default_factory=list)
+    """of each row"""
 
 
 @dataclass
@@ -233,8 +236,18 @@ def read_samples(folder: Path, skipped: list[str]) -> list[Samples]:
             skipped.append(f"{files[place].name} could not be read ({' '.join(str(error).split())[:80]})")
             continue
         if rows:
-            found.append(Samples(int(rows[0].pop("step", 0) or 0), rows))
+            pictures = [_take_pictures(row, files[place].parent) for row in rows]
+            found.append(Samples(int(rows[0].pop("step", 0) or 0), rows, pictures))
     return found
+
+
+def _take_pictures(row: dict[str, Any], folder: Path) -> list[Thumbnail]:
+    """The thumbnails of a row, whose columns of paths are taken out of it."""
+    found = []
+    for name, value in list(row.items()):
+        if isinstance(value, list) and all(each is None or str(each).startswith(f"{FOLDER}/") for each in value):
+            found += [read_back(folder, path) for path in row.pop(name)]
+    return [each for each in found if each is not None]
 
 
 def _first_rows(file: Path) -> list[dict[str, Any]]:

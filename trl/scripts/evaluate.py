@@ -98,7 +98,7 @@ def measure(name: str, held: Any, judging: Any, judge: Any, dtype: str | None, s
     opened = open_model(name, dtype, wants=None)
     if opened.found.kind == LANGUAGE_MODEL and (held.talks or judging.chat):
         opened.spell_roles()
-    measures, answers = of_rows(opened, held), list[list[str]]()
+    found = Measured(name, of_rows(opened, held))
     writes = opened.found.kind == LANGUAGE_MODEL
     judged = bool(judging.rewards or judging.judge)
     if judged and not writes:
@@ -107,16 +107,16 @@ def measure(name: str, held: Any, judging: Any, judge: Any, dtype: str | None, s
         part = (
             held if judged else replace(held, dataset=held.dataset.select(range(min(samples, len(held)))), prompts=[])
         )
-        own, answers = of_samples(opened, part, judging)
-        measures += own if judged else []
-    elif not measures:
+        said = of_samples(opened, part, judging)
+        found = Measured(name, found.measures + (said.measures if judged else []), said.answers, said.pictures)
+    elif not found.measures:
         raise ValueError(f"--data {held.name}: it has prompts without answers; say --reward or --judge")
-    if judge is not None and answers:
+    if judge is not None and found.answers:
         given = given_answers(held)
         prompts = [row["prompt"] for row in prompts_of(held)]
-        rounds = [wins(judge, prompts, given, [one[k] for one in answers]) for k in range(judging.n)]
-        measures.append(Measure("wins over the rows", np.mean(rounds, axis=0), np.ones(len(held))))
-    return Measured(name, measures, answers)
+        rounds = [wins(judge, prompts, given, [one[k] for one in found.answers]) for k in range(judging.n)]
+        found.measures.append(Measure("wins over the rows", np.mean(rounds, axis=0), np.ones(len(held))))
+    return found
 
 
 def figures(lines: Sequence[tuple[Measure, Interval]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from trl.data.any_text import many
 from trl.reports.intervals import Measure
-from trl.scripts.generate import Turns, answered, prompt_row, read_rows
+from trl.scripts.generate import Turns, answered, check_sees, prompt_row, read_rows
 from trl.scripts.open_model import LANGUAGE_MODEL, Opened
 from trl.scripts.quiet import say
 from trl.scripts.sampling import Asked
@@ -62,6 +62,8 @@ class Measured:
     measures: list[Measure]
     answers: list[list[str]] = field(default_factory=list)
     """to each prompt"""
+    pictures: list[tuple[int, ...]] = field(default_factory=list)
+    """of each prompt, by their numbers"""
 
 
 def hold(data: str, split: str | None, limit: int | None) -> Held:
@@ -193,9 +195,10 @@ def prompts_of(held: Held) -> list[dict[str, Any]]:
     return held.prompts
 
 
-def of_samples(opened: Opened, held: Held, judging: Judging) -> tuple[list[Measure], list[list[str]]]:
+def of_samples(opened: Opened, held: Held, judging: Judging) -> Measured:
     """Rewards and lengths of what the model says to each prompt, and what that is."""
     rows, n = prompts_of(held), judging.n
+    check_sees(opened, rows)
     answers = list(answered(opened, rows, judging.asked, Turns(judging.chat), n=n, seed=judging.seed))
     texts = [[one.text for one in answers[start : start + n]] for start in range(0, len(answers), n)]
     ones = np.ones(len(rows))
@@ -204,7 +207,7 @@ def of_samples(opened: Opened, held: Held, judging: Judging) -> tuple[list[Measu
     lengths = [float(len(one.ids)) for one in answers]
     cut = [float(one.finish_reason == "length") for one in answers]
     measures += [Measure("answer tokens", _means(lengths, n), ones, 0), Measure("cut answers", _means(cut, n), ones, 0)]
-    return measures, texts
+    return Measured(opened.found.name, measures, texts, [one.pictures for one in answers[::n]])
 
 
 def _means(values: Sequence[float], n: int) -> np.ndarray:

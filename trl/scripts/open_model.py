@@ -47,7 +47,7 @@ class Found:
 
 @dataclass
 class Opened:
-    """A model and its tokenizer."""
+    """A model and its tokenizer, which knows the processor of a model that reads pictures."""
 
     found: Found
     model: Any
@@ -162,6 +162,7 @@ def open_found(found: Found, dtype: str | None) -> Opened:
     """Load what was found, on the accelerator where there is one."""
     import torch
 
+    from trl.models.forward import introduce
     from trl.models.peft_support import is_quantized
     from trl.models.prepare import load_model
 
@@ -174,7 +175,9 @@ def open_found(found: Found, dtype: str | None) -> Opened:
         model = load_model(found.place, auto_class_of(found), keywords, frozen=True, like=like)
     if not is_quantized(model):  # these lie where they were loaded
         model = model.to(device)
-    return Opened(found, model.eval().requires_grad_(False), tokenizer_of(found))
+    tokenizer = tokenizer_of(found)
+    introduce(model, tokenizer)
+    return Opened(found, model.eval().requires_grad_(False), tokenizer)
 
 
 @contextmanager

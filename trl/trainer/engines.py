@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from trl.data.pictures import processor_of
 from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.vllm.client import ServerEngine
 from trl.generation.vllm.colocate import ColocatedEngine
@@ -108,7 +109,7 @@ def _colocated(config: RolloutConfig, model: nn.Module, tokenizer: Any) -> Coloc
     with tempfile.TemporaryDirectory(prefix="trl-vllm-") as folder:
         place = _folder_of(base, Path(folder))
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            processor_of(tokenizer).save_pretrained(folder)
             settings["tokenizer"] = folder
         return ColocatedEngine.start(str(place), sleeps=config.vllm_enable_sleep_mode, **settings)
 

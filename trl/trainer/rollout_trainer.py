@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from trl.data.encode import Limits
 from trl.data.microbatches import collated, lengths_of, unasked_budget
+from trl.data.pictures import reader_of
 from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
@@ -693,6 +694,7 @@ class RolloutTrainer(ObjectiveTrainer):
         )
         self._check_sharding()
         self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
+        self._reads_pictures = reader_of(tokenizer) is not None
         self.sampler = self._made_sampler(tokenizer) if sampler is None else sampler
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self.rollout_func = rollout_func
@@ -1209,8 +1211,8 @@ class RolloutTrainer(ObjectiveTrainer):
         if rewards.logs.metrics:
             check_new_names(name for name in rewards.logs.metrics if not name.startswith("judge/"))
         rollout_report.record(self.record, self.record_extreme, rollout, rewards, group, self.collector.gather)
-        prompts = self.collector.prompt_texts(rows, group)
-        table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
+        prompts, step = self.collector.prompt_texts(rows, group), self.state.global_step + 1
+        table = rollout_report.table_of(step, rollout, prompts, rewards, learned, self._reads_pictures)
         if self.args.save_rollouts and len(rollout):
             self._write(state.rollouts, "rollouts", table)
         if self.args.log_completions and self.is_world_process_zero():
@@ -1264,7 +1266,8 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _write_unscored(self, number: int, rollout: Rollout, prompts: list[Any]) -> None:
         nothing = Rewards.none(len(rollout))
-        table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, nothing, {})
+        step = self.state.global_step + 1
+        table = rollout_report.table_of(step, rollout, prompts, nothing, {}, self._reads_pictures)
         self._write(number, "unscored", table)
 
     def _write(self, number: int, folder: str, table: rollout_report.Columns) -> None:

@@ -47,7 +47,7 @@ NO_EFFECT: dict[str, str] = {
     "transformers_continuous_batching_config": _CACHE,
     "cast_lm_head_to_fp32": "has no effect: log-probabilities are taken in float32 of logits in the weights' own "
     "precision; load the model in float32 for a head in float32",
-    "log_multimodal": "has no effect: rollouts hold text alone",
+    "log_multimodal": "has no effect: tables have marks for pictures, files of rollouts their thumbnails",
     "log_completions_hub_repo": "has no effect: upload `output_dir/rollouts`, where completions stay as Parquet files",
     "log_completions_steps": "has no effect: `log_completions=True` prints at each rollout",
     "vllm_device": "has no effect: vLLM runs on the trainer's device, or where its server does",

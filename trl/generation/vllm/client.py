@@ -21,6 +21,7 @@ import numpy as np
 
 from trl.data.records import Completion, VersionSpan
 from trl.generation.vllm.engine import About, EngineError, Request, Settings
+from trl.generation.vllm.pictures import as_parts, check_read
 from trl.import_utils import is_installed, pip_install
 
 logger = logging.getLogger(__name__)
@@ -108,9 +109,10 @@ class ServerEngine:
             body: dict[str, Any] = {"token_ids": list(map(int, request.prompt)), "sampling_params": request.params}
             if request.adapter is not None:
                 body["model"] = request.adapter
-            copies = request.params.get("n", 1)
+            if request.pictures:
+                body |= {"content_parts": as_parts(request.pictures), "return_token_ids": True}
             return self._ask(
-                self._url(place), "/inference/v1/generate", body, lambda answer: _completions(answer, copies)
+                self._url(place), "/inference/v1/generate", body, lambda answer: _completions(answer, request)
             )
 
         return self._together(ask, len(requests))
@@ -332,8 +334,9 @@ def _settings(answer: Any) -> Settings:
 # -- answers ---------------------------------------------------------------------------------------
 
 
-def _completions(answer: Any, copies: int) -> list[Completion]:
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+def _completions(answer: Any, request: Request) -> list[Completion]:
+    choices, copies = sorted(answer["choices"], key=lambda choice: choice["index"]), request.params.get("n", 1)
+    check_read(request, answer.get("prompt_token_ids"))
     if [choice["index"] for choice in choices] != list(range(copies)):
         raise _Half(f"{len(choices)} completions for {copies}")
     return [_completion(choice) for choice in choices]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trl.data.records import Completion, VersionSpan
 from trl.generation.vllm.engine import About, EngineError, Request, Settings
+from trl.generation.vllm.pictures import check_read, opened
 from trl.import_utils import VLLM, is_gpu_available, is_vllm_available, pip_install
 
 logger = logging.getLogger(__name__)
@@ -68,14 +69,16 @@ class ColocatedEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         adapters = [None if each.adapter is None else self._adapter(each.adapter) for each in requests]
-        rows = [each.prompt for each in requests]
-        answers = self._run(rows, [self._params(each.params) for each in requests], adapters)
+        answers = self._run(requests, [self._params(each.params) for each in requests], adapters)
+        for request, answer in zip(requests, answers, strict=True):
+            check_read(request, getattr(answer, "prompt_token_ids", None))
         return [[_completion(one) for one in answer.outputs] for answer in answers]
 
     def prompt_logprobs(self, rows: Sequence[Sequence[int]], top: int = 0, adapter: str | None = None) -> list[Any]:
         asked = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top, "detokenize": False}
         chosen = None if adapter is None else self._adapter(adapter)
-        answers = self._run(rows, [self._params(asked) for _ in rows], [chosen] * len(rows))
+        requests = [Request(row, asked) for row in rows]
+        answers = self._run(requests, [self._params(asked) for _ in rows], [chosen] * len(rows))
         return [
             [{token: float(one.logprob) for token, one in entry.items()} for entry in answer.prompt_logprobs[1:]]
             for answer in answers
@@ -156,11 +159,11 @@ class ColocatedEngine:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _run(self, rows: Sequence[Sequence[int]], params: Sequence[Any], adapters: Sequence[Any]) -> list[Any]:
-        if not rows:
+    def _run(self, requests: Sequence[Request], params: Sequence[Any], adapters: Sequence[Any]) -> list[Any]:
+        if not requests:
             return []
         self._wake()
-        prompts = [{"prompt_token_ids": list(map(int, row))} for row in rows]
+        prompts = list(map(_prompt, requests))
         one = adapters[0] if len({id(adapter) for adapter in adapters}) == 1 else None
         try:
             answers = self.llm.generate(prompts, list(params), use_tqdm=False, lora_request=one or list(adapters))
@@ -200,6 +203,15 @@ def _vllm() -> Any:
             "vLLM (use_vllm=False)"
         )
     return importlib.import_module("vllm")
+
+
+def _prompt(request: Request) -> dict[str, Any]:
+    """A prompt in vLLM's own words."""
+    prompt: dict[str, Any] = {"prompt_token_ids": list(map(int, request.prompt))}
+    if request.pictures:
+        prompt["multi_modal_data"] = {"image": list(map(opened, request.pictures))}
+        prompt["multi_modal_uuids"] = {"image": list(map(str, request.pictures))}
+    return prompt
 
 
 def _completion(output: Any) -> Completion:

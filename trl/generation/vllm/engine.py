@@ -14,10 +14,15 @@ class Request:
     """One prompt and what is asked for it, in vLLM's own words."""
 
     prompt: Sequence[int]
+    """token ids; where it has pictures, a placeholder for each"""
     params: dict[str, Any]
     """vLLM's sampling parameters: n, max_tokens, temperature, top_p, ..., seed"""
     adapter: str | None = None
     """name of a loaded adapter; None: the model itself"""
+    pictures: tuple[int, ...] = ()
+    """the numbers of its pictures, in order"""
+    whole: tuple[int, ...] = ()
+    """the prompt with all tokens of its pictures, as the engine has to read it; of one with pictures"""
 
 
 @dataclass(frozen=True, slots=True)

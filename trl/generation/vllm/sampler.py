@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from trl.data.pictures import read_by, reader_of
 from trl.data.records import Completion
 from trl.generation.rows import make_rows
 from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
 from trl.generation.vllm.engine import About, Engine, EngineError, Request, WeightSync
+from trl.generation.vllm.pictures import with_placeholders
 from trl.generation.vllm.verify import MismatchError, Verification
 from trl.models.prepare import context_length, embedding_rows
 
@@ -57,11 +59,12 @@ class VLLMSampler:
         keeps: bool = False,
     ) -> None:
         self.keeps = keeps
-        self.engine, self.sync, self.tokenizer = engine, sync, tokenizer
+        self.engine, self.sync, self.tokenizer = engine, sync, read_by(tokenizer)
         self.verify: Verification | None = None
         self.otherwise = otherwise
         self._instead: Sampler | None = None
-        self.ends = end_tokens(model, tokenizer)
+        self.ends = end_tokens(model, self.tokenizer)
+        self.reader = reader_of(self.tokenizer)
         self.vocabulary, self.stamp, self.further = embedding_rows(model), stamp, dict(further or {})
         if isinstance(verify, Verification):
             self.verify = verify
@@ -74,7 +77,7 @@ class VLLMSampler:
         known = [None if model is None else context_length(model), self.about.max_model_len]
         self.context = min((length for length in known if length is not None), default=None)
         if self.verify is not None:
-            self.verify.context = self.context
+            self.verify.context, self.verify.reader = self.context, self.reader
         self.version: int | None = None
         """number of the weights that the engine has; None: its own first ones"""
 
@@ -129,6 +132,8 @@ class VLLMSampler:
     ) -> tuple[list[Request], list[int]]:
         """What is asked, and of which prompt each request is."""
         shared = engine_params(params, self._ends(params), self.further)
+        if self.reader is not None:  # what stands for a part of a picture means nothing in a completion
+            shared["logit_bias"] = {self.reader.image_token_id: -100.0, **(shared.get("logit_bias") or {})}
         if params.stop_strings:
             StopStrings(params.stop_strings, self.tokenizer)  # says that it needs a tokenizer
         adapter = None if self.sync is None or self.version is None else self.sync.adapter
@@ -139,7 +144,7 @@ class VLLMSampler:
                 limits = {"max_tokens": part[0].limit, "min_tokens": min(params.min_new_tokens, part[0].limit)}
                 # the engine gives copy i of a request the seed + i, as the rows have their keys
                 own = {"n": len(part), "seed": part[0].key % 2**31, **limits}
-                requests.append(Request(part[0].prompt, {**shared, **own}, adapter))
+                requests.append(with_placeholders(Request(part[0].prompt, {**shared, **own}, adapter), self.reader))
                 places.append(place)
         return requests, places
 

@@ -29,10 +29,12 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from trl.data.pictures import processor_of
 from trl.generation.vllm.engine import Engine, EngineError, Request, WeightSync
 from trl.import_utils import pip_install
+from trl.models.prepare import load_model, read_tokenizer
 from trl.models.served_weights import Piece, pieces_of, unserved_adapter
 from trl.models.sharded import whole
 from trl.models.unwrap import below_value_head, holds_parts
@@ -413,7 +415,7 @@ def write_untied(source: str, folder: str | os.PathLike[str]) -> None:
     vLLM on a CPU lays a head out for its products, and for models whose code there leaves out a tied head it keeps the
     one that it had at the start. Served like this the head follows the policy's.
     """
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model: Any = load_model(source, AutoModelForCausalLM, frozen=True)
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_weights(pieces_of(model), Path(folder))
     config = deepcopy(model.config)
@@ -423,7 +425,7 @@ def write_untied(source: str, folder: str | os.PathLike[str]) -> None:
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     with suppress(OSError, ValueError):  # a model may have none
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        processor_of(read_tokenizer(source)).save_pretrained(folder)
 
 
 # -- who writes, who tells ----------------------------------------------------------------------

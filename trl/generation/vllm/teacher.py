@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ class ServedTeacher:
         tokens beyond it are left out.
         """
         rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
+        if any(min(row, default=0) < 0 for row in rows):
+            raise ValueError(
+                "teacher_model: prompts have pictures, which a teacher behind a server is not shown: load it here "
+                "(teacher_model=a model, or its folder)"
+            )
         found = self.engine.prompt_logprobs(rows, self.top, self.adapter)
         asked = [
             entries[len(entries) - len(ids) :] for entries, ids in zip(found, completions, strict=True)
@@ -106,7 +111,7 @@ class _OfAdapter:
     adapter: str
 
     def generate(self, requests: Sequence[Request]) -> Any:
-        return self.engine.generate([Request(each.prompt, each.params, self.adapter) for each in requests])
+        return self.engine.generate([replace(each, adapter=self.adapter) for each in requests])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)

@@ -9,15 +9,17 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from trl.data.packing import pack
+from trl.data.pictures import PictureReader
 from trl.data.records import Branch, Completion, TokenTree
 from trl.generation.vllm.engine import Engine, EngineError, Request
+from trl.generation.vllm.pictures import with_placeholders
 from trl.generation.vllm.sync import everywhere, on_all
 from trl.models.forward import eval_no_grad
 from trl.models.precision import EXACT, TOLERANCES, coarsest, precision_of
@@ -63,6 +65,11 @@ def apart(own: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], ids
     return Apart(len(pairs), math.fsum(size for size, _ in pairs) / len(pairs), largest, token)
 
 
+def _end_of(prompt: list[int], most: int) -> list[int]:
+    """The last tokens of a prompt; all of one with pictures, which cannot be cut anywhere."""
+    return prompt if min(prompt, default=0) < 0 else prompt[-most:]
+
+
 def logprobs_of(model: nn.Module, prompts: list[list[int]], ids: list[list[int]]) -> list[list[float]]:
     """The model's log-probabilities of completions at temperature 1, in one pass. Collective where it is sharded."""
     packed = pack(TokenTree(prompt, [Branch(row)]) for prompt, row in zip(prompts, ids, strict=True))
@@ -102,6 +109,8 @@ class Verification:
     """whether each rank has an engine of its own"""
     context: int | None = None
     """most tokens of a prompt and its completion"""
+    reader: PictureReader | None = None
+    """what reads the pictures of prompts"""
     prompts: list[list[int]] = field(default_factory=list)
     """those that were sampled last"""
     pushes: int = 0
@@ -118,7 +127,7 @@ class Verification:
 
     def saw(self, prompts: Sequence[Sequence[int]]) -> None:
         """Remember some of the prompts that are sampled."""
-        self.prompts = [list(map(int, prompt))[-PROMPT:] for prompt in prompts[:ROWS]]
+        self.prompts = [_end_of(list(map(int, prompt)), PROMPT) for prompt in prompts[:ROWS]]
 
     def __call__(self, engine: Engine, version: str, adapter: str | None) -> None:
         """MismatchError, on all ranks, where the engine samples by other weights than the policy's of now."""
@@ -141,12 +150,19 @@ class Verification:
         """Prompts, and a completion of each by the engine."""
         room = min(TOKENS, (self.context or 2 * TOKENS) // 2)
         most = PROMPT if self.context is None else min(PROMPT, self.context - room)
-        prompts = [prompt[-most:] for prompt in (self.prompts + self._some_prompts())[:ROWS]]
+        prompts = [_end_of(prompt, most) for prompt in (self.prompts + self._some_prompts())[:ROWS]]
         params = {
             "n": 1, "max_tokens": room, "temperature": self.temperature, "logprobs": 0, "ignore_eos": True,
             "detokenize": False, "seed": self.pushes,
         }  # fmt: skip
-        return prompts, [one for [one] in engine.generate([Request(prompt, params, adapter) for prompt in prompts])]
+        asked = [with_placeholders(Request(prompt, params, adapter), self.reader) for prompt in prompts]
+        return prompts, [self._until_picture(one) for [one] in engine.generate(asked)]
+
+    def _until_picture(self, one: Completion) -> Completion:
+        """The completion up to a token that stands for a part of a picture, which no pass could read."""
+        token = -1 if self.reader is None else self.reader.image_token_id
+        end = one.ids.index(token) if token in one.ids else len(one.ids)
+        return replace(one, ids=one.ids[:end], logprobs=one.logprobs[:end], raw_logprobs=one.raw_logprobs[:end])
 
     def _agree(self, said: str | None) -> None:
         """MismatchError, on all ranks, with what the first rank says that says something."""
