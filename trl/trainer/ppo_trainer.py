@@ -540,8 +540,8 @@ class PPOTrainer(BaseTrainer):
         self._agree = False
         """whether the processes were compared"""
         self._said_filters = self._said_others = False
-        self._sampled: tuple[list[Tensor], Tensor] | None = None
-        """responses by the sampler of `train` and their log-probabilities, on the way to its step"""
+        self._sampled: tuple[list[list[int]], Tensor] | None = None
+        """tokens by the sampler of `train` and their log-probabilities, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self._take_own_methods()
@@ -944,7 +944,7 @@ class PPOTrainer(BaseTrainer):
             return experience, {}
         correction = self.config.correction() if self._engine_samples() else None
         responses, sampled_BT = sampled
-        if [ids.tolist() for ids in experience.completions] != [ids.tolist() for ids in responses]:
+        if [ids.tolist() for ids in experience.completions] != list(map(list, responses)):
             self._met_others(weighs=correction is not None)
             return experience, {}
         if correction is not None and self._owns("loss"):
@@ -1270,8 +1270,7 @@ class PPOTrainer(BaseTrainer):
                 batch = self._rollout(rows, rewards)
             except EngineError as error:
                 self._end_without_engine(error, first)
-            logprobs_BT = batch.pop("logprobs", None)
-            self._sampled = None if logprobs_BT is None else (batch["responses"], logprobs_BT)
+            self._sampled = batch.pop("sampled", None)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
             stops = self._report(stats, batch)
             progress.update()
@@ -1584,7 +1583,7 @@ class PPOTrainer(BaseTrainer):
         for name, lists in tokens.items():
             batch[name] = [torch.tensor(ids, dtype=torch.long, device=self.current_device) for ids in lists]
         if source is None and rollout.logprobs and self._samples_policy():
-            batch["logprobs"] = padded(rollout.logprobs)
+            batch["sampled"] = rollout.completions, padded(rollout.logprobs)
         elif source is None and self._engine_samples() and not self._said_filters:
             self._said_filters = True
             logger.warning(
