@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from trl.data.encode import Limits
 from trl.data.microbatches import collated, lengths_of, unasked_budget
+from trl.data.pictures import reader_of
 from trl.data.prompt_rows import PromptsJob
 from trl.data.records import Batch, PackedBatch, Rollout
 from trl.data.tokenize import tokenize
@@ -894,7 +895,8 @@ class RolloutTrainer(ObjectiveTrainer):
         if self.rollout_func is not None:
             call = calls_of(self.rollout_func, [self], [self.args, self.tokenizer])
             measure = self.logprobs_of if self.args.measures_function() else None
-            return FunctionSource(call, measure, embedding_rows(self.model) or math.inf)
+            words = embedding_rows(self.model) or math.inf
+            return FunctionSource(call, measure, words, reader_of(self.tokenizer))
         return self.sampled_by(self.sampler)
 
     def sampled_by(self, sampler: Sampler) -> Source:
