@@ -56,6 +56,58 @@ def tiny_model(name: str, **changes: Any) -> Any:
     return model.eval()
 
 
+def byte_model(folder: Any) -> Any:
+    """The same Llama of bytes, with its tokenizer and a chat template, in a folder; returns the tokenizer."""
+    from tokenizers_for_tests import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder)
+    return tokenizer
+
+
+def word_model(folder: Any, **changes: Any) -> None:
+    """A Llama of words, without a chat template, and its tokenizer in a folder."""
+    from tokenizers_for_tests import word_tokenizer
+
+    tokenizer = word_tokenizer()
+    torch.manual_seed(0)
+    config = t.LlamaConfig(**IDS | WIDE | {"vocab_size": len(tokenizer), "max_position_embeddings": 64} | changes)
+    t.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+MIXTURE = {
+    "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+"""sizes of a mixture of experts"""
+
+
+def tiny_mixture(kind: Any, noise: float, **sizes: Any) -> Any:
+    """A mixture whose routers choose otherwise for each token; in eval mode."""
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(kind(**MIXTURE | sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model.eval()
+
+
+def trees_of_mixtures(third: Any) -> Any:
+    """A prompt that two rows share, and two rows of other lengths. third: the prompt of the last one."""
+    from trl.data.packing import pack
+    from trl.data.records import Branch, TokenTree
+
+    return pack(
+        [
+            TokenTree([5, 6, 9, 4, 8, 7, 3, 11], [Branch([9, 8, 7]), Branch([11])]),
+            TokenTree([5], [Branch([7, 6])]),
+            TokenTree(third, [Branch([20, 21, 22, 23, 24])]),
+        ]
+    )
+
+
 def lora(name: str = "llama", task_type: str = "CAUSAL_LM", **changes: Any) -> Any:
     """The config of a LoRA adapter whose effect shows from the first step."""
     import peft

@@ -81,7 +81,7 @@ def test_pairs_are_shown_part_by_part(inspect):
 
 def test_what_was_cut_is_counted_and_found(inspect):
     _, out, _ = inspect("sft", "given", "--max_length", "12", "--found")
-    assert "12 tokens; 1 rows were cut" in out
+    assert "12 tokens; 1 row was cut" in out
     assert "truncated (2 tokens cut)" in out
     assert "row 1: " in out
     assert "row 0: " not in out

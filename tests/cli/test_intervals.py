@@ -99,7 +99,7 @@ def test_resampling_two_rows_by_hand():
     ("before", "after", "expected"),
     [
         ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], (0.5, 0.5, 0.5)),  # the same in all rows
-        ([1.0, 1.0], [1.0, 1.0], (0.0, 0.0, 0.0)),
+        ([1.5, 1.5], [1.5, 1.5], (0.0, 0.0, 0.0)),
         ([1.0], [2.0], (1.0, np.nan, np.nan)),  # one row says nothing of others
         ([np.nan, 1.0], [1.0, np.nan], (np.nan, np.nan, np.nan)),  # no row that both have
     ],
@@ -107,6 +107,37 @@ def test_resampling_two_rows_by_hand():
 def test_rows_that_leave_no_room(before, after, expected):
     found = difference(measure(before), measure(after))
     assert (found.mean, found.low, found.high) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(("hits", "low", "high"), [(0, 0.0, 0.2425), (12, 0.7575, 1.0), (6, 0.2538, 0.7462)])
+def test_a_share_of_rows_is_wilsons(hits, low, high):
+    """By hand, z = 1.959964: (p + z2/2n +- z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n); 0 of 12: z2 / (12 + z2)."""
+    found = interval_of(measure([1.0] * hits + [0.0] * (12 - hits)))
+    assert (found.mean, found.n) == (hits / 12, 12)
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_all_tokens_of_all_rows_are_no_certainty():
+    found = interval_of(measure([3.0, 5.0, 4.0], [3, 5, 4]))
+    z2 = 1.959964**2
+    assert (found.mean, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(3 / (3 + z2), abs=1e-4)
+    assert interval_of(measure([0.0, 0.0, 0.0], [3, 5, 4])).high == pytest.approx(z2 / (3 + z2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        # with a gain and a loss more: (13 - 1) / 14 +- 1.96 sqrt((14/14 - (12/14)^2) / 14), cut at 1
+        (0.0, 1.0, (1.0, 0.5874, 1.0)),
+        (1.0, 0.0, (-1.0, -1.0, -0.5874)),
+        (1.0, 1.0, (0.0, -0.1980, 0.1980)),  # 1.96 sqrt((2/14) / 14)
+        (0.5, 1.0, (0.5, 0.2575, 0.5)),  # Wilson's of 12 of 12, less the half
+    ],
+)
+def test_rows_that_change_alike_are_no_certainty(before, after, expected):
+    found = difference(measure([before] * 12), measure([after] * 12))
+    assert (found.mean, found.low, found.high) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(

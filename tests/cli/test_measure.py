@@ -75,6 +75,39 @@ def test_loss_and_accuracy_are_those_of_what_the_assistant_says(place):
     assert loss.value == pytest.approx(-sum(e.sum() for e, _ in wanted) / sum(len(e) for e, _ in wanted), rel=1e-4)
 
 
+def bare(place, name="a"):
+    """The model without its chat template, as a base model is."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    (place / name / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(name)
+
+
+def test_a_base_model_reads_conversations_in_words(place, capsys):
+    """As `trl chat` puts them to it; what counts is what the assistant says."""
+    bare(place)
+    reward = "def length(completions, **columns):\n    return [float(len(one[0]['content'])) for one in completions]\n"
+    (place / "mine.py").write_text(reward)
+    data = write(place / "talks.jsonl", talks(["Me."]))
+    words = ["--data", data, "--reward", "mine.py:length", "--max-new-tokens", "3", "--temperature", "0"]
+    assert run(["eval", "a", *words, "--json", "found.json"]) == 0
+    seen = capsys.readouterr()
+    line = "note: a has no chat template: turns are put to it as `User: ...` and `Assistant: ...`"
+    assert seen.err.splitlines().count(line) == 1
+    found = json.loads((place / "found.json").read_text())["measures"]
+    wanted, _ = logprobs("a", "User: Who?\n\nAssistant:", " Me.")
+    assert found["loss"]["value"] == pytest.approx(-wanted.mean(), rel=1e-3)
+    assert found["reward length"]["rows"] == 1
+    assert run(["compare", "a", "b", *words[:2], "--samples", "1", "--max-new-tokens", "2"]) == 0
+    seen = capsys.readouterr()
+    assert seen.err.splitlines().count(line) == 1  # the other has a template
+    assert "b against a, 1 row\n" in seen.out
+    assert run(["generate", "a", "--data", data, "--max-new-tokens", "2", "--output", "out.jsonl"]) == 0
+    assert "wrote out.jsonl: 1 answer to 1 prompt" in capsys.readouterr().out
+    assert run(["generate", "a", "Who?", "--chat", "--max-new-tokens", "2", "--output", "more.jsonl"]) == 0
+    assert line in capsys.readouterr().err.splitlines()
+
+
 def test_pairs_are_ahead_in_log_probability(place):
     accuracy, margin = of_rows(open_model("a"), hold(write(place / "pairs.jsonl", pairs()), None, None))
     eos = byte_tokenizer().eos_token

@@ -28,7 +28,9 @@ def test_a_plan_leaves_a_file_and_the_run_writes_it_beside_what_happened(tmp_pat
     assert run(["plan", *words]) == 0
     out = capsys.readouterr().out
     assert len(seen) == 2
-    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["memory", "time", "passes", "disk"]
+    heads = ("memory", "time", "passes", "disk", "wrote")
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(heads)] == list(heads)
+    assert out.splitlines()[-1] == f"wrote {tmp_path / 'out' / 'plan.json'}"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plan.json"]
     found = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert found["steps"] == 4  # 16 rows twice, 8 in a step
@@ -74,7 +76,7 @@ def test_a_plan_for_ppo(tmp_path, model, capsys):  # noqa: F811
     found = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert found["steps"] == 10
     assert found["cpu_seconds_a_step"] > 0
-    assert capsys.readouterr().out.splitlines()[-3].startswith("memory")
+    assert capsys.readouterr().out.splitlines()[0].startswith("memory")
 
 
 def test_a_job_of_no_such_name(capsys):
@@ -96,6 +98,21 @@ def test_seconds_of_a_step_by_hand():
     assert plan._seconds(rounds, watch, 0) == 7  # sampling is in one of the two
 
 
+@pytest.mark.parametrize("seconds", [0.001, 12345.678])
+def test_no_line_is_wider_than_a_terminal(seconds):
+    found = {
+        "steps": 123456, "memory": {"measured": 123.4e9, "formula": 118.2e9, "room": 64.3e9},
+        "cpu_seconds_a_step": seconds, "seconds_a_step": seconds, "cpu_seconds": 1e9, "seconds": 1e9,
+        "tokens_of_a_pass": 1234567, "tokens_that_fit": 987654321, "checkpoints": {"bytes": 612.3e9, "count": 1234},
+        "model": 212.5e9, "free_disk": 1.5e9, "device": "cpu",
+    }  # fmt: skip
+    lines = lines_of(found)
+    assert max(map(len, lines)) <= 80
+    assert all(line[:9] in ("memory   ", "time     ", "passes   ", "disk     ", " " * 9) for line in lines)
+    assert [line[9] for line in lines].count(" ") == 0
+    assert "123,456 steps" in " ".join(" ".join(lines).split())
+
+
 def test_what_does_not_fit_is_said():
     found = {
         "steps": 0, "memory": {"measured": 9e9, "formula": 8e9, "room": 4e9}, "cpu_seconds_a_step": None,
@@ -104,7 +121,7 @@ def test_what_does_not_fit_is_said():
     }  # fmt: skip
     lines = lines_of(found)
     assert lines[0] == "memory   9.0 GB on the GPU (by formula 8.0 GB); 4.0 GB there"
-    assert lines[1].strip().startswith("that does not fit: an adapter")
+    assert lines[1].strip().startswith("that does not fit: an adapter (--lora_rank 16)")
     assert lines[2] == "time     0.5 s a step, without evaluations and checkpoints"
     assert lines[3] == "passes   100 tokens at most; there is room for about 64"
     assert lines[5].strip().startswith("that does not fit: --save_total_limit 1")

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import yaml
-from tokenizers_for_tests import word_tokenizer
+from tiny_models import word_model
 from transformers import TrainerCallback
 
 import trl
@@ -29,17 +29,8 @@ COMMON = ["--logging_steps", "1", "--per_device_train_batch_size", "4", "--repor
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    folder, tokenizer = tmp_path_factory.mktemp("runs"), word_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    folder = tmp_path_factory.mktemp("runs")
+    word_model(folder / "model", num_hidden_layers=1)
     for name, rows in ROWS.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows * (8 // len(rows)))))
     (folder / "mine.py").write_text(

@@ -13,8 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny_models import lora, tiny_model
-from tokenizers_for_tests import byte_tokenizer
+from tiny_models import byte_model, lora
 from transformers import AutoModelForCausalLM
 
 from trl.cli.main import run
@@ -28,9 +27,7 @@ SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to"
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained("base")
-    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained("base")
+    byte_model("base")
     rows = [{"text": text} for text in ("one two", "three", "four five six", "seven", "eight", "nine ten")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
@@ -94,6 +91,18 @@ def test_the_spread_of_runs_that_differ(tmp_path):
     page = render(found)
     assert "Not finished: seed 9 failed" in page
     assert "<b>" not in page.replace("<b>1.5</b>", "").replace("<b>2.5</b>", "")
+
+
+@pytest.mark.parametrize("words", [["diff", "three", "three"], ["replay", "three", "--step", "1"], ["chat", "three"],
+                                   ["eval", "three", "--data", "rows.jsonl"]])  # fmt: skip
+def test_a_folder_of_seeds_where_one_run_is_wanted(words, base, capsys):
+    for seed in (10, 9):
+        seed_folder(base / "three", seed, [1.0])
+    assert run(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: three: a run of each of 2 seeds lies there: choose one, three/seed-9 or three/seed-10 (`trl report` "
+        "shows all)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers_for_tests import word_tokenizer
+from tiny_models import word_model
 
 from trl.cli.main import COMMANDS, Training, run
 from trl.scripts.describe import field_docs
@@ -13,17 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ig
 
 @pytest.fixture
 def model(tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    tokenizer = word_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    word_model(tmp_path / "model", hidden_size=32, intermediate_size=48, num_attention_heads=4)
     return str(tmp_path / "model")
 
 
@@ -118,6 +108,17 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["sft"], ["plan", "sft"], ["sft", "--seeds", "2"]])
+def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_asked_for(words, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    data = rows(tmp_path, {"text": "a b"})
+    out = ["--output_dir", str(tmp_path / "file" / "out"), "--report_to", "none"]
+    assert run([*words, "--model", "./no-such-model", "--data", data, *out]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written (Not a directory): give a folder that can" in error
+    assert "no-such-model" not in error
 
 
 @pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if isinstance(entry, Training)])

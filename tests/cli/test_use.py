@@ -8,7 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-from tiny_models import lora, tiny_model
+from tiny_models import byte_model, lora, tiny_model
 from tokenizers_for_tests import byte_tokenizer, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,9 +27,7 @@ from trl.scripts.sampling import Asked
 def base(tmp_path, monkeypatch):
     """A model in the folder `base`, which is the working folder's."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained("base")
-    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained("base")
+    byte_model("base")
     return tmp_path
 
 

@@ -100,9 +100,24 @@ def test_a_copy_whose_head_is_its_own(started, tmp_path, monkeypatch):
         "trl.generation.vllm.sync.write_untied", lambda source, folder: made.append((source, str(folder)))
     )
     monkeypatch.setenv("TRL_CACHE", str(tmp_path))
-    assert run(["vllm-serve", "--model", "some/model", "--untie-embeddings"]) == 0
-    assert made == [("some/model", str(tmp_path / "untied" / "model"))]
-    assert after(started[0][0], "--model") == str(tmp_path / "untied" / "model")
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    names = ["some/model", "other/model", str(tmp_path / "some" / "model")]
+    for name in names:
+        assert run(["vllm-serve", "--model", name, "--untie-embeddings"]) == 0
+    folders = [folder for _, folder in made]
+    assert [source for source, _ in made] == names
+    assert len(set(folders)) == 3  # all have one last name
+    assert all(folder.startswith(str(tmp_path / "untied" / "model-")) for folder in folders)
+    assert after(started[0][0], "--model") == folders[0]
+
+
+@pytest.mark.parametrize("content", ['{"base_model_name_or_path": ', "7"])
+def test_an_adapter_that_cannot_be_read_is_one_line(content, started, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(content)
+    assert run(["vllm-serve", "--model", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "adapter_config.json: it " in line
+    assert "mend it, or fetch or save the model again" in line
 
 
 def test_vllm_is_not_installed(monkeypatch, capsys):

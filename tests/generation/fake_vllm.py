@@ -119,6 +119,17 @@ class FakeVLLM:
             for each in list(http.open):
                 _cut(each)
 
+    def begin_anew(self) -> FakeVLLM:
+        """As it was at its start, whatever a test before has done to it."""
+        if self.http is None:
+            self.start()
+        self._forget()
+        self.faults.clear()
+        self.calls.clear()
+        self.delays = self.api_key = self.max_model_len = None
+        self.processed = True
+        return self
+
     def _forget(self) -> None:
         self.model = copy.deepcopy(self.first).eval().requires_grad_(False)
         self.adapters: dict[str, Any] = {}

@@ -28,13 +28,7 @@ def served():
 
 @pytest.fixture
 def server(served):
-    if served.http is None:
-        served.start()
-    served._forget()
-    served.faults.clear()
-    served.calls.clear()
-    served.delays = None
-    return served
+    return served.begin_anew()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers as t
-from tiny_models import tiny_model
+from tiny_models import tiny_mixture, tiny_model, trees_of_mixtures
 from torch import nn
 
 from trl.data.packing import pack
@@ -17,10 +17,6 @@ from trl.models.forward import rows_padded, watched_routers
 from trl.models.router import routers_of
 from trl.models.scoring import score
 
-SIZES = {
-    "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
 MIXTURES = {
     "mixtral": (t.MixtralConfig, {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "qwen3_moe": (
@@ -44,23 +40,11 @@ MIXTURES = {
 
 def mixture(name, **more):
     kind, sizes = MIXTURES[name]
-    torch.manual_seed(0)
-    model = t.AutoModelForCausalLM.from_config(kind(**{**SIZES, **sizes, **more}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
+    return tiny_mixture(kind, 0.3, **{**sizes, **more})
 
 
 def trees():
-    """A prompt that two rows share, and two rows of other lengths."""
-    return pack(
-        [
-            TokenTree([5, 6, 9, 4, 8, 7, 3, 11], [Branch([9, 8, 7]), Branch([11])]),
-            TokenTree([5], [Branch([7, 6])]),
-            TokenTree([7, 20], [Branch([20, 21, 22, 23, 24])]),
-        ]
-    )
+    return trees_of_mixtures([7, 20])
 
 
 @contextmanager

@@ -5,11 +5,12 @@ import re
 import shutil
 
 import pytest
-from tiny_models import tiny_model
+from tiny_models import byte_model
 from tokenizers_for_tests import byte_tokenizer
 
 from trl.cli.main import run
 from trl.scripts.diff_runs import step_apart
+from trl.scripts.replay import told
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -17,9 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replay")
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder / "tiny")
-    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder / "tiny")
+    byte_model(folder / "tiny")
     rows = [{"prompt": f"{n} + {n} =", "completion": f" {2 * n}."} for n in range(10, 26)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows[5]["completion"] = " 31."
@@ -94,7 +93,8 @@ def test_a_run_without_its_record_is_one_line(place, capsys):
 @pytest.mark.parametrize(("ours", "theirs"), [([[1], [2]], [[1]]), ([], [[1]]), ([[1]], [])])
 def test_steps_with_other_numbers_of_rows_are_not_called_the_same_rows(ours, theirs):
     lines = list(step_apart({"rows": ours, "losses": [1.0]}, {"rows": theirs, "losses": [2.0]}, None))
-    assert lines == [f"  it has {len(ours)} rows | {len(theirs)} rows"]
+    said = [f"{len(rows)} row{'' if len(rows) == 1 else 's'}" for rows in (ours, theirs)]
+    assert lines == [f"  it has {said[0]} | {said[1]}"]
 
 
 def test_a_token_of_a_row_was_changed(place, capsys):
@@ -135,6 +135,21 @@ def test_a_step_of_own_samples_again(place, capsys):
     train(place, "sampled", *words, job="grpo", data="prompts.jsonl")
     out = said(capsys, "replay", place / "sampled", "--step", 3)
     assert "the same as in the run, bit for bit" in out
+
+
+@pytest.mark.parametrize(("moved", "samples"), [(False, True), (True, True), (True, False)])
+def test_a_step_in_which_nothing_was_learned_says_so(moved, samples):
+    found = {
+        "losses": [0.0], "rows": [[1]], "grad_norm": 0.0, "gradient": "0" * 16, "weights_before": "a",
+        "weights_after": "b" if moved else "a",
+    }  # fmt: skip
+    lines = list(told(found, samples))
+    assert lines[0] == "loss 0 of 1 micro-batch, 1 row"
+    said = "nothing was learned in this step: its loss and gradient are 0"
+    more = "; the optimizer moved the weights by what it remembers of earlier steps, or by decay"
+    assert said + more * moved in lines
+    assert ("  as where the rewards of each group are all alike" in "\n".join(lines)) == samples
+    assert said not in "\n".join(told({**found, "losses": [0.0], "grad_norm": 0.1}))  # GRPO's first loss is 0
 
 
 def test_another_run_is_told_from_it(place, capsys):

@@ -336,3 +336,29 @@ def test_what_is_no_number_is_named(name, setting, value, what, tmp_path):
     folder = {} if name == "PPOConfig" else {"output_dir": str(tmp_path), "report_to": "none"}
     with pytest.raises(ValueError, match=f"^{what}"):
         getattr(trl, name)(**folder, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "said"),
+    [
+        (trl.PPOConfig, "max_staleness", "GRPO, RLOO, online DPO and distillation draw rollouts ahead, this trainer"),
+        (trl.PPOConfig, "routing_replay", "GRPO and RLOO send tokens to the experts that an engine took, this trainer"),
+        (trl.DistillationConfig, "keep_sampling_mask", "GRPO and RLOO learn tokens as chosen from the words"),
+        (trl.PPOConfig, "mini_batch_sise", "did you mean 'mini_batch_size'?"),
+        (trl.SFTConfig, "number_of_cats", "leave it out"),
+    ],
+)
+def test_a_field_that_is_not_there_has_a_way_out(config, name, said):
+    with pytest.raises(TypeError) as caught:
+        config(**{name: 1})
+    start = f"{config.__name__}.__init__() got an unexpected keyword argument {name!r}: "
+    assert str(caught.value).startswith(start + said)
+
+
+def test_a_users_config_takes_what_its_own_constructor_takes(tmp_path):
+    class Own(trl.SFTConfig):
+        def __init__(self, *given, cats=0, **named):
+            super().__init__(*given, **named)
+            self.cats = cats
+
+    assert Own(output_dir=str(tmp_path), cats=3, report_to="none").cats == 3

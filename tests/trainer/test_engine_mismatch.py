@@ -10,11 +10,13 @@ import pytest
 import torch
 from conformity import causal_lm, prompts, tokenizer
 from datasets import Dataset
+from environments_for_tests import talkative
 from ppo_cases import causal
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import trl
 from trl.data.records import Rollout
+from trl.generation import make_sampler
 from trl.losses.policy import clipped_surrogate
 from trl.models.scoring import score
 from trl.rollout.experience import Experience
@@ -260,16 +262,20 @@ class MixtureEngine(Engine):
         return replace(super()._moved(number, one), experts=(numbers % 4).numpy().astype("uint8"))
 
 
-@pytest.mark.parametrize("replays", [True, False])
-def test_a_mixtures_experts_are_those_of_the_engine(replays, tmp_path, monkeypatch):
+def mixture_of_experts():
     torch.manual_seed(0)
-    mixture = AutoModelForCausalLM.from_config(
+    return AutoModelForCausalLM.from_config(
         Qwen3MoeConfig(
             vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8,
             num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=12, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_mixtures_experts_are_those_of_the_engine(replays, tmp_path, monkeypatch):
+    mixture = mixture_of_experts()
     monkeypatch.setattr("test_engine_mismatch.causal_lm", lambda: mixture)
     trainer = made(
         tmp_path, engine=lambda inner: MixtureEngine(inner, 0.0), routing_replay=replays, beta=0.1, num_iterations=2,
@@ -292,6 +298,19 @@ def test_a_mixtures_experts_are_those_of_the_engine(replays, tmp_path, monkeypat
         assert known.float().mean() > 0.5
     trainer.train()
     assert logged(trainer)["ratio"] == logged(trainer, 1)["ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_turns_of_an_environment_do_not_carry_experts(replays, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("test_engine_mismatch.causal_lm", mixture_of_experts)
+    inner = make_sampler(mixture_of_experts(), tokenizer())
+    given = {"environment": talkative(), "sampler": MixtureEngine(inner, 0.0)}
+    with caplog.at_level("WARNING", "trl"):
+        trainer = lambda model, reward, config, **parts: trl.GRPOTrainer(model, None, config, **parts)  # noqa: E731
+        made(tmp_path, cls=trainer, arguments=given, routing_replay=replays, generation_kwargs=None)
+    said = [text for text in caplog.messages if text.startswith("routing_replay=True: ")]
+    line = "the turns of an environment do not say which experts the engine took: training chooses them anew"
+    assert said == [f"routing_replay=True: {line}"] * replays
 
 
 # -- PPO ------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ from conformity import CASES, causal_lm, tokenizer
 
 import trl
 from trl.data.records import Rollout
+from trl.rewards import get_soft_overlong_punishment
 from trl.rewards.panel import RewardPanel
 from trl.rollout import reward_check
 from trl.rollout.reward_check import OWN, check_rewards, trivial_rollouts
 from trl.rollout.rewards import RolloutRewards
+from trl.scripts.training import function_of_file
 
 PROMPTS = ["what color", "good dog"]
 
@@ -174,6 +176,26 @@ class Sly:
 
 def judge(completions, **columns):
     return [-float(len(text)) for text in completions]
+
+
+def test_a_judge_that_is_a_reward_too_is_no_held_out_opinion(tmp_path, caplog):
+    """Also where a file was loaded twice; two rewards of one factory are others."""
+    source = "def short(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
+    (tmp_path / "mine.py").write_text(source)
+    loaded = [function_of_file("mine.py:short", str(tmp_path / "mine.py"), "short") for _ in range(2)]
+    overlong = [get_soft_overlong_punishment(length, 2) for length in (8, 9)]
+    said = []
+    for place, (rewards, judges) in enumerate(
+        [(judge, [judge]), (loaded[:1], loaded[1]), (overlong[:1], overlong[1:]), (judge, None)]
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "trl"):
+            grpo(tmp_path / str(place), rewards, judges)
+        said.append([text for text in caplog.messages if text.startswith("judge_funcs:")])
+    assert [len(lines) for lines in said] == [1, 1, 0, 0]
+    assert said[1][0].startswith(
+        "judge_funcs: short is among the reward_funcs too: it is learned from, so it is no held"
+    )
 
 
 def test_a_run_with_a_check_is_the_run_without(tmp_path, caplog, capsys):

@@ -13,7 +13,7 @@ from trl.data import packing
 from trl.data.packing import pack
 from trl.data.records import Rollout
 from trl.rollout import prompts
-from trl.rollout.collector import replace_groups
+from trl.rollout.collector import replace_groups, tell_alike
 from trl.rollout.experience import Experience, RolloutLoader, RolloutShape
 from trl.rollout.prompts import PromptStream
 from trl.rollout.report import record, table_of, write_parquet
@@ -189,6 +189,45 @@ def test_dynamic_sampling_replaces_whole_groups():
     assert rows == ["y", "b", "c"]  # one useful group for the first of two useless ones
     assert old.texts == ["new 2", "new 3", "text 2", "text 3", "text 4", "text 5"]
     assert scores.scores_BF.flatten().tolist() == [0, 5, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(True, False), (False, True), (True, True)])
+def test_words_that_an_engine_says_of_some_rows_only_are_left_out(ours, theirs, caplog):
+    """Of the round before or of the one that replaces its groups: a row never takes another's place in the column."""
+    old, new = rollout(4), rollout(4)
+    for made, told in ((old, ours), (new, theirs)):
+        made.kept = [[[made.completions[i][0], 9]] for i in range(4)] if told else []
+        made.experts = [[[[1]]]] * 4 if told else []
+    new.completions = [[10 + i] for i in range(4)]
+    scores, further = rewards([1.0], [1.0], [0.0], [1.0]), rewards([0.0], [3.0], [0.0], [0.0])
+    with caplog.at_level("WARNING", "trl"):
+        replace_groups(["a", "b"], old, scores, (["x", "y"], new, further), 2)
+    assert old.completions == [[10], [11], [2], [3]]
+    assert len(old.kept) == len(old.experts) == (4 if ours and theirs else 0)
+    assert len(caplog.messages) == (0 if ours and theirs else 2)
+    if not (ours and theirs):
+        assert caplog.messages[0] == (
+            "an engine did not say of all rows which words the filters left: it is used for none of them"
+        )
+
+
+def test_ranks_agree_on_what_an_engine_said():
+    """As if there were a second rank whose engine said nothing; one without rows does not count."""
+    for others, kept in (([False], 0), ([], 4)):
+        made = rollout(4)
+        made.kept = [[[1, 2]]] * 4
+        tell_alike([made, rollout(0)], lambda mine, others=others: [*mine, *others])
+        assert len(made.kept) == kept
+
+
+@pytest.mark.parametrize("name", ["kept", "experts", "reference_BT"])
+def test_parts_of_a_rollout_have_the_same_columns(name):
+    known = {"kept": [[[1]]], "experts": [torch.zeros(1, 1, 1)], "reference_BT": torch.zeros(1, 1)}[name]
+    one = Experience.of(rollout(1))
+    for parts in ([replace(one, **{name: known}), one], [one, replace(one, **{name: known})]):
+        with pytest.raises(ValueError, match=rf"^experience: {name} is known of 1 of 2 parts of a rollout"):
+            Experience.below(parts)
+    assert len(Experience.below([replace(one, **{name: known}), Experience.of(rollout(0))])) == 1
 
 
 def test_overlong_is_one_more_reward():

@@ -6,19 +6,13 @@ import pytest
 import torch
 import transformers as t
 from conformity import CASES, build, history
-from tiny_models import lora
+from tiny_models import MIXTURE, lora, tiny_mixture, trees_of_mixtures
 
-from trl.data.packing import pack
-from trl.data.records import Branch, TokenTree
 from trl.losses.loss_sum import LossSum
 from trl.models.forward import plan_of, rows_padded
 from trl.models.router import balance_weight, token_counts, with_balance
 from trl.models.scoring import score
 
-SIZES = {
-    "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
 MIXTURES = {
     "mixtral": (t.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (t.Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}),
@@ -32,23 +26,11 @@ MIXTURES = {
 
 def mixture(name, **more):
     kind, sizes = MIXTURES[name]
-    torch.manual_seed(0)
-    model = t.AutoModelForCausalLM.from_config(kind(**{**SIZES, **sizes, **more}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return tiny_mixture(kind, 0.1, **{**sizes, **more})
 
 
 def trees():
-    """A prompt that two rows share, and two rows of other lengths."""
-    return pack(
-        [
-            TokenTree([5, 6, 9, 4, 8, 7, 3, 11], [Branch([9, 8, 7]), Branch([11])]),
-            TokenTree([5], [Branch([7, 6])]),
-            TokenTree([], [Branch([20, 21, 22, 23, 24])]),
-        ]
-    )
+    return trees_of_mixtures([])
 
 
 def own_balance(model, packed):
@@ -91,10 +73,10 @@ def test_whether_a_model_is_balanced_and_how_much():
     model.config.output_router_logits = True
     assert balance_weight(model, None) == 0.02
     assert balance_weight(model, 0.0) == 0
-    dense = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**SIZES))
+    dense = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**MIXTURE))
     assert balance_weight(dense, 0.1) == 0
     no_loss = t.AutoModelForCausalLM.from_config(
-        t.Llama4TextConfig(**SIZES, num_local_experts=2, intermediate_size_mlp=24)
+        t.Llama4TextConfig(**MIXTURE, num_local_experts=2, intermediate_size_mlp=24)
     )
     assert balance_weight(no_loss, None) == 0
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.1: transformers has no balance loss for Llama4ForC"):

@@ -14,12 +14,15 @@ import torch
 from accelerate.state import AcceleratorState
 from checkpoint_cases import KINDS, weights
 from conformity import build, history
+from datasets import Dataset
+from tokenizers_for_tests import word_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+import trl
 from trl import PPOConfig
 from trl.rewards.panel import RewardError
 from trl.trainer.checkpoints import is_whole, keep_newest
-from trl.trainer.run_folder import LOCK, FolderInUse, RunFolder
+from trl.trainer.run_folder import LOCK, FolderInUse, RunFolder, check_writable
 from trl.trainer.tally import write_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
@@ -270,6 +273,40 @@ def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, monkeypatch):
     folder = RunFolder().held(tmp_path / "file" / "run", resumes=False, overwrite=False)
     with pytest.raises(ValueError, match="cannot be written"):
         folder.__enter__()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "more"),
+    [
+        ("SFTTrainer", "SFTConfig", {}), ("RewardTrainer", "RewardConfig", {}),
+        ("GRPOTrainer", "GRPOConfig", {"reward_funcs": len}), ("PPOTrainer", "PPOConfig", {"reward_funcs": len}),
+    ],
+)  # fmt: skip
+def test_it_is_found_before_the_model_is_loaded(trainer, config, more, tmp_path):
+    """A file stands in the way; the model would not be found either."""
+    (tmp_path / "file").write_text("x")
+    rows = Dataset.from_list([{"prompt": "a", "text": "a", "chosen": "a", "rejected": "b"}])
+    args = getattr(trl, config)(output_dir=str(tmp_path / "file" / "run"), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"file/run' cannot be written \(Not a directory\): give a folder that can"):
+        getattr(trl, trainer)(
+            model="./no-such-model", args=args, train_dataset=rows, processing_class=word_tokenizer(), **more
+        )
+
+
+def test_nothing_stays_of_the_try(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    check_writable(tmp_path / "there")
+    assert list((tmp_path / "there").iterdir()) == []
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trl.trainer.run_folder.tempfile.TemporaryFile", full)
+    with pytest.raises(ValueError, match=r"new/run' cannot be written \(No space left on device\)"):
+        check_writable(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
 
 
 # -- C11: whose error -------------------------------------------------------------------------------

@@ -198,11 +198,54 @@ def test_a_teacher_that_dies_in_the_midst_is_named(served, tmp_path):
 
 
 def test_an_error_of_one_process_is_one_of_all(served, tmp_path, monkeypatch):
-    """As if there were a second process whose request failed; in an evaluation it may have no rows."""
+    """As if there were a second process whose request failed; in an evaluation too, where this one may have no rows."""
     settings = {"teacher_model_server_url": served.url, "teacher_top_logprobs": -1}
     trainer = make("Distillation", tmp_path, arguments={"teacher_model": None}, **settings)
     monkeypatch.setattr("trl.generation.vllm.sync.on_all", lambda said: [said, "the server refused"])
     with pytest.raises(EngineError, match=r"^rank 1 could not ask the teacher: the server refused$"):
         trainer.train()
     trainer.eval_dataset = trainer.train_dataset
-    assert trainer.evaluate()["eval_loss"] > 0
+    for repeats in (False, True):
+        trainer.only_repeats = repeats
+        with pytest.raises(EngineError, match=r"^rank 1 could not ask the teacher: the server refused$"):
+            trainer.evaluate()
+
+
+def test_a_teacher_that_fails_in_an_evaluation_leaves_a_checkpoint(served, tmp_path):
+    settings = {
+        "teacher_model_server_url": served.url, "teacher_top_logprobs": -1, "max_steps": 3, "eval_strategy": "steps",
+        "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    trainer = make("Distillation", tmp_path, arguments={"teacher_model": None, "eval_dataset": prompts()}, **settings)
+    served.calls.clear()
+    trainer.evaluate()  # as long as the server answers
+    asked = sum(path == "/inference/v1/generate" for path, _ in served.calls)
+    served.faults.append(Fault("500", after=2 * asked - 1, times=100))
+    with pytest.raises(EngineError, match=r"^step \d: the vLLM server at .*checkpoint-\d is saved: go on with"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("teacher_rows", "settings", "apart"),
+    [(130, {}, True), (100, {"lmbda": 0.5, "seq_kd": True}, False), (100, {"lmbda": 0.5}, False)],
+)
+def test_rollouts_ahead_of_a_student(teacher_rows, settings, apart, tmp_path, caplog):
+    """An engine draws them in its thread, where only a padded head is between; else one line says that nobody gains."""
+    from conformity import answered
+    from test_staleness import Beside
+    from test_teachers import of_size
+
+    student, teacher = of_size(100), of_size(teacher_rows)
+    beside = Beside(student)
+    given = {"teacher_model": teacher, "sampler": beside}
+    settings = {"lmbda": 1.0, "max_staleness": 1, "max_steps": 2, **settings}
+    with caplog.at_level("WARNING", "trl"):
+        trainer = make("GKD", tmp_path, answered(), student, given, **settings)
+    trainer.train()
+    assert beside.threads == ({"rollouts"} if apart else {"MainThread"})
+    said = [text for text in caplog.messages if text.startswith("max_staleness=1:")]
+    expected = [] if apart else [
+        "max_staleness=1: rollouts are drawn ahead by older weights, and no time is gained, for they are drawn in the "
+        "trainer's thread, with its models or functions; 0 draws them in step"
+    ]  # fmt: skip
+    assert said == expected

@@ -450,6 +450,19 @@ def test_a_server_goes_on_over_a_sync(tmp_path):
     assert [span.version for span in strays] == ["policy-2-unfinished", "default", "other-1"]
 
 
+def test_who_gains_no_time_is_told(tmp_path, caplog):
+    """The local sampler draws in the trainer's thread, an engine beside it does not."""
+    with caplog.at_level("WARNING", "trl"):
+        build(tmp_path, beside=True, max_staleness=2)
+        assert not caplog.messages
+        build(tmp_path, max_staleness=2)
+    (line,) = caplog.messages
+    assert line == (
+        "max_staleness=2: rollouts are drawn ahead by older weights, and no time is gained, for no engine beside the "
+        "trainer, such as a vLLM server, samples them; 0 draws them in step"
+    )
+
+
 def test_an_engine_in_this_process_draws_without_a_thread(tmp_path):
     alone = ran(build(tmp_path, max_staleness=2))
     trainer = build(tmp_path, beside=True, max_staleness=2)

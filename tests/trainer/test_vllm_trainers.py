@@ -39,13 +39,7 @@ def served():
 
 @pytest.fixture
 def server(served):
-    if served.http is None:
-        served.start()
-    served._forget()
-    served.faults.clear()
-    served.calls.clear()
-    served.api_key, served.processed, served.max_model_len = None, True, None
-    return served
+    return served.begin_anew()
 
 
 def by(server, **settings):
@@ -155,10 +149,12 @@ def test_completions_that_a_callback_logs(server, tmp_path):
     assert server.version == f"{trainer.sampler.stamp}-1"
 
 
-def ppo(folder, sampler=None, **fields):
+def ppo(folder, sampler=None, min_length=0, **fields):
     from test_ppo_run import PROMPTS, causal
 
     model = causal()
+    if min_length:
+        fields["generation_kwargs"] = {"eos_token_id": -1}  # all are as long as they may be
     config = trl.PPOConfig(batch_size=4, mini_batch_size=2, learning_rate=1e-2, ppo_epochs=2, steps=8,
                            max_new_tokens=4, output_dir=str(folder), save_steps=100, **fields)  # fmt: skip
     return trl.PPOTrainer(
@@ -186,6 +182,24 @@ def test_ppo(server, tmp_path):
     trainer.generate([query], max_new_tokens=3, do_sample=True, generate_ref_response=True)
     assert len(bodies(server)) == before + 1  # the reference is not served
     assert pushes(server)[-1] == "policy-3"
+
+
+@pytest.mark.parametrize("others", [lambda r: [x[:-1] for x in r], lambda r: r[::-1]], ids=["shorter", "in turn"])
+def test_a_step_that_is_given_other_responses_is_not_weighed_by_the_wrong_ones(others, server, tmp_path, caplog):
+    """Of one shape or not: the engine's log-probabilities belong to the responses that it drew."""
+
+    def with_others(trainer):
+        step = trainer.step
+        trainer.step = lambda queries, responses, scores, masks=None: step(queries, others(responses), scores, masks)
+        return trainer
+
+    with pytest.raises(ValueError, match=r"^vllm_importance_sampling_correction=True: `step` was given other respo"):
+        with_others(ppo(tmp_path / "weighed", lambda model: of(server, model), min_length=2)).train()
+    loose = {"vllm_importance_sampling_correction": False, "min_length": 2}
+    with caplog.at_level("WARNING", "trl"):
+        stats = with_others(ppo(tmp_path, lambda model: of(server, model), **loose)).train()
+    assert not [name for name in stats if name.startswith("sampling/")]
+    assert sum("nothing is logged under sampling/" in text for text in caplog.messages) == 1
 
 
 def test_best_of_n(server):
@@ -399,6 +413,23 @@ def test_settings_of_an_engine_in_this_process_reach_it(vllm, tmp_path):
     assert trainer.sampler.context == 48
 
 
+def test_an_engine_that_the_local_sampler_replaces_gives_its_memory_back(vllm, tmp_path, monkeypatch):
+    """Before the local sampler is made, which asks how much there is."""
+    order = []
+    monkeypatch.setattr(FakeLLM, "collective_rpc", lambda self, method, kwargs: list(kwargs["weights_iterator"]))
+    trainer = build("grpo", tmp_path, use_vllm=True, vllm_on_mismatch="local")
+    (llm,) = vllm.made
+    llm.llm_engine.engine_core = SimpleNamespace(shutdown=lambda: order.append("shutdown"))
+    otherwise = trainer.sampler.otherwise
+    trainer.sampler.otherwise = lambda: order.append("local") or otherwise()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(-3)  # the engine keeps the weights that it began with
+    trainer.train()
+    assert trainer.sampler.exact
+    assert order == ["shutdown", "local"]
+    assert trainer.sampler.engine.llm is None
+
+
 def test_an_adapter_in_this_process(vllm, tmp_path):
     trainer = build("rloo", tmp_path, lora=True, max_steps=1, use_vllm=True)
     (llm,) = vllm.made
@@ -452,6 +483,23 @@ def test_a_network_of_another_shape(server, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "name", str(tmp_path))
     sampler, model = served_by(server)
     with pytest.raises(EngineError, match=r"whose num_hidden_layers is 3, and that of the policy 2: serve"):
+        check_served(sampler, model, tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (b'{"vocab_size": 100,', r"it is not JSON \(line 1: .*\)"),
+        (b"[]", "it holds no JSON object"),
+        (b"\xff\xfe{", "it is not UTF-8"),
+    ],
+)
+def test_a_config_that_cannot_be_read(content, wrong, server, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_bytes(content)
+    monkeypatch.setattr(server, "name", str(tmp_path))
+    sampler, model = served_by(server)
+    said = rf"^vLLM serves {tmp_path}, and whether that is the policy is not known: .*config\.json: {wrong}; mend it"
+    with pytest.raises(EngineError, match=said):
         check_served(sampler, model, tokenizer())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -25,6 +26,11 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def many(count: int, one: str, several: str | None = None) -> str:
+    """A count with its noun: 1 row, 2,000 rows."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 def encodable_values(value: Any, depth: int = 100) -> Any:
     """A JSON value whose texts and names are `encodable`; ValueError where it is nested deeper than `depth`."""
     if isinstance(value, str):
@@ -36,6 +42,19 @@ def encodable_values(value: Any, depth: int = 100) -> Any:
     if isinstance(value, list):
         return [encodable_values(each, depth - 1) for each in value]
     return {encodable_values(name, depth - 1): encodable_values(each, depth - 1) for name, each in value.items()}
+
+
+def json_text(value: Any) -> str:
+    """The value as JSON, in which pictures are marks, and what JSON has no form for is a text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        if "data:image/" not in text:
+            return text
+    except (TypeError, ValueError):
+        pass
+    from trl.data.thumbnails import plain
+
+    return json.dumps(plain(value), default=str, ensure_ascii=False)
 
 
 class _Lenient:

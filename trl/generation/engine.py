@@ -14,8 +14,7 @@ from torch import Tensor
 
 from trl.generation.kv_attention import Decode, Layout, Piece, Prefill, State
 from trl.generation.kv_cache import Prompt, PromptBlock, Prompts, Suffixes
-from trl.models.forward import pictures_are_read
-from trl.models.unwrap import accepts
+from trl.models.unwrap import accepts, reads_pictures
 
 _LEAST_SAVED = 32
 """fewer tokens are not worth a piece of their own"""
@@ -113,7 +112,7 @@ def has_pictures(ids: Sequence[int]) -> bool:
 
 def picture_tokens(model: Any) -> tuple[int, ...]:
     """The words of a model that reads pictures which stand for these and mean nothing in a text."""
-    reader = _pictures().reader_for(model) if pictures_are_read() else None
+    reader = _pictures().reader_for(model) if reads_pictures(model) else None
     return () if reader is None else (reader.image_token_id,)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -39,6 +38,7 @@ from trl.models.unwrap import (
     holds_parts,
     is_encoder_decoder,
     learns_prompt,
+    reads_pictures,
     reads_rows,
     runs_in_step,
 )
@@ -176,7 +176,7 @@ def _with_pictures(
     model: nn.Module, packed: PackedBatch, inputs: dict[str, Any], plan: ForwardPlan
 ) -> AbstractContextManager[dict[str, Any]]:
     """The inputs with what pictures among the rows add, within which these are encoded."""
-    if not packed.has_pictures and not (pictures_are_read() and _pictures().needs_company(model)):
+    if not packed.has_pictures and not (reads_pictures(model) and _pictures().needs_company(model)):
         return nullcontext(inputs)
     return _pictures().in_pass(model, packed, inputs, padded=not plan.packed, plain=plan.plain)  # type: ignore[no-any-return]
 
@@ -189,13 +189,8 @@ def introduce(model: nn.Module | None, tokenizer: Any) -> None:
 
 def introduce_like(model: nn.Module | None, other: nn.Module) -> None:
     """Tell a model to read pictures as the other does."""
-    if pictures_are_read():
+    if reads_pictures(other):
         _pictures().introduce(model, _pictures().reader_for(other))
-
-
-def pictures_are_read() -> bool:
-    """Whether a model of this process was told what reads its pictures."""
-    return "trl.models.pictures" in sys.modules
 
 
 def _pictures() -> Any:
@@ -485,7 +480,7 @@ def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> Forwa
 
 def _any_pictures(model: nn.Module, packed: PackedBatch) -> bool:
     """Whether rows have pictures, here or on another process that runs the same passes."""
-    if not pictures_are_read() or _pictures().reader_for(model) is None or not runs_in_step(model):
+    if not reads_pictures(model) or not runs_in_step(model):
         return packed.has_pictures
     found = torch.tensor(int(packed.has_pictures), device=packed.ids_N.device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)

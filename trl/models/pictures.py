@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,12 @@ from trl.data.pictures import PictureReader
 from trl.data.records import Branch, PackedBatch, TokenTree, moved_ahead
 from trl.models.attention import outside_tree
 from trl.models.precision import HALF
-from trl.models.unwrap import below_peft, holds_parts
+from trl.models.unwrap import below_peft, holds_parts, picture_readers
 
 ENCODER = "get_image_features"
 """the method of a transformers model that makes states of pictures"""
 AXES = "get_rope_index"
 """the method that gives positions with several axes"""
-_readers: WeakKeyDictionary[nn.Module, PictureReader] = WeakKeyDictionary()
 
 
 def introduce(model: nn.Module | None, reader: PictureReader | None) -> None:
@@ -45,12 +43,12 @@ def introduce(model: nn.Module | None, reader: PictureReader | None) -> None:
             f"processing_class: the {type(reader.processor).__name__} writes token {reader.image_token_id} for a part "
             f"of a picture, and the model's `image_token_id` is {token}: give the processor that belongs to the model"
         )
-    _readers[base] = reader
+    picture_readers[base] = reader
 
 
 def reader_for(model: nn.Module) -> PictureReader | None:
     """What reads the pictures of this model's rows; None: it was told of nothing."""
-    return _readers.get(below_peft(model))
+    return picture_readers.get(below_peft(model))
 
 
 def _told(model: nn.Module) -> PictureReader:

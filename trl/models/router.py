@@ -38,12 +38,19 @@ def balance_weight(model: nn.Module, asked: float | None) -> float:
             return float(asked)
         says = getattr(network.config, "output_router_logits", False) or getattr(text, "output_router_logits", False)
         return float(own) if says else 0.0
-    if asked and any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if asked and is_mixture(network):
         raise ValueError(
             f"router_aux_loss_coef={asked!r}: transformers has no balance loss for {type(network).__name__}; leave it "
             "out"
         )
     return 0.0
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Whether the config says that tokens go to experts."""
+    network: Any = below_peft(below_value_head(model))
+    text = network.config.get_text_config()
+    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def _function_of(network: nn.Module) -> Callable[..., Tensor] | None:

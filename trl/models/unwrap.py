@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -51,6 +51,15 @@ def below_peft(model: nn.Module) -> Any:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether prompts go to an encoder and answers to a decoder."""
     return bool(getattr(getattr(below_value_head(model), "config", None), "is_encoder_decoder", False))
+
+
+picture_readers: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""what reads the pictures of a vision-language model, see `models.pictures`"""
+
+
+def reads_pictures(model: nn.Module) -> bool:
+    """Whether the model was told what reads its pictures."""
+    return bool(picture_readers) and below_peft(model) in picture_readers
 
 
 def adapter_state(model: nn.Module) -> tuple[bool, tuple[str, ...]]:

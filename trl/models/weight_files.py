@@ -176,6 +176,23 @@ def _keep_old_shards(index: Path) -> None:
     os.replace(beside, index)
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's folder; ValueError where it holds none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        wrong = f"it is not JSON (line {error.lineno}: {error.msg})"
+    except UnicodeDecodeError:
+        wrong = "it is not UTF-8"
+    except OSError as error:
+        wrong = f"it cannot be read ({error.strerror or error})"
+    else:
+        if isinstance(found, dict):
+            return found
+        wrong = "it holds no JSON object"
+    raise ValueError(f"{file}: {wrong}; mend it, or fetch or save the model again")
+
+
 def find_file(source: str, name: str, **where: Any) -> str | None:
     """Path of the file `name` of a model folder or Hub repository; None if it has no such file.
 

@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from trl.data.any_text import visible
+from trl.data.thumbnails import Gallery, mark
 from trl.reports.charts import AFTER, BEFORE, COST, Panel, tick_text, ticks
 from trl.reports.intervals import Interval, Measure, difference, interval_of
 from trl.reports.page import rendered
@@ -63,6 +64,8 @@ class Comparison:
     """a prompt, and what each model says"""
     facts: list[tuple[str, str]] = field(default_factory=list)
     """how it was made"""
+    pictures: Sequence[Sequence[int]] = ()
+    """of each prompt of the samples, by their numbers"""
 
 
 def compared(names: Sequence[str], measures: Sequence[Sequence[Measure]]) -> list[Line]:
@@ -153,12 +156,14 @@ def render(found: Comparison) -> str:
         whole = visible(str(text))
         return whole if len(whole) <= SHOWN else f"{whole[:SHOWN]} … ({len(whole) - SHOWN:,} more characters)"
 
+    gallery = Gallery()
+    pictures = [Markup("".join(gallery.tag(each, mark(each)[1:-1]) for each in some)) for some in found.pictures]
     groups = [(other, [line for line in found.lines if line.other == other]) for other in found.names[1:]]
     return rendered(
         "trl.reports", "compare.html.jinja", filters={"shown": shown, "number": number, "span": span},
         found=found, groups=groups, short_names=short_names(found.names), summary=summary,
         charts=[chart(found, name) for name in dict.fromkeys(line.name for line in found.lines)],
-        marks={"better": "good", "worse": "bad"},
+        marks={"better": "good", "worse": "bad"}, pictures=pictures, gallery=Markup(gallery.style),
     )  # fmt: skip
 
 

@@ -58,6 +58,18 @@ def share_interval(hits: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(hits / n, float(bounds.low), float(bounds.high), n)
 
 
+def paired_share_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
+    """Share of trials that `gained` less that which `lost`, of n pairs, as Bonett and Price (2012) have it.
+
+    Two trials are added of which one gains and one loses, so that n pairs alike do not pass for certainty.
+    """
+    from scipy.stats import norm
+
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = float(norm.ppf((1 + confidence) / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return Interval((gained - lost) / n, max(-1.0, up - down - half), min(1.0, up - down + half), n)
+
+
 # -- by resampling the rows ----------------------------------------------------------------------
 
 CELLS = 4_000_000
@@ -119,12 +131,22 @@ def _gain(totals: Any, counts: Any, others: Any, other_counts: Any, axis: int = 
     return _ratio(others, other_counts, axis) - _ratio(totals, counts, axis)
 
 
+def _hits(totals: np.ndarray, counts: np.ndarray) -> int | None:
+    """Rows that have it, where each row either has it wholly (1) or not at all (0) and counts alike; else None."""
+    rates = totals / counts
+    if len(rates) < 2 or not np.isin(rates, (0, 1)).all() or (np.ptp(counts) > 0 and np.ptp(rates) > 0):
+        return None
+    return int(rates.sum())
+
+
 def interval_of(measure: Measure) -> Interval:
-    """The figure with its interval."""
+    """The figure with its interval; that of a share, by Wilson, where each row is a 0 or a 1."""
     kept = measure.known
     if not kept.any():
         return Interval(math.nan, math.nan, math.nan, 0)
-    return bootstrap([measure.totals[kept], measure.counts[kept]], _ratio)
+    columns = measure.totals[kept], measure.counts[kept]
+    hits = _hits(*columns)
+    return bootstrap(columns, _ratio) if hits is None else share_interval(hits, len(columns[0]))
 
 
 def difference(before: Measure, after: Measure) -> Interval:
@@ -133,4 +155,15 @@ def difference(before: Measure, after: Measure) -> Interval:
     if not kept.any():
         return Interval(math.nan, math.nan, math.nan, 0)
     columns = [one[kept] for each in (before, after) for one in (each.totals, each.counts)]
-    return bootstrap(columns, _gain)
+    return _of_shares(*columns) or bootstrap(columns, _gain)
+
+
+def _of_shares(totals: np.ndarray, counts: np.ndarray, others: np.ndarray, other_counts: np.ndarray) -> Interval | None:
+    """The difference where all rows of 0 and 1 change alike, of which resampling makes a certainty; else None."""
+    gains, hits, n = others / other_counts - totals / counts, _hits(others, other_counts), len(totals)
+    if hits is None or np.ptp(gains) > 0:
+        return None
+    if _hits(totals, counts) is not None:
+        return paired_share_interval(n * int(gains[0] > 0), n * int(gains[0] < 0), n)
+    share, fixed = share_interval(hits, n), float(totals[0] / counts[0])  # such as the half that equal models win
+    return Interval(share.mean - fixed, share.low - fixed, share.high - fixed, n)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl.data.thumbnails import FOLDER, Thumbnail, read_back
 from trl.rollout.reward_check import FILE
 from trl.trainer.checkpoints import PREFIX
 from trl.trainer.run_folder import CONFIG, RECORD, is_live
@@ -51,6 +52,8 @@ class Samples:
     step: int
     rows: list[dict[str, Any]]
     """`prompt`, `completion`, and numbers by their names"""
+    pictures: list[list[Thumbnail]] = field(default_factory=list)
+    """of each row"""
 
 
 @dataclass
@@ -98,6 +101,26 @@ def reward_check(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+SEEDS = re.compile(r"seed-(\d+)")
+"""names of the folders in which runs of several seeds lie"""
+
+
+def seed_folders(folder: Path) -> dict[int, Path]:
+    """The folders of the seeds, in their order."""
+    found = [(int(match[1]), path) for path in folder.glob("seed-*") if (match := SEEDS.fullmatch(path.name))]
+    return dict(sorted((seed, path) for seed, path in found if path.is_dir()))
+
+
+def check_one_run(folder: Path) -> None:
+    """ValueError where runs of several seeds lie, and one is wanted."""
+    seeds = [str(path) for path in seed_folders(folder).values()]
+    if seeds:
+        raise ValueError(
+            f"{folder}: a run of each of {len(seeds)} seeds lies there: choose one, {' or '.join(seeds)} "
+            "(`trl report` shows all)"
+        )
+
+
 def read_run(folder: str | os.PathLike[str]) -> RunRead:
     """The run of a folder, or of the folder that a checkpoint lies in. ValueError where there is none."""
     place = Path(folder)
@@ -111,6 +134,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunRead:
     if record is None and (place / RECORD).exists():
         skipped.append(f"{RECORD} could not be read")
     if record is None and not (place / METRICS).is_file():
+        check_one_run(place)
         raise ValueError(f"{folder}: no run has written there: it has neither {RECORD} nor {METRICS}")
     series, summary = read_metrics(place / METRICS, skipped)
     config = next((path for path in (place / OTHER_CONFIG, place / CONFIG) if path.is_file()), place / CONFIG)
@@ -212,8 +236,18 @@ def read_samples(folder: Path, skipped: list[str]) -> list[Samples]:
             skipped.append(f"{files[place].name} could not be read ({' '.join(str(error).split())[:80]})")
             continue
         if rows:
-            found.append(Samples(int(rows[0].pop("step", 0) or 0), rows))
+            pictures = [_take_pictures(row, files[place].parent) for row in rows]
+            found.append(Samples(int(rows[0].pop("step", 0) or 0), rows, pictures))
     return found
+
+
+def _take_pictures(row: dict[str, Any], folder: Path) -> list[Thumbnail]:
+    """The thumbnails of a row, whose columns of paths are taken out of it."""
+    found = []
+    for name, value in list(row.items()):
+        if isinstance(value, list) and all(each is None or str(each).startswith(f"{FOLDER}/") for each in value):
+            found += [read_back(folder, path) for path in row.pop(name)]
+    return [each for each in found if each is not None]
 
 
 def _first_rows(file: Path) -> list[dict[str, Any]]:

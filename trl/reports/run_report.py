@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,12 @@ from typing import Any
 from markupsafe import Markup
 
 from trl.data.any_text import visible
+from trl.data.thumbnails import Gallery, Thumbnail
 from trl.reports.charts import AFTER, COST, TRAINED, Curve, curve, window_of
 from trl.reports.findings import findings, job_of, next_steps, trend
 from trl.reports.page import rendered
 from trl.reports.run_folder import RunRead, Series, read_run, reward_check, spread_of
+from trl.rollout.report import prompt_text
 from trl.trainer.metrics import named
 from trl.trainer.run_folder import REPORT
 from trl.trainer.run_record import write_whole
@@ -79,12 +82,19 @@ def write_report(folder: Path, target: Path | None = None) -> Path:
 def render(run: RunRead) -> str:
     """The report as HTML that loads nothing from elsewhere."""
     status, how = run.status
-    groups = groups_of(run)
+    groups, gallery = groups_of(run), Gallery()
+    pictures = [[shots_of(each, gallery) for each in moment.pictures] for moment in run.samples]
     return rendered(
         "trl.reports",
         "run.html.jinja",
         strict=False,
-        filters={"shown": shown, "short": short, "visible": lambda text: visible(str(text)), "moment": moment},
+        filters={
+            "shown": shown,
+            "asked": asked,
+            "short": short,
+            "visible": lambda text: visible(str(text)),
+            "moment": moment,
+        },
         run=run,
         record=run.record,
         title=title_of(run),
@@ -100,7 +110,14 @@ def render(run: RunRead) -> str:
         checked=reward_check(run.folder),
         facts=facts_of(run),
         sizes=sizes_of,
+        pictures=pictures,
+        gallery=Markup(gallery.style),
     )
+
+
+def shots_of(pictures: Sequence[Thumbnail], gallery: Gallery) -> Markup:
+    """The pictures of a row."""
+    return Markup("".join(gallery.tag(each, f"picture {place}") for place, each in enumerate(pictures, 1)))
 
 
 def title_of(run: RunRead) -> str:
@@ -126,6 +143,16 @@ def shown(text: Any) -> str:
     whole = visible(text if isinstance(text, str) else str(text))
     rest = len(whole) - LONGEST
     return whole if rest <= 0 else f"{whole[:LONGEST]} … ({rest:,} more characters)"
+
+
+def asked(prompt: Any) -> str:
+    """A prompt as it is read: of a conversation, which the files hold as JSON, the turns."""
+    try:
+        turns = json.loads(prompt) if isinstance(prompt, str) and prompt.startswith('[{"') else None
+    except (ValueError, RecursionError):
+        turns = None
+    said = isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
+    return f"{shown(prompt_text(turns))}\n" if said else shown(prompt)
 
 
 def sizes_of(files: Mapping[str, Any]) -> list[str]:

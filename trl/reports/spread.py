@@ -14,14 +14,13 @@ from trl.data.any_text import visible
 from trl.reports.charts import TRAINED, Panel, moving_average, window_of
 from trl.reports.findings import trend
 from trl.reports.page import rendered
-from trl.reports.run_folder import RunRead, Series, read_run
+from trl.reports.run_folder import RunRead, Series, read_run, seed_folders
 from trl.reports.run_report import GROUPS, title_of
 from trl.trainer.metrics import named
 from trl.trainer.run_folder import RECORD, REPORT
 from trl.trainer.run_record import write_whole
 from trl.trainer.step_line import short
 
-FOLDER = re.compile(r"seed-(\d+)")
 LEFT_OUT = re.compile(r"(eval_)?(num_tokens|learning_rate|lr|step_time|.*time.*|.*per_second)")
 """metrics that say nothing of what was learned"""
 PRINTED = 8
@@ -63,12 +62,6 @@ class Spread:
         """Runs that have not come to their end, in words."""
         states = {seed: run.status[0] for seed, run in self.runs.items()}
         return [f"seed {seed} {status}" for seed, status in states.items() if status not in ("finished", "unknown")]
-
-
-def seed_folders(folder: Path) -> dict[int, Path]:
-    """The folders of the seeds, in their order."""
-    found = [(int(match[1]), path) for path in folder.glob("seed-*") if (match := FOLDER.fullmatch(path.name))]
-    return dict(sorted((seed, path) for seed, path in found if path.is_dir()))
 
 
 def holds_seeds(folder: Path) -> bool:

@@ -539,6 +539,19 @@ LIVE = ("histories", "environments")
 """metadata that only reward functions read; such objects cannot move to another process"""
 
 
+def tell_alike(rollouts: Sequence[Rollout], gather: Callable[[list[Any]], list[Any]]) -> None:
+    """Leave out which words or experts an engine took where it did not say so of all rows of all ranks. Collective.
+
+    One line says it: rows of which it is known and rows of which it is not are learned by other ratios.
+    """
+    for name, what in (("kept", "words the filters left"), ("experts", "experts it took")):
+        told = gather([bool(getattr(each, name)) for each in rollouts if len(each)])
+        if any(told) and not all(told):
+            logger.warning("an engine did not say of all rows which %s: it is used for none of them", what)
+            for each in rollouts:
+                setattr(each, name, [])
+
+
 def replace_groups(
     rows: list[Any],
     rollout: Rollout,
@@ -554,6 +567,7 @@ def replace_groups(
     in the order of their places, so the result does not depend on the number of ranks.
     """
     new_rows, new_rollout, new_rewards = further
+    tell_alike([rollout, new_rollout], gather)
     extra = _same_columns(rewards, new_rewards, gather)
     places = range(len(rows)) if places is None else places
     for name in LIVE:

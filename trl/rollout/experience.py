@@ -154,6 +154,12 @@ class Experience(TensorRecord):
         columns: dict[str, Any] = {}
         for entry in fields(cls):
             values = [getattr(part, entry.name) for part in filled]
+            known = sum(value is not None for value in values)
+            if 0 < known < len(values):
+                raise ValueError(
+                    f"experience: {entry.name} is known of {known} of {len(values)} parts of a rollout (of its ranks): "
+                    "let `experience` give all of them the same columns"
+                )
             if isinstance(values[0], Tensor):
                 columns[entry.name] = joined(values)
             elif values[0] is not None:

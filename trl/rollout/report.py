@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trl.data.any_text import console, encodable, visible
+from trl.data.any_text import console, encodable, json_text, visible
 from trl.data.records import Rollout
 from trl.losses.loss_sum import Extreme, extreme
 from trl.models.weight_files import writing
@@ -19,18 +18,26 @@ from trl.rollout.experience import Experience
 from trl.rollout.rewards import Rewards
 
 Columns = dict[str, list[Any]]
-TYPES = {"step": "int64", "prompt": "string", "completion": "string", "completion_ids": "list"}
+TYPES = {"step": "int64", "prompt": "string", "completion": "string", "completion_ids": "list", "images": "pictures"}
 """of columns in the Parquet files; all others hold numbers"""
+PICTURES = "images"
+"""column with the numbers of the pictures that a row has; in the files paths of thumbnails, from the file's folder"""
 LONGEST = 2000
 """characters of a prompt that are printed; the Parquet files hold all"""
 
 
 def table_of(
-    step: int, rollout: Rollout, prompts: Sequence[Any], rewards: Rewards, learned: Mapping[str, Sequence[Any]]
+    step: int,
+    rollout: Rollout,
+    prompts: Sequence[Any],
+    rewards: Rewards,
+    learned: Mapping[str, Sequence[Any]],
+    pictures: bool = False,
 ) -> Columns:
     """A row per completion: the texts, each reward (None: no opinion) and what is learned from it.
 
-    step: number of the first optimizer step that learns from them.
+    step: number of the first optimizer step that learns from them. pictures: the policy reads pictures, and the column
+    `images` says which ones.
     """
     scores = dict(zip(rewards.names, rewards.scores_BF.T.tolist(), strict=True))
     return {
@@ -38,10 +45,18 @@ def table_of(
         "prompt": list(prompts),
         "completion": rollout.texts,
         "completion_ids": rollout.completions,
+        **({PICTURES: list(map(_pictures_of, rollout.prompts, rollout.completions))} if pictures else {}),
         **{f"reward_{name}": [None if math.isnan(x) else x for x in values] for name, values in scores.items()},
         **{name: list(values) for name, values in learned.items()},
         **rewards.logs.extra,
     }
+
+
+def _pictures_of(prompt: Sequence[int], completion: Sequence[int]) -> list[int]:
+    """The numbers of the pictures in a row's tokens, each once."""
+    from trl.data.pictures import pictures_among
+
+    return pictures_among([*prompt, *completion])
 
 
 def record(
@@ -166,18 +181,19 @@ def record_objective(
 def write_parquet(directory: Path, number: int, columns: Mapping[str, Sequence[Any]]) -> Path:
     """The rows as `rollout-000123.parquet`; written beside, then renamed. Conversations are written as JSON.
 
-    Types are the same in every file, so that `datasets` reads them all together.
+    Types are the same in every file, so that `datasets` reads them all together. Thumbnails of pictures lie in the
+    folder `pictures` beside the file, which has their paths.
     """
     import pyarrow
     from pyarrow import parquet
 
+    paths = pyarrow.list_(pyarrow.string())
     arrow = {"int64": pyarrow.int64(), "string": pyarrow.string(), "list": pyarrow.list_(pyarrow.int64())}
     types = {name: _type_of(name, values) for name, values in columns.items()}
-    schema = pyarrow.schema([(name, arrow.get(types[name], pyarrow.float64())) for name in columns])
-    plain = {
-        name: [_written(value) for value in values] if types[name] == "string" else list(values)
-        for name, values in columns.items()
-    }
+    schema = pyarrow.schema(
+        [(name, paths if types[name] == "pictures" else arrow.get(types[name], pyarrow.float64())) for name in columns]
+    )
+    plain = {name: _written_column(types[name], values, directory) for name, values in columns.items()}
     name = f"rollout-{number:06d}.parquet"
     try:
         table = pyarrow.table(plain, schema=schema)
@@ -189,9 +205,31 @@ def write_parquet(directory: Path, number: int, columns: Mapping[str, Sequence[A
     return directory / name
 
 
+def _written_column(kind: str, values: Sequence[Any], directory: Path) -> list[Any]:
+    """A column as it stands in a file of the folder."""
+    if kind == "string":
+        return [_written(value) for value in values]
+    if kind != "pictures":
+        return list(values)
+    from trl.data.thumbnails import stored
+
+    return [stored(_listed(value), directory) for value in values]
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _type_of(name: str, values: Sequence[Any]) -> str:
-    """The type of a column: that of `TYPES`, "number" where all values are numbers, else "string"."""
-    return TYPES.get(name, "number" if all(_is_number(value) for value in values) else "string")
+    """The type of a column: that of `TYPES`, "number" where all values are numbers, "pictures", else "string"."""
+    if name in TYPES and name != PICTURES:
+        return TYPES[name]
+    if all(_is_number(value) for value in values):
+        return "number"
+    each = [one for value in values for one in _listed(value)]
+    if name == PICTURES and all(isinstance(one, int) for one in each):
+        return "pictures"
+    return "pictures" if each and all(hasattr(one, "getbands") for one in each) else "string"
 
 
 def _is_number(value: Any) -> bool:
@@ -199,28 +237,40 @@ def _is_number(value: Any) -> bool:
 
 
 def _written(value: Any) -> str | None:
-    """A text, or a conversation as JSON."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    """A text, or a conversation as JSON, in which a picture is a mark."""
+    return value if value is None or isinstance(value, str) else json_text(value)
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return str(value) if isinstance(value, str | int) else str(_written(value))
 
 
 def _encodable(text: str | None) -> str | None:
     return None if text is None else encodable(text)
 
 
+class Pictured(NamedTuple):
+    """A prompt with the numbers of its pictures: the same text with other pictures is another prompt."""
+
+    prompt: Any
+    pictures: tuple[int, ...]
+
+
 def print_table(columns: Mapping[str, Sequence[Any]], most: int | None, unique: bool) -> None:
     """Some completions with their rewards, in the terminal; `unique`: the first of each prompt."""
     further = [name for name in columns if name not in TYPES]
-    rows = list(range(len(columns["prompt"])))
+    prompts = list(columns["prompt"])
+    if columns.get(PICTURES):
+        prompts = [Pictured(*each) for each in zip(prompts, map(tuple, columns[PICTURES]), strict=True)]
+    rows = list(range(len(prompts)))
     if unique:
-        rows = [i for i in rows if columns["prompt"].index(columns["prompt"][i]) == i]
+        rows = [i for i in rows if prompts.index(prompts[i]) == i]
     samples = (
-        (columns["prompt"][i], columns["completion"][i], {name: _shown(columns[name][i]) for name in further})
+        (prompts[i], columns["completion"][i], {name: _shown(columns[name][i]) for name in further})
         for i in rows[:most]
     )
     print_samples(f"step {columns['step'][0]}", samples)
@@ -243,7 +293,7 @@ def print_samples(title: str, samples: Iterable[tuple[Any, str, Mapping[str, str
 
     for prompt, completion, facts in samples:
         if prompt != before:
-            write(_prompt_text(prompt), "", "bold")
+            write(prompt_text(prompt), "", "bold")
             before = prompt
         if facts:
             write("  ".join(f"{name} {value}" for name, value in facts.items()), f"  {bar} ", "dim")
@@ -251,21 +301,33 @@ def print_samples(title: str, samples: Iterable[tuple[Any, str, Mapping[str, str
         screen.print()
 
 
-def _prompt_text(prompt: Any) -> str:
-    """A prompt as it is read: a conversation as turns, the middle of a long one left out."""
+def prompt_text(prompt: Any) -> str:
+    """A prompt as it is read: a conversation as turns, pictures as marks, the middle of a long one left out."""
+    marks: Iterator[str] = iter(())
+    if isinstance(prompt, Pictured):
+        from trl.data.thumbnails import mark
+
+        prompt, marks = prompt.prompt, map(mark, prompt.pictures)
     if isinstance(prompt, list) and all(isinstance(turn, Mapping) for turn in prompt):
-        text = "\n".join(f"{turn.get('role', '')}: {_said(turn)}" for turn in prompt)
+        text = "\n".join([f"{turn.get('role', '')}: {_said(turn, marks)}" for turn in prompt])
     else:
         text = str(prompt)
+    text = "\n".join([*marks, text])  # pictures that stand in a column of their own come first
     if len(text) <= LONGEST:
         return text
     half = LONGEST // 2
     return f"{text[:half]}\n... {len(text) - 2 * half:,} characters ...\n{text[-half:]}"
 
 
-def _said(turn: Mapping[str, Any]) -> str:
-    """The text of a message; what else it holds (parts, calls) as JSON."""
-    if isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-        return str(turn["content"])
+def _said(turn: Mapping[str, Any], marks: Iterator[str]) -> str:
+    """The text of a message, with marks for its pictures; what else it holds (parts, calls) as JSON."""
+    content = turn.get("content")
+    if isinstance(content, str) and not turn.get("tool_calls"):
+        return content
+    if isinstance(content, list) and not turn.get("tool_calls"):
+        from trl.data.thumbnails import has_pictures, said_in
+
+        if has_pictures([turn]):
+            return said_in(content, marks)
     others = {name: value for name, value in turn.items() if name != "role" and value is not None}
     return str(_written(others))

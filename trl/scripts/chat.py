@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trl.scripts.exit_codes import BAD_INPUT
+from trl.scripts.generate import pictured_ids
 from trl.scripts.open_model import Dtype, Opened, open_model
 from trl.scripts.quiet import quiet, say
 from trl.scripts.sampling import Asked, MinP, Penalty, Temperature, TopK, TopP, in_words
@@ -23,12 +24,11 @@ if TYPE_CHECKING:
 HELP = {
     "/clear": "forget what was said",
     "/system TEXT": "begin anew with this instruction; without TEXT: without one",
+    "/image FILE": "show this picture with the next turn; several are shown together",
     "/seed N": "same question, same answer; without N: another one each time",
     "/help": "show these lines",
     "/exit": "end, as Ctrl-D does",
 }
-PLAIN_STOPS = ("\n\nUser:",)
-"""what ends an answer where roles are spelled out as words"""
 
 
 def command(
@@ -70,24 +70,23 @@ class Chat:
     ) -> None:
         from trl.data.chat import ChatTemplate
         from trl.generation.stopping import end_tokens
-        from trl.models.chat_setup import SIMPLE_CHAT_TEMPLATE
 
         self.opened, self.seed, self.write = opened, seed, write
-        self.tokenizer, stops = opened.tokenizer, list[str]()
-        if not self.tokenizer.chat_template:
-            say(f"{opened.found.name} has no chat template: turns are put to it as `User: ...` and `Assistant: ...`")
-            self.tokenizer.chat_template, stops = SIMPLE_CHAT_TEMPLATE, list(PLAIN_STOPS)
+        self.tokenizer = opened.tokenizer
+        opened.spell_roles()
         known = end_tokens(opened.model, self.tokenizer)
         self.ends = tuple(sorted({*known, *ChatTemplate(self.tokenizer, ends=known).end_ids}))
-        self.params: SamplingParams = asked.params(opened.model, stops, self.ends)
-        self.messages: list[dict[str, str]] = []
+        self.params: SamplingParams = asked.params(opened.model, opened.stops, self.ends)
+        self.messages: list[dict[str, Any]] = []
+        self.pictures: list[bytes] = []
+        """files that the next turn shows"""
         self.refused = 0
         """turns that could not be put to the model"""
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
         """Forget what was said. ValueError where the template takes no instruction."""
-        self.messages, self.system = [], system
+        self.messages, self.pictures, self.system = [], [], system
         if system is None:
             return
         self.messages = [{"role": "system", "content": system}]
@@ -97,10 +96,14 @@ class Chat:
             self.messages, self.system = [], None
             raise
 
-    def _prompt(self, more: list[dict[str, str]]) -> list[int]:
+    def _prompt(self, more: list[dict[str, Any]]) -> list[int]:
         from jinja2.exceptions import TemplateError
 
+        from trl.data.pictures import reader_of
+
         messages = self.messages + more
+        if reader_of(self.tokenizer) is not None:
+            return pictured_ids({}, messages, self.tokenizer)
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except (TemplateError, TypeError) as error:
@@ -116,7 +119,10 @@ class Chat:
         from trl.models.prepare import context_length
         from trl.models.unwrap import is_encoder_decoder
 
-        turn = {"role": "user", "content": encodable(said)}
+        turn: dict[str, Any] = {"role": "user", "content": encodable(said)}
+        if self.pictures:
+            shown = [{"type": "image", "image": content} for content in self.pictures]
+            turn["content"] = [*shown, {"type": "text", "text": turn["content"]}]
         prompt = self._prompt([turn])
         context = None if is_encoder_decoder(self.opened.model) else context_length(self.opened.model)
         if context is not None and len(prompt) >= context:
@@ -124,6 +130,7 @@ class Chat:
                 f"the conversation has {len(prompt):,} tokens with this turn, the model's context {context:,}: shorten "
                 "the turn; /clear begins anew"
             )
+        self.pictures = []
         stream = TextStream(self.tokenizer, self.ends, self.params.stop_strings)
         got: list[Any] = []
 
@@ -141,6 +148,20 @@ class Chat:
         if got[0].finish_reason == "length":
             say(f"the answer was cut after {len(got[0].ids):,} tokens (--max-new-tokens)")
 
+    def show(self, path: str) -> None:
+        """Keep a picture for the next turn. ValueError where it, or any picture, cannot be read."""
+        from trl.data.picture_files import open_picture, read_picture
+        from trl.data.pictures import reader_of
+
+        if reader_of(self.tokenizer) is None:
+            raise ValueError(f"/image: {self.opened.found.name} reads no pictures, as it has no processor")
+        if not path:
+            raise ValueError("/image: say which file")
+        content = read_picture(path, f"/image {path}")
+        self.pictures.append(content)
+        width, height = open_picture(content).size
+        say(f"{path} ({width}x{height}) is shown with the next turn")
+
     def obey(self, line: str) -> bool:
         """Do what a command says; whether the conversation goes on. ValueError for a command that is none."""
         word, _, rest = line.partition(" ")
@@ -150,6 +171,8 @@ class Chat:
         if word in ("/clear", "/system"):
             self.begin(self.system if word == "/clear" else rest or None)
             say("the conversation begins anew")
+        elif word == "/image":
+            self.show(rest)
         elif word == "/seed":
             if rest and not rest.lstrip("-").isdigit():
                 raise ValueError(f"/seed {rest}: give a whole number, or nothing")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl.data.any_text import many
 from trl.scripts.evaluate import (
     Chat,
     Data,
@@ -122,8 +123,9 @@ def comparison(
         if pairs:
             lines += compared([models[0], models[place]], [list(side) for side in zip(*pairs, strict=True)])
     shown = min(samples, *(len(each.answers) for each in several))
-    table = [(read_out(prompts[i]), [each.answers[i][0] for each in several]) for i in range(shown)]
-    return Comparison(list(models), data, len(held), lines, table, facts_of(models, held, judging, limit))
+    pictures = [next((each.pictures[i] for each in several if each.pictures[i]), ()) for i in range(shown)]
+    table = [(read_out(prompts[i], pictures[i]), [each.answers[i][0] for each in several]) for i in range(shown)]
+    return Comparison(list(models), data, len(held), lines, table, facts_of(models, held, judging, limit), pictures)
 
 
 def facts_of(models: Sequence[str], held: Any, judging: Any, limit: int | None) -> list[tuple[str, str]]:
@@ -131,7 +133,7 @@ def facts_of(models: Sequence[str], held: Any, judging: Any, limit: int | None) 
     from trl.trainer.run_record import versions
 
     found = [(f"Model {place}", name) for place, name in enumerate(models, 1)]
-    found += [("Rows", f"{held.name}: {len(held):,} {held.kind} rows{' (the first ones)' if limit else ''}")]
+    found += [("Rows", f"{held.name}: {many(len(held), f'{held.kind} row')}{' (the first ones)' if limit else ''}")]
     if judging.rewards or judging.judge:
         found += [("Answers", f"{judging.n} to each prompt, seed {judging.seed}")]
     found += [("Rewards", ", ".join(judging.rewards)), ("Judge", judging.judge or "")]
@@ -140,14 +142,26 @@ def facts_of(models: Sequence[str], held: Any, judging: Any, limit: int | None) 
     return [(name, text) for name, text in found if text]
 
 
-def read_out(prompt: Any) -> str:
-    """A prompt as a reader wants it: of a conversation the turns, with roles where there are several."""
+def read_out(prompt: Any, pictures: Sequence[int] = ()) -> str:
+    """A prompt as a reader wants it: of a conversation the turns, with roles where there are several.
+
+    pictures: those that are shown in it, as marks where they stand, or at its start.
+    """
+    from trl.data.thumbnails import has_pictures, mark, said_in
     from trl.rewards.texts import text_of
 
+    marks = iter([mark(each) for each in pictures])
     if isinstance(prompt, str):
-        return prompt
-    texts = [(turn["role"], text_of([{**turn, "role": "assistant"}])) for turn in prompt]
-    return texts[0][1] if len(texts) == 1 else "\n".join(f"{role}: {text}" for role, text in texts)
+        return "\n".join([*marks, prompt])
+    texts = [
+        (
+            turn["role"],
+            said_in(turn["content"], marks) if has_pictures([turn]) else text_of([{**turn, "role": "assistant"}]),
+        )
+        for turn in prompt
+    ]
+    said = texts[0][1] if len(texts) == 1 else "\n".join(f"{role}: {text}" for role, text in texts)
+    return "\n".join([*marks, said])
 
 
 def _line_json(line: Line) -> dict[str, Any]:
@@ -168,8 +182,7 @@ def print_comparison(found: Comparison) -> None:
     styles = {"better": "green", "worse": "red"}
     out = console()
     for place, other in enumerate(found.names[1:], 1):
-        rows = f"{found.rows:,} row{'s' if found.rows != 1 else ''}"
-        out.print(Text.assemble(names[place], " against ", names[0], f", {rows}", style="bold"))
+        out.print(Text.assemble(names[place], " against ", names[0], f", {many(found.rows, 'row')}", style="bold"))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("measure")
         for name in (names[0], names[place], Text("difference (95 %)")):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from trl.data.any_text import many
 from trl.reports.run_folder import RunRead, read_run
 from trl.trainer import trace
 from trl.trainer.run_folder import RECORD
@@ -102,7 +103,7 @@ def step_apart(here: Mapping[str, Any], there: Mapping[str, Any], words: Any) ->
         yield "  the weights before it differ already"
     rows, others = here["rows"], there["rows"]
     if len(rows) != len(others):
-        yield f"  it has {len(rows)} rows | {len(others)} rows"
+        yield f"  it has {many(len(rows), 'row')} | {many(len(others), 'row')}"
     for number, (ours, theirs) in enumerate(zip(rows, others, strict=False)):
         if ours == theirs:
             continue

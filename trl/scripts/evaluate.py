@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,26 +93,30 @@ def check_wanted(data: str | None, reward: Sequence[str] | None, judge: str | No
 
 def measure(name: str, held: Any, judging: Any, judge: Any, dtype: str | None, samples: int = 0) -> Any:
     """All figures of a model. samples: prompts to answer where nothing judges answers; 0: none."""
-    from trl.scripts.measure import Held, Measured, given_answers, of_rows, of_samples, prompts_of, wins
+    from trl.scripts.measure import Measured, given_answers, of_rows, of_samples, prompts_of, wins
 
     opened = open_model(name, dtype, wants=None)
-    measures, answers = of_rows(opened, held), list[list[str]]()
+    if opened.found.kind == LANGUAGE_MODEL and (held.talks or judging.chat):
+        opened.spell_roles()
+    found = Measured(name, of_rows(opened, held))
     writes = opened.found.kind == LANGUAGE_MODEL
     judged = bool(judging.rewards or judging.judge)
     if judged and not writes:
         say(f"{name}: a {opened.found.kind} answers nothing, so --reward and --judge have no effect on it")
     elif judged or (writes and samples):
-        part = held if judged else Held(held.name, held.dataset.select(range(min(samples, len(held)))), held.kind)
-        own, answers = of_samples(opened, part, judging)
-        measures += own if judged else []
-    elif not measures:
+        part = (
+            held if judged else replace(held, dataset=held.dataset.select(range(min(samples, len(held)))), prompts=[])
+        )
+        said = of_samples(opened, part, judging)
+        found = Measured(name, found.measures + (said.measures if judged else []), said.answers, said.pictures)
+    elif not found.measures:
         raise ValueError(f"--data {held.name}: it has prompts without answers; say --reward or --judge")
-    if judge is not None and answers:
+    if judge is not None and found.answers:
         given = given_answers(held)
         prompts = [row["prompt"] for row in prompts_of(held)]
-        rounds = [wins(judge, prompts, given, [one[k] for one in answers]) for k in range(judging.n)]
-        measures.append(Measure("wins over the rows", np.mean(rounds, axis=0), np.ones(len(held))))
-    return Measured(name, measures, answers)
+        rounds = [wins(judge, prompts, given, [one[k] for one in found.answers]) for k in range(judging.n)]
+        found.measures.append(Measure("wins over the rows", np.mean(rounds, axis=0), np.ones(len(held))))
+    return found
 
 
 def figures(lines: Sequence[tuple[Measure, Interval]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from trl.data.any_text import json_text, many
 from trl.scripts.open_model import Dtype, Opened, open_model
 from trl.scripts.quiet import quiet, say
 from trl.scripts.sampling import Asked, MinP, Penalty, Temperature, TopK, TopP, in_words
@@ -22,6 +23,8 @@ SEEDS = 2**20
 """distance of two seeds of a run: a prompt's own is the run's plus its place"""
 ANSWERS = ("completion", "chosen", "rejected", "messages", "conversations", "text")
 """columns of a row that answer it or repeat it; the others stand in each line"""
+IMAGES = ("images", "image")
+"""columns with pictures"""
 
 
 Split = Annotated[str | None, typer.Option(help="Split of the data set (default: test, else train).")]
@@ -42,6 +45,9 @@ def command(
     output: Annotated[Path | None, typer.Option(help="File of JSON lines to write (default: standard output).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 1,
+    image: Annotated[
+        list[str] | None, typer.Option(help="File of a picture that stands before each prompt; repeatable.")
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(help="Put texts to the model as a user's turn (default: texts of the line only)."),
@@ -69,19 +75,23 @@ def command(
         raise ValueError(f"--data {data}: the line has prompts too; give either")
     with quiet():
         rows, as_chat = read_prompts(prompts, data, split, limit)
+        rows = with_images(rows, image or ())
         with destination(output, overwrite) as file:
             opened = open_model(model, dtype)
+            check_sees(opened, rows, image or ())
             turns = Turns(as_chat if chat is None else chat, system)
+            if chat:
+                opened.spell_roles()
             count = 0
             for one in answered(opened, rows, asked, turns, n=n, stops=stop or (), seed=seed):
                 if not count and output is not None and output.is_file():
                     file.truncate(0)
                 line = {**rows[one.place], **one.columns(numbered=n > 1)}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                file.write(json_text(line) + "\n")
                 file.flush()
                 count += 1
     if output is not None:
-        print(f"wrote {output}: {count:,} answers to {len(rows):,} prompts")
+        print(f"wrote {output}: {many(count, 'answer')} to {many(len(rows), 'prompt')}")
 
 
 @dataclass(frozen=True)
@@ -133,23 +143,63 @@ def prompt_row(row: Mapping[str, Any], place: int) -> dict[str, Any]:
     """A row with its `prompt`: its own, that of its pair, or the conversation before its last answer."""
     from trl.data.columns import at_row
     from trl.data.formats import maybe_convert_to_chatml, maybe_extract_prompt
-    from trl.data.messages import messages_of
 
     with at_row(place, "given"):
         row = maybe_extract_prompt(maybe_convert_to_chatml(dict(row)))
         kept = {name: value for name, value in row.items() if name not in ANSWERS}
         if "prompt" in row or "query" in row:
             name = "prompt" if "prompt" in row else "query"
-            value = row[name] if isinstance(row[name], str) else messages_of(row, name)
+            value = row[name] if isinstance(row[name], str) else _turns(row, name)
             return {**kept, "prompt": value}
         if row.get("messages") is not None:
-            turns = messages_of(row, "messages")
+            turns = _turns(row, "messages")
             while turns and turns[-1]["role"] == "assistant":
                 turns = turns[:-1]
             return {**kept, "prompt": turns}
         if isinstance(row.get("text"), str):
             return {**kept, "prompt": row["text"]}
         raise ValueError(f"it has the columns {', '.join(row)}: give it `prompt`, `messages` or `text`")
+
+
+def _turns(row: Mapping[str, Any], name: str) -> list[Any]:
+    """The messages of a column; those with pictures as they are, as they are read where they are tokenised."""
+    from trl.data.messages import messages_of
+    from trl.data.thumbnails import has_pictures
+
+    return list(row[name]) if has_pictures(row[name]) else messages_of(row, name)
+
+
+def with_images(rows: list[dict[str, Any]], images: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows, each with these pictures. ValueError for a file that cannot be read, before a model is loaded."""
+    from trl.data.picture_files import read_picture
+
+    for path in images:
+        read_picture(path, f"--image {path}")
+    if images and (place := next((i for i, row in enumerate(rows) if _shows(row)), None)) is not None:
+        raise ValueError(f"--image {images[0]}: row {place} has pictures of its own; leave out --image")
+    return [{**row, "images": list(images)} for row in rows] if images else rows
+
+
+def _shows(row: Mapping[str, Any]) -> bool:
+    """Whether a row has pictures."""
+    from trl.data.thumbnails import has_pictures
+
+    return has_pictures(row["prompt"]) or any(row.get(name) not in (None, []) for name in IMAGES)
+
+
+def check_sees(opened: Opened, rows: Sequence[Mapping[str, Any]], images: Sequence[str] = ()) -> None:
+    """ValueError for --image where the model reads no pictures; those of rows are left out then, and that is said."""
+    from trl.data.pictures import reader_of
+
+    if reader_of(opened.tokenizer) is not None:
+        return
+    if images:
+        raise ValueError(
+            f"--image {images[0]}: {opened.found.name} reads no pictures, as it has no processor; take a "
+            "vision-language model, with the files of its processor beside it"
+        )
+    if any(row.get(name) not in (None, []) for row in rows for name in IMAGES):
+        say(f"{opened.found.name} reads no pictures: those of the rows are left out")
 
 
 # -- answers -------------------------------------------------------------------------------------
@@ -166,6 +216,8 @@ class Answer:
     text: str
     ids: list[int]
     finish_reason: str
+    pictures: tuple[int, ...] = ()
+    """of the prompt, by their numbers"""
 
     def columns(self, numbered: bool) -> dict[str, Any]:
         """As it stands in a line."""
@@ -185,19 +237,24 @@ def answered(
 ) -> Iterator[Answer]:
     """What the model says to the `prompt` of each row, n times, in the order of the rows."""
     from trl.data.chat import ChatTemplate
+    from trl.data.pictures import pictures_among
     from trl.generation.local import make_sampler
     from trl.generation.stopping import end_tokens, without_ends
     from trl.generation.text_stream import without_stop
 
     tokenizer = opened.tokenizer
     ends = set(end_tokens(opened.model, tokenizer))
+    if any(not isinstance(row["prompt"], str) for row in rows):
+        opened.spell_roles()
+    stops = (*stops, *opened.stops)
     prompts = [_put(row["prompt"], tokenizer, turns) for row in rows]
     if tokenizer.chat_template and any(not isinstance(one, str) for one in prompts):
         ends |= ChatTemplate(tokenizer, ends=sorted(ends)).end_ids
     params = asked.params(opened.model, stops, sorted(ends))
     say(f"{opened.found.name} samples with {in_words(params)}, seed {seed}")
     sampler = make_sampler(opened.model, tokenizer)
-    ids = [_ids(prompt, tokenizer, place) for place, prompt in enumerate(prompts)]
+    ids = [_ids(row, prompt, tokenizer, place) for place, (row, prompt) in enumerate(zip(rows, prompts, strict=True))]
+    seen = [tuple(pictures_among(each)) for each in ids]
     check_lengths(ids, opened.model)
     for start in range(0, len(rows), AT_ONCE):
         part = range(start, min(start + AT_ONCE, len(rows)))
@@ -206,7 +263,7 @@ def answered(
         for place, group in zip(part, groups, strict=True):
             texts = without_ends(tokenizer, [one.ids for one in group], sorted(ends))
             for number, (one, text) in enumerate(zip(group, texts, strict=True)):
-                yield Answer(place, number, without_stop(text, stops), one.ids, one.finish_reason)
+                yield Answer(place, number, without_stop(text, stops), one.ids, one.finish_reason, seen[place])
 
 
 def check_lengths(ids: Sequence[Sequence[int]], model: Any) -> None:
@@ -236,13 +293,16 @@ def _put(prompt: Any, tokenizer: Any, turns: Turns) -> Any:
     return prompt
 
 
-def _ids(prompt: Any, tokenizer: Any, place: int) -> list[int]:
+def _ids(row: Mapping[str, Any], prompt: Any, tokenizer: Any, place: int) -> list[int]:
     from jinja2.exceptions import TemplateError
 
     from trl.data.any_text import encodable
     from trl.data.columns import at_row
+    from trl.data.pictures import reader_of
     from trl.rollout.prompts import prompt_ids
 
+    if reader_of(tokenizer) is not None:
+        return pictured_ids({name: row.get(name) for name in IMAGES}, prompt, tokenizer, place)
     with at_row(place, "given"):
         try:
             value = encodable(prompt) if isinstance(prompt, str) else prompt
@@ -250,6 +310,18 @@ def _ids(prompt: Any, tokenizer: Any, place: int) -> list[int]:
             return ids
         except TemplateError as error:
             raise ValueError(f"the chat template does not take this conversation: {error}") from error
+
+
+def pictured_ids(images: Mapping[str, Any], prompt: Any, tokenizer: Any, place: int = 0) -> list[int]:
+    """The tokens of a prompt that may have pictures, as training has them. images: the row's columns with pictures."""
+    from trl.data.any_text import encodable
+    from trl.data.prompt_rows import PromptsJob
+
+    value = encodable(prompt) if isinstance(prompt, str) else prompt
+    given = {name: own for name, own in images.items() if own is not None}
+    (row,), job = PromptsJob(tokenizer=tokenizer).reading([{**given, "prompt": value}], "given")
+    (made,) = job([row], [place])
+    return list(made.columns["prompt_ids"])
 
 
 @contextmanager

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
 
+from trl.data.any_text import many
 from trl.data.report import RowNote, TokenizationReport
 from trl.scripts.exit_codes import pointing
 from trl.scripts.jobs import JOBS, Training
@@ -49,7 +50,7 @@ def command(
         given = prepared(JOBS[job], context.args)
         seen = read(given, max(sample, 0 if row is None else row + 1) if sample else None)
     if row is not None and row >= len(seen.notes):
-        raise ValueError(f"--row {row}: the data set has {len(seen.notes):,} rows")
+        raise ValueError(f"--row {row}: the data set has {many(len(seen.notes), 'row')}")
     chosen = seen.notes if row is None else [seen.notes[row]]
     shown = [one for one in chosen if one.findings or not found]
     page = Page(given.title, seen, [shown_row(one, given.tokenizer, tokens) for one in shown[:rows]], tokens)
@@ -88,9 +89,11 @@ class Seen:
         if self.learns:
             facts.append(("learned", f"{report.learned:,} tokens, {report.learned / max(1, report.tokens):.1%}"))
         if self.limit is not None:
-            facts.append(("longest allowed", f"{self.limit:,} tokens; {report.truncated:,} rows were cut"))
+            facts.append(
+                ("longest allowed", f"{self.limit:,} tokens; {many(report.truncated, 'row was', 'rows were')} cut")
+            )
         if report.left_out:
-            facts.append(("left out", f"{report.left_out:,} rows have nothing to learn"))
+            facts.append(("left out", f"{many(report.left_out, 'row has', 'rows have')} nothing to learn"))
         return facts + ([("packing", self.packed)] if self.packed else [])
 
     def histogram(self) -> list[tuple[str, int]]:
@@ -107,8 +110,17 @@ class Part:
     """Tokens of a row, under the name of their part, as runs of text with the same mark."""
 
     name: str
-    runs: list[tuple[str, str]]
-    """text, and `learned`, `wrong` or nothing"""
+    runs: list[Run]
+
+
+class Run(NamedTuple):
+    """Text whose tokens have the same mark, or a picture."""
+
+    text: str
+    mark: str
+    """`learned`, `wrong` or nothing"""
+    picture: int | None = None
+    """its number in the album"""
 
 
 @dataclass
@@ -249,20 +261,21 @@ def shown_row(note: RowNote, tokenizer: Any, tokens: bool) -> ShownRow:
     return ShownRow(note, parts)
 
 
-def _runs(tokenizer: Any, ids: Sequence[int], marks: Sequence[str], tokens: bool) -> list[tuple[str, str]]:
+def _runs(tokenizer: Any, ids: Sequence[int], marks: Sequence[str], tokens: bool) -> list[Run]:
     """The text in pieces of the same mark, or token by token."""
     from trl.data.any_text import visible
     from trl.data.inspect import pieces
 
-    runs: list[tuple[str, str]] = []
+    runs: list[Run] = []
     end = 0
     for piece in pieces(tokenizer, ids, [int(bool(mark)) for mark in marks]):
         end += len(piece.ids)
         text, mark = visible(piece.text), marks[end - 1]
-        if runs and runs[-1][1] == mark and not tokens:
-            runs[-1] = (runs[-1][0] + text, mark)
+        joins = runs and runs[-1].mark == mark and not tokens
+        if joins and piece.picture is None and runs[-1].picture is None:
+            runs[-1] = Run(runs[-1].text + text, mark)
         else:
-            runs.append((text, mark))
+            runs.append(Run(text, mark, piece.picture))
     return runs
 
 
@@ -297,7 +310,7 @@ def print_page(page: Page) -> None:
             if part.name:
                 console.print(Text(part.name, "cyan"))
             console.print(Padding(_text(part, console.color_system is None, page.tokens), (0, 0, 0, 2)))
-    if any(mark for row in page.rows for part in row.parts for _, mark in part.runs):
+    if any(run.mark for row in page.rows for part in row.parts for run in part.runs):
         console.print()
         console.print(Text(_legend(console.color_system is None, page.rows[0].has_steps), "cyan"))
 
@@ -306,10 +319,10 @@ def _text(part: Part, plain: bool, tokens: bool) -> Any:
     from rich.text import Text
 
     text = Text()
-    for number, (piece, mark) in enumerate(part.runs):
+    for number, (piece, mark, picture) in enumerate(part.runs):
         left, right = BRACKETS[mark] if plain else BRACKETS[""]
         text.append("│" if tokens and number else "", "cyan")
-        text.append(f"{left}{piece}{right}", COLOURS[mark])
+        text.append(f"{left}{piece}{right}", COLOURS[mark] or ("magenta" if picture is not None else ""))
     return text
 
 
@@ -322,8 +335,21 @@ def _legend(plain: bool, steps: bool) -> str:
 def page_html(page: Page) -> str:
     """One file without links, for a browser."""
     from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
 
+    from trl.data.thumbnails import Gallery
+
+    gallery = Gallery()
+    tags = {
+        run: Markup(gallery.tag(run.picture, run.text[1:-1], run.mark == "learned"))  # it escapes the caption
+        for row in page.rows
+        for part in row.parts
+        for run in part.runs
+        if run.picture is not None
+    }
     environment = Environment(loader=PackageLoader("trl.scripts"), autoescape=True, trim_blocks=True)
     histogram = page.seen.histogram()
     most = max(count for _, count in histogram)
-    return environment.get_template("inspect.html.jinja").render(page=page, histogram=histogram, most=most)
+    return environment.get_template("inspect.html.jinja").render(
+        page=page, histogram=histogram, most=most, tags=tags, style=Markup(gallery.style)
+    )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trl.data.any_text import many
 from trl.reports.intervals import Measure
-from trl.scripts.generate import Turns, answered, prompt_row, read_rows
+from trl.scripts.generate import Turns, answered, check_sees, prompt_row, read_rows
 from trl.scripts.open_model import LANGUAGE_MODEL, Opened
 from trl.scripts.quiet import say
 from trl.scripts.sampling import Asked
@@ -31,6 +32,8 @@ class Held:
     dataset: Any
     kind: str
     """`RowKind` of the rows"""
+    talks: bool = False
+    """whether the rows are conversations"""
     prompts: list[dict[str, Any]] = field(default_factory=list)
     """the rows with their `prompt`, where answers are sampled"""
 
@@ -59,6 +62,8 @@ class Measured:
     measures: list[Measure]
     answers: list[list[str]] = field(default_factory=list)
     """to each prompt"""
+    pictures: list[tuple[int, ...]] = field(default_factory=list)
+    """of each prompt, by their numbers"""
 
 
 def hold(data: str, split: str | None, limit: int | None) -> Held:
@@ -68,11 +73,13 @@ def hold(data: str, split: str | None, limit: int | None) -> Held:
     dataset = read_rows(data, split, limit)
     if "label" in dataset.column_names and "completion" in dataset.column_names:
         dataset = dataset.filter(lambda row: bool(row["label"]))
-        say(f"{data}: of answers that are good or not, the {len(dataset):,} good ones are measured")
+        good = many(len(dataset), "good one is", "good ones are")
+        say(f"{data}: of answers that are good or not, the {good} measured")
     if not len(dataset):
         raise ValueError(f"--data {data}: it has no rows; give one or more")
     kinds = (RowKind.PREFERENCE, RowKind.PROMPT_COMPLETION, RowKind.MESSAGES, RowKind.TEXT, RowKind.PROMPT)
-    return Held(data, dataset, detect_format(dataset, kinds, name="given").kind)
+    found = detect_format(dataset, kinds, name="given")
+    return Held(data, dataset, found.kind, found.conversational)
 
 
 # -- what the weights say ------------------------------------------------------------------------
@@ -149,10 +156,12 @@ def _tokenised(
     notes = list(noted(held.dataset, job, name="given").notes)
     kept: dict[int, Mapping[str, Any]] = {note.index: note.columns for note in notes if not note.left_out}
     if len(kept) < len(notes):
-        say(f"{held.name}: {len(notes) - len(kept):,} of {len(notes):,} rows have nothing to learn and do not count")
+        empty = len(notes) - len(kept)
+        verbs = ("has", "does") if empty == 1 else ("have", "do")
+        say(f"{held.name}: {empty:,} of {many(len(notes), 'row')} {verbs[0]} nothing to learn and {verbs[1]} not count")
     cut = sum(note.cut > 0 for note in notes)
     if cut:
-        say(f"{held.name}: {cut:,} rows are longer than the model's context, and were cut")
+        say(f"{held.name}: {many(cut, 'row is', 'rows are')} longer than the model's context and cut")
     if not kept:
         raise ValueError(f"--data {held.name}: none of its rows has something to learn; `trl inspect` shows them")
     return kept
@@ -186,9 +195,10 @@ def prompts_of(held: Held) -> list[dict[str, Any]]:
     return held.prompts
 
 
-def of_samples(opened: Opened, held: Held, judging: Judging) -> tuple[list[Measure], list[list[str]]]:
+def of_samples(opened: Opened, held: Held, judging: Judging) -> Measured:
     """Rewards and lengths of what the model says to each prompt, and what that is."""
     rows, n = prompts_of(held), judging.n
+    check_sees(opened, rows)
     answers = list(answered(opened, rows, judging.asked, Turns(judging.chat), n=n, seed=judging.seed))
     texts = [[one.text for one in answers[start : start + n]] for start in range(0, len(answers), n)]
     ones = np.ones(len(rows))
@@ -197,7 +207,7 @@ def of_samples(opened: Opened, held: Held, judging: Judging) -> tuple[list[Measu
     lengths = [float(len(one.ids)) for one in answers]
     cut = [float(one.finish_reason == "length") for one in answers]
     measures += [Measure("answer tokens", _means(lengths, n), ones, 0), Measure("cut answers", _means(cut, n), ones, 0)]
-    return measures, texts
+    return Measured(opened.found.name, measures, texts, [one.pictures for one in answers[::n]])
 
 
 def _means(values: Sequence[float], n: int) -> np.ndarray:

@@ -49,8 +49,9 @@ def command(
 ) -> None:
     """Merge an adapter into its model and write a plain folder that transformers, vLLM and others load.
 
-    The folder gets the tokenizer with its chat template and the generation config too. It is checked that the merged
-    model gives the log-probabilities of the adapter, and it appears when it is whole. Sums are made in float32.
+    The folder gets the tokenizer (or processor) with its chat template and the generation config. It is checked that
+    the merged model gives the log-probabilities of the adapter, and it appears when it is whole. Sums are made in
+    float32.
     """
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `untie` sees to it
@@ -103,6 +104,7 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 def merge(found: Found, output: Path, dtype: str = "auto", base: str | None = None) -> str:
     """Write the merged model, checked; returns what was checked, in words."""
+    from trl.data.pictures import processor_of
     from trl.generation.stopping import end_tokens
 
     if output.resolve() == Path(found.place).resolve():
@@ -118,7 +120,7 @@ def merge(found: Found, output: Path, dtype: str = "auto", base: str | None = No
     _speak_of_ends(plain, tokenizer, ends)
     with whole_folder(output) as folder:
         plain.to(saved_as).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        processor_of(tokenizer).save_pretrained(folder)
         del plain, adapted
         again = _reload(found, folder)
         exact = str(saved_as).endswith(("float32", "float64"))

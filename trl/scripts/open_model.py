@@ -47,11 +47,22 @@ class Found:
 
 @dataclass
 class Opened:
-    """A model and its tokenizer."""
+    """A model and its tokenizer, which knows the processor of a model that reads pictures."""
 
     found: Found
     model: Any
     tokenizer: Any
+    stops: tuple[str, ...] = ()
+    """texts that end an answer, where roles are spelled out as words"""
+
+    def spell_roles(self) -> None:
+        """Put conversations to a model without a chat template as `User: ...` and `Assistant: ...`, and say so."""
+        from trl.models.chat_setup import SIMPLE_CHAT_TEMPLATE
+
+        if self.tokenizer.chat_template:
+            return
+        say(f"{self.found.name} has no chat template: turns are put to it as `User: ...` and `Assistant: ...`")
+        self.tokenizer.chat_template, self.stops = SIMPLE_CHAT_TEMPLATE, ("\n\nUser:",)
 
 
 def find_model(name: str) -> Found:
@@ -81,10 +92,12 @@ def _folder_of(name: str) -> str:
         return name
     if any((path / one).is_file() for one in (ADAPTER, WHOLE, PIPELINE)):
         return str(path)
+    from trl.reports.run_folder import check_one_run
     from trl.trainer.checkpoints import checkpoints, is_finished
 
     saved = [one for one in checkpoints(path) if is_finished(one)]
     if not saved:
+        check_one_run(path)
         raise ValueError(
             f"{name}: no model lies there, neither {WHOLE} nor {ADAPTER}; give the output folder of a run that has "
             "saved one, or a Hub name"
@@ -149,6 +162,7 @@ def open_found(found: Found, dtype: str | None) -> Opened:
     """Load what was found, on the accelerator where there is one."""
     import torch
 
+    from trl.models.forward import introduce
     from trl.models.peft_support import is_quantized
     from trl.models.prepare import load_model
 
@@ -161,7 +175,9 @@ def open_found(found: Found, dtype: str | None) -> Opened:
         model = load_model(found.place, auto_class_of(found), keywords, frozen=True, like=like)
     if not is_quantized(model):  # these lie where they were loaded
         model = model.to(device)
-    return Opened(found, model.eval().requires_grad_(False), tokenizer_of(found))
+    tokenizer = tokenizer_of(found)
+    introduce(model, tokenizer)
+    return Opened(found, model.eval().requires_grad_(False), tokenizer)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,6 +40,8 @@ from trl.trainer.step_line import duration, short
 if TYPE_CHECKING:
     from trl.trainer.ppo_trainer import PPOTrainer
 
+COLUMNS = 80
+"""of a terminal"""
 MOST_ROWS = 100_000
 """rows that are counted one by one, where their lengths cannot be read off a column"""
 
@@ -125,6 +128,7 @@ def rehearse(config: Any, make: Callable[[Any], Any]) -> str:
             print(line)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / PLAN, json.dumps(found, indent=1) + "\n")
+        print(f"wrote {folder / PLAN}")
     return str(folder)
 
 
@@ -257,14 +261,14 @@ def _free_disk(folder: Path) -> int | None:
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
-    """What was found, for a terminal."""
+    """What was found, for a terminal of 80 columns."""
     memory, disk, count = found["memory"], found["checkpoints"], found["checkpoints"]["count"]
     where = "on the GPU" if found["device"].startswith("cuda") else "in main memory"
     there = f"; {size_text(memory['room'])} there" if memory["room"] else ""
     formula = f" (by formula {size_text(memory['formula'])})" if memory["formula"] else ""
     lines = [f"memory   {size_text(memory['measured'] or 0)} {where}{formula}{there}"]
     if memory["room"] and (memory["measured"] or 0) > memory["room"]:
-        lines.append("         that does not fit: an adapter (--lora_rank 16), shorter rows (--max_length) take less")
+        lines.append("         that does not fit: an adapter (--lora_rank 16), a lower --max_length")
     speed = f"{short(found['seconds_a_step'])} s a step"
     if found["cpu_seconds_a_step"] is not None:
         speed = f"{short(found['cpu_seconds_a_step'])} CPU s a step, {short(found['seconds_a_step'])} s by the clock"
@@ -281,7 +285,5 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     each = f"{count:,} x {size_text(disk['bytes'])} of checkpoints" if count else "no checkpoint"
     lines.append(f"disk     {each}, the model {size_text(found['model'])}{free}")
     if found["free_disk"] is not None and total > found["free_disk"]:
-        lines.append(
-            "         that does not fit: --save_total_limit 1 keeps the last one, --save_only_model True no optimizer"
-        )
-    return lines
+        lines.append("         that does not fit: --save_total_limit 1, --save_only_model True take less")
+    return [part for line in lines for part in textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 9)]

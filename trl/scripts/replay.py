@@ -11,6 +11,7 @@ import torch
 import typer
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from trl.data.any_text import many
 from trl.reports.findings import job_of
 from trl.reports.run_folder import RunRead, read_run
 from trl.scripts.jobs import JOBS
@@ -49,7 +50,7 @@ def command(
         found = trace.read(trace.file_of(Path(folder), step))
     if found is None:
         raise ValueError(f"--step {step}: the run ends before it")
-    for line in [*told(found), *compared(read, step, found), *seen.lines(rows)]:
+    for line in [*told(found, samples=JOBS[job].rewards), *compared(read, step, found), *seen.lines(rows)]:
         print(line)
     return 0
 
@@ -121,10 +122,17 @@ class Explained(TrainerCallback):
                 number += 1
 
 
-def told(found: Mapping[str, Any]) -> Iterator[str]:
-    """The step in a few lines."""
-    yield f"loss {sum(found['losses']):.9g} of {len(found['losses'])} micro-batches, {len(found['rows'])} rows"
+def told(found: Mapping[str, Any], samples: bool = False) -> Iterator[str]:
+    """The step in a few lines. samples: whether the run learned from its own samples."""
+    batches = many(len(found["losses"]), "micro-batch", "micro-batches")
+    yield f"loss {sum(found['losses']):.9g} of {batches}, {many(len(found['rows']), 'row')}"
     norm = found.get("grad_norm")
+    if not any(found["losses"]) and not norm:
+        moved = found["weights_before"] != found["weights_after"]
+        why = "the optimizer moved the weights by what it remembers of earlier steps, or by decay" if moved else ""
+        yield f"nothing was learned in this step: its loss and gradient are 0{f'; {why}' if why else ''}"
+        if samples:
+            yield "  as where the rewards of each group are all alike, so that no answer is better than another"
     yield f"gradient {found['gradient']}{'' if norm is None else f', norm {norm:.9g}'}"
     yield f"weights {found['weights_before']} -> {found['weights_after']}"
 

@@ -316,8 +316,11 @@ def train(
     """Train and save the model; returns its folder."""
     from trl.core import set_seed
     from trl.trainer.callbacks import RichProgressCallback
+    from trl.trainer.run_folder import check_writable
     from trl.trainer.run_record import RunFolderCallback
 
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_writable(str(config.output_dir))
     if own.dry_run:
         from trl.scripts.plan import rehearse
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -83,7 +83,9 @@ def base_of(model: str) -> tuple[str, bool]:
     file = Path(model, "adapter_config.json")
     if not file.is_file():
         return model, False
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    from trl.models.weight_files import read_json
+
+    base = read_json(file).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{model} is an adapter that does not say its base: give the folder of the base as --model")
     return str(base), True
@@ -93,7 +95,8 @@ def untied(model: str, *, dry_run: bool = False) -> str:
     """A copy of the model whose head is a weight of its own, equal to the embeddings."""
     from trl.quickstart.assets import cache_folder
 
-    folder = cache_folder() / "untied" / Path(model).resolve().name
+    place = str(Path(model).resolve()) if Path(model).exists() else model  # several models have one last name
+    folder = cache_folder() / "untied" / f"{Path(place).name}-{sha256(place.encode()).hexdigest()[:12]}"
     if not dry_run:
         from trl.generation.vllm.sync import write_untied
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from transformers import TrainingArguments
 
 from trl.data.encode import TRUNCATION_MODES
 from trl.trainer.ranks import join_again
+from trl.trainer.run_folder import check_writable
 from trl.trainer.settings import (
     accepted,
     check_inherited,
@@ -26,6 +28,7 @@ from trl.trainer.settings import (
     rename,
     switch_liger_off,
     translate,
+    unknown_field,
 )
 
 ROWS = "rows in an optimizer step"
@@ -41,6 +44,9 @@ class KeepsAsked:
     def __new__(cls, *values: Any, **named: Any) -> Any:
         made = super().__new__(cls)
         entries: Any = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
+        unknown = [name for name in named if name not in entries]
+        if unknown and not _takes(cls.__init__, unknown[0]):
+            raise TypeError(unknown_field(cls.__name__, unknown[0], entries))
         given = {**dict(zip(entries, values, strict=False)), **named}
         made.__dict__["_asked"] = {
             name: value for name, value in given.items() if name not in entries or value != default_of(entries[name])
@@ -51,6 +57,12 @@ class KeepsAsked:
     def asked(self) -> dict[str, Any]:
         """The fields that were given another value than their default, with that value."""
         return dict(self.__dict__.get("_asked", {}))
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether a function, such as a subclass's own `__init__`, takes a keyword."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 @dataclass
@@ -361,7 +373,17 @@ def choose(config: Any, name: str, choices: Any) -> None:
 
 
 def as_config(args: TrainingArguments | None, config_class: type[Config]) -> Config:
-    """`args` as the trainer's own config; plain TrainingArguments keep their values and gain the config's fields."""
+    """`args` as the trainer's own config; plain TrainingArguments keep their values and gain the config's fields.
+
+    ValueError where its `output_dir` cannot be written: a trainer asks before it loads a model.
+    """
+    config = _as_config(args, config_class)
+    if config.process_index == 0:
+        check_writable(str(config.output_dir))
+    return config
+
+
+def _as_config(args: TrainingArguments | None, config_class: type[Config]) -> Config:
     if args is None:
         return config_class()
     if isinstance(args, config_class):

@@ -21,6 +21,7 @@ from trl.data.columns import at_row, shown
 from trl.data.encode import TextEncoder
 from trl.data.formats import column_names, mapped_rows, maybe_convert_to_chatml
 from trl.data.messages import messages_of
+from trl.data.picture_rows import messages_with_pictures
 from trl.data.records import Rollout
 from trl.data.tokenize import unprepared
 from trl.generation import make_sampler
@@ -236,6 +237,8 @@ class DistillationTrainer(RolloutTrainer):
     needs_rewards = False
     beta = Setting()
     lmbda = Setting(fixed="the source of the rollouts is made for it")
+    _evaluated: Experience
+    """what a served teacher has said of the evaluation batch at hand"""
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -323,6 +326,13 @@ class DistillationTrainer(RolloutTrainer):
         held = [theirs, embedding_rows(self.model)]
         return source if held[0] == held[1] else ReadableSource(source, min(number for number in held if number))
 
+    def is_asked_alone(self, source: Source) -> bool:
+        if isinstance(source, ReadableSource):
+            return self.is_asked_alone(source.source)
+        if isinstance(source, MixedSource):  # a teacher in this process and the data set's texts are the trainer's own
+            return self.args.seq_kd and self.served is not None and self.is_asked_alone(source.own)
+        return super().is_asked_alone(source)
+
     def _mixed(self, own: Source) -> Source:
         config = self.args
         if config.lmbda == 1:
@@ -337,8 +347,16 @@ class DistillationTrainer(RolloutTrainer):
     def experience(
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
+        return self._learned_together(rollout), {}
+
+    def _learned_together(self, rollout: Rollout) -> Experience:
+        """What is learned of a rollout; an error of a served teacher on one rank is one of all."""
         with as_one("ask the teacher") if self.served is not None else nullcontext():
-            return self._learned(rollout), {}
+            return self._learned(rollout)
+
+    def ask_of_evaluation(self, rollout: Rollout) -> None:
+        if self.served is not None:
+            self._evaluated = self._learned_together(rollout)
 
     def _learned(self, rollout: Rollout) -> Experience:
         """What is learned of a rollout, whatever other ranks do meanwhile."""
@@ -354,7 +372,7 @@ class DistillationTrainer(RolloutTrainer):
 
     def _with_teacher(self, made: Experience, rollout: Rollout) -> Experience:
         """The experience with what a served teacher says of its tokens."""
-        if self.served is None:
+        if self.served is None or not len(rollout):
             return made
         vocabulary = embedding_rows(self.model)
         assert vocabulary is not None
@@ -409,7 +427,9 @@ class DistillationTrainer(RolloutTrainer):
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> LossSum:
-        batch = self._collate(self._learned(rollout))["policy"].to(self.args.device)  # ranks without rows are not here
+        # ranks without rows are not here, so a served teacher was asked before
+        made = self._learned(rollout) if self.served is None else self._evaluated
+        batch = self._collate(made)["policy"].to(self.args.device)
         return self.objective(model, {"policy": batch})
 
 
@@ -594,7 +614,9 @@ class DataSource:
         row = maybe_convert_to_chatml(row)
         said = messages_of({"completion": [given] if isinstance(given, Mapping) else row["completion"]}, "completion")
         template = ChatTemplate(self.tokenizer, self.template_kwargs).of_row(row)
-        split = template.split(messages_of(row, "prompt"), [said], read_tools(row.get("tools")))
+        split = template.split(
+            messages_with_pictures(row, "prompt", self.tokenizer), [said], read_tools(row.get("tools"))
+        )
         return self._encoder.encode(split.answers)[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -22,6 +21,7 @@ from trl.generation.vllm.sync import make_sync, new_stamp
 from trl.generation.vllm.verify import Verification
 from trl.models.prepare import context_length, embedding_rows
 from trl.models.unwrap import below_peft, below_value_head, is_encoder_decoder
+from trl.models.weight_files import read_json
 
 if TYPE_CHECKING:
     from trl.trainer.rollout_trainer import RolloutConfig
@@ -150,8 +150,12 @@ def _check_network(served: str, model: nn.Module) -> None:
     file = Path(served, "config.json")
     if not file.is_file():
         return
-    theirs, ours = json.loads(file.read_text(encoding="utf-8")), below_peft(below_value_head(model)).config.to_dict()
-    theirs, ours = theirs.get("text_config", theirs), ours.get("text_config", ours)
+    try:
+        theirs = read_json(file)
+    except ValueError as error:
+        raise EngineError(f"vLLM serves {served}, and whether that is the policy is not known: {error}") from error
+    ours = below_peft(below_value_head(model)).config.to_dict()
+    theirs, ours = (each.get("text_config") or each for each in (theirs, ours))
     for name in SHAPE:
         if theirs.get(name) and ours.get(name) and theirs[name] != ours[name]:
             raise EngineError(

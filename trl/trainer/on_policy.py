@@ -21,6 +21,8 @@ from trl.losses.token_weights import IMPORTANCE_MODES
 from trl.models.forward import computes_in
 from trl.models.precision import EXACT
 from trl.models.reference import Reference
+from trl.models.router import is_mixture
+from trl.rollout.collector import tell_alike
 from trl.rollout.experience import Experience, PolicyBatch, padded
 from trl.rollout.report import record_objective
 from trl.rollout.rewards import Rewards, credit_turns
@@ -167,6 +169,12 @@ class OnPolicyTrainer(RolloutTrainer):
             raise ValueError("rollout_logprobs='engine': no effect without a rollout_func; leave it out")
         if self.args.keep_sampling_mask and self.environment is not None:
             raise ValueError("keep_sampling_mask=True: the turns of an environment do not say which words were left")
+        replays = self.engine_samples and self.args.keeps_experts() and is_mixture(self.model)
+        if replays and self.environment is not None:
+            logger.warning(
+                "routing_replay=True: the turns of an environment do not say which experts the engine took: training "
+                "chooses them anew"
+            )
         self._say_unused()
         self.reference = self._reference(ref_model)
         self._sampled_at = -1
@@ -225,6 +233,8 @@ class OnPolicyTrainer(RolloutTrainer):
         self, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[Experience, dict[str, list[float]]]:
         self._check_reference()
+        if self.args.world_size > 1 and self.engine_samples:
+            tell_alike([rollout], self.collector.gather)
         experience = self._before_updates(self._known(Experience.of(rollout)))
         if self.args.mask_truncated_completions:
             cut_B = torch.tensor(rollout.metadata.get("truncated", [False] * len(rollout)))
@@ -311,11 +321,14 @@ class OnPolicyTrainer(RolloutTrainer):
         if rows.old_logprobs_BT is None and len(rows) and self.args.rollout_logprobs == "engine":
             raise ValueError("rollout_logprobs='engine': rollout_func gave no logprobs; return them, or leave it out")
         if not self._same_words(rows) and not self._said_filters:
+            who, way_out = "it does", " (vLLM says them with --return-sampling-mask and top_k > 0)"
+            if self.environment is not None:
+                who, way_out = "the turns of an environment do", ""
             logger.warning(
-                "top_p, top_k, min_p, repetition_penalty or min_new_tokens change what the engine draws from, and it "
-                "does not say which words they leave: its log-probabilities are of another distribution than the "
-                "policy's, and are not used to weigh tokens (vLLM says them with --return-sampling-mask and top_k > 0)"
-            )
+                "top_p, top_k, min_p, repetition_penalty or min_new_tokens change what the engine draws from, and %s "
+                "not say which words they leave: its log-probabilities are of another distribution than the policy's, "
+                "and are not used to weigh tokens%s", who, way_out,
+            )  # fmt: skip
             self._said_filters = True
         return rows
 

@@ -69,7 +69,14 @@ from trl.models.sharded import (
     shard_beside,
     shards_weights,
 )
-from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
+from trl.models.unwrap import (
+    below_accelerate,
+    below_value_head,
+    is_encoder_decoder,
+    is_sharded,
+    learns_prompt,
+    reads_pictures,
+)
 from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
@@ -103,7 +110,7 @@ from trl.trainer.optim import TFAdam
 from trl.trainer.ppo_forms import TodaysSettings
 from trl.trainer.preparation import prepare_tokenizer, text_tokenizer
 from trl.trainer.ranks import after_restart, check_agreement, join_again, say_unsharded, watched
-from trl.trainer.run_folder import RunFacts, RunFolder, told
+from trl.trainer.run_folder import RunFacts, RunFolder, check_writable, told
 from trl.trainer.run_record import resolved
 from trl.trainer.settings import OfForm, WholeOfForm, bfloat16_by_default, logger
 from trl.trainer.signals import TERMINATED, StopSignal
@@ -532,9 +539,9 @@ class PPOTrainer(BaseTrainer):
         self._named: list[Piece] = []
         self._agree = False
         """whether the processes were compared"""
-        self._said_filters = False
-        self._sampled_BT: Tensor | None = None
-        """log-probabilities by the sampler of `train`, on the way to its step"""
+        self._said_filters = self._said_others = False
+        self._sampled: tuple[list[Tensor], Tensor] | None = None
+        """responses by the sampler of `train` and their log-probabilities, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self._take_own_methods()
@@ -772,7 +779,8 @@ class PPOTrainer(BaseTrainer):
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
         config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
-        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings)
+        seen = reads_pictures(self.model)
+        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings, seen)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes, hooked=self._on_deepspeed)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
@@ -931,10 +939,14 @@ class PPOTrainer(BaseTrainer):
     def _of_sampler(self, experience: Experience) -> tuple[Experience, dict[str, Any]]:
         """The experience, weighed where an engine sampled it; and how far the sampler of `train` was from the policy
         that is measured here, nothing where it is not known."""
-        sampled_BT, self._sampled_BT = self._sampled_BT, None
-        if sampled_BT is None or sampled_BT.shape != experience.mask_BT.shape:
+        sampled, self._sampled = self._sampled, None
+        if sampled is None:
             return experience, {}
         correction = self.config.correction() if self._engine_samples() else None
+        responses, sampled_BT = sampled
+        if [ids.tolist() for ids in experience.completions] != [ids.tolist() for ids in responses]:
+            self._met_others(weighs=correction is not None)
+            return experience, {}
         if correction is not None and self._owns("loss"):
             raise ValueError("vllm_importance_sampling_correction=True: an own `loss` is not weighed; set it to False")
         keys = ppo_statistics.sampling_keys(experience, sampled_BT, self.config.cliprange, self._total, correction)
@@ -944,6 +956,20 @@ class PPOTrainer(BaseTrainer):
         assert old_BT is not None
         weight_BT, _ = correction.weigh(old_BT, sampled_BT.to(old_BT), experience.mask_BT)
         return replace(experience, weight_BT=weight_BT.expand_as(old_BT)), keys
+
+    def _met_others(self, weighs: bool) -> None:
+        """`step` was given other responses than `train` has sampled: an error where they are to be weighed."""
+        text = (
+            "`step` was given other responses than `train` sampled, so the sampler's log-probabilities are not theirs"
+        )
+        if weighs:
+            raise ValueError(
+                f"vllm_importance_sampling_correction=True: {text}; give it all of them in their order, or set it to "
+                "False"
+            )
+        if not self._said_others:
+            logger.warning("%s: nothing is logged under sampling/", text)
+        self._said_others = True
 
     def _engine_samples(self) -> bool:
         """Whether `train` samples by another computation of the policy than its own."""
@@ -1244,7 +1270,8 @@ class PPOTrainer(BaseTrainer):
                 batch = self._rollout(rows, rewards)
             except EngineError as error:
                 self._end_without_engine(error, first)
-            self._sampled_BT = batch.pop("logprobs", None)
+            logprobs_BT = batch.pop("logprobs", None)
+            self._sampled = None if logprobs_BT is None else (batch["responses"], logprobs_BT)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
             stops = self._report(stats, batch)
             progress.update()
@@ -1286,6 +1313,8 @@ class PPOTrainer(BaseTrainer):
         for name in ppo_forms.NEEDS_FOLDER:
             setattr(config, name, getattr(self.args, name))
         self._told = self._numbers(dataset)
+        if self.args.process_index == 0:
+            check_writable(str(self.args.output_dir))
         set_seed(config.seed)  # the value head is drawn
         policy = ppo_forms.one_of("model", parts["model"], "policy", today["policy"])
         policy = self._path("sft_model_path") if policy is None else policy
@@ -1871,15 +1900,16 @@ def rollout_of(
     masks: Sequence[Tensor] | None,
     start_token_id: int | None = None,
     embeddings: int | None = None,
+    pictured: bool = False,
 ) -> Rollout:
     """The lists as a rollout whose log-probabilities are unknown.
 
     A leading `start_token_id` is left out: an encoder-decoder begins with it, no policy chose it. An id beyond
-    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError.
+    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError. pictured: queries may hold pictures.
     """
     rollout = Rollout(prompts=[query.tolist() for query in queries], completions=[], logprobs=[], masks=[])
     for row, ids in enumerate(rollout.prompts):
-        _check_ids(ids, "queries", row, embeddings)
+        _check_ids(ids, "queries", row, embeddings, pictured)
     for row, response in enumerate(responses):
         ids = response.tolist()
         _check_ids(ids, "responses", row, embeddings)
@@ -1890,9 +1920,9 @@ def rollout_of(
     return rollout
 
 
-def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None) -> None:
+def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None, pictured: bool = False) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < (math.inf if embeddings is None else embeddings):
-        check_embedded(ids, f"{name}[{row}]", embeddings)
+        check_embedded(ids, f"{name}[{row}]", embeddings, pictured)
 
 
 # --- what a trainer is built from ---------------------------------------------------------------------------------

@@ -467,6 +467,19 @@ class RolloutConfig(PostTrainingConfig):
         return shape.per_device_train_batch_size * min(self.gradient_accumulation_steps, shape.steps_per_generation)
 
 
+def _listed(given: Any) -> list[Any]:
+    """One or several, or none, as a list."""
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _identity(function: Any) -> Any:
+    """What two loads of one function have in common: where its code stands; of anything else itself."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return function if isinstance(function, str) else id(function)
+    return code.co_filename, code.co_firstlineno, code.co_name, getattr(function, "__closure__", None) and id(function)
+
+
 def divisors(number: int) -> str:
     """The sizes of groups that divide a number of completions, for an error."""
     return ", ".join(str(size) for size in range(2, number + 1) if number % size == 0) or "1"
@@ -664,11 +677,43 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ValueError("rollout_func and an environment both make the rollouts: give one of them")
         if self.needs_rewards and reward_funcs is None and rollout_func is None and environment is None:
             raise ValueError("reward_funcs: give reward functions, or a `rollout_func` whose rollouts have rewards")
+        if isinstance(model, str) and tokenizer is None and processing_class is None:
+            tokenizer = model
+        tokenizer = processing_class_of(processing_class, tokenizer)
+        model, tokenizer = self._ready_model(model, tokenizer, config, peft_config, quantization_config)
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=lambda rows: Batch(rows=list(rows)),
+            rows=partial(self._tokenised, self.row_job(tokenizer, config, model), environment, config.dataset_num_proc),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._check_sharding()
+        self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
+        self._reads_pictures = reader_of(tokenizer) is not None
+        self.sampler = self._made_sampler(tokenizer) if sampler is None else sampler
+        self.environment = None if environment is None else self._ready(environment, reward_funcs)
+        self.rollout_func = rollout_func
+        self.source = self.make_source()
+        self._take_rewards(reward_funcs, reward_processing_classes, judge_funcs)
+        self.reference: Reference | None = None
+        self.collector = self._collector(shape)
+        self.ahead = self._ahead()
+        self.rollouts = self._loader(shape)
+        self._draws = True
+
+    def _ready_model(
+        self, model: nn.Module | str, tokenizer: Any, config: RolloutConfig, peft_config: Any, quantization: Any
+    ) -> tuple[nn.Module, Any]:
+        """The model, loaded where it is given by name, and its tokenizer, both ready to be trained."""
         if isinstance(model, str):
-            tokenizer = tokenizer if tokenizer is not None or processing_class is not None else model
-            keywords, quantization_config = config.loading_keywords(quantization_config), None
+            keywords, quantization = config.loading_keywords(quantization), None
             model = load_model(model, AutoModelForCausalLM, keywords, whole=peft_config is None)
-        tokenizer = prepare_tokenizer(processing_class_of(processing_class, tokenizer), model, config)
+        tokenizer = prepare_tokenizer(tokenizer, model, config)
         model = prepare_model(
             model,
             config,
@@ -678,44 +723,29 @@ class RolloutTrainer(ObjectiveTrainer):
             owner=type(self).__name__,
             dropout=not config.disable_dropout,
             init_kwargs={},
-            quantization_config=quantization_config,
+            quantization_config=quantization,
         )
+        return model, tokenizer
 
-        job = self.row_job(tokenizer, config, model)
+    def _tokenised(self, job: PromptsJob, environment: Any, processes: int | None, dataset: Any, name: str) -> Any:
+        """The rows of a data set as prompts are drawn of them."""
+        dataset = self.with_prompt(dataset, name)
+        check_names(environment, dataset, name)
+        if says_prompts(environment, dataset, name):
+            return dataset
+        return tokenize(dataset, job, name=name, num_proc=processes)[0]
 
-        def tokenised(dataset: Any, name: str) -> Any:
-            dataset = self.with_prompt(dataset, name)
-            check_names(environment, dataset, name)
-            if says_prompts(environment, dataset, name):
-                return dataset
-            return tokenize(dataset, job, name=name, num_proc=config.dataset_num_proc)[0]
-
-        super().__init__(
-            model=model,
-            args=config,
-            data_collator=lambda rows: Batch(rows=list(rows)),
-            rows=tokenised,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self._check_sharding()
-        self.args.generation_kwargs = with_models_own(self.args.generation_kwargs, self.model)
-        self.sampler = self._made_sampler(tokenizer) if sampler is None else sampler
-        self.environment = None if environment is None else self._ready(environment, reward_funcs)
-        self.rollout_func = rollout_func
-        self.source = self.make_source()
-        self.rewards = self._rewards(reward_funcs, reward_processing_classes) if self.needs_rewards else None
-        self._reward_tokenizers = reward_processing_classes
-        self._reward_funcs: Any = reward_funcs
-        self._judge_funcs: Any = judge_funcs
-        self.reference: Reference | None = None
-        self.collector = self._collector(shape)
-        self.ahead = self._ahead()
-        self.rollouts = self._loader(shape)
-        self._draws = True
+    def _take_rewards(self, functions: Any, tokenizers: Any, judges: Any) -> None:
+        """What judges the rollouts: functions that are learned from, and held-out judges beside them."""
+        self.rewards = self._rewards(functions, tokenizers) if self.needs_rewards else None
+        self._reward_tokenizers, self._reward_funcs, self._judge_funcs = tokenizers, functions, judges
+        rewarding = set(map(_identity, _listed(functions)))
+        both = [each for each in _listed(judges) if _identity(each) in rewarding]
+        if both and self.is_world_process_zero():
+            logger.warning(
+                "judge_funcs: %s is among the reward_funcs too: it is learned from, so it is no held-out opinion of "
+                "what is learned; give another judge", getattr(both[0], "__name__", both[0]),
+            )  # fmt: skip
 
     def _made_sampler(self, tokenizer: Any) -> Sampler:
         """vLLM where the config says so, else the local sampler."""
@@ -805,8 +835,7 @@ class RolloutTrainer(ObjectiveTrainer):
     @property
     def reward_funcs(self) -> list[Any]:
         """The reward functions as they were given; other ones judge from the next rollout on."""
-        given = self._reward_funcs
-        return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+        return _listed(self._reward_funcs)
 
     @reward_funcs.setter
     def reward_funcs(self, functions: RewardSource | Sequence[RewardSource]) -> None:
@@ -857,6 +886,7 @@ class RolloutTrainer(ObjectiveTrainer):
         config = self.args
         if not config.max_staleness:
             return None
+        self._say_no_gain()
         follows, keeps = hasattr(self.sampler, "follow") and self.rollout_func is None, config.sync_in_flight
         if keeps:
             way_out = "only an engine beside the trainer, such as a vLLM server, samples while its weights change"
@@ -878,7 +908,23 @@ class RolloutTrainer(ObjectiveTrainer):
     def _draws_apart(self) -> bool:
         """Whether rollouts can be drawn while the policy is trained."""
         beside = hasattr(self.sampler, "follow") and getattr(self.sampler, "beside", True)
-        return beside and isinstance(self.source, SamplerSource | EnvironmentSource)
+        return beside and self.is_asked_alone(self.source)
+
+    def is_asked_alone(self, source: Source) -> bool:
+        """Whether a source asks nothing of the trainer's own models and tokenizer, so that a thread may draw of it."""
+        return isinstance(source, SamplerSource | EnvironmentSource)
+
+    def _say_no_gain(self) -> None:
+        """One line where rollouts are drawn ahead, and the policy waits for them all the same."""
+        if self._draws_apart() or not self.is_world_process_zero():
+            return
+        why = "no engine beside the trainer, such as a vLLM server, samples them"
+        if hasattr(self.sampler, "follow") and getattr(self.sampler, "beside", True):
+            why = "they are drawn in the trainer's thread, with its models or functions"
+        logger.warning(
+            "max_staleness=%d: rollouts are drawn ahead by older weights, and no time is gained, for %s; 0 draws them "
+            "in step", self.args.max_staleness, why,
+        )  # fmt: skip
 
     def _rest(self) -> None:
         """Have what is in flight end. Collective."""
@@ -1166,8 +1212,8 @@ class RolloutTrainer(ObjectiveTrainer):
         if rewards.logs.metrics:
             check_new_names(name for name in rewards.logs.metrics if not name.startswith("judge/"))
         rollout_report.record(self.record, self.record_extreme, rollout, rewards, group, self.collector.gather)
-        prompts = self.collector.prompt_texts(rows, group)
-        table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, rewards, learned)
+        prompts, step = self.collector.prompt_texts(rows, group), self.state.global_step + 1
+        table = rollout_report.table_of(step, rollout, prompts, rewards, learned, self._reads_pictures)
         if self.args.save_rollouts and len(rollout):
             self._write(state.rollouts, "rollouts", table)
         if self.args.log_completions and self.is_world_process_zero():
@@ -1221,7 +1267,8 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def _write_unscored(self, number: int, rollout: Rollout, prompts: list[Any]) -> None:
         nothing = Rewards.none(len(rollout))
-        table = rollout_report.table_of(self.state.global_step + 1, rollout, prompts, nothing, {})
+        step = self.state.global_step + 1
+        table = rollout_report.table_of(step, rollout, prompts, nothing, {}, self._reads_pictures)
         self._write(number, "unscored", table)
 
     def _write(self, number: int, folder: str, table: rollout_report.Columns) -> None:
@@ -1453,6 +1500,7 @@ class RolloutTrainer(ObjectiveTrainer):
         try:
             self.follow()
             rollout = self.collector.draw(rows, group, self.collector.seed(-1))  # draws depend on the prompt too
+            self.ask_of_evaluation(rollout)
         except EngineError as error:
             if not self.is_in_train:
                 raise
@@ -1467,6 +1515,9 @@ class RolloutTrainer(ObjectiveTrainer):
         rollout_report.record(add, add_extreme, rollout, rewards, group, self.collector.gather)
         with in_step(model, *self.frozen_models()) if runs_in_step(model) else nullcontext():
             return self.evaluated(model, rollout, rewards, rows) if rows else nothing, None, None
+
+    def ask_of_evaluation(self, rollout: Rollout) -> None:
+        """Ask others what the loss of an evaluation batch needs. Ranks without rows are here too."""
 
     def evaluated(
         self, model: nn.Module, rollout: Rollout, rewards: Rewards, rows: Sequence[Mapping[str, Any]]

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,26 @@ _held: set[int] = set()
 
 class FolderInUse(ValueError):
     """Another run writes into the folder, or its checkpoints are there."""
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """ValueError where a run could not write into a folder, before it has cost anything; nothing stays of the try."""
+    place = Path(os.path.abspath(folder))
+    new = [path for path in (place, *place.parents) if not path.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _not_writable(folder: str | os.PathLike[str], error: OSError) -> ValueError:
+    return ValueError(f"{str(folder)!r} cannot be written ({error.strerror or error}): give a folder that can")
 
 
 # -- one live run --------------------------------------------------------------------------------
@@ -229,9 +250,7 @@ class RunFolder:
             top.mkdir(parents=True, exist_ok=True)
             descriptor = _acquire(top)
         except OSError as error:
-            raise ValueError(
-                f"{str(top)!r} cannot be written ({error.strerror or error}): give a folder that can"
-            ) from error
+            raise _not_writable(top, error) from error
         try:
             if not resumes:
                 self._clear(top, place, overwrite, asked)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ NO_EFFECT: dict[str, str] = {
     "transformers_continuous_batching_config": _CACHE,
     "cast_lm_head_to_fp32": "has no effect: log-probabilities are taken in float32 of logits in the weights' own "
     "precision; load the model in float32 for a head in float32",
-    "log_multimodal": "has no effect: rollouts hold text alone",
+    "log_multimodal": "has no effect: tables have marks for pictures, files of rollouts their thumbnails",
     "log_completions_hub_repo": "has no effect: upload `output_dir/rollouts`, where completions stay as Parquet files",
     "log_completions_steps": "has no effect: `log_completions=True` prints at each rollout",
     "vllm_device": "has no effect: vLLM runs on the trainer's device, or where its server does",
@@ -169,6 +170,23 @@ BY_STEPS: dict[str, str] = dict.fromkeys(
     "has no effect: `step` is called with the data, and the loop around it is yours",
 )  # fmt: skip
 """what `IterativeSFTTrainer` does otherwise"""
+
+
+ABSENT = {
+    **dict.fromkeys(("max_staleness", "sync_in_flight"), "GRPO, RLOO, online DPO and distillation draw rollouts ahead"),
+    "keep_sampling_mask": "GRPO and RLOO learn tokens as chosen from the words that filters left",
+    "routing_replay": "GRPO and RLOO send tokens to the experts that an engine took",
+}
+"""field that some trainers have -> what they do by it"""
+
+
+def unknown_field(owner: str, name: str, known: Iterable[str]) -> str:
+    """The error for a field that a config does not have."""
+    near = get_close_matches(name, known, 1, 0.8)
+    way_out = f"did you mean {near[0]!r}?" if near else "leave it out"
+    if name in ABSENT:
+        way_out = f"{ABSENT[name]}, this trainer does not; leave it out"
+    return f"{owner}.__init__() got an unexpected keyword argument {name!r}: {way_out}"
 
 
 def means(config_class: Any) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trl.data.records import Completion, VersionSpan
@@ -133,6 +135,10 @@ class ColocatedEngine:
         core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
         if core is not None and hasattr(core, "shutdown"):
             core.shutdown()
+        del llm, core
+        gc.collect()  # its parts hold each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     # -- what vLLM's own transfer of weights asks (its `VLLMWeightSyncClient`) ----------------------
 

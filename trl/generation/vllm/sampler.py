@@ -106,6 +106,8 @@ class VLLMSampler:
                 self.version = None
                 raise
             logger.warning("%s. The local sampler goes on.", error)
+            if not getattr(self.engine, "urls", ()):  # in this process it would keep the device's memory
+                self.engine.close()
             self._instead, self.exact = self.otherwise(), True
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
