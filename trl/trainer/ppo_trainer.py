@@ -1911,7 +1911,7 @@ def rollout_of(
         _check_ids(ids, "queries", row, embeddings, pictured)
     for row, response in enumerate(responses):
         ids = response.tolist()
-        _check_ids(ids, "responses", row, embeddings)
+        _check_ids(ids, "responses", row, embeddings, pictured and masks is not None)  # an environment may show some
         mask = [1] * len(ids) if masks is None else flags_in({f"masks[{row}]": masks[row]}, f"masks[{row}]")
         skip = int(start_token_id is not None and ids[:1] == [start_token_id])
         rollout.completions.append(ids[skip:])
