@@ -14,9 +14,9 @@ from datasets import Dataset, DatasetInfo, Features, Image, LargeList, List
 
 from trl.data.columns import listed, shown
 from trl.data.encode import Span
-from trl.data.messages import SPEAKERS, Message, Messages, is_picture
+from trl.data.messages import SPEAKERS, Message, Messages, is_picture, messages_of
 from trl.data.picture_files import is_animated, pictures_in, read_picture, source_of
-from trl.data.pictures import Album
+from trl.data.pictures import Album, reader_of
 from trl.data.report import NO_FLAGS, RowFlag
 
 Row = dict[str, Any]
@@ -166,6 +166,15 @@ def placed(messages: Messages, given: Sequence[int], placeholder: str) -> tuple[
     wanted = iter(places)
     filled = [_filled(message, given, wanted) for message in messages]
     return filled, [part["image"] for message in filled for part in _pictures_of(message)]
+
+
+def messages_with_pictures(row: Mapping[str, Any], column: str, tokenizer: Any) -> Messages:
+    """The row's messages in that column, with its pictures where something reads them for this tokenizer."""
+    reader = reader_of(tokenizer)
+    if reader is None:
+        return messages_of(row, column)
+    read = read_pictures(row, (column,))
+    return placed(messages_of(read, column), read[NUMBERS], reader.placeholder)[0]
 
 
 def refuse_pictures(messages: Messages, column: str) -> None:

@@ -69,7 +69,14 @@ from trl.models.sharded import (
     shard_beside,
     shards_weights,
 )
-from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
+from trl.models.unwrap import (
+    below_accelerate,
+    below_value_head,
+    is_encoder_decoder,
+    is_sharded,
+    learns_prompt,
+    reads_pictures,
+)
 from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
@@ -533,8 +540,8 @@ class PPOTrainer(BaseTrainer):
         self._agree = False
         """whether the processes were compared"""
         self._said_filters = self._said_others = False
-        self._sampled: tuple[list[Tensor], Tensor] | None = None
-        """responses by the sampler of `train` and their log-probabilities, on the way to its step"""
+        self._sampled: tuple[list[list[int]], Tensor] | None = None
+        """tokens by the sampler of `train` and their log-probabilities, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self._take_own_methods()
@@ -772,7 +779,8 @@ class PPOTrainer(BaseTrainer):
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
         config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
-        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings)
+        seen = reads_pictures(self.model)
+        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings, seen)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes, hooked=self._on_deepspeed)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
@@ -936,7 +944,7 @@ class PPOTrainer(BaseTrainer):
             return experience, {}
         correction = self.config.correction() if self._engine_samples() else None
         responses, sampled_BT = sampled
-        if [ids.tolist() for ids in experience.completions] != [ids.tolist() for ids in responses]:
+        if [ids.tolist() for ids in experience.completions] != list(map(list, responses)):
             self._met_others(weighs=correction is not None)
             return experience, {}
         if correction is not None and self._owns("loss"):
@@ -1262,8 +1270,7 @@ class PPOTrainer(BaseTrainer):
                 batch = self._rollout(rows, rewards)
             except EngineError as error:
                 self._end_without_engine(error, first)
-            logprobs_BT = batch.pop("logprobs", None)
-            self._sampled = None if logprobs_BT is None else (batch["responses"], logprobs_BT)
+            self._sampled = batch.pop("sampled", None)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
             stops = self._report(stats, batch)
             progress.update()
@@ -1576,7 +1583,7 @@ class PPOTrainer(BaseTrainer):
         for name, lists in tokens.items():
             batch[name] = [torch.tensor(ids, dtype=torch.long, device=self.current_device) for ids in lists]
         if source is None and rollout.logprobs and self._samples_policy():
-            batch["logprobs"] = padded(rollout.logprobs)
+            batch["sampled"] = rollout.completions, padded(rollout.logprobs)
         elif source is None and self._engine_samples() and not self._said_filters:
             self._said_filters = True
             logger.warning(
@@ -1892,15 +1899,16 @@ def rollout_of(
     masks: Sequence[Tensor] | None,
     start_token_id: int | None = None,
     embeddings: int | None = None,
+    pictured: bool = False,
 ) -> Rollout:
     """The lists as a rollout whose log-probabilities are unknown.
 
     A leading `start_token_id` is left out: an encoder-decoder begins with it, no policy chose it. An id beyond
-    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError.
+    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError. pictured: queries may hold pictures.
     """
     rollout = Rollout(prompts=[query.tolist() for query in queries], completions=[], logprobs=[], masks=[])
     for row, ids in enumerate(rollout.prompts):
-        _check_ids(ids, "queries", row, embeddings)
+        _check_ids(ids, "queries", row, embeddings, pictured)
     for row, response in enumerate(responses):
         ids = response.tolist()
         _check_ids(ids, "responses", row, embeddings)
@@ -1911,9 +1919,9 @@ def rollout_of(
     return rollout
 
 
-def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None) -> None:
+def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None, pictured: bool = False) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < (math.inf if embeddings is None else embeddings):
-        check_embedded(ids, f"{name}[{row}]", embeddings)
+        check_embedded(ids, f"{name}[{row}]", embeddings, pictured)
 
 
 # --- what a trainer is built from ---------------------------------------------------------------------------------
