@@ -384,7 +384,8 @@ def as_in_model(model: Any, state: dict[str, Any]) -> dict[str, Any]:
     read, info = type(model).from_pretrained(
         None, config=model.config, state_dict=dict(state), dtype=widest, output_loading_info=True
     )
-    return {name: value for name, value in read.state_dict().items() if name not in info["missing_keys"]}
+    unknown = {name: state[name] for name in info["unexpected_keys"] if name in state}
+    return {name: value for name, value in read.state_dict().items() if name not in info["missing_keys"]} | unknown
 
 
 METADATA = ".metadata"
