@@ -540,8 +540,8 @@ class PPOTrainer(BaseTrainer):
         self._agree = False
         """whether the processes were compared"""
         self._said_filters = self._said_others = False
-        self._sampled: tuple[list[Tensor], Tensor] | None = None
-        """responses by the sampler of `train` and their log-probabilities, on the way to its step"""
+        self._sampled: tuple[list[list[int]], Tensor] | None = None
+        """tokens by the sampler of `train` and their log-probabilities, on the way to its step"""
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         self.environment = None if environment is None else self._ready(environment, reward_funcs)
         self._take_own_methods()
@@ -944,7 +944,7 @@ class PPOTrainer(BaseTrainer):
             return experience, {}
         correction = self.config.correction() if self._engine_samples() else None
         responses, sampled_BT = sampled
-        if [ids.tolist() for ids in experience.completions] != [ids.tolist() for ids in responses]:
+        if [ids.tolist() for ids in experience.completions] != list(map(list, responses)):
             self._met_others(weighs=correction is not None)
             return experience, {}
         if correction is not None and self._owns("loss"):
@@ -1269,11 +1269,14 @@ class PPOTrainer(BaseTrainer):
             try:
                 batch = self._rollout(rows, rewards)
             except EngineError as error:
+                self.data_position -= 1  # whoever resumes draws the same prompts
                 self._end_without_engine(error, first)
-            logprobs_BT = batch.pop("logprobs", None)
-            self._sampled = None if logprobs_BT is None else (batch["responses"], logprobs_BT)
+            self._sampled = batch.pop("sampled", None)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
-            stops = self._report(stats, batch)
+            try:
+                stops = self._report(stats, batch)
+            except EngineError as error:  # of an evaluation
+                self._end_without_engine(error, first)
             progress.update()
             progress.set_postfix({name: f"{float(stats[key]):.3g}" for name, key in SHOWN.items()})
             step = self.data_position
@@ -1296,7 +1299,6 @@ class PPOTrainer(BaseTrainer):
 
     def _end_without_engine(self, error: EngineError, first: int) -> NoReturn:
         """End the run with a checkpoint of its last whole step, if it made one: nobody samples any more."""
-        self.data_position -= 1  # whoever resumes draws the same prompts
         step = self.data_position
         if step == first or self.config.output_dir is None:
             raise error
@@ -1584,7 +1586,7 @@ class PPOTrainer(BaseTrainer):
         for name, lists in tokens.items():
             batch[name] = [torch.tensor(ids, dtype=torch.long, device=self.current_device) for ids in lists]
         if source is None and rollout.logprobs and self._samples_policy():
-            batch["logprobs"] = padded(rollout.logprobs)
+            batch["sampled"] = rollout.completions, padded(rollout.logprobs)
         elif source is None and self._engine_samples() and not self._said_filters:
             self._said_filters = True
             logger.warning(
@@ -1912,7 +1914,7 @@ def rollout_of(
         _check_ids(ids, "queries", row, embeddings, pictured)
     for row, response in enumerate(responses):
         ids = response.tolist()
-        _check_ids(ids, "responses", row, embeddings)
+        _check_ids(ids, "responses", row, embeddings, pictured and masks is not None)  # an environment may show some
         mask = [1] * len(ids) if masks is None else flags_in({f"masks[{row}]": masks[row]}, f"masks[{row}]")
         skip = int(start_token_id is not None and ids[:1] == [start_token_id])
         rollout.completions.append(ids[skip:])
