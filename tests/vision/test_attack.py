@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers as t
 from families import LLAVA, VISION, WIDE, _tokenizer, model_of, picture, processor_of, tokenizer_of
-from picture_cases import scorer_of
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from trl.data import picture_files
@@ -27,7 +26,6 @@ from trl.data.supervised_rows import SupervisedJob
 from trl.data.tokenize import tokenize
 from trl.models.forward import in_module, rows_padded
 from trl.models.pictures import introduce
-from trl.rewards.reward_model import RewardModel
 from trl.rollout.prompts import with_opened_pictures
 
 
@@ -223,26 +221,6 @@ def test_llava_next_computes_rows_as_its_own_processor_gives_them():
         with rows_padded(padded):
             logits = states_of(model, rows) @ model.get_output_embeddings().weight.T
         torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("form", ["column", "parts"])
-def test_a_reward_model_sees_the_pictures_of_a_prompt(form):
-    """As a `reward_funcs` it is given prompts and columns; its scores are those of its own call."""
-    model, processor = scorer_of("gemma3"), processor_of("gemma3")
-    judge = RewardModel(model, processor)
-    part = {"type": "image"} if form == "column" else {"type": "image", "image": picture(1)}
-    prompt = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
-    said = [{"role": "assistant", "content": "red"}]
-    columns = {"images": [[picture(1)], [picture(2)]]} if form == "column" else {}
-    scores = judge([prompt] * 2, [said] * 2, **columns)
-    text = processor.apply_chat_template([*prompt, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}])
-    for score, seed in zip(scores, (1, 2) if columns else (1, 1), strict=True):
-        given = processor(
-            text=[text.removesuffix("\n")], images=[[picture(seed)]], return_tensors="pt", add_special_tokens=False
-        )
-        with torch.no_grad():
-            assert score == pytest.approx(float(model(**given, use_cache=False).logits), abs=1e-5)
-    assert (abs(scores[0] - scores[1]) > 1e-3) == (form == "column")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")

@@ -12,13 +12,9 @@ from torch import nn
 
 from trl.data.chat import ChatTemplate
 from trl.data.encode import TextEncoder
-from trl.data.messages import messages_of
 from trl.data.packing import pack
-from trl.data.pictures import read_by, reader_of
 from trl.data.records import Branch, TokenTree
-from trl.models.forward import introduce
 from trl.models.scoring import rewards
-from trl.models.unwrap import reads_pictures
 
 Text = str | list[dict[str, Any]]
 
@@ -40,23 +36,20 @@ class RewardModel:
                 stacklevel=2,
             )
         self.model = model
-        self.encoder = TextEncoder(read_by(tokenizer))
-        introduce(model, self.encoder.tokenizer)
+        self.encoder = TextEncoder(tokenizer)
         self.max_length = max_length
         self.batch_size = batch_size
         self.mean = 0.0
         self.std = 1.0
 
     @torch.no_grad()
-    def raw(self, texts: Sequence[Text], images: Sequence[Any] | None = None) -> list[float]:
-        """The model's scores, not calibrated. Texts of similar length share a batch, so there is little padding.
-
-        images: each text's pictures that stand in none of its parts, for a model that sees them.
-        """
+    def raw(self, texts: Sequence[Text]) -> list[float]:
+        """The model's scores, not calibrated. Texts of similar length share a batch, so there is little padding."""
         was_training = self.model.training
         self.model.eval()
         device = next(self.model.parameters()).device
-        rows = [self._row(ids, text) for ids, text in zip(self._ids(texts, images), texts, strict=True)]
+        rendered = [text if isinstance(text, str) else self._rendered(text) for text in texts]
+        rows = [self._row(ids, text) for ids, text in zip(self.encoder.encode(rendered), texts, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores = [0.0] * len(rows)
         for start in range(0, len(order), self.batch_size):
@@ -66,24 +59,6 @@ class RewardModel:
                 scores[i] = score
         self.model.train(was_training)
         return scores
-
-    def _ids(self, texts: Sequence[Text], images: Sequence[Any] | None) -> list[list[int]]:
-        """The tokens of the texts; those of pictures are below zero."""
-        reader = reader_of(self.encoder.tokenizer)
-        if reader is None or not reads_pictures(self.model):
-            return self.encoder.encode([text if isinstance(text, str) else self._rendered(text) for text in texts])
-        from trl.data.picture_rows import NUMBERS, placed, read_pictures  # which texts do without
-
-        made = []
-        for text, own in zip(texts, images or [None] * len(texts), strict=True):
-            read = read_pictures({"messages": text, "images": own}, ("messages",))
-            numbers, rendered = read[NUMBERS], text
-            if not isinstance(text, str):
-                messages, numbers = placed(messages_of(read, "messages"), numbers, reader.placeholder)
-                rendered = self._rendered(messages)
-            (ids,) = self.encoder.encode([reader.expand(str(rendered), (), numbers).text])
-            made.append(reader.tokens(ids, numbers) if numbers else ids)
-        return made
 
     @cached_property
     def _chat(self) -> ChatTemplate:
@@ -101,9 +76,9 @@ class RewardModel:
         room = None if self.max_length is None else max(0, self.max_length - len(head) - len(tail))
         return head + ids[:room] + tail
 
-    def score(self, texts: Sequence[Text], images: Sequence[Any] | None = None) -> list[float]:
-        """Calibrated scores; `images` as in `raw`."""
-        return [(score - self.mean) / self.std for score in self.raw(texts, images)]
+    def score(self, texts: Sequence[Text]) -> list[float]:
+        """Calibrated scores."""
+        return [(score - self.mean) / self.std for score in self.raw(texts)]
 
     def calibrate(self, texts: Sequence[str]) -> RewardModel:
         """Give these texts mean 0 and standard deviation 1."""
@@ -116,9 +91,8 @@ class RewardModel:
         return self
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-        """The score of each prompt with its completion, and with the pictures of the prompt."""
-        images = columns.get("images", columns.get("image"))
-        return self.score([_joined(*pair) for pair in zip(prompts, completions, strict=True)], images)
+        """The score of each prompt with its completion."""
+        return self.score([_joined(*pair) for pair in zip(prompts, completions, strict=True)])
 
 
 def _joined(prompt: Any, completion: Any) -> Text:
