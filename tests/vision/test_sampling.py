@@ -13,14 +13,19 @@ from typing import Any
 import pytest
 import torch
 from fake_vllm import FakeVLLM
-from families import FAMILIES, model_of, picture, processor_of
+from families import FAMILIES, data_url, model_of, picture, processor_of
+from PIL import Image
 from tokenizers_for_tests import word_tokenizer
 from torch import Tensor
 
+from trl import AutoModelForCausalLMWithValueHead
+from trl.core import LengthSampler
 from trl.data.pictures import Album, PictureReader, read_by, reader_of
+from trl.extras import BestOfNSampler
 from trl.generation.engine import lay_out
 from trl.generation.kv_cache import Prompt
 from trl.generation.local import LocalSampler, make_sampler
+from trl.generation.plain_generate import generate_padded
 from trl.generation.probe import BOTH_WAYS, CAUSAL, how_it_reads_pictures
 from trl.generation.sampler import SamplingParams
 from trl.generation.transformers_sampler import TransformersSampler
@@ -33,6 +38,9 @@ from trl.generation.vllm.verify import Verification
 from trl.models.forward import note, plan_of
 from trl.models.pictures import introduce
 from trl.models.pictures import keywords as keywords_of
+from trl.rollout.prompts import decoded, prompt_ids, with_opened_pictures, with_prompts
+from trl.rollout.reward_check import trivial_answers
+from trl.rollout.source import FunctionSource
 
 WORDS = list(range(40, 80))
 """a start that is long enough to be read once for all prompts that have it"""
@@ -358,3 +366,130 @@ def test_an_engine_in_this_process_is_given_pictures(monkeypatch: pytest.MonkeyP
     sampler = VLLMSampler(ColocatedEngine(Offline(extra=1)), None, tokenizer, model=model)
     with pytest.raises(EngineError, match="which are not the policy's"):
         sampler.sample(prompts, params)
+
+
+# --- other ways to sample, and what is read of prompts ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate_by_its_own_keywords(name: str) -> None:
+    """What only `generate` knows; several answers to rows with several pictures are each shown their own."""
+    model, tokenizer, reader = ready(name)
+    prompts = prompts_of(reader)
+    queries = [torch.tensor(prompt) for prompt in prompts]
+    given = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    answers = generate_padded(model, tokenizer, queries, {**given, "num_return_sequences": 1})
+    again = generate_padded(model, tokenizer, queries, {**given, "num_return_sequences": 2, "do_sample": True,
+                                                        "top_k": 1}, several=True)  # fmt: skip
+    assert [ids.tolist() for ids in again[::2]] == [ids.tolist() for ids in answers]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits_TV = own_logits(model, [*prompt, *answer.tolist()])[len(prompt) - 1 : -1]
+        logits_TV[:, reader.image_token_id] = -torch.inf
+        taken_T = logits_TV.gather(1, answer[:, None])[:, 0]
+        assert float((logits_TV.amax(1) - taken_T).max()) < 1e-4
+    with pytest.raises(ValueError, match="num_beams: prompts with pictures are sampled without beams"):
+        generate_padded(model, tokenizer, queries, {**given, "num_beams": 2})
+
+
+def as_file(seed: int) -> bytes:
+    file = BytesIO()
+    picture(seed).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_are_tokenised_with_their_pictures(name: str) -> None:
+    """As PPO and loops of one's own do: by parts, by a column, and in texts; and read again as text."""
+    _, tokenizer, reader = ready(name)
+    said = [{"type": "text", "text": "What is it?"}]
+    by_part = {"prompt": [{"role": "user", "content": [{"type": "image", "image": picture(1)}, *said]}]}
+    by_url = {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url(1)}}, *said]}]}
+    by_column = {"prompt": [{"role": "user", "content": said}], "images": [{"bytes": as_file(1), "path": None}]}
+    ids = prompt_ids(by_url, tokenizer).tolist()
+    assert reader.occurrences(ids) == [kept(1)]
+    assert prompt_ids(by_column, tokenizer).tolist() == ids
+    written = prompt_ids(by_part, tokenizer).tolist()  # as a file of its own
+    assert [token if token >= 0 else -1 for token in written] == [token if token >= 0 else -1 for token in ids]
+    (number,) = reader.occurrences(written)
+    assert Album.open(number).tobytes() == picture(1).tobytes()
+    text = {"prompt": f"{reader.placeholder} and {reader.placeholder}", "images": [picture(1), as_file(2)]}
+    assert reader.occurrences(prompt_ids(text, tokenizer).tolist()) == [number, kept(2)]
+    (row,) = with_prompts([{"input_ids": ids}], tokenizer)
+    assert row["prompt_ids"] == ids
+    assert "What is it?" in row["prompt"]
+    shown = decoded(tokenizer, ids)
+    assert "What is it?" in shown
+    assert shown.count(tokenizer.decode([reader.image_token_id])) <= 5  # a token for each tile
+    with pytest.raises(ValueError, match="ids are 0 or more"):
+        prompt_ids({"input_ids": ids}, word_tokenizer())
+
+
+def url(seed: int) -> str:
+    return data_url(picture(seed))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [picture(1), picture(2)],
+        [[picture(1)], [picture(2), picture(1)]],
+        [{"bytes": as_file(1), "path": None}, None],
+        [[{"bytes": as_file(1), "path": None}], []],
+        [as_file(1), [url(2)]],
+    ],
+)
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_rewards_are_given_pil_pictures(values: list[Any], column: str) -> None:
+    _, tokenizer, _ = ready("llava")
+    twice = [value for value in values for _ in range(2)]
+    given = {column: twice, "other": [0] * 4}
+    made = with_opened_pictures(given, tokenizer)
+    assert made["other"] is given["other"]
+    assert len(made[column]) == 4
+    assert made[column][0] is made[column][1]
+    flat = [each for value in made[column] for each in (value if isinstance(value, list) else [value])]
+    assert all(each is None or isinstance(each, Image.Image) for each in flat)
+    assert flat[0].tobytes() == picture(1).tobytes()
+    assert [isinstance(value, list) for value in made[column]] == [isinstance(value, list) for value in twice]
+    assert with_opened_pictures(given, word_tokenizer()) is given
+
+
+def test_a_function_of_the_user_gives_prompts_as_the_processor_writes_them() -> None:
+    """Its placeholders are the row's pictures; others are refused, and so are tokens of pictures in completions."""
+    _, _, reader = ready("qwen2_5_vl")
+    prompts = prompts_of(reader)[:2]
+    rows = [{"prompt_ids": ids} for ids in prompts]
+
+    def drawn(given: list[list[int]], completions: list[list[int]]) -> Any:
+        made = {"prompt_ids": given, "completion_ids": completions}
+        return FunctionSource(lambda asked: made, None, 300, reader).draw(rows)
+
+    answers = [[40], [41]]
+    for given in ([reader.plain(ids) for ids in prompts], prompts):
+        assert drawn(given, answers).prompts == prompts
+    with pytest.raises(ValueError, match=r"prompt_ids\[0\] does not show the 1 pictures of its row .* give the"):
+        drawn([[*reader.plain(prompts[0]), reader.image_token_id], prompts[1]], answers)
+    with pytest.raises(ValueError, match=r"completion_ids\[1\] has the token \d+, which stands for a part"):
+        drawn(prompts, [[40], [reader.image_token_id]])
+    with pytest.raises(ValueError, match=r"prompt_ids\[0\] has the token -9, and the policy knows 0 to 299"):
+        drawn([[5, -9], prompts[1]], answers)
+
+
+def test_a_trivial_answer_echoes_the_words_of_a_prompt_in_parts() -> None:
+    content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "What is it?"}]
+    assert trivial_answers([{"role": "user", "content": content}], 8)["echoed prompt"] == "What is it?"
+
+
+def test_best_of_n_reads_pictures() -> None:
+    model, tokenizer, reader = ready("llava")
+    seen: list[str] = []
+
+    def scores(texts: list[str]) -> list[float]:
+        seen.extend(texts)
+        return [float(len(text)) for text in texts]
+
+    wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(model)
+    sampler = BestOfNSampler(wrapped, tokenizer, scores, LengthSampler(2, 3), sample_size=2)
+    (best,) = sampler.generate(prompts_of(reader)[0], skip_special_tokens=False)
+    assert best == [max(seen, key=len)]
+    assert all(text.count("<image>") == 1 for text in seen)

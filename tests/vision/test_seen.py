@@ -8,21 +8,28 @@ import re
 import numpy as np
 import pytest
 import torch
-from families import data_url, model_of, picture, processor_of
+from families import data_url, model_of, picture, processor_of, rows
 from PIL import Image
 from pyarrow import parquet
-from transformers import AutoModelForImageTextToText
+from tiny_models import tiny_model
+from tokenizers_for_tests import byte_tokenizer
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
+import trl
 from trl.cli.main import run
 from trl.data.inspect import inspect_html, inspect_row, pieces
-from trl.data.pictures import Album, read_by, reader_of
+from trl.data.pictures import Album, pictures_among, read_by, reader_of
 from trl.data.records import Rollout
 from trl.data.thumbnails import Gallery, mark, plain, small_copy, stored, thumbnail
+from trl.generation.local import LocalSampler
 from trl.reports.run_folder import read_run
 from trl.reports.run_report import render
 from trl.rollout.report import print_table, table_of, write_parquet
 from trl.rollout.rewards import Rewards
+from trl.scripts.chat import Chat
+from trl.scripts.diff_runs import said
 from trl.scripts.open_model import open_model
+from trl.scripts.sampling import Asked
 
 
 def bytes_of(image, kind="PNG"):
@@ -321,3 +328,193 @@ def test_a_merged_adapter_keeps_the_processor(name, tiny, tmp_path, capsys):
     opened = open_model(str(tmp_path / "whole"))
     assert type(opened.model) is type(base)
     assert reader_of(opened.tokenizer).placeholder == processor_of(name).image_token
+
+
+@pytest.fixture
+def files(tmp_path):
+    for place in range(3):
+        picture(place, (16, 16)).save(tmp_path / f"{place}.png")
+    return tmp_path
+
+
+def lines(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+SHORT = ["--max-new-tokens", "2", "--temperature", "0"]
+
+
+def answers(words, capsys):
+    assert run([*words, *SHORT]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_generate_takes_pictures_of_the_line_and_of_rows(tiny, files, capsys):
+    """The same picture and question in four forms: the same tokens, so the same answer."""
+    path = str(files / "1.png")
+    question = {"type": "text", "text": "What?"}
+    url = {"type": "image_url", "image_url": {"url": data_url(picture(1))}}
+    rows = [
+        {"prompt": [{"role": "user", "content": "What?"}], "images": [path], "kept": 7},
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": path}, question]}]},
+        {"prompt": [{"role": "user", "content": [url, question]}]},
+    ]
+    (said,) = answers(["generate", tiny("gemma3"), "What?", "--image", path], capsys)
+    assert said["images"] == [path]
+    found = [
+        answers(["generate", tiny("gemma3"), "--data", lines(files / "rows.jsonl", [row])], capsys)[0] for row in rows
+    ]
+    assert {one["completion"] for one in found} == {said["completion"]}
+    assert found[0]["kept"] == 7
+    assert found[2]["prompt"][0]["content"][0]["image_url"] == {"url": "[picture 16x16]"}
+
+
+def test_several_pictures_of_the_line_are_all_shown(tiny, files, capsys, monkeypatch):
+    seen = []
+    sampled = LocalSampler.sample
+
+    def sample(self, prompts, params, n=1):
+        seen.extend(prompts)
+        return sampled(self, prompts, params, n=n)
+
+    monkeypatch.setattr(LocalSampler, "sample", sample)
+    paths = [str(files / f"{i}.png") for i in (0, 2)]
+    answers(["generate", tiny("qwen2_5_vl"), "a", "b", "--image", paths[0], "--image", paths[1]], capsys)
+    numbers = [Album.keep((files / f"{i}.png").read_bytes()) for i in (0, 2)]
+    assert [pictures_among(prompt) for prompt in seen] == [numbers, numbers]
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("none.png", "which does not exist"),
+        ("https://a.b/c.png", "nothing is fetched"),
+        ("rows.jsonl", "is no picture that can be read"),
+    ],
+)
+def test_a_bad_picture_is_told_before_a_model_is_loaded(image, said, files, capsys):
+    (files / "rows.jsonl").write_text('{"prompt": "x"}\n')
+    path = image if "//" in image else str(files / image)
+    assert run(["generate", "no/such/model/at/all", "x", "--image", path]) == 2
+    error = capsys.readouterr().err
+    assert f"--image {path}" in error
+    assert said in error
+
+
+def test_rows_with_pictures_of_their_own_take_no_more(tiny, files, capsys):
+    data = lines(files / "rows.jsonl", [{"prompt": "x"}, {"prompt": "y", "images": [str(files / "0.png")]}])
+    assert run(["generate", tiny("llava"), "--data", data, "--image", str(files / "1.png")]) == 2
+    assert "row 1 has pictures of its own" in capsys.readouterr().err
+
+
+def test_a_model_of_text_says_that_it_reads_none(files, capsys, tmp_path):
+    place = tmp_path / "text"
+    tokenizer = byte_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    assert run(["generate", str(place), "x", "--image", str(files / "1.png")]) == 2
+    assert "reads no pictures" in capsys.readouterr().err
+    data = lines(files / "rows.jsonl", [{"prompt": "y", "images": [str(files / "0.png")]}])
+    assert run(["generate", str(place), "--data", data, *SHORT]) == 0
+    assert "reads no pictures: those of the rows are left out" in capsys.readouterr().err
+
+
+def test_chat_shows_pictures(tiny, files):
+    """A picture goes with the next turn and stays in the conversation; the answer is that of `trl generate`."""
+    written = []
+    talk = Chat(open_model(tiny("gemma3")), Asked(2, temperature=0.0), None, None, written.append)
+    assert talk.take(f"/image {files / '1.png'}")
+    assert talk.take("What?")
+    number = Album.keep((files / "1.png").read_bytes())
+    assert pictures_among(talk._prompt([{"role": "user", "content": "And now?"}])) == [number]
+    assert talk.pictures == []
+    assert talk.take(f"/image {files / '2.png'}")
+    assert talk.take("/clear")
+    assert [talk.pictures, talk.messages] == [[], []]
+
+
+@pytest.mark.parametrize(("line", "said"), [("/image none.png", "which does not exist"), ("/image", "say which file")])
+def test_chat_tells_of_a_bad_picture(line, said, tiny, capsys):
+    talk = Chat(open_model(tiny("gemma3")), Asked(2), None, None, print)
+    assert talk.take(line)
+    assert said in capsys.readouterr().err
+    assert talk.pictures == []
+
+
+def test_models_are_compared_on_rows_with_pictures(tiny, files, capsys):
+    """A picture that two prompts show is embedded once; `trl eval` measures answers below pictures."""
+    shown = [[str(files / "1.png")], [str(files / "1.png")], [str(files / "2.png")], []]
+    asked = [[{"role": "user", "content": f"What, {place}?"}] for place in range(4)]
+    said = [{"role": "assistant", "content": "red"}]
+    rows = [{"messages": [*turns, *said], "images": images} for turns, images in zip(asked, shown, strict=True)]
+    data = lines(files / "rows.jsonl", rows)
+    page = files / "page.html"
+    words = ["compare", tiny("gemma3"), tiny("llava"), "--data", data, "--html", str(page), *SHORT]
+    assert run(words) == 0
+    assert capsys.readouterr().out.count("[picture 16x16]") == 3
+    html = page.read_text()
+    assert html.count("data:image/") == 2
+    assert html.count('role="img" aria-label="picture 16x16"') == 3
+    assert run(["eval", tiny("gemma3"), "--data", data, "--json", str(files / "eval.json")]) == 0
+    assert json.loads((files / "eval.json").read_text())["measures"]["loss"]["rows"] == 4
+
+
+def test_inspect_shows_rows_of_a_file(tiny, files, capsys):
+    row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]}
+    data = lines(files / "rows.jsonl", [{**row, "images": [str(files / "1.png")]}] * 2)
+    page = files / "rows.html"
+    assert run(["inspect", "sft", "--model", tiny("gemma3"), "--data", data, "--html", str(page)]) == 0
+    assert capsys.readouterr().out.count("[picture 16x16, 4 tokens]") == 2
+    assert page.read_text().count("data:image/") == 1
+
+
+def test_the_table_of_the_callback_has_marks(tmp_path, capsys):
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, max_length=512, use_cpu=True, report_to="none", eval_steps=1,
+        per_device_train_batch_size=2, assistant_only_loss=True,
+    )  # fmt: skip
+    data = rows("conversations")
+    trainer = trl.SFTTrainer(
+        model_of("gemma3"), config, train_dataset=data, eval_dataset=data, processing_class=processor_of("gemma3")
+    )
+    asked = GenerationConfig(max_new_tokens=2, do_sample=False)
+    trainer.add_callback(trl.LogCompletionsCallback(trainer, asked, num_prompts=2, freq=1))
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert shown.count("[picture 16x16, 4 tokens]") >= 1
+    assert shown.count("[picture ") == 1 + 2  # of the first row and of the second
+
+
+def test_two_runs_are_told_apart_by_their_pictures():
+    tokenizer, ids, _ = row("gemma3", "a PICTURE b", [WIDE])
+    at = next(place for place, token in enumerate(ids) if token < 0)
+    assert said(ids, at, tokenizer).startswith("'[picture 32x16, 4 tokens]<end_of_image>")
+    assert said(ids, at + 2, tokenizer).startswith("'[picture 32x16, 2 tokens]")
+
+
+def test_rewards_of_an_evaluation_get_the_pictures(tiny, files, capsys, monkeypatch):
+    (files / "rewards.py").write_text(
+        "def wide(completions, images, **columns): return [float(sum(one.size[0] for one in row)) for row in images]\n"
+    )
+    row = {"prompt": [{"role": "user", "content": "What?"}]}
+    data = lines(files / "rows.jsonl", [{**row, "images": [str(files / f"{i}.png") for i in range(n)]} for n in (1, 2)])
+    reward, figures = f"{files / 'rewards.py'}:wide", files / "eval.json"
+    assert run(["eval", tiny("gemma3"), "--data", data, "--reward", reward, "--json", str(figures), *SHORT]) == 0
+    assert json.loads(figures.read_text())["measures"]["reward wide"]["value"] == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_a_run_of_the_command_shows_its_pictures(tiny, files, capsys):
+    (files / "rewards.py").write_text("def none(completions, **columns): return [0.0] * len(completions)\n")
+    row = {"prompt": [{"role": "user", "content": "What?"}]}
+    data = lines(files / "rows.jsonl", [{**row, "images": [str(files / f"{i}.png")]} for i in range(2)])
+    out = files / "out"
+    words = ["grpo", "--model", tiny("gemma3"), "--data", data, "--reward", f"{files / 'rewards.py'}:none", "--use_cpu",
+             "--output_dir", str(out), "--max_steps", "1", "--num_generations", "2", "--check_rewards", "no",
+             "--per_device_train_batch_size", "4", "--max_completion_length", "2", "--log_completions"]  # fmt: skip
+    assert run(words) == 0
+    assert capsys.readouterr().out.count("[picture 16x16]\nuser: What?") == 2
+    assert len(list((out / "rollouts" / "pictures").iterdir())) == 2
+    assert (out / "report.html").read_text().count("data:image/") == 2
+    assert (out / "processor_config.json").is_file()

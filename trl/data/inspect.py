@@ -62,14 +62,14 @@ def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_ma
         before, start = start, end
 
 
-def read_out(tokenizer: Any, input_ids: Sequence[int]) -> str:
-    """The text of a row without special tokens, and with marks for its pictures."""
+def read_out(tokenizer: Any, input_ids: Sequence[int], specials: bool = False) -> str:
+    """The text of a row with marks for its pictures; specials: with special tokens."""
     ids, parts, start = [int(i) for i in input_ids], list[str](), 0
     for picture in _pictures(tokenizer, ids):
-        parts.append(str(tokenizer.decode(ids[start : picture.start], skip_special_tokens=True)))
+        parts.append(str(tokenizer.decode(ids[start : picture.start], skip_special_tokens=not specials)))
         parts.append(_picture_piece(ids[picture.start : picture.stop], False).text)
         start = picture.stop
-    return "".join([*parts, str(tokenizer.decode(ids[start:], skip_special_tokens=True))])
+    return "".join([*parts, str(tokenizer.decode(ids[start:], skip_special_tokens=not specials))])
 
 
 def _pictures(tokenizer: Any, ids: Sequence[int]) -> Iterator[range]:

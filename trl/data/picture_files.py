@@ -116,6 +116,21 @@ def pictures_in(value: Any, column: str) -> list[Any]:
     return [value]
 
 
+def opened_pictures(value: Any, column: str) -> Any:
+    """The value of a row's column with PIL pictures, which stay as they are; a list of them where it holds several."""
+    if not isinstance(value, list | tuple) and not hasattr(value, "tolist"):
+        return None if value is None else _opened_value(value, f"column '{column}'")
+    found = pictures_in(value, column)
+    opened = [_opened_value(one, f"picture {place} of column '{column}'") for place, one in enumerate(found)]
+    return opened[0] if len(found) == 1 and found[0] is value else opened
+
+
+def _opened_value(value: Any, where: str) -> Any:
+    from PIL.Image import Image
+
+    return value if isinstance(value, Image) else open_picture(read_picture(value, where), where)
+
+
 def _is_pixels(value: Any) -> bool:
     """Whether lists or an array are the pixels of one picture, not several pictures."""
     shape = _shape(value)

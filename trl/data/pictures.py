@@ -381,3 +381,14 @@ def processor_of(tokenizer: Any) -> Any:
 def reader_of(tokenizer: Any) -> PictureReader | None:
     """What reads pictures for the rows of this tokenizer; None: nothing does."""
     return getattr(tokenizer, "__dict__", {}).get(_READER)
+
+
+def plain_ids(tokenizer: Any, ids: Iterable[int]) -> Ids:
+    """A row's ids to be read as text: a picture, or a tile of it, is one token; none where nothing reads pictures."""
+    row = list(map(int, ids))
+    if min(row, default=0) >= 0:
+        return row
+    reader = reader_of(tokenizer)
+    starts = (token for token, before in zip(row, [0, *row], strict=False) if token >= 0 or token != before)
+    known = [token for token in starts if token >= 0 or reader is not None]
+    return known if reader is None else reader.plain(known)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.any_text import encodable
+from trl.data.pictures import plain_ids
 from trl.data.records import Rollout
 from trl.data.user_functions import Begun, accepted, in_order
 from trl.environment.episodes import Environment, Episode
@@ -151,10 +152,16 @@ class TextEnvironment(Environment):
             raise TypeError(f"{type(own.instance).__name__ if own else 'it'}.reset() gave messages; give a text here")
         query = row.get("prompt")
         if not isinstance(query, str):
-            query = row["prompt"] if ids is None and query else self.tokenizer.decode(ids or [])
+            words = self.tokenizer
+            query = row["prompt"] if ids is None and query else words.decode(plain_ids(words, ids or []))
         text = self.prompt + query + said
         if not text and not ids:
             raise ValueError("prompt: the row has none, and reset() gave none; one of them has to say it")
+        if (self.prompt or said) and min(ids or [0]) < 0:
+            raise ValueError(
+                "prompt: it has pictures, and what the environment adds to a prompt is read with it as one text: leave "
+                "out its `prompt` and what reset() says, or take a ChatEnvironment"
+            )
         if ids is None or not len(ids) or self.prompt or said:
             return TextHistory(text, self._tokens(text, add_special_tokens=True), system=True)
         return TextHistory(text, torch.tensor(ids, device=self.current_device), system=True)

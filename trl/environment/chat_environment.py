@@ -16,11 +16,21 @@ from trl.data.any_text import encodable
 from trl.data.chat import ChatTemplate, Messages
 from trl.data.encode import TextEncoder
 from trl.data.formats import maybe_convert_to_chatml
+from trl.data.pictures import reader_of
 from trl.data.records import Rollout
 from trl.environment.call_formats import CallReader, Spoken, ToolCall, ToolParser, call_id
 from trl.environment.episodes import Environment, Episode, lacks_prompt
 from trl.environment.factories import Factory, OwnEnvironment, Said
 from trl.environment.learned_calls import learned_reader
+from trl.environment.pictures import (
+    Part,
+    PicturedAnswer,
+    answer_with_pictures,
+    cut_parts,
+    shown_pictures,
+    with_numbers,
+    without_marks,
+)
 from trl.environment.text_history import TextHistory
 from trl.environment.tool_calls import FailedCall, Pending, answer_of, error_text
 from trl.environment.tool_schemas import named_tools, schema_of, with_members
@@ -156,11 +166,10 @@ class ChatEnvironment(Environment):
         self, row: Mapping[str, Any], said: Said, ids: Sequence[int] | None, own: OwnEnvironment | None = None
     ) -> TextHistory:
         renderer = self._renderer_of(own)
-        messages = _conversation(row, said)
+        messages, numbers = with_numbers(row, _conversation(row, said), renderer.pictures)
         text = renderer.template.of_row(dict(row)).prompt(messages, renderer.schemas or None)
-        encoder = renderer.encoder
-        (tokens,) = encoder.encode([text])
-        return TextHistory(text, torch.tensor(encoder.without_double_bos(tokens)), system=True)
+        tokens = renderer.encoder.without_double_bos(renderer.ids_of(text, numbers))
+        return TextHistory(text, torch.tensor(tokens), system=True)
 
     def _prompt(self, episode: Episode) -> Messages:
         return _conversation(episode.columns, episode.said)
@@ -207,12 +216,25 @@ class ChatEnvironment(Environment):
             arguments = with_members(tool, call.arguments)
         except ValueError as error:
             return error_text(error)
-        return answer_of(self.late_calls, call.name, partial(tool, **arguments), _text_of)
+        return answer_of(self.late_calls, call.name, partial(tool, **arguments), self._said_by)
+
+    def _said_by(self, result: Any) -> str:
+        """What the model reads of a tool's result."""
+        try:
+            pictured = answer_with_pictures(result, self.renderer.pictures is not None, _text_of)
+        except Exception as error:  # a picture that cannot be read, or whose parts have faults of their own
+            return error_text(error)
+        return _text_of(result) if pictured is None else pictured
 
     def _cut(self, text: str) -> str:
         """So much of an answer as the model reads."""
-        text, most = encodable(text), self.max_tool_response
-        return text if most is None or len(text) <= most else text[: max(most - 3, 0)] + "..."
+        if isinstance(text, PicturedAnswer):
+            return cut_parts(text, self._cut_text, self.max_tool_response)
+        return self._cut_text(text, self.max_tool_response)
+
+    def _cut_text(self, text: str, most: int | None) -> str:
+        text = without_marks(encodable(text), self.renderer.pictures)
+        return text if most is None or len(text) <= most else text[: max(most - 3, 0)] + "..."[:most]
 
     def _hear(self, episode: Episode) -> None:
         """Append the tools' answers as the template renders them."""
@@ -225,7 +247,7 @@ class ChatEnvironment(Environment):
         episode.failed += sum(isinstance(answer, FailedCall) for answer in episode.answers)
         text, ids = renderer(answers, closed=int(history.tokens[-1]) == renderer.end_id)
         history.append_segment(text, torch.tensor(ids), system=True)
-        episode.messages += _messages_of(answers)
+        episode.messages += shown_pictures(_messages_of(answers))
 
 
 def _text_of(result: Any) -> str:
@@ -262,6 +284,16 @@ class Answer(NamedTuple):
 
     name: str
     text: str
+    """a `PicturedAnswer` where it has pictures"""
+
+    @property
+    def content(self) -> str | list[Part]:
+        return list(self.text.parts) if isinstance(self.text, PicturedAnswer) else self.text
+
+    @property
+    def numbers(self) -> list[int]:
+        """Its pictures."""
+        return self.text.numbers if isinstance(self.text, PicturedAnswer) else []
 
 
 class TurnRenderer:
@@ -273,9 +305,18 @@ class TurnRenderer:
     def __init__(self, template: ChatTemplate, ends: Sequence[int], schemas: Sequence[Any] = ()) -> None:
         self.template, self.schemas = template, list(schemas)
         self.encoder = TextEncoder(template.tokenizer)
+        self.pictures = reader_of(template.tokenizer)
+        """what reads pictures; None: the model reads text only"""
         self.ends = frozenset(ends)
         self.adds_end = False
         """whether a token ends turns that is none of the ends given"""
+
+    def ids_of(self, text: str, numbers: Sequence[int], continues: bool = False) -> list[int]:
+        """The tokens of a rendered text with these pictures; continues: it follows another text."""
+        encode = self.encoder.continuations if continues else self.encoder.encode
+        if self.pictures is None:
+            return encode([text])[0]
+        return self.pictures.tokens(encode([self.pictures.expand(text, (), numbers).text])[0], numbers)
 
 
 class AnswerRenderer(TurnRenderer):
@@ -334,19 +375,42 @@ class AnswerRenderer(TurnRenderer):
 
     def __call__(self, answers: Sequence[Answer], closed: bool) -> tuple[str, list[int]]:
         """`(text, ids)` that follow the turn; closed: the turn has its end token already."""
-        text = self._suffix(self._stand_in("x", [answer.name for answer in answers]), answers)
+        text = self._pictured(answers) if any(answer.numbers for answer in answers) else self._printed(answers)
         text = text if closed else self._end + text
-        return text, self.encoder.continuations([text])[0]
+        return text, self.ids_of(text, [number for answer in answers for number in answer.numbers], continues=True)
+
+    def _printed(self, answers: Sequence[Answer], by_user: bool = False) -> str:
+        """What follows a turn. by_user: the user tells the answers, whatever the template can do."""
+        return self._suffix(self._stand_in("x", [answer.name for answer in answers]), answers, by_user)
+
+    def _pictured(self, answers: Sequence[Answer]) -> str:
+        """Answers with pictures, by the user where the template prints none that tools give."""
+        assert self.pictures is not None
+        wanted = sum(len(answer.numbers) for answer in answers)
+        for by_user in (self.by_user, True):
+            try:
+                text = self._printed(answers, by_user)
+            except ValueError:
+                continue
+            if text.count(self.pictures.placeholder) == wanted:
+                return text
+        raise ValueError(
+            "a tool gave a picture, and the chat template prints none in a tool's or a user's message: set the "
+            "template of the model's processor"
+        )
 
     def _stand_in(self, question: str, names: Sequence[str]) -> Messages:
         calls = [ToolCall(name).message(place) for place, name in enumerate(names[: self.most_calls])]
         thoughts = "<think>\nWhat is it?\n</think>\n\nI look it up."  # some templates drop thoughts from earlier turns
         return [{"role": "user", "content": question}, {"role": "assistant", "content": thoughts, "tool_calls": calls}]
 
-    def _told(self, answers: Sequence[Answer]) -> Messages:
+    def _told(self, answers: Sequence[Answer], by_user: bool = False) -> Messages:
         """The messages that tell the answers to the model."""
-        if not self.by_user:
+        if not (self.by_user or by_user):
             return _messages_of(answers)
+        if any(answer.numbers for answer in answers):
+            parts = [part for place, answer in enumerate(answers) for part in _framed(answer, first=not place)]
+            return [{"role": "user", "content": parts}]
         said = "\n".join(f"<tool_response>\n{answer.text}\n</tool_response>" for answer in answers)
         return [{"role": "user", "content": said}]
 
@@ -371,9 +435,9 @@ class AnswerRenderer(TurnRenderer):
         after = self.template.render([*spoken, *self._told(answers)], self.schemas, open_turn=True)
         return self.template.render(spoken, self.schemas), after
 
-    def _suffix(self, spoken: Messages, answers: Sequence[Answer]) -> str:
+    def _suffix(self, spoken: Messages, answers: Sequence[Answer], by_user: bool = False) -> str:
         before = self.template.render(spoken, self.schemas)
-        after = self.template.render([*spoken, *self._told(answers)], self.schemas, open_turn=True)
+        after = self.template.render([*spoken, *self._told(answers, by_user)], self.schemas, open_turn=True)
         cut = before.rindex(self._end) + len(self._end) if self._is_inside else len(before.rstrip())
         if not after.startswith(before[:cut]):
             raise ValueError(
@@ -433,9 +497,16 @@ class AnswerRenderer(TurnRenderer):
 
 def _messages_of(answers: Sequence[Answer]) -> Messages:
     return [
-        {"role": "tool", "name": answer.name, "tool_call_id": call_id(place), "content": answer.text}
+        {"role": "tool", "name": answer.name, "tool_call_id": call_id(place), "content": answer.content}
         for place, answer in enumerate(answers)
     ]
+
+
+def _framed(answer: Answer, first: bool) -> list[Part]:
+    """An answer with pictures, or beside one that has some, as parts of what the user says."""
+    content = answer.content if isinstance(answer.content, list) else [{"type": "text", "text": answer.content}]
+    opening = {"type": "text", "text": "<tool_response>\n" if first else "\n<tool_response>\n"}
+    return [opening, *content, {"type": "text", "text": "\n</tool_response>"}]
 
 
 def _conversation(row: Mapping[str, Any], said: Said) -> Messages:

@@ -328,7 +328,7 @@ def as_rollout(histories: Sequence[TextHistory]) -> Rollout:
                 f"histories[{index}]: log-probabilities of sampled tokens are unknown; leave out the generation_kwargs "
                 "that only `generate` knows, so that a sampler makes the turns"
             )
-        start, end = history.token_spans[0][1], episode.limit
+        start, end = history.token_spans[0][1], _end_of(history, episode.limit)
         rollout.prompts.append(history.tokens[:start].tolist())
         rollout.completions.append(history.tokens[start:end].tolist())
         rollout.masks.append(history.token_masks[start:end].tolist())
@@ -343,6 +343,15 @@ def as_rollout(histories: Sequence[TextHistory]) -> Rollout:
         "histories": list(histories),
     }
     return rollout
+
+
+def _end_of(history: TextHistory, limit: int | None) -> int | None:
+    """Where training's part of the tokens ends: within the limit, before an answer whose pictures would be cut."""
+    if limit is None:
+        return None
+    spans = zip(history.token_spans[1:], history.system_spans[1:], strict=True)
+    cut = [start for (start, end), system in spans if system and start < limit < end]
+    return cut[0] if cut and bool((history.tokens[cut[0] :] < 0).any()) else limit
 
 
 def _turn_ends(history: TextHistory) -> list[int]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl import import_utils
 from trl.data.any_text import console, encodable, visible
+from trl.data.pictures import plain_ids
 
 _HTML_COLOURS = {"Prompt": "#d9d9d9", "System": "#00d7af", "Model": "#5fd7ff", "Reward": "#ffafff"}
 
@@ -109,7 +110,7 @@ class TextHistory:
         """Print the tokens, with the colours of their speakers (needs rich)."""
         pieces = []
         for (start, end), role in zip(self.token_spans, self._roles(), strict=True):
-            names = tokenizer.convert_ids_to_tokens(self.tokens[start:end].tolist())
+            names = tokenizer.convert_ids_to_tokens(plain_ids(tokenizer, self.tokens[start:end].tolist()))
             pieces += [piece for name in names for piece in ((name, role), (" ", ""))]
         self._print(pieces, "tokens", show_legend)
 
@@ -149,8 +150,8 @@ class TextHistory:
             if tokenizer is None:
                 parts.append(coloured(self.text[start:end], role))
             else:
-                tokens = self.tokens[first:last].split(1)
-                parts += [coloured(str(tokenizer.decode(token)), role, edge) for token in tokens]
+                tokens = plain_ids(tokenizer, self.tokens[first:last].tolist())
+                parts += [coloured(str(tokenizer.decode([token])), role, edge) for token in tokens]
         legend = " ".join(coloured(f" {role} ", role) for role in _HTML_COLOURS)
         reward = coloured(f"Reward: {self.reward}", "Reward")
         return (

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl.core import set_seed
+from trl.data.pictures import plain_ids
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.generation.plain_generate import generate_padded
@@ -116,7 +117,9 @@ class BestOfNSampler:
         lengths = [int(self.length_sampler()) for _ in queries]
         answers = self._sample(queries, lengths, generation_kwargs)
         best = []
-        for texts in (self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens) for ids in answers):
+        for rows in answers:
+            plain = [plain_ids(self.tokenizer, ids) for ids in rows]
+            texts = self.tokenizer.batch_decode(plain, skip_special_tokens=skip_special_tokens)
             scores = [float(score) for score in self.queries_to_scores(texts)]
             if len(scores) != len(texts):
                 raise ValueError(

@@ -116,6 +116,12 @@ def picture_tokens(model: Any) -> tuple[int, ...]:
     return () if reader is None else (reader.image_token_id,)
 
 
+def pictured_inputs(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
+    """What `generate` reads of rows with pictures, which are encoded for each row."""
+    shown = _pictures().keywords(model, ids_BL, repeated=True)
+    return {**shown, "input_ids": _pictures().as_placeholders(model, ids_BL), "attention_mask": mask_BL}
+
+
 def _pictures() -> Any:
     from trl.models import pictures  # which prompts of text do without
 

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
+from trl.generation.engine import picture_tokens, pictured_inputs
 from trl.generation.generate_kwargs import asked_end_tokens
 from trl.generation.probe import generates
 from trl.generation.stopping import StringStoppingCriteria, end_tokens, until_end
@@ -67,17 +68,32 @@ def generate_padded(
                                                stop_strings=stop_strings))  # fmt: skip
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     given = dict(kwargs) if padding is None else {"pad_token_id": padding, **kwargs}
+    if shows := any(bool((query < 0).any()) for query in queries):
+        queries, given = _for_pictures(queries, given)
     ids, mask = padded_pair(queries, padding or 0, "right" if encodes else "left", pad_to_multiple_of)
     stopping = StringStoppingCriteria(stop_strings, tokenizer) if stop_strings else None
     if stopping is not None:
         given["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stopping])
-    output = model.generate(input_ids=ids, attention_mask=mask, **{**own_pace(model), **given})
+    barred = list(picture_tokens(model))
+    if barred:
+        given["suppress_tokens"] = [*(kwargs.get("suppress_tokens") or []), *barred]
+    inputs = pictured_inputs(model, ids, mask) if shows else {"input_ids": ids, "attention_mask": mask}
+    output = model.generate(**inputs, **{**own_pace(model), **given})
     rows = output if isinstance(output, Tensor) else output.sequences  # return_dict_in_generate
     start = 1 if encodes else ids.shape[1]
     counts = [rows.shape[1]] * len(rows) if stopping is None else stopping.generated_tokens
     ends = end_tokens(model, tokenizer, asked_end_tokens(kwargs))
     answers = [until_end(row[start:][:count], ends) for row, count in zip(rows, counts, strict=True)]
     return [torch.cat([row[:1], answer]) for row, answer in zip(rows, answers, strict=True)] if encodes else answers
+
+
+def _for_pictures(queries: Sequence[Tensor], kwargs: dict[str, Any]) -> tuple[Sequence[Tensor], dict[str, Any]]:
+    """Queries with pictures, each as often as it is answered: `generate` itself would mix up those of several rows."""
+    config = kwargs.get("generation_config")
+    if max(kwargs.get("num_beams") or 1, getattr(config, "num_beams", None) or 1) > 1:
+        raise ValueError("num_beams: prompts with pictures are sampled without beams; leave it out")
+    copies = kwargs.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
+    return [query for query in queries for _ in range(copies)], {**kwargs, "num_return_sequences": 1}
 
 
 def _by_length(queries: Sequence[Tensor], generate: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:

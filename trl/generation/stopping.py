@@ -38,7 +38,7 @@ def without_ends(tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[i
     special = set(tokenizer.all_special_ids)
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     left_out = {getattr(tokenizer, name, None) for name in names} | (special & set(ends))
-    kept = [[token for token in ids if token not in left_out] for ids in rows]
+    kept = [[token for token in ids if token not in left_out and token >= 0] for ids in rows]  # no picture is a word
     return list(tokenizer.batch_decode(kept, skip_special_tokens=False))
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from trl.data.pictures import read_by
 from trl.data.records import Completion
-from trl.generation.engine import has_pictures, picture_tokens
+from trl.generation.engine import has_pictures, picture_tokens, pictured_inputs
 from trl.generation.probe import generates
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
@@ -104,7 +104,9 @@ class TransformersSampler:
         # token, because transformers has renamed the cache. So it runs without one. It also finds where an adapter that
         # begins at certain tokens does so. Other adapters are layers.
         virtual, base = learns_prompt(self.model), below_peft(self.model)
-        inputs = self._inputs(rows, ids.to(device), mask.to(device))
+        ids, mask = ids.to(device), mask.to(device)
+        pictured = any(has_pictures(row.prompt) for row in rows)
+        inputs = pictured_inputs(self.model, ids, mask) if pictured else {"input_ids": ids, "attention_mask": mask}
         model: Any = self.model if virtual or reads_rows(self.model) else base
         prefix = base.register_forward_pre_hook(_only_the_prefix, with_kwargs=True) if virtual else None
         try:
@@ -117,16 +119,6 @@ class TransformersSampler:
         finally:
             if prefix is not None:
                 prefix.remove()
-
-    def _inputs(self, rows: list[Row], ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
-        """What `generate` reads; the pictures of each row are encoded for this row."""
-        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
-        if not any(has_pictures(row.prompt) for row in rows):
-            return inputs
-        from trl.models.pictures import as_placeholders, keywords  # which prompts of text do without
-
-        shown = keywords(self.model, ids_BL, repeated=True)
-        return {**inputs, **shown, "input_ids": as_placeholders(self.model, ids_BL)}
 
 
 def _only_the_prefix(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

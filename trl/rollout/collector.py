@@ -27,7 +27,7 @@ from trl.data.records import Rollout
 from trl.generation.stopping import without_ends
 from trl.rewards.panel import Logs, RewardError
 from trl.rollout.experience import RolloutState
-from trl.rollout.prompts import PromptStream
+from trl.rollout.prompts import PromptStream, decoded, with_opened_pictures
 from trl.rollout.rewards import Rewards, RolloutRewards
 from trl.rollout.source import Rows, Source, with_own_prompts
 
@@ -185,12 +185,13 @@ class Collector:
             return Rewards.none(len(rollout))
         if not rows:
             return rewards.of_nothing()
-        columns = {"prompt_texts": rendered(rollout, self.tokenizer), **columns_of(rows, group)}
+        further = with_opened_pictures(columns_of(rows, group), self.tokenizer)
+        columns = {"prompt_texts": rendered(rollout, self.tokenizer), **further}
         return rewards(rollout, self.prompt_texts(rows, group), {**columns, "trainer_state": trainer_state})
 
     def prompt_texts(self, rows: Rows, group: int) -> list[Any]:
         """The rows' prompts, one for each completion: as they are in the data set, else decoded."""
-        texts = [row["prompt"] if "prompt" in row else self.tokenizer.decode(row["prompt_ids"]) for row in rows]
+        texts = [row["prompt"] if "prompt" in row else decoded(self.tokenizer, row["prompt_ids"]) for row in rows]
         return [text for text in texts for _ in range(group)]
 
 
@@ -530,7 +531,7 @@ def columns_of(rows: Rows, group: int = 1) -> dict[str, list[Any]]:
 
 def rendered(rollout: Rollout, tokenizer: Any) -> list[str]:
     """Each prompt as the policy read it, with special tokens."""
-    texts = {ids: str(tokenizer.decode(list(ids))) for ids in set(map(tuple, rollout.prompts))}
+    texts = {ids: decoded(tokenizer, ids) for ids in set(map(tuple, rollout.prompts))}
     return [texts[tuple(ids)] for ids in rollout.prompts]
 
 

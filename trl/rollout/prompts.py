@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trl.data.chat import ChatTemplate
 from trl.data.columns import at_row, check_embedded, ids_of, shown, text_of, unwrapped
 from trl.data.encode import Ids
 from trl.data.messages import Messages, messages_of
+from trl.data.pictures import PictureReader, plain_ids, reader_of
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -131,10 +133,11 @@ def prompt_of(row: Mapping[str, Any], tokenizer: Any, embeddings: int | None = N
     ValueError for another, and for an id beyond the `embeddings` that the model has.
     """
     if "input_ids" in row:
-        ids = ids_of({"input_ids": _flat(row["input_ids"])}, "input_ids")
+        given = {"input_ids": _flat(row["input_ids"])}
+        ids = ids_of(given, "input_ids", pictured=reader_of(tokenizer) is not None)
         if not ids:
             raise ValueError("column 'input_ids' is empty: give at least one token, such as BOS")
-        check_embedded(ids, "column 'input_ids'", embeddings)
+        check_embedded(ids, "column 'input_ids'", embeddings, pictured=reader_of(tokenizer) is not None)
         return ids
     name = next((name for name in TEXT_COLUMNS if name in row), None)
     if name is None:
@@ -155,7 +158,9 @@ def _flat(ids: Any) -> Any:
 
 
 def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> Tensor:
-    """The tokens of a row's prompt. [P]"""
+    """The tokens of a row's prompt; those of its pictures are below zero. [P]"""
+    if "input_ids" not in row and (reader := reader_of(tokenizer)) is not None:
+        return torch.tensor(_pictured_ids(row, tokenizer, reader), dtype=torch.long)
     prompt: Any = prompt_of(row, tokenizer)
     if isinstance(prompt, str):
         prompt = tokenizer(prompt)["input_ids"]
@@ -166,12 +171,55 @@ def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> Tensor:
     return torch.tensor(prompt, dtype=torch.long)
 
 
+@lru_cache(maxsize=2)
+def _template(tokenizer: Any, source: str) -> ChatTemplate:
+    return ChatTemplate(tokenizer)
+
+
+def _pictured_ids(row: Mapping[str, Any], tokenizer: Any, reader: PictureReader) -> Ids:
+    """The tokens of a prompt for a model that reads pictures, those of its columns and of the prompt's own parts."""
+    from trl.data.picture_rows import NUMBERS, placed, read_pictures
+
+    read = read_pictures(row, TEXT_COLUMNS)
+    prompt: Any = prompt_of(read, tokenizer)
+    numbers = read[NUMBERS]
+    if not isinstance(prompt, str):
+        prompt, numbers = placed(prompt, numbers, reader.placeholder)
+        prompt = _template(tokenizer, str(tokenizer.chat_template)).render(prompt, open_turn=True)
+        ids = tokenizer(reader.expand(prompt, (), numbers).text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(reader.expand(prompt, (), numbers).text)["input_ids"]
+    if not ids:
+        raise ValueError("a prompt of the data set has no tokens: give a text, or the BOS token")
+    return reader.tokens(ids, numbers)
+
+
+def with_opened_pictures(columns: dict[str, list[Any]], tokenizer: Any) -> dict[str, list[Any]]:
+    """The columns as reward functions read them: pictures are PIL's, in whatever form the data set holds them."""
+    names = [name for name in ("images", "image") if name in columns]
+    if not names or reader_of(tokenizer) is None:
+        return columns
+    from trl.data.picture_files import opened_pictures
+
+    known: dict[int, Any] = {}  # completions of one prompt share the row's value
+    for name in names:
+        values = columns[name]
+        columns = {**columns, name: [known.setdefault(id(v), opened_pictures(v, name)) for v in values]}
+    return columns
+
+
+def decoded(tokenizer: Any, ids: Sequence[int], **how: Any) -> str:
+    """The text of a row's ids; a picture among them is the token that stands for one."""
+    plain = list(ids) if min(ids, default=0) >= 0 else plain_ids(tokenizer, ids)
+    return str(tokenizer.decode(plain, **how))
+
+
 def with_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
     """The rows with `prompt_ids`, and with `prompt` as reward functions read it: the given one, or decoded tokens."""
     whole = []
     for row in rows:
         ids = prompt_ids(row, tokenizer)
         given = next((row[name] for name in TEXT_COLUMNS if name in row), None)
-        prompt = tokenizer.decode(ids, skip_special_tokens=True) if given is None else given
+        prompt = decoded(tokenizer, ids.tolist(), skip_special_tokens=True) if given is None else given
         whole.append({**row, "prompt": prompt, "prompt_ids": ids.tolist()})
     return whole

@@ -184,9 +184,10 @@ def print_comparison(found: Comparison) -> None:
     for place, other in enumerate(found.names[1:], 1):
         out.print(Text.assemble(names[place], " against ", names[0], f", {many(found.rows, 'row')}", style="bold"))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("measure")
-        for name in (names[0], names[place], Text("difference (95 %)")):
-            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("measure", min_width=10, overflow="fold")
+        for name in (names[0], names[place]):
+            table.add_column(name, justify="right", min_width=7, overflow="fold")
+        table.add_column("difference (95 %)", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for line in found.lines:
             if line.other == other:

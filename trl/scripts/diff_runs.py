@@ -121,10 +121,12 @@ def step_apart(here: Mapping[str, Any], there: Mapping[str, Any], words: Any) ->
 
 def said(ids: Sequence[int], at: int, words: Any) -> str:
     """Some tokens from a place on, as text where the run's tokenizer is at hand."""
+    from trl.data.inspect import read_out
+
     part = list(ids[at : at + 8])
     if not part:
         return "(the row has ended)"
-    return repr(words.decode(part)) if words is not None else " ".join(map(str, part))
+    return repr(read_out(words, part, specials=True)) if words is not None else " ".join(map(str, part))
 
 
 def brief(value: Any) -> str:

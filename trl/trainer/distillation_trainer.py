@@ -21,6 +21,7 @@ from trl.data.columns import at_row, shown
 from trl.data.encode import TextEncoder
 from trl.data.formats import column_names, mapped_rows, maybe_convert_to_chatml
 from trl.data.messages import messages_of
+from trl.data.picture_rows import messages_with_pictures
 from trl.data.records import Rollout
 from trl.data.tokenize import unprepared
 from trl.generation import make_sampler
@@ -613,7 +614,9 @@ class DataSource:
         row = maybe_convert_to_chatml(row)
         said = messages_of({"completion": [given] if isinstance(given, Mapping) else row["completion"]}, "completion")
         template = ChatTemplate(self.tokenizer, self.template_kwargs).of_row(row)
-        split = template.split(messages_of(row, "prompt"), [said], read_tools(row.get("tools")))
+        split = template.split(
+            messages_with_pictures(row, "prompt", self.tokenizer), [said], read_tools(row.get("tools"))
+        )
         return self._encoder.encode(split.answers)[0]
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.batches import PADDED_PAIRS, padded_pairs, pair_columns, pair_rows_of_padded, pair_tree
+from trl.data.inspect import read_out
 from trl.data.packing import pack
 from trl.data.prompt_rows import PairsJob
 from trl.data.records import Batch
@@ -337,7 +338,7 @@ class PairTrainer(ObjectiveTrainer):
             return
         import wandb
 
-        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        texts = [read_out(self.tokenizer, prompt) for prompt in prompts]
         rows = [list(row) for row in zip(texts, policy, other, strict=True)]
         table = wandb.Table(columns=["Prompt", "Policy", "Ref Model"], rows=rows)
         if wandb.run is not None:

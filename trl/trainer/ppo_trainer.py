@@ -69,7 +69,14 @@ from trl.models.sharded import (
     shard_beside,
     shards_weights,
 )
-from trl.models.unwrap import below_accelerate, below_value_head, is_encoder_decoder, is_sharded, learns_prompt
+from trl.models.unwrap import (
+    below_accelerate,
+    below_value_head,
+    is_encoder_decoder,
+    is_sharded,
+    learns_prompt,
+    reads_pictures,
+)
 from trl.models.weight_files import gathered_state, on_host, spread_like
 from trl.rewards.named import RewardSource
 from trl.rewards.panel import LARGEST
@@ -83,7 +90,7 @@ from trl.rollout.measure import (
     measure,
     with_advantages,
 )
-from trl.rollout.prompts import PromptStream, with_prompts
+from trl.rollout.prompts import PromptStream, with_opened_pictures, with_prompts
 from trl.rollout.rewards import RolloutRewards, TokenRewards, panel_of, total_scores
 from trl.rollout.source import (
     EnvironmentSource,
@@ -772,7 +779,8 @@ class PPOTrainer(BaseTrainer):
         scores_B = self._shaped(torch.stack([score.float() for score in scores]), responses)
         config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
-        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings)
+        seen = reads_pictures(self.model)
+        rollout = rollout_of(queries, responses, response_masks, start, self._embeddings, seen)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes, hooked=self._on_deepspeed)
         with eval_mode(*self.actor.models, checkpointing=True), self.accelerator.autocast(), memory, gradients:
@@ -1567,6 +1575,7 @@ class PPOTrainer(BaseTrainer):
         prompts = [row["prompt"] for row in asked]
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompts", "completions"))
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+        columns = with_opened_pictures(columns, self.tokenizer)
         columns.setdefault("prompt_texts", rendered(rollout, self.tokenizer))
         if self.environment is not None and "truncated" in rollout.metadata:
             columns["truncated"] = rollout.metadata["truncated"]
@@ -1893,18 +1902,19 @@ def rollout_of(
     masks: Sequence[Tensor] | None,
     start_token_id: int | None = None,
     embeddings: int | None = None,
+    pictured: bool = False,
 ) -> Rollout:
     """The lists as a rollout whose log-probabilities are unknown.
 
     A leading `start_token_id` is left out: an encoder-decoder begins with it, no policy chose it. An id beyond
-    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError.
+    `embeddings`, or a mask of other numbers than 0 and 1, is a ValueError. pictured: queries may hold pictures.
     """
     rollout = Rollout(prompts=[query.tolist() for query in queries], completions=[], logprobs=[], masks=[])
     for row, ids in enumerate(rollout.prompts):
-        _check_ids(ids, "queries", row, embeddings)
+        _check_ids(ids, "queries", row, embeddings, pictured)
     for row, response in enumerate(responses):
         ids = response.tolist()
-        _check_ids(ids, "responses", row, embeddings)
+        _check_ids(ids, "responses", row, embeddings, pictured and masks is not None)  # an environment may show some
         mask = [1] * len(ids) if masks is None else flags_in({f"masks[{row}]": masks[row]}, f"masks[{row}]")
         skip = int(start_token_id is not None and ids[:1] == [start_token_id])
         rollout.completions.append(ids[skip:])
@@ -1912,9 +1922,9 @@ def rollout_of(
     return rollout
 
 
-def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None) -> None:
+def _check_ids(ids: list[int], name: str, row: int, embeddings: int | None, pictured: bool = False) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < (math.inf if embeddings is None else embeddings):
-        check_embedded(ids, f"{name}[{row}]", embeddings)
+        check_embedded(ids, f"{name}[{row}]", embeddings, pictured)
 
 
 # --- what a trainer is built from ---------------------------------------------------------------------------------
