@@ -15,6 +15,7 @@ from tokenising import (
     tokenize_unpaired,
 )
 
+from trl.data.formats import apply_chat_template
 from trl.data.packed_dataset import pack_dataset
 from trl.data.pictures import Album, PictureReader, number_of, read_by, reader_of
 from trl.data.supervised_rows import SupervisedJob
@@ -437,10 +438,57 @@ def test_packed_rows_have_whole_pictures(strategy: str, caplog: pytest.LogCaptur
     assert "1 rows with pictures are longer than seq_length" in caplog.text
     kept = [number for row in packed for number in reader().occurrences(row["input_ids"])]
     assert len(kept) == 9 - 3  # the longest row has three
+    stream, _ = tokenize_supervised(rows("conversations").to_iterable_dataset(), reading())
+    in_stream = [number for row in pack_dataset(stream, longest - 1, strategy) for number in row["input_ids"]]
+    assert len(reader().occurrences(in_stream)) == 9 - 3
     with pytest.raises(ValueError, match="seq_length=3 holds none of the rows: they have pictures"):
         pack_dataset(tokenised.select([0, 1, 2]), 3, strategy)
+
+
+def test_rows_that_were_chosen_keep_their_pictures() -> None:
+    given = rows("conversations")
+    whole, _ = tokenize_supervised(given, reading())
+    for order in ([5, 1, 3], [7, 7, 0]):
+        made, _ = tokenize_supervised(given.select(order), reading())
+        assert made["input_ids"][:] == [whole[place]["input_ids"] for place in order]
 
 
 def test_rows_are_noted_one_by_one() -> None:
     notes = list(noted(rows("conversations"), SupervisedJob(tokenizer=reading())).notes)
     assert [note.met.pictures for note in notes] == [1, 2, 1, 0, 1, 3, 1, 0]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+def test_conversations_become_texts_with_the_placeholder(family: str) -> None:
+    processor = reader(family).processor
+    mark = reader(family).placeholder
+    for kind in ("conversations", "images", "data_urls"):
+        given = rows(kind)
+        texts = given.map(apply_chat_template, fn_kwargs={"processing_class": processor}, remove_columns="messages")
+        assert [text.count(mark) for text in texts["text"]] == [1, 2, 1, 0, 1, 3, 1, 0]
+    whole, _ = tokenize_supervised(rows("conversations"), reading(family))
+    given = rows("conversations")
+    texts = given.map(apply_chat_template, fn_kwargs={"tokenizer": processor}, remove_columns="messages")
+    apart, _ = tokenize_supervised(texts, reading(family), add_special_tokens=False, add_eos=False)
+    assert [seen(row["input_ids"]) for row in apart] == [seen(row["input_ids"]) for row in whole]
+    pair = {"prompt": chat(A, "?")[:1], "chosen": [answer("a")], "rejected": [answer("b")]}
+    made = apply_chat_template(pair, processor)
+    assert (made["prompt"].count(mark), mark in made["chosen"]) == (1, False)
+
+
+@pytest.mark.parametrize("form", ["column", "parts", "pairs"])
+def test_a_file_that_was_replaced_is_read_again(form: str, tmp_path: Any) -> None:
+    path = tmp_path / "a.png"
+    question = [{"type": "image", "image": None}, {"type": "text", "text": "?", "image": None}]
+    if form != "column":
+        question[0]["image"] = str(path)
+    row: dict[str, Any] = {"images": [str(path)]} if form == "column" else {}
+    tokenise = tokenize_unpaired if form == "pairs" else tokenize_prompts
+    row |= {"chosen": [user(question), answer("a")], "rejected": [user(question), answer("b")]}
+    given = Dataset.from_list([row if form == "pairs" else {**row, "prompt": [user(question)]}])
+    found = []
+    for image in (A, A, B):
+        image.save(path)
+        found.append(seen(tokenise(given, reading())[0][0]["prompt_ids"]))
+    assert found[0] == found[1] != found[2]
+    assert B.tobytes() in found[2]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,6 +300,19 @@ def test_nothing_stays_of_the_try(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     check_writable(tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
+
+    own, tries = tempfile.TemporaryFile, []
+
+    def tidied(*args, **kwargs):
+        tries.append(1)
+        if len(tries) == 1:
+            raise FileNotFoundError(2, "No such file or directory")
+        return own(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trl.trainer.run_folder.tempfile.TemporaryFile", tidied)
+        check_writable(tmp_path / "both")  # another run that tried it has just removed it
+    assert len(tries) == 2
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -587,6 +587,21 @@ def test_ppo_leaves_a_checkpoint(server, tmp_path):
     assert again.data_position == 2
 
 
+def test_ppo_leaves_a_checkpoint_where_an_evaluation_fails(server, tmp_path):
+    """The step before it is learned and saved."""
+    trainer = ppo(tmp_path, lambda model: of(server, model))
+
+    def report(stats, batch):
+        raise EngineError("the engine is gone")
+
+    trainer._report = report
+    with pytest.raises(EngineError, match=r"^step 2: the engine is gone; checkpoint-1 is saved: go on with train"):
+        trainer.train()
+    again = ppo(tmp_path, lambda model: of(server, model))
+    again.train(resume_from_checkpoint=True)
+    assert again.data_position == 2
+
+
 def test_a_restart_in_the_midst_is_made_good(server, tmp_path, caplog):
     whole = build("grpo", tmp_path / "whole", **saving(server))
     whole.train()

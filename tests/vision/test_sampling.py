@@ -18,7 +18,10 @@ from PIL import Image
 from tokenizers_for_tests import word_tokenizer
 from torch import Tensor
 
+from trl import AutoModelForCausalLMWithValueHead
+from trl.core import LengthSampler
 from trl.data.pictures import Album, PictureReader, read_by, reader_of
+from trl.extras import BestOfNSampler
 from trl.generation.engine import lay_out
 from trl.generation.kv_cache import Prompt
 from trl.generation.local import LocalSampler, make_sampler
@@ -36,6 +39,8 @@ from trl.models.forward import note, plan_of
 from trl.models.pictures import introduce
 from trl.models.pictures import keywords as keywords_of
 from trl.rollout.prompts import decoded, prompt_ids, with_opened_pictures, with_prompts
+from trl.rollout.reward_check import trivial_answers
+from trl.rollout.source import FunctionSource
 
 WORDS = list(range(40, 80))
 """a start that is long enough to be read once for all prompts that have it"""
@@ -447,3 +452,44 @@ def test_rewards_are_given_pil_pictures(values: list[Any], column: str) -> None:
     assert flat[0].tobytes() == picture(1).tobytes()
     assert [isinstance(value, list) for value in made[column]] == [isinstance(value, list) for value in twice]
     assert with_opened_pictures(given, word_tokenizer()) is given
+
+
+def test_a_function_of_the_user_gives_prompts_as_the_processor_writes_them() -> None:
+    """Its placeholders are the row's pictures; others are refused, and so are tokens of pictures in completions."""
+    _, _, reader = ready("qwen2_5_vl")
+    prompts = prompts_of(reader)[:2]
+    rows = [{"prompt_ids": ids} for ids in prompts]
+
+    def drawn(given: list[list[int]], completions: list[list[int]]) -> Any:
+        made = {"prompt_ids": given, "completion_ids": completions}
+        return FunctionSource(lambda asked: made, None, 300, reader).draw(rows)
+
+    answers = [[40], [41]]
+    for given in ([reader.plain(ids) for ids in prompts], prompts):
+        assert drawn(given, answers).prompts == prompts
+    with pytest.raises(ValueError, match=r"prompt_ids\[0\] does not show the 1 pictures of its row .* give the"):
+        drawn([[*reader.plain(prompts[0]), reader.image_token_id], prompts[1]], answers)
+    with pytest.raises(ValueError, match=r"completion_ids\[1\] has the token \d+, which stands for a part"):
+        drawn(prompts, [[40], [reader.image_token_id]])
+    with pytest.raises(ValueError, match=r"prompt_ids\[0\] has the token -9, and the policy knows 0 to 299"):
+        drawn([[5, -9], prompts[1]], answers)
+
+
+def test_a_trivial_answer_echoes_the_words_of_a_prompt_in_parts() -> None:
+    content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "What is it?"}]
+    assert trivial_answers([{"role": "user", "content": content}], 8)["echoed prompt"] == "What is it?"
+
+
+def test_best_of_n_reads_pictures() -> None:
+    model, tokenizer, reader = ready("llava")
+    seen: list[str] = []
+
+    def scores(texts: list[str]) -> list[float]:
+        seen.extend(texts)
+        return [float(len(text)) for text in texts]
+
+    wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(model)
+    sampler = BestOfNSampler(wrapped, tokenizer, scores, LengthSampler(2, 3), sample_size=2)
+    (best,) = sampler.generate(prompts_of(reader)[0], skip_special_tokens=False)
+    assert best == [max(seen, key=len)]
+    assert all(text.count("<image>") == 1 for text in seen)

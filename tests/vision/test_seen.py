@@ -491,3 +491,30 @@ def test_two_runs_are_told_apart_by_their_pictures():
     at = next(place for place, token in enumerate(ids) if token < 0)
     assert said(ids, at, tokenizer).startswith("'[picture 32x16, 4 tokens]<end_of_image>")
     assert said(ids, at + 2, tokenizer).startswith("'[picture 32x16, 2 tokens]")
+
+
+def test_rewards_of_an_evaluation_get_the_pictures(tiny, files, capsys, monkeypatch):
+    (files / "rewards.py").write_text(
+        "def wide(completions, images, **columns): return [float(sum(one.size[0] for one in row)) for row in images]\n"
+    )
+    row = {"prompt": [{"role": "user", "content": "What?"}]}
+    data = lines(files / "rows.jsonl", [{**row, "images": [str(files / f"{i}.png") for i in range(n)]} for n in (1, 2)])
+    reward, figures = f"{files / 'rewards.py'}:wide", files / "eval.json"
+    assert run(["eval", tiny("gemma3"), "--data", data, "--reward", reward, "--json", str(figures), *SHORT]) == 0
+    assert json.loads(figures.read_text())["measures"]["reward wide"]["value"] == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_a_run_of_the_command_shows_its_pictures(tiny, files, capsys):
+    (files / "rewards.py").write_text("def none(completions, **columns): return [0.0] * len(completions)\n")
+    row = {"prompt": [{"role": "user", "content": "What?"}]}
+    data = lines(files / "rows.jsonl", [{**row, "images": [str(files / f"{i}.png")]} for i in range(2)])
+    out = files / "out"
+    words = ["grpo", "--model", tiny("gemma3"), "--data", data, "--reward", f"{files / 'rewards.py'}:none", "--use_cpu",
+             "--output_dir", str(out), "--max_steps", "1", "--num_generations", "2", "--check_rewards", "no",
+             "--per_device_train_batch_size", "4", "--max_completion_length", "2", "--log_completions"]  # fmt: skip
+    assert run(words) == 0
+    assert capsys.readouterr().out.count("[picture 16x16]\nuser: What?") == 2
+    assert len(list((out / "rollouts" / "pictures").iterdir())) == 2
+    assert (out / "report.html").read_text().count("data:image/") == 2
+    assert (out / "processor_config.json").is_file()

@@ -221,9 +221,12 @@ def apply_chat_template(
     """The conversational columns of a row as text: `messages` becomes `text`, the other columns keep their names.
 
     Prompt + completion is the rendering of the whole conversation. A row's own `tools` and `chat_template_kwargs`
-    come before the arguments. `processing_class` is another name of `tokenizer`.
+    come before the arguments. `processing_class` is another name of `tokenizer`; for a processor the texts have its
+    placeholder where the pictures of the row stand.
     """
     tokenizer = _one_tokenizer(tokenizer, processing_class)
+    if getattr(tokenizer, "image_processor", None) is not None:
+        tokenizer, example = _with_marks(tokenizer, example)
     own = {**template_kwargs, **template_arguments(example)}
     template = ChatTemplate(tokenizer, own)
     tools = read_tools(example.get("tools")) or read_tools(tools)
@@ -243,6 +246,16 @@ def apply_chat_template(
         "a conversational row needs 'messages', 'prompt', 'completion', or 'chosen' and 'rejected'; columns found: "
         + ", ".join(sorted(example))
     )
+
+
+def _with_marks(processor: Any, example: Mapping[str, Any]) -> tuple[Any, Row]:
+    """The processor's tokenizer, and the row with parts where its pictures stand, which are not read."""
+    from trl.data.picture_rows import marked_row  # who only formats conversations has no need of them
+    from trl.data.pictures import read_by, reader_of
+
+    tokenizer = read_by(processor)
+    reader = reader_of(tokenizer)
+    return tokenizer, dict(example) if reader is None else marked_row(example, CONVERSATION_COLUMNS, reader.placeholder)
 
 
 def _one_tokenizer(tokenizer: Any, processing_class: Any) -> Any:
@@ -366,8 +379,10 @@ def _unpair(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {**others, "completion": [*chosen, *rejected], "label": labels}
 
 
-def mapped_rows(dataset: Any, function: Callable[..., Any], desc: str | None = None, **options: Any) -> Any:
-    """The data set with `function` of each row; what is cached depends on the code of this room too."""
+def mapped_rows(
+    dataset: Any, function: Callable[..., Any], desc: str | None = None, state: Any = None, **options: Any
+) -> Any:
+    """The data set with `function` of each row; what is cached depends on the code of this room, and on `state`."""
     from datasets import Dataset  # who only formats conversations has no need of it
     from datasets.fingerprint import Hasher
 
@@ -376,7 +391,7 @@ def mapped_rows(dataset: Any, function: Callable[..., Any], desc: str | None = N
         return [function(row, *([i] if options.get("with_indices") else []), **more) for i, row in enumerate(dataset)]
     if isinstance(dataset, Dataset):
         how = sorted((name, repr(value)) for name, value in options.get("fn_kwargs", {}).items())
-        key = [dataset._fingerprint, code_version(), function.__name__, sorted(options), how]
+        key = [dataset._fingerprint, code_version(), function.__name__, sorted(options), how, state]
         options |= {"desc": desc, "new_fingerprint": Hasher.hash(key)}
     return dataset.map(function, **options)
 

@@ -6,10 +6,14 @@ under `_pictures`, those of its parts as `{"type": "image", "image": number}`.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features, Image, LargeList, List
 
 from trl.data.columns import listed, shown
@@ -24,6 +28,9 @@ COLUMNS = ("images", "image")
 """columns with pictures"""
 NUMBERS, FLAGS = "_pictures", "_picture_flags"
 """what a row has once it was read: the pictures of its column, and what was met"""
+_NAMING = (*COLUMNS, "image_url", "url", "path")
+"""columns and fields that may hold the path of a picture"""
+_LONGEST_PATH = 4096
 _MARK = "<image>"
 """what stands for a picture in the texts of many data sets, whatever the model's own placeholder is"""
 _READ_FIELDS = ("type", "text", "index", "image", "image_url", "url", "path", "bytes", "base64", "data", "source")
@@ -131,6 +138,31 @@ def _read_part(part: Any, where: str) -> tuple[Message, RowFlag]:
     if isinstance(fields.get("index"), int):
         made["index"] = fields["index"]
     return made, flags
+
+
+def marked_row(row: Mapping[str, Any], columns: Sequence[str], placeholder: str) -> Row:
+    """The conversational row with parts where its pictures stand, to be rendered: no picture is read."""
+    made = dict(row)
+    for column in columns:
+        messages = [row[column]] if isinstance(row.get(column), Mapping) else row.get(column)
+        if isinstance(messages, list | tuple) and all(isinstance(message, Mapping) for message in messages):
+            made[column] = [_marked(message) for message in messages]
+    first = next((column for column in columns if column in ("prompt", "messages") and column in row), None)
+    given = [0 for column in COLUMNS for _ in pictures_in(row.get(column), column)]
+    if given and first and not any(True for message in made[first] for _ in _pictures_of(message)):
+        made[first] = _in_texts(made[first], given, placeholder)[0]
+    return made
+
+
+def _marked(message: Mapping[str, Any]) -> Message:
+    content, speaks = message.get("content"), message.get("role") in SPEAKERS
+    content = [content] if isinstance(content, Mapping) and is_picture(content, speaks) else content
+    if not isinstance(content, list | tuple):
+        return dict(message)
+    return {
+        **message,
+        "content": [{"type": "image", "image": 0} if is_picture(own, speaks) else own for own in content],
+    }
 
 
 # --- places -------------------------------------------------------------------------------------------------------
@@ -280,6 +312,34 @@ def undecoded(dataset: Any) -> Any:
         return dataset
     how = {"indices_table": dataset._indices, "fingerprint": dataset._fingerprint}
     return Dataset(dataset.data, DatasetInfo(features=features), split=dataset.split, **how)
+
+
+def files_of(dataset: Any, columns: Sequence[str]) -> list[tuple[str, int, int]]:
+    """The files that the columns of a `Dataset` name, each with its size and the time of its last change."""
+    known = [name for name in columns if isinstance(dataset, Dataset) and name in dataset.column_names]
+    paths = {path for name in known for path in _paths(dataset.data.column(name), name)}
+    found = []
+    for path in sorted(paths):
+        name = urllib.request.url2pathname(path.removeprefix("file://")) if path.startswith("file://") else path
+        try:
+            state = os.stat(os.path.expanduser(name)) if len(name) < _LONGEST_PATH else None
+        except (OSError, ValueError):
+            state = None
+        if state is not None:
+            found.append((path, state.st_size, state.st_mtime_ns))
+    return found
+
+
+def _paths(values: Any, name: str) -> Iterator[str]:
+    """The texts among Arrow's values that may be paths of pictures; `name`: of their field."""
+    kind = values.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield from _paths(pc.list_flatten(values), name)
+    elif pa.types.is_struct(kind):
+        for at in range(kind.num_fields):
+            yield from _paths(pc.struct_field(values, at), kind.field(at).name)
+    elif name in _NAMING and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        yield from pc.unique(values).drop_null().to_pylist()
 
 
 def types_of(dataset: Dataset, given: Any, columns: Sequence[str]) -> dict[str, Any]:

@@ -370,7 +370,7 @@ class CompletionsJob(_AnswersJob):
         dataset = list(dataset) if isinstance(dataset, tuple) else dataset
         pictured = job.pictures is not None
         how = {"name": name, "conversational": job.format.conversational, "pictured": pictured}
-        options: dict[str, Any] = {"with_indices": True, "fn_kwargs": how}
+        options: dict[str, Any] = {"with_indices": True, "fn_kwargs": how, "state": job.files(dataset)}
         if pictured and not isinstance(dataset, list):  # numbers stand for the pictures, which are left behind
             columns = column_names(dataset, name)
             options["remove_columns"] = [column for column in COLUMNS if column in columns]

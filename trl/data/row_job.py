@@ -18,7 +18,7 @@ from trl.data.columns import UNREADABLE, at_row, ids_of, text_of
 from trl.data.encode import Ids, Limits, Span, TextEncoder
 from trl.data.formats import CONVERSATION_COLUMNS, Format, RowKind, detect_format
 from trl.data.messages import DECODED, JOINED, SPEAKERS
-from trl.data.picture_rows import COLUMNS, FLAGS, NUMBERS, Shown, placed, read_pictures, undecoded
+from trl.data.picture_rows import COLUMNS, FLAGS, NUMBERS, Shown, files_of, placed, read_pictures, undecoded
 from trl.data.pictures import Album, PictureReader, pictures_among, reader_of, token_of
 from trl.data.rendering import THOUGHT_FIELDS, Reading
 from trl.data.report import NO_FLAGS, NOTHING_MET, Met, RowFlag
@@ -225,6 +225,10 @@ class RowJob(ABC):
     def placed(self, row: Row, messages: Messages) -> tuple[Messages, list[int]]:
         """The messages with the row's pictures in them, and the pictures in their order."""
         return (messages, []) if self.pictures is None else placed(messages, row[NUMBERS], self.pictures.placeholder)
+
+    def files(self, dataset: Any) -> list[Any]:
+        """The pictures' files that the data set names, and their states: cached rows are of these."""
+        return [] if self.pictures is None else files_of(dataset, (*COLUMNS, *CONVERSATION_COLUMNS))
 
     def counted(self, row: Row, one: Answered[str], numbers: list[int]) -> Answered[str]:
         """The prompt and answers of a row with these pictures, and with what was met in them."""

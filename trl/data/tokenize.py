@@ -263,7 +263,7 @@ def _map_dataset(
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         remove_columns=dataset.column_names,
         features=Features(features | {column: Value("int64") for column in _COUNTS}),
-        new_fingerprint=Hasher.hash([dataset._fingerprint, job.key(), keep]),
+        new_fingerprint=Hasher.hash([dataset._fingerprint, job.key(), keep, *job.files(dataset)]),
         desc=f"Tokenizing the {name} data",
     )
     counts = [np.asarray(mapped.with_format("numpy", columns=[column])[column][:]) for column in _COUNTS]

@@ -78,12 +78,20 @@ def shown(number: float | None) -> str:
 def trivial_answers(prompt: Any, longest: int) -> dict[str, str]:
     """Answers to a prompt, a text or a conversation, that cost no thought. longest: tokens of an answer."""
     asked = prompt if isinstance(prompt, str) else next(
-        (str(turn.get("content")) for turn in reversed(prompt) if turn.get("role") == "user"), ""
+        (_text_of(turn.get("content")) for turn in reversed(prompt) if turn.get("role") == "user"), ""
     )  # fmt: skip
     return {
         "empty": "", "constant": "Yes.", "echoed prompt": asked,
         "very long": FILLER * (1 + longest // 8), "repeated word": "the " * max(8, longest // 2),
     }  # fmt: skip
+
+
+def _text_of(content: Any) -> str:
+    """What a message says; of one in parts the texts."""
+    if not isinstance(content, list):
+        return str(content)
+    parts = (part.get("text") if isinstance(part, Mapping) else part for part in content)
+    return "\n".join(part for part in parts if isinstance(part, str))
 
 
 def trivial_rollouts(

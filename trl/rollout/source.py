@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trl.data.columns import at_row, shown
 from trl.data.formats import column_names
+from trl.data.pictures import Album, PictureReader, number_of
 from trl.data.records import Rollout
 from trl.data.user_functions import Begun, in_order, own
 from trl.environment.chat_environment import ChatEnvironment
@@ -173,6 +174,8 @@ class FunctionSource:
     """the policy's log-probabilities, where the function does not know them"""
     words: float = math.inf
     """tokens that the policy knows"""
+    pictures: PictureReader | None = None
+    """what reads pictures for the policy; None: it reads text only"""
 
     def draw(self, rows: Rows, group: int = 1, seed: int | None = None, places: Sequence[int] | None = None) -> Rollout:
         made = Begun(partial(self.function, [own(dict(row)) for row in rows for _ in range(group)])).result()
@@ -184,17 +187,45 @@ class FunctionSource:
             )
         if len(rollout) != len(rows) * group:
             raise ValueError(f"rollout_func gave {len(rollout)} completions for {len(rows) * group} rows")
+        if self.pictures is not None:
+            shown = [row["prompt_ids"] for row in rows for _ in range(group) if "prompt_ids" in row]
+            fill_pictures(rollout, shown, self.pictures)
         check_given(rollout, self.words)
         if not rollout.logprobs and self.measure is not None:
             rollout.logprobs = self.measure(rollout)
         return rollout
 
 
+def fill_pictures(rollout: Rollout, shown: Sequence[Sequence[int]], reader: PictureReader) -> None:
+    """Put the rows' pictures where prompts have the token that stands for a part of one, as a processor writes it.
+
+    shown: the rows' own prompts. ValueError where it is not known which pictures those tokens are of.
+    """
+    token = reader.image_token_id
+    for at, ids in enumerate(rollout.prompts):
+        if token not in ids:
+            continue
+        numbers = reader.occurrences(shown[at]) if len(shown) == len(rollout) else []
+        try:
+            rollout.prompts[at] = reader.tokens(ids, numbers)
+        except ValueError as error:
+            raise ValueError(
+                f"rollout_func: prompt_ids[{at}] does not show the {len(numbers)} pictures of its row ({error}): give "
+                "the row's own `prompt_ids`, or none of these tokens"
+            ) from None
+    for at, ids in enumerate(rollout.completions):
+        if token in ids:
+            raise ValueError(
+                f"rollout_func: completion_ids[{at}] has the token {token}, which stands for a part of a picture: give "
+                "the tokens that `trl.data.pictures` has for the picture, or leave it out"
+            )
+
+
 def check_given(rollout: Rollout, words: float) -> None:
     """ValueError for tokens that a policy of so many words does not know, or log-probabilities that are none."""
     for name, rows in (("prompt_ids", rollout.prompts), ("completion_ids", rollout.completions)):
         for at, ids in enumerate(rows):
-            unknown = [token for token in ids if not 0 <= token < words]
+            unknown = [token for token in ids if not (0 <= token < words or _is_of_picture(token))]
             if unknown:
                 raise ValueError(
                     f"rollout_func: {name}[{at}] has the token {unknown[0]}, and the policy knows 0 to {words - 1:g}; "
@@ -208,6 +239,11 @@ def check_given(rollout: Rollout, words: float) -> None:
                 f"rollout_func: logprobs[{at}] has {wrong[0]:g}; give natural logarithms of the tokens' probabilities, "
                 "finite and at most 0, or None for all"
             )
+
+
+def _is_of_picture(token: int) -> bool:
+    """Whether an id below zero is of a picture that this machine has read."""
+    return token < 0 and Album.path(number_of(token)).exists()
 
 
 _ROUND = 0.1

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trl.scripts.exit_codes import BAD_INPUT
-from trl.scripts.generate import pictured_ids
 from trl.scripts.open_model import Dtype, Opened, open_model
 from trl.scripts.quiet import quiet, say
 from trl.scripts.sampling import Asked, MinP, Penalty, Temperature, TopK, TopP, in_words
@@ -100,10 +99,12 @@ class Chat:
         from jinja2.exceptions import TemplateError
 
         from trl.data.pictures import reader_of
+        from trl.rollout.prompts import prompt_ids
 
         messages = self.messages + more
         if reader_of(self.tokenizer) is not None:
-            return pictured_ids({}, messages, self.tokenizer)
+            shown: list[int] = prompt_ids({"prompt": messages}, self.tokenizer).tolist()
+            return shown
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except (TemplateError, TypeError) as error:

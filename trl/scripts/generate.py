@@ -298,30 +298,16 @@ def _ids(row: Mapping[str, Any], prompt: Any, tokenizer: Any, place: int) -> lis
 
     from trl.data.any_text import encodable
     from trl.data.columns import at_row
-    from trl.data.pictures import reader_of
     from trl.rollout.prompts import prompt_ids
 
-    if reader_of(tokenizer) is not None:
-        return pictured_ids({name: row.get(name) for name in IMAGES}, prompt, tokenizer, place)
+    images = {name: row[name] for name in IMAGES if name in row}
     with at_row(place, "given"):
         try:
             value = encodable(prompt) if isinstance(prompt, str) else prompt
-            ids: list[int] = prompt_ids({"prompt": value}, tokenizer).tolist()
+            ids: list[int] = prompt_ids({**images, "prompt": value}, tokenizer).tolist()
             return ids
         except TemplateError as error:
             raise ValueError(f"the chat template does not take this conversation: {error}") from error
-
-
-def pictured_ids(images: Mapping[str, Any], prompt: Any, tokenizer: Any, place: int = 0) -> list[int]:
-    """The tokens of a prompt that may have pictures, as training has them. images: the row's columns with pictures."""
-    from trl.data.any_text import encodable
-    from trl.data.prompt_rows import PromptsJob
-
-    value = encodable(prompt) if isinstance(prompt, str) else prompt
-    given = {name: own for name, own in images.items() if own is not None}
-    (row,), job = PromptsJob(tokenizer=tokenizer).reading([{**given, "prompt": value}], "given")
-    (made,) = job([row], [place])
-    return list(made.columns["prompt_ids"])
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def of_samples(opened: Opened, held: Held, judging: Judging) -> Measured:
     answers = list(answered(opened, rows, judging.asked, Turns(judging.chat), n=n, seed=judging.seed))
     texts = [[one.text for one in answers[start : start + n]] for start in range(0, len(answers), n)]
     ones = np.ones(len(rows))
-    scored = _rewards(judging, rows, answers, next(opened.model.parameters()).device)
+    scored = _rewards(judging, rows, answers, opened)
     measures = [Measure(f"reward {name}", _means(scores, n), ones) for name, scores in scored.items()]
     lengths = [float(len(one.ids)) for one in answers]
     cut = [float(one.finish_reason == "length") for one in answers]
@@ -219,17 +219,19 @@ def _means(values: Sequence[float], n: int) -> np.ndarray:
 
 
 def _rewards(
-    judging: Judging, rows: Sequence[Mapping[str, Any]], answers: Sequence[Any], device: Any
+    judging: Judging, rows: Sequence[Mapping[str, Any]], answers: Sequence[Any], opened: Opened
 ) -> dict[str, list[float]]:
     if not judging.rewards:
         return {}
     from trl.rewards.named import reward_panel
+    from trl.rollout.prompts import with_opened_pictures
     from trl.scripts.training import reward_function
 
+    device = next(opened.model.parameters()).device
     panel = reward_panel([reward_function(name) for name in judging.rewards], device=device)
     names = sorted({name for row in rows for name in row} - {"prompt"})
     columns: dict[str, Any] = {name: [rows[one.place].get(name) for one in answers] for name in names}
-    columns |= {
+    columns = with_opened_pictures(columns, opened.tokenizer) | {
         "prompts": [rows[one.place]["prompt"] for one in answers],
         "completions": [said(rows[one.place]["prompt"], one.text) for one in answers],
         "completion_ids": [one.ids for one in answers],

@@ -1269,10 +1269,14 @@ class PPOTrainer(BaseTrainer):
             try:
                 batch = self._rollout(rows, rewards)
             except EngineError as error:
+                self.data_position -= 1  # whoever resumes draws the same prompts
                 self._end_without_engine(error, first)
             self._sampled = batch.pop("sampled", None)
             stats = self.step(batch["queries"], batch["responses"], batch["scores"], batch.get("masks"))
-            stops = self._report(stats, batch)
+            try:
+                stops = self._report(stats, batch)
+            except EngineError as error:  # of an evaluation
+                self._end_without_engine(error, first)
             progress.update()
             progress.set_postfix({name: f"{float(stats[key]):.3g}" for name, key in SHOWN.items()})
             step = self.data_position
@@ -1295,7 +1299,6 @@ class PPOTrainer(BaseTrainer):
 
     def _end_without_engine(self, error: EngineError, first: int) -> NoReturn:
         """End the run with a checkpoint of its last whole step, if it made one: nobody samples any more."""
-        self.data_position -= 1  # whoever resumes draws the same prompts
         step = self.data_position
         if step == first or self.config.output_dir is None:
             raise error
@@ -1911,7 +1914,7 @@ def rollout_of(
         _check_ids(ids, "queries", row, embeddings, pictured)
     for row, response in enumerate(responses):
         ids = response.tolist()
-        _check_ids(ids, "responses", row, embeddings)
+        _check_ids(ids, "responses", row, embeddings, pictured and masks is not None)  # an environment may show some
         mask = [1] * len(ids) if masks is None else flags_in({f"masks[{row}]": masks[row]}, f"masks[{row}]")
         skip = int(start_token_id is not None and ids[:1] == [start_token_id])
         rollout.completions.append(ids[skip:])

@@ -941,7 +941,8 @@ class RolloutTrainer(ObjectiveTrainer):
         if self.rollout_func is not None:
             call = calls_of(self.rollout_func, [self], [self.args, self.tokenizer])
             measure = self.logprobs_of if self.args.measures_function() else None
-            return FunctionSource(call, measure, embedding_rows(self.model) or math.inf)
+            words = embedding_rows(self.model) or math.inf
+            return FunctionSource(call, measure, words, reader_of(self.tokenizer))
         return self.sampled_by(self.sampler)
 
     def sampled_by(self, sampler: Sampler) -> Source:

@@ -41,18 +41,20 @@ class FolderInUse(ValueError):
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
     """ValueError where a run could not write into a folder, before it has cost anything; nothing stays of the try."""
-    place = Path(os.path.abspath(folder))
-    new = [path for path in (place, *place.parents) if not path.exists()]
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-    finally:
-        for path in new:
-            with suppress(OSError):
-                path.rmdir()
+    place, new = Path(os.path.abspath(folder)), list[Path]()
+    for last in (False, True):
+        try:
+            new = [path for path in (place, *place.parents) if not path.exists()]
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                return
+        except OSError as error:
+            if last or not isinstance(error, FileNotFoundError):  # another run that tried the same has tidied up
+                raise _not_writable(folder, error) from error
+        finally:
+            for path in new:
+                with suppress(OSError):
+                    path.rmdir()
 
 
 def _not_writable(folder: str | os.PathLike[str], error: OSError) -> ValueError:
