@@ -134,6 +134,9 @@ class Case:
     """rows of a micro-batch at least"""
     not_with_lora: tuple[str, ...] = ()
     """settings that make no sense with an adapter"""
+    processing: Callable[[], Any] = tokenizer
+    targets: Any = ("q_proj", "v_proj")
+    """the modules that get an adapter: names, or a regular expression"""
 
 
 CASES: dict[str, Case] = {
@@ -255,11 +258,11 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def build(name: str, directory: Path, lora: bool = False, args: Any = None, **overrides: Any) -> Any:
-    """The case's trainer with `overrides` in its config; or with `args` as its config."""
+def build(case: str | Case, directory: Path, lora: bool = False, args: Any = None, **overrides: Any) -> Any:
+    """The trainer of a case, or of its name, with `overrides` in its config; or with `args` as its config."""
     import trl
 
-    case = CASES[name]
+    case = CASES[case] if isinstance(case, str) else case
     settings: dict[str, Any] = {
         "output_dir": str(directory), "per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1,
         "learning_rate": 1e-2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 3,
@@ -271,7 +274,10 @@ def build(name: str, directory: Path, lora: bool = False, args: Any = None, **ov
         from peft import LoraConfig
 
         arguments["peft_config"] = LoraConfig(
-            r=4, target_modules=["q_proj", "v_proj"], task_type=case.task_type, init_lora_weights="gaussian"
+            r=4,
+            target_modules=case.targets if isinstance(case.targets, str) else list(case.targets),
+            task_type=case.task_type,
+            init_lora_weights="gaussian",
         )
     rows = case.rows()
     return getattr(trl, case.trainer)(
@@ -279,7 +285,7 @@ def build(name: str, directory: Path, lora: bool = False, args: Any = None, **ov
         args=getattr(trl, case.config)(**settings) if args is None else args,
         train_dataset=rows,
         eval_dataset=arguments.pop("eval_dataset", rows.select(range(3))),
-        processing_class=tokenizer(),
+        processing_class=case.processing(),
         **arguments,
     )
 

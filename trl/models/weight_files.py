@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -354,6 +355,37 @@ def loaded_whole(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.load_state_dict
+
+
+def reads_saved_form(model: nn.Module) -> None:
+    """From now on the model's `load_state_dict` takes weights as its `save_pretrained` writes them, too.
+
+    transformers saves those of many models (vision-language models, mixtures of experts) as older releases named them.
+    """
+    if isinstance(model, PreTrainedModel):
+        model.register_load_state_dict_pre_hook(_take_saved_form)
+
+
+def _take_saved_form(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not prefix:
+        own = as_in_model(model, state)
+        if own is not state:
+            state.clear()
+            state.update(own)
+
+
+def as_in_model(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Weights that `save_pretrained` wrote, by the names and in the form that they have in the model."""
+    known = {name for of in (model.named_parameters, model.named_buffers) for name, _ in of(remove_duplicate=False)}
+    floats = [value.dtype for value in state.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    if not floats or not isinstance(model, PreTrainedModel) or known.issuperset(state):
+        return state
+    widest = max(floats, key=lambda dtype: dtype.itemsize)
+    read, info = type(model).from_pretrained(
+        None, config=model.config, state_dict=dict(state), dtype=widest, output_loading_info=True
+    )
+    unknown = {name: state[name] for name in info["unexpected_keys"] if name in state}
+    return {name: value for name, value in read.state_dict().items() if name not in info["missing_keys"]} | unknown
 
 
 METADATA = ".metadata"

@@ -26,6 +26,7 @@ from trl.models.prepare import (
     read_tokenizer,
     wrap_peft,
 )
+from trl.models.weight_files import reads_saved_form
 from trl.trainer.configuration import PostTrainingConfig, PreferenceConfig, processing_class_of
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ def prepare_model(
     if config.trust_remote_code and isinstance(model, str):
         kwargs = {"trust_remote_code": True, **(kwargs or {})}
     model = load_model(model, auto_class, kwargs, owner=owner, whole=peft_config is None)
+    reads_saved_form(model)
     if peft_config is not None:
         model = wrap_peft(
             model,

@@ -35,7 +35,7 @@ from transformers.utils import (
 )
 
 from trl.models.unwrap import below_accelerate
-from trl.models.weight_files import WEIGHT_FILES, check_shards, tied_names
+from trl.models.weight_files import WEIGHT_FILES, as_in_model, check_shards, tied_names
 from trl.trainer.checkpoints import (
     MANIFEST,
     RESUMING,
@@ -302,7 +302,7 @@ def _model_state(source: Path, model: nn.Module) -> dict[str, Tensor]:
         own = {name: _peft_name(name, adapter) for name in trained}
     else:
         names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-        found, tied = _read_weights(source, names), tied_names(inner)
+        found, tied = as_in_model(inner, _read_weights(source, names)), tied_names(inner)
         own = {name: name if name in found else tied.get(name, name) for name in inner.state_dict()}
     if lacking := sorted(own[name] for name in own if own[name] not in found):
         raise ValueError(
