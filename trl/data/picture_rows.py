@@ -366,7 +366,7 @@ def found_beside(dataset: Any, folder: str) -> Any:
     """
     streamed = not isinstance(dataset, Dataset)
     if streamed:
-        first = next(iter(dataset.take(1)), {})
+        first: Row = next(iter(dataset.take(1)), {})
         if _beside(first, folder) == first:
             return dataset
         return dataset.map(_beside, fn_kwargs={"folder": folder}, features=dataset.features)
