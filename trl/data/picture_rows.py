@@ -421,7 +421,7 @@ def types_of(dataset: Dataset, given: Any, columns: Sequence[str]) -> dict[str, 
 
 def _undecoded(feature: Any) -> Any:
     if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False)
+        return Image(mode=feature.mode, decode=feature.mode not in (None, "RGB") and feature.decode)
     if isinstance(feature, List):
         return List(_undecoded(feature.feature), length=feature.length)
     if isinstance(feature, LargeList):
