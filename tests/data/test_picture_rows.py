@@ -438,8 +438,19 @@ def test_packed_rows_have_whole_pictures(strategy: str, caplog: pytest.LogCaptur
     assert "1 rows with pictures are longer than seq_length" in caplog.text
     kept = [number for row in packed for number in reader().occurrences(row["input_ids"])]
     assert len(kept) == 9 - 3  # the longest row has three
+    stream, _ = tokenize_supervised(rows("conversations").to_iterable_dataset(), reading())
+    in_stream = [number for row in pack_dataset(stream, longest - 1, strategy) for number in row["input_ids"]]
+    assert len(reader().occurrences(in_stream)) == 9 - 3
     with pytest.raises(ValueError, match="seq_length=3 holds none of the rows: they have pictures"):
         pack_dataset(tokenised.select([0, 1, 2]), 3, strategy)
+
+
+def test_rows_that_were_chosen_keep_their_pictures() -> None:
+    given = rows("conversations")
+    whole, _ = tokenize_supervised(given, reading())
+    for order in ([5, 1, 3], [7, 7, 0]):
+        made, _ = tokenize_supervised(given.select(order), reading())
+        assert made["input_ids"][:] == [whole[place]["input_ids"] for place in order]
 
 
 def test_rows_are_noted_one_by_one() -> None:

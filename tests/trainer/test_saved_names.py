@@ -72,7 +72,7 @@ def test_a_state_of_saved_names_is_read_and_others_are_left_alone(kind, tmp_path
         assert own.load_state_dict(dict(saved), strict=True).missing_keys == []
         assert all(torch.equal(value, expected[name]) for name, value in own.state_dict().items())
     assert as_in_model(model, expected) is expected
-    with pytest.raises(RuntimeError, match="Unexpected key.*neither"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*neither"):
         other.load_state_dict({**saved, "neither": torch.ones(1)})
     assert all(torch.equal(value, expected[name]) for name, value in _model_state(tmp_path, model_of(kind, 1)).items())
 
