@@ -6,6 +6,7 @@ under `_pictures`, those of its parts as `{"type": "image", "image": number}`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import urllib.request
@@ -338,8 +339,77 @@ def _paths(values: Any, name: str) -> Iterator[str]:
     elif pa.types.is_struct(kind):
         for at in range(kind.num_fields):
             yield from _paths(pc.struct_field(values, at), kind.field(at).name)
+    elif getattr(kind, "extension_name", "") == "arrow.json":  # what `datasets` makes of parts of several kinds
+        chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+        texts = (text for chunk in chunks for text in pc.unique(chunk.storage).drop_null().to_pylist())
+        for text in texts:
+            if any(f'"{field}"' in text for field in _NAMING):
+                yield from _paths_in(json.loads(text), name)
     elif name in _NAMING and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         yield from pc.unique(values).drop_null().to_pylist()
+
+
+def _paths_in(value: Any, name: str) -> Iterator[str]:
+    """The same of values that were read from JSON."""
+    if isinstance(value, str):
+        yield from [value] if name in _NAMING else []
+    elif isinstance(value, Mapping | list):
+        own = value.items() if isinstance(value, Mapping) else ((name, one) for one in value)
+        for field, one in own:
+            yield from _paths_in(one, field)
+
+
+def found_beside(dataset: Any, folder: str) -> Any:
+    """The rows of a file in this folder: a picture's path that leads nowhere from the working directory begins there.
+
+    A data set with no such path stays as it is.
+    """
+    streamed = not isinstance(dataset, Dataset)
+    if streamed:
+        first: Row = next(iter(dataset.take(1)), {})
+        if _beside(first, folder) == first:
+            return dataset
+        return dataset.map(_beside, fn_kwargs={"folder": folder}, features=dataset.features)
+    paths = {path for name in dataset.column_names for path in _paths(dataset.data.column(name), name)}
+    if all(_from(path, folder) == path for path in paths):
+        return dataset
+    return dataset.map(_beside, fn_kwargs={"folder": folder}, features=dataset.features, desc="Finding pictures")
+
+
+def _beside(row: Mapping[str, Any], folder: str) -> Row:
+    found = dict(row)
+    for name, value in row.items():
+        if name in COLUMNS:
+            found[name] = _moved(value, folder)
+        elif isinstance(value, list):
+            found[name] = [_message_beside(message, folder) for message in value]
+    return found
+
+
+def _message_beside(message: Any, folder: str) -> Any:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [_moved(part, folder) if is_picture(part, True) else part for part in content]}
+
+
+def _moved(value: Any, folder: str) -> Any:
+    """The value of a picture with its paths from the folder, where they lead nowhere else."""
+    if isinstance(value, str):
+        return _from(value, folder)
+    if isinstance(value, Mapping):
+        return {name: _moved(own, folder) if name in _NAMING else own for name, own in value.items()}
+    return [_moved(own, folder) for own in value] if isinstance(value, list) else value
+
+
+def _from(path: str, folder: str) -> str:
+    if not path or len(path) > _LONGEST_PATH or path.startswith(("data:", "~")) or os.path.isabs(path):
+        return path
+    try:
+        beside = os.path.join(folder, path)
+        return path if os.path.exists(path) or not os.path.isfile(beside) else beside
+    except (OSError, ValueError):
+        return path
 
 
 def types_of(dataset: Dataset, given: Any, columns: Sequence[str]) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def named_dataset(path: str, option: str, *, split: str | None = None, **keyword
         keywords |= {"path": FILE_FORMATS[place.suffix], "data_files": path, "name": None}
         keywords |= TEXTS_OF_CSV if place.suffix == ".csv" else {}
         with told(option, [path]):
-            return datasets.load_dataset(split=split, **keywords)
+            return _pictures_beside(datasets.load_dataset(split=split, **keywords), str(place.absolute().parent))
     if place.is_file():
         raise ValueError(f"--{option} {path}: give a file of {', '.join(FILE_FORMATS)}, or a folder")
     if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
@@ -149,6 +149,15 @@ def named_dataset(path: str, option: str, *, split: str | None = None, **keyword
     keywords |= TEXTS_OF_CSV if path == "csv" or kinds == {".csv"} else {}
     with told(option, [path, *_paths(keywords.get("data_files"))]):
         return datasets.load_dataset(path, split=split, **keywords)
+
+
+def _pictures_beside(loaded: Any, folder: str) -> Any:
+    """The rows of a file, all splits or one of them, whose pictures may lie beside it."""
+    from trl.data.picture_rows import found_beside
+
+    if isinstance(loaded, dict):
+        return type(loaded)({split: found_beside(rows, folder) for split, rows in loaded.items()})
+    return found_beside(loaded, folder)
 
 
 def _paths(data_files: Any) -> list[str]:
