@@ -107,9 +107,7 @@ def test_a_processor_that_writes_no_token_for_a_picture_is_one_line():
     processor = processor_of("llava")
     processor.num_additional_image_tokens, processor.patch_size = -3, 8  # 1 token, and "default" takes that away
     reader, number = reader_of(read_by(processor)), kept(1)
-    with pytest.raises(
-        ValueError, match="LlavaProcessor writes '' for a picture, in which the token"
-    ):
+    with pytest.raises(ValueError, match="LlavaProcessor writes '' for a picture, in which the token"):
         reader.count(number)
 
 
