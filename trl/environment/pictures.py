@@ -9,7 +9,6 @@ from typing import Any
 from trl.data.chat import Messages
 from trl.data.messages import PICTURES
 from trl.data.picture_files import read_picture, source_of
-from trl.data.picture_rows import COLUMNS, NUMBERS, placed, read_pictures
 from trl.data.pictures import Album, PictureReader
 from trl.environment.tool_calls import FailedCall
 
@@ -27,6 +26,8 @@ def with_numbers(
     """
     if reader is None:
         return messages, []
+    from trl.data.picture_rows import COLUMNS, NUMBERS, placed, read_pictures  # and `datasets`, which text needs not
+
     columns = {name: row[name] for name in COLUMNS if name in row}
     read = read_pictures({**columns, "prompt": messages}, ["prompt"])
     return placed(read["prompt"], read[NUMBERS], reader.placeholder)
