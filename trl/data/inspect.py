@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.any_text import visible
 from trl.data.encode import unwrap_tokenizer
 from trl.data.pictures import number_of, reader_of
 from trl.data.thumbnails import Gallery, mark
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 CONTEXT = "grey50"
 PICTURE = "dark_cyan"
@@ -99,6 +101,8 @@ def _picture_piece(ids: Sequence[int], learned: bool) -> Piece:
 
 def inspect_row(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_mask: Sequence[int]) -> Text:
     """The row as rich text: learned tokens on green in two alternating shades, the others grey."""
+    from rich.text import Text  # which trainers that read rows out do without
+
     text = Text()
     for number, piece in enumerate(pieces(unwrap_tokenizer(tokenizer), input_ids, loss_mask)):
         shown = visible(piece.text)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerCont
 from trl.data.any_text import console, visible
 from trl.data.chat import ChatTemplate
 from trl.data.formats import is_conversational
+from trl.data.inspect import read_out
 from trl.generation import make_sampler
 from trl.generation.generate_kwargs import sampling_params
 from trl.generation.sampler import is_exact
@@ -279,8 +280,6 @@ class LogCompletionsCallback(TrainerCallback):
             with eval_no_grad(model), gathered(model):
                 groups = make_sampler(model, tokenizer).sample(prompts, params)
         texts = without_ends(tokenizer, [group[0].ids for group in groups], end_tokens(model, tokenizer))
-        from trl.data.inspect import read_out  # and `rich`, which steps do without
-
         asked_texts = [read_out(tokenizer, prompt) for prompt in prompts]
         return [(step, *row) for row in zip(asked_texts, texts, strict=True)]
 
