@@ -121,17 +121,15 @@ def test_ppo_scores_each_row_as_the_model_alone_does(name):
 @pytest.mark.parametrize("name", PAIR)
 def test_ppo_with_smaller_minibatches_and_resumed_is_the_same_run(name, tmp_path):
     saving = {"steps": 16, "output_dir": str(tmp_path), "save_steps": 1, "save_total_limit": 3}
-    runs_of = [(saving, None), (saving, str(tmp_path / "checkpoint-1")), ({}, None), (SMALL, None)]
-    ends = []
-    for fields, checkpoint in runs_of:
+    ends, logs = [], []
+    for fields, checkpoint in ((saving, None), (saving, str(tmp_path / "checkpoint-1")), ({}, None), (SMALL, None)):
         trainer = ppo_of(name, **fields)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        logs.append(trainer.train(checkpoint))
         ends.append(weights(trainer))
-    whole, resumed, one, split = ends
-    for key, value in whole.items():
-        assert torch.equal(resumed[key], value), key
-        if not key.endswith("k_proj.bias"):  # whose gradient is 0 but for rounding, which Adam takes for large
-            torch.testing.assert_close(split[key], one[key], rtol=1e-4, atol=1e-5)
+    for key, value in ends[0].items():
+        assert torch.equal(ends[1][key], value), key
+    for key in ("ppo/loss/policy", "ppo/loss/value", "ppo/policy/approxkl"):  # of two epochs: the second sees the first
+        assert logs[3][key] == pytest.approx(logs[2][key], rel=1e-3, abs=1e-6), key
 
 
 @pytest.mark.parametrize(("kind", "name"), CHOSEN)
