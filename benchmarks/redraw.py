@@ -18,6 +18,7 @@ import guess_number  # noqa: E402
 import random_walks  # noqa: E402
 import reversed_words  # noqa: E402
 import staleness  # noqa: E402
+import vision_digits  # noqa: E402
 
 from benchmarks import report, smollm2  # noqa: E402
 
@@ -27,7 +28,7 @@ def redraw(docs: Path, out: Path) -> list[Path]:
     (out / "results").mkdir(parents=True, exist_ok=True)
     jobs = {
         "random_walks_ppo": random_walks, "calculator": calculator, "reversed_words": reversed_words,
-        "guess_number": guess_number, "staleness": staleness,
+        "guess_number": guess_number, "staleness": staleness, "vision_digits": vision_digits,
     }  # fmt: skip
     for name, job in jobs.items():
         job.plot(json.loads((docs / "results" / f"{name}.json").read_text()), out / "results" / f"{name}.svg")

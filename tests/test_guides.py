@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from families import model_of, picture, processor_of
 from tiny_models import tiny_model
 from tokenizers_for_tests import byte_tokenizer
 
@@ -100,6 +101,10 @@ def test_the_blocks_of_the_command_line(place, monkeypatch):
     (place / "rows.jsonl").write_text(chats())
     (place / "pairs.jsonl").write_text("\n".join([json.dumps(pair)] * 8))
     (place / "prompts.jsonl").write_text((place / "sums.jsonl").read_text())
+    model_of("smolvlm").save_pretrained(place / "sees")
+    processor_of("smolvlm").save_pretrained(place / "sees")
+    for number, side in enumerate(("left", "right")):
+        picture(number).save(place / f"{side}.png")
     known = {}
     line = ["script.py", "--model_name_or_path", "tiny", "--dataset_name", "rows.jsonl", "--output_dir", "out"]
     monkeypatch.setattr("sys.argv", line)

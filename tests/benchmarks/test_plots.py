@@ -23,7 +23,7 @@ def redraw(monkeypatch):
 
 def test_the_plots_of_the_documents_are_those_of_their_numbers(redraw, tmp_path):
     found = redraw(ROOT / "docs", tmp_path)
-    assert len(found) == 7
+    assert len(found) == 8
     for path in found:
         text = path.read_text()
         assert text == (ROOT / "docs" / path.relative_to(tmp_path)).read_text(), path.name

@@ -217,12 +217,18 @@ def test_a_teacher_that_fails_in_an_evaluation_leaves_a_checkpoint(served, tmp_p
         "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
     }  # fmt: skip
     trainer = make("Distillation", tmp_path, arguments={"teacher_model": None, "eval_dataset": prompts()}, **settings)
-    served.calls.clear()
-    trainer.evaluate()  # as long as the server answers
-    asked = sum(path == "/inference/v1/generate" for path, _ in served.calls)
-    served.faults.append(Fault("500", after=2 * asked - 1, times=100))
-    with pytest.raises(EngineError, match=r"^step \d: the vLLM server at .*checkpoint-\d is saved: go on with"):
+    own, asked = trainer.served.logprobs, []
+
+    def logprobs(*given):
+        asked.append(trainer.state.global_step)
+        if len(asked) == 2:  # of the evaluation after the first step
+            raise EngineError("the teacher is gone")
+        return own(*given)
+
+    trainer.served.logprobs = logprobs
+    with pytest.raises(EngineError, match=r"^step 2: the teacher is gone; checkpoint-1 is saved: go on with"):
         trainer.train()
+    assert asked == [0, 1]
 
 
 @pytest.mark.parametrize(

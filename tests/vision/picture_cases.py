@@ -63,6 +63,19 @@ def case(kind: str, family: str, targets: str = TEXT_ONLY, data: str | None = No
     )  # fmt: skip
 
 
+def ppo_of(family: str, reward: Any = of_ids, **fields: Any) -> Any:
+    """PPO with a value head on eight prompts."""
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(model_of(family))
+    torch.nn.init.normal_(model.v_head.summary.weight, std=0.2)
+    numbers = {"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 2, "steps": 8, "max_new_tokens": 4, "seed": 3}
+    config = PPOConfig(learning_rate=1e-3, **{**numbers, **fields})
+    return PPOTrainer(
+        config, model, tokenizer=processor_of(family), dataset=rows("prompts"), data_collator=list, reward_funcs=reward
+    )
+
+
 def alone(model: Any, processor: Any, text: str, images: list[Any], more: list[int] | None = None) -> Tensor:
     """The log-probability of each id behind the first, as the model's own call of this row has it: [L - 1].
 

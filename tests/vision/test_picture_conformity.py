@@ -7,7 +7,7 @@ import pytest
 import torch
 from conformity import build, history, weights
 from families import FAMILIES, model_of, processor_of, rows
-from picture_cases import KINDS, TEXT_ONLY, alone, answer_of, case, norm_of, of_ids, outside_pictures
+from picture_cases import KINDS, TEXT_ONLY, alone, answer_of, case, norm_of, of_ids, outside_pictures, ppo_of
 from picture_runs import RUNS, runs
 from process_group import on_ranks
 
@@ -19,6 +19,7 @@ CHOSEN = (
     *((kind, name) for kind in KINDS if kind not in ("sft", "grpo", "reward") for name in PAIR),
     ("reward", "gemma3"),
 )
+SMALL = {"mini_batch_size": 2, "gradient_accumulation_steps": 4}
 BATCH = {"per_device_train_batch_size": 8, "max_steps": 1}
 
 
@@ -97,6 +98,38 @@ def test_samples_are_learned_as_each_row_alone_would_be(name, tmp_path):
         total = total - (own - other[2]) / 2 * logps.sum() / (len(seen) * 4)
     assert len(seen) == 16
     assert norm == close(norm_of(total, model))
+
+
+@pytest.mark.parametrize("name", PAIR)
+def test_ppo_scores_each_row_as_the_model_alone_does(name):
+    seen, stats = [], []
+
+    def reward(completion_ids, wanted, **columns):
+        seen.extend(zip(wanted, completion_ids, strict=True))
+        return of_ids(completion_ids)
+
+    ppo_of(name, reward).train(callback=lambda step, logs, batch: stats.append(logs))
+    model, processor, made = model_of(name), processor_of(name), rows("prompts")
+    assert sorted(wanted for wanted, _ in seen) == list("abcdefgh")
+    for (wanted, ids), got in zip(seen, stats[0]["objective/logprobs"], strict=True):
+        row = made["abcdefgh".index(wanted)]
+        text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        logps = alone(model, processor, text, row["images"], list(ids))[-len(ids) :]
+        assert got[: len(ids)].tolist() == pytest.approx(logps.tolist(), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", PAIR)
+def test_ppo_with_smaller_minibatches_and_resumed_is_the_same_run(name, tmp_path):
+    saving = {"steps": 16, "output_dir": str(tmp_path), "save_steps": 1, "save_total_limit": 3}
+    ends, logs = [], []
+    for fields, checkpoint in ((saving, None), (saving, str(tmp_path / "checkpoint-1")), ({}, None), (SMALL, None)):
+        trainer = ppo_of(name, **fields)
+        logs.append(trainer.train(checkpoint))
+        ends.append(weights(trainer))
+    for key, value in ends[0].items():
+        assert torch.equal(ends[1][key], value), key
+    for key in ("ppo/loss/policy", "ppo/loss/value", "ppo/policy/approxkl"):  # of two epochs: the second sees the first
+        assert logs[3][key] == pytest.approx(logs[2][key], rel=1e-3, abs=1e-6), key
 
 
 @pytest.mark.parametrize(("kind", "name"), CHOSEN)

@@ -186,6 +186,16 @@ def test_the_token_of_a_picture_is_never_sampled(filters: dict[str, Any], captur
         assert all(one.logprobs == one.raw_logprobs for group in groups for one in group)
 
 
+def test_a_token_of_no_known_picture_is_refused() -> None:
+    """As a processor writes it: the model would be shown nothing there."""
+    model, tokenizer, reader = ready("llava")
+    prompts = [WORDS[:4], reader.plain(prompts_of(reader)[0])]
+    params = SamplingParams(max_new_tokens=1)
+    for sampler in (LocalSampler(model, tokenizer), TransformersSampler(model, tokenizer)):
+        with pytest.raises(ValueError, match=r"prompts\[1\] has the token \d+, which stands for a part of a picture"):
+            sampler.sample(prompts, params)
+
+
 def test_a_repetition_penalty_knows_words_and_no_pictures() -> None:
     model, tokenizer, reader = ready("qwen2_5_vl")
     prompts = prompts_of(reader)[:2]

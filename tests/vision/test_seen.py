@@ -320,10 +320,10 @@ def test_a_merged_adapter_keeps_the_processor(name, tiny, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForImageTextToText.from_pretrained(tiny(name))
-    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
     assert run(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "whole")]) == 0
-    assert "log-probabilities of 32 tokens are the adapter's" in capsys.readouterr().out
+    assert "log-probabilities of 32 tokens below a picture are the adapter's" in capsys.readouterr().out
     assert (tmp_path / "whole" / "processor_config.json").is_file()
     opened = open_model(str(tmp_path / "whole"))
     assert type(opened.model) is type(base)
@@ -465,7 +465,9 @@ def test_inspect_shows_rows_of_a_file(tiny, files, capsys):
     data = lines(files / "rows.jsonl", [{**row, "images": [str(files / "1.png")]}] * 2)
     page = files / "rows.html"
     assert run(["inspect", "sft", "--model", tiny("gemma3"), "--data", data, "--html", str(page)]) == 0
-    assert capsys.readouterr().out.count("[picture 16x16, 4 tokens]") == 2
+    out = capsys.readouterr().out
+    assert out.count("[picture 16x16, 4 tokens]") == 2
+    assert re.search("pictures +2 pictures in 2 rows", out)
     assert page.read_text().count("data:image/") == 1
 
 

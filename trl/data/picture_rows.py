@@ -366,7 +366,7 @@ def found_beside(dataset: Any, folder: str) -> Any:
     """
     streamed = not isinstance(dataset, Dataset)
     if streamed:
-        first = next(iter(dataset.take(1)), {})
+        first: Row = next(iter(dataset.take(1)), {})
         if _beside(first, folder) == first:
             return dataset
         return dataset.map(_beside, fn_kwargs={"folder": folder}, features=dataset.features)
@@ -421,7 +421,7 @@ def types_of(dataset: Dataset, given: Any, columns: Sequence[str]) -> dict[str, 
 
 def _undecoded(feature: Any) -> Any:
     if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False)
+        return Image(mode=feature.mode, decode=feature.mode not in (None, "RGB") and feature.decode)
     if isinstance(feature, List):
         return List(_undecoded(feature.feature), length=feature.length)
     if isinstance(feature, LargeList):

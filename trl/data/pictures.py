@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from trl.data.picture_files import open_picture
 
 MOST_KEPT = 2**28
 """bytes of tensors of pictures that a reader keeps, so that a picture of several passes is read once"""
-_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets")
+_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")
 """what a processor gives that is not of pictures"""
 
 
@@ -58,6 +58,21 @@ def _folder() -> Path:
     return Path(datasets).expanduser() / "trl_pictures"
 
 
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 2
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The whole file at once, readable as the user's other files are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.urandom(8).hex()}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class Album:
     """The files of pictures under their numbers, which are hashes of what the files hold.
 
@@ -67,23 +82,31 @@ class Album:
     @staticmethod
     def keep(content: bytes) -> int:
         """The number of a picture, given its file's content."""
-        number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 2
+        number = _hash(content)
         path = Album.path(number)
-        if path.exists():
-            if path.stat().st_size != len(content) or path.read_bytes() != content:
-                raise ValueError(f"two different pictures have the number {number}: remove {path}")
-            return number
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(content)
-            os.replace(file.name, path)
+            before = path.read_bytes() if path.exists() else b""
+            if before != content:  # the file may be broken
+                if _hash(before) == number:
+                    raise ValueError(f"two different pictures have the number {number}: remove {path}")
+                _write(path, content)
         except OSError as error:
             raise ValueError(
                 f"the folder of pictures, {path.parent.parent}, cannot be written ({error.strerror}): set "
                 "HF_DATASETS_CACHE to a folder that can"
             ) from error
         return number
+
+    @staticmethod
+    def stamp() -> str:
+        """What is another one once the folder was removed, so that cached rows are not of pictures that are gone."""
+        path = _folder() / "stamp"
+        if not path.exists():
+            with contextlib.suppress(OSError):  # nobody can write there, or remove it
+                _write(path, os.urandom(8).hex().encode())
+        with contextlib.suppress(OSError):
+            return path.read_text()
+        return ""
 
     @staticmethod
     def path(number: int) -> Path:
@@ -149,20 +172,31 @@ class PictureReader:
         known = ids or [self.tokenizer.convert_tokens_to_ids(placeholder)]
         self.image_token_id = int(known[0])
         """what stands for each part of a picture among ids"""
+        self._settings = self.fingerprint()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = RLock()  # rollouts that are drawn ahead are read in a thread of their own
         self._read: OrderedDict[int, _Read] = OrderedDict()
         self._counts: dict[int, int] = {}
         self._joins: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"processor": self.processor}  # what was read is read again
+        kept = ("processor", "tokenizer", "placeholder", "image_token_id", "_settings")
+        return {name: vars(self)[name] for name in kept}  # what was read is read again
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(state["processor"])  # type: ignore[misc]
+        vars(self).update(state)  # the tokenizer, which holds this reader, may not be whole yet: it is not asked
+        self._forget()
 
     def fingerprint(self) -> str:
         """What rows depend on, as text."""
         parts = [type(self.processor).__name__, self.processor.to_dict(), self.processor.image_processor.to_dict()]
         return json.dumps(parts, sort_keys=True, default=str)
+
+    def is_of(self, processor: Any) -> bool:
+        """Whether it reads by this processor as its settings are now."""
+        return self.processor is processor and self.fingerprint() == self._settings
 
     # -- text and ids --
 
@@ -254,10 +288,10 @@ class PictureReader:
             found[name] = column_BL
         return found
 
-    @cached_property
+    @property
     def samples(self) -> tuple[int, int]:
         """Two pictures of different sizes, for probes."""
-        return _sample(64, 48), _sample(40, 56)
+        return Album.keep(_sample(64, 48)), Album.keep(_sample(40, 56))
 
     def ids_of(self, number: int) -> Ids:
         """The tokens of a picture alone, as they stand in a row."""
@@ -265,18 +299,22 @@ class PictureReader:
         return self.tokens(ids, [number])
 
     def _of(self, number: int) -> _Read:
-        read = self._read.get(number)
-        if read is None:
-            output = self._call([number])
-            offsets = output.get("text_replacement_offsets")
-            ids = output["input_ids"][0].tolist()
-            text = offsets[0][0]["replacement"] if offsets else self.tokenizer.decode(ids, skip_special_tokens=True)
-            values = {name: own for name, own in output.items() if name not in _TEXT and not self._is_aligned(name)}
-            read = self._read[number] = _Read(text, values, sum(own.nbytes for own in values.values()))
-            while len(self._read) > 1 and sum(one.size for one in self._read.values()) > MOST_KEPT:
-                self._read.popitem(last=False)
-        self._read.move_to_end(number)
-        return read
+        with self._lock:
+            read = self._read.get(number)
+            if read is None:
+                read = self._read[number] = self._read_now(number)
+                while len(self._read) > 1 and sum(one.size for one in self._read.values()) > MOST_KEPT:
+                    self._read.popitem(last=False)
+            self._read.move_to_end(number)
+            return read
+
+    def _read_now(self, number: int) -> _Read:
+        output = self._call([number])
+        offsets = output.get("text_replacement_offsets")
+        ids = output["input_ids"][0].tolist()
+        text = offsets[0][0]["replacement"] if offsets else self.tokenizer.decode(ids, skip_special_tokens=True)
+        values = {name: own for name, own in output.items() if name not in _TEXT and not self._is_aligned(name)}
+        return _Read(text, values, sum(own.nbytes for own in values.values()))
 
     def _call(self, numbers: Sequence[int], around: str = "") -> Mapping[str, Any]:
         """What the processor gives for a text of these pictures, with `around` on both sides."""
@@ -338,7 +376,7 @@ def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _sample(width: int, height: int) -> int:
+def _sample(width: int, height: int) -> bytes:
     """A picture of colours that change from pixel to pixel."""
     from PIL import Image
 
@@ -346,7 +384,7 @@ def _sample(width: int, height: int) -> int:
     image.putdata([((3 * i) % 251, (i * i // 7) % 241, (11 * i) % 239) for i in range(width * height)])
     file = BytesIO()
     image.save(file, "PNG")
-    return Album.keep(file.getvalue())
+    return file.getvalue()
 
 
 # -- which reader goes with a tokenizer -------------------------------------------------------
@@ -366,7 +404,7 @@ def read_by(processor: Any) -> Any:
     if getattr(processor, "chat_template", None) is not None:
         tokenizer.chat_template = processor.chat_template
     known = reader_of(tokenizer)
-    if known is None or known.processor is not processor:
+    if known is None or not known.is_of(processor):
         with contextlib.suppress(ValueError):  # it reads sounds, say
             vars(tokenizer)[_READER] = PictureReader(processor)
     return tokenizer

@@ -227,8 +227,8 @@ class RowJob(ABC):
         return (messages, []) if self.pictures is None else placed(messages, row[NUMBERS], self.pictures.placeholder)
 
     def files(self, dataset: Any) -> list[Any]:
-        """The pictures' files that the data set names, and their states: cached rows are of these."""
-        return [] if self.pictures is None else files_of(dataset, (*COLUMNS, *CONVERSATION_COLUMNS))
+        """The pictures' files that the data set names, and their states, and the album's: cached rows are of these."""
+        return [] if self.pictures is None else [Album.stamp(), *files_of(dataset, (*COLUMNS, *CONVERSATION_COLUMNS))]
 
     def counted(self, row: Row, one: Answered[str], numbers: list[int]) -> Answered[str]:
         """The prompt and answers of a row with these pictures, and with what was met in them."""

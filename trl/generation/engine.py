@@ -116,6 +116,18 @@ def picture_tokens(model: Any) -> tuple[int, ...]:
     return () if reader is None else (reader.image_token_id,)
 
 
+def check_shown(rows: Sequence[Sequence[int]], tokens: Sequence[int], name: str = "prompts") -> None:
+    """ValueError for a row with one of the tokens that stand for a part of a picture: they do not say of which."""
+    for index, ids in enumerate(rows):
+        for token in tokens:
+            if token in ids:
+                raise ValueError(
+                    f"{name}[{index}] has the token {token}, which stands for a part of a picture and does not say of "
+                    "which: put the picture's own tokens there (`trl.data.pictures.PictureReader.tokens`), or take it "
+                    "out"
+                )
+
+
 def pictured_inputs(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
     """What `generate` reads of rows with pictures, which are encoded for each row."""
     shown = _pictures().keywords(model, ids_BL, repeated=True)

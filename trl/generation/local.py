@@ -12,7 +12,7 @@ import torch
 from trl.data.pictures import read_by
 from trl.data.records import Completion
 from trl.generation.captured import CapturedEngine, as_steps_need
-from trl.generation.engine import Engine, has_pictures, picture_tokens
+from trl.generation.engine import Engine, check_shown, has_pictures, picture_tokens
 from trl.generation.kv_attention import cached_attention
 from trl.generation.kv_cache import Prompt
 from trl.generation.packed_weights import packed_weights
@@ -89,6 +89,7 @@ class LocalSampler:
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt, in the order of the prompts."""
+        check_shown(prompts, picture_tokens(self.model))
         pictured = [has_pictures(ids) for ids in prompts]
         reading = how_it_reads_pictures(self.model) if any(pictured) else None
         if reading == NOT_HERE:

@@ -19,7 +19,7 @@ from transformers import (
 
 from trl.data.pictures import read_by
 from trl.data.records import Completion
-from trl.generation.engine import has_pictures, picture_tokens, pictured_inputs
+from trl.generation.engine import check_shown, has_pictures, picture_tokens, pictured_inputs
 from trl.generation.probe import generates
 from trl.generation.rows import Row, Stepper, make_rows
 from trl.generation.sampler import SamplingParams
@@ -62,6 +62,7 @@ class TransformersSampler:
         base = below_peft(self.model)
         encodes = is_encoder_decoder(self.model)
         context = None if encodes else context_length(self.model)
+        check_shown(prompts, picture_tokens(self.model))
         groups = make_rows(prompts, params, n, context)
         device = next(self.model.parameters()).device
         ends = end_tokens(self.model, self.tokenizer, params.stop_token_ids)

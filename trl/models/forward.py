@@ -509,6 +509,7 @@ def _probe_pictures(model: nn.Module, module: nn.Module) -> ForwardPlan:
     with eval_no_grad(model), uncompiled(model):
         rows = [measured_pass(model, module, row, PLAIN) for row in alone]
         expected = Expected(torch.cat([states_SD for states_SD, _ in rows]), coarsest(own for _, own in rows))
+        _check_causal(model, module, alone[0], expected._replace(states_SD=rows[0][0]))
         ways = product((True, False), repeat=2) if shares_prompts else ()
         plans = [ForwardPlan(packed=True, narrow=narrow, early=early) for narrow, early in ways]
         if plans:
@@ -530,6 +531,16 @@ def _probe_pictures(model: nn.Module, module: nn.Module) -> ForwardPlan:
             "slower).", type(below_peft(network)).__name__,
         )  # fmt: skip
     return plan
+
+
+def _check_causal(model: nn.Module, module: nn.Module, row: PackedBatch, expected: Expected) -> None:
+    """ValueError where what a row's last token is changes the states that predict it, and those before."""
+    states_SD, _ = measured_pass(model, module, _pictures().ended_otherwise(row), PLAIN)
+    if not expected.agrees(states_SD):
+        raise ValueError(
+            f"{type(below_peft(model)).__name__} reads a row with pictures from both sides, so its tokens would be "
+            "predicted by themselves: only models whose answers see what stands before them are trained on pictures"
+        )
 
 
 def virtual_tokens(packed: PackedBatch, rows_BL: Tensor) -> int:

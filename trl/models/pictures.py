@@ -151,7 +151,13 @@ def axes(model: nn.Module, ids_L: Tensor) -> Tensor | None:
     numbers = reader.occurrences(ids_L.tolist())
     if numbers:
         given |= reader.values(numbers, known)
-    positions_A1L, _ = rule(**{name: own for name, own in given.items() if name in known})
+    try:
+        positions_A1L, _ = rule(**{name: own for name, own in given.items() if name in known})
+    except (RuntimeError, IndexError, StopIteration) as error:
+        raise ValueError(
+            f"{type(owner).__name__} finds no positions in a row with {len(numbers)} pictures ({error}): put its own "
+            "marks, such as <|vision_start|>, or text between two pictures, as its chat template does"
+        ) from error
     return positions_A1L[:, 0].to(ids_L.device)  # type: ignore[no-any-return]
 
 
@@ -306,3 +312,11 @@ def each_alone(packed: PackedBatch) -> list[PackedBatch]:
         ids = packed.ids_N[torch.tensor(packed.row_indices(row), device=packed.ids_N.device)].cpu()
         batches.append(pack([TokenTree(ids[:prompt], [Branch(ids[prompt:])])]).to(packed.ids_N.device))
     return batches
+
+
+def ended_otherwise(row: PackedBatch) -> PackedBatch:
+    """A batch of one row with another last token."""
+    ids = row.ids_N.cpu()
+    (prompt,) = row.prompt_tokens
+    last = ids[:1] if ids[0] != ids[-1] else ids[1:2]
+    return pack([TokenTree(ids[:prompt], [Branch(torch.cat([ids[prompt:-1], last]))])]).to(row.ids_N.device)

@@ -204,7 +204,8 @@ def with_opened_pictures(columns: dict[str, list[Any]], tokenizer: Any) -> dict[
     known: dict[int, Any] = {}  # completions of one prompt share the row's value
     for name in names:
         values = columns[name]
-        columns = {**columns, name: [known.setdefault(id(v), opened_pictures(v, name)) for v in values]}
+        known |= {key: opened_pictures(value, name) for key, value in {id(v): v for v in values}.items()}
+        columns = {**columns, name: [known[id(value)] for value in values]}
     return columns
 
 

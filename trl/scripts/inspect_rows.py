@@ -88,6 +88,9 @@ class Seen:
         facts.append(("tokens of a row", f"least {low:,}, median {half:,}, 95 % {most:,}, most {high:,}"))
         if self.learns:
             facts.append(("learned", f"{report.learned:,} tokens, {report.learned / max(1, report.tokens):.1%}"))
+        if report.pictured:
+            shown = f"{many(report.met.pictures, 'picture')} in {many(report.pictured, 'row')}"
+            facts.append(("pictures", shown))
         if self.limit is not None:
             facts.append(
                 ("longest allowed", f"{self.limit:,} tokens; {many(report.truncated, 'row was', 'rows were')} cut")

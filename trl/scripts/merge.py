@@ -111,12 +111,13 @@ def merge(found: Found, output: Path, dtype: str = "auto", base: str | None = No
         raise ValueError(f"--output {output}: the adapter itself lies there; name another folder")
     adapted, saved_as = _load(found, base), _saved_dtype(found, dtype)
     tokenizer = tokenizer_of(found)
+    reader = _reader_of(adapted, tokenizer)
     ids = _question(tokenizer, adapted)
-    wanted = measured(adapted, ids, found.kind)
+    wanted = measured(adapted, ids, found.kind, reader)
     ends = end_tokens(adapted, tokenizer)
     untie(adapted)
     plain = adapted.merge_and_unload()
-    _compare("the merged model", wanted, measured(plain, ids, found.kind), EXACT)
+    _compare("the merged model", wanted, measured(plain, ids, found.kind, reader), EXACT)
     _speak_of_ends(plain, tokenizer, ends)
     with whole_folder(output) as folder:
         plain.to(saved_as).save_pretrained(folder)
@@ -124,11 +125,12 @@ def merge(found: Found, output: Path, dtype: str = "auto", base: str | None = No
         del plain, adapted
         again = _reload(found, folder)
         exact = str(saved_as).endswith(("float32", "float64"))
-        off = _compare("the folder", wanted, measured(again, ids, found.kind), EXACT if exact else HALF)
+        off = _compare("the folder", wanted, measured(again, ids, found.kind, reader), EXACT if exact else HALF)
     name = str(saved_as).removeprefix("torch.")
+    seen = " below a picture" if reader is not None else ""
     what = "scores" if found.kind != LANGUAGE_MODEL else "log-probabilities"
     rounded = "" if exact else f", by rounding to {name} (--dtype float32 keeps all)"
-    return f"{name}, its {what} of {len(ids)} tokens are the adapter's (largest difference {off:.1g}{rounded})"
+    return f"{name}, its {what} of {len(ids)} tokens{seen} are the adapter's (largest difference {off:.1g}{rounded})"
 
 
 def _load(found: Found, base: str | None) -> Any:
@@ -182,6 +184,15 @@ def untie(adapted: Any) -> None:
     model.config.tie_word_embeddings = False
 
 
+def _reader_of(model: Any, tokenizer: Any) -> Any:
+    """What reads pictures for the model; None where it reads none."""
+    from trl.data.pictures import reader_of
+    from trl.models import pictures
+
+    pictures.introduce(model, reader_of(tokenizer))
+    return pictures.reader_for(model)
+
+
 def _question(tokenizer: Any, model: Any) -> list[int]:
     """Tokens that both models can read."""
     from trl.models.prepare import embedding_rows
@@ -191,15 +202,24 @@ def _question(tokenizer: Any, model: Any) -> list[int]:
     return ids[:32] if len(ids) > 1 else list(range(min(rows, 16)))
 
 
-def measured(model: Any, ids: list[int], kind: str) -> Tensor:
-    """The log-probabilities of the tokens, or a classifier's scores, in float32."""
+def measured(model: Any, ids: list[int], kind: str, reader: Any = None) -> Tensor:
+    """The log-probabilities of the tokens, or a classifier's scores, in float32.
+
+    reader: what reads pictures for the model; one of its samples stands before the tokens then.
+    """
     import torch
 
     from trl.models.unwrap import is_encoder_decoder
 
-    given = torch.tensor([ids])
+    given = torch.tensor([[*(reader.ids_of(reader.samples[0]) if reader is not None else ()), *ids]])
     with torch.no_grad():
         more = {"decoder_input_ids": given} if kind == LANGUAGE_MODEL and is_encoder_decoder(model) else {}
+        if reader is not None:
+            from trl.models import pictures
+
+            pictures.introduce(model, reader)
+            more = pictures.keywords(model, given)
+            given = pictures.as_placeholders(model, given)
         logits: Tensor = model(input_ids=given, attention_mask=torch.ones_like(given), **more).logits.float()
     if kind != LANGUAGE_MODEL:
         return logits.flatten()

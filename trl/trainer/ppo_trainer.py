@@ -40,6 +40,7 @@ from trl.data.microbatches import unasked_budget
 from trl.data.pictures import processor_of
 from trl.data.records import Rollout
 from trl.generation import make_sampler
+from trl.generation.engine import check_shown, picture_tokens
 from trl.generation.generate_kwargs import OUTPUTS, asked_end_tokens, sampling_params
 from trl.generation.plain_generate import generate_padded
 from trl.generation.sampler import Sampler, check_sampler, is_exact
@@ -781,6 +782,8 @@ class PPOTrainer(BaseTrainer):
         config: Any = below_accelerate(self.model).config
         start = config.decoder_start_token_id if self.is_encoder_decoder else None
         seen = reads_pictures(self.model)
+        for name, rows in (("queries", queries), ("responses", responses)) if seen else ():
+            check_shown([row.tolist() for row in rows], picture_tokens(self.model), name)
         rollout = rollout_of(queries, responses, response_masks, start, self._embeddings, seen)
         memory = kept_memory(self.current_device)
         gradients = in_place(self.current_device, self.accelerator.num_processes, hooked=self._on_deepspeed)

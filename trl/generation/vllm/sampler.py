@@ -11,6 +11,7 @@ from typing import Any
 
 from trl.data.pictures import read_by, reader_of
 from trl.data.records import Completion
+from trl.generation.engine import check_shown
 from trl.generation.rows import make_rows
 from trl.generation.sampler import Sampler, SamplingParams
 from trl.generation.stopping import StopStrings, end_tokens
@@ -116,6 +117,8 @@ class VLLMSampler:
             return self._instead.sample(prompts, params, n)
         if self.verify is not None:
             self.verify.saw(prompts)
+        if self.reader is not None:
+            check_shown(prompts, [self.reader.image_token_id])
         once = params.temperature == 0  # all copies are the same, and vLLM makes no more than one
         requests, places = self._requests(prompts, params, 1 if once else n)
         answers = self._asked(requests)
