@@ -19,6 +19,9 @@ from trl.environment.text_history import TextHistory
 from trl.environment.turns import SampledTurns
 from trl.generation.local import LocalSampler
 from trl.generation.sampler import SamplingParams
+from trl.models.forward import introduce
+from trl.models.scoring import score
+from trl.rollout.experience import Experience
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"place": "here"}}\n</tool_call><|im_end|>'
 
@@ -267,8 +270,6 @@ def test_a_model_plays_with_pictures() -> None:
     """The local sampler goes on behind them; its log-probabilities are the model's own."""
     from test_sampling import own_logits
 
-    from trl.models.forward import introduce
-
     tokenizer, model = qwen(), model_of("qwen2_5_vl")
     introduce(model, tokenizer)
     sampler = LocalSampler(model, tokenizer)
@@ -293,3 +294,23 @@ def test_a_model_plays_with_pictures() -> None:
     expected = logprobs_TV.gather(1, torch.tensor(ids[-6:])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(rollout.logprobs[0][-6:]), expected, atol=1e-5, rtol=0)
     assert rollout.masks[0][-6:] == [1] * 6
+
+
+def test_what_is_learned_behind_a_tools_picture_is_scored_as_the_model_does() -> None:
+    """A row whose prompt and answer hold pictures, beside one without: each token as in the model's own call."""
+    from test_sampling import own_logits
+
+    tokenizer, model = qwen(), model_of("qwen2_5_vl")
+    introduce(model, tokenizer)
+    asked = {"prompt": [{"role": "user", "content": [part(6), {"type": "text", "text": "Where?"}]}]}
+    rollout, _ = played(tokenizer, lambda: ["Here:", picture(5)], asked)
+    words, _ = played(tokenizer, lambda: "nothing")
+    for name in ("prompts", "completions", "logprobs", "masks"):
+        getattr(rollout, name).extend(getattr(words, name))
+    with torch.no_grad():
+        logprobs_BT = score(model, Experience.of(rollout).packed()).logprobs_BT
+    for row, (prompt, answer) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
+        chosen = torch.tensor(rollout.masks[row], dtype=torch.bool)
+        own_TV = own_logits(model, [*prompt, *answer])[len(prompt) - 1 : -1].log_softmax(-1)[chosen]
+        expected = own_TV.gather(1, torch.tensor(answer)[chosen][:, None])[:, 0]
+        torch.testing.assert_close(logprobs_BT[row, : len(answer)][chosen], expected, atol=1e-5, rtol=0)

@@ -58,7 +58,8 @@ def test_sft_by_the_name_of_a_folder(folder, tmp_path):
         ]
     )
     training_args = SFTConfig(output_dir=str(tmp_path), max_length=None, per_device_train_batch_size=2, **QUIET)
-    trainer = SFTTrainer(model=folder, args=training_args, train_dataset=rows)
+    with pytest.warns(UserWarning, match="will automatically create an `AutoModelForImageTextToText`"):
+        trainer = SFTTrainer(model=folder, args=training_args, train_dataset=rows)
     learned(trainer)
     trainer.save_model(str(tmp_path / "saved"))
     again = AutoProcessor.from_pretrained(tmp_path / "saved")  # a whole model: its processor lies with it

@@ -89,12 +89,12 @@ def load_model(
             )
         return name_or_model
     source, init_kwargs = os.fspath(name_or_model), modern_init_kwargs(init_kwargs or {})
+    where = {name: init_kwargs[name] for name in HUB_ARGUMENTS if name in init_kwargs}
     if owner is not None:
         warnings.warn(
-            f"You passed a model_id to the {owner}. This will automatically create an `{auto_class.__name__}` or a "
-            "`PeftModel` (if you passed a `peft_config`) for you."
+            f"You passed a model_id to the {owner}. This will automatically create an "
+            f"`{_seeing(auto_class, source, where).__name__}` or a `PeftModel` (if you passed a `peft_config`) for you."
         )
-    where = {name: init_kwargs[name] for name in HUB_ARGUMENTS if name in init_kwargs}
     adapter = find_adapter(source, **where)
     if adapter is None:
         init_kwargs |= dtype_keywords(source, init_kwargs, where, trained=whole and not frozen, like=like)
