@@ -75,6 +75,7 @@ def rows_of_padded(batch: Mapping[str, Any], collator: str = "the data collator"
             f"{collator} returned {found}: it must give `input_ids` and `labels`; leave it out, or take "
             "DataCollatorForLanguageModeling(tokenizer, mlm=False), which makes labels"
         )
+    _refuse_pixels(batch, collator)
     rows = []
     mask_BL = batch.get("attention_mask")
     for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
@@ -84,13 +85,26 @@ def rows_of_padded(batch: Mapping[str, Any], collator: str = "the data collator"
             raise ValueError(
                 "labels differ from input_ids at learned positions: a causal model learns its own next token"
             )
-        rows.append({"input_ids": ids.tolist(), "loss_mask": (labels != -100).long().tolist()})
+        learned = (labels != -100) & (ids >= 0)  # tokens of pictures are below 0
+        rows.append({"input_ids": ids.tolist(), "loss_mask": learned.long().tolist()})
     return rows
+
+
+def _refuse_pixels(batch: Mapping[str, Any], collator: str) -> None:
+    """ValueError where a collator read pictures itself: its tensors do not say which row they belong to."""
+    pixels = [name for name, value in batch.items() if "pixel" in name and value is not None]
+    if pixels:
+        raise ValueError(
+            f"{collator} returned {', '.join(pixels)}: the trainer reads pictures itself; leave the collator and "
+            "skip_prepare_dataset out, and give the processor as `processing_class` and rows with `images` or with "
+            "parts of kind 'image'"
+        )
 
 
 def pair_rows_of_padded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Pair rows of a padded batch: `input_ids_chosen`, `attention_mask_chosen`, ... or `chosen_input_ids`,
     `chosen_attention_mask`, `chosen_labels`, ... or, for encoder-decoders, `prompt_input_ids` and the labels."""
+    _refuse_pixels(batch, "the data collator")
     lists = {name: value.tolist() for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 2}
     forms = (
         ("input_ids_chosen", "attention_mask_chosen", "input_ids_rejected", "attention_mask_rejected"),

@@ -82,7 +82,16 @@ def add_adapter(model: nn.Module, peft_config: Any, **kbit_arguments: Any) -> nn
             "leave them out, or pass a `quantization_config`"
         )
     with _without_library_noise():
-        adapted = get_peft_model(model, peft_config)
+        try:
+            adapted = get_peft_model(model, peft_config)
+        except ValueError as error:
+            if not str(error).startswith("Please specify `target_modules`"):
+                raise
+            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            raise ValueError(
+                f"peft_config: PEFT does not know which layers of a model of kind {kind!r} to adapt: name them by "
+                "`target_modules` (--lora_target_modules), 'all-linear' or q_proj and v_proj, say"
+            ) from error
     raise_trained(adapted)
     _put_on[adapted] = _changes(adapted)
     return adapted

@@ -140,6 +140,11 @@ def _from_pretrained(auto_class: Any, source: str, model_args: tuple[Any, ...], 
     except Exception as error:  # transformers, safetensors, json and the Hub each have their own
         if isinstance(error, TypeError | torch.OutOfMemoryError):  # wrong keyword, too large: the message says it
             raise
+        if str(error).startswith("Unrecognized configuration class"):
+            raise ValueError(
+                f"could not load a model from {source!r}: transformers has no {auto_class.__name__} of its kind; take "
+                "another model, or load this one by a class of your own and pass the object"
+            ) from error
         kind = OSError if isinstance(error, OSError) or "Safetensor" in type(error).__name__ else ValueError
         raise kind(
             f"could not load a model from {source!r}: {_reason(error)} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -122,6 +123,11 @@ TEXTS_OF_CSV: dict[str, Any] = {
 }  # fmt: skip
 """keywords that read a CSV file as it stands: its reader makes numbers of answers such as `76.`, and None of `NA`"""
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+"""how files of pictures end"""
+SPLITS = {"test": ("test", "testing", "eval", "evaluation"), "validation": ("validation", "valid", "val", "dev")}
+"""first words in the names of files that are no rows to train on, as `datasets` reads them"""
+
 
 def named_dataset(path: str, option: str, *, split: str | None = None, **keywords: Any) -> Any:
     """The rows of a file, a folder of `save_to_disk`, a folder of files, or a Hub name; all splits, or one of them.
@@ -145,10 +151,37 @@ def named_dataset(path: str, option: str, *, split: str | None = None, **keyword
         loaded = _saved(path, option)
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
         return splits if split is None else split_of(splits, split, option)
+    if not keywords.get("data_files") and (rows := _rows_among_pictures(place)):
+        kind = Path(next(iter(rows.values()))[0]).suffix
+        keywords |= {"path": FILE_FORMATS[kind], "data_files": rows, "name": None}
+        keywords |= TEXTS_OF_CSV if kind == ".csv" else {}
+        with told(option, [path]):
+            return _pictures_beside(datasets.load_dataset(split=split, **keywords), str(place.absolute()))
     kinds = {file.suffix for file in place.rglob("*")} & FILE_FORMATS.keys() if place.is_dir() else set()
     keywords |= TEXTS_OF_CSV if path == "csv" or kinds == {".csv"} else {}
     with told(option, [path, *_paths(keywords.get("data_files"))]):
         return datasets.load_dataset(path, split=split, **keywords)
+
+
+def _rows_among_pictures(folder: Path) -> dict[str, list[str]]:
+    """The files of rows that lie in a folder of pictures, by split; none where `datasets` reads the folder itself.
+
+    It would take the pictures alone for the rows, except where a file `metadata` names them.
+    """
+    if not folder.is_dir():
+        return {}
+    files = [file for file in sorted(folder.iterdir()) if FILE_FORMATS.get(file.suffix, "text") != "text"]
+    kinds = {FILE_FORMATS[file.suffix] for file in files}
+    if len(kinds) != 1 or any(file.stem == "metadata" for file in files):
+        return {}
+    if not any(file.suffix.lower() in PICTURES for file in folder.rglob("*")):
+        return {}
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        word = re.split("[^a-z]", file.stem.lower())[0]
+        split = next((name for name, words in SPLITS.items() if word in words), "train")
+        splits.setdefault(split, []).append(str(file))
+    return splits
 
 
 def _pictures_beside(loaded: Any, folder: str) -> Any:

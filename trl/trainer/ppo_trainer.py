@@ -502,7 +502,8 @@ class PPOTrainer(BaseTrainer):
         if config.output_dir is not None:  # a reward function may change the directory
             config.output_dir = os.path.abspath(config.output_dir)
         self.tokenizer = tokenizer
-        for each in (model, ref_model, value_model):
+        judge = None if self._token_rewards is None else self._token_rewards.model
+        for each in (model, ref_model, value_model, judge):
             introduce(each, tokenizer)
         self.dataset = dataset
         self.accelerator = make_accelerator(config)

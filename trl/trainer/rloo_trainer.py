@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trl.data.records import Rollout
 from trl.losses.loss_sum import Aggregation, LossSum, Measure
 from trl.losses.policy import batch_relative, clipped_surrogate, leave_one_out
+from trl.models.forward import introduce
 from trl.models.scoring import score
 from trl.rollout.experience import Experience, PolicyBatch
 from trl.rollout.rewards import Rewards, RolloutRewards, TokenRewards, weighted_total, without_end
@@ -205,6 +206,7 @@ class RLOOTrainer(OnPolicyTrainer):
 
     def _rewards(self, functions: Any, tokenizers: Any) -> RolloutRewards:
         if self._token_model is not None:
+            introduce(self._token_model, self.tokenizer)
             return TokenRewards(self._token_model, self.args.device)
         return super()._rewards(functions, tokenizers)
 
