@@ -75,6 +75,7 @@ def rows_of_padded(batch: Mapping[str, Any], collator: str = "the data collator"
             f"{collator} returned {found}: it must give `input_ids` and `labels`; leave it out, or take "
             "DataCollatorForLanguageModeling(tokenizer, mlm=False), which makes labels"
         )
+    _refuse_pixels(batch, collator)
     rows = []
     mask_BL = batch.get("attention_mask")
     for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
@@ -88,9 +89,20 @@ def rows_of_padded(batch: Mapping[str, Any], collator: str = "the data collator"
     return rows
 
 
+def _refuse_pixels(batch: Mapping[str, Any], collator: str) -> None:
+    """ValueError for a batch with pictures as tensors: its rows would be learned without them."""
+    pixels = next((name for name, value in batch.items() if "pixel_values" in name and value is not None), None)
+    if pixels is not None:
+        raise ValueError(
+            f"{collator} returned `{pixels}`, and pictures are not read from batches: leave it out, with "
+            "`skip_prepare_dataset`; the trainer reads the pictures of messages and of a column 'images' itself"
+        )
+
+
 def pair_rows_of_padded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Pair rows of a padded batch: `input_ids_chosen`, `attention_mask_chosen`, ... or `chosen_input_ids`,
     `chosen_attention_mask`, `chosen_labels`, ... or, for encoder-decoders, `prompt_input_ids` and the labels."""
+    _refuse_pixels(batch, "the data collator")
     lists = {name: value.tolist() for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 2}
     forms = (
         ("input_ids_chosen", "attention_mask_chosen", "input_ids_rejected", "attention_mask_rejected"),
