@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as t
 from families import LLAVA, VISION, WIDE, _tokenizer, model_of, picture, processor_of, tokenizer_of
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from trl.data import picture_files
@@ -102,6 +103,14 @@ def test_threads_read_pictures_at_the_same_time(monkeypatch):
     assert sum(one.size for one in reader._read.values()) <= 20_000
 
 
+def test_a_processor_that_writes_no_token_for_a_picture_is_one_line():
+    processor = processor_of("llava")
+    processor.num_additional_image_tokens, processor.patch_size = -3, 8  # 1 token, and "default" takes that away
+    reader, number = reader_of(read_by(processor)), kept(1)
+    with pytest.raises(ValueError, match="LlavaProcessor writes '' for a picture, in which the token"):
+        reader.count(number)
+
+
 # -- the album -------------------------------------------------------------------------------------
 
 
@@ -184,6 +193,23 @@ def llava_next() -> tuple[Any, Any]:
     return t.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval(), processor
 
 
+def idefics2() -> tuple[Any, Any]:
+    """Its processor is of an older kind, which does not say what it writes for a picture."""
+    tokens = ["<image>", "<fake_token_around_image>", "<end_of_utterance>"]
+    tokenizer = _tokenizer(tokens, "</s>", "<s>", adds_bos=True)
+    images = Idefics2ImageProcessorPil(size={"shortest_edge": 16, "longest_edge": 32}, do_image_splitting=False)
+    perceiver = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
+    config = t.Idefics2Config(
+        text_config=t.MistralConfig(**text_config(tokenizer), head_dim=16, sliding_window=None),
+        vision_config=VISION | {"image_size": 32},
+        perceiver_config=perceiver | {"num_key_value_heads": 1, "hidden_size": 32},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    model = t.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    return model, t.Idefics2Processor(images, tokenizer, image_seq_len=4)
+
+
 def paligemma() -> tuple[Any, Any]:
     """It reads a prompt from both sides, and its processor gives labels."""
     tokenizer = _tokenizer(["<image>"], "<eos>", "<bos>", adds_bos=True, image_token="<image>")
@@ -200,14 +226,16 @@ def paligemma() -> tuple[Any, Any]:
     return t.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval(), processor
 
 
-def test_llava_next_computes_rows_as_its_own_processor_gives_them():
-    model, processor = llava_next()
+@pytest.mark.parametrize("family", [llava_next, idefics2])
+def test_rows_are_computed_as_the_processor_of_the_family_gives_them(family):
+    model, processor = family()
     tokenizer = read_by(processor)
     reader = reader_of(tokenizer)
     introduce(model, reader)
     sizes = {"a": kept(1), "b": kept(2, (32, 16)), "c": kept(3, (16, 40)), "d": kept(4, (48, 48))}
-    texts = [("two: <image> and <image>", "aa"), ("<image><image>next", "bc"), ("no picture", ""),
-             ("<image>x<image>y<image><image>", "cada")]  # fmt: skip
+    texts = [("two: <image> and <image>", "aa"), ("no picture", ""), ("<image> x <image> y <image>", "cdc")]
+    if family is llava_next:  # Idefics2 writes two pictures otherwise where nothing is between them
+        texts += [("<image><image>next", "bc"), ("<image>x<image>y<image><image>", "cada")]
     rows, expected = [], []
     for text, which in texts:
         numbers = [sizes[name] for name in which]

@@ -176,6 +176,12 @@ def test_lora_with_the_vision_tower_frozen_and_trained(kind, name, targets, tmp_
     assert any("vision" in key or "visual" in key for key in changed) == (targets == "all-linear")
 
 
+@pytest.mark.parametrize(("kind", "name"), [("sft", name) for name in FAMILIES] + [("grpo", "qwen3_vl")])
+def test_layers_computed_again_change_nothing(kind, name, tmp_path):
+    seen = [first(build(case(kind, name), tmp_path, **BATCH, gradient_checkpointing=again)) for again in (False, True)]
+    assert seen[1] == close(seen[0])
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one(tmp_path):
     on_ranks(runs, 2, str(tmp_path / "two"))

@@ -279,3 +279,53 @@ def test_distillation(folder, tmp_path):
         processing_class=AutoProcessor.from_pretrained(folder),
     )
     assert learned(trainer)["loss"] > 0
+
+
+def test_a_collator_that_reads_pictures_itself_is_refused(folder, tmp_path):
+    """The batch of the older form has pixels, which would be left out; the rows alone are enough."""
+    from trl import SFTConfig, SFTTrainer
+
+    processor = AutoProcessor.from_pretrained(folder)
+    rows = [{"messages": [asked(), answered("A cat.")], "images": [picture(number)]} for number in range(2)]
+
+    def collate(examples):
+        texts = [processor.apply_chat_template(example["messages"], tokenize=False) for example in examples]
+        pictures = [example["images"] for example in examples]
+        batch = processor(text=texts, images=pictures, return_tensors="pt", padding=True)
+        return batch | {"labels": batch["input_ids"].clone()}
+
+    def train(**settings):
+        trainer = SFTTrainer(
+            model=AutoModelForImageTextToText.from_pretrained(folder),
+            args=SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **settings, **QUIET),
+            data_collator=collate,
+            train_dataset=rows,
+            processing_class=processor,
+        )
+        trainer.train()
+
+    with pytest.raises(ValueError, match=r"returned pixel_values: the trainer reads pictures itself; leave .* out"):
+        train(remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
+    with pytest.raises(ValueError, match=r"looks for 'messages' in rows that are tokenised already .*: leave it out"):
+        train()
+
+
+def test_a_collator_of_texts_does_not_teach_pictures(folder, tmp_path):
+    """It makes labels of all ids; those of pictures are left out of the 2 + 1 tokens that are learned."""
+    from transformers import DataCollatorForLanguageModeling
+
+    from trl import SFTConfig, SFTTrainer
+
+    processor = AutoProcessor.from_pretrained(folder)
+    trainer = SFTTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(folder),
+        args=SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=1, **QUIET),
+        data_collator=DataCollatorForLanguageModeling(processor.tokenizer, mlm=False),
+        train_dataset=[{"prompt": "<image>", "completion": "ab", "images": [picture(0)]}],
+        processing_class=processor,
+    )
+    trainer.train()
+    (batch,) = trainer.get_train_dataloader()
+    assert int((batch["packed"].ids_N < 0).sum()) == 16
+    end = processor.tokenizer.eos_token_id
+    assert batch["packed"].target_S.tolist() == [*processor.tokenizer("ab", add_special_tokens=False).input_ids, end]

@@ -168,10 +168,10 @@ def test_a_batch_with_pictures_as_tensors_is_refused(pixels):
     """A collator that calls the processor: its pictures had been left out, and the rows learned without them."""
     ids = torch.tensor([[1, 2, 3]])
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), pixels: torch.zeros(1, 3, 4, 4)}
-    with pytest.raises(ValueError, match=f"the data collator returned `{pixels}`, and pictures are not read from bat"):
+    with pytest.raises(ValueError, match=f"the data collator returned {pixels}: the trainer reads pictures itself"):
         rows_of_padded(batch)
     pair = {f"{name}_{side}": ids for name in ("input_ids", "attention_mask") for side in ("chosen", "rejected")}
-    with pytest.raises(ValueError, match=f"`{pixels}`, and pictures are not read from batches: leave it out"):
+    with pytest.raises(ValueError, match=f"the data collator returned {pixels}: the trainer reads pictures itself"):
         pair_rows_of_padded({**pair, pixels: batch[pixels]})
     assert len(rows_of_padded({**batch, pixels: None})) == 1
 

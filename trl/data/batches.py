@@ -85,17 +85,19 @@ def rows_of_padded(batch: Mapping[str, Any], collator: str = "the data collator"
             raise ValueError(
                 "labels differ from input_ids at learned positions: a causal model learns its own next token"
             )
-        rows.append({"input_ids": ids.tolist(), "loss_mask": (labels != -100).long().tolist()})
+        learned = (labels != -100) & (ids >= 0)  # tokens of pictures are below 0
+        rows.append({"input_ids": ids.tolist(), "loss_mask": learned.long().tolist()})
     return rows
 
 
 def _refuse_pixels(batch: Mapping[str, Any], collator: str) -> None:
-    """ValueError for a batch with pictures as tensors: its rows would be learned without them."""
-    pixels = next((name for name, value in batch.items() if "pixel_values" in name and value is not None), None)
-    if pixels is not None:
+    """ValueError where a collator read pictures itself: its tensors do not say which row they belong to."""
+    pixels = [name for name, value in batch.items() if "pixel" in name and value is not None]
+    if pixels:
         raise ValueError(
-            f"{collator} returned `{pixels}`, and pictures are not read from batches: leave it out, with "
-            "`skip_prepare_dataset`; the trainer reads the pictures of messages and of a column 'images' itself"
+            f"{collator} returned {', '.join(pixels)}: the trainer reads pictures itself; leave the collator and "
+            "skip_prepare_dataset out, and give the processor as `processing_class` and rows with `images` or with "
+            "parts of kind 'image'"
         )
 
 

@@ -242,8 +242,13 @@ class PictureReader:
     def count(self, number: int) -> int:
         """How many tokens of a picture's text stand for parts of it."""
         if number not in self._counts:
-            ids = self.tokenizer(self.text_of(number), add_special_tokens=False, verbose=False)["input_ids"]
-            self._counts[number] = sum(own == self.image_token_id for own in ids)
+            found = sum(own == self.image_token_id for own in self._ids_in(self.text_of(number)))
+            if not found:
+                raise ValueError(
+                    f"{type(self.processor).__name__} writes {self.text_of(number)[:50]!r} for a picture, in which the "
+                    f"token {self.image_token_id} does not stand: the model would not see it"
+                )
+            self._counts[number] = found
         return self._counts[number]
 
     def occurrences(self, ids: Iterable[int]) -> list[int]:
@@ -295,8 +300,7 @@ class PictureReader:
 
     def ids_of(self, number: int) -> Ids:
         """The tokens of a picture alone, as they stand in a row."""
-        ids = self.tokenizer(self.text_of(number), add_special_tokens=False, verbose=False)["input_ids"]
-        return self.tokens(ids, [number])
+        return self.tokens(self._ids_in(self.text_of(number)), [number])
 
     def _of(self, number: int) -> _Read:
         with self._lock:
@@ -311,10 +315,24 @@ class PictureReader:
     def _read_now(self, number: int) -> _Read:
         output = self._call([number])
         offsets = output.get("text_replacement_offsets")
-        ids = output["input_ids"][0].tolist()
-        text = offsets[0][0]["replacement"] if offsets else self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = offsets[0][0]["replacement"] if offsets else self._written(output["input_ids"][0].tolist())
         values = {name: own for name, own in output.items() if name not in _TEXT and not self._is_aligned(name)}
         return _Read(text, values, sum(own.nbytes for own in values.values()))
+
+    def _written(self, ids: Ids) -> str:
+        """The text of the ids that an older processor gives for a picture, without BOS and EOS around it."""
+        around = set(self.tokenizer("", verbose=False)["input_ids"])
+        inner = [place for place, own in enumerate(ids) if own not in around]
+        kept = ids[inner[0] : inner[-1] + 1] if inner else []
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=False))
+        if self._ids_in(text) != kept:
+            raise ValueError(
+                f"{type(self.processor).__name__}: what it writes for a picture, {text!r}, is not read back"
+            )
+        return text
+
+    def _ids_in(self, text: str) -> Ids:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _call(self, numbers: Sequence[int], around: str = "") -> Mapping[str, Any]:
         """What the processor gives for a text of these pictures, with `around` on both sides."""

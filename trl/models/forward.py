@@ -507,7 +507,7 @@ def _probe_pictures(model: nn.Module, module: nn.Module) -> ForwardPlan:
     switched_off, _ = adapter_state(network)
     shares_prompts = switched_off or not (learns_prompt(network) or reads_rows(network))
     with eval_no_grad(model), uncompiled(model):
-        rows = [measured_pass(model, module, row, PLAIN) for row in alone]
+        rows = _measured_alone(model, module, alone)
         expected = Expected(torch.cat([states_SD for states_SD, _ in rows]), coarsest(own for _, own in rows))
         _check_causal(model, module, alone[0], expected._replace(states_SD=rows[0][0]))
         ways = product((True, False), repeat=2) if shares_prompts else ()
@@ -531,6 +531,20 @@ def _probe_pictures(model: nn.Module, module: nn.Module) -> ForwardPlan:
             "slower).", type(below_peft(network)).__name__,
         )  # fmt: skip
     return plan
+
+
+def _measured_alone(model: nn.Module, module: nn.Module, alone: Sequence[PackedBatch]) -> list[tuple[Tensor, str]]:
+    """What the model's own call of each row gives; ValueError where a prompt that an adapter learns is in its way."""
+    try:
+        return [measured_pass(model, module, row, PLAIN) for row in alone]
+    except PROBE_ERRORS as error:
+        network = below_value_head(model)
+        if not learns_prompt(network):
+            raise
+        raise ValueError(
+            f"peft_config: {type(below_peft(network)).__name__} does not compute rows with pictures behind a learned "
+            f"prompt ({type(error).__name__}: {str(error)[:100]}): take an adapter of another kind, LoRA say"
+        ) from error
 
 
 def _check_causal(model: nn.Module, module: nn.Module, row: PackedBatch, expected: Expected) -> None:

@@ -107,7 +107,7 @@ def in_pass(
         return
     reader, ids_BL = _told(model), inputs["input_ids"]
     if plain:
-        del inputs["position_ids"]
+        inputs.pop("position_ids", None)  # it has none where an adapter learns a prompt
         values = keywords(model, ids_BL, repeated=True)
         yield inputs | values | {"input_ids": as_placeholders(model, ids_BL)}
         return

@@ -291,10 +291,25 @@ class PackingCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if self.inner is not None:
             name = f"the data collator {type(self.inner).__name__}"
-            rows = rows_of_padded(self.inner([_for_collator(row) for row in rows]), name)
+            rows = rows_of_padded(self._collated(rows, name), name)
         elif "loss_mask" not in rows[0]:
             rows = [supervised_row(row) for row in rows]
         return Batch(packed=pack(sequence_trees(rows)))
+
+    def _collated(self, rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+        """The batch of the other collator; ValueError where it looks for what prepared rows do not have."""
+        assert self.inner is not None
+        given = [_for_collator(row) for row in rows]
+        try:
+            return self.inner(given)
+        except KeyError as error:
+            if "loss_mask" not in rows[0] or error.args[:1] in [(own,) for own in given[0]]:
+                raise
+            raise ValueError(
+                f"{name} looks for {error} in rows that are tokenised already (they have {', '.join(given[0])}): leave "
+                "it out, since the trainer reads texts and pictures itself, or set dataset_kwargs="
+                "{'skip_prepare_dataset': True} for one of texts"
+            ) from error
 
 
 def _for_collator(row: Mapping[str, Any]) -> Mapping[str, Any]:
