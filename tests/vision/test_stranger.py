@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 
 import trl
+from trl.data.batches import pair_rows_of_padded, rows_of_padded
 from trl.data.pictures import Album, pictures_among, read_by
 from trl.data.prompt_rows import PromptsJob
 from trl.data.tokenize import tokenize
@@ -160,3 +161,23 @@ def test_what_has_no_classifier_and_no_layers_of_an_adapter_says_so(tmp_path):
         load_model(str(tmp_path / "tiny"), AutoModelForSequenceClassification, {"num_labels": 1})
     with pytest.raises(ValueError, match=r"of a model of kind 'llava' to adapt: name them by `target_modules`"):
         add_adapter(model_of("llava"), LoraConfig())
+
+
+@pytest.mark.parametrize("pixels", ["pixel_values", "pixel_values_images"])
+def test_a_batch_with_pictures_as_tensors_is_refused(pixels):
+    """A collator that calls the processor: its pictures had been left out, and the rows learned without them."""
+    ids = torch.tensor([[1, 2, 3]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), pixels: torch.zeros(1, 3, 4, 4)}
+    with pytest.raises(ValueError, match=f"the data collator returned {pixels}: the trainer reads pictures itself"):
+        rows_of_padded(batch)
+    pair = {f"{name}_{side}": ids for name in ("input_ids", "attention_mask") for side in ("chosen", "rejected")}
+    with pytest.raises(ValueError, match=f"the data collator returned {pixels}: the trainer reads pictures itself"):
+        pair_rows_of_padded({**pair, pixels: batch[pixels]})
+    assert len(rows_of_padded({**batch, pixels: None})) == 1
+
+
+def test_rows_that_nothing_tokenises_are_told(tmp_path):
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "What?"}], "images": [picture(0)]}])
+    args = trl.SFTConfig(str(tmp_path), report_to="none", dataset_kwargs={"skip_prepare_dataset": True})
+    with pytest.raises(ValueError, match="the train data set has no column 'input_ids', but messages, images; leave"):
+        trl.SFTTrainer(model_of("llava"), args=args, train_dataset=rows, processing_class=processor_of("llava"))

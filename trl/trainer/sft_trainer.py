@@ -169,6 +169,7 @@ class SupervisedData:
         """The tokenised rows, packed where asked; torch data sets of tokenised rows go through as they are."""
         dataset = unprepared(dataset, SupervisedJob.tokenised)
         if not has_rows(dataset, name) or self.options["skip_prepare_dataset"]:
+            self._check_unprepared(dataset, name)
             if isinstance(dataset, ConstantLengthDataset) and name == "train":
                 dataset.infinite = self.config.max_steps > 0
             return dataset
@@ -184,6 +185,15 @@ class SupervisedData:
         if strategy is None or "seq_lengths" in column_names(tokenised, name):  # not packed, or packed already
             return tokenised
         return pack_dataset(tokenised, self.max_length, strategy)
+
+    def _check_unprepared(self, dataset: Any, name: str) -> None:
+        """ValueError for rows that nothing tokenises."""
+        columns = column_names(dataset, name) if isinstance(dataset, Dataset) else ["input_ids"]
+        if self.data_collator is None and "input_ids" not in columns:
+            raise ValueError(
+                f"skip_prepare_dataset=True: the {name} data set has no column 'input_ids', but {', '.join(columns)}; "
+                "leave it out, and the rows are tokenised, their pictures too"
+            )
 
     def _shuffled(self, dataset: Any) -> Any:
         seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
