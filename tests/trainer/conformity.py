@@ -134,7 +134,7 @@ class Case:
     """rows of a micro-batch at least"""
     not_with_lora: tuple[str, ...] = ()
     """settings that make no sense with an adapter"""
-    processing: Callable[[], Any] = tokenizer
+    processing: Callable[[], Any] | None = None
     targets: Any = ("q_proj", "v_proj")
     """the modules that get an adapter: names, or a regular expression"""
 
@@ -285,7 +285,7 @@ def build(case: str | Case, directory: Path, lora: bool = False, args: Any = Non
         args=getattr(trl, case.config)(**settings) if args is None else args,
         train_dataset=rows,
         eval_dataset=arguments.pop("eval_dataset", rows.select(range(3))),
-        processing_class=case.processing(),
+        processing_class=(case.processing or tokenizer)(),
         **arguments,
     )
 

@@ -8,7 +8,7 @@ import torch
 from conformity import build, history, weights
 from families import FAMILIES, model_of, processor_of, rows
 from picture_cases import KINDS, TEXT_ONLY, alone, answer_of, case, norm_of, of_ids, outside_pictures, ppo_of
-from picture_runs import RUNS, runs
+from picture_runs import RUNS, SHARDED, runs
 from process_group import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -150,8 +150,12 @@ def test_neither_the_split_into_microbatches_nor_padding_changes_anything(kind, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("sft", "qwen3_vl"), ("dpo", "gemma3"), ("kto", "internvl"), ("grpo", "qwen2_5_vl")]
-)
+    ("kind", "name"),
+    [
+        ("sft", "qwen3_vl"), ("dpo", "gemma3"), ("kto", "internvl"), ("reward", "gemma3"), ("grpo", "qwen2_5_vl"),
+        ("rloo", "smolvlm"), ("online-dpo", "llava"), ("distillation", "qwen2_5_vl"),
+    ],
+)  # fmt: skip
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(kind, name, tmp_path):
     of, saved = case(kind, name), {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = build(of, tmp_path, **saved)
@@ -165,14 +169,20 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize("targets", [TEXT_ONLY, "all-linear"])
-@pytest.mark.parametrize(("kind", "name"), [("sft", "smolvlm"), ("dpo", "qwen2_5_vl"), ("grpo", "gemma3")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("sft", "smolvlm"), ("dpo", "qwen2_5_vl"), ("kto", "internvl"), ("reward", "gemma3"), ("grpo", "gemma3"),
+        ("rloo", "qwen3_vl"), ("online-dpo", "llava"), ("distillation", "qwen2_5_vl"),
+    ],
+)  # fmt: skip
 def test_lora_with_the_vision_tower_frozen_and_trained(kind, name, targets, tmp_path):
     trainer = build(case(kind, name, targets), tmp_path, lora=True)
     before = weights(trainer)
     trainer.train()
     changed = {key for key, value in weights(trainer).items() if not torch.equal(value, before[key])}
     assert changed
-    assert all("lora" in key for key in changed)
+    assert all("lora" in key or "modules_to_save" in key for key in changed)  # the latter: a classifier's head
     assert any("vision" in key or "visual" in key for key in changed) == (targets == "all-linear")
 
 
@@ -183,11 +193,12 @@ def test_layers_computed_again_change_nothing(kind, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one(tmp_path):
-    on_ranks(runs, 2, str(tmp_path / "two"))
-    runs(0, 1, str(tmp_path / "one"))
+@pytest.mark.parametrize(("of", "sharded"), [(RUNS, False), (SHARDED, True)], ids=["ddp", "fsdp2"])
+def test_two_ranks_are_one(of, sharded, tmp_path):
+    on_ranks(runs, 2, str(tmp_path / "two"), of, sharded)
+    runs(0, 1, str(tmp_path / "one"), of)
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
-    assert one.keys() == set(RUNS)
+    assert one.keys() == set(of)
     for key, (weight, losses, norms) in one.items():
         assert max(norms) > 0
         torch.testing.assert_close(two[key][0], weight, rtol=1e-5, atol=2e-6, msg=str(key))

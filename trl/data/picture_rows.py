@@ -366,7 +366,10 @@ def found_beside(dataset: Any, folder: str) -> Any:
     """
     streamed = not isinstance(dataset, Dataset)
     if streamed:
-        first: Row = next(iter(dataset.take(1)), {})
+        try:
+            first: Row = next(iter(dataset.take(1)), {})
+        except Exception:  # of any reader: what is wrong with the file is said where its rows are read
+            return dataset
         if _beside(first, folder) == first:
             return dataset
         return dataset.map(_beside, fn_kwargs={"folder": folder}, features=dataset.features)

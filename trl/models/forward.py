@@ -458,15 +458,24 @@ def _state_of(network: nn.Module) -> tuple[Any, ...]:
 
 
 def _plan_for(model: nn.Module, module: nn.Module, packed: PackedBatch) -> ForwardPlan:
-    """The plan for these rows; the network is probed at the first, and when rows reach a pattern not yet probed."""
+    """The plan for these rows; the network is probed at the first, and when rows reach a pattern not yet probed.
+
+    Processes that run in step ask for the same probes, also where one of them has no picture.
+    """
     if is_encoder_decoder(model):
         return PADDED
-    if _any_pictures(model, packed):
-        plan = _pictured_plan(model, module)
-        if packed.has_pictures:
-            return PADDED if _padded.get() else plan
-    if _padded.get():
-        return PADDED
+    pictured = _any_pictures(model, packed)
+    own = PADDED if _padded.get() else _text_plan(model, module, packed)
+    if not pictured:
+        return own
+    plan = _pictured_plan(model, module)
+    if not packed.has_pictures:
+        return own
+    return replace(plan, narrow=plan.narrow and own.narrow, early=plan.early and own.early) if own.packed else PADDED
+
+
+def _text_plan(model: nn.Module, module: nn.Module, packed: PackedBatch) -> ForwardPlan:
+    """The plan for rows of so many tokens, all of them text."""
     plan = plan_of(model)
     if plan.reach == inf:
         return plan
