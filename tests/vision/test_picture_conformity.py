@@ -2,6 +2,7 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,3 +204,10 @@ def test_two_ranks_are_one(of, sharded, tmp_path):
         assert max(norms) > 0
         torch.testing.assert_close(two[key][0], weight, rtol=1e-5, atol=2e-6, msg=str(key))
         assert (two[key][1], two[key][2]) == (close(losses), close(norms)), key
+
+
+def test_a_model_that_sees_is_not_gathered_layer_by_layer(tmp_path):
+    trainer = build(case("grpo", "llava", gather="layers"), tmp_path)
+    trainer.is_fsdp_enabled, trainer.accelerator = True, SimpleNamespace(is_fsdp2=True)
+    with pytest.raises(ValueError, match="gather='layers': a model that reads pictures is not sampled layer by layer"):
+        trainer._check_sharding()

@@ -193,6 +193,11 @@ def introduce_like(model: nn.Module | None, other: nn.Module) -> None:
         _pictures().introduce(model, _pictures().reader_for(other))
 
 
+def small_picture(model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+    """Keywords of a small picture that stands nowhere, for a pass that is to call the vision tower, if there is one."""
+    return _pictures().kept_in_step(model) if reads_pictures(model) else nullcontext({})
+
+
 def _pictures() -> Any:
     from trl.models import pictures  # which knows this module, and which rows of text do without
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trl.kernels.layers import swapped_forward
 from trl.models import zero
-from trl.models.forward import eval_no_grad
+from trl.models.forward import eval_no_grad, small_picture
 from trl.models.precision import size_text
 from trl.models.unwrap import below_accelerate, below_peft, each_alone, has_parts, in_parts, is_sharded
 
@@ -187,8 +187,8 @@ def _through(root: nn.Module, network: nn.Module, inside: Callable[[], bool]) ->
 def _idle_pass(model: nn.Module) -> None:
     """A pass of one token, for the ranks that have one of their own."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    with eval_no_grad(model):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    with eval_no_grad(model), small_picture(model) as pictures:  # as the other ranks' passes call the vision tower
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **pictures)
 
 
 # -- models that are only read ----------------------------------------------------------------

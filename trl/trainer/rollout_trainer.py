@@ -44,7 +44,7 @@ from trl.models.prepare import context_length, embedding_rows, load_model
 from trl.models.reference import Reference
 from trl.models.scoring import Scores, score
 from trl.models.sharded import gathered, in_step, prepare_frozen, say_gathering, shards_weights
-from trl.models.unwrap import below_peft, is_encoder_decoder, runs_in_step
+from trl.models.unwrap import below_peft, is_encoder_decoder, reads_pictures, runs_in_step
 from trl.rewards.named import RewardSource, reward_panel
 from trl.rewards.reward_model import RewardModel
 from trl.rollout import report as rollout_report
@@ -1084,6 +1084,8 @@ class RolloutTrainer(ObjectiveTrainer):
             logger.warning("%s: no effect, because every process holds the weights whole", asked)
         elif is_encoder_decoder(self.model):
             raise ValueError(f"{asked}: an encoder-decoder is not sampled layer by layer; leave it out")
+        elif reads_pictures(self.model):
+            raise ValueError(f"{asked}: a model that reads pictures is not sampled layer by layer; leave it out")
 
     def weights_for_sampling(self) -> AbstractContextManager[Any]:
         """The context in which each rank may sample as it likes, on sharded weights too; collective there."""
