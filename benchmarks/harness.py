@@ -199,3 +199,12 @@ def in_turn(
         if pair.void:
             break
     return found
+
+
+def printed_by(code: str) -> str:
+    """What Python code prints in a process of its own with one thread; SystemExit with its errors where it fails."""
+    command, one_thread = [sys.executable, "-W", "ignore", "-c", code], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=one_thread, text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout

@@ -6,13 +6,13 @@ thread, two optimizer steps in float32 on rows of known lengths. The prediction 
 """
 
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import printed_by
 
 JOBS = ("SFT", "SFT, adapter", "SFT, layers computed again", "DPO with a reference", "Reward", "KTO", "GRPO")
 
@@ -74,12 +74,7 @@ def main() -> None:
     for job in chosen or JOBS:
         with tempfile.TemporaryDirectory() as folder:
             code = f"from benchmarks.memory_plan import measure; measure({job!r}, {model!r}, {folder!r})"
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                capture_output=True,
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(done.stderr)
+            printed_by(code)
             record = json.loads((Path(folder) / "run.json").read_text())
         predicted, needed = record["predicted"], record["peak_memory"]["bytes"]
         parts = sorted(predicted["parts"].items(), key=lambda part: -part[1])[:3]

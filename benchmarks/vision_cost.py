@@ -6,14 +6,14 @@ transformers alone does it; `alone`, row by row. The model has SmolVLM-256M's wi
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import printed_by
 
 SIDE, PATCH, MERGED = 384, 16, 4
 VISION_LAYERS, TEXT_LAYERS = 6, 8
@@ -253,13 +253,7 @@ def main() -> None:
     for job in chosen:
         for way in WAYS:
             code = f"from benchmarks.vision_cost import measure; measure({job!r}, {way!r})"
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                capture_output=True,
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = json.loads(printed_by(code).splitlines()[-1])
             print(f"{job}, {way}: losses {found['losses']}", file=sys.stderr)
             print(f"| {job} | {way} | {found['pictures']:g} | {found['cpu']:.1f} | {found['mb']:,.0f} |", flush=True)
 
